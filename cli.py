@@ -1,0 +1,5 @@
+"""Run crdiff from a checkout: `python cli.py export ...`."""
+
+from crdiff_export.commands import main
+
+main()

@@ -1,0 +1,29 @@
+"""How weights are ranked. A criterion turns a plan into one threshold per scope."""
+
+from typing import Protocol
+
+from crdiff_export.errors import PlanError
+from crdiff_export.kernels import Kernel
+from crdiff_export.plan import Plan
+from crdiff_export.progress import Progress
+from crdiff_export.threshold import Threshold
+
+NAMES = ("magnitude",)
+
+
+class Criterion(Protocol):
+    """Ranks the weights of every scope of a plan, reading what it needs of them."""
+
+    def __call__(self, plan: Plan, kernel: Kernel, progress: Progress, /) -> tuple[Threshold, ...]:
+        """One threshold per scope, in the plan's order."""
+        ...
+
+
+def by_name(name: str) -> Criterion:
+    """The criterion called `name`."""
+    from crdiff_export.criteria import magnitude
+
+    known: dict[str, Criterion] = {"magnitude": magnitude.thresholds}
+    if name not in known:
+        raise PlanError(f"unknown criterion {name!r}", f"Choose {', '.join(known)}.")
+    return known[name]

@@ -1,0 +1,62 @@
+"""The errors a user can cause; anything else that is raised is a bug and keeps its traceback."""
+
+from typing import ClassVar
+
+
+class CrdiffError(Exception):
+    """What is wrong, in one line with the file and the key, and in one more line what to do about it."""
+
+    exit_code: ClassVar[int] = 1
+    code: ClassVar[str] = "failed"
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}"
+
+
+class CheckpointError(CrdiffError):
+    """A file that cannot be read as a checkpoint."""
+
+    code = "checkpoint"
+
+
+class FamilyError(CrdiffError):
+    """A checkpoint whose layers no known model family has."""
+
+    code = "family"
+
+
+class RecipeError(CrdiffError):
+    """A recipe file, an alias or a size that cannot be used."""
+
+    code = "recipe"
+
+
+class PlanError(CrdiffError):
+    """A request that names, shapes or flags alone show to be impossible."""
+
+    code = "plan"
+
+
+class BakeError(CrdiffError):
+    """A write that did not reach its target; the target is as it was."""
+
+    code = "bake"
+
+
+class VerifyError(CrdiffError):
+    """A file that does not hold what its header says."""
+
+    exit_code = 3
+    code = "verify"
+
+
+class HubError(CrdiffError):
+    """The Hub did not answer, or answered no."""
+
+    exit_code = 4
+    code = "hub"

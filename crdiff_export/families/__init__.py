@@ -1,0 +1,19 @@
+"""What each model family calls its layers, and which family a checkpoint belongs to. Data and names; no weights."""
+
+from crdiff_export.families.catalogue import all_families, by_id
+from crdiff_export.families.detect import detect
+from crdiff_export.families.model import Family, Kind, Layer, Layout, Mark, Match
+from crdiff_export.families.quantised import quantisation
+
+__all__ = [
+    "Family",
+    "Kind",
+    "Layer",
+    "Layout",
+    "Mark",
+    "Match",
+    "all_families",
+    "by_id",
+    "detect",
+    "quantisation",
+]

@@ -1,0 +1,166 @@
+"""What a checkpoint is, from its headers alone; works on anyone's files."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crdiff_export import families, metadata
+from crdiff_export.checkpoint import Checkpoint, open_checkpoint
+from crdiff_export.errors import FamilyError
+from crdiff_export.families import Match
+from crdiff_export.header import show
+from crdiff_export.metadata import Stamp
+from crdiff_export.plan import quantisation
+
+GROUP_COLUMNS = ("group", "ratio", "zeroed", "of", "share", "threshold")
+PROVENANCE = {
+    "starting-point": "starting point: nobody has tuned these ratios for this size",
+    "searched": "searched",
+    "published": "published",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """Everything that a checkpoint's headers tell. `match` and `stamp` are None where there is no such thing."""
+
+    path: Path
+    kind: str
+    files: int
+    tensors: int
+    size: int
+    dtypes: Mapping[str, int]
+    match: Match | None
+    why_not: str | None
+    quantised: str | None
+    stamp: Stamp | None
+    metadata: Mapping[str, str]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    groups: Mapping[str, Mapping[str, Any]]
+    notes: tuple[str, ...]
+
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """What to print before the table, as name and text."""
+        yield (
+            "file",
+            f"{self.path} ({self.kind}, {self.files} with weights, {self.tensors} tensors, {self.size / 1e9:.2f} GB)",
+        )
+        yield "dtypes", ", ".join(f"{dtype} {size / 1e9:.2f} GB" for dtype, size in self.dtypes.items())
+        if self.match:
+            inpainting = ", inpainting" if self.match.inpainting else ""
+            yield "family", f"{self.match.family.title} ({self.match.layout.name} layout{inpainting})"
+            yield "prefix", self.match.prefix or "none"
+        else:
+            yield "family", self.why_not or "unknown"
+        if self.quantised:
+            yield "quantised", f"{self.quantised}; cannot be pruned by magnitude"
+        if title := self.metadata.get("modelspec.title"):
+            yield "title", show(title, 200)
+        if self.stamp:
+            yield from _stamp_facts(self.stamp, self.metadata.get("modelspec.hash_sha256"))
+        elif self.match:
+            yield "crdiff", "not made by crdiff"
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for machines."""
+        found: dict[str, Any] = {
+            "file": str(self.path), "kind": self.kind, "files": self.files, "tensors": self.tensors, "bytes": self.size,
+            "dtypes": dict(self.dtypes), "family": self.match.family.id if self.match else None,
+            "layout": self.match.layout.name if self.match else None,
+            "prefix": self.match.prefix if self.match else None,
+            "inpainting": self.match.inpainting if self.match else None, "unknown": self.why_not,
+            "quantised": self.quantised, "groups": self.groups, "notes": list(self.notes), "crdiff": None,
+        }  # fmt: skip
+        if self.stamp:
+            keys = {k.removeprefix("crdiff."): v for k, v in self.metadata.items() if k.startswith("crdiff.")}
+            found["crdiff"] = keys
+        return found
+
+
+def inspect(path: Path) -> Inspection:
+    """Read the headers at `path`; CheckpointError if they cannot be read, any family or none is fine."""
+    checkpoint = open_checkpoint(path)
+    dtypes: Counter[str] = Counter()
+    for _, tensor in checkpoint.tensors():
+        dtypes[tensor.dtype] += tensor.nbytes
+    match: Match | None = None
+    why_not: str | None = None
+    try:
+        match = families.detect(checkpoint.shapes)
+    except FamilyError as error:
+        why_not = error.message
+    stamped = metadata.is_baked(checkpoint.metadata)
+    stamp = Stamp.from_metadata(checkpoint.metadata, str(path)) if stamped else None
+    groups = _stamped_groups(stamp) if stamp else _plain_groups(checkpoint, match) if match else {}
+    columns = GROUP_COLUMNS if stamp else ("group", "layers", "weights")
+    notes = [f"{f.path.name} is mostly a hole: its weights are not there" for f in checkpoint.files if f.is_sparse]
+    if match and match.ema_tensors:
+        notes.append(f"{match.ema_tensors} tensors of an EMA copy (model_ema.*)")
+    return Inspection(
+        path=path,
+        kind=checkpoint.kind,
+        files=len(checkpoint.files),
+        tensors=sum(len(f.tensors) for f in checkpoint.files),
+        size=sum(f.data_size for f in checkpoint.files),
+        dtypes=dict(dtypes.most_common()),
+        match=match,
+        why_not=why_not,
+        quantised=quantisation(checkpoint),
+        stamp=stamp,
+        metadata=checkpoint.metadata,
+        columns=columns,
+        rows=_rows(groups, stamp),
+        groups=groups,
+        notes=(*checkpoint.notes, *notes),
+    )
+
+
+def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, str]]:
+    yield "pruned for", f"{stamp.resolution} (native {stamp.native})"
+    yield "ratios", f"{PROVENANCE.get(stamp.provenance, stamp.provenance)} ({stamp.provenance_source}; {stamp.recipe})"
+    if stamp.evidence:
+        yield "evidence", ", ".join(f"{key} {text}" for key, text in sorted(stamp.evidence.items()))
+    if stamp.prompt:
+        yield "prompt", show(stamp.prompt, 200)
+    yield "targets", f"{', '.join(stamp.targets)} by {stamp.criterion}{f', cast to {stamp.cast}' if stamp.cast else ''}"
+    yield "POA weight", f"{stamp.poa_weight:g}"
+    yield "base", f"{show(stamp.source_name)}, {stamp.source_hash or 'not hashed'}"
+    yield "hash", output_hash or "none"
+    yield "made by", f"crdiff {stamp.version}"
+
+
+def _stamped_groups(stamp: Stamp) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"ratio": g.ratio, "pruned": g.pruned, "total": g.total, "threshold": g.threshold and g.threshold.hex()}
+        for name, g in stamp.groups.items()
+    }
+
+
+def _plain_groups(checkpoint: Checkpoint, match: Match) -> dict[str, dict[str, Any]]:
+    """The prunable layers of a file that nobody has pruned yet, with the family's default targets."""
+    groups: dict[str, dict[str, Any]] = {name: {"layers": 0, "total": 0} for name in match.family.groups}
+    for layer in match.layout.layers:
+        if layer.kind in match.family.default_kinds:
+            shape = checkpoint.shapes[match.prefix + layer.tensor]
+            groups[layer.group]["layers"] += 1
+            groups[layer.group]["total"] += shape[1] * (shape[0] if layer.part is None else shape[1])
+    return groups
+
+
+def _rows(groups: Mapping[str, Mapping[str, Any]], stamp: Stamp | None) -> list[list[str]]:
+    return group_rows(stamp) if stamp else [[n, str(g["layers"]), f"{g['total']:,}"] for n, g in groups.items()]
+
+
+def group_rows(stamp: Stamp) -> list[list[str]]:
+    """A row for each group of a baked file, under GROUP_COLUMNS."""
+    rows = []
+    for name, group in stamp.groups.items():
+        threshold = "-" if group.threshold is None else f"{group.threshold:.6g}"
+        if stamp.thresholds is not None:
+            threshold = "per layer"
+        share = f"{group.pruned / max(group.total, 1):.4f}"
+        rows.append([name, f"{group.ratio:.4g}", f"{group.pruned:,}", f"{group.total:,}", share, threshold])
+    return rows

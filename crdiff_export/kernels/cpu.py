@@ -1,0 +1,78 @@
+"""The loops in numba, without the interpreter's lock, so that plain threads run them side by side."""
+
+import mmap
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from crdiff_export.floats import FORMATS
+from crdiff_export.kernels import LOWER_BITS
+
+if TYPE_CHECKING:
+    from crdiff_export.kernels import Counts
+
+# An anonymous map starts on a page, as unbuffered writes want.
+_UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {8: np.uint8, 16: np.uint16, 32: np.uint32}
+
+
+def _compiled(loop: Callable[..., None]) -> Callable[..., None]:
+    try:
+        return numba.njit(nogil=True, cache=True)(loop)  # type: ignore[no-any-return]
+    except RuntimeError:  # no folder to cache in: a read-only home, say
+        return numba.njit(nogil=True)(loop)  # type: ignore[no-any-return]
+
+
+@_compiled
+def _count(weights: Any, mask: Any, shift: Any, counts: Any) -> None:
+    for i in range(weights.size):
+        counts[(weights[i] & mask) >> shift] += 1
+
+
+@_compiled
+def _refine(weights: Any, mask: Any, shift: Any, upper: Any, counts: Any) -> None:
+    for i in range(weights.size):
+        magnitude = weights[i] & mask
+        if magnitude >> shift == upper:
+            counts[magnitude & ((1 << shift) - 1)] += 1
+
+
+@_compiled
+def _zero(weights: Any, mask: Any, limit: Any) -> None:
+    for i in range(weights.size):
+        weights[i] = weights[i] if (weights[i] & mask) > limit else 0
+
+
+class CpuKernel:
+    """The kernel for processors; `threads` of them work at once."""
+
+    name = "cpu"
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def buffer(self, size: int) -> memoryview:
+        return memoryview(mmap.mmap(-1, size))
+
+    def count(self, weights: memoryview, dtype: str, counts: "Counts") -> None:
+        bits, mask = _bits(weights, dtype)
+        _count(bits, mask, bits.dtype.type(LOWER_BITS if dtype == "F32" else 0), counts)
+
+    def refine(self, weights: memoryview, upper: int, counts: "Counts") -> None:
+        bits, mask = _bits(weights, "F32")
+        _refine(bits, mask, np.uint32(LOWER_BITS), np.uint32(upper), counts)
+
+    def zero(self, weights: memoryview, dtype: str, limit: int) -> None:
+        bits, mask = _bits(weights, dtype)
+        _zero(bits, mask, bits.dtype.type(limit))
+        if bits.base is None:  # a copy, because the weights do not lie on a multiple of their size
+            weights[:] = bits.data.cast("B")
+
+
+def _bits(weights: memoryview, dtype: str) -> tuple[NDArray[Any], Any]:
+    """The weights as unsigned integers, and the mask of their magnitude."""
+    unsigned = _UNSIGNED[FORMATS[dtype].width]
+    bits = np.frombuffer(weights, unsigned)
+    return bits if bits.flags.aligned else bits.copy(), unsigned(FORMATS[dtype].mask)

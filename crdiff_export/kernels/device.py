@@ -1,0 +1,70 @@
+"""The loops in torch, on an accelerator: weights go there from pinned memory, come back as the same bits."""
+
+import mmap
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from crdiff_export.errors import PlanError
+from crdiff_export.floats import FORMATS
+from crdiff_export.kernels import LOWER_BITS, REFINED
+
+if TYPE_CHECKING:
+    from crdiff_export.kernels import Counts
+
+# Signed, because torch computes little on unsigned integers; the mask takes the sign away.
+_SIGNED = {8: torch.int8, 16: torch.int16, 32: torch.int32}
+
+
+class DeviceKernel:
+    """The kernel for a torch device; PlanError where torch cannot reach it."""
+
+    def __init__(self, device: str) -> None:
+        try:
+            self._device = torch.device(device)
+            torch.zeros(1, device=self._device)
+        except (RuntimeError, AssertionError) as error:
+            raise PlanError(
+                f"device {device}: {str(error).splitlines()[0]}", "Leave --device out: the CPU gives the same file."
+            ) from error
+        self.name = device
+        self.threads = 2  # one transfers while the other computes
+        self._pinned = self._device.type == "cuda"
+
+    def buffer(self, size: int) -> memoryview:
+        if not self._pinned:
+            return memoryview(mmap.mmap(-1, size))
+        page = mmap.PAGESIZE
+        pinned = torch.empty(size + page, dtype=torch.uint8, pin_memory=True)
+        start = -pinned.data_ptr() % page
+        return pinned.numpy().data[start : start + size]
+
+    def count(self, weights: memoryview, dtype: str, counts: "Counts") -> None:
+        magnitudes = self._magnitudes(weights, dtype)
+        if dtype == "F32":
+            magnitudes >>= LOWER_BITS
+        counts += _histogram(magnitudes, len(counts))
+
+    def refine(self, weights: memoryview, upper: int, counts: "Counts") -> None:
+        magnitudes = self._magnitudes(weights, "F32")
+        inside = magnitudes[(magnitudes >> LOWER_BITS) == upper]
+        counts += _histogram(inside & (REFINED - 1), REFINED)
+
+    def zero(self, weights: memoryview, dtype: str, limit: int) -> None:
+        bits = self._bits(weights, dtype)
+        bits *= (bits & FORMATS[dtype].mask) > limit
+        host = torch.frombuffer(weights, dtype=torch.uint8)
+        host.copy_(bits.view(torch.uint8))
+
+    def _bits(self, weights: memoryview, dtype: str) -> torch.Tensor:
+        raw = torch.frombuffer(weights, dtype=torch.uint8).to(self._device, copy=True)
+        return raw.view(_SIGNED[FORMATS[dtype].width])
+
+    def _magnitudes(self, weights: memoryview, dtype: str) -> torch.Tensor:
+        return self._bits(weights, dtype).to(torch.int32) & FORMATS[dtype].mask
+
+
+def _histogram(values: torch.Tensor, size: int) -> "Counts":
+    counted: Counts = torch.bincount(values, minlength=size).cpu().numpy().astype(np.uint32)
+    return counted

@@ -1,0 +1,197 @@
+"""Recipes: for one model family, which share of each group is pruned at which size, and where the numbers come from."""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal, Self
+
+from crdiff_export.errors import RecipeError
+
+Provenance = Literal["starting-point", "searched", "published"]
+Scalar = str | int | float | bool
+
+TARGETS: Final = ("attn", "ff", "attn2")
+MAX_SIDE: Final = 16384
+MAX_POA_WEIGHT: Final = 10.0  # ours: the public code uses 1.5; a weight beyond 10 is a typing error
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """An image size in pixels."""
+
+    width: int
+    height: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `2048`, a square, or `400x560`."""
+        match = re.fullmatch(r"\s*([0-9]{1,9})(?:\s*[xX\u00d7]\s*([0-9]{1,9}))?\s*", text)
+        if not match:
+            hint = "write one side, as in 2048, or width x height, as in 400x560"
+            raise RecipeError(f"{text[:40]!r} is not a size", hint)
+        size = cls(int(match[1]), int(match[2] or match[1]))
+        if not (1 <= size.width <= MAX_SIDE and 1 <= size.height <= MAX_SIDE):
+            raise RecipeError(f"{size} is not a usable size", f"each side must be 1 to {MAX_SIDE} pixels")
+        return size
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What was measured: mean scores of the pruned and the dense model, and an interval of pruned minus dense."""
+
+    scorer: str
+    pruned: float
+    dense: float | None = None
+    prompts: int | None = None
+    interval: tuple[float, float] | None = None
+    extra: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """The numbers for one size, for any prompt or for one."""
+
+    resolution: Size
+    ratios: Mapping[str, float]
+    poa_weight: float
+    provenance: Provenance
+    source: str
+    targets: tuple[str, ...] | None = None
+    prompt: str | None = None
+    evidence: Evidence | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All variants of one family; `name` is that of the file, without its folder."""
+
+    family: str
+    title: str
+    native: Size
+    repo: str | None
+    file: str | None
+    variants: tuple[Variant, ...]
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The variant for a target; where it is not `exact`, for this size and prompt, `note` says so in one line."""
+
+    variant: Variant
+    exact: bool
+    note: str | None
+
+
+def choose(recipe: Recipe, target: Size, prompt: str | None = None) -> Choice:
+    """The variant nearest to the target, with its own size; those for another prompt do not count.
+
+    Nearest is the least hypot(ln(area / target area), ln(aspect / target aspect)): half and double are equally far.
+    Ties go to the variant for this very prompt, then to the smaller width, then height; the file's order is no matter.
+    """
+    fitting = [variant for variant in recipe.variants if variant.prompt in (None, prompt)]
+    if not fitting:
+        which = "variant for any prompt" if recipe.variants else "variant"
+        hint = f"add a [[variant]] for {target} to it, or give the ratios on the command line"
+        raise RecipeError(f"{recipe.name} has no {which}", hint)
+
+    def rank(variant: Variant) -> tuple[float, bool, int, int]:
+        size = variant.resolution
+        return _distance(size, target), variant.prompt != prompt, size.width, size.height
+
+    best = min(fitting, key=rank)
+    if (best.resolution, best.prompt) == (target, prompt):
+        return Choice(best, exact=True, note=None)
+    wanted = f"{target}" if prompt is None else f"{target} and this prompt"
+    standing = best.provenance.replace("-", " ")
+    return Choice(best, exact=False, note=f"no variant for {wanted}; using the one for {best.resolution} ({standing})")
+
+
+def _distance(one: Size, other: Size) -> float:
+    area = math.log(one.width * one.height) - math.log(other.width * other.height)
+    aspect = math.log(one.width / one.height) - math.log(other.width / other.height)
+    return round(math.hypot(area, aspect), 9)  # the last digits of a logarithm differ between platforms, ties must not
+
+
+def override(
+    variant: Variant,
+    groups: tuple[str, ...],
+    ratio: float | None = None,
+    per_group: Mapping[str, float] | None = None,
+    poa_weight: float | None = None,
+) -> Variant:
+    """The variant with numbers of the user's own; one in `per_group` wins over `ratio`.
+
+    A single ratio given makes the whole set a starting point without evidence, for nobody measured that set.
+    """
+    given = dict.fromkeys(groups, ratio) if ratio is not None else {}
+    for group, share in {**given, **(per_group or {})}.items():
+        if group not in groups:
+            raise RecipeError(f"there is no group {group!r} to prune", did_you_mean(group, groups, "groups"))
+        given[group] = check_ratio(f"the ratio of {group}", share)
+    if given:
+        if len(given) < len(groups):
+            check_groups(variant, groups, f"the variant for {variant.resolution}")
+        variant = replace(
+            variant,
+            ratios={group: given[group] if group in given else variant.ratios[group] for group in groups},
+            provenance="starting-point",
+            source="given on the command line",
+            prompt=None,
+            evidence=None,
+        )
+    if poa_weight is not None:
+        weight = check_poa_weight("the POA weight", poa_weight)
+        source = variant.source if given else f"{variant.source}; POA weight given on the command line"
+        variant = replace(variant, poa_weight=weight, source=source)
+    return variant
+
+
+def check_ratio(what: str, ratio: float) -> float:
+    """The ratio, if it is one; `what` begins the refusal."""
+    if not 0 <= ratio < 1:
+        raise RecipeError(f"{what} is {ratio}, must be 0 <= ratio < 1", "0.3 sets 30 % of the weights to zero, 0 none")
+    return ratio
+
+
+def check_poa_weight(what: str, weight: float) -> float:
+    """The weight, if it is one; `what` begins the refusal."""
+    if not 0 <= weight <= MAX_POA_WEIGHT:
+        hint = "1 is the pruned model, 0 the dense one; the public code uses 1.5"
+        raise RecipeError(f"{what} is {weight}, must be 0 <= weight <= {MAX_POA_WEIGHT:g}", hint)
+    return weight
+
+
+def check_groups(variant: Variant, groups: tuple[str, ...], where: str) -> None:
+    """Refuse ratios that are not one for each of the family's groups."""
+    for group in variant.ratios:
+        if group not in groups:
+            message = f"{where}: ratios.{group} is for a group that this model does not have"
+            raise RecipeError(message, did_you_mean(group, groups, "groups"))
+    for group in groups:
+        if group not in variant.ratios:
+            whole = ", ".join(f"{name} = {variant.ratios.get(name, 0.3)}" for name in groups)
+            raise RecipeError(f"{where}: ratios.{group} is missing", f"write ratios = {{ {whole} }}")
+
+
+def check_grid(target: Size, grid: int, title: str) -> None:
+    """Refuse a size that the model's latents cannot have."""
+    fit = Size(*(max(1, (side + grid // 2) // grid) * grid for side in (target.width, target.height)))
+    if fit != target:
+        raise RecipeError(f"{target} does not fit {title}'s latent grid (multiples of {grid})", f"use {fit}")
+
+
+def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The one of `words` that `word` probably means."""
+    return next(iter(difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=cutoff)), None)
+
+
+def did_you_mean(word: str, words: tuple[str, ...], plural: str) -> str:
+    """The hint for a word that is none of `words`."""
+    guess = nearest(word, words)
+    return (f"did you mean {guess}? " if guess else "") + f"{plural}: {', '.join(words)}"
