@@ -177,8 +177,12 @@ def read_file(path: Path, name: str) -> SourceFile:
         raise CheckpointError(f"{path}: a folder, where a file of weights should be", "Remove it or fetch the file.")
     with path.open("rb", buffering=0) as file:
         prefix = file.read(8) or b""
-        _check_magic(prefix, path)
-        size = header.length(prefix, info.st_size, str(path))
+        try:
+            size = header.length(prefix, info.st_size, str(path))
+        except CheckpointError:
+            # Not earlier: a length, too, may begin with the bytes of a magic.
+            _check_magic(prefix, path)
+            raise
         raw = file.read(size) or b""
         while len(raw) < size and (more := file.read(size - len(raw))):
             raw += more

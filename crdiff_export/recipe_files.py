@@ -111,14 +111,13 @@ def from_public_config(text: str, name: str) -> Recipe:
         raise document.wrong("best_avg_score", "is -2, so every run failed", hint)
     names = {key: model.string(key) for key in ("name", "model_path") if model.values.get(key) is not None}
     known = _known(model, names)
-    name_or_path = list(names.values())
     made = {
         "resolution": f"{model.count('width')}x{model.count('height')}",
         "ratios": _public_ratios(document, tuple(known.variants[0].ratios)),
         "poa_weight": 1.5,  # src: the default of the public code, whose search does not vary it
         "provenance": "searched",
         "source": "the ratio search of the CR-Diff public code, which never scores the dense model",
-        "evidence": {"scorer": "ImageReward", "pruned": score, "model": _shareable(name_or_path[-1]) or name_or_path[0]},
+        "evidence": {"scorer": "ImageReward", "pruned": score, "model": _shareable(names)},
     }
     return replace(known, repo=None, file=None, variants=(parse_variant(made, name),), name=name)
 
@@ -136,9 +135,12 @@ def _known(model: Table, names: dict[str, str]) -> Recipe:
     raise model.wrong("name", "is missing")
 
 
-def _shareable(model: str) -> str:
+def _shareable(names: dict[str, str]) -> str:
     """A Hub id or a plain name as it is, of a path only its end: a recipe travels, the folders of a machine do not."""
-    return model if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model) else re.split(r"[/\\]", model.rstrip("/\\"))[-1]
+    *_, model = names.values()
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
+        return model
+    return re.split(r"[/\\]", model.rstrip("/\\"))[-1] or names["name"]
 
 
 def _public_ratios(document: Table, family_groups: tuple[str, ...]) -> dict[str, float]:
