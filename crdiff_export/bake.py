@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from crdiff_export import header, staging, weights
 from crdiff_export.errors import BakeError
+from crdiff_export.hashing import SourceHashes
 from crdiff_export.kernels import Kernel
 from crdiff_export.metadata import RESERVED
 from crdiff_export.plan import Output, Plan
@@ -22,6 +23,8 @@ from crdiff_export.weights import PAGE, Chunk, Stream
 # What a file's header will say, given its source's metadata and the two hashes (or None).
 Compose = Callable[[Output, str | None, str | None], Mapping[str, str]]
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What `copy_file_range` says between two file systems, or on one that has no such thing (its man page).
+_NO_COPY = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +59,14 @@ def write(
     kernel: Kernel,
     progress: Progress,
     *,
-    hashing: bool = True,
+    hashes: SourceHashes | None,
+    replace: bool = False,
     chunk: int = weights.CHUNK,
 ) -> Written:
-    """Write the plan's output to `target`, all of it or nothing; BakeError says what stopped it."""
+    """Write the plan's output to `target`, all of it or nothing; BakeError says what stopped it.
+
+    Without `replace` that is also something which has come there since the export was planned.
+    """
     folder = plan.checkpoint.kind != "file"
     progress.stage("writing", plan.data_size)
     try:
@@ -68,14 +75,13 @@ def write(
             for number, output in enumerate(plan.outputs):
                 path = part / output.source.name if folder else part
                 path.parent.mkdir(parents=True, exist_ok=True)
-                cuts = weights.cuts(plan, thresholds, number)
-                written = _write_file(plan, output, cuts, path, compose, kernel, progress, hashing, chunk)
-                files.append(written)
+                files.append(_write_file(plan, thresholds, number, path, compose, kernel, progress, hashes, chunk))
             _copy_companions(plan, part)
             for output, written in zip(plan.outputs, files, strict=True):
+                output.source.check_unchanged()
                 _check(output, written, compose)
             _settle(part, target)
-            staging.publish(part, target)
+            staging.publish(part, target, replace=replace)
     except OSError as error:
         raise _explained(error, target) from error
     placed = (
@@ -87,23 +93,24 @@ def write(
 
 def _write_file(
     plan: Plan,
-    output: Output,
-    cuts: Sequence[weights.Cut],
+    thresholds: Sequence[Threshold],
+    number: int,
     path: Path,
     compose: Compose,
     kernel: Kernel,
     progress: Progress,
-    hashing: bool,
+    hashes: SourceHashes | None,
     chunk: int,
 ) -> BakedFile:
-    reserved = RESERVED if hashing else None
+    output = plan.outputs[number]
+    reserved = RESERVED if hashes else None
     head = header.serialise(output.tensors, compose(output, reserved, reserved))
     size = len(head) + output.data_size
+    digests: tuple[str | None, str | None] = None, None
     with _Writer(path) as writer:
         stream = Stream(
-            output, cuts, len(head), kernel,
-            hashing=hashing, skip_untouched=writer.copies, allow_nonfinite=plan.allow_nonfinite, chunk=chunk,
-        )  # fmt: skip
+            plan, thresholds, number, len(head), kernel, hashes=hashes, skip_untouched=writer.copies, chunk=chunk
+        )
         with contextlib.closing(stream.chunks()) as chunks:
             for part in chunks:
                 _fill_header(part, head)
@@ -112,17 +119,11 @@ def _write_file(
                 else:
                     writer.write(part.window, part.start)
                 progress.advance(len(part.data))
-        hashes = _spelled(stream.source_hash), _spelled(stream.output_hash)
-        if hashing:
-            head = header.serialise(output.tensors, compose(output, *hashes))
-            writer.patch(head)
+        if hashes:
+            digests = f"0x{hashes.digest(number)}", f"0x{stream.output_hash}"
+            writer.patch(header.serialise(output.tensors, compose(output, *digests)))
         writer.finish(size)
-    return BakedFile(path, size, *hashes)
-
-
-def _spelled(digest: str | None) -> str | None:
-    """ModelSpec 1.0.1 writes hashes with 0x."""
-    return digest and f"0x{digest}"
+    return BakedFile(path, size, *digests)
 
 
 def _fill_header(chunk: Chunk, head: bytes) -> None:
@@ -189,10 +190,24 @@ class _Writer:
         source = output.source.data_start - data_start
         done = chunk.start
         while done < chunk.stop:
-            moved = os.copy_file_range(self._source.fileno(), self._cached, chunk.stop - done, source + done, done)
+            moved = self._move(chunk.stop - done, source + done, done)
             if not moved:
                 raise BakeError(f"{output.source.path}: became shorter while it was read", "Run the export again.")
             done += moved
+
+    def _move(self, size: int, start: int, offset: int) -> int:
+        """Move some of `size` bytes from `start` in the source; 0 where it ends before."""
+        handle = self._source.fileno()
+        try:
+            if moved := os.copy_file_range(handle, self._cached, size, start, offset):
+                return moved
+        except OSError as error:
+            if error.errno not in _NO_COPY:
+                raise
+        os.lseek(handle, start, os.SEEK_SET)
+        data = os.read(handle, size)
+        _write_all(self._cached, memoryview(data), offset)
+        return len(data)
 
     def patch(self, head: bytes) -> None:
         """Put the final header over the reserved one; it has the same length."""
@@ -258,6 +273,8 @@ def _settle(part: Path, target: Path) -> None:
 
 def _explained(error: OSError, target: Path) -> BakeError:
     what = f"{target}: {error.strerror or error}"
+    if isinstance(error, FileExistsError):
+        return BakeError(f"{target}: came there during the export", "Give another -o, or --force to replace it.")
     if error.errno in _FULL:
         return BakeError(f"{what}; nothing was left behind", "Free some space, or give another place with -o.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

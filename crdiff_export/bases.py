@@ -1,22 +1,49 @@
 """From what a user calls a base to a path on this machine: a path, a Hub id, `hf://id/file`, or an alias."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from crdiff_export import recipe_files
 from crdiff_export.errors import CheckpointError
 
 BUILT_IN = "demo"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+# huggingface_hub's own spelling; a revision with a slash is a pull request, or has %2F for it.
+_HUB_PLACE = re.compile(r"(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(/(?P<file>.+))?")
+_HUB_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(?:/(?:blob|resolve)/main/([^?#]+))?"
+)
+# What is the name of a file, even where it looks like ORG/NAME.
+_FILES = (".safetensors", ".ckpt", ".json", ".pt", ".pth", ".bin", ".gguf", ".sft")
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base on this machine. `name` is what the output's header calls it."""
+    """A base on this machine. `name` is what the output's header calls it.
+
+    Outputs are called after `stem` if there is one: in the Hub's cache a folder's own name is a commit.
+    """
 
     path: Path
     name: str
+    stem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A repository on the Hub, or one file of it."""
+
+    repo: str
+    file: str | None
+    revision: str | None
+
+    @property
+    def name(self) -> str:
+        at = f"@{self.revision.replace('/', '%2F')}" if self.revision else ""
+        return f"hf://{self.repo}{at}{f'/{self.file}' if self.file else ''}"
 
 
 def locate(base: str, variant: str | None = None) -> Base:
@@ -24,35 +51,64 @@ def locate(base: str, variant: str | None = None) -> Base:
 
     An alias wins over a file of the same name (`./sdxl` means the file), a file over a Hub id.
     """
+    if not base.strip():
+        raise CheckpointError("the name of the base is empty", _hint(""))
     if base == BUILT_IN:
         from crdiff_export import demo
 
         return Base(demo.path(), BUILT_IN)
-    if recipe := recipe_files.by_alias(base):
-        return _fetch(f"{recipe.repo}/{recipe.file}", variant)
+    if place := _place(base):
+        from crdiff_export import hub
+
+        path = hub.fetch(place.repo, place.file, place.revision, variant)
+        return Base(path, place.name, place.repo.partition("/")[2] if path.is_dir() else None)
+    found = _path(base)
+    if found is None:
+        raise CheckpointError(f"{_shown(base)}: no such file or folder", _hint(base))
+    # A link's own name says more than what it leads to: in the Hub's cache that is a hash.
+    return Base(found, found.name if found.name not in ("", "..") else found.resolve().name)
+
+
+def remote(base: str) -> str | None:
+    """Where on the Hub a base is, as hf://…; None for what is on this machine or nowhere."""
+    place = _place(base)
+    return place.name if place else None
+
+
+def _place(base: str) -> _Place | None:
+    recipe = recipe_files.by_alias(base)
+    if recipe:
+        return _Place(recipe.repo, recipe.file, None) if recipe.repo else None
     if base.startswith("hf://"):
-        return _fetch(base.removeprefix("hf://"), variant)
-    path = Path(base).expanduser()
-    if path.exists() or path.is_symlink():
-        return Base(path, path.resolve().name)
-    if _HUB_ID.fullmatch(base) and path.suffix not in (".safetensors", ".ckpt", ".json"):
-        return _fetch(base, variant)
-    raise CheckpointError(f"{base}: no such file or folder", _hint(base))
+        match = _HUB_PLACE.fullmatch(base.removeprefix("hf://").rstrip("/"))
+        if not match:
+            raise CheckpointError(f"{base}: not a place on the Hub", "Write hf://ORG/NAME or hf://ORG/NAME/FILE.")
+        revision = match["revision"]
+        return _Place(match["repo"], match["file"], unquote(revision) if revision else None)
+    if _path(base) is None and not base.lower().endswith(_FILES) and (match := _HUB_ID.fullmatch(base)):
+        return _Place(match["repo"], None, match["revision"])
+    return None
+
+
+def _path(base: str) -> Path | None:
+    """The path, if something is there; a broken link is something."""
+    try:
+        path = Path(base).expanduser()
+    except RuntimeError:  # a ~name that is nobody's home
+        return None
+    return path if os.path.lexists(path) else None
+
+
+def _shown(base: str) -> str:
+    """What was given; a link without the places where passwords and tokens stand."""
+    return re.sub(r"//[^/@]*@", "//", base.partition("?")[0]) if "://" in base else base
 
 
 def _hint(base: str) -> str:
-    if "/" in base or "." in base:
+    if page := _HUB_PAGE.match(base):
+        return f"A file on the Hub is written hf://{page[1]}{f'/{page[2]}' if page[2] else ''}."
+    if "://" in base:
+        return "Download the file and give its path, or name a file on the Hub: hf://ORG/NAME/FILE."
+    if "/" in base or "." in base or not base.strip():
         return "Give a path, a Hub id such as ORG/NAME, or an alias; `crdiff recipes list` names them."
     return recipe_files.unknown_alias_hint(base)
-
-
-def _fetch(place: str, variant: str | None) -> Base:
-    from crdiff_export import hub
-
-    parts = place.split("/", 2)
-    if len(parts) < 2 or not all(parts):
-        raise CheckpointError(f"hf://{place}: not a place on the Hub", "Write hf://ORG/NAME or hf://ORG/NAME/FILE.")
-    name, _, revision = parts[1].partition("@")
-    repo = f"{parts[0]}/{name}"
-    file = parts[2] if len(parts) == 3 else None
-    return Base(hub.fetch(repo, file, revision or None, variant), f"hf://{place}")

@@ -4,76 +4,25 @@
 or a `.ckpt`. Names, folders and variants follow diffusers (`_add_variant`, `WEIGHTS_INDEX_NAME`).
 """
 
-import json
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Protocol
+from typing import Literal, NoReturn
 
-from crdiff_export import header
+from crdiff_export import header, magic
 from crdiff_export.errors import CheckpointError
 from crdiff_export.header import TensorSpec, show
+from crdiff_export.pickled import open_pickle
+from crdiff_export.source import SourceFile, check_regular
+from crdiff_export.strict_json import MalformedError, parse_object
 
 Kind = Literal["file", "shards", "folder"]
 COMPONENTS = ("unet", "transformer")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 MAX_INDEX_BYTES = 64 << 20
-
-
-class Bytes(Protocol):
-    """The bytes of a data section, to be read at any place. Not for use by two threads at once."""
-
-    def read_into(self, offset: int, target: memoryview) -> None:
-        """Fill `target` with the bytes from `offset` on; CheckpointError if the file ends before."""
-        ...
-
-    def close(self) -> None:
-        """Give back what is held."""
-        ...
-
-
-class Tensors(Protocol):
-    """Tensors that lie elsewhere than in a safetensors file (a pickle), as the bytes such a file would have."""
-
-    def open(self) -> Bytes:
-        """A reader of its own for each thread."""
-        ...
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file of weights. `name` is its path below the checkpoint, and so below the output, with '/' between parts."""
-
-    path: Path
-    name: str
-    tensors: tuple[TensorSpec, ...]
-    metadata: Mapping[str, str]
-    data_start: int
-    stored: int
-    tensors_of: Tensors | None = None
-
-    @cached_property
-    def data_size(self) -> int:
-        """Bytes of the data section."""
-        return max((t.end for t in self.tensors), default=0)
-
-    @cached_property
-    def by_offset(self) -> tuple[TensorSpec, ...]:
-        """The tensors in the order of their bytes."""
-        return tuple(sorted(self.tensors, key=lambda t: (t.start, t.end)))
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether most of the file is a hole, so that its weights are not really there."""
-        return self.data_size > 1 << 20 and self.stored < self.data_size // 2
-
-    def open(self) -> Bytes:
-        """A reader of the data section, one for each thread."""
-        return self.tensors_of.open() if self.tensors_of else _FileBytes(self.path, self.data_start)
 
 
 @dataclass(frozen=True)
@@ -85,7 +34,6 @@ class Checkpoint:
     files: tuple[SourceFile, ...]
     companions: tuple[PurePosixPath, ...] = ()
     notes: tuple[str, ...] = ()
-    origin: str | None = None
 
     @property
     def stem(self) -> str:
@@ -93,7 +41,7 @@ class Checkpoint:
         if self.kind == "folder":
             return self.path.resolve().name or "model"
         name = self.path.name.removesuffix(".index.json")
-        return re.sub(r"\.(safetensors|ckpt|pth?|bin)$", "", name)
+        return re.sub(r"\.(safetensors|ckpt|pth?|bin)$", "", name, flags=re.IGNORECASE)
 
     @property
     def home(self) -> Path:
@@ -117,104 +65,49 @@ class Checkpoint:
                 yield number, tensor
 
 
-class _FileBytes:
-    def __init__(self, path: Path, data_start: int) -> None:
-        self._file = path.open("rb", buffering=0)
-        self._path, self._start = path, data_start
-
-    def read_into(self, offset: int, target: memoryview) -> None:
-        done = 0
-        while done < len(target):
-            try:
-                self._file.seek(self._start + offset + done)
-                got = self._file.readinto(target[done:])
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self._path}: reading failed: {error.strerror}",
-                    "Check the disk, or copy the file to another one.",
-                ) from error
-            if not got:
-                raise CheckpointError(
-                    f"{self._path}: the file became shorter while it was read",
-                    "Leave the file alone during the export, then run it again.",
-                )
-            done += got
-
-    def close(self) -> None:
-        self._file.close()
-
-
 def open_checkpoint(path: Path, variant: str | None = None) -> Checkpoint:
     """Read the headers of a checkpoint; CheckpointError names the file, the key and what is wrong with them."""
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
+        if path.is_dir():
             return _open_folder(path, variant)
-        if not stat.S_ISREG(mode):
-            raise CheckpointError(f"{path}: not a regular file", "Give a checkpoint file or a diffusers folder.")
-        if path.suffix == ".json":
+        check_regular(path)
+        if path.suffix.lower() == ".json":
             return _open_index(path)
-        if path.suffix in PICKLES:
-            from crdiff_export.pickled import open_pickle
-
+        if path.suffix.lower() in PICKLES:
             return Checkpoint(path, "file", (open_pickle(path),))
         return Checkpoint(path, "file", (read_file(path, path.name),))
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path}: no such file or folder",
-            "Give a path, a Hub id such as ORG/NAME, or an alias; `crdiff recipes list` names them.",
+            f"{error.filename or path}: no such file or folder",
+            "Check the path.",
         ) from error
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror or error}", "Check the path and its permissions, then try again."
+            f"{error.filename or path}: cannot be read: {error.strerror or error}",
+            "Check the path and its permissions, then try again.",
         ) from error
 
 
 def read_file(path: Path, name: str) -> SourceFile:
     """One safetensors file's header, checked; `name` is what messages and outputs call it."""
-    info = path.stat()
-    if stat.S_ISDIR(info.st_mode):
-        raise CheckpointError(f"{path}: a folder, where a file of weights should be", "Remove it or fetch the file.")
-    with path.open("rb", buffering=0) as file:
-        prefix = file.read(8) or b""
-        try:
-            size = header.length(prefix, info.st_size, str(path))
-        except CheckpointError:
-            # Not earlier: a length, too, may begin with the bytes of a magic.
-            _check_magic(prefix, path)
-            raise
-        raw = file.read(size) or b""
-        while len(raw) < size and (more := file.read(size - len(raw))):
-            raw += more
+    info = check_regular(path)
+    with path.open("rb") as file:
+        start = file.read(magic.SIZE)
+        if not magic.is_safetensors(start):
+            magic.refuse_other(start, path)
+        size = header.length(start[:8], info.st_size, str(path))
+        file.seek(8)
+        raw = file.read(size)
     found = header.parse(raw, info.st_size, str(path))
-    # Windows has no st_blocks; there a file counts as stored in full.
-    stored = getattr(info, "st_blocks", info.st_size // 512 + 1) * 512
-    return SourceFile(path, name, found.tensors, found.metadata, found.data_start, stored)
-
-
-def _check_magic(prefix: bytes, path: Path) -> None:
-    if prefix.startswith(b"GGUF"):
-        raise CheckpointError(
-            f"{path}: a GGUF file; its weights are quantised and cannot be pruned by magnitude",
-            "Use the fp16 or bf16 checkpoint that it was made from.",
-        )
-    if prefix.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        raise CheckpointError(
-            f"{path}: a pickle or zip archive under another name, not a safetensors file",
-            "Rename it to .ckpt if it is a torch checkpoint; it is then read without running any code in it.",
-        )
-    if prefix.startswith(b"version "):
-        raise CheckpointError(
-            f"{path}: a Git LFS pointer, not the checkpoint itself", "Fetch the file with `git lfs pull`."
-        )
+    return SourceFile(path, name, found.tensors, found.metadata, found.data_start, info)
 
 
 def _open_index(path: Path) -> Checkpoint:
-    files, index_name = _read_shards(path.parent, PurePosixPath(path.name))
-    return Checkpoint(path, "shards", files, (PurePosixPath(index_name.name),))
+    index = PurePosixPath(path.name)
+    return Checkpoint(path, "shards", _read_shards(path.parent, index), (index,))
 
 
-def _read_shards(root: Path, index: PurePosixPath) -> tuple[tuple[SourceFile, ...], PurePosixPath]:
+def _read_shards(root: Path, index: PurePosixPath) -> tuple[SourceFile, ...]:
     """The shards of an index at `index` below `root`, each key in the shard that the index names."""
     weight_map = _read_index(root / index)
     shards = sorted(set(weight_map.values()))
@@ -240,23 +133,23 @@ def _read_shards(root: Path, index: PurePosixPath) -> tuple[tuple[SourceFile, ..
             f"{root / index}: {show(key)} is not in {show(weight_map[key])}",
             "The index and the shards are not of one checkpoint; fetch them again together.",
         )
-    return tuple(files), index
+    return tuple(files)
 
 
 def _read_index(path: Path) -> dict[str, str]:
     damaged = "The index is damaged or is not one of a sharded checkpoint; fetch it again."
-    if path.stat().st_size > MAX_INDEX_BYTES:
+    if check_regular(path).st_size > MAX_INDEX_BYTES:
         raise CheckpointError(f"{path}: larger than any index of shards", damaged)
     try:
-        value: Any = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON", damaged) from error
-    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+        weight_map = parse_object(path.read_bytes(), fractions=True).get("weight_map")
+    except MalformedError as error:
+        raise CheckpointError(f"{path}: the index {error}", damaged) from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map", damaged)
     for key, shard in weight_map.items():
-        # A plain name only: an index must not lead out of its own folder.
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+        # A plain name only: an index must not lead out of its own folder. C:name is a path on Windows.
+        named = isinstance(shard, str) and re.fullmatch(r"[^/\\:]{1,200}\.safetensors", shard)
+        if not named or not shard.isprintable():
             raise CheckpointError(
                 f"{path}: {show(key)} is placed in {show(shard)}, not a file beside the index", damaged
             )
@@ -267,22 +160,25 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
     component = next((c for c in COMPONENTS if (path / c).is_dir()), None)
     home = PurePosixPath(component) if component else PurePosixPath()
     choices = _weights(path / home)
+    indexes = [] if choices or component else sorted(path.glob("*.safetensors.index*.json"))
+    if len(indexes) == 1:  # shards of another name, as an export of such an index leaves them
+        return _open_index(indexes[0])
     if not choices:
         raise CheckpointError(
             f"{path / home}: no diffusion_pytorch_model weights in safetensors format",
             "Give a diffusers folder with a unet/ or transformer/ part, or the checkpoint file itself.",
         )
     chosen = _choose(choices, variant, path / home)
-    if choices[chosen].endswith(".index.json"):
-        files, _ = _read_shards(path, home / choices[chosen])
+    if choices[chosen].endswith(".json"):
+        files = _read_shards(path, home / choices[chosen])
     else:
         files = (read_file(path / home / choices[chosen], str(home / choices[chosen])),)
     left_out = _weight_files(path / home)
     others = sorted(set(choices) - {chosen})
     notes = [f"the {name or 'plain'} weights beside them are not in the output" for name in others]
-    companions, links = _companions(path)
+    companions, links = _companions(path, home)
     kept = [c for c in companions if not (c.parent == home and c.name in left_out)]
-    if choices[chosen].endswith(".index.json"):
+    if choices[chosen].endswith(".json"):
         kept.append(home / choices[chosen])
     notes += [f"{link} is a link to a folder and is not in the output" for link in links]
     return Checkpoint(path, "folder", files, tuple(sorted(kept)), tuple(notes))
@@ -319,15 +215,27 @@ def _choose(choices: Mapping[str, str], variant: str | None, folder: Path) -> st
     return variant
 
 
-def _companions(root: Path) -> tuple[list[PurePosixPath], list[str]]:
-    """Every file below `root`, and the links to folders, which are not followed (a link may lead in a circle)."""
+def _companions(root: Path, home: PurePosixPath) -> tuple[list[PurePosixPath], list[str]]:
+    """Every file below `root`, and the links to folders, which are not followed (a link may lead in a circle).
+
+    Only `home`, the folder that is pruned, may be a link itself.
+    """
     files, links = [], []
-    for folder, folders, names in os.walk(root):
+    tops = [root, root / home] if (root / home).is_symlink() and home.parts else [root]
+    for folder, folders, names in (step for top in tops for step in os.walk(top, onerror=_fail)):
         here = Path(folder)
-        links += [str((here / f).relative_to(root)) for f in folders if (here / f).is_symlink()]
-        folders[:] = sorted(f for f in folders if not (here / f).is_symlink() and f not in (".git", ".cache"))
+        linked = [f for f in folders if (here / f).is_symlink()]
+        links += [(here / f).relative_to(root).as_posix() for f in sorted(linked) if here / f not in tops]
+        folders[:] = sorted(f for f in folders if f not in linked and f not in (".git", ".cache"))
         for name in sorted(names):
-            if not stat.S_ISREG((here / name).stat().st_mode):
-                raise CheckpointError(f"{here / name}: not a regular file", "Remove it from the folder.")
+            if not (here / name).exists() and (here / name).is_symlink():
+                raise CheckpointError(
+                    f"{here / name}: a link to nothing", "Remove it, or fetch what it should lead to."
+                )
+            check_regular(here / name)
             files.append(PurePosixPath((here / name).relative_to(root).as_posix()))
     return files, links
+
+
+def _fail(error: OSError) -> NoReturn:
+    raise error

@@ -1,14 +1,16 @@
 """Where an export goes, and whether it may and can go there; decided before anything is read or written."""
 
+import contextlib
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from crdiff_export.checkpoint import open_checkpoint
+from crdiff_export.amounts import amount
+from crdiff_export.checkpoint import PICKLES, open_checkpoint
 from crdiff_export.errors import CheckpointError, PlanError
-from crdiff_export.metadata import is_baked
 from crdiff_export.plan import Plan
+from crdiff_export.stamp import is_baked
 
 # Our own keys add a few KB to each header; a source without metadata gets all of them.
 HEADER_GROWTH = 64 << 10
@@ -23,63 +25,81 @@ class Space:
     free: int
 
 
-def place(plan: Plan, output: Path | None, *, force: bool) -> Path:
-    """The path to write, `STEM-crdiff-WxH` if none is given; PlanError where it must not be."""
+def place(plan: Plan, output: Path | None, stem: str | None = None, *, force: bool) -> Path:
+    """The path to write, `STEM-crdiff-WxH` if none is given; PlanError where it must not or cannot be."""
     folder = plan.checkpoint.kind != "file"
     suffix = "" if folder else ".safetensors"
-    target = output if output is not None else Path(f"{plan.checkpoint.stem}-crdiff-{plan.size}{suffix}")
+    target = output if output is not None else Path(f"{stem or plan.checkpoint.stem}-crdiff-{plan.size}{suffix}")
+    try:
+        _check(plan, target, folder=folder, force=force)
+    except OSError as error:
+        raise PlanError(f"{target}: {error.strerror}", "Give another place with -o.") from error
+    return target
+
+
+def _check(plan: Plan, target: Path, *, folder: bool, force: bool) -> None:
+    if target.name in ("", ".."):
+        raise PlanError(f"{target}: not a name for the output", f"Give it one: -o {target / 'NAME'}.")
     if not target.parent.is_dir():
         raise PlanError(f"{target}: the folder {target.parent} does not exist", "Create it, or give another -o.")
+    with contextlib.suppress(FileNotFoundError):
+        target.lstat()  # a name that is too long, say
     _refuse_source(plan, target)
     if folder:
-        _check_folder(target, force=force)
+        _check_folder(plan, target, force=force)
     else:
         _check_file(target, force=force)
     if not os.access(target.parent, os.W_OK):
         raise PlanError(f"{target}: the folder {target.parent} cannot be written to", "Give another place with -o.")
-    return target
 
 
 def _refuse_source(plan: Plan, target: Path) -> None:
-    root, there = plan.checkpoint.path.resolve(), target.resolve()
+    """Refuse the base, its folder, and a folder around it that --force would replace with everything in it."""
+    # Not Path.resolve, which raises RuntimeError for a link in a circle.
+    root, there = (Path(os.path.realpath(path)) for path in (plan.checkpoint.path, target))
     # A sharded source is the folder of its index.
     home = root.parent if plan.checkpoint.kind == "shards" else root
     inside = plan.checkpoint.kind == "folder" and there.is_relative_to(home)
     if there in (root, home) or inside or (target.exists() and target.samefile(root)):
         raise PlanError(f"{target}: that is the base itself", "Give another place with -o; the base is never changed.")
+    if root.is_relative_to(there):
+        raise PlanError(f"{target}: the base lies in it", "Give another place with -o; the base is never changed.")
 
 
 def _check_file(target: Path, *, force: bool) -> None:
     if target.is_dir():
         raise PlanError(
-            f"{target}: a folder; the output is one file", f"Give a file name: -o {target / 'NAME'}.safetensors"
+            f"{target}: a folder; the output is one file", f"Give a file name: -o {target / 'NAME.safetensors'}."
         )
     if target.suffix != ".safetensors":
-        raise PlanError(
-            f"{target}: the output is a safetensors file", f"Name it {target.with_suffix('.safetensors').name}."
-        )
-    if target.exists() and not force:
+        name = target.stem if target.suffix in PICKLES else target.name
+        raise PlanError(f"{target}: the output is a safetensors file", f"Name it {name}.safetensors.")
+    if target.exists() and not target.is_file():
+        raise PlanError(f"{target}: not a regular file", "Give another place with -o.")
+    if os.path.lexists(target) and not force:
         raise PlanError(f"{target}: already exists", "Give another -o, or --force to replace it.")
 
 
-def _check_folder(target: Path, *, force: bool) -> None:
+def _check_folder(plan: Plan, target: Path, *, force: bool) -> None:
     if target.suffix == ".safetensors":
         raise PlanError(
             f"{target}: the base is a folder, and so is the output", f"Name it {target.with_suffix('').name}."
         )
-    if not target.exists():
+    if not os.path.lexists(target):
         return
     if not target.is_dir():
-        raise PlanError(f"{target}: a file, where the output is a folder", "Give another place with -o.")
+        raise PlanError(f"{target}: not a folder, which the output is", "Give another place with -o.")
+    if target.is_symlink():
+        raise PlanError(f"{target}: a link to a folder", f"Give the folder itself: -o {target.resolve()}.")
     if not any(target.iterdir()):
         return
     if not force:
         raise PlanError(f"{target}: already exists", "Give another -o, or --force to replace it.")
+    mine = "Remove it yourself, or give another -o."
     if not _is_ours(target):
-        raise PlanError(
-            f"{target}: not a folder that crdiff made; --force does not replace it",
-            "Remove it yourself, or give another -o.",
-        )
+        raise PlanError(f"{target}: not a folder that crdiff made; --force does not replace it", mine)
+    if stranger := _stranger(plan, target):
+        raise PlanError(f"{target}: holds {stranger}, which is no part of the output; --force would delete it", mine)
 
 
 def _is_ours(folder: Path) -> bool:
@@ -91,6 +111,14 @@ def _is_ours(folder: Path) -> bool:
         except CheckpointError:
             continue
     return False
+
+
+def _stranger(plan: Plan, folder: Path) -> str | None:
+    """A file in an earlier output that the new one would not have: somebody put it there. Weights may be split anew."""
+    new = {output.source.name for output in plan.outputs} | {str(name) for name in plan.checkpoint.companions}
+    there = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    names = (path.relative_to(folder).as_posix() for path in there if not path.match("diffusion_pytorch_model*"))
+    return next((name for name in names if name not in new), None)
 
 
 def space(plan: Plan, target: Path) -> Space:
@@ -110,6 +138,6 @@ def check_space(space: Space) -> None:
     """PlanError where the disk is too full."""
     if space.needed > space.free:
         raise PlanError(
-            f"{space.folder.resolve()}: {space.needed / 1e9:.1f} GB are needed, {space.free / 1e9:.1f} GB are free",
+            f"{space.folder.resolve()}: {amount(space.needed)} needed, {amount(space.free)} free",
             "Free some space, or give another place with -o.",
         )

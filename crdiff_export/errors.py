@@ -36,6 +36,13 @@ class RecipeError(CrdiffError):
     code = "recipe"
 
 
+class OptionError(RecipeError):
+    """An option that does not go with the base: the command line is what is wrong."""
+
+    exit_code = 2
+    code = "usage"
+
+
 class PlanError(CrdiffError):
     """A request that names, shapes or flags alone show to be impossible."""
 

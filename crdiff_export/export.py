@@ -1,18 +1,31 @@
 """READ FIRST: the whole story, from a base to a pruned checkpoint."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crdiff_export import bake, bases, criteria, destination, families, kernels, metadata, plan, recipe, recipe_files
+from crdiff_export import (
+    architecture,
+    bake,
+    bases,
+    criteria,
+    destination,
+    kernels,
+    metadata,
+    plan,
+    recipe,
+    recipe_files,
+)
 from crdiff_export.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.errors import RecipeError
 from crdiff_export.families import Match
 from crdiff_export.floats import DTYPES
-from crdiff_export.metadata import Stamp
+from crdiff_export.hashing import SourceHashes
 from crdiff_export.plan import Output, Plan
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.recipe import Size, Variant
+from crdiff_export.stamp import Stamp
 from crdiff_export.threshold import Threshold
 
 
@@ -67,15 +80,14 @@ def prepare(request: ExportRequest) -> Job:
     """Find the base, read its headers, and plan; any refusal comes from here, before a weight is read."""
     base = bases.locate(request.base, request.variant)
     checkpoint = open_checkpoint(base.path, request.variant)
-    plan.check_source(checkpoint)
-    match = families.detect(checkpoint.shapes)
+    match = plan.recognise(checkpoint)
     variant, recipe_name, notes = _choose(request, match)
     planned = plan.make(
         checkpoint, match, request.size, variant, recipe_name,
         kinds=request.targets, cast=DTYPES[request.dtype] if request.dtype else None,
         allow_nonfinite=request.allow_nonfinite, notes=notes,
     )  # fmt: skip
-    target = destination.place(planned, request.output, force=request.force)
+    target = destination.place(planned, request.output, base.stem, force=request.force)
     return Job(request, base, planned, target, destination.space(planned, target))
 
 
@@ -89,16 +101,24 @@ def export(request: ExportRequest, progress: Progress | None = None) -> Baked:
 
 def run(job: Job, progress: Progress) -> Baked:
     """Do what was planned: count to find the thresholds, then write."""
-    request, planned = job.request, job.plan
     destination.check_space(job.space)
+    with SourceHashes(job.plan) if job.request.hashing else nullcontext() as hashes:
+        return _run(job, hashes, progress)
+
+
+def _run(job: Job, hashes: SourceHashes | None, progress: Progress) -> Baked:
+    request, planned = job.request, job.plan
     kernel = kernels.load(request.device, request.threads)
     thresholds = criteria.by_name(request.criterion)(planned, kernel, progress)
-    stamp = metadata.stamp(planned, thresholds, request.criterion, job.base.name)
+    model = architecture.find(planned)
+    stamp = metadata.stamp(planned, thresholds, request.criterion, job.base.name, model)
 
     def compose(output: Output, source_hash: str | None, output_hash: str | None) -> Mapping[str, str]:
-        return metadata.header(planned, stamp, output.source.metadata, source_hash, output_hash)
+        return metadata.header(planned, stamp, model, output.source.metadata, source_hash, output_hash)
 
-    written = bake.write(planned, thresholds, job.target, compose, kernel, progress, hashing=request.hashing)
+    written = bake.write(
+        planned, thresholds, job.target, compose, kernel, progress, hashes=hashes, replace=request.force
+    )
     return Baked(job, thresholds, stamp, written)
 
 

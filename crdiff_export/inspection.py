@@ -6,20 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crdiff_export import families, metadata
+from crdiff_export import families
+from crdiff_export.amounts import amount
 from crdiff_export.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.errors import FamilyError
 from crdiff_export.families import Match
-from crdiff_export.header import show
-from crdiff_export.metadata import Stamp
 from crdiff_export.plan import quantisation
+from crdiff_export.stamp import Stamp, is_baked
 
 GROUP_COLUMNS = ("group", "ratio", "zeroed", "of", "share", "threshold")
-PROVENANCE = {
-    "starting-point": "starting point: nobody has tuned these ratios for this size",
-    "searched": "searched",
-    "published": "published",
-}
+_SHAPES = {"file": "one file", "shards": "shards", "folder": "diffusers folder"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +31,7 @@ class Inspection:
     match: Match | None
     why_not: str | None
     quantised: str | None
+    sparse: bool
     stamp: Stamp | None
     metadata: Mapping[str, str]
     columns: Sequence[str]
@@ -44,11 +41,10 @@ class Inspection:
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """What to print before the table, as name and text."""
-        yield (
-            "file",
-            f"{self.path} ({self.kind}, {self.files} with weights, {self.tensors} tensors, {self.size / 1e9:.2f} GB)",
-        )
-        yield "dtypes", ", ".join(f"{dtype} {size / 1e9:.2f} GB" for dtype, size in self.dtypes.items())
+        shape = _SHAPES[self.kind] + (f", {self.files} files of weights" if self.files > 1 else "")
+        tensors = "tensor" if self.tensors == 1 else "tensors"
+        yield "file", f"{self.path} ({shape}, {self.tensors} {tensors}, {amount(self.size)})"
+        yield "dtypes", ", ".join(f"{dtype} {amount(size)}" for dtype, size in self.dtypes.items()) or "none"
         if self.match:
             inpainting = ", inpainting" if self.match.inpainting else ""
             yield "family", f"{self.match.family.title} ({self.match.layout.name} layout{inpainting})"
@@ -58,11 +54,13 @@ class Inspection:
         if self.quantised:
             yield "quantised", f"{self.quantised}; cannot be pruned by magnitude"
         if title := self.metadata.get("modelspec.title"):
-            yield "title", show(title, 200)
+            yield "title", printable(title)
         if self.stamp:
             yield from _stamp_facts(self.stamp, self.metadata.get("modelspec.hash_sha256"))
-        elif self.match:
+        else:
             yield "crdiff", "not made by crdiff"
+        for note in self.notes:
+            yield "note", note
 
     def as_json(self) -> dict[str, Any]:
         """The same for machines."""
@@ -72,7 +70,8 @@ class Inspection:
             "layout": self.match.layout.name if self.match else None,
             "prefix": self.match.prefix if self.match else None,
             "inpainting": self.match.inpainting if self.match else None, "unknown": self.why_not,
-            "quantised": self.quantised, "groups": self.groups, "notes": list(self.notes), "crdiff": None,
+            "quantised": self.quantised, "sparse": self.sparse, "title": self.metadata.get("modelspec.title"),
+            "groups": self.groups, "notes": list(self.notes), "crdiff": None,
         }  # fmt: skip
         if self.stamp:
             keys = {k.removeprefix("crdiff."): v for k, v in self.metadata.items() if k.startswith("crdiff.")}
@@ -92,11 +91,11 @@ def inspect(path: Path) -> Inspection:
         match = families.detect(checkpoint.shapes)
     except FamilyError as error:
         why_not = error.message
-    stamped = metadata.is_baked(checkpoint.metadata)
+    stamped = is_baked(checkpoint.metadata)
     stamp = Stamp.from_metadata(checkpoint.metadata, str(path)) if stamped else None
     groups = _stamped_groups(stamp) if stamp else _plain_groups(checkpoint, match) if match else {}
     columns = GROUP_COLUMNS if stamp else ("group", "layers", "weights")
-    notes = [f"{f.path.name} is mostly a hole: its weights are not there" for f in checkpoint.files if f.is_sparse]
+    notes = [f"{f.path.name} is sparse: mostly a hole, without weights" for f in checkpoint.files if f.is_sparse]
     if match and match.ema_tensors:
         notes.append(f"{match.ema_tensors} tensors of an EMA copy (model_ema.*)")
     return Inspection(
@@ -109,6 +108,7 @@ def inspect(path: Path) -> Inspection:
         match=match,
         why_not=why_not,
         quantised=quantisation(checkpoint),
+        sparse=any(f.is_sparse for f in checkpoint.files),
         stamp=stamp,
         metadata=checkpoint.metadata,
         columns=columns,
@@ -120,16 +120,29 @@ def inspect(path: Path) -> Inspection:
 
 def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, str]]:
     yield "pruned for", f"{stamp.resolution} (native {stamp.native})"
-    yield "ratios", f"{PROVENANCE.get(stamp.provenance, stamp.provenance)} ({stamp.provenance_source}; {stamp.recipe})"
+    yield "ratios", printable(provenance(stamp.provenance, stamp.provenance_source))
+    yield "recipe", printable(stamp.recipe)
     if stamp.evidence:
-        yield "evidence", ", ".join(f"{key} {text}" for key, text in sorted(stamp.evidence.items()))
+        yield "evidence", printable(", ".join(f"{key} {text}" for key, text in sorted(stamp.evidence.items())))
     if stamp.prompt:
-        yield "prompt", show(stamp.prompt, 200)
-    yield "targets", f"{', '.join(stamp.targets)} by {stamp.criterion}{f', cast to {stamp.cast}' if stamp.cast else ''}"
+        yield "prompt", printable(stamp.prompt)
+    cast = f", cast to {printable(stamp.cast)}" if stamp.cast else ""
+    yield "targets", printable(f"{', '.join(stamp.targets)} by {stamp.criterion}") + cast
     yield "POA weight", f"{stamp.poa_weight:g}"
-    yield "base", f"{show(stamp.source_name)}, {stamp.source_hash or 'not hashed'}"
-    yield "hash", output_hash or "none"
-    yield "made by", f"crdiff {stamp.version}"
+    yield "base", f"{printable(stamp.source_name)} ({stamp.source_hash or 'not hashed'})"
+    yield "hash", printable(output_hash) if output_hash else "none"
+    yield "made by", f"crdiff {printable(stamp.version)}"
+
+
+def provenance(standing: str, source: str) -> str:
+    """Where ratios come from, in a line that says of those nobody tuned that nobody has."""
+    return f"{'starting point, tuned by nobody' if standing == 'starting-point' else standing} ({source})"
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """A file's text, fit for one line of a terminal: as it is where it can be, with escapes where it must be."""
+    short = text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
+    return short if short.isprintable() else ascii(short)
 
 
 def _stamped_groups(stamp: Stamp) -> dict[str, dict[str, Any]]:

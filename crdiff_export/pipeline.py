@@ -40,15 +40,16 @@ def ahead(items: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
             _put(waiting, end, stopped)
 
     producer = threading.Thread(target=produce, name="crdiff-stage", daemon=True)
-    producer.start()
     try:
+        producer.start()
         while not isinstance(item := waiting.get(), _End):
             yield item
         if item.error is not None:
             raise item.error
     finally:
         stopped.set()
-        producer.join()
+        if producer.is_alive():  # an interrupt can come before it is
+            producer.join()
 
 
 def _put(waiting: "queue.Queue[T | _End[T]]", item: "T | _End[T]", stopped: threading.Event) -> bool:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from crdiff_export import families, threshold
-from crdiff_export.checkpoint import Checkpoint, SourceFile
-from crdiff_export.errors import PlanError
+from crdiff_export.checkpoint import Checkpoint
+from crdiff_export.errors import FamilyError, PlanError
 from crdiff_export.families import Layer, Match
 from crdiff_export.floats import FORMATS
 from crdiff_export.header import BITS, TensorSpec, show
 from crdiff_export.recipe import Size, Variant
+from crdiff_export.source import SourceFile
 
 # Tensors that `--dtype` casts; flags, ids and everything else that is no float stay.
 CASTABLE = ("F64", *FORMATS)
@@ -108,6 +109,14 @@ class Plan:
         """The family's groups, in order."""
         return self.match.family.groups
 
+    def unchanged(self, file: int) -> int:
+        """How many bytes at the start of a file's data section are the source's, whatever the thresholds will be."""
+        output = self.outputs[file]
+        if any(run.cast for run in output.runs):
+            return 0
+        starts = (t.span(t.output)[0] for t in self.targets if t.file == file and self.scopes[t.scope].rank)
+        return min(starts, default=output.data_size)
+
     def ratio(self, group: str) -> float:
         """The share of a group's weights that is asked for."""
         return float(self.variant.ratios[group])
@@ -117,26 +126,38 @@ class Plan:
         """Bytes of tensors to write."""
         return sum(o.data_size for o in self.outputs)
 
-    @cached_property
-    def target_bytes(self) -> int:
-        """Bytes of target weights to count, in the source."""
-        return sum(t.count * t.source.itemsize for t in self.targets if self.scopes[t.scope].rank)
+
+def quantisation(checkpoint: Checkpoint, prefix: str = "") -> str | None:
+    """How the weights behind `prefix` are quantised and the key that shows it; None where they are not."""
+    for file in checkpoint.files:
+        names = (t.name for t in file.tensors if t.name.startswith(prefix))
+        if found := families.quantisation(names, file.metadata):
+            return found
+    return None
 
 
-def quantisation(checkpoint: Checkpoint) -> str | None:
-    """How the weights are quantised and the key that shows it; None where they are not."""
-    found = (families.quantisation((t.name for t in file.tensors), file.metadata) for file in checkpoint.files)
-    return next(filter(None, found), None)
+def recognise(checkpoint: Checkpoint) -> Match:
+    """What the checkpoint is; FamilyError if nobody knows, PlanError if it must not be pruned.
 
-
-def check_source(checkpoint: Checkpoint) -> None:
-    """PlanError for a checkpoint that must not be pruned, whatever family it is of."""
+    A quantised text encoder beside a plain UNet does no harm.
+    """
     if any("crdiff.schema" in file.metadata for file in checkpoint.files):
         raise PlanError(
             f"{checkpoint.path}: already pruned by crdiff",
             "Export from the base that it was made from; `crdiff inspect` names it.",
         )
-    if found := quantisation(checkpoint):
+    try:
+        match = families.detect(checkpoint.shapes)
+    except FamilyError:
+        # Quantised layers have other names and shapes than the family's.
+        _refuse_quantised(checkpoint, "")
+        raise
+    _refuse_quantised(checkpoint, match.prefix)
+    return match
+
+
+def _refuse_quantised(checkpoint: Checkpoint, prefix: str) -> None:
+    if found := quantisation(checkpoint, prefix):
         raise PlanError(
             f"{checkpoint.path}: quantised weights ({found}) cannot be pruned by magnitude",
             "Export from the fp16 or bf16 checkpoint, then quantise the result.",
@@ -200,7 +221,7 @@ def _targets(
     targets: list[Target] = []
     for file, source in checkpoint.tensors():
         for layer in sorted(layers.get(source.name, ()), key=lambda layer: layer.part or 0):
-            _check_target(checkpoint.files[file], source)
+            _check_target(checkpoint.files[file], written[source.name])
             start, stop = _rows(source, layer)
             scope = len(targets) if per_layer else number[layer.group]
             targets.append(Target(file, source, written[source.name], layer.group, layer.kind, start, stop, scope))
@@ -221,9 +242,10 @@ def _rows(tensor: TensorSpec, layer: Layer) -> tuple[int, int]:
 
 def _check_target(file: SourceFile, tensor: TensorSpec) -> None:
     if tensor.dtype not in FORMATS:
+        way = "--dtype casts it" if tensor.dtype in CASTABLE else "export from the checkpoint before it was quantised"
         raise PlanError(
             f"{file.path}: {show(tensor.name)} is {tensor.dtype}, which cannot be pruned",
-            f"Targets may be {', '.join(FORMATS)}; export from the checkpoint before it was quantised.",
+            f"Targets may be {', '.join(FORMATS)}; {way}.",
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, Self
 
-from crdiff_export.errors import RecipeError
+from crdiff_export.errors import OptionError, RecipeError
 
 Provenance = Literal["starting-point", "searched", "published"]
 Scalar = str | int | float | bool
@@ -29,11 +29,11 @@ class Size:
         """Read `2048`, a square, or `400x560`."""
         match = re.fullmatch(r"\s*([0-9]{1,9})(?:\s*[xX\u00d7]\s*([0-9]{1,9}))?\s*", text)
         if not match:
-            hint = "write one side, as in 2048, or width x height, as in 400x560"
+            hint = "Write one side, as in 2048, or width x height, as in 400x560."
             raise RecipeError(f"{text[:40]!r} is not a size", hint)
         size = cls(int(match[1]), int(match[2] or match[1]))
         if not (1 <= size.width <= MAX_SIDE and 1 <= size.height <= MAX_SIDE):
-            raise RecipeError(f"{size} is not a usable size", f"each side must be 1 to {MAX_SIDE} pixels")
+            raise RecipeError(f"{size} is not a usable size", f"Each side must be 1 to {MAX_SIDE} pixels.")
         return size
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ def choose(recipe: Recipe, target: Size, prompt: str | None = None) -> Choice:
     fitting = [variant for variant in recipe.variants if variant.prompt in (None, prompt)]
     if not fitting:
         which = "variant for any prompt" if recipe.variants else "variant"
-        hint = f"add a [[variant]] for {target} to it, or give the ratios on the command line"
+        hint = f"Add a [[variant]] for {target} to it, or give the ratios on the command line."
         raise RecipeError(f"{recipe.name} has no {which}", hint)
 
     def rank(variant: Variant) -> tuple[float, bool, int, int]:
@@ -132,7 +132,8 @@ def override(
     given = dict.fromkeys(groups, ratio) if ratio is not None else {}
     for group, share in {**given, **(per_group or {})}.items():
         if group not in groups:
-            raise RecipeError(f"there is no group {group!r} to prune", did_you_mean(group, groups, "groups"))
+            hint = f"{did_you_mean(group, groups, 'groups')} --ratio is for all of them."
+            raise OptionError(f"this model has no group {group!r} to prune", hint)
         given[group] = check_ratio(f"the ratio of {group}", share)
     if given:
         if len(given) < len(groups):
@@ -155,14 +156,14 @@ def override(
 def check_ratio(what: str, ratio: float) -> float:
     """The ratio, if it is one; `what` begins the refusal."""
     if not 0 <= ratio < 1:
-        raise RecipeError(f"{what} is {ratio}, must be 0 <= ratio < 1", "0.3 sets 30 % of the weights to zero, 0 none")
+        raise RecipeError(f"{what} is {ratio}, must be 0 <= ratio < 1", "0.3 sets 30 % of the weights to zero, 0 none.")
     return ratio
 
 
 def check_poa_weight(what: str, weight: float) -> float:
     """The weight, if it is one; `what` begins the refusal."""
     if not 0 <= weight <= MAX_POA_WEIGHT:
-        hint = "1 is the pruned model, 0 the dense one; the public code uses 1.5"
+        hint = "1 is the pruned model, 0 the dense one; the public code uses 1.5."
         raise RecipeError(f"{what} is {weight}, must be 0 <= weight <= {MAX_POA_WEIGHT:g}", hint)
     return weight
 
@@ -176,14 +177,14 @@ def check_groups(variant: Variant, groups: tuple[str, ...], where: str) -> None:
     for group in groups:
         if group not in variant.ratios:
             whole = ", ".join(f"{name} = {variant.ratios.get(name, 0.3)}" for name in groups)
-            raise RecipeError(f"{where}: ratios.{group} is missing", f"write ratios = {{ {whole} }}")
+            raise RecipeError(f"{where}: ratios.{group} is missing", f"Write ratios = {{ {whole} }}.")
 
 
 def check_grid(target: Size, grid: int, title: str) -> None:
     """Refuse a size that the model's latents cannot have."""
     fit = Size(*(max(1, (side + grid // 2) // grid) * grid for side in (target.width, target.height)))
     if fit != target:
-        raise RecipeError(f"{target} does not fit {title}'s latent grid (multiples of {grid})", f"use {fit}")
+        raise RecipeError(f"{target} does not fit {title}'s latent grid (multiples of {grid})", f"Use {fit}.")
 
 
 def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -194,4 +195,4 @@ def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
 def did_you_mean(word: str, words: tuple[str, ...], plural: str) -> str:
     """The hint for a word that is none of `words`."""
     guess = nearest(word, words)
-    return (f"did you mean {guess}? " if guess else "") + f"{plural}: {', '.join(words)}"
+    return (f"Did you mean {guess}? " if guess else "") + f"The {plural} are: {', '.join(words)}."

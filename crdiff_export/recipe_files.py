@@ -19,7 +19,7 @@ def builtin_path() -> Path:
     for folder in (package / "recipes", package.parent / "recipes"):
         if folder.is_dir():
             return folder
-    raise RecipeError("the built-in recipes are missing from this installation", "install the package again")
+    raise RecipeError("the built-in recipes are missing from this installation", "Install the package again.")
 
 
 def aliases() -> tuple[str, ...]:
@@ -46,20 +46,20 @@ def load(path: str | Path) -> Recipe:
     """Read a recipe's TOML, or the .json file that the public code's search leaves."""
     path = Path(path)
     if path.is_dir():
-        raise RecipeError(f"{path}: a folder, not a recipe file", "name one .toml file in it")
+        raise RecipeError(f"{path}: a folder, not a recipe file", "Name one .toml file in it.")
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
-        raise RecipeError(f"{path}: no such recipe file", "`crdiff recipes list` shows the built-in ones") from error
+        raise RecipeError(f"{path}: no such recipe file", "`crdiff recipes list` shows the built-in ones.") from error
     except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}", "name a file that you can read") from error
+        raise RecipeError(f"{path}: {error.strerror}", "Name a file that you can read.") from error
     if len(data) > MAX_BYTES:
-        raise RecipeError(f"{path}: more than 1 MiB", "a recipe is a short text; is this the checkpoint?")
+        raise RecipeError(f"{path}: more than 1 MiB", "A recipe is a short text; is this the checkpoint?")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 at byte {error.start}", "save it as UTF-8 text") from error
+        raise RecipeError(f"{path}: not UTF-8 at byte {error.start}", "Save it as UTF-8 text.") from error
     return from_public_config(text, path.name) if path.suffix.lower() == ".json" else parse(text, path.name)
 
 
@@ -98,7 +98,7 @@ def from_public_config(text: str, name: str) -> Recipe:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        hint = "a .json recipe is what the public code's search leaves"
+        hint = "A .json recipe is what the public code's search leaves."
         raise RecipeError(f"{name}: not JSON: {error}", hint) from error
     document = Table(values if isinstance(values, dict) else {}, name, examples=PUBLIC_EXAMPLES)
     model = document.table("model_config")
@@ -107,7 +107,7 @@ def from_public_config(text: str, name: str) -> Recipe:
         raise document.wrong("pruning_method", f"is {shown(method)}")
     score = document.number("best_avg_score")
     if score == -2:
-        hint = "that search counts a failed run as -2: mend it and run it again"
+        hint = "That search counts a failed run as -2: mend it and run it again."
         raise document.wrong("best_avg_score", "is -2, so every run failed", hint)
     names = {key: model.string(key) for key in ("name", "model_path") if model.values.get(key) is not None}
     known = _known(model, names)
@@ -131,7 +131,7 @@ def _known(model: Table, names: dict[str, str]) -> Recipe:
                 if re.search(pattern, slug):
                     return load(builtin_path() / f"{family}.toml")
     for key, word in names.items():
-        raise model.wrong(key, f"is {shown(word)}, no family known here", f"write {PUBLIC_EXAMPLES['name']}")
+        raise model.wrong(key, f"is {shown(word)}, no family known here", f"Write {PUBLIC_EXAMPLES['name']}.")
     raise model.wrong("name", "is missing")
 
 
@@ -156,6 +156,6 @@ def _public_ratios(document: Table, family_groups: tuple[str, ...]) -> dict[str,
         if group not in PUBLIC_ORDER:
             raise table.wrong(key, "is none of its ratios", document.wrong("best_global_params_ratio", "").hint)
         if list(groups.values()).count(group) > 1:
-            raise table.wrong(key, f"is one of two ratios for {group}", "keep one of the two")
+            raise table.wrong(key, f"is one of two ratios for {group}", "Keep one of the two.")
     spelled = {group: key for key, group in groups.items()}
     return {group: table.number(spelled.get(group, f"{group}_ratio")) for group in family_groups}

@@ -57,7 +57,7 @@ def parse(text: str, name: str) -> Recipe:
     except (ValueError, RecursionError) as error:  # ValueError: syntax, and integers of more digits than int() takes
         place = re.fullmatch(r"(.*) \(at (.*)\)", str(error), re.DOTALL)
         problem = f"{place[2]}: {place[1]}" if place else str(error)
-        hint = "a recipe is TOML; `crdiff recipes show sdxl` prints a valid one"
+        hint = "A recipe is TOML; `crdiff recipes show sdxl --toml` prints a valid one."
         raise RecipeError(f"{name}: {problem}", hint) from error
     document.refuse_unknown(("model", "variant"))
     model = document.table("model")
@@ -80,7 +80,7 @@ def parse(text: str, name: str) -> Recipe:
         same = first.setdefault((made.resolution, made.prompt), number)
         if same != number:
             message = f"{name}: variant {number} ({made.resolution}) is for the size and prompt of variant {same}"
-            raise RecipeError(message, "keep one of the two")
+            raise RecipeError(message, "Keep one of the two.")
     return Recipe(family, title, native, repo, file, variants, name)
 
 
@@ -122,7 +122,7 @@ def _evidence(table: "Table") -> Evidence:
     extra = {key: table.scalar(key) for key in table.values if key not in EVIDENCE_KEYS}
     for key in extra:
         if guess := nearest(key, [known for known in EVIDENCE_KEYS if known not in table], cutoff=0.8):
-            raise table.wrong(key, f"looks like {guess}", f"write {guess}, or a name less like it")
+            raise table.wrong(key, f"looks like {guess}", f"Write {guess}, or a name less like it.")
     interval = table.pair("interval") if "interval" in table else None
     if interval is not None and interval[0] > interval[1]:
         raise table.wrong("interval", "ends before it begins")
@@ -184,7 +184,7 @@ class Table:
     def wrong(self, key: str, problem: str, hint: str | None = None) -> RecipeError:
         """The error to raise about a key; without a hint, the line to write."""
         example = self.examples.get(key, f"{key} = 0.3")
-        return RecipeError(f"{self.where}: {self.path}{_plain(key)} {problem}", hint or f"write {example}")
+        return RecipeError(f"{self.where}: {self.path}{_plain(key)} {problem}", hint or f"Write {example}.")
 
     def refuse_unknown(self, known: tuple[str, ...]) -> None:
         """Refuse the first key that is not known, with the nearest that is."""

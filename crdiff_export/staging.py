@@ -2,6 +2,8 @@
 
 import contextlib
 import ctypes
+import errno
+import hashlib
 import os
 import shutil
 import sys
@@ -16,6 +18,8 @@ except ImportError:  # Windows, where an open file cannot be deleted and so need
 
 _PART = ".crdiff-part"
 _OLD = ".crdiff-old"
+# Bytes of a name that leave room for what is put around it; file systems take 255.
+_ROOM = 200
 # linux/fs.h RENAME_EXCHANGE, fcntl.h AT_FDCWD
 _EXCHANGE = 2
 _AT_FDCWD = -100
@@ -28,22 +32,64 @@ def staged(target: Path, folder: bool) -> Iterator[Path]:
     Siblings that a killed run left are removed first; those of a run that is still going are not.
     """
     clean(target)
-    part, lock = _create(target, folder)
+    part, lock = _name(target), None
     try:
+        while True:
+            try:
+                lock = _create(part, folder)
+                break
+            except BlockingIOError:
+                part = _name(target)
         yield part
     finally:
-        if lock is not None:
-            os.close(lock)
-        _remove(part)
+        try:
+            _remove(part)
+        except BaseException:  # an interrupt; once more, it comes only once
+            _remove(part)
+            raise
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
-def publish(part: Path, target: Path) -> None:
-    """Move a finished part to its name in one step, over what was there, and make the move durable."""
-    if part.is_dir() and target.exists():
-        _swap(part, target)
-    else:
+def publish(part: Path, target: Path, *, replace: bool = True) -> None:
+    """Move a finished part to its name in one step and make the move durable.
+
+    Without `replace` FileExistsError says that something has come there in the meantime; an empty folder is nothing.
+    """
+    if part.is_dir():
+        _publish_folder(part, target, replace=replace)
+    elif replace:
         part.replace(target)
+    else:
+        _link(part, target)
     sync_folder(target.parent)
+
+
+def _publish_folder(part: Path, target: Path, *, replace: bool) -> None:
+    if not replace or not target.exists():
+        try:
+            if sys.platform == "win32" and target.is_dir():
+                target.rmdir()
+            part.rename(target)  # POSIX: over an empty folder, too, and over no other
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+            raise
+    else:
+        _swap(part, target)
+
+
+def _link(part: Path, target: Path) -> None:
+    """Give a file its name unless that is taken, in one step where the file system has hard links."""
+    try:
+        os.link(part, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        part.replace(target)
 
 
 def sync_folder(path: Path) -> None:
@@ -65,61 +111,65 @@ def _swap(part: Path, target: Path) -> None:
             return
     # Elsewhere in two steps; after a kill between them the next run's `clean` puts the old folder back.
     old = part.with_name(part.name.removesuffix(_PART) + _OLD)
-    target.replace(old)
     try:
-        part.replace(target)
-    except OSError:
-        old.replace(target)
+        target.rename(old)
+        part.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def clean(target: Path) -> None:
     """Remove what a killed run left beside `target`, and put back a folder that it had moved away."""
-    name = _escape(target.name)
+    name = "".join(f"[{c}]" if c in "*?[" else c for c in _short(target.name))
     for old in target.parent.glob(f".{name}.????????????{_OLD}"):
         with contextlib.suppress(OSError):
             _remove(old) if target.exists() else old.replace(target)
     for part in target.parent.glob(f".{name}.????????????{_PART}"):
-        handle, held = _lock(part)
-        if held:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            handle = _locked(part)
+            try:
                 _remove(part)
-        if handle is not None:
-            os.close(handle)
+            finally:
+                if handle is not None:
+                    os.close(handle)
 
 
-def _create(target: Path, folder: bool) -> tuple[Path, int | None]:
-    """A new part and the handle that holds its lock; again where another run's `clean` took it for a left-over."""
-    while True:
-        part = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}{_PART}"
-        part.mkdir() if folder else part.touch(exist_ok=False)
-        handle, held = _lock(part)
-        if part.exists() and (held or not fcntl):
-            return part, handle
-        if handle is not None and part.exists():  # a file system without locks
-            return part, handle
-        if handle is not None:
-            os.close(handle)
+def _create(part: Path, folder: bool) -> int | None:
+    """Make a part and return the handle that marks it as a living run's, or None where there are no such marks.
 
-
-def _escape(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def _lock(path: Path) -> tuple[int | None, bool]:
-    """An open handle, and whether it holds the lock that marks a part as belonging to a living process."""
-    if fcntl is None:
-        return None, True  # Windows: removing a file that is open fails
+    BlockingIOError where another run's `clean` has just taken it for a left-over.
+    """
+    part.mkdir() if folder else part.touch(exist_ok=False)
     try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return None, False
+        handle = _locked(part)
+    except FileNotFoundError as error:
+        raise BlockingIOError from error
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks
+        return None
+    if handle is not None and not (part.exists() and os.path.samestat(os.fstat(handle), part.stat())):
+        os.close(handle)
+        raise BlockingIOError
+    return handle
+
+
+def _locked(path: Path) -> int | None:
+    """An open handle with the lock; BlockingIOError where a living process has it, None on Windows."""
+    if fcntl is None:
+        return None  # removing a file that is open fails there
+    handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return handle, False
-    return handle, True
+        os.close(handle)
+        raise
+    return handle
 
 
 def _remove(path: Path) -> None:
@@ -127,3 +177,13 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _name(target: Path) -> Path:
+    return target.parent / f".{_short(target.name)}.{uuid.uuid4().hex[:12]}{_PART}"
+
+
+def _short(name: str) -> str:
+    """The name, or a hash of one that is so long that no more can be put to it."""
+    raw = os.fsencode(name)
+    return name if len(raw) <= _ROOM else hashlib.sha256(raw).hexdigest()

@@ -1,5 +1,6 @@
-"""What people see: tables on stdout, progress and errors on stderr. The only module that imports rich."""
+"""What people see: results on stdout, progress, notes and errors on stderr. The only module that imports rich."""
 
+import io
 import json
 import os
 import sys
@@ -7,100 +8,118 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any, Literal
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.table import Column, Table
 
+from crdiff_export.amounts import amount
 from crdiff_export.errors import CrdiffError
-from crdiff_export.progress import Progress
+from crdiff_export.progress import Progress, Silent
 
+SCHEMA = 1
 # Where nobody watches, a stage that takes long says how far it is this often, in seconds.
 HEARTBEAT = 30.0
-
-
-def out() -> Console:
-    """Results."""
-    return _console(stderr=False)
-
-
-def err() -> Console:
-    """Everything else."""
-    return _console(stderr=True)
-
-
-def _console(*, stderr: bool) -> Console:
-    stream = sys.stderr if stderr else sys.stdout
-    # A log has no width: nothing in it is to be wrapped or cut.
-    width = None if stream.isatty() else 1 << 16
-    return Console(file=stream, width=width, soft_wrap=not stream.isatty(), highlight=False, emoji=False, markup=False)
-
-
-def print_json(value: Mapping[str, Any]) -> None:
-    """One object on one line."""
-    print(json.dumps({"schema": 1, **value}, ensure_ascii=False))
-
-
-def print_error(error: CrdiffError, *, as_json: bool) -> None:
-    """What is wrong and what to do, on stderr."""
-    if as_json:
-        body = {"code": error.code, "message": error.message, "hint": error.hint}
-        print(json.dumps({"schema": 1, "error": body}, ensure_ascii=False), file=sys.stderr)
-        return
-    console = err()
-    console.print(f"crdiff: {error.message}", style="bold red" if console.is_terminal else None)
-    console.print(f"  {error.hint}")
-
-
-def note(text: str) -> None:
-    """Something worth knowing, on stderr."""
-    err().print(f"note: {text}")
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[str] = ()) -> None:
-    """A table on stdout: lined on a terminal, columns of plain text elsewhere."""
-    console = out()
-    drawn = Table(box=box.SIMPLE if console.is_terminal else None, pad_edge=False, show_edge=False)
-    for column in columns:
-        drawn.add_column(column, justify="right" if column in numeric else "left", no_wrap=column != columns[-1])
-    for row in rows:
-        drawn.add_row(*row)
-    lines = console.options.update(width=console.width)
-    if console.is_terminal:
-        console.print(drawn)
-        return
-    with console.capture() as capture:
-        console.print(drawn, width=lines.max_width)
-    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+# A log has no width: nothing in it is to be wrapped or cut.
+ENDLESS = 1 << 16
 
 
 def line(text: str) -> None:
     """One line of a result on stdout."""
-    print(text)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CrdiffError(
+            f"standard output: {error.strerror}", "Free some space, or send the output elsewhere."
+        ) from error
 
 
-def gigabytes(size: int) -> str:
-    """A size as people read it."""
-    for unit, step in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if size >= step:
-            return f"{size / step:.2f} {unit}"
-    return f"{size} bytes"
+def facts(named: Mapping[str, str] | Sequence[tuple[str, str]]) -> None:
+    """Lines of a result, each with a name; the texts begin below each other."""
+    pairs = list(named.items() if isinstance(named, Mapping) else named)
+    width = max((len(name) for name, _ in pairs), default=0) + 2
+    for name, text in pairs:
+        line(f"{name + ':':<{width}}{text}")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[str] = ()) -> None:
+    """A table on stdout: lined on a terminal, columns of plain text elsewhere.
+
+    No cell is cut; if the terminal is too narrow, only the last column is wrapped, unless it is numeric.
+    """
+    terminal = sys.stdout.isatty()
+    drawn = Table(box=box.SIMPLE if terminal else None, pad_edge=False, show_edge=False)
+    for place, column in enumerate(columns):
+        rigid = column in numeric or column != columns[-1]
+        width = max(cell_len(text) for text in (column, *(row[place] for row in rows))) if rigid else None
+        justify: Literal["right", "left"] = "right" if column in numeric else "left"
+        drawn.add_column(column, justify=justify, no_wrap=rigid, min_width=width)
+    for row in rows:
+        drawn.add_row(*row)
+    text = io.StringIO()
+    console = _console(text, like=sys.stdout)
+    needed = Measurement.get(console, console.options.update(width=ENDLESS), drawn).minimum
+    console.print(drawn, width=max(console.width, needed) if terminal else ENDLESS, crop=False)
+    for row_text in text.getvalue().splitlines():
+        line(row_text.rstrip())
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One object on one line, in ASCII: a file's name may be any bytes."""
+    line(json.dumps({"schema": SCHEMA, **value}))
+
+
+def print_error(code: str, message: str, hint: str, *, as_json: bool) -> None:
+    """What is wrong and what to do, on stderr."""
+    if as_json:
+        error = {"code": code, "message": message, "hint": hint}
+        print(json.dumps({"schema": SCHEMA, "error": error}), file=sys.stderr)
+        return
+    console = _console(sys.stderr)
+    console.print(f"crdiff: {_visible(message)}", style="bold red", soft_wrap=True)
+    if hint:
+        console.print(f"  {_visible(hint)}", soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Something worth knowing, on stderr."""
+    _console(sys.stderr).print(f"note: {_visible(text)}", soft_wrap=True)
+
+
+def _console(stream: IO[str], like: IO[str] | None = None) -> Console:
+    """A console that writes to `stream` and takes it for a terminal where `like` is one."""
+    terminal = (like or stream).isatty()
+    # Without colours there are no bold letters either: somebody who asks for none wants plain text.
+    plain = bool(os.environ.get("NO_COLOR")) or not (terminal or os.environ.get("FORCE_COLOR"))
+    return Console(
+        file=stream, force_terminal=terminal or None, width=None if terminal else ENDLESS,
+        color_system=None if plain else "auto", highlight=False, emoji=False, markup=False,
+    )  # fmt: skip
+
+
+def _visible(text: str) -> str:
+    """A message in one line, with escapes for what a terminal would take as a command: names in files hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Progress]:
     """Bars with rate and time left on a terminal, a line for every stage elsewhere, nothing if quiet."""
     if quiet:
-        from crdiff_export.progress import Silent
-
         yield Silent()
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        whole = Column(no_wrap=True)
         bars = Bars(
-            TextColumn("{task.description:<10}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-            TimeRemainingColumn(), console=err(),
+            TextColumn("{task.description:<10}", table_column=whole), BarColumn(), DownloadColumn(table_column=whole),
+            TransferSpeedColumn(table_column=whole), TimeRemainingColumn(table_column=whole),
+            console=_console(sys.stderr),
         )  # fmt: skip
         with bars:
             yield _Drawn(bars)
@@ -118,7 +137,7 @@ class _Drawn:
     def stage(self, title: str, size: int) -> None:
         if self._task is not None:
             self._bars.update(self._task, completed=self._bars.tasks[self._task].total)
-        self._task = self._bars.add_task(title, total=size)
+        self._task = self._bars.add_task(title, total=size) if size else None
 
     def advance(self, size: int) -> None:
         if self._task is not None:
@@ -145,15 +164,15 @@ class _Lines:
             self._done += size
             if time.monotonic() - self._spoke >= HEARTBEAT:
                 self._spoke = time.monotonic()
-                self._say(f"{gigabytes(self._done)} of {gigabytes(self._size)}")
+                self._say(f"{amount(self._done)} of {amount(self._size)}")
 
     def close(self) -> None:
         with self._lock:
-            if self._title is not None:
+            if self._title is not None and self._size:
                 seconds = time.monotonic() - self._began
-                rate = f", {gigabytes(int(self._done / seconds))}/s" if seconds > 0.1 else ""
-                self._say(f"{gigabytes(self._done)} in {seconds:.1f} s{rate}")
-                self._title = None
+                rate = f", {amount(self._done / seconds)}/s" if seconds > 0.1 else ""
+                self._say(f"{amount(self._done)} in {seconds:.1f} s{rate}")
+            self._title = None
 
     def _say(self, text: str) -> None:
         print(f"{self._title}: {text}", file=sys.stderr, flush=True)

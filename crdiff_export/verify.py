@@ -1,23 +1,29 @@
 """Does a baked file hold what its header says; and, given the base, is it byte for byte what an export makes of it."""
 
 import contextlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crdiff_export import bases, criteria, families, floats, kernels, metadata, plan, weights
-from crdiff_export.checkpoint import Checkpoint, SourceFile, open_checkpoint
+from crdiff_export import bases, criteria, families, floats, kernels, plan, weights
+from crdiff_export.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.errors import VerifyError
+from crdiff_export.hashing import SourceHashes, hash_data
 from crdiff_export.header import show
 from crdiff_export.kernels import Kernel
-from crdiff_export.metadata import Stamp
-from crdiff_export.plan import Output, Plan, Target
+from crdiff_export.plan import Output, Plan, Scope, Target
 from crdiff_export.progress import Progress
 from crdiff_export.recipe import Variant
+from crdiff_export.source import SourceFile
+from crdiff_export.stamp import Stamp
 from crdiff_export.threshold import Threshold
 from crdiff_export.weights import Chunk, Stream
 
 REPAIR = "Do not use the file; export it again from its base."
+NEWER = "Install a newer crdiff."
+# diffusers' `_add_variant`: the variant stands before the number of the shard.
+_VARIANT = re.compile(r"(?:.*/)?diffusion_pytorch_model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +38,29 @@ class Verified:
 
 
 def verify(path: Path, base: str | None, progress: Progress, device: str = "auto") -> Verified:
-    """Check a baked file or folder; VerifyError names the first thing that does not hold."""
+    """Check a baked file or folder; VerifyError names the first thing that does not hold.
+
+    Without a base it cannot be known whether the weights that stay, or the zeros, are those that should; the hash, if
+    there is one, only tells that they are what was written.
+    """
     checkpoint = open_checkpoint(path)
     stamp = _stamp(checkpoint)
-    kernel = kernels.load(device)
     planned = _plan(checkpoint, stamp)
     thresholds = _thresholds(planned, stamp)
     _refuse_sparse(checkpoint)
-    hashed = _check_bytes(planned, thresholds, stamp, progress)
-    origin = _check_base(planned, thresholds, stamp, base, kernel, progress) if base else None
+    _check_weights(planned, thresholds, stamp, progress)
+    hashed = _check_hashes(planned, progress)
+    origin = _check_base(planned, thresholds, stamp, base, kernels.load(device), progress) if base else None
     return Verified(path, stamp, sum(scope.count for scope in planned.scopes), hashed, origin)
 
 
 def _stamp(checkpoint: Checkpoint) -> Stamp:
-    stamps = [metadata.Stamp.from_metadata(file.metadata, str(file.path)) for file in checkpoint.files]
+    stamps = [Stamp.from_metadata(file.metadata, str(file.path)) for file in checkpoint.files]
     for file, stamp in zip(checkpoint.files, stamps, strict=True):
         if _shared(stamp) != _shared(stamps[0]):
             raise VerifyError(f"{file.path}: its header is of another export than its neighbours'", REPAIR)
+    if stamps[0].criterion not in criteria.NAMES:
+        raise VerifyError(f"{checkpoint.path}: ranked by {show(stamps[0].criterion)}, which is not known here", NEWER)
     return stamps[0]
 
 
@@ -62,45 +74,50 @@ def _shared(stamp: Stamp) -> dict[str, str]:
 def _plan(checkpoint: Checkpoint, stamp: Stamp) -> Plan:
     """The plan that made the file, from its header and its layers."""
     match = families.detect(checkpoint.shapes)
-    found = match.family.id, match.layout.name, match.prefix
-    if found != (stamp.family, stamp.layout, stamp.prefix):
-        raise VerifyError(
-            f"{checkpoint.path}: its layers are {show(' '.join(found))}, its header says otherwise", REPAIR
-        )
-    if set(stamp.groups) != set(match.family.groups):
-        raise VerifyError(f"{checkpoint.path}: its header has other groups than {match.family.title}", REPAIR)
-    variant = Variant(
-        resolution=stamp.resolution,
-        ratios={name: group.ratio for name, group in stamp.groups.items()},
-        poa_weight=stamp.poa_weight,
-        provenance="starting-point",
-        source=stamp.provenance_source,
-    )
+    family = match.family
+    for what, said, found in (
+        ("family", stamp.family, family.id),
+        ("layout", stamp.layout, match.layout.name),
+        ("prefix", stamp.prefix, match.prefix),
+        ("ratio", sorted(stamp.groups), sorted(family.groups)),
+        ("targets", stamp.targets, tuple(kind for kind in family.kinds if kind in stamp.targets)),
+    ):
+        if said != found:
+            raise VerifyError(
+                f"{checkpoint.path}: crdiff.{what} is for {_words(said)}, its layers are of {_words(found)}", REPAIR
+            )
+    ratios = {name: group.ratio for name, group in stamp.groups.items()}
+    variant = Variant(stamp.resolution, ratios, stamp.poa_weight, "starting-point", stamp.provenance_source)
     return plan.make(
         checkpoint, match, stamp.resolution, variant, stamp.recipe, kinds=stamp.targets, allow_nonfinite=True
     )
 
 
+def _words(value: str | Sequence[str]) -> str:
+    return show(value if isinstance(value, str) else ", ".join(value)) if value else "none"
+
+
 def _thresholds(planned: Plan, stamp: Stamp) -> tuple[Threshold, ...]:
     """The header's thresholds, one per scope, after a check that its counts fit the layers."""
-    path = planned.checkpoint.path
+    path, scopes = planned.checkpoint.path, planned.scopes
     for name in planned.groups:
-        total = sum(scope.count for scope in planned.scopes if scope.group == name)
+        total = sum(scope.count for scope in scopes if scope.group == name)
         if stamp.groups[name].total != total:
             raise VerifyError(
                 f"{path}: crdiff.total.{name} is {stamp.groups[name].total}, the layers have {total}", REPAIR
             )
-    values = [stamp.groups[s.group].threshold for s in planned.scopes] if stamp.thresholds is None else stamp.thresholds
-    if len(values) != len(planned.scopes):
-        raise VerifyError(
-            f"{path}: crdiff.thresholds has {len(values)} values for {len(planned.scopes)} layers", REPAIR
-        )
-    for scope, value in zip(planned.scopes, values, strict=True):
+    if (stamp.thresholds is not None) != (planned.match.family.scope == "layer"):
+        raise VerifyError(f"{path}: crdiff.method is not that of {planned.match.family.title}", REPAIR)
+    values = [stamp.groups[scope.group].threshold for scope in scopes]
+    values = values if stamp.thresholds is None else list(stamp.thresholds)
+    if len(values) != len(scopes):
+        raise VerifyError(f"{path}: crdiff.thresholds has {len(values)} values for {len(scopes)} layers", REPAIR)
+    for scope, value in zip(scopes, values, strict=True):
         if (value is None) != (scope.rank == 0):
             raise VerifyError(f"{path}: the threshold of {show(scope.name)} does not go with its ratio", REPAIR)
     return tuple(
         Threshold(None if value is None else floats.bits(value), 0, scope.count)
-        for scope, value in zip(planned.scopes, values, strict=True)
+        for scope, value in zip(scopes, values, strict=True)
     )
 
 
@@ -113,74 +130,100 @@ def _refuse_sparse(checkpoint: Checkpoint) -> None:
             )
 
 
-def _check_bytes(planned: Plan, thresholds: Sequence[Threshold], stamp: Stamp, progress: Progress) -> bool:
-    """Count the zeros of every target, and hash every file that has a hash."""
+@dataclass(slots=True)
+class _Found:
+    """Weights of one scope: +0.0, not above the threshold for all that, and not finite."""
+
+    zeros: int = 0
+    left: int = 0
+    nonfinite: int = 0
+
+
+def _check_weights(planned: Plan, thresholds: Sequence[Threshold], stamp: Stamp, progress: Progress) -> None:
+    """Count what the targets hold; VerifyError where a weight is left that should be zero, or too many are."""
     path = planned.checkpoint.path
-    zeros = _zeros(planned, thresholds, progress)
-    for name, found in zeros.items():
-        if found != stamp.groups[name].pruned:
-            raise VerifyError(
-                f"{path}: {found} weights of {name} are zero, crdiff.pruned.{name} is {stamp.groups[name].pruned}",
-                REPAIR,
-            )
-    hashes = [output.source.metadata.get("modelspec.hash_sha256") for output in planned.outputs]
-    if not any(hashes):
-        return False
-    progress.stage("hashing", planned.data_size)
-    for output, expected in zip(planned.outputs, hashes, strict=True):
-        actual = "0x" + weights.hash_data(output, progress)
-        if actual != expected:
-            raise VerifyError(f"{output.source.path}: its bytes hash to {actual}, its header says {expected}", REPAIR)
-    return True
-
-
-def _zeros(planned: Plan, thresholds: Sequence[Threshold], progress: Progress) -> dict[str, int]:
-    """The +0.0 of every group that has a threshold; VerifyError where a weight is left that should be one."""
+    found = [_Found() for _ in planned.scopes]
     pruned = [t for t in planned.targets if thresholds[t.scope].bits is not None]
     progress.stage("counting", sum(t.count * t.source.itemsize for t in pruned))
-    zeros = dict.fromkeys((t.group for t in pruned), 0)
     for target in pruned:
-        found, left = _survey(planned, target, thresholds[target.scope], progress)
-        if left:
+        before = found[target.scope].left
+        _survey(planned.checkpoint.files[target.file], target, thresholds[target.scope], found[target.scope], progress)
+        if left := found[target.scope].left - before:
+            raise VerifyError(f"{path}: {show(target.name)} has {left} weights that should be zero", REPAIR)
+    for name in planned.groups:
+        scopes = [(scope, some) for scope, some in zip(planned.scopes, found, strict=True) if scope.group == name]
+        _compare_counts(path, name, stamp, scopes)
+
+
+def _compare_counts(path: Path, name: str, stamp: Stamp, scopes: Sequence[tuple[Scope, _Found]]) -> None:
+    said = stamp.groups[name]
+    zeros, nonfinite = sum(found.zeros for _, found in scopes), sum(found.nonfinite for _, found in scopes)
+    if zeros != said.pruned:
+        raise VerifyError(f"{path}: {zeros} weights of {name} are zero, crdiff.pruned.{name} is {said.pruned}", REPAIR)
+    if nonfinite != said.nonfinite:
+        raise VerifyError(
+            f"{path}: {nonfinite} weights of {name} are not finite, crdiff.nonfinite.{name} is {said.nonfinite}",
+            REPAIR,
+        )
+    for scope, found in scopes:
+        if found.zeros < min(scope.rank, scope.count - found.nonfinite):
             raise VerifyError(
-                f"{planned.checkpoint.path}: {show(target.name)} has {left} weights that should be zero", REPAIR
+                f"{path}: {found.zeros} weights of {show(scope.name)} are zero, "
+                f"crdiff.ratio.{name} asks for {scope.rank}",
+                REPAIR,
             )
-        zeros[target.group] += found
-    return zeros
 
 
-def _survey(planned: Plan, target: Target, threshold: Threshold, progress: Progress) -> tuple[int, int]:
-    """How many of a target's weights are +0.0, and how many others are not above the threshold."""
+def _survey(file: SourceFile, target: Target, threshold: Threshold, found: _Found, progress: Progress) -> None:
+    """Count a target's weights, a chunk at a time."""
     import numpy as np
 
     form = floats.FORMATS[target.source.dtype]
     limit = min(floats.limit(form.dtype, threshold.bits or 0), form.first_nonfinite - 1)
     start, stop = target.span(target.source)
-    zeros = low = 0
-    with contextlib.closing(planned.checkpoint.files[target.file].open()) as reader:
-        buffer = memoryview(bytearray(min(weights.CHUNK, stop - start)))
+    buffer = memoryview(bytearray(min(weights.CHUNK, stop - start)))
+    with contextlib.closing(file.open()) as reader:
         for place in range(start, stop, weights.CHUNK):
             part = buffer[: min(weights.CHUNK, stop - place)]
             reader.read_into(place, part)
             bits = np.frombuffer(part, f"<u{form.itemsize}")
-            zeros += bits.size - int(np.count_nonzero(bits))
-            low += int(np.count_nonzero((bits & bits.dtype.type(form.mask)) <= limit))
+            magnitudes = bits & bits.dtype.type(form.mask)
+            zeros = bits.size - int(np.count_nonzero(bits))
+            found.zeros += zeros
+            found.left += int(np.count_nonzero(magnitudes <= limit)) - zeros
+            found.nonfinite += int(np.count_nonzero(magnitudes >= form.first_nonfinite))
             progress.advance(len(part))
-    return zeros, low - zeros
+
+
+def _check_hashes(planned: Plan, progress: Progress) -> bool:
+    """Hash every file whose header has a hash; False where none has."""
+    said = [output.source.metadata.get("modelspec.hash_sha256") for output in planned.outputs]
+    if not any(said):
+        return False
+    progress.stage("hashing", planned.data_size)
+    for output, expected in zip(planned.outputs, said, strict=True):
+        actual = "0x" + hash_data(output.source, progress)
+        if actual != expected:
+            says = show(expected or "nothing")
+            raise VerifyError(f"{output.source.path}: its bytes hash to {actual}, its header says {says}", REPAIR)
+    return True
 
 
 def _check_base(
     planned: Plan, thresholds: Sequence[Threshold], stamp: Stamp, base: str, kernel: Kernel, progress: Progress
 ) -> Path:
     """Export the base again, into a comparison instead of a file."""
-    located = bases.locate(base).path
-    checkpoint = open_checkpoint(located)
+    named = _VARIANT.fullmatch(planned.outputs[0].source.name)
+    variant = named[1] if named and planned.checkpoint.kind == "folder" else None
+    located = bases.locate(base, variant).path
+    checkpoint = open_checkpoint(located, variant)
     match = families.detect(checkpoint.shapes)
     if match.family.id != stamp.family or match.layout.name != stamp.layout:
         raise VerifyError(
             f"{located}: {match.family.title} ({match.layout.name}), the file is {stamp.family} ({stamp.layout})",
-            REPAIR,
+            "Give the base that the file was made from; `crdiff inspect` names it.",
         )
+    _refuse_sparse(checkpoint)
     again = plan.make(
         checkpoint, match, stamp.resolution, planned.variant, stamp.recipe,
         kinds=stamp.targets, cast=stamp.cast, allow_nonfinite=True,
@@ -193,41 +236,49 @@ def _check_base(
                 f"{located}: gives {show(scope.name)} the threshold {ours.value}, the file has {theirs.value}",
                 "The file was made from another base; `crdiff inspect` names it.",
             )
+    said = [file.metadata.get("crdiff.source.hash_sha256") for file in planned.checkpoint.files]
     progress.stage("comparing", again.data_size)
-    for number, output in enumerate(again.outputs):
-        cuts = weights.cuts(again, derived, number)
-        _compare(output, cuts, planned.outputs[number].source, kernel, progress)
+    with SourceHashes(again) if any(said) else contextlib.nullcontext() as hashes:
+        for number, file in enumerate(planned.checkpoint.files):
+            stream = Stream(again, derived, number, 0, kernel, chunk=weights.CHUNK)
+            _compare(stream, again.outputs[number], file, progress)
+            if hashes and said[number] != (actual := f"0x{hashes.digest(number)}"):
+                raise VerifyError(
+                    f"{again.outputs[number].source.path}: its bytes hash to {actual}, "
+                    f"crdiff.source.hash_sha256 of {file.path.name} is {said[number]}",
+                    REPAIR,
+                )
     return located
 
 
 def _check_same_tensors(baked: Plan, base: Plan) -> None:
-    for ours, theirs in zip(baked.outputs, base.outputs, strict=False):
-        if {t.name: t for t in ours.tensors} != {t.name: t for t in theirs.tensors}:
-            raise VerifyError(f"{ours.source.path}: its tensors are not those of {theirs.source.path}", REPAIR)
     if len(baked.outputs) != len(base.outputs):
         raise VerifyError(
             f"{baked.checkpoint.path}: has {len(baked.outputs)} files, the base {len(base.outputs)}", REPAIR
         )
+    for ours, theirs in zip(baked.outputs, base.outputs, strict=True):
+        if {t.name: t for t in ours.tensors} != {t.name: t for t in theirs.tensors}:
+            raise VerifyError(f"{ours.source.path}: its tensors are not those of {theirs.source.path}", REPAIR)
 
 
-def _compare(
-    output: Output, cuts: Sequence[weights.Cut], baked: SourceFile, kernel: Kernel, progress: Progress
-) -> None:
-    stream = Stream(output, cuts, 0, kernel, hashing=False, allow_nonfinite=True)
-    actual = memoryview(bytearray(weights.CHUNK))
-    reader = baked.open()
-    with contextlib.closing(reader), contextlib.closing(stream.chunks()) as chunks:
+def _compare(stream: Stream, output: Output, baked: SourceFile, progress: Progress) -> None:
+    """Hold a baked file's bytes against the stream of those that its base gives."""
+    import numpy as np
+
+    buffer = memoryview(bytearray(weights.CHUNK))
+    with contextlib.closing(baked.open()) as reader, contextlib.closing(stream.chunks()) as chunks:
         for chunk in chunks:
-            part = actual[: len(chunk.data)]
-            reader.read_into(chunk.start, part)
-            if part != chunk.data:
+            actual = buffer[: len(chunk.data)]
+            reader.read_into(chunk.start, actual)
+            same = np.frombuffer(actual, np.uint8) == np.frombuffer(chunk.data, np.uint8)
+            if not same.all():
                 raise VerifyError(
-                    f"{baked.path}: {_first_difference(output, chunk, part)} is not what the base gives", REPAIR
+                    f"{baked.path}: {_place(output, chunk, int(same.argmin()))} is not what the base gives", REPAIR
                 )
-            progress.advance(len(part))
+            progress.advance(len(actual))
 
 
-def _first_difference(output: Output, chunk: Chunk, actual: memoryview) -> str:
-    place = chunk.start + next(i for i, (a, b) in enumerate(zip(chunk.data, actual, strict=True)) if a != b)
+def _place(output: Output, chunk: Chunk, byte: int) -> str:
+    place = chunk.start + byte
     tensor = next(t for t in output.tensors if t.start <= place < t.end)
     return f"{show(tensor.name)} at byte {place - tensor.start}"

@@ -1,10 +1,11 @@
-"""Makers of checkpoints for tests: narrow ones of every family, and one maker per thing that can be wrong with a file."""
+"""Makers of checkpoints for tests: narrow ones of every family, and one maker per thing that can be wrong."""
 
 import json
 import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from geometry_tables import load
@@ -26,13 +27,13 @@ FIXED = (
 FRACTION = 64
 
 
-def narrow(table: str) -> dict[str, tuple[str, Shape]]:
+def narrow(table: str, fraction: int = FRACTION) -> dict[str, tuple[str, Shape]]:
     """A real model's names and dtypes with narrow shapes."""
 
     def shrink(name: str, shape: Shape) -> Shape:
         fixed = name.endswith(FIXED)
         return tuple(
-            size if (fixed and axis == 1) or size < FRACTION else size // FRACTION for axis, size in enumerate(shape)
+            size if (fixed and axis == 1) or size < fraction else size // fraction for axis, size in enumerate(shape)
         )
 
     return {name: (dtype, shrink(name, shape)) for name, (dtype, shape) in load(table).items()}
@@ -43,14 +44,14 @@ def weights(name: str, dtype: str, shape: Shape, seed: int = 0) -> bytes:
     rng = np.random.default_rng([seed, *name.encode()])
     count = math.prod(shape)
     if dtype in ("I64", "I32", "U8", "BOOL"):
-        return rng.integers(0, 2, count * SIZES[dtype], np.uint8).tobytes()
+        return bytes(rng.integers(0, 2, count * SIZES[dtype], np.uint8))
     values = rng.standard_normal(count) * (0.5 + rng.random()) / 8
     if dtype in ("F64", "F32", "F16"):
-        return values.astype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
+        return bytes(values.astype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).tobytes())
     if dtype == "BF16":
-        return (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
+        return bytes((values.astype("<f4").view("<u4") >> 16).astype("<u2"))
     magnitudes = rng.integers(0, 0x78, count, np.uint8)
-    return (magnitudes | (rng.integers(0, 2, count, np.uint8) << 7)).astype("u1").tobytes()
+    return bytes((magnitudes | (rng.integers(0, 2, count, np.uint8) << 7)).astype("u1"))
 
 
 def tiny(
@@ -91,7 +92,8 @@ def write_shards(
 ) -> Path:
     """Shards and their index, as diffusers writes them; the index's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    names, per, weight_map = list(tensors), math.ceil(len(tensors) / count), {}
+    names, per = list(tensors), math.ceil(len(tensors) / count)
+    weight_map: dict[str, str] = {}
     middle = f".{variant}" if variant else ""
     for number in range(count):
         part = {name: tensors[name] for name in names[number * per : (number + 1) * per]}
@@ -129,6 +131,15 @@ def read(path: Path) -> dict[str, tuple[str, Shape, bytes]]:
         name: (e["dtype"], tuple(e["shape"]), raw[8 + size + e["data_offsets"][0] : 8 + size + e["data_offsets"][1]])
         for name, e in entries.items()
     }
+
+
+def entries_of(path: Path) -> dict[str, Any]:
+    """The tensors' entries in a safetensors file's header, read without the code under test."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        entries: dict[str, Any] = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    return entries
 
 
 def metadata_of(path: Path) -> dict[str, str]:

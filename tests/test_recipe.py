@@ -121,8 +121,8 @@ def test_what_is_no_alias_is_none(name: str) -> None:
 
 
 def test_an_unknown_alias_is_answered_with_the_nearest_and_all() -> None:
-    assert unknown_alias_hint("SDLX") == f"did you mean sdxl? built-in recipes: {', '.join(aliases())}"
-    assert unknown_alias_hint("?") == f"built-in recipes: {', '.join(aliases())}"
+    assert unknown_alias_hint("SDLX") == f"Did you mean sdxl? The built-in recipes are: {', '.join(aliases())}."
+    assert unknown_alias_hint("?") == f"The built-in recipes are: {', '.join(aliases())}."
 
 
 def test_recipes_inside_the_package_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_a_size_off_the_latent_grid_is_answered_with_the_nearest(target: str, gr
     with pytest.raises(RecipeError) as error:
         check_grid(Size.parse(target), grid, "SDXL")
     assert message(error) == f"{target} does not fit SDXL's latent grid (multiples of {grid})"
-    assert error.value.hint == f"use {use}"
+    assert error.value.hint == f"Use {use}."
     check_grid(Size.parse(use), grid, "SDXL")
 
 
@@ -209,7 +209,7 @@ def test_the_size_to_use_is_valid_and_less_than_a_step_away(width: int, height: 
     try:
         check_grid(Size(width, height), grid, "SDXL")
     except RecipeError as error:
-        use = Size.parse(error.hint.removeprefix("use "))
+        use = Size.parse(error.hint.removeprefix("Use ").removesuffix("."))
         check_grid(use, grid, "SDXL")
         assert max(abs(use.width - width), abs(use.height - height)) < grid
     else:
@@ -500,13 +500,16 @@ def test_a_broken_recipe_is_refused(text: str, problem: str) -> None:
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        (changed("poa_weight", "poa_wieght"), "did you mean poa_weight? keys: resolution, ratios, poa_weight, "),
-        (changed("poa_weight", "w"), "keys: resolution, ratios, poa_weight, "),
-        (changed("poa_weight = 1.5", ""), "write poa_weight = 1.5"),
-        (changed("mid = 0.2", "mid = true"), "write mid = 0.3"),
-        (changed("mid = 0.2", "mid = 1.2"), "0.3 sets 30 % of the weights to zero, 0 none"),
-        (changed('"400x560"', "1"), 'write resolution = "400x560"'),
-        (changed("starting-point", "searched"), 'write provenance = "starting-point", or add [variant.evidence] with '),
+        (
+            changed("poa_weight", "poa_wieght"),
+            "Did you mean poa_weight? The keys are: resolution, ratios, poa_weight, ",
+        ),
+        (changed("poa_weight", "w"), "The keys are: resolution, ratios, poa_weight, "),
+        (changed("poa_weight = 1.5", ""), "Write poa_weight = 1.5."),
+        (changed("mid = 0.2", "mid = true"), "Write mid = 0.3."),
+        (changed("mid = 0.2", "mid = 1.2"), "0.3 sets 30 % of the weights to zero, 0 none."),
+        (changed('"400x560"', "1"), 'Write resolution = "400x560".'),
+        (changed("starting-point", "searched"), 'Write provenance = "starting-point", or add [variant.evidence] with '),
     ],
 )
 def test_the_hint_says_what_to_write(text: str, hint: str) -> None:
@@ -899,7 +902,7 @@ def test_a_recipe_without_a_fitting_variant_is_refused(variants: tuple[Variant, 
     with pytest.raises(RecipeError) as error:
         choose(recipe(*variants), Size(1024, 1024))
     assert message(error) == problem
-    assert error.value.hint == "add a [[variant]] for 1024x1024 to it, or give the ratios on the command line"
+    assert error.value.hint == "Add a [[variant]] for 1024x1024 to it, or give the ratios on the command line."
 
 
 # --- the user's own numbers ---
@@ -948,7 +951,7 @@ def test_the_poa_weight_leaves_the_ratios_where_they_come_from() -> None:
         (1.0, {}, None, "the ratio of down is 1.0, must be 0 <= ratio < 1"),
         (None, {"mid": -0.1}, None, "the ratio of mid is -0.1, must be 0 <= ratio < 1"),
         (None, {"mid": math.nan}, None, "the ratio of mid is nan, must be 0 <= ratio < 1"),
-        (None, {"midd": 0.1}, None, "there is no group 'midd' to prune"),
+        (None, {"midd": 0.1}, None, "this model has no group 'midd' to prune"),
         (None, {}, math.inf, "the POA weight is inf, must be 0 <= weight <= 10"),
         (None, {}, math.nan, "the POA weight is nan, must be 0 <= weight <= 10"),
     ],
@@ -964,7 +967,7 @@ def test_numbers_that_cannot_be_are_refused(
 def test_an_unknown_group_is_answered_with_the_nearest() -> None:
     with pytest.raises(RecipeError) as error:
         override(SEARCHED, UNET, per_group={"midd": 0.1})
-    assert error.value.hint == "did you mean mid? groups: down, mid, up"
+    assert error.value.hint == "Did you mean mid? The groups are: down, mid, up. --ratio is for all of them."
 
 
 def test_part_of_a_set_needs_a_variant_for_these_groups() -> None:
@@ -976,12 +979,16 @@ def test_part_of_a_set_needs_a_variant_for_these_groups() -> None:
 @pytest.mark.parametrize(
     ("groups", "problem", "hint"),
     [
-        (("blocks",), "own.toml: ratios.down is for a group that this model does not have", "groups: blocks"),
-        (("down", "mid"), "own.toml: ratios.up is for a group that this model does not have", "groups: down, mid"),
+        (("blocks",), "own.toml: ratios.down is for a group that this model does not have", "The groups are: blocks."),
+        (
+            ("down", "mid"),
+            "own.toml: ratios.up is for a group that this model does not have",
+            "The groups are: down, mid.",
+        ),
         (
             ("down", "mid", "up", "out"),
             "own.toml: ratios.out is missing",
-            "write ratios = { down = 0.3, mid = 0.3, up = 0.3, out = 0.3 }",
+            "Write ratios = { down = 0.3, mid = 0.3, up = 0.3, out = 0.3 }.",
         ),
     ],
 )

@@ -1,13 +1,21 @@
 """The command line: parse, build one request, call one function, show its result."""
 
+import codecs
+import io
 import os
 import signal
 import sys
-import types
+import threading
+import time
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, ClassVar
+from types import FrameType
+from typing import ClassVar
 
 import click
+
+from crdiff_export.commands.options import Group, examples
+from crdiff_export.errors import CrdiffError
 
 COMMANDS = {
     "export": "Prune a base for a size and write a new checkpoint.",
@@ -15,14 +23,16 @@ COMMANDS = {
     "verify": "Check a baked file against its header, and against its base.",
     "recipes": "List, show and check recipes.",
 }
-TERMINATED = 143
-INTERRUPTED = 130
+# What a signal's exit code is made of in every shell: 130 interrupted, 143 terminated.
+BY_SIGNAL = 128
+# Seconds in which further signals do not disturb the cleaning up after the first.
+PATIENCE = 5.0
 
 
-class Commands(click.Group):
+class Commands(Group):
     """Knows its commands' names and first lines without loading them, so that --help is quick."""
 
-    packages: ClassVar[str] = "crdiff_export.commands"
+    package: ClassVar[str] = "crdiff_export.commands"
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of a user's work."""
@@ -32,7 +42,7 @@ class Commands(click.Group):
         """The command, loaded."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(f"{self.packages}.{cmd_name}"), cmd_name)
+        command: click.Command = getattr(import_module(f"{self.package}.{cmd_name}"), cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -40,67 +50,134 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """A misspelt command is answered with the nearest one."""
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            from difflib import get_close_matches
 
-            close = get_close_matches(args[0], COMMANDS, n=1)
-            meant = f" Did you mean {close[0]}?" if close else f" There are: {', '.join(COMMANDS)}."
-            raise click.UsageError(f"No such command {args[0]!r}.{meant}", ctx)
-        return super().resolve_command(ctx, args)
+def _show_version(ctx: click.Context, _param: click.Parameter, asked: object) -> None:
+    if asked and not ctx.resilient_parsing:
+        from crdiff_export.metadata import tool_version
+
+        click.echo(f"crdiff, version {tool_version()}")
+        ctx.exit()
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "CRDIFF"})
-@click.version_option(package_name="crdiff-export", prog_name="crdiff")
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "CRDIFF"},
+    epilog=examples(
+        "crdiff export demo --res 96x64      offline, in seconds",
+        "crdiff export sdxl --res 2048 -o sdxl-2048.safetensors",
+    )
+    + "\n\nEvery option has an environment variable: CRDIFF_EXPORT_RES=2048 is export's --res 2048.",
+)
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version,
+              help="Show the version and exit.")  # fmt: skip
 def crdiff() -> None:
-    r"""Make diffusion checkpoints good at sizes they were not trained for.
+    """Make diffusion checkpoints good at sizes they were not trained for.
 
     crdiff sets the smallest self-attention and feed-forward weights of a checkpoint to zero, block by block
     (CR-Diff, arXiv 2604.05524), and writes a new checkpoint that any loader opens.
-
-    \b
-    Example, offline and in seconds:
-      crdiff export demo --res 96x64 -o demo-96x64.safetensors
     """
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM; unwinds like Ctrl-C, so that temp files go."""
+class _Stopped(BaseException):
+    """A signal to end. Unwinds everything, so that temp files go; no library catches it, as some catch Ctrl-C."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.exit_code = BY_SIGNAL + signum
+        self.word = "interrupted" if signum == signal.SIGINT else "terminated"
 
 
-def _terminate(_signum: int, _frame: types.FrameType | None) -> None:
-    raise _Terminated
+class _Stopper:
+    """What a signal to end does. A second one soon after is ignored: the first is being obeyed."""
+
+    def __init__(self) -> None:
+        self._since = -PATIENCE
+        # A thread cannot take signals, and Windows has no SIGHUP. Those that whoever started us wants ignored
+        # (nohup, a shell's `&`) stay ignored.
+        known = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+        here = threading.current_thread() is threading.main_thread()
+        self._signals = [s for s in known if here and s is not None and signal.getsignal(s) is not signal.SIG_IGN]
+
+    def __call__(self, signum: int, _frame: FrameType | None) -> None:
+        if time.monotonic() - self._since >= PATIENCE:
+            self._since = time.monotonic()
+            raise _Stopped(signum)
+
+    def install(self) -> None:
+        """From here on signals unwind."""
+        for signum in self._signals:
+            signal.signal(signum, self)
+
+    def remove(self) -> None:
+        """From here on they end the process at once, as nothing is left to be cleaned up."""
+        for signum in self._signals:
+            signal.signal(signum, signal.SIG_DFL)
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run a command and exit: 0, 1 failure, 2 usage, 3 not verified, 4 Hub, 130 interrupted, 143 terminated."""
-    from crdiff_export.errors import CrdiffError
-
-    signal.signal(signal.SIGTERM, _terminate)
-    given = sys.argv[1:] if args is None else args
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0, 1 failure, 2 usage, 3 not verified, 4 Hub, 128 + the signal that ended it."""
+    given = sys.argv[1:] if args is None else list(args)
+    as_json, stopper = _wants_json(given), _Stopper()
+    _open_streams()
     try:
-        code = crdiff.main(given, prog_name="crdiff", standalone_mode=False)
+        stopper.install()
+        code = _drained(_run(given, as_json=as_json))
+        stopper.remove()
+    except _Stopped as stop:
+        message = f"{stop.word}; nothing half-done was left behind"
+        code = _fail(stop.word, message, "", stop.exit_code, as_json=as_json)
+    sys.exit(code)
+
+
+def _run(args: Sequence[str], *, as_json: bool) -> int:
+    try:
+        code = crdiff.main(args, prog_name="crdiff", standalone_mode=False)
     except CrdiffError as error:
-        from crdiff_export import ui
-
-        ui.print_error(error, as_json="--json" in given)
-        code = error.exit_code
+        return _fail(error.code, error.message, error.hint, error.exit_code, as_json=as_json)
     except click.ClickException as error:
+        return _misused(error, as_json=as_json)
+    return code if isinstance(code, int) else 0
+
+
+def _wants_json(args: Sequence[str]) -> bool:
+    """Whether errors are to be JSON, told from the words themselves: they may be what is wrong."""
+    words = [word.upper() for word in args if not word.startswith("-")]
+    names = ("_".join(words[:depth]) for depth in (1, 2))
+    asked = (os.environ.get(f"CRDIFF_{name}_JSON", "").lower() for name in names)
+    return "--json" in args or any(text in ("1", "true", "t", "yes", "y", "on") for text in asked)
+
+
+def _misused(error: click.ClickException, *, as_json: bool) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":  # from click 8.2 on; its text is the help
         error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort) as error:
-        # click turns a KeyboardInterrupt into an Abort
-        if isinstance(error, _Terminated) or isinstance(error.__cause__, _Terminated):
-            code = _say("terminated; nothing was left behind", TERMINATED)
-        else:
-            code = _say("interrupted; nothing was left behind", INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output is gone
+        return error.exit_code
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "crdiff"
+    return _fail("usage", error.format_message(), f"`{path} -h` explains it.", error.exit_code, as_json=as_json)
+
+
+def _fail(code: str, message: str, hint: str, exit_code: int, *, as_json: bool) -> int:
+    from crdiff_export import ui
+
+    ui.print_error(code, message, hint, as_json=as_json)
+    return exit_code
+
+
+def _open_streams() -> None:
+    """Give a stream that was closed a place to go, and let stdout take file names of any bytes."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+
+
+def _drained(code: int) -> int:
+    """The exit code once all output is out; 1 if it cannot get out, without Python's own complaint at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _say(text: str, code: int) -> int:
-    click.echo(f"crdiff: {text}", err=True)
+        return code or 1
     return code

@@ -1,30 +1,56 @@
 """`crdiff export`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from crdiff_export.commands.options import SizeType, device_option, output_options
+from crdiff_export.amounts import amount
+from crdiff_export.commands.options import (
+    POA_WEIGHT,
+    RATIO,
+    KindsType,
+    SizeType,
+    complete_alias,
+    device_option,
+    examples,
+    output_options,
+)
 from crdiff_export.export import Baked, ExportRequest, Job, prepare, run
 from crdiff_export.floats import DTYPES
-from crdiff_export.inspection import GROUP_COLUMNS, group_rows
+from crdiff_export.inspection import GROUP_COLUMNS, group_rows, provenance
 from crdiff_export.recipe import Size
 
 
-@click.command(epilog="Example: crdiff export sdxl --res 2048 -o sdxl-2048.safetensors")
-@click.argument("base")
-@click.option("--res", "size", type=SizeType(), required=True, help="The size to prune for, in pixels.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: STEM-crdiff-WxH.safetensors here.")
-@click.option("--recipe", type=click.Path(path_type=Path), help="A recipe instead of the built-in one (.toml, .json).")
-@click.option("--ratio", type=float, metavar="R", help="One share for all groups, 0 <= R < 1.")
-@click.option("--down", type=float, metavar="R", help="Share of the down blocks' weights to set to zero.")
-@click.option("--mid", type=float, metavar="R", help="Share of the mid block's.")
-@click.option("--up", type=float, metavar="R", help="Share of the up blocks'.")
-@click.option(
-    "--poa-weight", type=float, metavar="W", help="POA weight to recommend in the header; 1 is the pruned model."
+@click.command(
+    epilog=examples(
+        "crdiff export sdxl --res 2048 -o sdxl-2048.safetensors",
+        "crdiff export my-sd15.safetensors --res 400x560 --ratio 0.2 --up 0.3",
+        "crdiff export demo --res 96x64 --dry-run",
+    )
 )
-@click.option("--targets", metavar="KINDS", help="Which layers: attn, ff or attn,ff; the default is the family's.")
+@click.argument("base", shell_complete=complete_alias)
+@click.option("--res", type=SizeType(), required=True, help="The size to prune for, in pixels.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Where to write. Default: STEM-crdiff-WxH.safetensors in the current folder; a folder for a sharded base or a "
+    "diffusers folder.",
+)
+@click.option("--recipe", type=click.Path(path_type=Path), help="A recipe instead of the built-in one (.toml, .json).")
+@click.option("--ratio", type=RATIO, metavar="R", help="Share of every group's weights to set to zero.")
+@click.option("--down", type=RATIO, metavar="R", help="Share for the down blocks of a UNet; wins over --ratio.")
+@click.option("--mid", type=RATIO, metavar="R", help="Share for its mid block; wins over --ratio.")
+@click.option("--up", type=RATIO, metavar="R", help="Share for its up blocks; wins over --ratio.")
+@click.option(
+    "--poa-weight",
+    type=POA_WEIGHT,
+    metavar="W",
+    help="POA weight to recommend in the header; 1 is the pruned model alone.",
+)
+@click.option("--targets", type=KindsType(), help="Layers to prune, such as attn,ff. Default: the model family's.")
 @click.option(
     "--criterion",
     type=click.Choice(["magnitude"]),
@@ -33,8 +59,8 @@ from crdiff_export.recipe import Size
     help="How weights are ranked.",
 )
 @device_option
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads on the CPU; default: all cores.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Cast all float tensors; default: keep each as it is.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads on the CPU. Default: all cores.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Cast all float tensors. Default: keep each as it is.")
 @click.option("--variant", metavar="NAME", help="Weights to take from a folder that has several, such as fp16.")
 @click.option("--no-hash", is_flag=True, help="Leave the SHA-256 of base and output out of the header.")
 @click.option("--allow-nonfinite", is_flag=True, help="Keep and count target weights that are infinite or not numbers.")
@@ -42,82 +68,89 @@ from crdiff_export.recipe import Size
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
 @output_options
 def export(
-    base: str, size: Size, targets: str | None, *, down: float | None, mid: float | None, up: float | None,
-    no_hash: bool, dry_run: bool, as_json: bool, quiet: bool, **options: Any,
+    base: str, res: Size, *, down: float | None, mid: float | None, up: float | None,
+    no_hash: bool, dry_run: bool, json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Prune BASE for a size and write a new checkpoint with everything about it in its header.
 
     BASE is a path to a checkpoint or diffusers folder, a Hub id (ORG/NAME), hf://ORG/NAME/FILE, or an alias
     (`crdiff recipes list`). The output appears under its name only when it is complete and checked.
     """
-    from crdiff_export import ui
+    from crdiff_export import bases, ui
 
     per_group = {"down": down, "mid": mid, "up": up}
     request = ExportRequest(
         base=base,
-        size=size,
+        size=res,
         ratios={group: ratio for group, ratio in per_group.items() if ratio is not None},
-        targets=tuple(kind.strip() for kind in targets.split(",") if kind.strip()) if targets is not None else None,
         hashing=not no_hash,
         **options,
     )
+    silent = quiet or json
+    place = bases.remote(base)
+    if place and not silent:
+        ui.note(f"{place} comes from the Hub, unless it is in the local cache")
     job = prepare(request)
-    if not quiet:
+    if not silent:
         for text in job.plan.notes:
             ui.note(text)
     if dry_run:
-        _show_plan(job, as_json=as_json)
+        _show_plan(job, as_json=json, quiet=quiet)
         return
-    with ui.progress(quiet=quiet or as_json) as progress:
+    with ui.progress(quiet=silent) as progress:
         baked = run(job, progress)
-    _show_result(baked, as_json=as_json, quiet=quiet)
+    _show_result(baked, as_json=json, quiet=quiet)
 
 
-def _show_plan(job: Job, *, as_json: bool) -> None:
+def _show_plan(job: Job, *, as_json: bool, quiet: bool) -> None:
     from crdiff_export import ui
 
     plan = job.plan
-    groups = {
+    groups = _planned_groups(job)
+    if as_json:
+        ui.print_json({
+            "dry_run": True, "base": str(plan.checkpoint.path), "family": plan.match.family.id,
+            "layout": plan.match.layout.name, "resolution": str(plan.size), "recipe": plan.recipe,
+            "variant": str(plan.variant.resolution), "provenance": plan.variant.provenance,
+            "poa_weight": plan.variant.poa_weight, "targets": list(plan.kinds), "groups": groups,
+            "bytes": plan.data_size, "dtype": plan.cast, "output": str(job.target),
+            "files": [o.source.name for o in plan.outputs],
+            "disk_needed": job.space.needed, "disk_free": job.space.free, "notes": list(plan.notes),
+        })  # fmt: skip
+        return
+    if not quiet:
+        rows = [
+            [name, str(g["layers"]), f"{g['weights']:,}", f"{g['ratio']:.4g}", f"{g['to_prune_at_least']:,}"]
+            for name, g in groups.items()
+        ]
+        columns = ["group", "layers", "weights", "ratio", "to zero"]
+        ui.table(columns, rows, numeric=columns[1:])
+        ui.line("")
+        ui.facts({
+            "base": f"{plan.checkpoint.path} ({plan.match.family.title}, {plan.match.layout.name} layout)",
+            **_choice(job),
+            "targets": f"{', '.join(plan.kinds)} in {len(plan.targets)} layers, "
+            f"with a threshold for each {plan.match.family.scope}",
+            "dtype": plan.cast or "as in the base",
+            "size": f"{amount(plan.data_size)} of tensors",
+            "disk": f"{amount(job.space.needed)} needed, {amount(job.space.free)} free",
+            "would write": str(job.target),
+        })  # fmt: skip
+    else:
+        ui.line(str(job.target))
+
+
+def _planned_groups(job: Job) -> dict[str, dict[str, Any]]:
+    plan = job.plan
+    return {
         name: {
-            "targets": sum(t.group == name for t in plan.targets),
+            "layers": sum(t.group == name for t in plan.targets),
             "weights": sum(t.count for t in plan.targets if t.group == name),
             "ratio": plan.ratio(name),
             "to_prune_at_least": sum(s.rank for s in plan.scopes if s.group == name),
         }
         for name in plan.groups
     }
-    if as_json:
-        ui.print_json({
-            "dry_run": True, "base": str(plan.checkpoint.path), "family": plan.match.family.id,
-            "layout": plan.match.layout.name, "resolution": str(plan.size), "recipe": plan.recipe,
-            "variant": str(plan.variant.resolution), "provenance": plan.variant.provenance,
-            "targets": list(plan.kinds), "groups": groups, "bytes": plan.data_size, "dtype": plan.cast,
-            "output": str(job.target), "files": [o.source.name for o in plan.outputs],
-            "disk_needed": job.space.needed, "disk_free": job.space.free, "notes": list(plan.notes),
-        })  # fmt: skip
-        return
-    _lines(
-        {
-            "base": f"{plan.checkpoint.path} ({plan.match.family.title}, {plan.match.layout.name} layout)",
-            "for": f"{plan.size}, {_provenance(job)}",
-            "targets": f"{', '.join(plan.kinds)}: {len(plan.targets)} layers, a threshold per {plan.match.family.scope}",
-            "dtype": plan.cast or "as in the base",
-        }
-    )
-    ui.table(
-        ["group", "layers", "weights", "ratio", "to zero"],
-        [
-            [name, str(g["targets"]), f"{g['weights']:,}", f"{g['ratio']:.4g}", f"{g['to_prune_at_least']:,}"]
-            for name, g in groups.items()
-        ],
-        numeric=["layers", "weights", "ratio", "to zero"],
-    )  # fmt: skip
-    _lines(
-        {
-            "output": f"{job.target} ({ui.gigabytes(plan.data_size)} of tensors)",
-            "disk": f"{ui.gigabytes(job.space.needed)} needed, {ui.gigabytes(job.space.free)} free",
-        }
-    )
 
 
 def _show_result(baked: Baked, *, as_json: bool, quiet: bool) -> None:
@@ -148,18 +181,11 @@ def _show_result(baked: Baked, *, as_json: bool, quiet: bool) -> None:
         return
     if not quiet:
         ui.table(GROUP_COLUMNS, group_rows(stamp), numeric=GROUP_COLUMNS[1:])
-        _lines({"for": f"{stamp.resolution}, {_provenance(baked.job)}", "size": ui.gigabytes(written.size)})
+        ui.line("")
+        ui.facts({**_choice(baked.job), "size": amount(written.size)})
     ui.line(str(written.path))
 
 
-def _provenance(job: Job) -> str:
+def _choice(job: Job) -> Mapping[str, str]:
     variant = job.plan.variant
-    standing = {"starting-point": "starting point, tuned by nobody"}.get(variant.provenance, variant.provenance)
-    return f"ratios: {standing} ({variant.source})"
-
-
-def _lines(facts: dict[str, str]) -> None:
-    from crdiff_export import ui
-
-    for name, text in facts.items():
-        ui.line(f"{name + ':':<9}{text}")
+    return {"pruned for": str(job.plan.size), "ratios": provenance(variant.provenance, variant.source)}

@@ -1,14 +1,31 @@
-"""Options that several commands share."""
+"""What several commands share: types of options, their completion, and a group that knows a misspelt command."""
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from crdiff_export.errors import CrdiffError
-from crdiff_export.recipe import Size
+from crdiff_export.recipe import MAX_POA_WEIGHT, TARGETS, Size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Group(click.Group):
+    """Answers a misspelt command with the nearest one."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """The command that the first argument names."""
+        names = self.list_commands(ctx)
+        if args and args[0] not in names and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            close = get_close_matches(args[0], names, n=1)
+            meant = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(names)}."
+            raise click.UsageError(f"No such command {args[0]!r}. {meant}", ctx)
+        return super().resolve_command(ctx, args)
 
 
 class SizeType(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.5 on
@@ -27,16 +44,76 @@ class SizeType(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
         try:
             return Size.parse(value)
         except CrdiffError as error:
-            self.fail(f"{error.message}; {error.hint}", param, ctx)
+            self.fail(f"{error.message}. {error.hint}", param, ctx)
+
+
+class KindsType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Kinds of layers with commas between them."""
+
+    name = "kinds"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """How --help calls it."""
+        return "KINDS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """The kinds; a usage error for one that no model has."""
+        if isinstance(value, tuple):
+            return value
+        kinds = tuple(kind.strip() for kind in value.split(",") if kind.strip())
+        unknown = next((kind for kind in kinds if kind not in TARGETS), None)
+        if unknown is not None or not kinds:
+            wrong = "nothing is named" if unknown is None else f"{unknown!r} is no kind of layer"
+            self.fail(f"{wrong}. Give some of {', '.join(TARGETS)}, with commas between them.", param, ctx)
+        return kinds
+
+
+class DeviceType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A torch device, or `auto`. Whether this machine has it shows when it is used."""
+
+    name = "device"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """How --help calls it."""
+        return "DEVICE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The device; a usage error for any other text."""
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", value):
+            self.fail(f"{value!r} is no device. Give auto, cpu, cuda, cuda:N or mps.", param, ctx)
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Those that a shell offers."""
+        return [CompletionItem(name) for name in ("auto", "cpu", "cuda", "mps") if name.startswith(incomplete)]
+
+
+RATIO = click.FloatRange(0, 1, max_open=True)
+POA_WEIGHT = click.FloatRange(0, MAX_POA_WEIGHT)
+
+
+def complete_alias(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The built-in recipes, whose names stand for their bases, and files."""
+    from crdiff_export.recipe_files import aliases
+
+    names = [CompletionItem(alias) for alias in aliases() if alias.startswith(incomplete)]
+    return [*names, CompletionItem(incomplete, type="file")]
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's --help."""
+    title = "Example" if len(lines) == 1 else "Examples"
+    return "\n".join(("\b", f"{title}:", *(f"  {line}" for line in lines)))
 
 
 def output_options(command: Command) -> Command:
     """--json and -q."""
-    command = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")(command)
-    return click.option("-q", "--quiet", is_flag=True, help="Only the result; no progress, no notes.")(command)
+    as_json = click.option("--json", is_flag=True, help="One JSON object on stdout, or on stderr if it fails.")
+    quiet = click.option("-q", "--quiet", is_flag=True, help="The bare result: no progress, no notes, no explanations.")
+    return quiet(as_json(command))
 
 
 device_option = click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N|mps",
-    help="Where weights are counted and zeroed. The result does not depend on it.",
+    "--device", type=DeviceType(), default="auto", show_default=True,
+    help="Where weights are counted and zeroed: auto, cpu, cuda, cuda:N or mps. The result does not depend on it.",
 )  # fmt: skip

@@ -4,34 +4,40 @@ from pathlib import Path
 
 import click
 
-from crdiff_export.commands.options import device_option, output_options
+from crdiff_export.commands.options import complete_alias, device_option, examples, output_options
 
 
-@click.command(epilog="Example: crdiff verify demo-96x64.safetensors --base demo")
+@click.command(
+    epilog=examples("crdiff verify demo-96x64.safetensors", "crdiff verify demo-96x64.safetensors --base demo")
+)
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--base", help="The base it was made from: a path, a Hub id or an alias.")
+@click.option(
+    "--base", shell_complete=complete_alias, help="The base it was made from: a path, a folder, a Hub id or an alias."
+)
 @device_option
 @output_options
-def verify(file: Path, base: str | None, device: str, *, as_json: bool, quiet: bool) -> None:
+def verify(file: Path, base: str | None, device: str, *, json: bool, quiet: bool) -> None:
     """Check that FILE holds what its header says: counts, zeros and hash.
 
     With --base every target weight is derived again and compared bit by bit, and every other byte with the base's.
-    Exit code 3 if anything differs.
+    Exit code 3 if anything differs; with -q that is all there is to see.
     """
     from crdiff_export import ui
     from crdiff_export.verify import verify as check
 
-    with ui.progress(quiet=quiet or as_json) as progress:
+    with ui.progress(quiet=quiet or json) as progress:
         found = check(file, base, progress, device)
-    if as_json:
+    if json:
         ui.print_json({
             "verified": True, "file": str(file), "weights": found.weights, "hash": found.hashed,
             "base": str(found.base) if found.base else None,
         })  # fmt: skip
         return
+    if quiet:
+        return
     parts = [f"{found.weights:,} target weights"]
     parts += ["the SHA-256"] if found.hashed else []
     parts += [f"every byte against {found.base}"] if found.base else []
     ui.line(f"{file}: holds what its header says ({', '.join(parts)})")
-    if not quiet and not found.hashed:
+    if not found.hashed:
         ui.note("the header has no hash (--no-hash); bytes outside the target weights were not checked")

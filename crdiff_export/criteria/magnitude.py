@@ -7,13 +7,13 @@ from threading import Lock, local
 from typing import TYPE_CHECKING
 
 from crdiff_export import threshold
-from crdiff_export.checkpoint import Bytes
 from crdiff_export.errors import PlanError
 from crdiff_export.floats import FORMATS, INFINITY
 from crdiff_export.header import show
 from crdiff_export.kernels import LOWER_BITS, REFINED, Kernel, counters, magnitudes
 from crdiff_export.plan import Plan, Target
 from crdiff_export.progress import Progress
+from crdiff_export.source import Bytes
 from crdiff_export.threshold import Threshold
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class _Counting:
     def __init__(self, plan: Plan, kernel: Kernel, progress: Progress) -> None:
         self._plan, self._kernel, self._progress = plan, kernel, progress
         self._tallies = [_Tally() for _ in plan.scopes]
+        self._widest = max((t.source.itemsize for t in plan.targets), default=1)
         self._nonfinite: dict[str, int] = {}
         self._lock = Lock()
         self._own = local()
@@ -116,7 +117,7 @@ class _Counting:
         source, output = piece.target.source, piece.target.output
         own = self._own
         if not hasattr(own, "buffer"):
-            own.buffer, own.readers = self._kernel.buffer(CHUNK * 4), {}
+            own.buffer, own.readers = self._kernel.buffer(CHUNK * self._widest), {}
         if piece.target.file not in own.readers:
             reader = own.readers[piece.target.file] = self._plan.checkpoint.files[piece.target.file].open()
             with self._lock:

@@ -2,7 +2,7 @@
 
 from crdiff_export.families.catalogue import all_families, by_id
 from crdiff_export.families.detect import detect
-from crdiff_export.families.model import Family, Kind, Layer, Layout, Mark, Match
+from crdiff_export.families.model import Family, Kind, Layer, Layout, Mark, Match, Twin
 from crdiff_export.families.quantised import quantisation
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Layout",
     "Mark",
     "Match",
+    "Twin",
     "all_families",
     "by_id",
     "detect",

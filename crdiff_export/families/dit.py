@@ -132,6 +132,7 @@ def _flux(family_id: str, title: str, architecture: str, *, guidance: bool) -> F
                 inpainting=Mark("x_embedder.weight", axis=1, size=384, what="in-channels"),
             ),
         ),
+        inpainting="Flux.1-dev/inpaint" if guidance else None,  # FLUX.1 Fill, in SwarmUI's spelling
     )
 
 

@@ -1,5 +1,6 @@
 """What a model family is: plain records, filled by `unet.py` and `dit.py`, read by `detect.py`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,8 +45,21 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class Twin:
+    """Another model with all of a family's names and shapes, told by its content: see `architecture.py`.
+
+    In the twin the standard deviation of one tensor, per layout in `tensors`, is at most `limit`.
+    """
+
+    architecture: str
+    native: tuple[int, int]
+    tensors: Mapping[str, str]
+    limit: float
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
-    """Everything the tool knows about one model family."""
+    """Everything the tool knows about one model family. `inpainting` is the architecture id of its inpainting model."""
 
     id: str
     title: str
@@ -58,6 +72,8 @@ class Family:
     kinds: tuple[Kind, ...]
     default_kinds: tuple[Kind, ...]
     layouts: tuple[Layout, ...]
+    inpainting: str | None = None
+    twin: Twin | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ reshaped (diffusers' `convert_ldm_unet_checkpoint`, ComfyUI's `TRANSFORMER_BLOCK
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from crdiff_export.families.model import Family, Kind, Layer, Layout, Mark
+from crdiff_export.families.model import Family, Kind, Layer, Layout, Mark, Twin
 
 # The weights that the method prunes in a transformer block; cross-attention (attn2) is never touched.
 _WEIGHTS: tuple[tuple[str, Kind], ...] = (
@@ -34,17 +34,36 @@ class _UNet(NamedTuple):
     """Width of the text embedding: axis 1 of `attn2.to_k.weight`. The only sign that tells SD1.5 from SD2.1."""
     layers: int = 2
     """diffusers' `layers_per_block`; a level has one attention more on its way up."""
+    inpainting: str | None = None
+    twin: Twin | None = None
 
 
+# SD2.1 for 512 (epsilon) and for 768 (v-prediction). The rule and its limit are ComfyUI's, who call it a guess
+# (`comfy/supported_models.py`, `SD20.model_type`).
+_SD2_BASE = Twin(
+    "stable-diffusion-v2-512",
+    (512, 512),
+    {
+        "original": "output_blocks.11.1.transformer_blocks.0.norm1.bias",
+        "diffusers": "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
+    },
+    limit=0.09,
+)
 # Depths: `transformer_depth` and `attention_resolutions` of the original configs (v1-inference.yaml, sd_xl_base.yaml).
-# SD2.1 for 512 and for 768 have the same tensors; the architecture id and the size are the 768 v-prediction model's.
+# Architecture ids: ModelSpec; of the inpainting models: SwarmUI (`T2IModelClassSorter.cs`), which has none for SDXL.
 _UNETS = (
-    _UNet("sd15", "SD1.5", "stable-diffusion-v1", 512, depths=(1, 1, 1, 0), mid=1, context=768),
-    _UNet("sd21", "SD2.1", "stable-diffusion-v2-768-v", 768, depths=(1, 1, 1, 0), mid=1, context=1024),
+    _UNet(
+        "sd15", "SD1.5", "stable-diffusion-v1", 512, depths=(1, 1, 1, 0), mid=1, context=768,
+        inpainting="stable-diffusion-v1-inpainting",
+    ),
+    _UNet(
+        "sd21", "SD2.1", "stable-diffusion-v2-768-v", 768, depths=(1, 1, 1, 0), mid=1, context=1024,
+        inpainting="stable-diffusion-v2-inpainting", twin=_SD2_BASE,
+    ),
     _UNet("sdxl", "SDXL", "stable-diffusion-xl-v1-base", 1024, depths=(0, 2, 10), mid=10, context=2048),
     _UNet("sdxl-refiner", "SDXL refiner", "stable-diffusion-xl-v1-refiner", 1024, (0, 4, 4, 0), mid=4, context=1280),
     _UNet("demo", "demo", "stable-diffusion-v1", 64, depths=(1, 1), mid=1, context=64, layers=1),
-)
+)  # fmt: skip
 
 
 class _Block(NamedTuple):
@@ -87,6 +106,8 @@ def _family(unet: _UNet) -> Family:
                 inpainting=Mark("conv_in.weight", axis=1, size=9, what="in-channels"),
             ),
         ),
+        inpainting=unet.inpainting,
+        twin=unet.twin,
     )
 
 

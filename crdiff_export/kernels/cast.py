@@ -13,9 +13,9 @@ _NUMPY: dict[str, type[np.floating[Any]]] = {"F64": np.float64, "F32": np.float3
 def cast(data: memoryview, source: str, target: str) -> bytes | memoryview:
     """The bytes of `data`'s weights in another dtype; numbers too large for it become infinite, as in torch."""
     with np.errstate(over="ignore", invalid="ignore"):
-        if source == "F64" and target == "BF16":  # torch, too, goes by float32
-            return _narrow(np.frombuffer(data, np.float64).astype(np.float32))
         wide = np.frombuffer(data, _NUMPY[source]) if source in _NUMPY else _widen(data, source)
+        if source == "F64":  # torch, too, goes by float32, and so rounds twice
+            wide = wide.astype(np.float32)
         return _narrow(wide) if target == "BF16" else wide.astype(_NUMPY[target]).data.cast("B")
 
 

@@ -1,5 +1,6 @@
 """The loops in numba, without the interpreter's lock, so that plain threads run them side by side."""
 
+import functools
 import mmap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,24 @@ from crdiff_export.kernels import LOWER_BITS
 if TYPE_CHECKING:
     from crdiff_export.kernels import Counts
 
-# An anonymous map starts on a page, as unbuffered writes want.
 _UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {8: np.uint8, 16: np.uint16, 32: np.uint32}
 
 
 def _compiled(loop: Callable[..., None]) -> Callable[..., None]:
+    """The loop as machine code, from numba's cache where it can have one."""
     try:
-        return numba.njit(nogil=True, cache=True)(loop)  # type: ignore[no-any-return]
+        compiled = numba.njit(nogil=True, cache=True)(loop)
     except RuntimeError:  # no folder to cache in: a read-only home, say
-        return numba.njit(nogil=True)(loop)  # type: ignore[no-any-return]
+        compiled = numba.njit(nogil=True)(loop)
+
+    @functools.wraps(compiled)
+    def call(*args: Any) -> None:
+        try:
+            compiled(*args)
+        except OSError:  # the folder is full: the code was not kept, but it is there, and it has not run yet
+            compiled(*args)
+
+    return call
 
 
 @_compiled
@@ -54,7 +64,7 @@ class CpuKernel:
         self.threads = threads
 
     def buffer(self, size: int) -> memoryview:
-        return memoryview(mmap.mmap(-1, size))
+        return memoryview(mmap.mmap(-1, size))  # starts on a page, as unbuffered writes want
 
     def count(self, weights: memoryview, dtype: str, counts: "Counts") -> None:
         bits, mask = _bits(weights, dtype)

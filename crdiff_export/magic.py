@@ -1,0 +1,58 @@
+"""What a file is that has a checkpoint's name but not its content, told from its first bytes."""
+
+import codecs
+from pathlib import Path
+
+from crdiff_export.errors import CheckpointError
+
+# How many bytes `refuse_other` wants to see.
+SIZE = 64
+_PICKLES = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Whether a file begins like a safetensors header: a length of at most 100 MB, then an object."""
+    return start[4:9] == b"\0\0\0\0{"
+
+
+def is_pickle(start: bytes) -> bool:
+    """Whether a file begins like a zip archive or a bare pickle, which are what torch saves."""
+    return start.startswith((b"PK\x03\x04", *_PICKLES))
+
+
+def refuse_other(start: bytes, path: Path) -> None:
+    """CheckpointError for a file that begins like a known thing; nothing for one that begins like none.
+
+    Any of these bytes may also be the length of a safetensors header: ask `is_safetensors` first.
+    """
+    if start.startswith(b"GGUF"):
+        raise CheckpointError(
+            f"{path}: a GGUF file; its weights are quantised and cannot be pruned by magnitude",
+            "Use the fp16 or bf16 checkpoint that it was made from.",
+        )
+    if is_pickle(start):
+        raise CheckpointError(
+            f"{path}: a pickle or zip archive under another name, not a safetensors file",
+            "Rename it to .ckpt if it is a torch checkpoint; it is then read without running any code in it.",
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path}: a Git LFS pointer, not the checkpoint itself", "Fetch the file with `git lfs pull`."
+        )
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(
+            f"{path}: a web page, not a checkpoint",
+            "The download saved a login or an error page; fetch the file again.",
+        )
+    if len(start) >= 8 and all(chr(byte).isprintable() or byte in b"\t\r\n" for byte in start if byte < 128):
+        _refuse_text(start, path)
+
+
+def _refuse_text(start: bytes, path: Path) -> None:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return
+    raise CheckpointError(
+        f"{path}: a text file, not a checkpoint", "Look into it: a failed download leaves its message there."
+    )

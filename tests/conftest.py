@@ -1,0 +1,172 @@
+"""What every test gets: no network, caches of its own, and no settings of whoever runs it."""
+
+import contextlib
+import ipaddress
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Nobody listens there: a subprocess, which no fixture reaches, gets an error instead of the Hub.
+NOWHERE = "http://127.0.0.1:9"
+FOREIGN = ("CRDIFF_", "_CRDIFF_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "DIFFUSERS_")
+APPEARANCE = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "CLICOLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE")
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
+class NetworkUsed(RuntimeError):
+    """Not an OSError, which the code under test might take for a network that is down."""
+
+
+def is_local(address: Any) -> bool:
+    """Whether a socket's address is on this machine: a path (AF_UNIX) or a loopback host."""
+    if not isinstance(address, tuple):
+        return True
+    host = address[0].decode() if isinstance(address[0], bytes) else str(address[0])
+    try:
+        return host in ("localhost", "") or ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _guarded(method: Callable[..., Any], place: int) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # A name that is looked up comes as the host alone.
+        address = args[place] if isinstance(args[place], tuple) or place > 0 else (args[place] or "",)
+        if not is_local(address):
+            raise NetworkUsed(f"a test reached for {address}")
+        return method(*args, **kwargs)
+
+    return call
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Caches below pytest's own folder, shared by all tests, and a Hub that is not there."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith(FOREIGN) or name in APPEARANCE:
+                patch.delenv(name)
+        for name in ("CRDIFF_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+            patch.setenv(name, str(home / name.lower()))
+        patch.setenv("HF_ENDPOINT", NOWHERE)
+        patch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        patch.setenv("HF_HUB_DISABLE_UPDATE_CHECK", "1")
+        patch.setenv("TERM", "xterm")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Connections, datagrams and look-ups that leave this machine raise NetworkUsed."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name), 1))
+        patch.setattr(socket.socket, "sendto", _sendto(socket.socket.sendto))
+        for name in ("getaddrinfo", "gethostbyname"):
+            patch.setattr(socket, name, _guarded(getattr(socket, name), 0))
+        yield
+
+
+def _sendto(method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: socket.socket, data: Any, *rest: Any) -> Any:
+        if not is_local(rest[-1]):
+            raise NetworkUsed(f"a test sent to {rest[-1]}")
+        return method(self, data, *rest)
+
+    return call
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command line did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def result(self) -> Any:
+        """The one JSON object on stdout."""
+        (line,) = self.out.splitlines()
+        return json.loads(line)
+
+    @property
+    def error(self) -> Any:
+        """The one JSON object on stderr."""
+        (line,) = self.err.splitlines()
+        value = json.loads(line)
+        assert value["schema"] == 1
+        return value["error"]
+
+
+Crdiff = Callable[..., Ran]
+
+
+@pytest.fixture
+def crdiff(capfd: pytest.CaptureFixture[str]) -> Iterator[Crdiff]:
+    """Runs a command line in this process."""
+    from crdiff_export.commands import main
+
+    def run(*args: object) -> Ran:
+        capfd.readouterr()
+        code: object = 0
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as end:
+            code = end.code
+        finally:
+            with contextlib.suppress(AttributeError):  # click has put something in its place
+                sys.stdout.flush()
+        assert isinstance(code, int)
+        out, err = capfd.readouterr()
+        return Ran(code, out, err)
+
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    yield run
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one base of every kind, and files that are none. Not to be changed by a test."""
+    import makers
+
+    folder = tmp_path_factory.mktemp("shelf")
+    makers.write(folder / "sd15.safetensors", makers.tiny("sd15.original"), {"modelspec.title": "Tiny SD"})
+    makers.write(folder / "dit.safetensors", makers.tiny("sd3-medium.original-transformer"))
+    makers.write_shards(folder / "shards", makers.tiny("sd15.diffusers-unet"), 3)
+    pipe = folder / "pipe"
+    (pipe / "unet").mkdir(parents=True)
+    (pipe / "vae").mkdir()
+    unet = makers.tiny("demo.diffusers-unet")
+    makers.write(pipe / "unet/diffusion_pytorch_model.safetensors", unet)
+    makers.write(pipe / "unet/diffusion_pytorch_model.fp16.safetensors", makers.tiny("demo.diffusers-unet", "F16"))
+    makers.write(pipe / "vae/diffusion_pytorch_model.safetensors", {"encoder.down.0.weight": ("F16", (2,), b"\1" * 4)})
+    (pipe / "unet/config.json").write_text("{}")
+    (pipe / "model_index.json").write_text("{}")
+    lora = {f"lora_unet_{i}.lora_down.weight": ("F16", (2, 2), bytes(8)) for i in range(3)}
+    makers.write(folder / "lora.safetensors", lora)
+    vae = {f"decoder.up.{i}.weight": ("F16", (2, 2), bytes(8)) for i in range(3)}
+    makers.write(folder / "vae.safetensors", vae)
+    makers.write(folder / "odd.safetensors", {"odd.weight": ("F16", (2, 2), bytes(8))})
+    makers.write_sparse(folder / "sparse.safetensors", "sdxl.original")
+    return folder
