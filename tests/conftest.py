@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A machine that is busy with something else makes no test wrong.
+settings.register_profile("crdiff", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("crdiff")
 
 # Nobody listens there: a subprocess, which no fixture reaches, gets an error instead of the Hub.
 NOWHERE = "http://127.0.0.1:9"
@@ -83,6 +88,15 @@ def _sendto(method: Callable[..., Any]) -> Callable[..., Any]:
         return method(self, data, *rest)
 
     return call
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_arrive() -> None:
+    """A shell starts what runs in its background with Ctrl-C ignored, and so everything that starts from there."""
+    for signum in SIGNALS:
+        usual = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, usual)
 
 
 @pytest.fixture

@@ -79,13 +79,13 @@ def test_a_cast_is_what_torch_does(source: str, target: str) -> None:
     assert_like_torch(data, source, target)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(value=st.floats(allow_nan=False, width=64), target=st.sampled_from(list(NAMES.values())))
 def test_any_double(value: float, target: str) -> None:
     assert_like_torch(np.float64(value).tobytes(), "F64", target)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(value=st.floats(allow_nan=False, width=32), target=st.sampled_from(["F16", "BF16"]))
 def test_any_float(value: float, target: str) -> None:
     assert_like_torch(np.float32(value).tobytes(), "F32", target)

@@ -425,7 +425,7 @@ def test_an_untouched_layer_says_none(tmp_path: Path) -> None:
 # Anything
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     fill=st.sampled_from(FILLS),
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=1, max_size=7),

@@ -608,7 +608,7 @@ recipes = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(recipes)
 def test_what_is_written_reads_back_equal(made: Recipe) -> None:
     text = dump(made)
@@ -636,7 +636,7 @@ def test_the_written_form() -> None:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.text(max_size=60)
     | st.sampled_from([MODEL, VARIANT, EVIDENCE]).flatmap(lambda part: st.text(max_size=5).map(part.__add__))
@@ -859,7 +859,6 @@ def oracle(size: Size, target: Size) -> float:
     return area * area + aspect * aspect
 
 
-@settings(deadline=None)
 @given(st.lists(sizes, min_size=1, max_size=6, unique=True), sizes, st.randoms(use_true_random=False))
 def test_choosing_is_nearest_total_and_blind_to_order(made: list[Size], target: Size, chance: random.Random) -> None:
     choice = choose(recipe(*[variant(str(size)) for size in made]), target)
@@ -870,7 +869,6 @@ def test_choosing_is_nearest_total_and_blind_to_order(made: list[Size], target: 
     assert choose(recipe(*[variant(str(size)) for size in made]), target) == choice
 
 
-@settings(deadline=None)
 @given(sizes, sizes)
 def test_turning_every_picture_by_a_quarter_turns_the_choice(one: Size, target: Size) -> None:
     def turned(size: Size) -> Size:
