@@ -3,18 +3,15 @@
 import codecs
 import io
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from importlib import import_module
-from types import FrameType
 from typing import ClassVar
 
 import click
 
 from crdiff_export.commands.options import Group, examples
+from crdiff_export.commands.signals import Stopped, Stopper
 from crdiff_export.errors import CrdiffError
 
 COMMANDS = {
@@ -23,10 +20,6 @@ COMMANDS = {
     "verify": "Check a baked file against its header, and against its base.",
     "recipes": "List, show and check recipes.",
 }
-# What a signal's exit code is made of in every shell: 130 interrupted, 143 terminated.
-BY_SIGNAL = 128
-# Seconds in which further signals do not disturb the cleaning up after the first.
-PATIENCE = 5.0
 
 
 class Commands(Group):
@@ -78,60 +71,24 @@ def crdiff() -> None:
     """
 
 
-class _Stopped(BaseException):
-    """A signal to end. Unwinds everything, so that temp files go; no library catches it, as some catch Ctrl-C."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__()
-        self.exit_code = BY_SIGNAL + signum
-        self.word = "interrupted" if signum == signal.SIGINT else "terminated"
-
-
-class _Stopper:
-    """What a signal to end does. A second one soon after is ignored: the first is being obeyed."""
-
-    def __init__(self) -> None:
-        self._since = -PATIENCE
-        # A thread cannot take signals, and Windows has no SIGHUP. Those that whoever started us wants ignored
-        # (nohup, a shell's `&`) stay ignored.
-        known = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-        here = threading.current_thread() is threading.main_thread()
-        self._signals = [s for s in known if here and s is not None and signal.getsignal(s) is not signal.SIG_IGN]
-
-    def __call__(self, signum: int, _frame: FrameType | None) -> None:
-        if time.monotonic() - self._since >= PATIENCE:
-            self._since = time.monotonic()
-            raise _Stopped(signum)
-
-    def install(self) -> None:
-        """From here on signals unwind."""
-        for signum in self._signals:
-            signal.signal(signum, self)
-
-    def remove(self) -> None:
-        """From here on they end the process at once, as nothing is left to be cleaned up."""
-        for signum in self._signals:
-            signal.signal(signum, signal.SIG_DFL)
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0, 1 failure, 2 usage, 3 not verified, 4 Hub, 128 + the signal that ended it."""
     given = sys.argv[1:] if args is None else list(args)
-    as_json, stopper = _wants_json(given), _Stopper()
+    as_json, stopper = _wants_json(given), Stopper()
     _open_streams()
     try:
         stopper.install()
-        code = _drained(_run(given, as_json=as_json))
+        code = _drained(_run(given, stopper, as_json=as_json))
         stopper.remove()
-    except _Stopped as stop:
+    except Stopped as stop:
         message = f"{stop.word}; nothing half-done was left behind"
         code = _fail(stop.word, message, "", stop.exit_code, as_json=as_json)
     sys.exit(code)
 
 
-def _run(args: Sequence[str], *, as_json: bool) -> int:
+def _run(args: Sequence[str], stopper: Stopper, *, as_json: bool) -> int:
     try:
-        code = crdiff.main(args, prog_name="crdiff", standalone_mode=False)
+        code = crdiff.main(args, prog_name="crdiff", standalone_mode=False, obj=stopper)
     except CrdiffError as error:
         return _fail(error.code, error.message, error.hint, error.exit_code, as_json=as_json)
     except click.ClickException as error:

@@ -17,6 +17,7 @@ from crdiff_export.commands.options import (
     examples,
     output_options,
 )
+from crdiff_export.commands.signals import Stopper
 from crdiff_export.export import Baked, ExportRequest, Job, prepare, run
 from crdiff_export.floats import DTYPES
 from crdiff_export.inspection import GROUP_COLUMNS, group_rows, provenance
@@ -67,8 +68,9 @@ from crdiff_export.recipe import Size
 @click.option("--dry-run", is_flag=True, help="Show what would be done; read headers only, write nothing.")
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
 @output_options
+@click.pass_obj
 def export(
-    base: str, res: Size, *, down: float | None, mid: float | None, up: float | None,
+    stopper: Stopper, base: str, res: Size, *, down: float | None, mid: float | None, up: float | None,
     no_hash: bool, dry_run: bool, json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Prune BASE for a size and write a new checkpoint with everything about it in its header.
@@ -97,7 +99,7 @@ def export(
     if dry_run:
         _show_plan(job, as_json=json, quiet=quiet)
         return
-    with ui.progress(quiet=silent) as progress:
+    with ui.progress(quiet=silent) as shown, stopper.watch(shown) as progress:
         baked = run(job, progress)
     _show_result(baked, as_json=json, quiet=quiet)
 

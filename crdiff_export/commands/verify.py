@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from crdiff_export.commands.options import complete_alias, device_option, examples, output_options
+from crdiff_export.commands.signals import Stopper
 
 
 @click.command(
@@ -16,7 +17,8 @@ from crdiff_export.commands.options import complete_alias, device_option, exampl
 )
 @device_option
 @output_options
-def verify(file: Path, base: str | None, device: str, *, json: bool, quiet: bool) -> None:
+@click.pass_obj
+def verify(stopper: Stopper, file: Path, base: str | None, device: str, *, json: bool, quiet: bool) -> None:
     """Check that FILE holds what its header says: counts, zeros and hash.
 
     With --base every target weight is derived again and compared bit by bit, and every other byte with the base's.
@@ -25,7 +27,7 @@ def verify(file: Path, base: str | None, device: str, *, json: bool, quiet: bool
     from crdiff_export import ui
     from crdiff_export.verify import verify as check
 
-    with ui.progress(quiet=quiet or json) as progress:
+    with ui.progress(quiet=quiet or json) as shown, stopper.watch(shown) as progress:
         found = check(file, base, progress, device)
     if json:
         ui.print_json({
