@@ -76,11 +76,12 @@ def write(
                 path = part / output.source.name if folder else part
                 path.parent.mkdir(parents=True, exist_ok=True)
                 files.append(_write_file(plan, thresholds, number, path, compose, kernel, progress, hashes, chunk))
-            _copy_companions(plan, part)
+            _copy_companions(plan, part, progress)
             for output, written in zip(plan.outputs, files, strict=True):
                 output.source.check_unchanged()
                 _check(output, written, compose)
             _settle(part, target)
+            progress.advance(0)  # the last moment at which whoever watches may end it
             staging.publish(part, target, replace=replace)
     except OSError as error:
         raise _explained(error, target) from error
@@ -227,12 +228,16 @@ def _write_all(handle: int, data: memoryview, offset: int) -> None:
         done += os.write(handle, data[done:])
 
 
-def _copy_companions(plan: Plan, part: Path) -> None:
+def _copy_companions(plan: Plan, part: Path, progress: Progress) -> None:
     """Copy everything else of a folder; the system moves the bytes."""
-    for name in plan.checkpoint.companions:
+    sizes = {name: (plan.checkpoint.home / name).stat().st_size for name in plan.checkpoint.companions}
+    if sizes:
+        progress.stage("copying", sum(sizes.values()))
+    for name, size in sizes.items():
         (part / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.checkpoint.home / name, part / name)
         _sync(part / name)
+        progress.advance(size)
     if part.is_dir():
         for folder in {p.parent for p in part.rglob("*")}:
             staging.sync_folder(folder)

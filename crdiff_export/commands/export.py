@@ -70,7 +70,7 @@ from crdiff_export.recipe import Size
 @output_options
 @click.pass_obj
 def export(
-    stopper: Stopper, base: str, res: Size, *, down: float | None, mid: float | None, up: float | None,
+    stopper: Stopper, /, base: str, res: Size, *, down: float | None, mid: float | None, up: float | None,
     no_hash: bool, dry_run: bool, json: bool, quiet: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Prune BASE for a size and write a new checkpoint with everything about it in its header.

@@ -34,7 +34,7 @@ class Stopper:
 
     def __init__(self) -> None:
         self._since = -PATIENCE
-        self._noted: Stopped | None = None
+        self._noted: int | None = None
         self._watching = False
         # A thread cannot take signals, and Windows has no SIGHUP. Those that whoever started us wants ignored
         # (nohup, a shell's `&`) stay ignored.
@@ -47,9 +47,9 @@ class Stopper:
         if again and time.monotonic() - self._since < PATIENCE:
             return
         self._since = time.monotonic()
-        self._noted = self._noted or Stopped(signum)
+        self._noted = self._noted or signum
         if again or not self._watching:
-            raise self._noted
+            raise Stopped(self._noted)
 
     def install(self) -> None:
         """From here on a signal unwinds."""
@@ -74,7 +74,7 @@ class Stopper:
     def check(self) -> None:
         """Raise what has been noted."""
         if self._noted is not None:
-            raise self._noted
+            raise Stopped(self._noted)
 
 
 class _Watched:

@@ -18,7 +18,7 @@ from crdiff_export.commands.signals import Stopper
 @device_option
 @output_options
 @click.pass_obj
-def verify(stopper: Stopper, file: Path, base: str | None, device: str, *, json: bool, quiet: bool) -> None:
+def verify(stopper: Stopper, /, file: Path, base: str | None, device: str, *, json: bool, quiet: bool) -> None:
     """Check that FILE holds what its header says: counts, zeros and hash.
 
     With --base every target weight is derived again and compared bit by bit, and every other byte with the base's.

@@ -8,7 +8,7 @@ import torch
 
 from crdiff_export.errors import PlanError
 from crdiff_export.floats import FORMATS
-from crdiff_export.kernels import LOWER_BITS, REFINED
+from crdiff_export.kernels import LOWER_BITS, REFINED, counters, magnitudes
 
 if TYPE_CHECKING:
     from crdiff_export.kernels import Counts
@@ -21,16 +21,24 @@ class DeviceKernel:
     """The kernel for a torch device; PlanError where torch cannot reach it."""
 
     def __init__(self, device: str) -> None:
+        self.name = device
+        self.threads = 2  # one transfers while the other computes
         try:
             self._device = torch.device(device)
-            torch.zeros(1, device=self._device)
-        except (RuntimeError, AssertionError) as error:
+            self._pinned = self._device.type == "cuda"
+            self._try()
+        except (RuntimeError, AssertionError, TypeError) as error:
             raise PlanError(
                 f"device {device}: {str(error).splitlines()[0]}", "Leave --device out: the CPU gives the same file."
             ) from error
-        self.name = device
-        self.threads = 2  # one transfers while the other computes
-        self._pinned = self._device.type == "cuda"
+
+    def _try(self) -> None:
+        """Every loop once, before the work begins: not every device has every operation for every dtype."""
+        for form in FORMATS.values():
+            weights = self.buffer(64)
+            self.count(weights, form.dtype, counters(magnitudes(form.dtype)))
+            self.zero(weights, form.dtype, 0)
+        self.refine(weights, 0, counters(REFINED))
 
     def buffer(self, size: int) -> memoryview:
         if not self._pinned:
@@ -41,14 +49,14 @@ class DeviceKernel:
         return pinned.numpy().data[start : start + size]
 
     def count(self, weights: memoryview, dtype: str, counts: "Counts") -> None:
-        magnitudes = self._magnitudes(weights, dtype)
+        found = self._magnitudes(weights, dtype)
         if dtype == "F32":
-            magnitudes >>= LOWER_BITS
-        counts += _histogram(magnitudes, len(counts))
+            found >>= LOWER_BITS
+        counts += _histogram(found, len(counts))
 
     def refine(self, weights: memoryview, upper: int, counts: "Counts") -> None:
-        magnitudes = self._magnitudes(weights, "F32")
-        inside = magnitudes[(magnitudes >> LOWER_BITS) == upper]
+        found = self._magnitudes(weights, "F32")
+        inside = found[(found >> LOWER_BITS) == upper]
         counts += _histogram(inside & (REFINED - 1), REFINED)
 
     def zero(self, weights: memoryview, dtype: str, limit: int) -> None:
