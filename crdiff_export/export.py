@@ -137,7 +137,8 @@ def _choose(request: ExportRequest, match: Match) -> tuple[Variant, str, tuple[s
     variant = recipe.override(
         choice.variant, family.groups, ratio=request.ratio, per_group=request.ratios, poa_weight=request.poa_weight
     )
-    given = variant.ratios != choice.variant.ratios
+    # Not a word about a size whose numbers nobody takes.
+    given = request.ratio is not None or request.ratios.keys() >= set(family.groups)
     return variant, found.name, (choice.note,) if choice.note and not given else ()
 
 

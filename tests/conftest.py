@@ -63,6 +63,7 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in ("CRDIFF_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
             patch.setenv(name, str(home / name.lower()))
         patch.setenv("HF_ENDPOINT", NOWHERE)
+        patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         patch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
         patch.setenv("HF_HUB_DISABLE_UPDATE_CHECK", "1")
         patch.setenv("TERM", "xterm")

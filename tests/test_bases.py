@@ -174,6 +174,27 @@ def test_a_hub_id_is_looked_for_in_the_cache_alone_when_offline(crdiff: Crdiff, 
     assert crdiff("verify", "name-crdiff-64x64", "--base", "org/name", "-q").code == 0
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("export org/name --res 64", True),
+        ("export org/name --res 64 -q", False),
+        ("export org/name --res 64 --json", False),
+        ("verify {demo} --base hf://org/name", True),
+        ("export {demo} --res 64 --dry-run", None),
+    ],
+)
+def test_a_download_is_announced(
+    crdiff: Crdiff, cache: "Cache", here: Path, monkeypatch: pytest.MonkeyPatch, command: str, said: bool | None
+) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "")
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    ran = crdiff(*shlex.split(command.format(demo=demo.path())))
+    assert ("note: hf://org/name comes from the Hub, unless it is in the local cache" in ran.err) == bool(said)
+    # No bars in a log: the client reads this when it is imported.
+    assert os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == (None if said is None else "1")
+
+
 def test_an_alias_is_found_in_the_cache(crdiff: Crdiff, cache: "Cache", here: Path) -> None:
     recipe = recipe_files.by_alias("sd15")
     assert recipe

@@ -140,7 +140,8 @@ def test_ratios_of_ones_own(line: Line, options: str, ratios: Mapping[str, float
     found = line(f"export demo --res 72 -o o.safetensors --json {options}").result
     assert {name: some["ratio"] for name, some in found["groups"].items()} == ratios
     assert found["provenance"] == "starting-point"
-    assert found["notes"] == []  # the nearest variant's numbers were not taken
+    # Only part of them are the nearest variant's in one case.
+    assert bool(found["notes"]) == (options == "--down 0.1")
     for name, some in found["groups"].items():
         assert some["pruned"] >= int(ratios[name] * some["total"])
         assert (some["threshold"] is None) == (ratios[name] == 0)
@@ -726,7 +727,7 @@ def test_every_command_has_json_and_quiet() -> None:
 
 
 def test_help_says_which_ratio_wins(crdiff: Crdiff) -> None:
-    assert crdiff("export", "-h").out.count("wins over --ratio") + crdiff("export", "-h").out.count("over\n") >= 1
+    assert " ".join(crdiff("export", "-h").out.split()).count("wins over --ratio") == 3
 
 
 def test_the_list_of_commands_is_that_of_the_modules() -> None:

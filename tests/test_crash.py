@@ -25,7 +25,8 @@ import numpy as np
 import pytest
 
 from crdiff_export import CrdiffError, ExportRequest, Size, demo, export
-from crdiff_export.progress import Silent
+from crdiff_export.commands.signals import PATIENCE, Stopped, Stopper
+from crdiff_export.progress import Progress, Silent
 from crdiff_export.staging import clean
 from crdiff_export.verify import verify
 
@@ -394,6 +395,119 @@ def test_a_shell_that_shields_its_jobs_from_interrupts(file: Case, place: Path) 
         time.sleep(0.02)
     assert process.returncode == 0
     check(file, place, force=False, code=0)
+
+
+# --- what a signal does to the command line ---
+
+
+class Steps:
+    """A progress that counts."""
+
+    def __init__(self) -> None:
+        self.advanced = 0
+
+    def stage(self, title: str, size: int) -> None:
+        pass
+
+    def advance(self, size: int) -> None:
+        self.advanced += size
+
+
+@pytest.fixture
+def stopper() -> Iterator[Stopper]:
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    made = Stopper()
+    made.install()
+    yield made
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def test_a_signal_unwinds_at_once_where_nothing_else_runs(stopper: Stopper) -> None:
+    with pytest.raises(Stopped) as stop:
+        signal.raise_signal(signal.SIGTERM)
+    assert (stop.value.exit_code, stop.value.word) == (143, "terminated")
+
+
+def watched(stopper: Stopper, work: Callable[[Progress], None], steps: Steps | None = None) -> None:
+    with stopper.watch(steps or Steps()) as progress:
+        work(progress)
+
+
+def test_a_signal_waits_for_the_next_step_where_threads_are_at_work(stopper: Stopper) -> None:
+    """Raised anywhere, it may leave a lock taken for ever, and with it the threads that want it."""
+    steps = Steps()
+
+    def work(progress: Progress) -> None:
+        progress.advance(1)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        steps.advanced += 10
+        progress.advance(100)
+
+    with pytest.raises(Stopped) as stop:
+        watched(stopper, work, steps)
+    assert steps.advanced == 11
+    assert (stop.value.exit_code, stop.value.word) == (130, "interrupted")
+
+
+@pytest.mark.parametrize(
+    "call", [lambda p: p.stage("a", 1), lambda p: p.advance(1), lambda _: None], ids=["stage", "advance", "end"]
+)
+def test_a_signal_is_never_forgotten(stopper: Stopper, call: Callable[[Progress], None]) -> None:
+    def work(progress: Progress) -> None:
+        signal.raise_signal(signal.SIGHUP)
+        call(progress)
+
+    with pytest.raises(Stopped):
+        watched(stopper, work)
+
+
+def test_a_failure_is_told_rather_than_the_signal_before_it(stopper: Stopper) -> None:
+    def work(_: Progress) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        watched(stopper, work)
+
+
+def test_who_asks_again_after_a_while_is_obeyed_at_once(stopper: Stopper) -> None:
+    def work(_: Progress) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        stopper._since -= PATIENCE
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("not reached")
+
+    with pytest.raises(Stopped):
+        watched(stopper, work)
+
+
+def test_a_signal_that_is_to_be_ignored_is() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        Stopper().install()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_a_thread_takes_no_signals() -> None:
+    failures: list[BaseException] = []
+
+    def command() -> None:
+        try:
+            Stopper().install()
+        except BaseException as error:  # noqa: BLE001  a thread's exception is lost
+            failures.append(error)
+
+    thread = threading.Thread(target=command)
+    thread.start()
+    thread.join()
+    assert failures == []
 
 
 # --- disks ---

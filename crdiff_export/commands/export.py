@@ -12,6 +12,7 @@ from crdiff_export.commands.options import (
     RATIO,
     KindsType,
     SizeType,
+    announce,
     complete_alias,
     device_option,
     examples,
@@ -78,7 +79,7 @@ def export(
     BASE is a path to a checkpoint or diffusers folder, a Hub id (ORG/NAME), hf://ORG/NAME/FILE, or an alias
     (`crdiff recipes list`). The output appears under its name only when it is complete and checked.
     """
-    from crdiff_export import bases, ui
+    from crdiff_export import ui
 
     per_group = {"down": down, "mid": mid, "up": up}
     request = ExportRequest(
@@ -89,9 +90,7 @@ def export(
         **options,
     )
     silent = quiet or json
-    place = bases.remote(base)
-    if place and not silent:
-        ui.note(f"{place} comes from the Hub, unless it is in the local cache")
+    announce(base, quiet=silent)
     job = prepare(request)
     if not silent:
         for text in job.plan.notes:

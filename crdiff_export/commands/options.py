@@ -1,6 +1,8 @@
 """What several commands share: types of options, their completion, and a group that knows a misspelt command."""
 
+import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -98,6 +100,17 @@ def complete_alias(_ctx: click.Context, _param: click.Parameter, incomplete: str
 
     names = [CompletionItem(alias) for alias in aliases() if alias.startswith(incomplete)]
     return [*names, CompletionItem(incomplete, type="file")]
+
+
+def announce(base: str, *, quiet: bool) -> None:
+    """Say that a base may have to be fetched first, and keep the Hub client's bars to a terminal that wants them."""
+    from crdiff_export import bases, ui
+
+    if place := bases.remote(base):
+        if quiet or not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the client is imported
+        if not quiet:
+            ui.note(f"{place} comes from the Hub, unless it is in the local cache")
 
 
 def examples(*lines: str) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from crdiff_export.commands.options import complete_alias, device_option, examples, output_options
+from crdiff_export.commands.options import announce, complete_alias, device_option, examples, output_options
 from crdiff_export.commands.signals import Stopper
 
 
@@ -27,6 +27,8 @@ def verify(stopper: Stopper, /, file: Path, base: str | None, device: str, *, js
     from crdiff_export import ui
     from crdiff_export.verify import verify as check
 
+    if base:
+        announce(base, quiet=quiet or json)
     with ui.progress(quiet=quiet or json) as shown, stopper.watch(shown) as progress:
         found = check(file, base, progress, device)
     if json:
