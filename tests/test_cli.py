@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -180,6 +181,19 @@ def test_a_recipe_of_ones_own(line: Line, here: Path) -> None:
     assert ran.code == 0
     assert ran.result["groups"]["down"]["ratio"] == 0.25
     assert ran.result["recipe"] == "own.toml 96x64"
+
+
+def test_what_the_public_codes_search_leaves_is_a_recipe(line: Line, here: Path) -> None:
+    found = {
+        "model_config": {"name": "sd1.5", "width": 512, "height": 768},
+        "best_avg_score": 0.42,
+        "best_global_params_ratio": {"down_ratio": 0.1, "up_ratio": 0.2, "mid_ratio": 0.3},
+    }
+    (here / "config.json").write_text(json.dumps(found))
+    ran = line("export {shelf}/sd15.safetensors --res 512x768 --recipe config.json --json")
+    assert (ran.code, ran.err) == (0, "")
+    assert {name: some["ratio"] for name, some in ran.result["groups"].items()} == {"down": 0.1, "mid": 0.3, "up": 0.2}
+    assert ran.result["provenance"] == "searched"
 
 
 def test_force_replaces(line: Line, here: Path) -> None:
@@ -571,6 +585,39 @@ REFUSALS = {
         "export {shelf}/infinite.safetensors --res 64", 1, "plan", None,
         "The checkpoint is damaged, or --dtype is too narrow for it; --allow-nonfinite keeps such weights.",
     ),
+    "dtype too narrow": (
+        "export {shelf}/wide.safetensors --res 64 --dtype fp16", 1, "plan",
+        "{shelf}/wide.safetensors: 'betas' holds numbers that the new dtype cannot",
+        "Choose --dtype bf16, which has the range of fp32, or leave --dtype out.",
+    ),
+    "target of another dtype": (
+        "export {shelf}/bytes.safetensors --res 64", 1, "plan", None,
+        "Targets may be F32, F16, BF16, F8_E4M3, F8_E5M2; export from the checkpoint before it was quantised.",
+    ),
+    "target of another shape": (
+        "export {shelf}/flat.safetensors --res 64", 1, "family", None,
+        "The file is damaged, packed by a quantiser, or of a model that only shares its names with a known one.",
+    ),
+    "recipe that is a checkpoint": (
+        "export demo --res 64 --recipe {shelf}/sd15.safetensors", 1, "recipe",
+        "{shelf}/sd15.safetensors: more than 1 MiB", "A recipe is a short text; is this the checkpoint?",
+    ),
+    "recipe in no UTF-8": (
+        "recipes validate {shelf}/latin.toml", 1, "recipe", "{shelf}/latin.toml: not UTF-8 at byte 0",
+        "Save it as UTF-8 text.",
+    ),
+    "recipe for no size": (
+        "export demo --res 64 --recipe {shelf}/bare.toml", 1, "recipe", "bare.toml has no variant",
+        "Add a [[variant]] for 64x64 to it, or give the ratios on the command line.",
+    ),
+    "recipe without a group": (
+        "export demo --res 64 --recipe {shelf}/part.toml", 1, "recipe", "part.toml: ratios.up is missing",
+        "Write ratios = {{ down = 0.1, mid = 0.1, up = 0.3 }}.",
+    ),
+    "search that failed": (
+        "recipes show {shelf}/config.json", 1, "recipe", None,
+        "That search counts a failed run as -2: mend it and run it again.",
+    ),
     "verify a plain file": (
         "verify {shelf}/sd15.safetensors", 1, "checkpoint",
         "{shelf}/sd15.safetensors: not made by crdiff (no crdiff.schema in its header)",
@@ -621,6 +668,18 @@ def shelf(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     dtype, shape, data = tensors[name]
     infinite = b"\x00\x7c" + data[2:]
     makers.write(folder / "infinite.safetensors", tensors | {name: (dtype, shape, infinite)})
+    makers.write(folder / "wide.safetensors", tensors | {"betas": ("F32", (1,), struct.pack("<f", 1e30))})
+    makers.write(folder / "bytes.safetensors", tensors | {name: ("I8", shape, data[::2])})
+    makers.write(folder / "flat.safetensors", tensors | {name: (dtype, (len(data) // 2,), data)})
+    (folder / "latin.toml").write_bytes(b"\xe4")
+    model = '[model]\nfamily = "demo"\ntitle = "demo"\nnative = "64x64"\n'
+    (folder / "bare.toml").write_text(model)
+    (folder / "part.toml").write_text(
+        f'{model}[[variant]]\nresolution = "64x64"\nratios = {{ down = 0.1, mid = 0.1 }}\npoa_weight = 1.5\n'
+        'provenance = "starting-point"\nsource = "a guess"\n'
+    )
+    searched = {"model_config": {"name": "sdxl", "width": 512, "height": 512}, "best_avg_score": -2}
+    (folder / "config.json").write_text(json.dumps(searched))
     makers.write(
         folder / "quantised.safetensors", tensors | {"model.diffusion_model.scaled_fp8": ("F32", (), bytes(4))}
     )
