@@ -1,4 +1,4 @@
-"""Write an export: stream every file to a temp sibling, hash it, check it, and only then give it its name."""
+"""Write exports: stream every file to a temp sibling, hash it, check it, and only then give it its name."""
 
 import contextlib
 import errno
@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,27 +14,36 @@ from crdiff_export import header, staging, weights
 from crdiff_export.errors import BakeError
 from crdiff_export.hashing import SourceHashes
 from crdiff_export.kernels import Kernel
-from crdiff_export.metadata import RESERVED
-from crdiff_export.plan import Output, Plan
+from crdiff_export.metadata import Hashes
+from crdiff_export.plan import Output
 from crdiff_export.progress import Progress
-from crdiff_export.threshold import Threshold
-from crdiff_export.weights import PAGE, Chunk, Stream
+from crdiff_export.weights import Chunk, Pruning, Stream
+from crdiff_export.writer import Writer
 
-# What a file's header will say, given its source's metadata and the two hashes (or None).
-Compose = Callable[[Output, str | None, str | None], Mapping[str, str]]
+# Takes a hash's place until it is known.
+_RESERVED = "0" * 64
+# What a file's header will say, given its hashes (or None).
+Compose = Callable[[Output, Hashes | None], Mapping[str, str]]
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What `copy_file_range` says between two file systems, or on one that has no such thing (its man page).
-_NO_COPY = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One output to write. Without `replace` something that has come to `target` in the meantime is left there."""
+
+    pruning: Pruning
+    target: Path
+    compose: Compose
+    replace: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class BakedFile:
-    """One written file; the hashes are SHA-256 of the data sections, None where nobody asked."""
+    """One written file; None for the hashes where nobody asked."""
 
     path: Path
     size: int
-    source_hash: str | None
-    output_hash: str | None
+    hashes: Hashes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,195 +61,182 @@ class Written:
 
 
 def write(
-    plan: Plan,
-    thresholds: Sequence[Threshold],
-    target: Path,
-    compose: Compose,
+    orders: Sequence[Order],
     kernel: Kernel,
     progress: Progress,
     *,
     hashes: SourceHashes | None,
-    replace: bool = False,
     chunk: int = weights.CHUNK,
-) -> Written:
-    """Write the plan's output to `target`, all of it or nothing; BakeError says what stopped it.
+) -> list[Written | BakeError]:
+    """Write several variants of a base from one reading, each of them whole or not at all.
 
-    Without `replace` that is also something which has come there since the export was planned.
+    The variants share their checkpoint and cast. What stops one of them, BakeError says in its place; what is wrong
+    with the base is raised and stops all.
     """
-    folder = plan.checkpoint.kind != "file"
-    progress.stage("writing", plan.data_size)
-    try:
-        with staging.staged(target, folder) as part:
-            files = []
-            for number, output in enumerate(plan.outputs):
-                path = part / output.source.name if folder else part
-                path.parent.mkdir(parents=True, exist_ok=True)
-                files.append(_write_file(plan, thresholds, number, path, compose, kernel, progress, hashes, chunk))
-            _copy_companions(plan, part, progress)
-            for output, written in zip(plan.outputs, files, strict=True):
-                output.source.check_unchanged()
-                _check(output, written, compose)
-            _settle(part, target)
-            progress.advance(0)  # the last moment at which whoever watches may end it
-            staging.publish(part, target, replace=replace)
-    except OSError as error:
-        raise _explained(error, target) from error
-    placed = (
-        BakedFile(target / f.path.relative_to(part) if folder else target, f.size, f.source_hash, f.output_hash)
-        for f in files
-    )
-    return Written(target, tuple(placed), len(plan.checkpoint.companions))
+    plan = orders[0].pruning.plan
+    progress.stage("writing", sum(order.pruning.plan.data_size for order in orders))
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(_Output(order)) for order in orders]
+        for number in range(len(plan.outputs)):
+            _write_file(outputs, number, kernel, progress, hashes, chunk)
+        for output in _alive(outputs):
+            output.do(output.copy_companions, progress)
+        for source in plan.outputs:
+            source.source.check_unchanged()
+        for output in _alive(outputs):
+            output.do(output.check)
+        progress.advance(0)  # the last moment at which whoever watches may end it
+        for output in _alive(outputs):
+            output.do(output.publish)
+            output.do(output.clean)
+        return [output.written() for output in outputs]
 
 
 def _write_file(
-    plan: Plan,
-    thresholds: Sequence[Threshold],
+    outputs: Sequence["_Output"],
     number: int,
-    path: Path,
-    compose: Compose,
     kernel: Kernel,
     progress: Progress,
     hashes: SourceHashes | None,
     chunk: int,
-) -> BakedFile:
-    output = plan.outputs[number]
-    reserved = RESERVED if hashes else None
-    head = header.serialise(output.tensors, compose(output, reserved, reserved))
-    size = len(head) + output.data_size
-    digests: tuple[str | None, str | None] = None, None
-    with _Writer(path) as writer:
-        stream = Stream(
-            plan, thresholds, number, len(head), kernel, hashes=hashes, skip_untouched=writer.copies, chunk=chunk
-        )
-        with contextlib.closing(stream.chunks()) as chunks:
-            for part in chunks:
-                _fill_header(part, head)
-                if part.untouched:
-                    writer.copy(output, part, len(head))
-                else:
-                    writer.write(part.window, part.start)
-                progress.advance(len(part.data))
-        if hashes:
-            digests = f"0x{hashes.digest(number)}", f"0x{stream.output_hash}"
-            writer.patch(header.serialise(output.tensors, compose(output, *digests)))
-        writer.finish(size)
-    return BakedFile(path, size, *digests)
+) -> None:
+    """Write file `number` of every output."""
+    known = hashes.known(number) if hashes else None
+    reserved = _hashes(None if known else _RESERVED, known, _RESERVED) if hashes else None
+    for output in _alive(outputs):
+        output.do(output.begin, number, reserved)
+    alive = _alive(outputs)
+    if not alive:
+        return
+    copies = all(output.writer.copies for output in alive)
+    prunings = [output.order.pruning for output in alive]
+    stream = Stream(prunings, number, kernel, hashes=hashes, skip_untouched=copies, chunk=chunk)
+    with contextlib.closing(stream.chunks()) as chunks:
+        for part in chunks:
+            alive[part.variant].do(alive[part.variant].write, part)
+            progress.advance(part.stop - part.start)
+            if not _alive(outputs):
+                return
+    source = hashes.digest(number) if hashes else None
+    for place, output in enumerate(alive):
+        output.do(output.finish, _hashes(source, known, stream.output_hashes[place]) if hashes else None)
 
 
-def _fill_header(chunk: Chunk, head: bytes) -> None:
-    if chunk.start < len(head):
-        part = head[chunk.start : chunk.stop]
-        chunk.window[: len(part)] = part
+def _hashes(source: str | None, source_file: str | None, output: str) -> Hashes:
+    """Hashes in ModelSpec's spelling."""
+    return Hashes(source and f"0x{source}", source_file and f"0x{source_file}", f"0x{output}")
 
 
-class _Writer:
-    """A new file, written in pages past the system's cache where it allows that (O_DIRECT), else through it.
+class _Output:
+    """One variant in the making. A failure of its own ends it and takes its temp files away, but not its neighbours."""
 
-    A cached write costs a copy and a fresh page for every byte, and `fsync` waits for the disk all the same.
-    Unbuffered, 6.9 GB take 0.2 s of processor time instead of 3 to 16 (benchmarks/NOTES.md): the hashes need it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
-        self._cached = os.open(path, flags, 0o666)
-        self._direct: int | None = None
-        if hasattr(os, "O_DIRECT"):
-            with contextlib.suppress(OSError):  # tmpfs and some network file systems have none
-                self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
-        self._source: Any = None
-
-    @property
-    def copies(self) -> bool:
-        """Whether bytes nobody has to see should be moved by the system. An unbuffered write moves them once, too."""
-        return self._direct is None and hasattr(os, "copy_file_range")
+    def __init__(self, order: Order) -> None:
+        self.order, self._plan = order, order.pruning.plan
+        self._folder = self._plan.checkpoint.kind != "file"
+        self._files: list[BakedFile] = []
+        self._held = contextlib.ExitStack()
+        self.error: BakeError | None = None
 
     def __enter__(self) -> Self:
+        self.do(self._stage)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self._cached)
-        if self._direct is not None:
-            os.close(self._direct)
-        if self._source is not None:
-            self._source.close()
+        self._give_up()
 
-    def write(self, data: memoryview, offset: int) -> None:
-        """Write `data` at `offset`; both begin on a page, and only the file's last piece may end within one."""
-        pages = len(data) - len(data) % PAGE
-        if self._direct is not None and not self._write_direct(self._direct, data[:pages], offset):
-            os.close(self._direct)
-            self._direct = None
-        done = 0 if self._direct is None else pages
-        _write_all(self._cached, data[done:], offset + done)
-
-    @staticmethod
-    def _write_direct(handle: int, data: memoryview, offset: int) -> bool:
-        """False where the device wants another alignment, or a short write has broken it."""
+    def do(self, step: Callable[..., None], *args: Any) -> None:
+        """Take a step, unless an earlier one has failed."""
+        if self.error:
+            return
         try:
-            _write_all(handle, data, offset)
+            step(*args)
         except OSError as error:
-            if error.errno == errno.EINVAL:
-                return False
-            raise
-        return True
+            self.error = _explained(error, self.order.target)
+            self.error.__cause__ = error
+        except BakeError as error:
+            self.error = error
+        if self.error:
+            self._give_up()
 
-    def copy(self, output: Output, chunk: Chunk, data_start: int) -> None:
-        """Let the system copy an untouched chunk from the source."""
-        if self._source is None:
-            self._source = output.source.path.open("rb", buffering=0)
-        source = output.source.data_start - data_start
-        done = chunk.start
-        while done < chunk.stop:
-            moved = self._move(chunk.stop - done, source + done, done)
-            if not moved:
-                raise BakeError(f"{output.source.path}: became shorter while it was read", "Run the export again.")
-            done += moved
+    def _give_up(self) -> None:
+        """Take the temp files away, if they are still there; what ended the work says more than an error in that."""
+        with contextlib.suppress(OSError):
+            self._held.close()
 
-    def _move(self, size: int, start: int, offset: int) -> int:
-        """Move some of `size` bytes from `start` in the source; 0 where it ends before."""
-        handle = self._source.fileno()
-        try:
-            if moved := os.copy_file_range(handle, self._cached, size, start, offset):
-                return moved
-        except OSError as error:
-            if error.errno not in _NO_COPY:
-                raise
-        os.lseek(handle, start, os.SEEK_SET)
-        data = os.read(handle, size)
-        _write_all(self._cached, memoryview(data), offset)
-        return len(data)
+    def _stage(self) -> None:
+        self._part = self._held.enter_context(staging.staged(self.order.target, self._folder))
 
-    def patch(self, head: bytes) -> None:
-        """Put the final header over the reserved one; it has the same length."""
-        _write_all(self._cached, memoryview(head), 0)
+    def begin(self, number: int, reserved: Hashes | None) -> None:
+        """Open file `number`, with room for its header, which will be as long as it is with the reserved hashes."""
+        self._output = self._plan.outputs[number]
+        self._head = self._header(reserved)
+        path = self._part / self._output.source.name if self._folder else self._part
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.writer = self._held.enter_context(Writer(path))
 
-    def finish(self, size: int) -> None:
-        """Make everything durable."""
-        if os.fstat(self._cached).st_size != size:
-            raise BakeError(f"wrote {os.fstat(self._cached).st_size} bytes instead of {size}", "Run the export again.")
-        os.fsync(self._cached)
+    def _header(self, hashes: Hashes | None) -> bytes:
+        return header.serialise(self._output.tensors, self.order.compose(self._output, hashes))
+
+    def write(self, chunk: Chunk) -> None:
+        """Write a chunk at its place, or let the system copy it."""
+        place = len(self._head) + chunk.start
+        if chunk.untouched:
+            source = self._output.source
+            self.writer.copy(source.path, source.data_start + chunk.start, place, chunk.stop - chunk.start)
+        else:
+            self.writer.write(chunk.data, place)
+
+    def finish(self, hashes: Hashes | None) -> None:
+        """Write the header and make the file durable."""
+        head, size = self._header(hashes), len(self._head) + self._output.data_size
+        self.writer.patch(head)
+        self.writer.finish(size)
+        self.writer.close()
+        self._files.append(BakedFile(self.writer.path, size, hashes))
+
+    def copy_companions(self, progress: Progress) -> None:
+        """Copy everything else of a folder; the system moves the bytes."""
+        home = self._plan.checkpoint.home
+        sizes = {name: (home / name).stat().st_size for name in self._plan.checkpoint.companions}
+        if sizes:
+            progress.stage("copying", sum(sizes.values()))
+        for name, size in sizes.items():
+            (self._part / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(home / name, self._part / name)
+            _sync(self._part / name)
+            progress.advance(size)
+        if self._part.is_dir():
+            for folder in {p.parent for p in self._part.rglob("*")}:
+                staging.sync_folder(folder)
+
+    def check(self) -> None:
+        """Open what was written again and hold it against what was meant."""
+        for output, file in zip(self._plan.outputs, self._files, strict=True):
+            _check(output, file, self.order.compose)
+
+    def publish(self) -> None:
+        """Give the output its name."""
+        _settle(self._part, self.order.target)
+        staging.publish(self._part, self.order.target, replace=self.order.replace)
+
+    def clean(self) -> None:
+        """Take away what was replaced."""
+        self._held.close()
+
+    def written(self) -> Written | BakeError:
+        """What has come of it."""
+        if self.error:
+            return self.error
+        target = self.order.target
+        placed = (
+            replace(file, path=target / file.path.relative_to(self._part) if self._folder else target)
+            for file in self._files
+        )
+        return Written(target, tuple(placed), len(self._plan.checkpoint.companions))
 
 
-def _write_all(handle: int, data: memoryview, offset: int) -> None:
-    os.lseek(handle, offset, os.SEEK_SET)
-    done = 0
-    while done < len(data):
-        done += os.write(handle, data[done:])
-
-
-def _copy_companions(plan: Plan, part: Path, progress: Progress) -> None:
-    """Copy everything else of a folder; the system moves the bytes."""
-    sizes = {name: (plan.checkpoint.home / name).stat().st_size for name in plan.checkpoint.companions}
-    if sizes:
-        progress.stage("copying", sum(sizes.values()))
-    for name, size in sizes.items():
-        (part / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(plan.checkpoint.home / name, part / name)
-        _sync(part / name)
-        progress.advance(size)
-    if part.is_dir():
-        for folder in {p.parent for p in part.rglob("*")}:
-            staging.sync_folder(folder)
+def _alive(outputs: Sequence[_Output]) -> list[_Output]:
+    return [output for output in outputs if not output.error]
 
 
 def _sync(path: Path) -> None:
@@ -264,7 +260,7 @@ def _check(output: Output, written: BakedFile, compose: Compose) -> None:
         raise BakeError(
             f"{written.path.name}: does not open again: {error}", "This is a bug; please report it."
         ) from error
-    expected = dict(compose(output, written.source_hash, written.output_hash))
+    expected = dict(compose(output, written.hashes))
     if names != {t.name for t in output.tensors} or metadata != expected:
         raise BakeError(f"{written.path.name}: reads back otherwise than written", "Check the disk, then run it again.")
 

@@ -2,7 +2,8 @@
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -24,12 +25,14 @@ _FILES = (".safetensors", ".ckpt", ".json", ".pt", ".pth", ".bin", ".gguf", ".sf
 class Base:
     """A base on this machine. `name` is what the output's header calls it.
 
-    Outputs are called after `stem` if there is one: in the Hub's cache a folder's own name is a commit.
+    Outputs are called after `stem` if there is one: in the Hub's cache a folder's own name is a commit. `hashes` are
+    the SHA-256 of whole files as the Hub gives them, by the files' names.
     """
 
     path: Path
     name: str
     stem: str | None = None
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,8 @@ def locate(base: str, variant: str | None = None) -> Base:
         from crdiff_export import hub
 
         path = hub.fetch(place.repo, place.file, place.revision, variant)
-        return Base(path, place.name, place.repo.partition("/")[2] if path.is_dir() else None)
+        stem = place.repo.partition("/")[2] if path.is_dir() else None
+        return Base(path, place.name, stem, hub.hashes(path))
     found = _path(base)
     if found is None:
         raise CheckpointError(f"{_shown(base)}: no such file or folder", _hint(base))

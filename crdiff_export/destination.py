@@ -134,10 +134,13 @@ def companions_size(plan: Plan) -> int:
     return sum((root / name).stat().st_size for name in plan.checkpoint.companions)
 
 
-def check_space(space: Space) -> None:
-    """PlanError where the disk is too full."""
-    if space.needed > space.free:
-        raise PlanError(
-            f"{space.folder.resolve()}: {amount(space.needed)} needed, {amount(space.free)} free",
-            "Free some space, or give another place with -o.",
-        )
+def check_space(*spaces: Space) -> None:
+    """PlanError where a disk is too full for all outputs that go there."""
+    for folder in dict.fromkeys(space.folder.resolve() for space in spaces):
+        here = [space for space in spaces if space.folder.resolve() == folder]
+        needed, free = sum(space.needed for space in here), here[0].free
+        if needed > free:
+            raise PlanError(
+                f"{folder}: {amount(needed)} needed, {amount(free)} free",
+                "Free some space, or give another place with -o.",
+            )

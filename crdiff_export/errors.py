@@ -1,5 +1,6 @@
 """The errors a user can cause; anything else that is raised is a bug and keeps its traceback."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -67,3 +68,20 @@ class HubError(CrdiffError):
 
     exit_code = 4
     code = "hub"
+
+
+class CardError(CrdiffError):
+    """A model card whose front matter or marked section cannot be edited safely."""
+
+    code = "card"
+
+
+class MatrixError(CrdiffError):
+    """A plan file with one or more problems, all of them found before anything runs."""
+
+    code = "matrix"
+
+    def __init__(self, name: str, problems: Sequence[CrdiffError]) -> None:
+        count = f"{len(problems)} problems" if len(problems) > 1 else "one problem"
+        super().__init__(f"{name}: {count}", "Nothing was done; mend the file, then run it again.")
+        self.problems = tuple(problems)

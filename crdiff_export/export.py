@@ -1,9 +1,10 @@
 """READ FIRST: the whole story, from a base to a pruned checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from crdiff_export import (
     architecture,
@@ -18,7 +19,7 @@ from crdiff_export import (
     recipe_files,
 )
 from crdiff_export.checkpoint import Checkpoint, open_checkpoint
-from crdiff_export.errors import RecipeError
+from crdiff_export.errors import CrdiffError, PlanError, RecipeError
 from crdiff_export.families import Match
 from crdiff_export.floats import DTYPES
 from crdiff_export.hashing import SourceHashes
@@ -27,6 +28,7 @@ from crdiff_export.progress import Progress, Silent
 from crdiff_export.recipe import Size, Variant
 from crdiff_export.stamp import Stamp
 from crdiff_export.threshold import Threshold
+from crdiff_export.weights import Pruning
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +81,25 @@ class Baked:
 def prepare(request: ExportRequest) -> Job:
     """Find the base, read its headers, and plan; any refusal comes from here, before a weight is read."""
     base = bases.locate(request.base, request.variant)
-    checkpoint = open_checkpoint(base.path, request.variant)
+    return plan_job(request, base, open_checkpoint(base.path, request.variant))
+
+
+def plan_job(request: ExportRequest, base: bases.Base, checkpoint: Checkpoint) -> Job:
+    """What `prepare` does for a base whose headers have been read."""
+    planned = plan_variant(request, checkpoint)
+    target = destination.place(planned, request.output, base.stem, force=request.force)
+    return Job(request, base, planned, target, destination.space(planned, target))
+
+
+def plan_variant(request: ExportRequest, checkpoint: Checkpoint) -> Plan:
+    """What to prune, from the checkpoint's headers and the recipe alone."""
     match = plan.recognise(checkpoint)
     variant, recipe_name, notes = _choose(request, match)
-    planned = plan.make(
+    return plan.make(
         checkpoint, match, request.size, variant, recipe_name,
         kinds=request.targets, cast=DTYPES[request.dtype] if request.dtype else None,
         allow_nonfinite=request.allow_nonfinite, notes=notes,
     )  # fmt: skip
-    target = destination.place(planned, request.output, base.stem, force=request.force)
-    return Job(request, base, planned, target, destination.space(planned, target))
 
 
 def export(request: ExportRequest, progress: Progress | None = None) -> Baked:
@@ -101,25 +112,65 @@ def export(request: ExportRequest, progress: Progress | None = None) -> Baked:
 
 def run(job: Job, progress: Progress) -> Baked:
     """Do what was planned: count to find the thresholds, then write."""
-    destination.check_space(job.space)
-    with SourceHashes(job.plan) if job.request.hashing else nullcontext() as hashes:
-        return _run(job, hashes, progress)
+    (outcome,) = run_all((job,), progress)
+    if isinstance(outcome, CrdiffError):
+        raise outcome
+    return outcome
 
 
-def _run(job: Job, hashes: SourceHashes | None, progress: Progress) -> Baked:
-    request, planned = job.request, job.plan
-    kernel = kernels.load(request.device, request.threads)
-    thresholds = criteria.by_name(request.criterion)(planned, kernel, progress)
-    model = architecture.find(planned)
-    stamp = metadata.stamp(planned, thresholds, request.criterion, job.base.name, model)
+def run_all(jobs: Sequence[Job], progress: Progress, *, together: bool = True) -> Iterator[Baked | CrdiffError]:
+    """Run jobs for one checkpoint that differ in size, numbers and output alone: it is counted and hashed once.
 
-    def compose(output: Output, source_hash: str | None, output_hash: str | None) -> Mapping[str, str]:
-        return metadata.header(planned, stamp, model, output.source.metadata, source_hash, output_hash)
+    Together they are written from one reading, too. Else each is written when it is asked for, so that the disk has to
+    hold no more than the caller keeps. What is wrong with the base is raised, with one output yielded in its place.
+    """
+    first = jobs[0]
+    if together:
+        destination.check_space(*(job.space for job in jobs))
+    plans = [job.plan for job in jobs]
+    with SourceHashes(plans, first.base.hashes) if first.request.hashing else nullcontext() as hashes:
+        kernel = kernels.load(first.request.device, first.request.threads)
+        thresholds = criteria.by_name(first.request.criterion)(plans, kernel, progress)
+        model = architecture.find(first.plan)
+        made = [_Making.of(job, found, model) for job, found in zip(jobs, thresholds, strict=True)]
+        for batch in [made] if together else [[one] for one in made]:
+            yield from _write(batch, kernel, progress, hashes)
 
-    written = bake.write(
-        planned, thresholds, job.target, compose, kernel, progress, hashes=hashes, replace=request.force
-    )
-    return Baked(job, thresholds, stamp, written)
+
+def _write(
+    batch: Sequence["_Making"], kernel: kernels.Kernel, progress: Progress, hashes: SourceHashes | None
+) -> Iterator[Baked | CrdiffError]:
+    try:
+        destination.check_space(*(destination.space(making.job.plan, making.job.target) for making in batch))
+    except PlanError as error:
+        yield from (error for _ in batch)
+        return
+    orders = [making.order for making in batch]
+    for making, written in zip(batch, bake.write(orders, kernel, progress, hashes=hashes), strict=True):
+        yield written if isinstance(written, CrdiffError) else making.done(written)
+
+
+@dataclass(frozen=True, slots=True)
+class _Making:
+    """A job whose thresholds are known."""
+
+    job: Job
+    stamp: Stamp
+    order: bake.Order
+
+    @classmethod
+    def of(cls, job: Job, thresholds: tuple[Threshold, ...], model: architecture.Architecture) -> Self:
+        planned = job.plan
+        stamp = metadata.stamp(planned, thresholds, job.request.criterion, job.base.name, model)
+
+        def compose(output: Output, hashes: metadata.Hashes | None) -> Mapping[str, str]:
+            return metadata.header(planned, stamp, model, output.source.metadata, hashes)
+
+        pruning = Pruning(planned, thresholds)
+        return cls(job, stamp, bake.Order(pruning, job.target, compose, replace=job.request.force))
+
+    def done(self, written: bake.Written) -> Baked:
+        return Baked(self.job, self.order.pruning.thresholds, self.stamp, written)
 
 
 def _choose(request: ExportRequest, match: Match) -> tuple[Variant, str, tuple[str, ...]]:
@@ -142,4 +193,4 @@ def _choose(request: ExportRequest, match: Match) -> tuple[Variant, str, tuple[s
     return variant, found.name, (choice.note,) if choice.note and not given else ()
 
 
-__all__ = ["Baked", "Checkpoint", "ExportRequest", "Job", "export", "prepare", "run"]
+__all__ = ["Baked", "Checkpoint", "ExportRequest", "Job", "export", "prepare", "run", "run_all"]

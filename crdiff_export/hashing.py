@@ -2,8 +2,10 @@
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from crdiff_export.plan import Plan
@@ -21,15 +23,17 @@ class _Stopped(Exception):
 
 
 class SourceHashes:
-    """The hashes of the data sections of a plan's source files (ModelSpec 1.0.1, `hash_sha256`), one after another.
+    """The hashes of the data sections of a base's files (ModelSpec 1.0.1, `hash_sha256`), one after another.
 
-    Up to its first target weight an output is its source, so the state there serves both: what comes before, a bundle's
-    text encoders for instance, is hashed once.
+    Up to its first target weight an output is its source, so the state there serves all of them: what comes before, a
+    bundle's text encoders for instance, is hashed once. `known` are hashes of whole files, by file name, that somebody
+    else vouches for; such a file is hashed no further than that. The plans share their checkpoint and cast.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._files: Sequence[SourceFile] = plan.checkpoint.files
-        self._shared = [plan.unchanged(number) for number in range(len(self._files))]
+    def __init__(self, plans: Sequence[Plan], known: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._files: Sequence[SourceFile] = plans[0].checkpoint.files
+        self._known = known
+        self._shared = [min(plan.unchanged(number) for plan in plans) for number in range(len(self._files))]
         self._states: list[Future[_Hash]] = [Future() for _ in self._files]
         self._digests: list[Future[str]] = [Future() for _ in self._files]
         self._stopped = threading.Event()
@@ -43,13 +47,21 @@ class SourceHashes:
         self._stopped.set()
         self._thread.join()
 
+    def shared(self, number: int) -> int:
+        """How many bytes at the start of file `number`'s data section all outputs share with it."""
+        return self._shared[number]
+
     def state(self, number: int) -> "_Hash":
-        """The hash of what file `number` shares with its output, to be continued; waits for it."""
+        """The hash of what file `number` shares with its outputs, to be continued; waits for it."""
         return self._states[number].result().copy()
 
-    def digest(self, number: int) -> str:
-        """The hash of file `number`'s data section as hex; waits for it."""
-        return self._digests[number].result()
+    def known(self, number: int) -> str | None:
+        """The hash of the whole of file `number` as hex, where it was known."""
+        return self._known.get(self._files[number].name)
+
+    def digest(self, number: int) -> str | None:
+        """The hash of file `number`'s data section as hex, waiting for it; None where the whole file's is known."""
+        return None if self.known(number) else self._digests[number].result()
 
     def _run(self) -> None:
         for number, file in enumerate(self._files):
@@ -69,14 +81,26 @@ class SourceHashes:
         digest, shared = hashlib.sha256(), self._shared[number]
         _feed(digest, file, 0, shared, self._stopped)
         self._states[number].set_result(digest.copy())
-        _feed(digest, file, shared, file.data_size, self._stopped)
-        self._digests[number].set_result(digest.hexdigest())
+        if not self.known(number):
+            _feed(digest, file, shared, file.data_size, self._stopped)
+            self._digests[number].set_result(digest.hexdigest())
 
 
 def hash_data(file: SourceFile, progress: Progress) -> str:
     """SHA-256 of a file's data section as hex."""
     digest = hashlib.sha256()
     _feed(digest, file, 0, file.data_size, threading.Event(), progress)
+    return digest.hexdigest()
+
+
+def hash_file(path: Path, progress: Progress) -> str:
+    """SHA-256 of a whole file as hex, as `sha256sum` and the Hub give it."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(PIECE))
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+            progress.advance(size)
     return digest.hexdigest()
 
 

@@ -17,7 +17,8 @@ from crdiff_export.strict_json import MalformedError, parse_object, show
 __all__ = ["BITS", "MAX_BYTES", "METADATA", "Header", "TensorSpec", "length", "parse", "serialise", "show"]
 
 METADATA = "__metadata__"
-ALIGNMENT = 8
+# The tensors begin on a page, so that a file can be written past the system's cache and mapped as it lies on the disk.
+ALIGNMENT = 4096
 # safetensors/src/tensor.rs: MAX_HEADER_SIZE
 MAX_BYTES = 100_000_000
 # What NumPy can hold; torch allows no more where it computes.
@@ -107,7 +108,7 @@ def parse(raw: bytes, file_size: int, where: str) -> Header:
 
 
 def serialise(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """The length and the JSON of a header: metadata first with sorted keys, tensors as given, padded to 8 bytes.
+    """The length and the JSON of a header: metadata first with sorted keys, tensors as given, padded to whole pages.
 
     Nothing in it depends on the run or the machine (safetensors#584: the stock writer's key order is random).
     """
@@ -115,7 +116,7 @@ def serialise(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> byt
     for t in tensors:
         entries[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.start, t.end]}
     body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    body += b" " * (-len(body) % ALIGNMENT)
+    body += b" " * (-(8 + len(body)) % ALIGNMENT)
     return struct.pack("<Q", len(body)) + body
 
 

@@ -129,9 +129,16 @@ def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, s
     cast = f", cast to {printable(stamp.cast)}" if stamp.cast else ""
     yield "targets", printable(f"{', '.join(stamp.targets)} by {stamp.criterion}") + cast
     yield "POA weight", f"{stamp.poa_weight:g}"
-    yield "base", f"{printable(stamp.source_name)} ({stamp.source_hash or 'not hashed'})"
+    yield "base", f"{printable(stamp.source_name)} ({_base_hash(stamp)})"
     yield "hash", printable(output_hash) if output_hash else "none"
     yield "made by", f"crdiff {printable(stamp.version)}"
+
+
+def _base_hash(stamp: Stamp) -> str:
+    """How the base is told from others: by the hash of its tensors, or of its file."""
+    if stamp.source_file_hash:
+        return f"file {stamp.source_file_hash}"
+    return stamp.source_hash or "not hashed"
 
 
 def provenance(standing: str, source: str) -> str:

@@ -6,7 +6,7 @@ docs/metadata.md specifies ours. ModelSpec: https://github.com/Stability-AI/Mode
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 from crdiff_export.architecture import Architecture
@@ -15,10 +15,18 @@ from crdiff_export.recipe import Evidence
 from crdiff_export.stamp import PREFIX, GroupStamp, Stamp, safe
 from crdiff_export.threshold import Threshold
 
-# Takes the hash's place until it is known; a SHA-256 in ModelSpec's spelling has this length.
-RESERVED = "0x" + "0" * 64
 # Hashes of the bytes that we change; a stale one would name every image after another model.
 STALE = re.compile(r"modelspec\.hash_\w+|sshs_model_hash|sshs_legacy_hash")
+
+
+@dataclass(frozen=True, slots=True)
+class Hashes:
+    """SHA-256 in ModelSpec's spelling: of the source's data section, or where that was not needed, of the whole source
+    file; and of the output's data section."""
+
+    source: str | None
+    source_file: str | None
+    output: str
 
 
 def stamp(
@@ -73,18 +81,9 @@ def _text(name: str) -> str:
 
 
 def header(
-    plan: Plan,
-    stamp: Stamp,
-    architecture: Architecture,
-    source: Mapping[str, str],
-    source_hash: str | None,
-    output_hash: str | None,
+    plan: Plan, stamp: Stamp, architecture: Architecture, source: Mapping[str, str], hashes: Hashes | None
 ) -> dict[str, str]:
-    """All metadata of one output file: the source's, less what is no longer true, with ModelSpec's and our keys.
-
-    The hashes are SHA-256 of the data sections in ModelSpec's spelling, RESERVED as long as they are not known, None
-    where nobody asked.
-    """
+    """All metadata of one output file: the source's, less what is no longer true, with ModelSpec's and our keys."""
     stale = (PREFIX, *(("modelspec.unet_dtype", "modelspec.vae_dtype") if plan.cast else ()))
     kept = {key: text for key, text in source.items() if not STALE.fullmatch(key) and not key.startswith(stale)}
     title = kept.get("modelspec.title") or _title(stamp.source_name)
@@ -98,9 +97,10 @@ def header(
         "modelspec.architecture": kept.get("modelspec.architecture") or architecture.id,
         "modelspec.implementation": kept.get("modelspec.implementation") or implementation,
     }
-    if output_hash:
-        ours["modelspec.hash_sha256"] = output_hash
-    return {**kept, **ours, **replace(stamp, source_hash=source_hash).to_metadata()}
+    if hashes:
+        ours["modelspec.hash_sha256"] = hashes.output
+        stamp = replace(stamp, source_hash=hashes.source, source_file_hash=hashes.source_file)
+    return {**kept, **ours, **stamp.to_metadata()}
 
 
 def _title(name: str) -> str:

@@ -59,6 +59,7 @@ class Stamp:
     poa_weight: float
     thresholds: tuple[float | None, ...] | None = None
     source_hash: str | None = None
+    source_file_hash: str | None = None
     cast: str | None = None
     prompt: str | None = None
     evidence: Mapping[str, str] = field(default_factory=dict)
@@ -96,7 +97,10 @@ class Stamp:
                 keys[f"nonfinite.{name}"] = str(group.nonfinite)
         if self.thresholds is not None:
             keys["thresholds"] = json.dumps([_hex(t) for t in self.thresholds], separators=(",", ":"))
-        optional = {"source.hash_sha256": self.source_hash, "cast": self.cast, "prompt": self.prompt}
+        optional = {
+            "source.hash_sha256": self.source_hash, "source.file_sha256": self.source_file_hash,
+            "cast": self.cast, "prompt": self.prompt,
+        }  # fmt: skip
         keys |= {key: text for key, text in optional.items() if text is not None}
         keys |= {f"evidence.{key}": text for key, text in self.evidence.items()}
         return {PREFIX + key: safe(text) for key, text in keys.items()}
@@ -123,6 +127,7 @@ class Stamp:
             poa_weight=keys.number("poa.weight"),
             thresholds=thresholds,
             source_hash=keys.hash("source.hash_sha256"),
+            source_file_hash=keys.hash("source.file_sha256"),
             cast=keys.one_of("cast", tuple(floats.DTYPES.values())) if keys.optional("cast") is not None else None,
             prompt=keys.optional("prompt"),
             evidence=keys.below("evidence."),

@@ -8,19 +8,20 @@ from pathlib import Path
 
 from crdiff_export import bases, criteria, families, floats, kernels, plan, weights
 from crdiff_export.checkpoint import Checkpoint, open_checkpoint
-from crdiff_export.errors import VerifyError
-from crdiff_export.hashing import SourceHashes, hash_data
+from crdiff_export.errors import CheckpointError, VerifyError
+from crdiff_export.hashing import SourceHashes, hash_data, hash_file
 from crdiff_export.header import show
 from crdiff_export.kernels import Kernel
 from crdiff_export.plan import Output, Plan, Scope, Target
-from crdiff_export.progress import Progress
+from crdiff_export.progress import Progress, Silent
 from crdiff_export.recipe import Variant
 from crdiff_export.source import SourceFile
 from crdiff_export.stamp import Stamp
 from crdiff_export.threshold import Threshold
-from crdiff_export.weights import Chunk, Stream
+from crdiff_export.weights import Chunk, Pruning, Stream
 
 REPAIR = "Do not use the file; export it again from its base."
+DATA_HASH, FILE_HASH = "crdiff.source.hash_sha256", "crdiff.source.file_sha256"
 NEWER = "Install a newer crdiff."
 # diffusers' `_add_variant`: the variant stands before the number of the shard.
 _VARIANT = re.compile(r"(?:.*/)?diffusion_pytorch_model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors")
@@ -67,8 +68,7 @@ def _stamp(checkpoint: Checkpoint) -> Stamp:
 def _shared(stamp: Stamp) -> dict[str, str]:
     """All that the files of one export have in common: everything but the hash of each one's source."""
     keys = stamp.to_metadata()
-    keys.pop("crdiff.source.hash_sha256", None)
-    return keys
+    return {key: text for key, text in keys.items() if key not in (DATA_HASH, FILE_HASH)}
 
 
 def _plan(checkpoint: Checkpoint, stamp: Stamp) -> Plan:
@@ -229,26 +229,42 @@ def _check_base(
         kinds=stamp.targets, cast=stamp.cast, allow_nonfinite=True,
     )  # fmt: skip
     _check_same_tensors(planned, again)
-    derived = criteria.by_name(stamp.criterion)(again, kernel, progress)
+    (derived,) = criteria.by_name(stamp.criterion)([again], kernel, progress)
     for scope, ours, theirs in zip(again.scopes, derived, thresholds, strict=True):
         if ours.bits != theirs.bits:
             raise VerifyError(
                 f"{located}: gives {show(scope.name)} the threshold {ours.value}, the file has {theirs.value}",
                 "The file was made from another base; `crdiff inspect` names it.",
             )
-    said = [file.metadata.get("crdiff.source.hash_sha256") for file in planned.checkpoint.files]
     progress.stage("comparing", again.data_size)
-    with SourceHashes(again) if any(said) else contextlib.nullcontext() as hashes:
-        for number, file in enumerate(planned.checkpoint.files):
-            stream = Stream(again, derived, number, 0, kernel, chunk=weights.CHUNK)
-            _compare(stream, again.outputs[number], file, progress)
-            if hashes and said[number] != (actual := f"0x{hashes.digest(number)}"):
-                raise VerifyError(
-                    f"{again.outputs[number].source.path}: its bytes hash to {actual}, "
-                    f"crdiff.source.hash_sha256 of {file.path.name} is {said[number]}",
-                    REPAIR,
-                )
+    whole = {o.source.name: f.metadata.get(FILE_HASH, "") for o, f in _pairs(again, planned)}
+    hashed = any(f.metadata.get(DATA_HASH) for f in planned.checkpoint.files)
+    with SourceHashes([again], whole) if hashed else contextlib.nullcontext() as hashes:
+        for number, (output, file) in enumerate(_pairs(again, planned)):
+            stream = Stream([Pruning(again, derived)], number, kernel, chunk=weights.CHUNK)
+            _compare(stream, output, file, progress)
+            if hashes and not hashes.known(number):
+                _check_source(output.source, file, DATA_HASH, hashes.digest(number))
+            if FILE_HASH in file.metadata:
+                _check_source(output.source, file, FILE_HASH, _hash_whole(output.source))
     return located
+
+
+def _pairs(base: Plan, baked: Plan) -> list[tuple[Output, SourceFile]]:
+    """What each file should be, by its base, and the file."""
+    return list(zip(base.outputs, baked.checkpoint.files, strict=True))
+
+
+def _hash_whole(source: SourceFile) -> str:
+    try:
+        return hash_file(source.path, Silent())
+    except OSError as error:
+        raise CheckpointError(f"{source.path}: reading failed: {error.strerror}", "Check the disk.") from error
+
+
+def _check_source(source: SourceFile, baked: SourceFile, key: str, actual: str | None) -> None:
+    if (said := baked.metadata.get(key)) != f"0x{actual}":
+        raise VerifyError(f"{source.path}: its bytes hash to 0x{actual}, {key} of {baked.path.name} is {said}", REPAIR)
 
 
 def _check_same_tensors(baked: Plan, base: Plan) -> None:

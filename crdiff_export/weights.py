@@ -1,13 +1,15 @@
-"""Pass two: the output's bytes as a stream of chunks, read, zeroed and hashed side by side in buffers used again.
+"""Pass two: the outputs' bytes as a stream of chunks, read, zeroed and hashed side by side in buffers used again.
 
-`bake` writes the stream, `verify` compares it with a file. A chunk is a window of the output file on a grid of pages,
-whatever the tensors are, so that it can be written unbuffered. It is read with a seam on both sides, so that a weight
-that two chunks share is judged whole in both.
+`bake` writes the stream, `verify` compares it with a file. Several variants of one base come out of one reading: each
+chunk of the source gives one chunk for every variant, in turn. A chunk is a window of the data section on a grid of
+pages, whatever the tensors are, so that it can be written unbuffered. It is read with a seam on both sides, so that a
+weight that two chunks share is judged whole in both.
 """
 
 import mmap
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 
 from crdiff_export import floats
 from crdiff_export.errors import PlanError
@@ -27,6 +29,14 @@ STAGES = 3
 
 
 @dataclass(frozen=True, slots=True)
+class Pruning:
+    """A plan and the thresholds that were found for it, one for each of its scopes."""
+
+    plan: Plan
+    thresholds: tuple[Threshold, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
     """Output data bytes `start:stop` hold target weights; those of magnitude pattern at most `limit` become +0.0."""
 
@@ -36,27 +46,34 @@ class Cut:
     limit: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Chunk:
-    """Output file bytes `start:stop`.
+    """Bytes `start:stop` of the data section of variant number `variant`; `data`, a part of `buffer`, holds them.
 
-    `window` of `buffer` holds them, except those of the header, which the consumer fills in; `data` is its part in the
-    data section. `untouched` chunks were not read: their bytes are the source's.
+    `untouched` chunks were not read: their bytes are the source's.
     """
 
     start: int
     stop: int
     buffer: memoryview
-    window: memoryview
-    data: memoryview
+    variant: int = 0
     untouched: bool = False
 
+    @property
+    def data(self) -> memoryview:
+        """The chunk's bytes, from the buffer's second page on."""
+        return self.buffer[PAGE : PAGE + self.stop - self.start]
 
-def cuts(plan: Plan, thresholds: Sequence[Threshold], file: int) -> tuple[Cut, ...]:
+    def part(self, start: int, stop: int) -> memoryview:
+        """Data bytes `start:stop`, which are of the chunk or on its seams."""
+        return self.buffer[PAGE + start - self.start : PAGE + stop - self.start]
+
+
+def cuts(pruning: Pruning, file: int) -> tuple[Cut, ...]:
     """What to zero in one file of the plan, by place."""
     found = []
-    for target in plan.targets:
-        bits = thresholds[target.scope].bits
+    for target in pruning.plan.targets:
+        bits = pruning.thresholds[target.scope].bits
         if target.file == file and bits is not None:
             dtype = target.output.dtype
             limit = min(floats.limit(dtype, bits), floats.FORMATS[dtype].first_nonfinite - 1)
@@ -65,78 +82,71 @@ def cuts(plan: Plan, thresholds: Sequence[Threshold], file: int) -> tuple[Cut, .
 
 
 class Stream:
-    """The chunks of one output file whose data section begins at `data_start`; to be read through once.
+    """The chunks of one file of all variants; to be read through once. The variants share their checkpoint and cast.
 
-    With `hashes`, `output_hash` is then the SHA-256 of the data section as hex (ModelSpec 1.0.1, `hash_sha256`).
+    With `hashes`, `output_hashes` are then the SHA-256 of the data sections as hex (ModelSpec 1.0.1, `hash_sha256`).
     `skip_untouched` leaves chunks that nobody has to see unread, for the consumer to copy.
     """
 
-    output_hash: str | None = None
-
     def __init__(
         self,
-        plan: Plan,
-        thresholds: Sequence[Threshold],
+        prunings: Sequence[Pruning],
         file: int,
-        data_start: int,
         kernel: Kernel,
         *,
         hashes: SourceHashes | None = None,
         skip_untouched: bool = False,
         chunk: int = CHUNK,
     ) -> None:
-        self._plan, self._file, self._kernel, self._hashes = plan, file, kernel, hashes
-        self._output = plan.outputs[file]
-        self._cuts = cuts(plan, thresholds, file)
-        self._data_start, self._chunk = data_start, chunk
-        self._unchanged = plan.unchanged(file)
+        self._file, self._kernel, self._hashes, self._chunk = file, kernel, hashes, chunk
+        self._plan = prunings[0].plan
+        self._output = self._plan.outputs[file]
+        self._cuts = [cuts(pruning, file) for pruning in prunings]
+        self._unchanged = hashes.shared(file) if hashes else 0
         casts = any(run.cast for run in self._output.runs)
         self._skip = skip_untouched and not casts and self._output.source.tensors_of is None
         self._nonfinite: dict[str, int] = {}
+        self.output_hashes: list[str] = []
 
     def chunks(self) -> Generator[Chunk, None, None]:
-        """Every chunk in order; closing the generator stops all stages."""
+        """Every chunk in order, of each place those of all variants; closing the generator stops all stages."""
         # A buffer for every chunk that can be alive: one in each stage's hands and AHEAD between each two.
-        buffers = [self._kernel.buffer(self._chunk + 2 * PAGE) for _ in range(STAGES + (STAGES - 1) * AHEAD)]
-        return ahead(self._zero(ahead(self._read(buffers))))
+        alive = STAGES + (STAGES - 1) * AHEAD
+        return ahead(self._zero(ahead(self._read(self._buffers(alive)))))
 
-    def _read(self, buffers: Sequence[memoryview]) -> Generator[Chunk, None, None]:
-        size = self._data_start + self._output.data_size
+    def _buffers(self, number: int) -> Iterator[memoryview]:
+        return cycle([self._kernel.buffer(self._chunk + 2 * PAGE) for _ in range(number)])
+
+    def _read(self, buffers: Iterator[memoryview]) -> Generator[Chunk, None, None]:
+        size = self._output.data_size
         source = self._output.source.open()
         try:
-            for number, start in enumerate(range(0, size, self._chunk)):
+            for start in range(0, size, self._chunk):
                 stop = min(start + self._chunk, size)
-                buffer = buffers[number % len(buffers)]
-                window = buffer[PAGE : PAGE + stop - start]
-                data = window[min(max(self._data_start - start, 0), len(window)) :]
-                skipped = self._skip and self._is_untouched(start, stop)
-                chunk = Chunk(start, stop, buffer, window, data, untouched=skipped)
+                chunk = Chunk(start, stop, next(buffers), untouched=self._skip and self._is_untouched(start, stop))
                 if not chunk.untouched:
-                    self._fill(buffer, chunk, source)
+                    self._fill(chunk, source)
                 yield chunk
         finally:
             source.close()
         self._refuse_nonfinite()
 
     def _is_untouched(self, start: int, stop: int) -> bool:
-        low, high = start - self._data_start, stop - self._data_start
-        seen = self._hashes is not None and high > self._unchanged
-        return low >= 0 and not seen and not any(self._parts(low, high))
+        seen = self._hashes is not None and stop > self._unchanged
+        return not seen and not any(any(_parts(found, start, stop)) for found in self._cuts)
 
-    def _fill(self, buffer: memoryview, chunk: Chunk, source: Bytes) -> None:
-        """Read the chunk's data and its seams into the buffer, cast where the plan says so."""
-        low = max(chunk.start - self._data_start - SEAM, 0)
-        high = min(chunk.stop - self._data_start + SEAM, self._output.data_size)
-        origin = PAGE + self._data_start - chunk.start
+    def _fill(self, chunk: Chunk, source: Bytes) -> None:
+        """Read the chunk's data and its seams into its buffer, cast where the plan says so."""
+        low, high = max(chunk.start - SEAM, 0), min(chunk.stop + SEAM, self._output.data_size)
         for run in self._output.runs:
             start, stop = max(low, run.start), min(high, run.stop)
             if start >= stop:
                 continue
             if run.cast is None:
-                source.read_into(run.source + start - run.start, buffer[origin + start : origin + stop])
+                source.read_into(run.source + start - run.start, chunk.part(start, stop))
             else:
                 first, weights = self._cast(run, run.cast, start, stop, source)
-                buffer[origin + first : origin + first + len(weights)] = weights
+                chunk.part(first, first + len(weights))[:] = weights
 
     def _cast(
         self, run: Run, dtypes: tuple[str, str], start: int, stop: int, source: Bytes
@@ -161,27 +171,40 @@ class Stream:
             )
 
     def _zero(self, stream: Iterator[Chunk]) -> Generator[Chunk, None, None]:
-        digest = None
+        digests = None
+        # What one variant zeroes in the source's buffer the next one would miss; one alone needs no copy.
+        copies = None if len(self._cuts) == 1 else self._buffers(STAGES - 1 + AHEAD)
         for chunk in stream:
-            origin = chunk.start - self._data_start
-            for cut, start, stop in self._parts(origin, chunk.stop - self._data_start):
-                self._kernel.zero(chunk.buffer[PAGE + start - origin : PAGE + stop - origin], cut.dtype, cut.limit)
-            if self._hashes and chunk.stop - self._data_start > self._unchanged:
-                if digest is None:
-                    digest = self._hashes.state(self._file)
-                    digest.update(chunk.data[self._unchanged - max(origin, 0) :])
-                else:
-                    digest.update(chunk.data)
-            yield chunk
+            if self._hashes and digests is None and chunk.stop > self._unchanged:
+                digests = [self._hashes.state(self._file) for _ in self._cuts]
+            for variant, found in enumerate(self._cuts):
+                pruned = self._pruned(replace(chunk, variant=variant), found, copies)
+                if digests and not pruned.untouched:
+                    digests[variant].update(pruned.part(max(chunk.start, self._unchanged), chunk.stop))
+                yield pruned
         if self._hashes:
-            self.output_hash = digest.hexdigest() if digest else self._hashes.digest(self._file)
+            digests = digests or [self._hashes.state(self._file) for _ in self._cuts]
+            self.output_hashes = [digest.hexdigest() for digest in digests]
 
-    def _parts(self, low: int, high: int) -> Iterator[tuple[Cut, int, int]]:
-        """Of each cut within data bytes `low:high`, the whole elements that lie there or on the seam."""
-        for cut in self._cuts:
-            start, stop = max(low, cut.start), min(high, cut.stop)
-            if start < stop:
-                size = floats.FORMATS[cut.dtype].itemsize
-                start -= (start - cut.start) % size
-                stop += -(stop - cut.start) % size
-                yield cut, start, stop
+    def _pruned(self, chunk: Chunk, found: Sequence[Cut], copies: Iterator[memoryview] | None) -> Chunk:
+        """The chunk with its small weights at zero, in a buffer of its own where others need the source's."""
+        parts = list(_parts(found, chunk.start, chunk.stop))
+        if parts and copies is not None:
+            low, high = chunk.start - SEAM, chunk.stop + SEAM
+            own = replace(chunk, buffer=next(copies))
+            own.part(low, high)[:] = chunk.part(low, high)
+            chunk = own
+        for cut, start, stop in parts:
+            self._kernel.zero(chunk.part(start, stop), cut.dtype, cut.limit)
+        return chunk
+
+
+def _parts(found: Sequence[Cut], low: int, high: int) -> Iterator[tuple[Cut, int, int]]:
+    """Of each cut within data bytes `low:high`, the whole elements that lie there or on the seam."""
+    for cut in found:
+        start, stop = max(low, cut.start), min(high, cut.stop)
+        if start < stop:
+            size = floats.FORMATS[cut.dtype].itemsize
+            start -= (start - cut.start) % size
+            stop += -(stop - cut.start) % size
+            yield cut, start, stop

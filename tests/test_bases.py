@@ -1,5 +1,6 @@
 """From what a user calls a base to a path: aliases, files, and the Hub by way of its cache; no network at all."""
 
+import hashlib
 import http
 import importlib
 import os
@@ -19,6 +20,7 @@ from huggingface_hub import constants, errors
 from crdiff_export import bases, demo, hub, recipe_files
 from crdiff_export.bases import Base, locate, remote
 from crdiff_export.errors import CheckpointError, HubError
+from crdiff_export.hub import messages
 
 TOKEN = "hf_" + "secret" * 6
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -213,18 +215,25 @@ class Cache:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def add(self, repo: str, name: str, content: makers.Tensors | bytes, revision: str = "main") -> Path:
+    def add(
+        self,
+        repo: str,
+        name: str,
+        content: makers.Tensors | bytes,
+        revision: str = "main",
+        blob: str | None = None,
+    ) -> Path:
         home = self.root / f"models--{repo.replace('/', '--')}"
         path = home / "snapshots" / SHA / name
         for folder in (home / "refs", home / "blobs", path.parent):
             folder.mkdir(parents=True, exist_ok=True)
         (home / "refs" / revision).write_text(SHA)
-        blob = home / "blobs" / name.replace("/", "_")
+        there = home / "blobs" / (blob or name.replace("/", "_"))
         if isinstance(content, bytes):
-            blob.write_bytes(content)
+            there.write_bytes(content)
         else:
-            makers.write(blob, content)
-        path.symlink_to(os.path.relpath(blob, path.parent))
+            makers.write(there, content)
+        path.symlink_to(os.path.relpath(there, path.parent))
         return path
 
 
@@ -271,6 +280,43 @@ def test_a_repository_without_one_checkpoint(cache: Cache, names: list[str], mes
     with pytest.raises(HubError) as error:
         hub.fetch("org/name", None, None, None)
     assert (error.value.message, error.value.hint) == (message, hint)
+
+
+def test_of_several_the_one_of_the_variant(cache: Cache) -> None:
+    cache.add("org/name", "a.safetensors", b"x")
+    path = cache.add("org/name", "a.fp16.safetensors", b"y")
+    assert hub.fetch("org/name", None, None, "fp16") == path
+    with pytest.raises(HubError, match="has 2 checkpoints"):
+        hub.fetch("org/name", None, None, "fp8")
+
+
+def test_the_hubs_hash_of_a_base_is_known(crdiff: Crdiff, cache: Cache, here: Path) -> None:
+    """The cache calls a file by its ETag, which is the SHA-256 of what is in LFS, and another hash of the rest."""
+    content = makers.write(here / "content.safetensors", makers.tiny("demo.original-unet")).read_bytes()
+    known = hashlib.sha256(content).hexdigest()
+    cache.add("org/name", "a.safetensors", content, blob=known)
+    cache.add("org/other", "a.safetensors", content, blob="ab" * 20)
+    assert (locate("org/name").hashes, locate("org/other").hashes) == ({"a.safetensors": known}, {})
+    assert crdiff("export", "org/name", "--res", 64, "-o", "a.safetensors").code == 0
+    header = makers.metadata_of(here / "a.safetensors")
+    assert header["crdiff.source.file_sha256"] == f"0x{known}"
+    assert "crdiff.source.hash_sha256" not in header
+    assert f"hf://org/name (file 0x{known})" in crdiff("inspect", "a.safetensors").out
+    assert crdiff("verify", "a.safetensors", "--base", "org/name").code == 0
+    assert crdiff("verify", "a.safetensors", "--base", "content.safetensors").code == 0
+    ran = crdiff("export", "org/name", "--res", 64, "-o", "b.safetensors", "--json")
+    (file,) = ran.result["files"]
+    assert (file["source_hash_sha256"], file["source_file_sha256"]) == (None, f"0x{known}")
+
+
+def test_a_base_other_than_the_hub_said_is_found_out(crdiff: Crdiff, cache: Cache, here: Path) -> None:
+    """Its hash is taken on trust until somebody verifies it."""
+    content = makers.write(here / "content.safetensors", makers.tiny("demo.original-unet")).read_bytes()
+    cache.add("org/name", "a.safetensors", content, blob="ab" * 32)
+    assert crdiff("export", "org/name", "--res", 64, "-o", "a.safetensors").code == 0
+    ran = crdiff("verify", "a.safetensors", "--base", "org/name")
+    assert ran.code == 3
+    assert f"its bytes hash to 0x{hashlib.sha256(content).hexdigest()}, crdiff.source.file_sha256" in ran.err
 
 
 FILES = [
@@ -406,7 +452,7 @@ LOGIN = "run `hf auth login` or set HF_TOKEN."
         (
             lambda: answer("RevisionNotFoundError", 404),
             "no such revision",
-            "Check the branch, tag or commit after the @.",
+            "Check the branch, tag or commit.",
         ),
         (
             lambda: answer("RemoteEntryNotFoundError", 404),
@@ -447,7 +493,7 @@ LOGIN = "run `hf auth login` or set HF_TOKEN."
         ),
         (lambda: ConnectionResetError("reset"), "the Hub cannot be reached", CONNECTION),
         (lambda: TimeoutError("late"), "the Hub cannot be reached", CONNECTION),
-        (lambda: hub._no_answer()[0](f"{TOKEN}"), "the Hub cannot be reached", CONNECTION),
+        (lambda: messages.no_answer()[0](f"{TOKEN}"), "the Hub cannot be reached", CONNECTION),
         (
             lambda: OSError(28, "No space left on device"),
             "cannot be kept in the local cache: No space left on device",

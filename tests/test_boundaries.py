@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS: tuple[set[str], ...] = (
     {"__main__", "commands", "ui"},
     {"__init__", "export", "inspection", "verify", "bases", "destination", "hub", "demo"},
-    {"plan", "criteria", "architecture", "hashing", "weights", "metadata", "bake"},
+    {"plan", "criteria", "architecture", "hashing", "weights", "writer", "metadata", "bake"},
     {
         *("checkpoint", "source", "pickled", "unpickle", "magic", "header", "strict_json", "stamp"),
         *("families", "recipe", "recipe_files", "recipe_toml"),

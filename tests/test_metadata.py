@@ -25,7 +25,8 @@ import torch
 
 from crdiff_export import ExportRequest, Size, export, header, metadata
 from crdiff_export.architecture import Architecture
-from crdiff_export.export import prepare
+from crdiff_export.export import prepare, run
+from crdiff_export.progress import Silent
 from crdiff_export.recipe import Evidence
 from crdiff_export.stamp import Stamp
 from crdiff_export.threshold import Threshold
@@ -307,6 +308,9 @@ def test_document_names_every_key_and_its_format(tmp_path: Path) -> None:
         ),
         bake_tiny(tmp_path, "sd35-medium.original-transformer"),
     ]
+    job = prepare(ExportRequest(str(base), SIZE, tmp_path / "hub.safetensors", allow_nonfinite=True))
+    from_hub = replace(job, base=replace(job.base, hashes={base.name: "ab" * 32}))
+    said.append(makers.metadata_of(run(from_hub, Silent()).written.path))
     assert said[0]["crdiff.threshold.mid"] == "none"
     assert said[0]["crdiff.nonfinite.down"] == "1"
     assert said[0]["crdiff.evidence.interval"] == "[0.1, 0.2]"

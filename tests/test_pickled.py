@@ -357,7 +357,10 @@ def all_bytes(file: SourceFile) -> bytes:
 
 
 def as_safetensors(file: SourceFile) -> bytes:
-    return header.serialise(file.tensors, file.metadata) + all_bytes(file)
+    """As one file, its header padded as the library pads it."""
+    body = header.serialise(file.tensors, file.metadata)[8:].rstrip(b" ")
+    body += b" " * (-len(body) % 8)
+    return struct.pack("<Q", len(body)) + body + all_bytes(file)
 
 
 def by_the_library(tensors: dict[str, torch.Tensor]) -> bytes:

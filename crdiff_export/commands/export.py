@@ -173,7 +173,9 @@ def _show_result(baked: Baked, *, as_json: bool, quiet: bool) -> None:
             "files": [
                 {
                     "path": str(file.path), "bytes": file.size,
-                    "hash_sha256": file.output_hash, "source_hash_sha256": file.source_hash,
+                    "hash_sha256": file.hashes and file.hashes.output,
+                    "source_hash_sha256": file.hashes and file.hashes.source,
+                    "source_file_sha256": file.hashes and file.hashes.source_file,
                 }
                 for file in written.files
             ],

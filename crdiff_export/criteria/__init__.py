@@ -1,5 +1,6 @@
-"""How weights are ranked. A criterion turns a plan into one threshold per scope."""
+"""How weights are ranked. A criterion turns the plans for a checkpoint into one threshold per scope."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from crdiff_export.errors import PlanError
@@ -12,10 +13,12 @@ NAMES = ("magnitude",)
 
 
 class Criterion(Protocol):
-    """Ranks the weights of every scope of a plan, reading what it needs of them."""
+    """Ranks the weights of every scope of some plans, which share their checkpoint and cast, reading them once."""
 
-    def __call__(self, plan: Plan, kernel: Kernel, progress: Progress, /) -> tuple[Threshold, ...]:
-        """One threshold per scope, in the plan's order."""
+    def __call__(
+        self, plans: Sequence[Plan], kernel: Kernel, progress: Progress, /
+    ) -> tuple[tuple[Threshold, ...], ...]:
+        """For each plan one threshold per scope, in its order."""
         ...
 
 

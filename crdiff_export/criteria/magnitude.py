@@ -1,6 +1,6 @@
 """Rank by |w| (Han et al. 2015, arXiv 1506.02626), the criterion of the paper: pass one over the target weights."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock, local
@@ -11,7 +11,7 @@ from crdiff_export.errors import PlanError
 from crdiff_export.floats import FORMATS, INFINITY
 from crdiff_export.header import show
 from crdiff_export.kernels import LOWER_BITS, REFINED, Kernel, counters, magnitudes
-from crdiff_export.plan import Plan, Target
+from crdiff_export.plan import Plan, Scope, Target
 from crdiff_export.progress import Progress
 from crdiff_export.source import Bytes
 from crdiff_export.threshold import Threshold
@@ -25,11 +25,10 @@ CHUNK = 2 << 20
 
 @dataclass
 class _Tally:
-    """What has been counted of a scope: a histogram per dtype; of F32 also, once `upper` is known, a refined one."""
+    """What has been counted of some weights: a histogram per dtype; of F32 also a refined one for each of `uppers`."""
 
     counts: "dict[str, threshold.Totals]" = field(default_factory=dict)
-    refined: "threshold.Totals | None" = None
-    upper: int = 0
+    refined: "dict[int, threshold.Totals]" = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,46 +40,61 @@ class _Piece:
     stop: int
 
 
-def thresholds(plan: Plan, kernel: Kernel, progress: Progress) -> tuple[Threshold, ...]:
-    """The exact k-th smallest magnitude of every scope, in the dtypes that will be written.
+def thresholds(plans: Sequence[Plan], kernel: Kernel, progress: Progress) -> tuple[tuple[Threshold, ...], ...]:
+    """The exact k-th smallest magnitude of every scope of every plan, in the dtypes that will be written.
 
-    Non-finite weights raise PlanError with their tensors' names, unless the plan allows them.
+    The plans share their checkpoint and cast; its weights are read once for all of them (fp32: twice). Non-finite
+    weights raise PlanError with their tensors' names, unless the plans allow them.
     """
-    return _Counting(plan, kernel, progress).run()
+    return _Counting(plans, kernel, progress).run()
 
 
 class _Counting:
-    """One count over all targets on the kernel's threads. Sums of integers: their order cannot change the result."""
+    """One count over all targets on the kernel's threads. Sums of integers: their order cannot change the result.
 
-    def __init__(self, plan: Plan, kernel: Kernel, progress: Progress) -> None:
-        self._plan, self._kernel, self._progress = plan, kernel, progress
-        self._tallies = [_Tally() for _ in plan.scopes]
-        self._widest = max((t.source.itemsize for t in plan.targets), default=1)
+    Each layer kind of a group has a tally of its own, so that plans with other kinds of targets find theirs among them.
+    """
+
+    def __init__(self, plans: Sequence[Plan], kernel: Kernel, progress: Progress) -> None:
+        self._plans, self._kernel, self._progress = plans, kernel, progress
+        self._targets = {t.name: t for plan in plans for t in plan.targets if plan.scopes[t.scope].rank}
+        self._tallies = {_tally(plans[0], t): _Tally() for t in self._targets.values()}
+        self._widest = max((t.source.itemsize for t in self._targets.values()), default=1)
         self._nonfinite: dict[str, int] = {}
         self._lock = Lock()
         self._own = local()
         self._readers: list[Bytes] = []
 
-    def run(self) -> tuple[Threshold, ...]:
-        scopes = self._plan.scopes
-        counted = [t for t in self._plan.targets if scopes[t.scope].rank]
+    def run(self) -> tuple[tuple[Threshold, ...], ...]:
+        counted = list(self._targets.values())
         wide = [t for t in counted if t.output.dtype == "F32"]
         self._progress.stage("counting", sum(t.count * t.source.itemsize for t in (*counted, *wide)))
         try:
             self._pass(counted, refine=False)
             self._refuse_nonfinite()
-            for scope, tally in zip(scopes, self._tallies, strict=True):
-                if "F32" in tally.counts:
-                    tally.upper = threshold.upper_bits(tally.counts, scope.rank)
-                    tally.refined = threshold.totals(REFINED)
+            scopes = [self._scopes(plan) for plan in self._plans]
+            for scope in (scope for found in scopes for scope in found):
+                self._prepare_refinement(*scope)
             self._pass(wide, refine=True)
         finally:
             for reader in self._readers:
                 reader.close()
-        return tuple(
-            threshold.select(tally.counts, scope.rank, tally.refined) if scope.rank else Threshold(None, 0, scope.count)
-            for scope, tally in zip(scopes, self._tallies, strict=True)
-        )
+        return tuple(tuple(_select(*scope) for scope in found) for found in scopes)
+
+    def _scopes(self, plan: Plan) -> list[tuple[Scope, list[_Tally]]]:
+        """Every scope of a plan with the tallies of its weights."""
+        names: list[dict[Hashable, None]] = [{} for _ in plan.scopes]
+        for target in plan.targets:
+            if plan.scopes[target.scope].rank:
+                names[target.scope][_tally(plan, target)] = None
+        return [(s, [self._tallies[name] for name in found]) for s, found in zip(plan.scopes, names, strict=True)]
+
+    def _prepare_refinement(self, scope: Scope, tallies: Sequence[_Tally]) -> None:
+        counts = _merged(tallies)
+        if "F32" in counts:
+            upper = threshold.upper_bits(counts, scope.rank)
+            for tally in tallies:
+                tally.refined[upper] = threshold.totals(REFINED)
 
     def _pass(self, targets: list[Target], *, refine: bool) -> None:
         with ThreadPoolExecutor(self._kernel.threads, "crdiff-count") as pool:
@@ -96,17 +110,18 @@ class _Counting:
         target = piece.target
         dtype = target.output.dtype
         weights = self._read(piece)
-        tally = self._tallies[target.scope]
+        tally = self._tallies[_tally(self._plans[0], target)]
         if refine:
-            counts = counters(REFINED)
-            self._kernel.refine(weights, tally.upper, counts)
+            found = {upper: counters(REFINED) for upper in tally.refined}
+            for upper, counts in found.items():
+                self._kernel.refine(weights, upper, counts)
+            with self._lock:
+                for upper, counts in found.items():
+                    tally.refined[upper] += counts
         else:
             counts = counters(magnitudes(dtype))
             self._kernel.count(weights, dtype, counts)
-        with self._lock:
-            if tally.refined is not None:
-                tally.refined += counts
-            else:
+            with self._lock:
                 tally.counts.setdefault(dtype, threshold.totals(len(counts)))
                 tally.counts[dtype] += counts
                 self._note_nonfinite(target, counts)
@@ -119,7 +134,7 @@ class _Counting:
         if not hasattr(own, "buffer"):
             own.buffer, own.readers = self._kernel.buffer(CHUNK * self._widest), {}
         if piece.target.file not in own.readers:
-            reader = own.readers[piece.target.file] = self._plan.checkpoint.files[piece.target.file].open()
+            reader = own.readers[piece.target.file] = self._plans[0].checkpoint.files[piece.target.file].open()
             with self._lock:
                 self._readers.append(reader)
         weights: memoryview = own.buffer[: (piece.stop - piece.start) * source.itemsize]
@@ -137,15 +152,40 @@ class _Counting:
             self._nonfinite[target.name] = self._nonfinite.get(target.name, 0) + found
 
     def _refuse_nonfinite(self) -> None:
-        if not self._nonfinite or self._plan.allow_nonfinite:
+        if not self._nonfinite or self._plans[0].allow_nonfinite:
             return
         names = ", ".join(show(name) for name in sorted(self._nonfinite)[:3])
         more = len(self._nonfinite) - 3
         raise PlanError(
-            f"{self._plan.checkpoint.path}: {sum(self._nonfinite.values())} target weights are not finite, "
+            f"{self._plans[0].checkpoint.path}: {sum(self._nonfinite.values())} target weights are not finite, "
             f"in {names}{f' and {more} more' if more > 0 else ''}",
             "The checkpoint is damaged, or --dtype is too narrow for it; --allow-nonfinite keeps such weights.",
         )
+
+
+def _tally(plan: Plan, target: Target) -> Hashable:
+    """Which tally a target is counted in: its own where thresholds are per layer, else that of its group and kind."""
+    return target.name if plan.match.family.scope == "layer" else (target.group, target.kind)
+
+
+def _merged(tallies: Sequence[_Tally]) -> "dict[str, threshold.Totals]":
+    """The histograms of several tallies together."""
+    merged: dict[str, threshold.Totals] = {}
+    for dtype, counts in ((dtype, counts) for tally in tallies for dtype, counts in tally.counts.items()):
+        merged[dtype] = merged[dtype] + counts if dtype in merged else counts
+    return merged
+
+
+def _select(scope: Scope, tallies: Sequence[_Tally]) -> Threshold:
+    if not scope.rank:
+        return Threshold(None, 0, scope.count)
+    counts = _merged(tallies)
+    if "F32" not in counts:
+        return threshold.select(counts, scope.rank)
+    upper, refined = threshold.upper_bits(counts, scope.rank), threshold.totals(REFINED)
+    for tally in tallies:
+        refined += tally.refined[upper]
+    return threshold.select(counts, scope.rank, refined)
 
 
 def _pieces(targets: list[Target]) -> Iterator[_Piece]:

@@ -1,0 +1,5 @@
+"""The Hugging Face Hub; the only package that may open a socket. Tokens are left to huggingface_hub, unseen."""
+
+from crdiff_export.hub.download import fetch, hashes
+
+__all__ = ["fetch", "hashes"]

@@ -1,0 +1,108 @@
+"""The Hub client's exceptions as one line and what to do next; their own texts may hold signed links."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from crdiff_export.errors import HubError
+
+Access = Literal["read", "write"]
+
+_LOG_IN = "run `hf auth login` or set HF_TOKEN"
+_UNDONE = "Run it again; what has been transferred is kept."
+
+
+@contextlib.contextmanager
+def explained(repo: str, file: str | None = None, access: Access = "read") -> Iterator[None]:
+    """Turn what the client raises into a HubError about a repository or one of its files."""
+    from huggingface_hub import errors
+
+    place = f"{repo}/{file}" if file else repo
+    known = _known(repo, access)
+    try:
+        yield
+    except tuple(kind for kind, _, _ in known) as error:
+        what, hint = next((what, hint) for kind, what, hint in known if isinstance(error, kind))
+        raise HubError(f"{place}: {what}", hint) from error
+    except errors.HfHubHTTPError as error:
+        code = status(error)
+        raise HubError(f"{place}: the Hub answered {code or 'with an error'}", _after(error, access)) from error
+    except no_answer() as error:
+        raise HubError(f"{place}: the Hub cannot be reached", "Check the connection, then run it again.") from error
+    except OSError as error:  # the cache's disk
+        if access == "write":
+            raise HubError(f"{place}: the upload failed: {error.strerror or type(error).__name__}", _UNDONE) from error
+        raise HubError(
+            f"{place}: cannot be kept in the local cache: {error.strerror or type(error).__name__}",
+            "Free some space, or set HF_HOME to a folder on another disk.",
+        ) from error
+
+
+def status(error: Exception) -> int | None:
+    """The HTTP status behind an exception of the client."""
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    return code if isinstance(code, int) else None
+
+
+def retry_after(error: Exception) -> float | None:
+    """The seconds that the Hub asks to wait (RFC 9110, `Retry-After`); None where it names none, or a date."""
+    headers: Any = getattr(getattr(error, "response", None), "headers", None) or {}
+    text = str(headers.get("Retry-After", ""))
+    return float(text) if text.isdecimal() and math.isfinite(float(text)) else None
+
+
+def no_answer() -> tuple[type[BaseException], ...]:
+    """What the client lets through where nobody answers: a class of the HTTP library that its version uses.
+
+    That is requests, httpx or httpx2; the client's own error for HTTP has the library's most general one as ancestor.
+    """
+    from huggingface_hub import errors
+
+    own = ("builtins", errors.__name__)
+    ancestors = [c for c in errors.HfHubHTTPError.__mro__ if c.__module__ not in own and issubclass(c, BaseException)]
+    return (*ancestors[-1:], ConnectionError, TimeoutError)
+
+
+def _known(repo: str, access: Access) -> tuple[tuple[type[Exception], str, str], ...]:
+    """The client's exceptions that say what is wrong, the narrower ones first, with what it is and what to do."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{repo}"
+    offline = "Unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "Check the connection and run it again"
+    absent = "not in the local cache, and the Hub cannot be reached", f"{offline}, or give a path to a file you have."
+    xet = "HF_HUB_DISABLE_XET=1 takes another way."
+    failed = (
+        ("the download failed", f"Run it again; {xet}")
+        if access == "read"
+        else ("the upload failed", f"{_UNDONE[:-1]}, and {xet}")
+    )
+    cut_off = absent if access == "read" else ("the Hub is off: HF_HUB_OFFLINE is set", "Unset HF_HUB_OFFLINE.")
+    return (
+        (errors.GatedRepoError, "gated; your account has no access", f"Accept its terms at {page}, then {_LOG_IN}."),
+        (errors.LocalEntryNotFoundError, *absent),
+        (errors.OfflineModeIsEnabled, *cut_off),
+        (errors.RepositoryNotFoundError, "no such repository, or a private one", f"Check the id, or {_LOG_IN}."),
+        (errors.RevisionNotFoundError, "no such revision", "Check the branch, tag or commit."),
+        (errors.EntryNotFoundError, "no such file in the repository", f"See {page}/tree/main."),
+        (errors.HFValidationError, "not a Hub id", "Write ORG/NAME or hf://ORG/NAME/FILE."),
+        (errors.OIDCError, "trusted publishing failed", "See the workflow in docs/publishing.md, or set HF_TOKEN."),
+        (errors.SafetensorsParsingError, "not a safetensors file", "Give another file of the repository."),
+        (errors.XetDownloadError, *failed),
+        (RuntimeError, *failed),  # what hf_xet raises
+    )
+
+
+def _after(error: Exception, access: Access) -> str:
+    """What to do after an answer that is an error."""
+    code = status(error)
+    if code in (401, 403) and access == "read":
+        return "Run `hf auth login` or set HF_TOKEN; the token needs read access."
+    if code == 401:
+        return "Run `hf auth login`, or set HF_TOKEN to a token that is valid and may write there."
+    if code == 403:
+        return "The token may not write there: give one that may, or --create-pr to propose the change."
+    if code == 429:
+        seconds = retry_after(error)
+        return f"Wait {seconds:.0f} s, then run it again." if seconds else "Wait a little, then run it again."
+    return _UNDONE if access == "write" else "Run it again; finished parts are kept."
