@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["loopback_hub"]
+
 # A machine that is busy with something else makes no test wrong.
 settings.register_profile("crdiff", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("crdiff")
