@@ -3,11 +3,12 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import unquote
 
 from crdiff_export import recipe_files
+from crdiff_export.checkpoint import PICKLES, Checkpoint, open_checkpoint
 from crdiff_export.errors import CheckpointError
 
 BUILT_IN = "demo"
@@ -71,6 +72,46 @@ def locate(base: str, variant: str | None = None) -> Base:
         raise CheckpointError(f"{_shown(base)}: no such file or folder", _hint(base))
     # A link's own name says more than what it leads to: in the Hub's cache that is a hash.
     return Base(found, found.name if found.name not in ("", "..") else found.resolve().name)
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """A base of which only the headers have been read; its files may still be on the Hub.
+
+    `place` is where to fetch it from as of the commit that was looked at, with `size` bytes at most; None for what is
+    on this machine.
+    """
+
+    base: Base
+    checkpoint: Checkpoint
+    place: str | None = None
+    size: int = 0
+
+    def here(self, variant: str | None = None) -> "Looked":
+        """The same on this machine, fetched if it has to be; HubError where that fails."""
+        if self.place is None:
+            return self
+        path = locate(self.place, variant).path
+        found = open_checkpoint(path, variant)
+        kept = tuple(name for name in found.companions if name in self.checkpoint.companions)
+        return Looked(replace(self.base, path=path), replace(found, companions=kept))
+
+
+def look(base: str, variant: str | None = None) -> Looked:
+    """Read a base's headers, those of one on the Hub without fetching it; CheckpointError or HubError as in `locate`.
+
+    A pickle has no header and is fetched. So is everything while the Hub is off (HF_HUB_OFFLINE): from the cache.
+    """
+    place = _place(base)
+    if place and not (place.file or "").lower().endswith(PICKLES):
+        from crdiff_export import hub
+
+        if found := hub.look(place.repo, place.file, place.revision, variant):
+            stem = place.repo.partition("/")[2] if found.checkpoint.kind == "folder" else None
+            at = _Place(place.repo, place.file or found.file, found.commit).name
+            return Looked(Base(found.checkpoint.path, place.name, stem, found.hashes), found.checkpoint, at, found.size)
+    located = locate(base, variant)
+    return Looked(located, open_checkpoint(located.path, variant))
 
 
 def remote(base: str) -> str | None:

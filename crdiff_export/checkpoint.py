@@ -109,7 +109,7 @@ def _open_index(path: Path) -> Checkpoint:
 
 def _read_shards(root: Path, index: PurePosixPath) -> tuple[SourceFile, ...]:
     """The shards of an index at `index` below `root`, each key in the shard that the index names."""
-    weight_map = _read_index(root / index)
+    weight_map = read_index(root / index)
     shards = sorted(set(weight_map.values()))
     files = []
     for shard in shards:
@@ -136,7 +136,8 @@ def _read_shards(root: Path, index: PurePosixPath) -> tuple[SourceFile, ...]:
     return tuple(files)
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Which shard, a file beside the index, holds each tensor; CheckpointError for an index that is none."""
     damaged = "The index is damaged or is not one of a sharded checkpoint; fetch it again."
     if check_regular(path).st_size > MAX_INDEX_BYTES:
         raise CheckpointError(f"{path}: larger than any index of shards", damaged)

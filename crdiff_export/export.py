@@ -36,7 +36,7 @@ class ExportRequest:
     """What someone wants: which base, for which size, and everything they do not want to leave to us.
 
     `ratios` are per group and `ratio` is for all of them; either overrides the recipe. `dtype` is fp16, bf16 or fp32.
-    `variant` names the weights to take from a folder that has several (`fp16`).
+    `variant` names the weights to take from a folder that has several (`fp16`). `given` says where those numbers stand.
     """
 
     base: str
@@ -55,6 +55,7 @@ class ExportRequest:
     force: bool = False
     allow_nonfinite: bool = False
     threads: int | None = None
+    given: str = "on the command line"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +187,9 @@ def _choose(request: ExportRequest, match: Match) -> tuple[Variant, str, tuple[s
     choice = recipe.choose(found, request.size)
     recipe.check_groups(choice.variant, family.groups, found.name)
     variant = recipe.override(
-        choice.variant, family.groups, ratio=request.ratio, per_group=request.ratios, poa_weight=request.poa_weight
-    )
+        choice.variant, family.groups,
+        ratio=request.ratio, per_group=request.ratios, poa_weight=request.poa_weight, by=request.given,
+    )  # fmt: skip
     # Not a word about a size whose numbers nobody takes.
     given = request.ratio is not None or request.ratios.keys() >= set(family.groups)
     return variant, found.name, (choice.note,) if choice.note and not given else ()

@@ -95,13 +95,20 @@ def hash_data(file: SourceFile, progress: Progress) -> str:
 
 def hash_file(path: Path, progress: Progress) -> str:
     """SHA-256 of a whole file as hex, as `sha256sum` and the Hub give it."""
-    digest = hashlib.sha256()
+    return hash_from(path, (0,), progress)[0]
+
+
+def hash_from(path: Path, starts: Sequence[int], progress: Progress) -> list[str]:
+    """The SHA-256 of a file from each of several places to its end, as hex, from one reading."""
+    digests = [hashlib.sha256() for _ in starts]
+    buffer, place = memoryview(bytearray(PIECE)), 0
     with path.open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(PIECE))
         while size := file.readinto(buffer):
-            digest.update(buffer[:size])
+            for digest, start in zip(digests, starts, strict=True):
+                digest.update(buffer[min(max(start - place, 0), size) : size])
+            place += size
             progress.advance(size)
-    return digest.hexdigest()
+    return [digest.hexdigest() for digest in digests]
 
 
 def _feed(

@@ -29,11 +29,38 @@ class Hashes:
     output: str
 
 
+def intended(plan: Plan, criterion: str, source_name: str) -> Stamp:
+    """What is known of an export's headers before a weight is read: all that was asked for, and nothing that was found.
+
+    It has the digest of the finished files once it is given the hash of their source.
+    """
+    variant = plan.variant
+    return Stamp(
+        family=plan.match.family.id,
+        layout=plan.match.layout.name,
+        prefix=plan.match.prefix,
+        criterion=criterion,
+        targets=plan.kinds,
+        groups={group: GroupStamp(plan.ratio(group), 0, 0) for group in plan.groups},
+        resolution=plan.size,
+        native=plan.size,
+        source_name=_text(source_name),
+        recipe=_text(f"{plan.recipe} {variant.resolution}"),
+        provenance=variant.provenance,
+        provenance_source=_text(variant.source),
+        poa_weight=float(variant.poa_weight),
+        cast=plan.cast,
+        prompt=None if variant.prompt is None else _text(variant.prompt),
+        evidence=_evidence(variant.evidence),
+        version=tool_version(),
+    )
+
+
 def stamp(
     plan: Plan, thresholds: Sequence[Threshold], criterion: str, source_name: str, architecture: Architecture
 ) -> Stamp:
     """What the headers of an export's files say, except for the hashes, which are each file's own."""
-    variant, per_layer = plan.variant, plan.match.family.scope == "layer"
+    per_layer = plan.match.family.scope == "layer"
     groups = {}
     for group in plan.groups:
         found = [t for t, scope in zip(thresholds, plan.scopes, strict=True) if scope.group == group]
@@ -44,25 +71,11 @@ def stamp(
             threshold=None if per_layer else found[0].value,
             nonfinite=sum(t.nonfinite for t in found),
         )
-    return Stamp(
-        family=plan.match.family.id,
-        layout=plan.match.layout.name,
-        prefix=plan.match.prefix,
-        criterion=criterion,
-        targets=plan.kinds,
+    return replace(
+        intended(plan, criterion, source_name),
         groups=groups,
-        resolution=plan.size,
         native=architecture.native,
-        source_name=_text(source_name),
-        recipe=_text(f"{plan.recipe} {variant.resolution}"),
-        provenance=variant.provenance,
-        provenance_source=_text(variant.source),
-        poa_weight=float(variant.poa_weight),
         thresholds=tuple(t.value for t in thresholds) if per_layer else None,
-        cast=plan.cast,
-        prompt=None if variant.prompt is None else _text(variant.prompt),
-        evidence=_evidence(variant.evidence),
-        version=tool_version(),
     )
 
 

@@ -124,8 +124,9 @@ def override(
     ratio: float | None = None,
     per_group: Mapping[str, float] | None = None,
     poa_weight: float | None = None,
+    by: str = "on the command line",
 ) -> Variant:
-    """The variant with numbers of the user's own; one in `per_group` wins over `ratio`.
+    """The variant with numbers of the user's own, given in a place `by`; one in `per_group` wins over `ratio`.
 
     A single ratio given makes the whole set a starting point without evidence, for nobody measured that set.
     """
@@ -142,13 +143,13 @@ def override(
             variant,
             ratios={group: given[group] if group in given else variant.ratios[group] for group in groups},
             provenance="starting-point",
-            source="given on the command line",
+            source=f"given {by}",
             prompt=None,
             evidence=None,
         )
     if poa_weight is not None:
         weight = check_poa_weight("the POA weight", poa_weight)
-        source = variant.source if given else f"{variant.source}; POA weight given on the command line"
+        source = variant.source if given else f"{variant.source}; POA weight given {by}"
         variant = replace(variant, poa_weight=weight, source=source)
     return variant
 

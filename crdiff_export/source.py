@@ -34,14 +34,17 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of weights. `name` is its path below the checkpoint, and so below the output, with '/' between parts."""
+    """One file of weights. `name` is its path below the checkpoint, and so below the output, with '/' between parts.
+
+    `info` is None for a file that is elsewhere and of which only the header is known: it can be planned, but not read.
+    """
 
     path: Path
     name: str
     tensors: tuple[TensorSpec, ...]
     metadata: Mapping[str, str]
     data_start: int
-    info: os.stat_result
+    info: os.stat_result | None
     tensors_of: Tensors | None = None
 
     @cached_property
@@ -57,6 +60,8 @@ class SourceFile:
     @property
     def is_sparse(self) -> bool:
         """Whether most of the file is a hole, so that its weights are not really there."""
+        if self.info is None:
+            return False
         # Windows has no st_blocks; there a file counts as stored in full.
         stored = getattr(self.info, "st_blocks", self.info.st_size // 512 + 1) * 512
         return bool(self.data_size > 1 << 20 and stored < self.data_size // 2)
@@ -68,7 +73,7 @@ class SourceFile:
     def check_unchanged(self) -> None:
         """CheckpointError if the file is another than when its header was read, as not every pass saw the same."""
         then, now = self.info, check_regular(self.path)
-        if (now.st_size, now.st_mtime_ns, now.st_ino) != (then.st_size, then.st_mtime_ns, then.st_ino):
+        if then is None or (now.st_size, now.st_mtime_ns, now.st_ino) != (then.st_size, then.st_mtime_ns, then.st_ino):
             raise CheckpointError(
                 f"{self.path}: the file changed while it was read",
                 "Leave it alone during the export, then run it again.",

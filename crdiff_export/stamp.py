@@ -4,6 +4,7 @@ docs/metadata.md specifies them. All values are strings and none starts with '{'
 dict and then fail to save the file again (its `read_metadata_from_safetensors`).
 """
 
+import hashlib
 import json
 import math
 import re
@@ -23,6 +24,11 @@ LAYER_WISE = "layer-wise"
 PREFIX = "crdiff."
 HASH = re.compile(r"0x[0-9a-f]{64}")
 _GROUP = re.compile(r"crdiff\.(?:ratio|pruned|total)\.(.+)", re.DOTALL)
+_ASKED = re.compile(
+    r"crdiff\.(schema|criterion|family|targets|ratio\..*|resolution\.target|poa\.weight|recipe|provenance.*"
+    r"|cast|prompt|evidence\..*|residual|source\.\w+_sha256)",
+    re.DOTALL,
+)
 # What Python writes a float as (`repr`), and as hex (`float.hex`).
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-][0-9]{1,3})?")
 _HEX_FLOAT = re.compile(r"0x[01]\.[0-9a-f]+p[+-][0-9]{1,3}")
@@ -104,6 +110,19 @@ class Stamp:
         keys |= {key: text for key, text in optional.items() if text is not None}
         keys |= {f"evidence.{key}": text for key, text in self.evidence.items()}
         return {PREFIX + key: safe(text) for key, text in keys.items()}
+
+    def asked(self) -> dict[str, str]:
+        """The keys that decide what a file holds: base, numbers, schema.
+
+        Neither the tool's version nor what the base was called is among them, nor anything found in the weights.
+        """
+        return {key: text for key, text in self.to_metadata().items() if _ASKED.fullmatch(key)}
+
+    def digest(self) -> str | None:
+        """SHA-256 as hex of what decides a file's content; None if the hash of its base is not known."""
+        if not (self.source_hash or self.source_file_hash):
+            return None
+        return hashlib.sha256(json.dumps(self.asked(), sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], where: str) -> "Stamp":

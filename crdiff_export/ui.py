@@ -7,8 +7,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import IO, Any, Literal
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import IO, Any, Literal, Protocol
 
 from rich import box
 from rich.cells import cell_len
@@ -88,6 +88,18 @@ def print_error(code: str, message: str, hint: str, *, as_json: bool) -> None:
         console.print(f"  {_visible(hint)}", soft_wrap=True)
 
 
+def print_problems(code: str, message: str, hint: str, problems: Sequence[CrdiffError], *, as_json: bool) -> None:
+    """Everything that is wrong at once, each with what to do, on stderr."""
+    if as_json:
+        found = [{"message": problem.message, "hint": problem.hint} for problem in problems]
+        error = {"code": code, "message": message, "hint": hint, "problems": found}
+        print(json.dumps({"schema": SCHEMA, "error": error}), file=sys.stderr)
+        return
+    for problem in problems:
+        print_error(code, problem.message, problem.hint, as_json=False)
+    print_error(code, message, hint, as_json=False)
+
+
 def note(text: str) -> None:
     """Something worth knowing, on stderr."""
     _console(sys.stderr).print(f"note: {_visible(text)}", soft_wrap=True)
@@ -109,11 +121,24 @@ def _visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
+class Shown(Progress, Protocol):
+    """A progress that somebody sees."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Leave the terminal to somebody else for a while."""
+        ...
+
+
+class _Unseen(Silent):
+    def paused(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 @contextmanager
-def progress(*, quiet: bool) -> Iterator[Progress]:
+def progress(*, quiet: bool) -> Iterator[Shown]:
     """Bars with rate and time left on a terminal, a line for every stage elsewhere, nothing if quiet."""
     if quiet:
-        yield Silent()
+        yield _Unseen()
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         whole = Column(no_wrap=True)
         bars = Bars(
@@ -129,6 +154,12 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
         lines.close()
 
 
+def sent(size: int, where: str, seconds: float) -> None:
+    """An upload is over. On a terminal the Hub's client has drawn bars of its own."""
+    rate = f", {amount(size / seconds)}/s" if seconds > 0.1 else ""
+    print(f"sending: {amount(size)} to {where} in {seconds:.1f} s{rate}", file=sys.stderr, flush=True)
+
+
 class _Drawn:
     def __init__(self, bars: Bars) -> None:
         self._bars = bars
@@ -142,6 +173,17 @@ class _Drawn:
     def advance(self, size: int) -> None:
         if self._task is not None:
             self._bars.advance(self._task, size)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._bars.stop()
+        for task in self._bars.task_ids:  # what is done would be drawn once more
+            self._bars.remove_task(task)
+        self._task = None
+        try:
+            yield
+        finally:
+            self._bars.start()
 
 
 class _Lines:
@@ -173,6 +215,11 @@ class _Lines:
                 rate = f", {amount(self._done / seconds)}/s" if seconds > 0.1 else ""
                 self._say(f"{amount(self._done)} in {seconds:.1f} s{rate}")
             self._title = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.close()
+        yield
 
     def _say(self, text: str) -> None:
         print(f"{self._title}: {text}", file=sys.stderr, flush=True)

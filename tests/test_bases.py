@@ -421,9 +421,9 @@ def _keep_names(folder: Path) -> None:
 # --- when the Hub says no ---
 
 
-def answer(kind: str, status: int) -> Exception:
+def answer(kind: str, status: int, headers: dict[str, str] | None = None) -> Exception:
     """The client's exception for an answer, whichever HTTP library it is built on."""
-    headers: dict[str, str] = {}
+    headers = headers or {}
     request = SimpleNamespace(headers=headers, method="GET", url=f"{NOWHERE}/x?token={TOKEN}")
     response = SimpleNamespace(status_code=status, headers=headers, request=request, text="", url=request.url)
     error_type: Any = getattr(errors, kind, errors.EntryNotFoundError)  # what the remote one was before 1.0
@@ -465,6 +465,11 @@ LOGIN = "run `hf auth login` or set HF_TOKEN."
             "Run `hf auth login` or set HF_TOKEN; the token needs read access.",
         ),
         (lambda: answer("HfHubHTTPError", 429), "the Hub answered 429", "Wait a little, then run it again."),
+        (
+            lambda: answer("HfHubHTTPError", 429, {"Retry-After": "7"}),
+            "the Hub answered 429",
+            "Wait 7 s, then run it again.",
+        ),
         (lambda: answer("HfHubHTTPError", 503), "the Hub answered 503", "Run it again; finished parts are kept."),
         (
             lambda: errors.LocalEntryNotFoundError(f"no {TOKEN}"),
@@ -501,7 +506,21 @@ LOGIN = "run `hf auth login` or set HF_TOKEN."
         ),
     ],
     ids=[
-        *("gated", "404", "revision", "file", "401", "429", "503", "not cached", "offline", "id", "xet", "hf_xet"),
+        *(
+            "gated",
+            "404",
+            "revision",
+            "file",
+            "401",
+            "429",
+            "429 for 7 s",
+            "503",
+            "not cached",
+            "offline",
+            "id",
+            "xet",
+            "hf_xet",
+        ),
         *("reset", "timeout", "no answer", "disk"),
     ],
 )

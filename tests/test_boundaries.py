@@ -18,11 +18,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top down. A module imports what is in its own layer or below.
 LAYERS: tuple[set[str], ...] = (
     {"__main__", "commands", "ui"},
+    {"summary", "publish", "survey", "push"},
     {"__init__", "export", "inspection", "verify", "bases", "destination", "hub", "demo"},
-    {"plan", "criteria", "architecture", "hashing", "weights", "writer", "metadata", "bake"},
+    {"plan", "criteria", "architecture", "hashing", "weights", "writer", "metadata", "bake", "card"},
     {
         *("checkpoint", "source", "pickled", "unpickle", "magic", "header", "strict_json", "stamp"),
         *("families", "recipe", "recipe_files", "recipe_toml"),
+        *("matrix", "matrix_keys", "toml_lines"),
         *("kernels", "floats", "threshold", "staging", "pipeline"),
     },
     {"errors", "progress", "amounts"},

@@ -520,7 +520,8 @@ REFUSALS = {
         "exprt demo", 2, "usage", "No such command 'exprt'. Did you mean export?", "`crdiff -h` explains it.",
     ),
     "command like no other": (
-        "frobnicate", 2, "usage", "No such command 'frobnicate'. There are: export, inspect, verify, recipes.",
+        "frobnicate", 2, "usage",
+        "No such command 'frobnicate'. There are: export, inspect, verify, push, publish, recipes.",
         "`crdiff -h` explains it.",
     ),
     "command of recipes": (

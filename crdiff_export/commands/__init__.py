@@ -1,9 +1,11 @@
 """The command line: parse, build one request, call one function, show its result."""
 
 import codecs
+import contextlib
 import io
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
 from typing import ClassVar
@@ -12,12 +14,14 @@ import click
 
 from crdiff_export.commands.options import Group, examples
 from crdiff_export.commands.signals import Stopped, Stopper
-from crdiff_export.errors import CrdiffError
+from crdiff_export.errors import CrdiffError, MatrixError
 
 COMMANDS = {
     "export": "Prune a base for a size and write a new checkpoint.",
     "inspect": "Show what a checkpoint is and, if crdiff made it, how.",
     "verify": "Check a baked file against its header, and against its base.",
+    "push": "Push a baked file to the Hub, with its model card.",
+    "publish": "Make and push all variants that a plan file asks for.",
     "recipes": "List, show and check recipes.",
 }
 
@@ -83,12 +87,29 @@ def main(args: Sequence[str] | None = None) -> None:
     except Stopped as stop:
         message = f"{stop.word}; nothing half-done was left behind"
         code = _fail(stop.word, message, "", stop.exit_code, as_json=as_json)
+        _leave(code)
     sys.exit(code)
+
+
+def _leave(code: int) -> None:
+    """End at once where the Hub's client is still at work: Python would wait for its threads, they for an answer."""
+    from crdiff_export.hub.aside import THREAD
+
+    if any(thread.name == THREAD for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
 
 
 def _run(args: Sequence[str], stopper: Stopper, *, as_json: bool) -> int:
     try:
         code = crdiff.main(args, prog_name="crdiff", standalone_mode=False, obj=stopper)
+    except MatrixError as error:
+        from crdiff_export import ui
+
+        ui.print_problems(error.code, error.message, error.hint, error.problems, as_json=as_json)
+        return error.exit_code
     except CrdiffError as error:
         return _fail(error.code, error.message, error.hint, error.exit_code, as_json=as_json)
     except click.ClickException as error:

@@ -9,6 +9,7 @@ import click
 from crdiff_export.amounts import amount
 from crdiff_export.commands.options import (
     POA_WEIGHT,
+    PUSH_OPTIONS,
     RATIO,
     KindsType,
     SizeType,
@@ -17,11 +18,20 @@ from crdiff_export.commands.options import (
     device_option,
     examples,
     output_options,
+    push_options,
+    quiet_client,
 )
+from crdiff_export.commands.push import describe, show, transfer
 from crdiff_export.commands.signals import Stopper
+from crdiff_export.errors import OptionError
 from crdiff_export.export import Baked, ExportRequest, Job, prepare, run
 from crdiff_export.floats import DTYPES
+from crdiff_export.hub.destination import Destination
+from crdiff_export.hub.push import Pushed
+from crdiff_export.hub.upload import Upload
 from crdiff_export.inspection import GROUP_COLUMNS, group_rows, provenance
+from crdiff_export.push import PushRequest, check_request
+from crdiff_export.push import prepare as check_destination
 from crdiff_export.recipe import Size
 
 
@@ -29,6 +39,7 @@ from crdiff_export.recipe import Size
     epilog=examples(
         "crdiff export sdxl --res 2048 -o sdxl-2048.safetensors",
         "crdiff export my-sd15.safetensors --res 400x560 --ratio 0.2 --up 0.3",
+        "crdiff export sdxl --res 2048 --push my-org/sdxl-crdiff",
         "crdiff export demo --res 96x64 --dry-run",
     )
 )
@@ -68,6 +79,8 @@ from crdiff_export.recipe import Size
 @click.option("--allow-nonfinite", is_flag=True, help="Keep and count target weights that are infinite or not numbers.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done; read headers only, write nothing.")
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
+@click.option("--push", "repo", metavar="REPO", help="Then push it to the Hub repository REPO (ORG/NAME), with a card.")
+@push_options
 @output_options
 @click.pass_obj
 def export(
@@ -82,6 +95,7 @@ def export(
     from crdiff_export import ui
 
     per_group = {"down": down, "mid": mid, "up": up}
+    pushing = _pushing(options)
     request = ExportRequest(
         base=base,
         size=res,
@@ -91,19 +105,48 @@ def export(
     )
     silent = quiet or json
     announce(base, quiet=silent)
+    destination = _destination(pushing, request, silent=silent) if pushing and not dry_run else None
     job = prepare(request)
     if not silent:
         for text in job.plan.notes:
             ui.note(text)
     if dry_run:
-        _show_plan(job, as_json=json, quiet=quiet)
+        _show_plan(job, pushing, as_json=json, quiet=quiet)
         return
     with ui.progress(quiet=silent) as shown, stopper.watch(shown) as progress:
         baked = run(job, progress)
-    _show_result(baked, as_json=json, quiet=quiet)
+    sent = None
+    if pushing and destination:
+        sent = transfer(pushing, baked.written.path, destination, stopper, quiet=silent, checked=True)
+    _show_result(baked, sent, as_json=json, quiet=quiet)
 
 
-def _show_plan(job: Job, *, as_json: bool, quiet: bool) -> None:
+def _pushing(options: dict[str, Any]) -> PushRequest | None:
+    """What is asked for of a push, taken out of the options; None for an export alone."""
+    repo = options.pop("repo")
+    given = {name: options.pop(name) for name in PUSH_OPTIONS}
+    if repo is None:
+        for name, value in given.items():
+            if value not in (None, False, PUSH_OPTIONS[name]):
+                flag = {"path": "path-in-repo", "private": "private/--public"}.get(name, name.replace("_", "-"))
+                raise OptionError(f"--{flag} is for a push", "Give --push ORG/NAME, too, or leave it out.")
+        return None
+    request = PushRequest(repo, **given)
+    check_request(request)
+    return request
+
+
+def _destination(pushing: PushRequest, request: ExportRequest, *, silent: bool) -> Destination:
+    """Where the export will go, known to be open before the base is fetched."""
+    from crdiff_export import bases
+
+    quiet_client(quiet=silent)
+    source = bases.remote(request.base) or request.base
+    name = request.output.name if request.output else f"{Path(request.base).stem}-crdiff-{request.size}"
+    return check_destination(pushing, source, name)
+
+
+def _show_plan(job: Job, pushing: PushRequest | None, *, as_json: bool, quiet: bool) -> None:
     from crdiff_export import ui
 
     plan = job.plan
@@ -115,6 +158,7 @@ def _show_plan(job: Job, *, as_json: bool, quiet: bool) -> None:
             "variant": str(plan.variant.resolution), "provenance": plan.variant.provenance,
             "poa_weight": plan.variant.poa_weight, "targets": list(plan.kinds), "groups": groups,
             "bytes": plan.data_size, "dtype": plan.cast, "output": str(job.target),
+            "push": pushing.repo if pushing else None,
             "files": [o.source.name for o in plan.outputs],
             "disk_needed": job.space.needed, "disk_free": job.space.free, "notes": list(plan.notes),
         })  # fmt: skip
@@ -136,6 +180,7 @@ def _show_plan(job: Job, *, as_json: bool, quiet: bool) -> None:
             "size": f"{amount(plan.data_size)} of tensors",
             "disk": f"{amount(job.space.needed)} needed, {amount(job.space.free)} free",
             "would write": str(job.target),
+            **({"would push to": pushing.repo} if pushing else {}),
         })  # fmt: skip
     else:
         ui.line(str(job.target))
@@ -154,12 +199,13 @@ def _planned_groups(job: Job) -> dict[str, dict[str, Any]]:
     }
 
 
-def _show_result(baked: Baked, *, as_json: bool, quiet: bool) -> None:
+def _show_result(baked: Baked, sent: tuple[Upload, Pushed] | None, *, as_json: bool, quiet: bool) -> None:
     from crdiff_export import ui
 
     stamp, written = baked.stamp, baked.written
     if as_json:
-        ui.print_json({
+        pushed = {"push": describe(*sent)} if sent else {}
+        ui.print_json(pushed | {
             "output": str(written.path), "bytes": written.size, "family": stamp.family, "layout": stamp.layout,
             "resolution": str(stamp.resolution), "recipe": stamp.recipe, "provenance": stamp.provenance,
             "poa_weight": stamp.poa_weight,
@@ -187,6 +233,8 @@ def _show_result(baked: Baked, *, as_json: bool, quiet: bool) -> None:
         ui.line("")
         ui.facts({**_choice(baked.job), "size": amount(written.size)})
     ui.line(str(written.path))
+    if sent:
+        show(*sent, as_json=False, quiet=quiet)
 
 
 def _choice(job: Job) -> Mapping[str, str]:

@@ -107,10 +107,17 @@ def announce(base: str, *, quiet: bool) -> None:
     from crdiff_export import bases, ui
 
     if place := bases.remote(base):
-        if quiet or not sys.stderr.isatty():
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the client is imported
+        quiet_client(quiet=quiet)
         if not quiet:
             ui.note(f"{place} comes from the Hub, unless it is in the local cache")
+
+
+def quiet_client(*, quiet: bool) -> None:
+    """Keep the Hub client's bars to a terminal that wants them, and its warnings to people, before it is imported."""
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if quiet:
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 def examples(*lines: str) -> str:
@@ -130,3 +137,30 @@ device_option = click.option(
     "--device", type=DeviceType(), default="auto", show_default=True,
     help="Where weights are counted and zeroed: auto, cpu, cuda, cuda:N or mps. The result does not depend on it.",
 )  # fmt: skip
+
+
+# Their defaults; another value asks for a push.
+PUSH_OPTIONS = {
+    "path": None, "revision": None, "create_pr": False, "message": None, "tag": None, "private": None,
+    "base_model": None, "relation": "finetune",
+}  # fmt: skip
+
+
+def push_options(command: Command) -> Command:
+    """How a push goes."""
+    for option in reversed((
+        click.option("--path-in-repo", "path", metavar="PATH",
+                     help="Where in the repository. Default: the file's name; of a folder the root."),
+        click.option("--revision", metavar="BRANCH",
+                     help="Branch to commit to, made if it is not there. Default: main."),
+        click.option("--create-pr", is_flag=True, help="Open a pull request; a second run continues it."),
+        click.option("--message", metavar="TEXT", help="Message of the commit, title of the pull request."),
+        click.option("--tag", metavar="NAME", help="Tag the commit; a tag that exists elsewhere is not moved."),
+        click.option("--private/--public", "private", default=None, help="Visibility of a repository that has to be "
+                     "created. Default: private if the base is gated or its licence is unknown or other."),
+        click.option("--base-model", metavar="ORG/NAME", help="The base on the Hub, where it was a local file."),
+        click.option("--relation", type=click.Choice(["finetune", "quantized", "merge", "adapter"]), default="finetune",
+                     show_default=True, help="base_model_relation of a new card; the Hub knows no word for pruned."),
+    )):  # fmt: skip
+        command = option(command)
+    return command

@@ -71,6 +71,17 @@ class Stopper:
             self._watching = False
         self.check()
 
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Within a `watch`, while no thread of ours is at work: a signal unwinds at once."""
+        self.check()
+        self._watching = False
+        try:
+            self.check()
+            yield
+        finally:
+            self._watching = True
+
     def check(self) -> None:
         """Raise what has been noted."""
         if self._noted is not None:

@@ -3,13 +3,15 @@
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from crdiff_export.checkpoint import read_index
 from crdiff_export.errors import HubError
 from crdiff_export.hub.messages import explained, no_answer
 
+INDEX = ".safetensors.index.json"
 # What a pipeline folder needs besides its weights.
-_SMALL_FILES = ("*.json", "*.txt", "*.model")
+SMALL_FILES = ("*.json", "*.txt", "*.model")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # diffusers' `_add_variant`: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
 _WEIGHTS = re.compile(r"(?P<folder>.+)/[^/.]+(\.(?P<variant>[^/.]+?))?(-\d{5}-of-\d{5})?\.safetensors")
@@ -18,15 +20,26 @@ _WEIGHTS = re.compile(r"(?P<folder>.+)/[^/.]+(\.(?P<variant>[^/.]+?))?(-\d{5}-of
 def fetch(repo: str, file: str | None, revision: str | None, variant: str | None) -> Path:
     """The path in huggingface_hub's cache of one file of a repository, or of its diffusers folder where `file` is None.
 
-    Only what is needed is downloaded; with HF_HUB_OFFLINE, or without a connection, only the cache is looked at.
-    HubError says what to do next.
+    With an index come its shards. Only what is needed is downloaded; with HF_HUB_OFFLINE, or without a connection, only
+    the cache is looked at. HubError says what to do next.
     """
     with explained(repo, file):
         from huggingface_hub import hf_hub_download
 
-        if file is not None:
-            return Path(hf_hub_download(repo, file, revision=revision))
-        return _fetch_folder(repo, revision, variant)
+        if file is None:
+            return _fetch_folder(repo, revision, variant)
+        path = Path(hf_hub_download(repo, file, revision=revision))
+        for shard in shards(file, path):
+            hf_hub_download(repo, shard, revision=revision)
+        return path
+
+
+def shards(file: str, path: Path) -> list[str]:
+    """The shards that a file of a repository leads to, if it is an index of some; `path` is where it is."""
+    if not file.endswith(INDEX):
+        return []
+    folder = PurePosixPath(file).parent
+    return [str(folder / name) for name in sorted(set(read_index(path).values()))]
 
 
 def hashes(path: Path) -> Mapping[str, str]:
@@ -35,8 +48,11 @@ def hashes(path: Path) -> Mapping[str, str]:
     `path` is a file or a folder that `fetch` gave. The cache calls a file's content by its ETag, and leads to it by a
     link; where the system has no links, nothing is known.
     """
-    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
     home = path.parent if path.is_file() else path
+    if path.name.endswith(INDEX):
+        files = sorted(home.glob("*.safetensors"))
+    else:
+        files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
     names = {file.relative_to(home).as_posix(): file.resolve().name for file in files if file.is_symlink()}
     return {name: blob for name, blob in names.items() if _SHA256.fullmatch(blob)}
 
@@ -48,7 +64,7 @@ def _fetch_folder(repo: str, revision: str | None, variant: str | None) -> Path:
     found = wanted(repo, names, variant)
     if isinstance(found, str):
         return Path(hf_hub_download(repo, found, revision=revision, local_files_only=offline))
-    patterns = [*_SMALL_FILES, *found]
+    patterns = [*SMALL_FILES, *found]
     return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline))
 
 

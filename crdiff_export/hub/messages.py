@@ -1,7 +1,9 @@
 """The Hub client's exceptions as one line and what to do next; their own texts may hold signed links."""
 
 import contextlib
+import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -9,8 +11,12 @@ from crdiff_export.errors import HubError
 
 Access = Literal["read", "write"]
 
+# Time-outs, rate limits, a server that restarts.
+_PASSING = (408, 429, 500, 502, 503, 504)
 _LOG_IN = "run `hf auth login` or set HF_TOKEN"
 _UNDONE = "Run it again; what has been transferred is kept."
+# IETF draft-ietf-httpapi-ratelimit-headers: requests that remain, and seconds until there are more.
+_RATE_LIMIT = re.compile(r"r=0;t=([0-9]+)")
 
 
 @contextlib.contextmanager
@@ -27,9 +33,17 @@ def explained(repo: str, file: str | None = None, access: Access = "read") -> It
         raise HubError(f"{place}: {what}", hint) from error
     except errors.HfHubHTTPError as error:
         code = status(error)
-        raise HubError(f"{place}: the Hub answered {code or 'with an error'}", _after(error, access)) from error
+        what = f"{place}: the Hub answered {code or 'with an error'}{_words(error)}"
+        raise HubError(what, _after(error, access)) from error
     except no_answer() as error:
+        if access == "write" and _of_xet(error):
+            # Also where a Hub has no Xet (huggingface_hub#4507); an upload does not fall back.
+            hint = f"{_UNDONE[:-1]}, and HF_HUB_DISABLE_XET=1 takes another way."
+            raise HubError(f"{place}: the Hub's Xet storage does not answer", hint) from error
         raise HubError(f"{place}: the Hub cannot be reached", "Check the connection, then run it again.") from error
+    except json.JSONDecodeError as error:
+        hint = "Check HF_ENDPOINT, and whether the network wants you to log in."
+        raise HubError(f"{place}: somebody else answers in place of the Hub", hint) from error
     except OSError as error:  # the cache's disk
         if access == "write":
             raise HubError(f"{place}: the upload failed: {error.strerror or type(error).__name__}", _UNDONE) from error
@@ -39,17 +53,43 @@ def explained(repo: str, file: str | None = None, access: Access = "read") -> It
         ) from error
 
 
-def status(error: Exception) -> int | None:
+def status(error: BaseException) -> int | None:
     """The HTTP status behind an exception of the client."""
     code = getattr(getattr(error, "response", None), "status_code", None)
     return code if isinstance(code, int) else None
 
 
-def retry_after(error: Exception) -> float | None:
-    """The seconds that the Hub asks to wait (RFC 9110, `Retry-After`); None where it names none, or a date."""
-    headers: Any = getattr(getattr(error, "response", None), "headers", None) or {}
-    text = str(headers.get("Retry-After", ""))
+def retry_after(error: BaseException | None) -> float | None:
+    """The seconds that the Hub asks to wait (RFC 9110, or its rate limit); None where it names none, or a date."""
+    headers = _headers(error)
+    limit = _RATE_LIMIT.search(str(headers.get("RateLimit", "")).replace(" ", ""))
+    text = limit[1] if limit else str(headers.get("Retry-After", ""))
     return float(text) if text.isdecimal() and math.isfinite(float(text)) else None
+
+
+def passes(error: BaseException) -> bool:
+    """Whether what stopped a request may be over by the next try."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HfHubHTTPError):
+        return status(error) in _PASSING
+    lasting = isinstance(error, errors.OfflineModeIsEnabled) or _of_xet(error)
+    return isinstance(error, no_answer()) and not lasting
+
+
+def _of_xet(error: BaseException) -> bool:
+    """Whether hf_xet gave up, after minutes of trying."""
+    return type(error) is ConnectionError
+
+
+def _headers(error: BaseException | None) -> Any:
+    return getattr(getattr(error, "response", None), "headers", None) or {}
+
+
+def _words(error: BaseException) -> str:
+    """What the Hub itself says of a request that it refuses."""
+    text = " ".join(str(_headers(error).get("X-Error-Message", "")).split())
+    return f": {text[:200]}" if text else ""
 
 
 def no_answer() -> tuple[type[BaseException], ...]:
@@ -81,6 +121,7 @@ def _known(repo: str, access: Access) -> tuple[tuple[type[Exception], str, str],
     return (
         (errors.GatedRepoError, "gated; your account has no access", f"Accept its terms at {page}, then {_LOG_IN}."),
         (errors.LocalEntryNotFoundError, *absent),
+        (errors.LocalTokenNotFoundError, "nobody is logged in", f"R{_LOG_IN[1:]}."),
         (errors.OfflineModeIsEnabled, *cut_off),
         (errors.RepositoryNotFoundError, "no such repository, or a private one", f"Check the id, or {_LOG_IN}."),
         (errors.RevisionNotFoundError, "no such revision", "Check the branch, tag or commit."),
@@ -93,7 +134,7 @@ def _known(repo: str, access: Access) -> tuple[tuple[type[Exception], str, str],
     )
 
 
-def _after(error: Exception, access: Access) -> str:
+def _after(error: BaseException, access: Access) -> str:
     """What to do after an answer that is an error."""
     code = status(error)
     if code in (401, 403) and access == "read":
@@ -105,4 +146,6 @@ def _after(error: Exception, access: Access) -> str:
     if code == 429:
         seconds = retry_after(error)
         return f"Wait {seconds:.0f} s, then run it again." if seconds else "Wait a little, then run it again."
+    if code and code // 100 == 4 and code not in _PASSING:
+        return "Change what it refuses, then run it again."
     return _UNDONE if access == "write" else "Run it again; finished parts are kept."

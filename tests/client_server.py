@@ -1,0 +1,35 @@
+"""A fork server (`fork_server.py`) whose jobs have an environment, `env`, each of its own.
+
+The Hub's client is loaded after the fork, so that every run has one that knows its Hub, as a new process would.
+"""
+
+import os
+import sys
+from typing import Any
+
+import fork_server
+import huggingface_hub.hf_api
+
+CLIENT = huggingface_hub.__name__
+fork = fork_server.run
+
+
+def forget() -> None:
+    """Keep loaded what the client is made of, but not the client, which has read the environment."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == CLIENT]:
+        del sys.modules[name]
+
+
+def run(job: dict[str, Any]) -> None:
+    """In the child; never returns."""
+    os.environ.clear()
+    os.environ.update(job.pop("env"))
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    assert CLIENT not in sys.modules
+    fork(job)
+
+
+if __name__ == "__main__":
+    forget()
+    fork_server.run = run
+    fork_server.serve()
