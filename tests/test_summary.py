@@ -150,9 +150,7 @@ def test_a_run_says_what_it_did(desk: Desk) -> None:
     assert one["url"] == f"{desk.hub.url}/tester/out/resolve/{one['commit']}/72x72.safetensors"
     assert (one["bytes"], one["sha256"]) == (len(data), sha256(data).hexdigest())
     assert one["notes"] == ["no variant for 72x72; using the one for 64x96 (starting point)"]
-    assert found[0]["notes"] == [
-        "created tester/out, private, as the licence of its base is not known"
-    ]
+    assert found[0]["notes"] == ["created tester/out, private, as the licence of its base is not known"]
     assert len({one["digest"] for one in found}) == 6
     assert [tag.keys() for tag in ran.result["tags"]] == [{"repo", "tag", "commit", "error"}]
     before, table = page.read_text().split("\n", 1)
