@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from crdiff_export import recipe_files
@@ -34,6 +34,16 @@ class Base:
     name: str
     stem: str | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)
+
+    def open(self, variant: str | None) -> Checkpoint:
+        """Read its headers; CheckpointError says what is wrong with them."""
+        checkpoint = open_checkpoint(self.path, variant)
+        if self.stem is None or checkpoint.kind != "folder":
+            return checkpoint
+        from crdiff_export import hub
+
+        names = hub.without_others([str(name) for name in checkpoint.companions], variant)
+        return replace(checkpoint, companions=tuple(map(PurePosixPath, names)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +121,7 @@ def look(base: str, variant: str | None = None) -> Looked:
             at = _Place(place.repo, place.file or found.file, found.commit).name
             return Looked(Base(found.checkpoint.path, place.name, stem, found.hashes), found.checkpoint, at, found.size)
     located = locate(base, variant)
-    return Looked(located, open_checkpoint(located.path, variant))
+    return Looked(located, located.open(variant))
 
 
 def remote(base: str) -> str | None:

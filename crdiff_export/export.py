@@ -18,7 +18,7 @@ from crdiff_export import (
     recipe,
     recipe_files,
 )
-from crdiff_export.checkpoint import Checkpoint, open_checkpoint
+from crdiff_export.checkpoint import Checkpoint
 from crdiff_export.errors import CrdiffError, PlanError, RecipeError
 from crdiff_export.families import Match
 from crdiff_export.floats import DTYPES
@@ -82,7 +82,7 @@ class Baked:
 def prepare(request: ExportRequest) -> Job:
     """Find the base, read its headers, and plan; any refusal comes from here, before a weight is read."""
     base = bases.locate(request.base, request.variant)
-    return plan_job(request, base, open_checkpoint(base.path, request.variant))
+    return plan_job(request, base, base.open(request.variant))
 
 
 def plan_job(request: ExportRequest, base: bases.Base, checkpoint: Checkpoint) -> Job:

@@ -1,11 +1,13 @@
 """Bases on the Hub: only what is needed is fetched, and what is known from headers needs no fetching."""
 
 import hashlib
+import signal
+import sys
 from pathlib import Path
 
 import makers
 import pytest
-from hub_runs import Client, run
+from hub_runs import Client, finish, run, start
 from loopback_hub import EXPIRED_TOKEN, STRANGER_TOKEN, LoopbackHub
 
 from crdiff_export import ExportRequest, Size, export
@@ -49,6 +51,22 @@ def test_only_what_is_needed_of_a_pipeline_is_fetched(
     assert fetched(pipeline) | same == wanted
     assert fetched(pipeline) & same
     assert {p.relative_to(here / "pipe-crdiff-64x64").as_posix() for p in here.rglob("*.*") if p.is_file()} == wanted
+
+
+def test_variants_in_the_cache_do_not_mix(loopback_hub: LoopbackHub, tmp_path: Path, here: Path, shelf: Path) -> None:
+    """What was fetched for another variant is no part of this one."""
+    vae = makers.write(tmp_path / "vae.safetensors", {"a.weight": ("F16", (2,), b"\2" * 4)})
+    files = files_below(shelf / "pipe") | {"vae/diffusion_pytorch_model.fp16.safetensors": vae.read_bytes()}
+    loopback_hub.add_repo("org/pipe", files)
+    for variant, name in ((None, "plain"), ("fp16", "half"), (None, "again")):
+        asked = ["--variant", variant] if variant else []
+        ran = run(loopback_hub, tmp_path, here, "export", "org/pipe", "--res", 64, "-q", "-o", name, *asked)
+        assert ran.code == 0, ran.err
+    (plain,) = (here / "plain/vae").iterdir()
+    (half,) = (here / "half/vae").iterdir()
+    (again,) = (here / "again/vae").iterdir()
+    assert (plain.name, again.name) == ("diffusion_pytorch_model.safetensors",) * 2
+    assert half.name == "diffusion_pytorch_model.fp16.safetensors"
 
 
 def test_one_file_of_many(pipeline: LoopbackHub, tmp_path: Path, here: Path, shelf: Path) -> None:
@@ -130,3 +148,21 @@ def test_a_base_that_is_not_for_everyone(
     assert (ran.code, ran.out) == (4, "")
     assert message is None or ran.error["message"] == message
     assert ran.error["hint"].startswith(hint)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals")
+@pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
+def test_a_signal_ends_a_download_at_once(tmp_path: Path, here: Path, xet: bool) -> None:
+    """Nothing is left but what the client keeps to go on from."""
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny("sd15.original"))
+    with LoopbackHub(tmp_path / "storage" if xet else None) as hub:
+        hub.add_repo("org/base", {"base.safetensors": base}, xet=xet)
+        hold = hub.hold("xet-read-token" if xet else "GET /org/base/resolve/.*/base.safetensors")
+        process = start(hub, tmp_path, here, "export", "org/base", "--res", 512, "-o", "a.safetensors", xet=xet)
+        assert hold.reached.wait(60)
+        process.send_signal(signal.SIGTERM)
+        ran = finish(process, 15)
+        hold.release()
+    assert (ran.code, ran.out) == (143, "")
+    assert ran.err.endswith("crdiff: terminated; nothing half-done was left behind\n")
+    assert list(here.iterdir()) == []

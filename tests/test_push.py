@@ -466,10 +466,10 @@ def test_a_misuse_asks_nobody(case: str, crdiff: Crdiff, made: Made) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    ["--tag v1", "--create-pr", "--private", "--path-in-repo x", "--message x", "--relation merge"],
+    ["--tag v1", "--create-pr", "--private", "--public", "--path-in-repo x", "--message x", "--relation merge"],
 )
 def test_an_export_without_a_push_takes_no_options_of_one(given: str, crdiff: Crdiff, here: Path) -> None:
-    flag = "--private/--public" if given == "--private" else given.split(maxsplit=1)[0]
+    flag = "--private/--public" if given in ("--private", "--public") else given.split(maxsplit=1)[0]
     ran = crdiff("export", "demo", "--res", "96x64", *given.split(), "--json")
     assert (ran.code, ran.error["message"]) == (2, f"{flag} is for a push")
     ran = crdiff("export", "demo", "--res", "96x64", "--push", "name", *given.split(), "--json")
@@ -592,6 +592,7 @@ def test_a_card_keeps_what_is_not_ours(desk: Desk, made: Made) -> None:
 
 BROKEN: dict[str, tuple[bytes, int, str, str]] = {
     "yaml": (b"---\nlicense: [\n---\n", 1, "card", "README.md, line 3: the front matter is not YAML"),
+    "encoding": (b"---\n---\n\xff", 4, "hub", f"{REPO}/README.md: not UTF-8"),
     "markers": (b"# A\n" + BEGIN + b"\n", 1, "card", "README.md: not one pair of markers"),
 }
 

@@ -127,7 +127,7 @@ def _pushing(options: dict[str, Any]) -> PushRequest | None:
     given = {name: options.pop(name) for name in PUSH_OPTIONS}
     if repo is None:
         for name, value in given.items():
-            if value not in (None, False, PUSH_OPTIONS[name]):
+            if value != PUSH_OPTIONS[name]:
                 flag = {"path": "path-in-repo", "private": "private/--public"}.get(name, name.replace("_", "-"))
                 raise OptionError(f"--{flag} is for a push", "Give --push ORG/NAME, too, or leave it out.")
         return None

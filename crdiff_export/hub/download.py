@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from crdiff_export.checkpoint import read_index
 from crdiff_export.errors import HubError
+from crdiff_export.hub.aside import aside
 from crdiff_export.hub.messages import explained, no_answer
 
 INDEX = ".safetensors.index.json"
@@ -24,14 +25,18 @@ def fetch(repo: str, file: str | None, revision: str | None, variant: str | None
     the cache is looked at. HubError says what to do next.
     """
     with explained(repo, file):
-        from huggingface_hub import hf_hub_download
-
         if file is None:
-            return _fetch_folder(repo, revision, variant)
-        path = Path(hf_hub_download(repo, file, revision=revision))
-        for shard in shards(file, path):
-            hf_hub_download(repo, shard, revision=revision)
-        return path
+            return aside(lambda: _fetch_folder(repo, revision, variant))
+        return aside(lambda: _fetch_file(repo, file, revision))
+
+
+def _fetch_file(repo: str, file: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    path = Path(hf_hub_download(repo, file, revision=revision))
+    for shard in shards(file, path):
+        hf_hub_download(repo, shard, revision=revision)
+    return path
 
 
 def shards(file: str, path: Path) -> list[str]:
@@ -81,6 +86,12 @@ def wanted(repo: str, names: Sequence[str], variant: str | None) -> str | list[s
         raise HubError(f"{repo}: has no checkpoint in safetensors format", "Give another repository.")
     shown = ", ".join(f"hf://{repo}/{name}" for name in single[:4])
     raise HubError(f"{repo}: has {len(single)} checkpoints", f"Choose one: {shown}{', …' if len(single) > 4 else ''}.")
+
+
+def without_others(names: Sequence[str], variant: str | None) -> list[str]:
+    """Of a folder's files those that `fetch` is after: the cache may also have weights of other variants."""
+    chosen = set(_weights(names, variant))
+    return [name for name in names if name in chosen or not _WEIGHTS.fullmatch(name)]
 
 
 def _list(repo: str, revision: str | None) -> tuple[list[str], bool]:

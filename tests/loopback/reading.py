@@ -73,7 +73,7 @@ def model_info(state: State, request: Request) -> Answer:
 
 def _info(state: State, repo: Repo, commit: Commit, *, blobs: bool) -> dict[str, Any]:
     readme = commit.files.get("README.md")
-    card = front_matter(readme.content.read().decode()) if readme else {}
+    card = front_matter(readme.content.read().decode(errors="replace")) if readme else {}
     tags = card_tags(card)
     info: dict[str, Any] = {
         "_id": Content(repo.id.encode()).blob[:24],
