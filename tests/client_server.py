@@ -4,13 +4,16 @@ The Hub's client is loaded after the fork, so that every run has one that knows 
 """
 
 import os
+import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 import fork_server
 import huggingface_hub.hf_api
 
 CLIENT = huggingface_hub.__name__
+GUARD = str(Path(__file__).resolve().parent / "guard" / "sitecustomize.py")
 fork = fork_server.run
 
 
@@ -26,6 +29,7 @@ def run(job: dict[str, Any]) -> None:
     os.environ.update(job.pop("env"))
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     assert CLIENT not in sys.modules
+    runpy.run_path(GUARD)  # a new process would load it by itself
     fork(job)
 
 

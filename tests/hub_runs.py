@@ -23,6 +23,8 @@ from loopback_hub import ACCOUNTS, WRITE_TOKEN, LoopbackHub
 OLDEST = os.environ.get("CRDIFF_TEST_OLDEST_HUB")
 Client = Literal["installed", "oldest"]
 CLIENTS: tuple[Client, ...] = ("installed", "oldest")
+# Lets no process reach another machine.
+GUARD = Path(__file__).resolve().parent / "guard"
 # Seconds that no run may take, however busy the machine.
 PATIENCE = 120.0
 HURRY = """
@@ -57,14 +59,14 @@ def environment(
     """What leads a process to the Hub, keeps what it writes below `home`, and chooses its client."""
     need(client)
     (home / "user").mkdir(parents=True, exist_ok=True)
-    first = {"PYTHONPATH": OLDEST} if client == "oldest" and OLDEST else {}
+    first = [str(GUARD), *([OLDEST] if client == "oldest" and OLDEST else [])]
     return {
         **os.environ,
         "HOME": str(home / "user"),
         **hub.environment(home / "hub", token=token, xet=xet),
         "PYTHONWARNINGS": "default",
         "CRDIFF_TEST_SLEPT": str(home / "slept"),
-        **first,
+        "PYTHONPATH": os.pathsep.join(first),
         **(env or {}),
     }
 

@@ -2,12 +2,13 @@
 
 import hashlib
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import makers
 import pytest
-from hub_runs import Client, finish, run, start
+from hub_runs import Client, environment, finish, run, start
 from loopback_hub import EXPIRED_TOKEN, STRANGER_TOKEN, LoopbackHub
 
 from crdiff_export import ExportRequest, Size, export
@@ -166,3 +167,13 @@ def test_a_signal_ends_a_download_at_once(tmp_path: Path, here: Path, xet: bool)
     assert (ran.code, ran.out) == (143, "")
     assert ran.err.endswith("crdiff: terminated; nothing half-done was left behind\n")
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["socket.create_connection(('192.0.2.1', 80), 1)", "socket.getaddrinfo('hf.co', 443)"])
+def test_no_process_that_a_test_starts_reaches_another_machine(
+    loopback_hub: LoopbackHub, tmp_path: Path, what: str
+) -> None:
+    env = environment(loopback_hub, tmp_path)
+    program = f"import socket; {what}"
+    ran = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr.partition(" for ")[0]) == (97, "reached")
