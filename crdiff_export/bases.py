@@ -89,13 +89,14 @@ class Looked:
     """A base of which only the headers have been read; its files may still be on the Hub.
 
     `place` is where to fetch it from as of the commit that was looked at, with `size` bytes at most; None for what is
-    on this machine.
+    on this machine. `contents` tell what its companions hold, as far as the Hub says.
     """
 
     base: Base
     checkpoint: Checkpoint
     place: str | None = None
     size: int = 0
+    contents: Mapping[str, str] = field(default_factory=dict)
 
     def here(self, variant: str | None = None) -> "Looked":
         """The same on this machine, fetched if it has to be; HubError where that fails."""
@@ -119,7 +120,13 @@ def look(base: str, variant: str | None = None) -> Looked:
         if found := hub.look(place.repo, place.file, place.revision, variant):
             stem = place.repo.partition("/")[2] if found.checkpoint.kind == "folder" else None
             at = _Place(place.repo, place.file or found.file, found.commit).name
-            return Looked(Base(found.checkpoint.path, place.name, stem, found.hashes), found.checkpoint, at, found.size)
+            return Looked(
+                Base(found.checkpoint.path, place.name, stem, found.hashes),
+                found.checkpoint,
+                at,
+                found.size,
+                found.contents,
+            )
     located = locate(base, variant)
     return Looked(located, located.open(variant))
 

@@ -186,7 +186,7 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
 
 
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>[\w-]+?))?\.safetensors")
-_INDEX = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>[\w-]+))?\.json")
+INDEX_NAME = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>[\w-]+))?\.json")
 _ANY_WEIGHTS = re.compile(r"diffusion_pytorch_model.*\.(safetensors|bin|msgpack|onnx|ckpt|pt)|"
                           r"diffusion_pytorch_model.*\.index(\.[\w-]+)?\.json")  # fmt: skip
 _SHARD = re.compile(r"\d{5}-of-\d{5}")
@@ -196,7 +196,7 @@ def _weights(folder: Path) -> dict[str, str]:
     """Variant ('' for none) to the file of weights, or to the index where they are sharded."""
     found: dict[str, str] = {}
     for name in sorted(entry.name for entry in folder.iterdir()):
-        if match := _INDEX.fullmatch(name):
+        if match := INDEX_NAME.fullmatch(name):
             found[match["variant"] or ""] = name
         elif (match := _WEIGHTS.fullmatch(name)) and not _SHARD.search(name):
             found.setdefault(match["variant"] or "", name)

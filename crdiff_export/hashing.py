@@ -98,6 +98,12 @@ def hash_file(path: Path, progress: Progress) -> str:
     return hash_from(path, (0,), progress)[0]
 
 
+def git_id(path: Path) -> str:
+    """git's id of a small file's content (gitformat-loose: SHA-1 of `blob SIZE`, a zero byte and the content)."""
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
 def hash_from(path: Path, starts: Sequence[int], progress: Progress) -> list[str]:
     """The SHA-256 of a file from each of several places to its end, as hex, from one reading."""
     digests = [hashlib.sha256() for _ in starts]

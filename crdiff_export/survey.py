@@ -12,12 +12,13 @@ from crdiff_export.bases import Looked
 from crdiff_export.checkpoint import open_checkpoint
 from crdiff_export.errors import CheckpointError, CrdiffError, HubError, OptionError, PlanError
 from crdiff_export.export import ExportRequest, plan_variant
-from crdiff_export.hashing import hash_data
+from crdiff_export.hashing import git_id, hash_data, hash_file
 from crdiff_export.hub import repository
 from crdiff_export.hub.destination import MAIN, Destination, find_pull_request
+from crdiff_export.hub.repository import RemoteFile
 from crdiff_export.matrix import Entry, Matrix
 from crdiff_export.plan import Plan
-from crdiff_export.progress import Progress
+from crdiff_export.progress import Progress, Silent
 from crdiff_export.stamp import PREFIX, Stamp, is_baked
 
 Action = Literal["make", "send", "skip", "fail"]
@@ -176,8 +177,7 @@ def _decided(item: Item, looked: Looked, shelves: "_Shelves", hashes: "_Hashes")
     places = [_place(item, plan, output.source.name) for output in plan.outputs]
     there = [shelf.stamps[place] for place in places if place in shelf.stamps]
     wanted = [hashes.stamp(plan, number) for number in range(len(plan.outputs))] if there else []
-    others = [_place(item, plan, str(name)) for name in looked.checkpoint.companions]
-    if there and _equal(wanted, there) and all(place in shelf.files for place in others):
+    if there and _equal(wanted, there) and _has_companions(shelf, item, plan, looked):
         return replace(item, action="skip", reason="unchanged", digest=wanted[0].digest(), commit=shelf.commit)
     here, local = _stamps(item.target)
     if not here and not there:
@@ -186,12 +186,43 @@ def _decided(item: Item, looked: Looked, shelves: "_Shelves", hashes: "_Hashes")
     wanted = wanted or [hashes.stamp(plan, number) for number in range(len(plan.outputs))]
     item = replace(item, digest=wanted[0].digest())
     if _equal(wanted, here):
-        if strange := sorted(set(local) - set(looked.checkpoint.companions)):
-            return replace(item, reason=f"what is there holds {strange[0]}, too")
+        if why := _unfit(item, local, looked):
+            return replace(item, reason=why)
         if item.destination:
             return replace(item, action="send", reason="made by an earlier run")
         return replace(item, action="skip", reason="unchanged")
-    return replace(item, reason=_difference(wanted, there or here))
+    changed = _changed(shelf, item, plan, looked) if _equal(wanted, there) else None
+    return replace(item, reason=changed or _difference(wanted, there or here))
+
+
+def _has_companions(shelf: "_Shelf", item: Item, plan: Plan, looked: Looked) -> bool:
+    """Whether everything beside the weights is there, and is the base's as far as its contents are known."""
+    names = map(str, looked.checkpoint.companions)
+    return all(_place(item, plan, name) in shelf.files for name in names) and not _changed(shelf, item, plan, looked)
+
+
+def _changed(shelf: "_Shelf", item: Item, plan: Plan, looked: Looked) -> str | None:
+    """The first file beside the weights that is there and is not the base's any more."""
+    for name, content in looked.contents.items():
+        file = shelf.files.get(_place(item, plan, name))
+        if file and file.content != content:
+            return f"changed: {name}"
+    return None
+
+
+def _unfit(item: Item, local: Sequence[PurePosixPath], looked: Looked) -> str | None:
+    """Why a folder of an earlier run is not sent, though its weights are as they should be."""
+    if strange := sorted(set(local) - set(looked.checkpoint.companions)):
+        return f"what is there holds {strange[0]}, too"
+    stale = (name for name in map(str, local) if not _is(item.target / name, looked.contents.get(name)))
+    return next((f"changed: {name}" for name in stale), None)
+
+
+def _is(path: Path, content: str | None) -> bool:
+    """Whether a file holds a content that the Hub names by its SHA-256 or by git's id; also where it names none."""
+    if content is None:
+        return True
+    return content == (hash_file(path, Silent()) if len(content) == 64 else git_id(path))
 
 
 def _place(item: Item, plan: Plan, name: str) -> str:
@@ -263,7 +294,7 @@ class _Shelf:
     """What a revision of a repository holds of the plan's variants."""
 
     commit: str | None = None
-    files: Mapping[str, object] = field(default_factory=dict)
+    files: Mapping[str, RemoteFile] = field(default_factory=dict)
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
 

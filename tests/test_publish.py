@@ -475,6 +475,19 @@ def test_variants_of_a_folder_do_not_mix(desk: Desk) -> None:
     }  # fmt: skip
 
 
+def test_what_stands_beside_the_weights_counts(desk: Desk) -> None:
+    """Another VAE in the base, with the same UNet, is made and pushed anew, and not from what an earlier run left."""
+    folder_with_variants(desk)
+    assert set(desk.made().values()) == {"published"}
+    assert set(desk.made().values()) == {"unchanged"}
+    vae = makers.write(desk.tmp / "new.safetensors", {"encoder.down.0.weight": ("F16", (2,), b"\7\1" * 2)})
+    desk.hub.commit("org/pipe", {"vae/diffusion_pytorch_model.safetensors": vae})
+    assert sorted(desk.made().values()) == ["published", "unchanged"]
+    path = "plain/vae/diffusion_pytorch_model.safetensors"
+    assert desk.hub.read("tester/out", path) == vae.read_bytes()
+    assert set(desk.made().values()) == {"unchanged"}
+
+
 # --- pull requests ---
 
 

@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from crdiff_export.checkpoint import COMPONENTS, Checkpoint
+from crdiff_export.checkpoint import COMPONENTS, INDEX_NAME, Checkpoint
 from crdiff_export.errors import HubError
 from crdiff_export.header import BITS, show
 from crdiff_export.hub import repository
@@ -13,14 +13,13 @@ from crdiff_export.hub.download import INDEX, SMALL_FILES, shards, wanted
 from crdiff_export.hub.repository import RemoteFile, RemoteHeader, Repository
 from crdiff_export.source import SourceFile
 
-_INDEX = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>[\w-]+))?\.json")
-
 
 @dataclass(frozen=True, slots=True)
 class Seen:
     """A base as of a commit: its headers, the SHA-256 of its files in LFS, and `size`, the bytes to fetch.
 
-    `file` is the one that a repository without a folder for diffusers consists in.
+    `file` is the one that a repository without a folder for diffusers consists in. `contents` are those of companions,
+    by their names (`RemoteFile.content`).
     """
 
     checkpoint: Checkpoint
@@ -28,6 +27,7 @@ class Seen:
     hashes: Mapping[str, str]
     size: int
     file: str | None = None
+    contents: Mapping[str, str] = field(default_factory=dict)
 
 
 def look(repo: str, file: str | None, revision: str | None, variant: str | None) -> Seen | None:
@@ -80,13 +80,14 @@ def _folder(there: Repository, weights: list[str]) -> Seen:
     others = {*weights, *small} - set(pruned)
     companions = tuple(PurePosixPath(name) for name in sorted(others) if not _is_other(name, component, pruned))
     path = Path(there.repo.partition("/")[2])
-    return Seen(Checkpoint(path, "folder", files, companions), there.commit, hashes, size)
+    contents = {str(name): there.files[str(name)].content for name in companions}
+    return Seen(Checkpoint(path, "folder", files, companions), there.commit, hashes, size, contents=contents)
 
 
 def _is_other(name: str, component: str, pruned: list[str]) -> bool:
     """Whether a file is the index of weights of the pruned component other than those that were chosen."""
     path = PurePosixPath(name)
-    if path.parent != PurePosixPath(component) or not (match := _INDEX.fullmatch(path.name)):
+    if path.parent != PurePosixPath(component) or not (match := INDEX_NAME.fullmatch(path.name)):
         return False
     middle = f".{match['variant']}" if match["variant"] else ""
     return not any(re.search(rf"diffusion_pytorch_model{re.escape(middle)}-\d{{5}}-of-", one) for one in pruned)

@@ -5,7 +5,6 @@ lost is not made twice, and a commit of somebody else's in between is not overwr
 """
 
 import contextlib
-import hashlib
 import json
 import time
 import warnings
@@ -16,6 +15,7 @@ from urllib.parse import quote
 
 from crdiff_export.card import Card, Row, render
 from crdiff_export.errors import HubError, VerifyError
+from crdiff_export.hashing import git_id
 from crdiff_export.hub import repository as remote
 from crdiff_export.hub.aside import aside
 from crdiff_export.hub.destination import MAIN, Destination, find_pull_request
@@ -183,12 +183,7 @@ def same(local: LocalFile, there: RemoteFile | None) -> bool:
     """Whether the Hub holds the file: by its SHA-256, or, outside of LFS, by the id that git gives it."""
     if there is None or there.size != local.size:
         return False
-    return there.sha256 == local.sha256 if there.sha256 else there.blob == _git_id(local)
-
-
-def _git_id(local: LocalFile) -> str:
-    """git's object id of a file's content (gitformat-loose: SHA-1 of `blob SIZE`, a zero byte and the content)."""
-    return hashlib.sha1(b"blob %d\0" % local.size + local.path.read_bytes(), usedforsecurity=False).hexdigest()
+    return there.sha256 == local.sha256 if there.sha256 else there.blob == git_id(local.path)
 
 
 def _said(what: object) -> str:

@@ -36,6 +36,11 @@ class RemoteFile:
     sha256: str | None
     blob: str
 
+    @property
+    def content(self) -> str:
+        """What two files with the same bytes share, wherever they are stored in the same way."""
+        return self.sha256 or self.blob
+
 
 @dataclass(frozen=True, slots=True)
 class RemoteHeader:
