@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 
 from crdiff_export import CrdiffError, ExportRequest, Size, demo, export
+from crdiff_export.commands import signals
 from crdiff_export.commands.signals import PATIENCE, Stopped, Stopper
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.staging import clean
@@ -419,6 +420,7 @@ def stopper() -> Iterator[Stopper]:
     made = Stopper()
     made.install()
     yield made
+    made.remove()
     for signum, handler in before.items():
         signal.signal(signum, handler)
 
@@ -484,12 +486,69 @@ def test_who_asks_again_after_a_while_is_obeyed_at_once(stopper: Stopper) -> Non
         watched(stopper, work)
 
 
+def test_a_signal_that_python_drops_comes_again(stopper: Stopper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a destructor, or in a callback of the import system, an exception is reported and ends nothing."""
+    printed: list[object] = []
+    monkeypatch.setattr(stopper, "_unraisable", printed.append)
+
+    class Last:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    last = [Last()]
+
+    def work() -> None:
+        last.clear()
+        time.sleep(PATIENCE)
+
+    with pytest.raises(Stopped) as stop:
+        work()
+    assert stop.value.exit_code == 143
+    assert printed == []
+
+
+def test_a_dropped_signal_waits_for_the_next_step_too(stopper: Stopper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "ELSEWHERE", 0.2)
+
+    class Last:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    steps, last = Steps(), [Last()]
+
+    def work(progress: Progress) -> None:
+        time.sleep(0.5)
+        steps.advanced += 1
+        progress.advance(1)
+        pytest.fail("not reached")
+
+    last.clear()
+    with pytest.raises(Stopped):
+        watched(stopper, work, steps)
+    assert steps.advanced == 1
+
+
+def test_what_else_python_drops_is_reported_as_ever(stopper: Stopper, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed: list[Any] = []
+    monkeypatch.setattr(stopper, "_unraisable", printed.append)
+
+    class Last:
+        def __del__(self) -> None:
+            raise ZeroDivisionError
+
+    last = Last()
+    del last
+    assert [dropped.exc_type for dropped in printed] == [ZeroDivisionError]
+
+
 def test_a_signal_that_is_to_be_ignored_is() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stopper = Stopper()
     try:
-        Stopper().install()
+        stopper.install()
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
+        stopper.remove()
         signal.signal(signal.SIGHUP, before)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -6,6 +6,7 @@ reports its progress.
 """
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from crdiff_export.progress import Progress
 BY_SIGNAL = 128
 # Seconds after which a second signal is taken for a sign that the first one is not being obeyed.
 PATIENCE = 5.0
+# Seconds after which a signal is repeated that came where Python drops exceptions.
+ELSEWHERE = 0.01
 
 
 class Stopped(BaseException):
@@ -36,6 +39,8 @@ class Stopper:
         self._since = -PATIENCE
         self._noted: int | None = None
         self._watching = False
+        self._dropped = False
+        self._unraisable = sys.unraisablehook
         # A thread cannot take signals, and Windows has no SIGHUP. Those that whoever started us wants ignored
         # (nohup, a shell's `&`) stay ignored.
         known = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
@@ -43,7 +48,7 @@ class Stopper:
         self._signals = [s for s in known if here and s is not None and signal.getsignal(s) is not signal.SIG_IGN]
 
     def __call__(self, signum: int, _frame: FrameType | None) -> None:
-        again = self._noted is not None
+        again, self._dropped = self._noted is not None and not self._dropped, False
         if again and time.monotonic() - self._since < PATIENCE:
             return
         self._since = time.monotonic()
@@ -53,13 +58,28 @@ class Stopper:
 
     def install(self) -> None:
         """From here on a signal unwinds."""
+        if self._signals:
+            self._unraisable, sys.unraisablehook = sys.unraisablehook, self._again
         for signum in self._signals:
             signal.signal(signum, self)
 
     def remove(self) -> None:
         """From here on it ends the process at once, as nothing is left to be cleaned up."""
+        if self._signals:
+            sys.unraisablehook = self._unraisable
         for signum in self._signals:
             signal.signal(signum, signal.SIG_DFL)
+
+    def _again(self, dropped: "sys.UnraisableHookArgs") -> None:
+        """Have a signal come again that came in a destructor or a callback of the import system, where it ended
+        nothing and was reported as a fault."""
+        if self._noted is None or not isinstance(dropped.exc_value, Stopped):
+            self._unraisable(dropped)
+            return
+        self._dropped = True
+        timer = threading.Timer(ELSEWHERE, signal.raise_signal, (self._noted,))
+        timer.daemon = True
+        timer.start()
 
     @contextmanager
     def watch(self, progress: Progress) -> Iterator[Progress]:
