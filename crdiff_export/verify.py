@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crdiff_export import bases, criteria, families, floats, kernels, plan, weights
+from crdiff_export.baked import DATA_HASH, FILE_HASH, REPAIR, open_baked
 from crdiff_export.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.errors import CheckpointError, VerifyError
 from crdiff_export.hashing import SourceHashes, hash_data, hash_file
@@ -14,15 +15,11 @@ from crdiff_export.header import show
 from crdiff_export.kernels import Kernel
 from crdiff_export.plan import Output, Plan, Scope, Target
 from crdiff_export.progress import Progress, Silent
-from crdiff_export.recipe import Variant
 from crdiff_export.source import SourceFile
 from crdiff_export.stamp import Stamp
 from crdiff_export.threshold import Threshold
 from crdiff_export.weights import Chunk, Pruning, Stream
 
-REPAIR = "Do not use the file; export it again from its base."
-DATA_HASH, FILE_HASH = "crdiff.source.hash_sha256", "crdiff.source.file_sha256"
-NEWER = "Install a newer crdiff."
 # diffusers' `_add_variant`: the variant stands before the number of the shard.
 _VARIANT = re.compile(r"(?:.*/)?diffusion_pytorch_model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors")
 
@@ -44,81 +41,13 @@ def verify(path: Path, base: str | None, progress: Progress, device: str = "auto
     Without a base it cannot be known whether the weights that stay, or the zeros, are those that should; the hash, if
     there is one, only tells that they are what was written.
     """
-    checkpoint = open_checkpoint(path)
-    stamp = _stamp(checkpoint)
-    planned = _plan(checkpoint, stamp)
-    thresholds = _thresholds(planned, stamp)
-    _refuse_sparse(checkpoint)
+    baked = open_baked(path)
+    stamp, planned, thresholds = baked.stamp, baked.plan, baked.thresholds
+    _refuse_sparse(baked.checkpoint)
     _check_weights(planned, thresholds, stamp, progress)
     hashed = _check_hashes(planned, progress)
     origin = _check_base(planned, thresholds, stamp, base, kernels.load(device), progress) if base else None
     return Verified(path, stamp, sum(scope.count for scope in planned.scopes), hashed, origin)
-
-
-def _stamp(checkpoint: Checkpoint) -> Stamp:
-    stamps = [Stamp.from_metadata(file.metadata, str(file.path)) for file in checkpoint.files]
-    for file, stamp in zip(checkpoint.files, stamps, strict=True):
-        if _shared(stamp) != _shared(stamps[0]):
-            raise VerifyError(f"{file.path}: its header is of another export than its neighbours'", REPAIR)
-    if stamps[0].criterion not in criteria.NAMES:
-        raise VerifyError(f"{checkpoint.path}: ranked by {show(stamps[0].criterion)}, which is not known here", NEWER)
-    return stamps[0]
-
-
-def _shared(stamp: Stamp) -> dict[str, str]:
-    """All that the files of one export have in common: everything but the hash of each one's source."""
-    keys = stamp.to_metadata()
-    return {key: text for key, text in keys.items() if key not in (DATA_HASH, FILE_HASH)}
-
-
-def _plan(checkpoint: Checkpoint, stamp: Stamp) -> Plan:
-    """The plan that made the file, from its header and its layers."""
-    match = families.detect(checkpoint.shapes)
-    family = match.family
-    for what, said, found in (
-        ("family", stamp.family, family.id),
-        ("layout", stamp.layout, match.layout.name),
-        ("prefix", stamp.prefix, match.prefix),
-        ("ratio", sorted(stamp.groups), sorted(family.groups)),
-        ("targets", stamp.targets, tuple(kind for kind in family.kinds if kind in stamp.targets)),
-    ):
-        if said != found:
-            raise VerifyError(
-                f"{checkpoint.path}: crdiff.{what} is for {_words(said)}, its layers are of {_words(found)}", REPAIR
-            )
-    ratios = {name: group.ratio for name, group in stamp.groups.items()}
-    variant = Variant(stamp.resolution, ratios, stamp.poa_weight, "starting-point", stamp.provenance_source)
-    return plan.make(
-        checkpoint, match, stamp.resolution, variant, stamp.recipe, kinds=stamp.targets, allow_nonfinite=True
-    )
-
-
-def _words(value: str | Sequence[str]) -> str:
-    return show(value if isinstance(value, str) else ", ".join(value)) if value else "none"
-
-
-def _thresholds(planned: Plan, stamp: Stamp) -> tuple[Threshold, ...]:
-    """The header's thresholds, one per scope, after a check that its counts fit the layers."""
-    path, scopes = planned.checkpoint.path, planned.scopes
-    for name in planned.groups:
-        total = sum(scope.count for scope in scopes if scope.group == name)
-        if stamp.groups[name].total != total:
-            raise VerifyError(
-                f"{path}: crdiff.total.{name} is {stamp.groups[name].total}, the layers have {total}", REPAIR
-            )
-    if (stamp.thresholds is not None) != (planned.match.family.scope == "layer"):
-        raise VerifyError(f"{path}: crdiff.method is not that of {planned.match.family.title}", REPAIR)
-    values = [stamp.groups[scope.group].threshold for scope in scopes]
-    values = values if stamp.thresholds is None else list(stamp.thresholds)
-    if len(values) != len(scopes):
-        raise VerifyError(f"{path}: crdiff.thresholds has {len(values)} values for {len(scopes)} layers", REPAIR)
-    for scope, value in zip(scopes, values, strict=True):
-        if (value is None) != (scope.rank == 0):
-            raise VerifyError(f"{path}: the threshold of {show(scope.name)} does not go with its ratio", REPAIR)
-    return tuple(
-        Threshold(None if value is None else floats.bits(value), 0, scope.count)
-        for scope, value in zip(scopes, values, strict=True)
-    )
 
 
 def _refuse_sparse(checkpoint: Checkpoint) -> None:

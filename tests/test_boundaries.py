@@ -20,7 +20,7 @@ LAYERS: tuple[set[str], ...] = (
     {"__main__", "commands", "ui"},
     {"summary", "publish", "survey", "push"},
     {"__init__", "export", "inspection", "verify", "bases", "destination", "hub", "demo"},
-    {"plan", "criteria", "architecture", "hashing", "weights", "writer", "metadata", "bake", "card"},
+    {"plan", "criteria", "architecture", "hashing", "weights", "writer", "metadata", "bake", "baked", "card"},
     {
         *("checkpoint", "source", "pickled", "unpickle", "magic", "header", "strict_json", "stamp"),
         *("families", "recipe", "recipe_files", "recipe_toml"),
