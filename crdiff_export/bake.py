@@ -1,18 +1,16 @@
 """Write exports: stream every file to a temp sibling, hash it, check it, and only then give it its name."""
 
 import contextlib
-import errno
-import os
-import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from crdiff_export import header, staging, weights
+from crdiff_export import header, residual, staging, weights
 from crdiff_export.errors import BakeError
 from crdiff_export.hashing import SourceHashes
+from crdiff_export.header import TensorSpec
+from crdiff_export.keeping import Keeping, Sidecar
 from crdiff_export.kernels import Kernel
 from crdiff_export.metadata import Hashes
 from crdiff_export.plan import Output
@@ -20,30 +18,41 @@ from crdiff_export.progress import Progress
 from crdiff_export.weights import Chunk, Pruning, Stream
 from crdiff_export.writer import Writer
 
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
 # Takes a hash's place until it is known.
 _RESERVED = "0" * 64
 # What a file's header will say, given its hashes (or None).
 Compose = Callable[[Output, Hashes | None], Mapping[str, str]]
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One output to write. Without `replace` something that has come to `target` in the meantime is left there."""
+    """One output to write. Without `replace` something that has come to `target` in the meantime is left there.
+
+    `residual` is one of `residual.WAYS`.
+    """
 
     pruning: Pruning
     target: Path
     compose: Compose
     replace: bool = False
+    residual: str = residual.NONE
 
 
 @dataclass(frozen=True, slots=True)
 class BakedFile:
-    """One written file; None for the hashes where nobody asked."""
+    """One written file; None for the hashes where nobody asked, and for the sidecar where there is none.
+
+    `residual` are the tensors of the residual that it embeds.
+    """
 
     path: Path
     size: int
     hashes: Hashes | None
+    residual: tuple[TensorSpec, ...] = ()
+    sidecar: Sidecar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +65,8 @@ class Written:
 
     @property
     def size(self) -> int:
-        """Bytes of the files of weights."""
-        return sum(file.size for file in self.files)
+        """Bytes of the files of weights, and of their sidecars."""
+        return sum(file.size + (file.sidecar.size if file.sidecar else 0) for file in self.files)
 
 
 def write(
@@ -119,7 +128,7 @@ def _write_file(
                 return
     source = hashes.digest(number) if hashes else None
     for place, output in enumerate(alive):
-        output.do(output.finish, _hashes(source, known, stream.output_hashes[place]) if hashes else None)
+        output.do(output.finish, source, known, stream.digests[place] if hashes else None)
 
 
 def _hashes(source: str | None, source_file: str | None, output: str) -> Hashes:
@@ -151,7 +160,7 @@ class _Output:
         try:
             step(*args)
         except OSError as error:
-            self.error = _explained(error, self.order.target)
+            self.error = staging.explained(error, self.order.target)
             self.error.__cause__ = error
         except BakeError as error:
             self.error = error
@@ -164,18 +173,28 @@ class _Output:
             self._held.close()
 
     def _stage(self) -> None:
-        self._part = self._held.enter_context(staging.staged(self.order.target, self._folder))
+        target = self.order.target
+        self._part = self._held.enter_context(staging.staged(target, self._folder))
+        beside = self.order.residual == residual.SIDECAR and not self._folder
+        self._side = self._held.enter_context(staging.staged(residual.sidecar(target), False)) if beside else None
 
     def begin(self, number: int, reserved: Hashes | None) -> None:
         """Open file `number`, with room for its header, which will be as long as it is with the reserved hashes."""
-        self._output = self._plan.outputs[number]
-        self._head = self._header(reserved)
+        self._output, keep = self._plan.outputs[number], self.order.residual
+        self._keeping = Keeping(self.order.pruning, number) if keep != residual.NONE else None
+        embedded = self._keeping if keep == residual.EMBED else None
+        end = self._output.data_size
+        self._head = self._header(reserved, embedded.reserved(end) if embedded else ())
         path = self._part / self._output.source.name if self._folder else self._part
         path.parent.mkdir(parents=True, exist_ok=True)
         self.writer = self._held.enter_context(Writer(path))
+        if embedded:
+            embedded.begin(self.writer, len(self._head) + end)
+        elif self._keeping:
+            self._keeping.begin_sidecar(self._held.enter_context(Writer(self._side or residual.sidecar(path))))
 
-    def _header(self, hashes: Hashes | None) -> bytes:
-        return header.serialise(self._output.tensors, self.order.compose(self._output, hashes))
+    def _header(self, hashes: Hashes | None, more: Sequence[TensorSpec], room: int = 0) -> bytes:
+        return header.serialise((*self._output.tensors, *more), self.order.compose(self._output, hashes), room)
 
     def write(self, chunk: Chunk) -> None:
         """Write a chunk at its place, or let the system copy it."""
@@ -185,39 +204,42 @@ class _Output:
             self.writer.copy(source.path, source.data_start + chunk.start, place, chunk.stop - chunk.start)
         else:
             self.writer.write(chunk.data, place)
+        if self._keeping:
+            self._keeping.add(chunk.removed)
 
-    def finish(self, hashes: Hashes | None) -> None:
-        """Write the header and make the file durable."""
-        head, size = self._header(hashes), len(self._head) + self._output.data_size
-        self.writer.patch(head)
+    def finish(self, source: str | None, source_file: str | None, digest: "_Hash | None") -> None:
+        """Write what comes behind the tensors and then the header, and make the file durable."""
+        more: tuple[TensorSpec, ...] = ()
+        size = self._output.data_size
+        if digest and self._keeping and self.order.residual == residual.EMBED:
+            self._keeping.complete(digest)
+            more = self._keeping.tensors(size)
+        size = len(self._head) + (more[-1].end if more else size)
+        hashes = _hashes(source, source_file, digest.hexdigest()) if digest else None
+        self.writer.patch(self._header(hashes, more, len(self._head)))
         self.writer.finish(size)
         self.writer.close()
-        self._files.append(BakedFile(self.writer.path, size, hashes))
+        sidecar = self._keeping.finish_sidecar(hashes.output) if hashes and self._keeping and not more else None
+        self._files.append(BakedFile(self.writer.path, size, hashes, more, sidecar))
 
     def copy_companions(self, progress: Progress) -> None:
         """Copy everything else of a folder; the system moves the bytes."""
-        home = self._plan.checkpoint.home
-        sizes = {name: (home / name).stat().st_size for name in self._plan.checkpoint.companions}
-        if sizes:
-            progress.stage("copying", sum(sizes.values()))
-        for name, size in sizes.items():
-            (self._part / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(home / name, self._part / name)
-            _sync(self._part / name)
-            progress.advance(size)
-        if self._part.is_dir():
-            for folder in {p.parent for p in self._part.rglob("*")}:
-                staging.sync_folder(folder)
+        staging.copy_companions(self._plan.checkpoint.home, self._plan.checkpoint.companions, self._part, progress)
 
     def check(self) -> None:
         """Open what was written again and hold it against what was meant."""
         for output, file in zip(self._plan.outputs, self._files, strict=True):
-            _check(output, file, self.order.compose)
+            _check(file.path, file.size, (*output.tensors, *file.residual), self.order.compose(output, file.hashes))
+            if side := file.sidecar:
+                _check(side.path, side.size, side.tensors, side.metadata)
 
     def publish(self) -> None:
         """Give the output its name."""
-        _settle(self._part, self.order.target)
-        staging.publish(self._part, self.order.target, replace=self.order.replace)
+        target, replace_it = self.order.target, self.order.replace
+        staging.settle(self._part, target)
+        beside = staging.published(self._side, residual.sidecar(target), replace=replace_it) if self._side else None
+        with beside or contextlib.nullcontext():
+            staging.publish(self._part, target, replace=replace_it)
 
     def clean(self) -> None:
         """Take away what was replaced."""
@@ -228,58 +250,29 @@ class _Output:
         if self.error:
             return self.error
         target = self.order.target
-        placed = (
-            replace(file, path=target / file.path.relative_to(self._part) if self._folder else target)
-            for file in self._files
-        )
-        return Written(target, tuple(placed), len(self._plan.checkpoint.companions))
+        return Written(target, tuple(map(self._placed, self._files)), len(self._plan.checkpoint.companions))
+
+    def _placed(self, file: BakedFile) -> BakedFile:
+        target = self.order.target
+        path = target / file.path.relative_to(self._part) if self._folder else target
+        side = file.sidecar and replace(file.sidecar, path=residual.sidecar(path))
+        return replace(file, path=path, sidecar=side)
 
 
 def _alive(outputs: Sequence[_Output]) -> list[_Output]:
     return [output for output in outputs if not output.error]
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _check(output: Output, written: BakedFile, compose: Compose) -> None:
+def _check(path: Path, size: int, tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
     """Open what was written with the safetensors library and hold it against what was meant."""
     from safetensors import SafetensorError, safe_open
 
-    if written.path.stat().st_size != written.size:
-        raise BakeError(f"{written.path.name}: has another size than was written", "Check the disk, then run it again.")
+    if path.stat().st_size != size:
+        raise BakeError(f"{path.name}: has another size than was written", "Check the disk, then run it again.")
     try:
-        with safe_open(written.path, framework="numpy") as file:
-            names, metadata = set(file.keys()), file.metadata()
+        with safe_open(path, framework="numpy") as file:
+            names, found = set(file.keys()), file.metadata()
     except SafetensorError as error:
-        raise BakeError(
-            f"{written.path.name}: does not open again: {error}", "This is a bug; please report it."
-        ) from error
-    expected = dict(compose(output, written.hashes))
-    if names != {t.name for t in output.tensors} or metadata != expected:
-        raise BakeError(f"{written.path.name}: reads back otherwise than written", "Check the disk, then run it again.")
-
-
-def _settle(part: Path, target: Path) -> None:
-    """Give the part the permissions a new file would have; those of a file it replaces stay."""
-    if part.is_file() and target.exists():
-        with contextlib.suppress(OSError):
-            shutil.copymode(target, part)
-
-
-def _explained(error: OSError, target: Path) -> BakeError:
-    what = f"{target}: {error.strerror or error}"
-    if isinstance(error, FileExistsError):
-        return BakeError(f"{target}: came there during the export", "Give another -o, or --force to replace it.")
-    if error.errno in _FULL:
-        return BakeError(f"{what}; nothing was left behind", "Free some space, or give another place with -o.")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return BakeError(what, "Give a place you may write to with -o.")
-    if sys.platform == "win32" and isinstance(error, PermissionError):
-        return BakeError(what, "Close the program that has the file open.")
-    return BakeError(what, "Check the paths, then run the export again; the target is as it was.")
+        raise BakeError(f"{path.name}: does not open again: {error}", "This is a bug; please report it.") from error
+    if names != {t.name for t in tensors} or found != dict(metadata):
+        raise BakeError(f"{path.name}: reads back otherwise than written", "Check the disk, then run it again.")

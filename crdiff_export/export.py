@@ -17,6 +17,7 @@ from crdiff_export import (
     plan,
     recipe,
     recipe_files,
+    residual,
 )
 from crdiff_export.checkpoint import Checkpoint
 from crdiff_export.errors import CrdiffError, PlanError, RecipeError
@@ -36,7 +37,8 @@ class ExportRequest:
     """What someone wants: which base, for which size, and everything they do not want to leave to us.
 
     `ratios` are per group and `ratio` is for all of them; either overrides the recipe. `dtype` is fp16, bf16 or fp32.
-    `variant` names the weights to take from a folder that has several (`fp16`). `given` says where those numbers stand.
+    `variant` names the weights to take from a folder that has several (`fp16`). `residual` is where to keep what is
+    pruned away: none, embed or sidecar. `given` says where those numbers stand.
     """
 
     base: str
@@ -51,6 +53,7 @@ class ExportRequest:
     device: str = "auto"
     dtype: str | None = None
     variant: str | None = None
+    residual: str = residual.NONE
     hashing: bool = True
     force: bool = False
     allow_nonfinite: bool = False
@@ -81,6 +84,7 @@ class Baked:
 
 def prepare(request: ExportRequest) -> Job:
     """Find the base, read its headers, and plan; any refusal comes from here, before a weight is read."""
+    residual.check_request(request.residual, hashing=request.hashing)
     base = bases.locate(request.base, request.variant)
     return plan_job(request, base, base.open(request.variant))
 
@@ -88,19 +92,21 @@ def prepare(request: ExportRequest) -> Job:
 def plan_job(request: ExportRequest, base: bases.Base, checkpoint: Checkpoint) -> Job:
     """What `prepare` does for a base whose headers have been read."""
     planned = plan_variant(request, checkpoint)
-    target = destination.place(planned, request.output, base.stem, force=request.force)
-    return Job(request, base, planned, target, destination.space(planned, target))
+    target = destination.place(planned, request.output, base.stem, request.residual, force=request.force)
+    return Job(request, base, planned, target, destination.space(planned, target, request.residual))
 
 
 def plan_variant(request: ExportRequest, checkpoint: Checkpoint) -> Plan:
     """What to prune, from the checkpoint's headers and the recipe alone."""
     match = plan.recognise(checkpoint)
     variant, recipe_name, notes = _choose(request, match)
-    return plan.make(
+    planned = plan.make(
         checkpoint, match, request.size, variant, recipe_name,
         kinds=request.targets, cast=DTYPES[request.dtype] if request.dtype else None,
         allow_nonfinite=request.allow_nonfinite, notes=notes,
     )  # fmt: skip
+    residual.check_plan(planned, request.residual)
+    return planned
 
 
 def export(request: ExportRequest, progress: Progress | None = None) -> Baked:
@@ -129,7 +135,7 @@ def run_all(jobs: Sequence[Job], progress: Progress, *, together: bool = True) -
     if together:
         destination.check_space(*(job.space for job in jobs))
     plans = [job.plan for job in jobs]
-    with SourceHashes(plans, first.base.hashes) if first.request.hashing else nullcontext() as hashes:
+    with SourceHashes(plans, _known(jobs)) if first.request.hashing else nullcontext() as hashes:
         kernel = kernels.load(first.request.device, first.request.threads)
         thresholds = criteria.by_name(first.request.criterion)(plans, kernel, progress)
         model = architecture.find(first.plan)
@@ -138,11 +144,18 @@ def run_all(jobs: Sequence[Job], progress: Progress, *, together: bool = True) -
             yield from _write(batch, kernel, progress, hashes)
 
 
+def _known(jobs: Sequence[Job]) -> Mapping[str, str]:
+    """The hashes of whole files that need not be computed. A pickle is never restored as a whole, only its tensors."""
+    pickled = any(file.tensors_of for file in jobs[0].plan.checkpoint.files)
+    kept = any(job.request.residual != residual.NONE for job in jobs)
+    return {} if pickled and kept else jobs[0].base.hashes
+
+
 def _write(
     batch: Sequence["_Making"], kernel: kernels.Kernel, progress: Progress, hashes: SourceHashes | None
 ) -> Iterator[Baked | CrdiffError]:
     try:
-        destination.check_space(*(destination.space(making.job.plan, making.job.target) for making in batch))
+        destination.check_space(*(making.space for making in batch))
     except PlanError as error:
         yield from (error for _ in batch)
         return
@@ -162,13 +175,23 @@ class _Making:
     @classmethod
     def of(cls, job: Job, thresholds: tuple[Threshold, ...], model: architecture.Architecture) -> Self:
         planned = job.plan
-        stamp = metadata.stamp(planned, thresholds, job.request.criterion, job.base.name, model)
+        keep = job.request.residual
+        stamp = metadata.stamp(
+            planned, thresholds, job.request.criterion, job.base.name, model, residual=residual.SAID[keep]
+        )
 
         def compose(output: Output, hashes: metadata.Hashes | None) -> Mapping[str, str]:
             return metadata.header(planned, stamp, model, output.source.metadata, hashes)
 
-        pruning = Pruning(planned, thresholds)
-        return cls(job, stamp, bake.Order(pruning, job.target, compose, replace=job.request.force))
+        pruning = Pruning(planned, thresholds, keep=keep != residual.NONE)
+        order = bake.Order(pruning, job.target, compose, replace=job.request.force, residual=keep)
+        return cls(job, stamp, order)
+
+    @property
+    def space(self) -> destination.Space:
+        """What it needs, now that the thresholds are known."""
+        counts = [threshold.pruned for threshold in self.order.pruning.thresholds]
+        return destination.space(self.job.plan, self.job.target, self.job.request.residual, counts)
 
     def done(self, written: bake.Written) -> Baked:
         return Baked(self.job, self.order.pruning.thresholds, self.stamp, written)

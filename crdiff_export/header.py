@@ -107,8 +107,10 @@ def parse(raw: bytes, file_size: int, where: str) -> Header:
     return Header(tensors, metadata, data_start)
 
 
-def serialise(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+def serialise(tensors: Iterable[TensorSpec], metadata: Mapping[str, str], room: int = 0) -> bytes:
     """The length and the JSON of a header: metadata first with sorted keys, tensors as given, padded to whole pages.
+
+    It gets no shorter than `room`, which is whole pages.
 
     Nothing in it depends on the run or the machine (safetensors#584: the stock writer's key order is random).
     """
@@ -116,7 +118,7 @@ def serialise(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> byt
     for t in tensors:
         entries[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.start, t.end]}
     body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    body += b" " * (-(8 + len(body)) % ALIGNMENT)
+    body += b" " * max(-(8 + len(body)) % ALIGNMENT, room - 8 - len(body))
     return struct.pack("<Q", len(body)) + body
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crdiff_export import families
+from crdiff_export import families, residual
 from crdiff_export.amounts import amount
 from crdiff_export.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.errors import FamilyError
@@ -38,6 +38,7 @@ class Inspection:
     rows: Sequence[Sequence[str]]
     groups: Mapping[str, Mapping[str, Any]]
     notes: tuple[str, ...]
+    residual: str | None = None
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """What to print before the table, as name and text."""
@@ -57,8 +58,10 @@ class Inspection:
             yield "title", printable(title)
         if self.stamp:
             yield from _stamp_facts(self.stamp, self.metadata.get("modelspec.hash_sha256"))
-        else:
+        elif not self.residual:
             yield "crdiff", "not made by crdiff"
+        if self.residual:
+            yield "residual", self.residual
         for note in self.notes:
             yield "note", note
 
@@ -115,7 +118,25 @@ def inspect(path: Path) -> Inspection:
         rows=_rows(groups, stamp),
         groups=groups,
         notes=(*checkpoint.notes, *notes),
+        residual=_residual(checkpoint, stamp) if stamp else _sidecar_of(checkpoint.metadata),
     )
+
+
+def _residual(checkpoint: Checkpoint, stamp: Stamp) -> str | None:
+    """Where what was pruned away is, and how much it is."""
+    if stamp.residual == residual.SAID[residual.EMBED]:
+        return f"embedded, {amount(sum(t.nbytes for f in checkpoint.files for t in residual.own(f.tensors)))}"
+    if stamp.residual != residual.SAID[residual.SIDECAR]:
+        return None
+    sidecars = [residual.sidecar(file.path) for file in checkpoint.files]
+    if missing := next((path for path in sidecars if not path.is_file()), None):
+        return f"in a sidecar, but there is no {missing.name}"
+    return f"in a sidecar, {amount(sum(path.stat().st_size for path in sidecars))}"
+
+
+def _sidecar_of(metadata: Mapping[str, str]) -> str | None:
+    of = metadata.get(residual.OF)
+    return of and f"the sidecar of a file whose tensors hash to {printable(of)}"
 
 
 def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, str]]:

@@ -29,7 +29,7 @@ class Hashes:
     output: str
 
 
-def intended(plan: Plan, criterion: str, source_name: str) -> Stamp:
+def intended(plan: Plan, criterion: str, source_name: str, residual: str = "none") -> Stamp:
     """What is known of an export's headers before a weight is read: all that was asked for, and nothing that was found.
 
     It has the digest of the finished files once it is given the hash of their source.
@@ -52,12 +52,19 @@ def intended(plan: Plan, criterion: str, source_name: str) -> Stamp:
         cast=plan.cast,
         prompt=None if variant.prompt is None else _text(variant.prompt),
         evidence=_evidence(variant.evidence),
+        residual=residual,
         version=tool_version(),
     )
 
 
 def stamp(
-    plan: Plan, thresholds: Sequence[Threshold], criterion: str, source_name: str, architecture: Architecture
+    plan: Plan,
+    thresholds: Sequence[Threshold],
+    criterion: str,
+    source_name: str,
+    architecture: Architecture,
+    *,
+    residual: str = "none",
 ) -> Stamp:
     """What the headers of an export's files say, except for the hashes, which are each file's own."""
     per_layer = plan.match.family.scope == "layer"
@@ -72,7 +79,7 @@ def stamp(
             nonfinite=sum(t.nonfinite for t in found),
         )
     return replace(
-        intended(plan, criterion, source_name),
+        intended(plan, criterion, source_name, residual),
         groups=groups,
         native=architecture.native,
         thresholds=tuple(t.value for t in thresholds) if per_layer else None,

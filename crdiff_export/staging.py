@@ -8,8 +8,11 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from crdiff_export.errors import BakeError
+from crdiff_export.progress import Progress
 
 try:
     import fcntl
@@ -22,6 +25,7 @@ _OLD = ".crdiff-old"
 _ROOM = 200
 # linux/fs.h RENAME_EXCHANGE, fcntl.h AT_FDCWD
 _EXCHANGE = 2
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _AT_FDCWD = -100
 
 
@@ -66,6 +70,26 @@ def publish(part: Path, target: Path, *, replace: bool = True) -> None:
     sync_folder(target.parent)
 
 
+@contextlib.contextmanager
+def published(part: Path, target: Path, *, replace: bool) -> Iterator[None]:
+    """Publish a finished file for what is done in the context; if that fails, what was at `target` is there again."""
+    old = part.with_name(part.name.removesuffix(_PART) + _OLD)
+    try:
+        if replace and os.path.lexists(target):
+            target.rename(old)
+        publish(part, target, replace=replace)
+        try:
+            yield
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+    except BaseException:
+        if os.path.lexists(old):
+            old.rename(target)
+        raise
+    old.unlink(missing_ok=True)
+
+
 def _publish_folder(part: Path, target: Path, *, replace: bool) -> None:
     if not replace or not target.exists():
         try:
@@ -90,6 +114,36 @@ def _link(part: Path, target: Path) -> None:
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
         part.replace(target)
+
+
+def copy_companions(home: Path, names: Sequence[PurePosixPath], part: Path, progress: Progress) -> None:
+    """Copy files below one folder to another, if that is one, and make all that is in it durable."""
+    sizes = {name: (home / name).stat().st_size for name in names}
+    if sizes:
+        progress.stage("copying", sum(sizes.values()))
+    for name, size in sizes.items():
+        (part / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(home / name, part / name)
+        _sync(part / name)
+        progress.advance(size)
+    if part.is_dir():
+        for folder in {p.parent for p in part.rglob("*")}:
+            sync_folder(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def settle(part: Path, target: Path) -> None:
+    """Give the part the permissions a new file would have; those of a file it replaces stay."""
+    if part.is_file() and target.exists():
+        with contextlib.suppress(OSError):
+            shutil.copymode(target, part)
 
 
 def sync_folder(path: Path) -> None:
@@ -187,3 +241,17 @@ def _short(name: str) -> str:
     """The name, or a hash of one that is so long that no more can be put to it."""
     raw = os.fsencode(name)
     return name if len(raw) <= _ROOM else hashlib.sha256(raw).hexdigest()
+
+
+def explained(error: OSError, target: Path) -> BakeError:
+    """What went wrong with the file system, as one of our errors."""
+    what = f"{target}: {error.strerror or error}"
+    if isinstance(error, FileExistsError):
+        return BakeError(f"{target}: came there during the export", "Give another -o, or --force to replace it.")
+    if error.errno in _FULL:
+        return BakeError(f"{what}; nothing was left behind", "Free some space, or give another place with -o.")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return BakeError(what, "Give a place you may write to with -o.")
+    if sys.platform == "win32" and isinstance(error, PermissionError):
+        return BakeError(what, "Close the program that has the file open.")
+    return BakeError(what, "Check the paths, then run the export again; the target is as it was.")

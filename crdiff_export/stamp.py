@@ -22,6 +22,7 @@ PAPER = "arXiv:2604.05524"
 BLOCK_WISE = "block-wise"
 LAYER_WISE = "layer-wise"
 PREFIX = "crdiff."
+RESIDUALS = ("none", "embedded", "sidecar")
 HASH = re.compile(r"0x[0-9a-f]{64}")
 _GROUP = re.compile(r"crdiff\.(?:ratio|pruned|total)\.(.+)", re.DOTALL)
 _ASKED = re.compile(

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crdiff_export import bases, criteria, families, floats, kernels, plan, weights
-from crdiff_export.baked import DATA_HASH, FILE_HASH, REPAIR, open_baked
+from crdiff_export import bases, criteria, families, floats, kernels, plan, residual, weights
+from crdiff_export.baked import DATA_HASH, FILE_HASH, REPAIR, BakedCheckpoint, open_baked
 from crdiff_export.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.errors import CheckpointError, VerifyError
 from crdiff_export.hashing import SourceHashes, hash_data, hash_file
 from crdiff_export.header import show
+from crdiff_export.keeping import Comparing, base_head
 from crdiff_export.kernels import Kernel
 from crdiff_export.plan import Output, Plan, Scope, Target
 from crdiff_export.progress import Progress, Silent
+from crdiff_export.residual import EMBED, NONE, SAID, SIDECAR, Kept
 from crdiff_export.source import SourceFile
 from crdiff_export.stamp import Stamp
 from crdiff_export.threshold import Threshold
@@ -26,13 +28,17 @@ _VARIANT = re.compile(r"(?:.*/)?diffusion_pytorch_model\.([\w-]+?)(?:-\d{5}-of-\
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What was found to hold: counts and thresholds always, the hash where the header has one, the base if given."""
+    """What was found to hold: counts and thresholds always, the hash where the header has one, the base if given.
+
+    `residual` is what the header says of it, or `missing`: a sidecar that is not there and so was not checked.
+    """
 
     path: Path
     stamp: Stamp
     weights: int
     hashed: bool
     base: Path | None
+    residual: str = NONE
 
 
 def verify(path: Path, base: str | None, progress: Progress, device: str = "auto") -> Verified:
@@ -46,8 +52,10 @@ def verify(path: Path, base: str | None, progress: Progress, device: str = "auto
     _refuse_sparse(baked.checkpoint)
     _check_weights(planned, thresholds, stamp, progress)
     hashed = _check_hashes(planned, progress)
-    origin = _check_base(planned, thresholds, stamp, base, kernels.load(device), progress) if base else None
-    return Verified(path, stamp, sum(scope.count for scope in planned.scopes), hashed, origin)
+    kept = _check_residual(baked, progress)
+    origin = _check_base(planned, thresholds, stamp, base, kept, kernels.load(device), progress) if base else None
+    said = stamp.residual if kept or stamp.residual == SAID[NONE] else "missing"
+    return Verified(path, stamp, sum(scope.count for scope in planned.scopes), hashed, origin, said)
 
 
 def _refuse_sparse(checkpoint: Checkpoint) -> None:
@@ -138,8 +146,28 @@ def _check_hashes(planned: Plan, progress: Progress) -> bool:
     return True
 
 
+def _check_residual(baked: BakedCheckpoint, progress: Progress) -> tuple[Kept, ...]:
+    """The residuals, after a check that they are what was written; none where a sidecar is not there."""
+    said, files = baked.stamp.residual, baked.checkpoint.files
+    beside = said == SAID[SIDECAR]
+    if said == SAID[NONE] or (beside and not all(residual.sidecar(file.path).exists() for file in files)):
+        return ()
+    kept = residual.find(baked)
+    if beside:
+        progress.stage("hashing", sum(one.file.data_size for one in kept))
+        for one in kept:
+            residual.check_hash(one.file, residual.OWN_HASH, hash_data(one.file, progress))
+    return kept
+
+
 def _check_base(
-    planned: Plan, thresholds: Sequence[Threshold], stamp: Stamp, base: str, kernel: Kernel, progress: Progress
+    planned: Plan,
+    thresholds: Sequence[Threshold],
+    stamp: Stamp,
+    base: str,
+    kept: Sequence[Kept],
+    kernel: Kernel,
+    progress: Progress,
 ) -> Path:
     """Export the base again, into a comparison instead of a file."""
     named = _VARIANT.fullmatch(planned.outputs[0].source.name)
@@ -170,8 +198,8 @@ def _check_base(
     hashed = any(f.metadata.get(DATA_HASH) for f in planned.checkpoint.files)
     with SourceHashes([again], whole) if hashed else contextlib.nullcontext() as hashes:
         for number, (output, file) in enumerate(_pairs(again, planned)):
-            stream = Stream([Pruning(again, derived)], number, kernel, chunk=weights.CHUNK)
-            _compare(stream, output, file, progress)
+            stream = Stream([Pruning(again, derived, keep=bool(kept))], number, kernel, chunk=weights.CHUNK)
+            _compare(stream, output, file, kept[number] if kept else None, progress)
             if hashes and not hashes.known(number):
                 _check_source(output.source, file, DATA_HASH, hashes.digest(number))
             if FILE_HASH in file.metadata:
@@ -202,16 +230,20 @@ def _check_same_tensors(baked: Plan, base: Plan) -> None:
             f"{baked.checkpoint.path}: has {len(baked.outputs)} files, the base {len(base.outputs)}", REPAIR
         )
     for ours, theirs in zip(baked.outputs, base.outputs, strict=True):
-        if {t.name: t for t in ours.tensors} != {t.name: t for t in theirs.tensors}:
+        own = residual.own(ours.tensors) if ours.source.metadata.get("crdiff.residual") == SAID[EMBED] else ()
+        if {t.name: t for t in ours.tensors if t not in own} != {t.name: t for t in theirs.tensors}:
             raise VerifyError(f"{ours.source.path}: its tensors are not those of {theirs.source.path}", REPAIR)
 
 
-def _compare(stream: Stream, output: Output, baked: SourceFile, progress: Progress) -> None:
-    """Hold a baked file's bytes against the stream of those that its base gives."""
+def _compare(stream: Stream, output: Output, baked: SourceFile, kept: Kept | None, progress: Progress) -> None:
+    """Hold a baked file's bytes, and its residual's, against the stream of those that its base gives."""
     import numpy as np
 
     buffer = memoryview(bytearray(weights.CHUNK))
-    with contextlib.closing(baked.open()) as reader, contextlib.closing(stream.chunks()) as chunks:
+    with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(contextlib.closing(baked.open()))
+        values = stack.enter_context(Comparing(kept, base_head(output.source))) if kept else None
+        chunks = stack.enter_context(contextlib.closing(stream.chunks()))
         for chunk in chunks:
             actual = buffer[: len(chunk.data)]
             reader.read_into(chunk.start, actual)
@@ -220,7 +252,11 @@ def _compare(stream: Stream, output: Output, baked: SourceFile, progress: Progre
                 raise VerifyError(
                     f"{baked.path}: {_place(output, chunk, int(same.argmin()))} is not what the base gives", REPAIR
                 )
+            if values:
+                values.compare(chunk.removed)
             progress.advance(len(actual))
+        if values:
+            values.finish()
 
 
 def _place(output: Output, chunk: Chunk, byte: int) -> str:

@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
+from typing import TYPE_CHECKING
 
 from crdiff_export import floats
 from crdiff_export.errors import PlanError
@@ -21,19 +22,27 @@ from crdiff_export.plan import Plan, Run
 from crdiff_export.source import Bytes
 from crdiff_export.threshold import Threshold
 
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
 CHUNK = 8 << 20
 # The widest element has 8 bytes. A page before the window holds the seam and keeps the window itself on a page.
 SEAM = 8
 PAGE = mmap.PAGESIZE
 STAGES = 3
+_NOTHING = memoryview(b"")
 
 
 @dataclass(frozen=True, slots=True)
 class Pruning:
-    """A plan and the thresholds that were found for it, one for each of its scopes."""
+    """A plan and the thresholds that were found for it, one for each of its scopes.
+
+    With `keep` the weights that are zeroed are handed on, for a residual.
+    """
 
     plan: Plan
     thresholds: tuple[Threshold, ...]
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +59,8 @@ class Cut:
 class Chunk:
     """Bytes `start:stop` of the data section of variant number `variant`; `data`, a part of `buffer`, holds them.
 
-    `untouched` chunks were not read: their bytes are the source's.
+    `untouched` chunks were not read: their bytes are the source's. `removed` are the weights that begin in the chunk
+    and were zeroed, as they were, one after another; nothing for a variant that does not keep them.
     """
 
     start: int
@@ -58,6 +68,7 @@ class Chunk:
     buffer: memoryview
     variant: int = 0
     untouched: bool = False
+    removed: memoryview = _NOTHING
 
     @property
     def data(self) -> memoryview:
@@ -84,7 +95,8 @@ def cuts(pruning: Pruning, file: int) -> tuple[Cut, ...]:
 class Stream:
     """The chunks of one file of all variants; to be read through once. The variants share their checkpoint and cast.
 
-    With `hashes`, `output_hashes` are then the SHA-256 of the data sections as hex (ModelSpec 1.0.1, `hash_sha256`).
+    With `hashes`, `digests` are then the SHA-256 of the data sections (ModelSpec 1.0.1, `hash_sha256`), to be continued
+    where something comes behind them.
     `skip_untouched` leaves chunks that nobody has to see unread, for the consumer to copy.
     """
 
@@ -102,11 +114,12 @@ class Stream:
         self._plan = prunings[0].plan
         self._output = self._plan.outputs[file]
         self._cuts = [cuts(pruning, file) for pruning in prunings]
+        self._keep = [pruning.keep for pruning in prunings]
         self._unchanged = hashes.shared(file) if hashes else 0
         casts = any(run.cast for run in self._output.runs)
         self._skip = skip_untouched and not casts and self._output.source.tensors_of is None
         self._nonfinite: dict[str, int] = {}
-        self.output_hashes: list[str] = []
+        self.digests: list[_Hash] = []
 
     def chunks(self) -> Generator[Chunk, None, None]:
         """Every chunk in order, of each place those of all variants; closing the generator stops all stages."""
@@ -133,7 +146,7 @@ class Stream:
 
     def _is_untouched(self, start: int, stop: int) -> bool:
         seen = self._hashes is not None and stop > self._unchanged
-        return not seen and not any(any(_parts(found, start, stop)) for found in self._cuts)
+        return not seen and not any(any(split(found, start, stop)) for found in self._cuts)
 
     def _fill(self, chunk: Chunk, source: Bytes) -> None:
         """Read the chunk's data and its seams into its buffer, cast where the plan says so."""
@@ -174,32 +187,57 @@ class Stream:
         digests = None
         # What one variant zeroes in the source's buffer the next one would miss; one alone needs no copy.
         copies = None if len(self._cuts) == 1 else self._buffers(STAGES - 1 + AHEAD)
+        removed = self._buffers(STAGES - 1 + AHEAD) if any(self._keep) else None
         for chunk in stream:
             if self._hashes and digests is None and chunk.stop > self._unchanged:
                 digests = [self._hashes.state(self._file) for _ in self._cuts]
             for variant, found in enumerate(self._cuts):
-                pruned = self._pruned(replace(chunk, variant=variant), found, copies)
+                pruned = self._pruned(replace(chunk, variant=variant), found, copies, removed)
                 if digests and not pruned.untouched:
                     digests[variant].update(pruned.part(max(chunk.start, self._unchanged), chunk.stop))
                 yield pruned
         if self._hashes:
             digests = digests or [self._hashes.state(self._file) for _ in self._cuts]
-            self.output_hashes = [digest.hexdigest() for digest in digests]
+            self.digests = digests
 
-    def _pruned(self, chunk: Chunk, found: Sequence[Cut], copies: Iterator[memoryview] | None) -> Chunk:
+    def _pruned(
+        self,
+        chunk: Chunk,
+        found: Sequence[Cut],
+        copies: Iterator[memoryview] | None,
+        removed: Iterator[memoryview] | None,
+    ) -> Chunk:
         """The chunk with its small weights at zero, in a buffer of its own where others need the source's."""
-        parts = list(_parts(found, chunk.start, chunk.stop))
+        parts = list(split(found, chunk.start, chunk.stop))
         if parts and copies is not None:
             low, high = chunk.start - SEAM, chunk.stop + SEAM
             own = replace(chunk, buffer=next(copies))
             own.part(low, high)[:] = chunk.part(low, high)
             chunk = own
+        if parts and removed is not None and self._keep[chunk.variant]:
+            chunk = replace(chunk, removed=_removed(chunk, parts, next(removed)))
         for cut, start, stop in parts:
             self._kernel.zero(chunk.part(start, stop), cut.dtype, cut.limit)
         return chunk
 
 
-def _parts(found: Sequence[Cut], low: int, high: int) -> Iterator[tuple[Cut, int, int]]:
+def _removed(chunk: Chunk, parts: Sequence[tuple[Cut, int, int]], into: memoryview) -> memoryview:
+    """The weights of a chunk that are to be zeroed; one on the seam before it belongs to the chunk before."""
+    from crdiff_export.kernels.pick import take
+
+    end = 0
+    for cut, first, stop in parts:
+        size = floats.FORMATS[cut.dtype].itemsize
+        start = first if first >= chunk.start else first + size
+        place = end + -end % size
+        taken = take(chunk.part(start, stop), cut.dtype, cut.limit, into[place:]) if start < stop else 0
+        if place != end:
+            into[end : end + taken] = into[place : place + taken]
+        end += taken
+    return into[:end]
+
+
+def split(found: Sequence[Cut], low: int, high: int) -> Iterator[tuple[Cut, int, int]]:
     """Of each cut within data bytes `low:high`, the whole elements that lie there or on the seam."""
     for cut in found:
         start, stop = max(low, cut.start), min(high, cut.stop)

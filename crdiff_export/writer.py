@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 from crdiff_export.errors import BakeError
+from crdiff_export.hashing import PIECE
 from crdiff_export.weights import PAGE
 
 # What `copy_file_range` says between two file systems, or on one that has no such thing (its man page).
@@ -61,6 +63,21 @@ class Writer:
             self._direct = None
         done = 0 if self._direct is None else pages
         _write_all(self._cached, data[done:], offset + done)
+
+    def append(self, data: memoryview, offset: int) -> None:
+        """Write `data` at any `offset` behind all that `write` writes; what of a page they share goes the same way."""
+        _write_all(self._cached, data, offset)
+
+    def read(self, start: int, stop: int) -> Iterator[bytes]:
+        """What has been written at `start:stop`, in pieces."""
+        for place in range(start, stop, PIECE):
+            os.lseek(self._cached, place, os.SEEK_SET)
+            data = os.read(self._cached, min(PIECE, stop - place))
+            if len(data) != min(PIECE, stop - place):
+                raise BakeError(
+                    f"{self.path.name}: does not read back as written", "Check the disk, then run it again."
+                )
+            yield data
 
     @staticmethod
     def _write_direct(handle: int, data: memoryview, offset: int) -> bool:

@@ -206,7 +206,7 @@ def test_loops_compile_without_a_cache() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(numba, "njit", no_folder)
-        compiled = cpu._compiled(loop)
+        compiled = cpu.compiled(loop)
     assert asked == [True, False]
     weights = np.zeros(1, np.uint8)
     compiled(weights)
@@ -232,7 +232,7 @@ def test_a_folder_that_is_full(code: int) -> None:
     def full(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    compiled = cpu._compiled(loop)
+    compiled = cpu.compiled(loop)
     weights = np.zeros(1, np.uint8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled.__wrapped__._cache, "save_overload", full)  # type: ignore[attr-defined]

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import demo_configs
 import geometry_tables
 import makers
 import numpy as np
@@ -26,9 +25,10 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from crdiff_export import ExportRequest, Size, architecture, export, families, header, metadata
+from crdiff_export import ExportRequest, Size, architecture, demo_config, export, families, header, metadata
 from crdiff_export.export import prepare
 from crdiff_export.plan import Plan
+from crdiff_export.residual import specs
 from crdiff_export.threshold import Threshold
 
 SIZE = Size(512, 768)
@@ -69,6 +69,20 @@ def test_safetensors_opens_it(table: str, tmp_path: Path) -> None:
         assert {name: array.tobytes() for name, array in arrays.items()} == {
             name: weights.numpy().tobytes() for name, weights in pruned.items()
         }
+
+
+def test_safetensors_opens_an_embedded_residual(tmp_path: Path) -> None:
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny("sd15.original"))
+    output = bake(base, tmp_path / "out.safetensors", ratio=0.3, residual="embed")
+    with safetensors.safe_open(base, "pt") as ours, safetensors.safe_open(output, "pt") as theirs:
+        # The order of a dict that a loader makes: no name of the model comes after one of these.
+        assert theirs.keys() == [*ours.keys(), "zz_crdiff.header", "zz_crdiff.residual"]
+        assert theirs.offset_keys() == [*ours.offset_keys(), "zz_crdiff.residual", "zz_crdiff.header"]
+        values = theirs.get_tensor("zz_crdiff.residual")
+    assert (values.dtype, values.ndim) == (torch.uint8, 1)
+    pruned = safetensors.torch.load_file(output)
+    plain = safetensors.torch.load_file(bake(base, tmp_path / "plain.safetensors", ratio=0.3))
+    assert_same({name: weights for name, weights in pruned.items() if not name.startswith("zz_")}, plain)
 
 
 def test_safetensors_opens_flags_and_empty_tensors(tmp_path: Path) -> None:
@@ -198,13 +212,14 @@ def unet_config(folder: Path, config: Mapping[str, Any], groups: int) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("residual", ["none", "embed"])
 @pytest.mark.parametrize("family", UNETS)
-def test_diffusers_loads_the_unet_of_a_single_file(family: str, tmp_path: Path) -> None:
+def test_diffusers_loads_the_unet_of_a_single_file(family: str, residual: str, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     config = unet_config(tmp_path / "config", UNETS[family], groups=5)
     base = makers.write(tmp_path / "base.safetensors", makers.tiny(f"{family}.original"))
-    output = bake(base, tmp_path / "out.safetensors", ratios=RATIOS)
+    output = bake(base, tmp_path / "out.safetensors", ratios=RATIOS, residual=residual)
 
     def load(path: Path) -> Any:
         return UNet2DConditionModel.from_single_file(
@@ -223,12 +238,30 @@ def assert_loaded_whole(unet: torch.nn.Module, path: Path) -> None:
     assert sorted(weights.numpy().tobytes() for weights in unet.state_dict().values()) == content
 
 
-def test_diffusers_loads_a_whole_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("table", ["sd3-medium", "sd35-medium", "sd35-large", "flux-dev", "flux-schnell"])
+def test_diffusers_converts_a_transformer_beside_a_residual(table: str) -> None:
+    """Its converters look for parts of names in all of the file; at full size, without weights."""
+    from diffusers.loaders import single_file_utils
+
+    kind = "flux" if table.startswith("flux") else "sd3"
+    convert = getattr(single_file_utils, f"convert_{kind}_transformer_checkpoint_to_diffusers")
+    plain = {
+        PREFIX + name.removeprefix(PREFIX): torch.empty(shape, device="meta")
+        for name, (_, shape) in geometry_tables.load(f"{table}.original-transformer").items()
+    }
+    residual = {spec.name: torch.empty(spec.shape, device="meta", dtype=torch.uint8) for spec in specs(0, 100, 10)}
+    assert set(residual) == {"zz_crdiff.residual", "zz_crdiff.header"}
+    assert set(convert({**plain, **residual})) == set(convert(dict(plain)))
+
+
+@pytest.mark.parametrize("residual", ["none", "embed"])
+def test_diffusers_loads_a_whole_pipeline(residual: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import StableDiffusionPipeline
 
     monkeypatch.setenv("CRDIFF_CACHE", str(tmp_path / "cache"))
-    config = demo_configs.write(tmp_path / "config")
-    output = export(ExportRequest("demo", Size(96, 64), tmp_path / "out.safetensors", ratios=RATIOS)).written.path
+    config = demo_config.write(tmp_path / "config")
+    request = ExportRequest("demo", Size(96, 64), tmp_path / "out.safetensors", ratios=RATIOS, residual=residual)
+    output = export(request).written.path
 
     def load(path: Path) -> Any:
         return StableDiffusionPipeline.from_single_file(str(path), config=str(config), local_files_only=True)
@@ -254,8 +287,8 @@ def test_diffusers_loads_a_folder(shards: bool, variant: str | None, tmp_path: P
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(demo_configs.UNET).half()
-    base = demo_configs.write(tmp_path / "base")
+    unet = UNet2DConditionModel.from_config(demo_config.UNET).half()
+    base = demo_config.write(tmp_path / "base")
     unet.save_pretrained(base / "unet", variant=variant, max_shard_size="300KB" if shards else "1GB")
     output = bake(base, tmp_path / "out", ratios=RATIOS)
     weights = sorted(path.name for path in (output / "unet").glob("*.safetensors"))
@@ -332,8 +365,14 @@ def test_sd_mecha_merges_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert not caplog.records
 
 
-def assert_merged(path: Path) -> None:
-    """A merge of nothing but this file gives all of it."""
+def test_sd_mecha_merges_the_model_of_an_embedded_residual(tmp_path: Path) -> None:
+    """It leaves out what it does not know: a merged file has no residual that would not be its own."""
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny("sd15.original"))
+    assert_merged(bake(base, tmp_path / "out.safetensors", ratio=0.3, residual="embed"), without="zz_crdiff.")
+
+
+def assert_merged(path: Path, without: str | None = None) -> None:
+    """A merge of nothing but this file gives all of it, or all but what begins `without`."""
     import sd_mecha
 
     silent = partial(importlib.import_module("tqdm").tqdm, disable=True)
@@ -342,7 +381,8 @@ def assert_merged(path: Path) -> None:
         merge_dtype=None, output_dtype=None, threads=0, omit_non_finite_inputs=False, tqdm=silent,
     )  # fmt: skip
     merged.pop("__metadata__")
-    assert_same(merged, safetensors.torch.load_file(path))
+    file = safetensors.torch.load_file(path)
+    assert_same(merged, {name: some for name, some in file.items() if not (without and name.startswith(without))})
 
 
 def inferred(path: Path) -> str:

@@ -15,7 +15,6 @@ import oracle
 import pytest
 
 from crdiff_export import ExportRequest, Size, export, hashing, weights
-from crdiff_export import verify as verification
 from crdiff_export.errors import CheckpointError, CrdiffError, FamilyError, VerifyError
 from crdiff_export.progress import Silent
 from crdiff_export.verify import Verified, verify
@@ -190,7 +189,7 @@ class Recorder:
     stages: list[tuple[str, int]] = field(default_factory=list)
     done: list[int] = field(default_factory=list)
 
-    def stage(self, title: str, size: int) -> None:
+    def stage(self, title: str, size: int, unit: str = "bytes") -> None:
         self.stages.append((title, size))
         self.done.append(0)
 
@@ -584,4 +583,3 @@ def test_accelerator_that_is_not_there(pairs: Callable[..., Pair]) -> None:
     assert verify(pairs().output, None, Silent(), device="nowhere").hashed  # the CPU does what needs no base
     with pytest.raises(CrdiffError, match="nowhere"):
         verify(pairs().output, str(pairs().base), Silent(), device="nowhere")
-    assert verification.REPAIR

@@ -33,6 +33,7 @@ from crdiff_export.inspection import GROUP_COLUMNS, group_rows, provenance
 from crdiff_export.push import PushRequest, check_request
 from crdiff_export.push import prepare as check_destination
 from crdiff_export.recipe import Size
+from crdiff_export.residual import NONE, WAYS, expected
 
 
 @click.command(
@@ -75,6 +76,13 @@ from crdiff_export.recipe import Size
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads on the CPU. Default: all cores.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Cast all float tensors. Default: keep each as it is.")
 @click.option("--variant", metavar="NAME", help="Weights to take from a folder that has several, such as fp16.")
+@click.option(
+    "--residual",
+    type=click.Choice(list(WAYS)),
+    default=NONE,
+    show_default=True,
+    help="Keep what is pruned away, for crdiff restore: in the file itself, or in a sidecar beside it.",
+)
 @click.option("--no-hash", is_flag=True, help="Leave the SHA-256 of base and output out of the header.")
 @click.option("--allow-nonfinite", is_flag=True, help="Keep and count target weights that are infinite or not numbers.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done; read headers only, write nothing.")
@@ -158,6 +166,7 @@ def _show_plan(job: Job, pushing: PushRequest | None, *, as_json: bool, quiet: b
             "variant": str(plan.variant.resolution), "provenance": plan.variant.provenance,
             "poa_weight": plan.variant.poa_weight, "targets": list(plan.kinds), "groups": groups,
             "bytes": plan.data_size, "dtype": plan.cast, "output": str(job.target),
+            "residual": job.request.residual, "residual_bytes": _residual_size(job),
             "push": pushing.repo if pushing else None,
             "files": [o.source.name for o in plan.outputs],
             "disk_needed": job.space.needed, "disk_free": job.space.free, "notes": list(plan.notes),
@@ -178,12 +187,24 @@ def _show_plan(job: Job, pushing: PushRequest | None, *, as_json: bool, quiet: b
             f"with a threshold for each {plan.match.family.scope}",
             "dtype": plan.cast or "as in the base",
             "size": f"{amount(plan.data_size)} of tensors",
+            **_residual_facts(job),
             "disk": f"{amount(job.space.needed)} needed, {amount(job.space.free)} free",
             "would write": str(job.target),
             **({"would push to": pushing.repo} if pushing else {}),
         })  # fmt: skip
     else:
         ui.line(str(job.target))
+
+
+def _residual_size(job: Job) -> int:
+    """About how much a residual will be; ties with a threshold can make it more."""
+    plan = job.plan
+    return 0 if job.request.residual == NONE else expected(plan, [scope.rank for scope in plan.scopes])
+
+
+def _residual_facts(job: Job) -> Mapping[str, str]:
+    where = {"embed": "in the file itself", "sidecar": "in a sidecar"}.get(job.request.residual)
+    return {"residual": f"about {amount(_residual_size(job))} {where}"} if where else {}
 
 
 def _planned_groups(job: Job) -> dict[str, dict[str, Any]]:
@@ -208,7 +229,7 @@ def _show_result(baked: Baked, sent: tuple[Upload, Pushed] | None, *, as_json: b
         ui.print_json(pushed | {
             "output": str(written.path), "bytes": written.size, "family": stamp.family, "layout": stamp.layout,
             "resolution": str(stamp.resolution), "recipe": stamp.recipe, "provenance": stamp.provenance,
-            "poa_weight": stamp.poa_weight,
+            "poa_weight": stamp.poa_weight, "residual": stamp.residual,
             "groups": {
                 name: {
                     "ratio": group.ratio, "pruned": group.pruned, "total": group.total,
@@ -222,6 +243,7 @@ def _show_result(baked: Baked, sent: tuple[Upload, Pushed] | None, *, as_json: b
                     "hash_sha256": file.hashes and file.hashes.output,
                     "source_hash_sha256": file.hashes and file.hashes.source,
                     "source_file_sha256": file.hashes and file.hashes.source_file,
+                    "sidecar": str(file.sidecar.path) if file.sidecar else None,
                 }
                 for file in written.files
             ],

@@ -34,14 +34,17 @@ def verify(stopper: Stopper, /, file: Path, base: str | None, device: str, *, js
     if json:
         ui.print_json({
             "verified": True, "file": str(file), "weights": found.weights, "hash": found.hashed,
-            "base": str(found.base) if found.base else None,
+            "base": str(found.base) if found.base else None, "residual": found.residual,
         })  # fmt: skip
         return
     if quiet:
         return
     parts = [f"{found.weights:,} target weights"]
     parts += ["the SHA-256"] if found.hashed else []
+    parts += ["the residual"] if found.residual in ("embedded", "sidecar") else []
     parts += [f"every byte against {found.base}"] if found.base else []
     ui.line(f"{file}: holds what its header says ({', '.join(parts)})")
+    if found.residual == "missing":
+        ui.note("its residual is in a sidecar that is not beside it, and was not checked")
     if not found.hashed:
         ui.note("the header has no hash (--no-hash); bytes outside the target weights were not checked")

@@ -18,30 +18,30 @@ if TYPE_CHECKING:
 _UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {8: np.uint8, 16: np.uint16, 32: np.uint32}
 
 
-def _compiled(loop: Callable[..., None]) -> Callable[..., None]:
+def compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
     """The loop as machine code, from numba's cache where it can have one."""
     try:
-        compiled = numba.njit(nogil=True, cache=True)(loop)
+        made = numba.njit(nogil=True, cache=True)(loop)
     except RuntimeError:  # no folder to cache in: a read-only home, say
-        compiled = numba.njit(nogil=True)(loop)
+        made = numba.njit(nogil=True)(loop)
 
-    @functools.wraps(compiled)
-    def call(*args: Any) -> None:
+    @functools.wraps(made)
+    def call(*args: Any) -> Any:
         try:
-            compiled(*args)
+            return made(*args)
         except OSError:  # the folder is full: the code was not kept, but it is there, and it has not run yet
-            compiled(*args)
+            return made(*args)
 
     return call
 
 
-@_compiled
+@compiled
 def _count(weights: Any, mask: Any, shift: Any, counts: Any) -> None:
     for i in range(weights.size):
         counts[(weights[i] & mask) >> shift] += 1
 
 
-@_compiled
+@compiled
 def _refine(weights: Any, mask: Any, shift: Any, upper: Any, counts: Any) -> None:
     for i in range(weights.size):
         magnitude = weights[i] & mask
@@ -49,7 +49,7 @@ def _refine(weights: Any, mask: Any, shift: Any, upper: Any, counts: Any) -> Non
             counts[magnitude & ((1 << shift) - 1)] += 1
 
 
-@_compiled
+@compiled
 def _zero(weights: Any, mask: Any, limit: Any) -> None:
     for i in range(weights.size):
         weights[i] = weights[i] if (weights[i] & mask) > limit else 0
@@ -67,21 +67,21 @@ class CpuKernel:
         return memoryview(mmap.mmap(-1, size))  # starts on a page, as unbuffered writes want
 
     def count(self, weights: memoryview, dtype: str, counts: "Counts") -> None:
-        bits, mask = _bits(weights, dtype)
+        bits, mask = as_bits(weights, dtype)
         _count(bits, mask, bits.dtype.type(LOWER_BITS if dtype == "F32" else 0), counts)
 
     def refine(self, weights: memoryview, upper: int, counts: "Counts") -> None:
-        bits, mask = _bits(weights, "F32")
+        bits, mask = as_bits(weights, "F32")
         _refine(bits, mask, np.uint32(LOWER_BITS), np.uint32(upper), counts)
 
     def zero(self, weights: memoryview, dtype: str, limit: int) -> None:
-        bits, mask = _bits(weights, dtype)
+        bits, mask = as_bits(weights, dtype)
         _zero(bits, mask, bits.dtype.type(limit))
         if bits.base is None:  # a copy, because the weights do not lie on a multiple of their size
             weights[:] = bits.data.cast("B")
 
 
-def _bits(weights: memoryview, dtype: str) -> tuple[NDArray[Any], Any]:
+def as_bits(weights: memoryview, dtype: str) -> tuple[NDArray[Any], Any]:
     """The weights as unsigned integers, and the mask of their magnitude."""
     unsigned = _UNSIGNED[FORMATS[dtype].width]
     bits = np.frombuffer(weights, unsigned)
