@@ -70,6 +70,18 @@ class HubError(CrdiffError):
     code = "hub"
 
 
+class PoaError(CrdiffError):
+    """A model, a file or a number that POA cannot be done with."""
+
+    code = "poa"
+
+
+class PreviewError(CrdiffError):
+    """Pictures that cannot be made: a model that cannot be opened, a machine that is too small."""
+
+    code = "preview"
+
+
 class CardError(CrdiffError):
     """A model card whose front matter or marked section cannot be edited safely."""
 

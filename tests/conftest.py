@@ -17,6 +17,9 @@ from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["loopback_hub"]
 
+# Several test processes with several threads each would wait for each other: torch then takes minutes for seconds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A machine that is busy with something else makes no test wrong.
 settings.register_profile("crdiff", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("crdiff")

@@ -1,0 +1,181 @@
+"""POA while sampling: `python benchmarks/poa.py` (SD1.5's UNet with random weights; `--model sdxl` for SDXL's).
+
+It calls a UNet with a batch for guidance, in turn and paired: dense, with POA one pass after the other, with POA in one
+pass over a doubled batch, and with a second copy of the weights, as the public code has it. It prints medians of the
+ratios to the dense call of the same round. Each way also runs in a process of its own for its peak memory, the
+device's where there is one, as multiples of the weights above the dense way's.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from crdiff_export import ExportRequest, Size, poa
+
+W = 1.5
+RATIO = 0.3
+WAYS = ("dense", "sequential", "batched", "two copies")
+SDXL = {
+    "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), "use_linear_projection": True,
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (5, 10, 20),
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {"sd15": {"cross_attention_dim": 768}, "sdxl": SDXL}
+Call = Callable[[], Any]
+
+
+def base(model: str, folder: Path, dtype: torch.dtype) -> Path:
+    """A UNet with random weights, on disk."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if not path.exists():
+        torch.manual_seed(0)
+        torch.set_default_dtype(dtype)
+        UNet2DConditionModel(**MODELS[model]).save_pretrained(folder)
+        torch.set_default_dtype(torch.float32)
+    return path
+
+
+def load(folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """The UNet, as a pipeline has it."""
+    return UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype).to(device).eval()
+
+
+def inputs(model: str, size: int, batch: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Arguments for a picture of `size` pixels with guidance."""
+    made: dict[str, Any] = {
+        "sample": torch.randn(batch, 4, size // 8, size // 8),
+        "encoder_hidden_states": torch.randn(batch, 77, MODELS[model]["cross_attention_dim"]),
+    }
+    if model == "sdxl":
+        made["added_cond_kwargs"] = {"text_embeds": torch.randn(batch, 1280), "time_ids": torch.full((batch, 6), 512.0)}
+
+    def move(value: Any) -> Any:
+        return {k: move(v) for k, v in value.items()} if isinstance(value, dict) else value.to(device, dtype)
+
+    return {**move(made), "timestep": 500, "return_dict": False}
+
+
+def call_of(way: str, unet: Any, source: poa.Source, arguments: dict[str, Any], other: Any = None) -> Call:
+    """One denoising call."""
+
+    def call() -> Any:
+        with torch.inference_mode():
+            found = unet(**arguments)[0]
+            return (1 - W) * found + W * other(**arguments)[0] if way == "two copies" else found
+
+    poa.disable(unet)
+    if way in ("sequential", "batched"):
+        poa.enable(unet, source, W, mode="sequential" if way == "sequential" else "batched", check=False)
+    return call
+
+
+def timed(call: Call, device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak(device: str) -> int:
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated()
+
+
+def copy_of(unet: Any, source: poa.Source) -> Any:
+    """A second model with the pruned weights."""
+    import copy
+
+    from crdiff_export.poa.masks import prune
+
+    other = copy.deepcopy(unet)
+    with torch.no_grad():
+        for name, cuts in source.masks.diffusers.items():
+            weight = other.get_parameter(name)
+            weight.copy_(prune(weight, cuts))
+    return other
+
+
+def memory(folder: Path) -> dict[str, int]:
+    """Peak memory of each way, in a process of its own."""
+    found = {}
+    for way in WAYS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder), "--memory-of", way]
+        found[way] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="sd15")
+    parser.add_argument("--size", type=int, default=512, help="pixels")
+    parser.add_argument("--batch", type=int, default=2, help="2 is one picture with guidance")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--folder", type=Path, help="where the weights lie or are put")
+    parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    dtype = torch.float32 if options.device == "cpu" else torch.float16
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        file = base(options.model, folder, dtype)
+        source = poa.from_recipe(ExportRequest(str(file), Size(options.size, options.size), ratio=RATIO))
+        unet = load(folder, dtype, options.device)
+        weights = sum(p.numel() * p.itemsize for p in unet.parameters())
+        arguments = inputs(options.model, options.size, options.batch, dtype, options.device)
+        if options.memory_of:
+            other = copy_of(unet, source) if options.memory_of == "two copies" else None
+            call = call_of(options.memory_of, unet, source, arguments, other)
+            for _ in range(4):  # what is freed in pieces is not all found again at once
+                call()
+            print(peak(options.device))
+            return
+        peaks = memory(folder)
+        other = copy_of(unet, source)
+        times: dict[str, list[float]] = {way: [] for way in WAYS}
+        for number in range(options.rounds + 1):
+            for way in WAYS:
+                call = call_of(way, unet, source, arguments, other)
+                seconds = timed(call, options.device)
+                if number:  # the first round warms up
+                    times[way].append(seconds)
+    device = torch.cuda.get_device_name() if options.device != "cpu" else f"{platform.machine()} CPU"
+    rows = {}
+    for way in WAYS:
+        ratios = [t / dense for t, dense in zip(times[way], times["dense"], strict=True)]
+        rows[way] = {
+            "seconds": statistics.median(times[way]), "ratio": statistics.median(ratios),
+            "least": min(ratios), "most": max(ratios), "peak": peaks[way],
+            "weights": 1 + (peaks[way] - peaks["dense"]) / weights,
+        }  # fmt: skip
+    report = {"model": options.model, "size": options.size, "batch": options.batch, "device": device,
+              "threads": torch.get_num_threads(), "dtype": str(dtype), "weights": weights, "ways": rows}  # fmt: skip
+    if options.json:
+        print(json.dumps(report))
+        return
+    print(f"{options.model} at {options.size}, batch {options.batch}, {dtype}, {device}, {report['threads']} threads")
+    print("| way | median time | ratio to dense (min to max) | peak memory | weights held |\n|---|---|---|---|---|")
+    for way, row in rows.items():
+        print(f"| {way} | {row['seconds']:.3f} s | {row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f}) "
+              f"| {row['peak'] / 1e9:.2f} GB | {row['weights']:.3f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Pruned output amplification while sampling, with one copy of the weights: D = (1 - w) * dense + w * pruned.
+
+    from crdiff_export import poa
+
+    poa.enable(pipe, "sdxl-512.safetensors")      # pipe holds the dense base
+    image = pipe("a red fox", width=512, height=512).images[0]
+    poa.disable(pipe)
+
+Importing this package imports no torch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from crdiff_export.poa.mix import Schedule, Weight, mix
+from crdiff_export.poa.source import Source, from_baked, from_recipe
+
+if TYPE_CHECKING:
+    from crdiff_export.poa.sampling import Poa
+
+Mode = Literal["sequential", "batched"]
+
+__all__ = ["Mode", "Schedule", "Source", "Weight", "disable", "enable", "enabled", "from_baked", "from_recipe", "mix"]
+
+
+def enable(
+    pipe: Any,
+    source: Source | str | Path,
+    weight: Weight | None = None,
+    *,
+    start: float = 0.0,
+    stop: float = 1.0,
+    mode: Mode = "sequential",
+    check: bool = True,
+) -> "Poa":
+    """Have a diffusers pipeline, or its UNet or transformer alone, predict with POA from now on.
+
+    `source` is a baked file or what `from_baked` and `from_recipe` give. `weight` is a number, or a function of the
+    fraction of sampling that is done; None takes the file's own. Outside `start` to `stop` the model stays dense and
+    costs one pass. The model's weights are compared with the checkpoint first; `check=False` trusts them.
+    PoaError if they are of another model, VerifyError or CheckpointError for a file that is not as crdiff wrote it.
+    """
+    from crdiff_export.poa import sampling
+
+    found = source if isinstance(source, Source) else from_baked(source)
+    schedule = Schedule(found.weight if weight is None else weight, start, stop)
+    return sampling.enable(pipe, found, schedule, mode=mode, check=check)
+
+
+def disable(pipe: Any) -> None:
+    """Take POA off again: the weights are those that they were, bit by bit. Without POA nothing happens."""
+    from crdiff_export.poa import sampling
+
+    sampling.disable(pipe)
+
+
+@contextmanager
+def enabled(pipe: Any, source: Source | str | Path, weight: Weight | None = None, **options: Any) -> Iterator["Poa"]:
+    """`enable` for the length of a `with` block."""
+    poa = enable(pipe, source, weight, **options)
+    try:
+        yield poa
+    finally:
+        disable(pipe)

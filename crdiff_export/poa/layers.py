@@ -1,0 +1,144 @@
+"""The pruned layers of a model in memory: found by name, held against the checkpoint, made dense where they are not."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crdiff_export import residual
+from crdiff_export.errors import PoaError
+from crdiff_export.header import show
+from crdiff_export.plan import Target
+from crdiff_export.poa.masks import Cut, diffusers_name, dtypes, holds
+from crdiff_export.poa.source import Source
+from crdiff_export.progress import Silent
+
+
+def find(model: nn.Module, source: Source) -> dict[str, nn.Linear]:
+    """Every layer that the source prunes, by diffusers' name for its weight; PoaError where the model has no such."""
+    if not source.masks.diffusers:
+        raise PoaError(
+            f"{source.path}: has no threshold, as all of its ratios are 0",
+            "Its pruned model is the dense one; take a file or a recipe that prunes something.",
+        )
+    return {name: _layer(model, name, cuts[0], source) for name, cuts in source.masks.diffusers.items()}
+
+
+def _layer(model: nn.Module, name: str, cut: Cut, source: Source) -> nn.Linear:
+    path = name.removesuffix(".weight")
+    try:
+        layer: Any = model.get_submodule(path)
+    except AttributeError:
+        layer = None
+    if hasattr(layer, "get_base_layer"):  # a LoRA's (peft)
+        if layer.merged:
+            raise PoaError(
+                f"{path}: a LoRA is fused into it, so that its weights are not the base's",
+                "Call pipe.unfuse_lora() first, or load the LoRA without fusing it.",
+            )
+        layer = layer.get_base_layer()
+    if layer is None or not hasattr(layer, "weight"):
+        raise PoaError(
+            f"{type(model).__name__} has no layer {path}, {source.path} is of the family {source.masks.family}",
+            "Load the base that it was made from; `crdiff inspect` names it.",
+        )
+    if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point() or layer.weight.itemsize == 1:
+        raise PoaError(
+            f"{path}: {type(layer).__name__} with {layer.weight.dtype} weights cannot be pruned on the fly",
+            "Load the model unquantised, in fp16, bf16 or fp32.",
+        )
+    if layer.weight.numel() != cut.stop:
+        raise PoaError(
+            f"{path}: has {layer.weight.numel()} weights, that of {source.path} {cut.stop}",
+            "Load the base that it was made from; `crdiff inspect` names it.",
+        )
+    if layer.weight.is_meta:
+        raise PoaError(
+            f"{path}: its weights are offloaded, layer by layer", "Enable POA first, then sequential offloading."
+        )
+    if getattr(model.get_submodule(path.rpartition(".")[0]), "fused_projections", False):
+        raise PoaError(f"{path}: is fused with its neighbours", "Call pipe.unfuse_qkv_projections() first.")
+    return layer
+
+
+def make_dense(layers: Mapping[str, nn.Linear], source: Source) -> bool:
+    """Hold the layers against the source's checkpoint, and fill them from its residual if they are the pruned ones.
+
+    True if they were filled; `prune` then gives back what they were. PoaError if they are neither dense nor pruned.
+    """
+    states = {name: _state(layers[name].weight, weights, source, name) for name, weights in _reference(source)}
+    wrong = next((name for name, (dense, pruned) in states.items() if not (dense or pruned)), None)
+    are_pruned = source.baked is not None and all(pruned for _, pruned in states.values())
+    if wrong or not (are_pruned or all(dense for dense, _ in states.values())):
+        other = wrong or next(name for name, (dense, _) in states.items() if not dense)
+        raise PoaError(
+            f"the weights of {other.removesuffix('.weight')} are not those of {show(source.base)}, "
+            f"which {source.path} was made from" if source.baked else
+            f"the weights of {other.removesuffix('.weight')} are not those of {source.path}",
+            "Load that base, unfused and as it was published, then enable POA.",
+        )  # fmt: skip
+    if are_pruned:
+        _fill(layers, source)
+    return are_pruned
+
+
+def _reference(source: Source) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's weights of every pruned layer, as they are stored, by diffusers' name."""
+    readers = [file.open() for file in source.plan.checkpoint.files]
+    try:
+        for target in source.plan.targets:
+            name = diffusers_name(source.plan, target)
+            if name in source.masks.diffusers:
+                start, stop = target.span(target.source)
+                data = bytearray(stop - start)
+                readers[target.file].read_into(start, memoryview(data))
+                yield name, torch.frombuffer(data, dtype=dtypes()[target.source.dtype])
+    finally:
+        for reader in readers:
+            reader.close()
+
+
+def _state(weight: Tensor, stored: Tensor, source: Source, name: str) -> tuple[bool, bool]:
+    """Whether a layer holds the dense weights, as far as `stored` tells, and whether it holds just those stored."""
+    stored, own = stored.to(weight.device), weight.detach().reshape(-1)
+    theirs = stored.to(own.dtype)
+    same = (own == theirs) | (own.isnan() & theirs.isnan())
+    if source.baked is None:
+        return bool(same.all()), False
+    limit = source.masks.diffusers[name][0].limit(own.dtype)
+    dense = same
+    if source.baked.stamp.cast:  # of the base it has what the cast has left
+        dense = own.to(stored.dtype) == stored
+    return bool(torch.where(_are_zero(stored), own.abs() <= limit, dense).all()), bool(same.all())
+
+
+def _are_zero(stored: Tensor) -> Tensor:
+    return (stored.float() if stored.itemsize == 1 else stored) == 0
+
+
+@torch.no_grad()
+def _fill(layers: Mapping[str, nn.Linear], source: Source) -> None:
+    """Put the dense weights from the residual into layers that hold the pruned ones."""
+    assert source.baked is not None
+    if not source.has_residual:
+        raise PoaError(
+            f"the model holds the pruned weights already, and {source.path} has no residual to make them dense",
+            f"Load the base, {show(source.base)}, or export with --residual embed.",
+        )
+    for name, weight in ((name, layer.weight) for name, layer in layers.items()):
+        if not holds(weight.dtype, kept := source.masks.diffusers[name][0].dtype):
+            raise PoaError(
+                f"the model is loaded in {weight.dtype}, the residual of {source.path} is {kept}",
+                "Load it in the file's own dtype, or in fp32.",
+            )
+    residual.check(source.baked, Silent())  # half a residual would leave the model half filled
+    for target, dense in residual.dense(source.baked):
+        name = diffusers_name(source.plan, target)
+        if name in layers:
+            weight = layers[name].weight
+            weight.copy_(_tensor(dense, target).to(weight.dtype).view_as(weight))
+
+
+def _tensor(bits: Any, target: Target) -> Tensor:
+    return torch.frombuffer(bytearray(bits.tobytes()), dtype=dtypes()[target.source.dtype])

@@ -1,0 +1,66 @@
+"""The formula of pruned output amplification, and when it applies: pure functions of tensors and numbers."""
+
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from crdiff_export.errors import PoaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A weight for all of sampling, or for the fraction of it that is done (0 at the first step, below 1 at the last).
+Weight = float | Callable[[float], float]
+
+
+def mix(dense: "Tensor", pruned: "Tensor", weight: float) -> "Tensor":
+    """(1 - w) * dense + w * pruned, elementwise: 0 is the dense prediction, 1 the pruned one, more amplifies.
+
+    POA of CR-Diff (arXiv 2604.05524). float16 and bfloat16 are mixed in float32 and rounded once.
+    """
+    import torch
+
+    if weight in (0, 1):
+        return pruned if weight else dense
+    wide = torch.promote_types(dense.dtype, torch.float32)
+    return ((1 - weight) * dense.to(wide) + weight * pruned.to(wide)).to(dense.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The weight at each moment of sampling. Outside `start` to `stop`, fractions of it, the prediction is dense."""
+
+    weight: Weight
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= 1:
+            raise PoaError(
+                f"POA from {self.start} to {self.stop} is no part of sampling",
+                "Give fractions with 0 <= start < stop <= 1.",
+            )
+        if not callable(self.weight):
+            check(self.weight)
+
+    @property
+    def constant(self) -> float | None:
+        """The weight, where it is the same at all times; None where the step has to be known."""
+        if callable(self.weight) or (self.start, self.stop) != (0, 1):
+            return None
+        return float(self.weight)
+
+    def at(self, fraction: float) -> float:
+        """The weight when `fraction` of sampling is done; PoaError for a function's answer that is no number."""
+        if not self.start <= fraction < self.stop:
+            return 0.0
+        return check(self.weight(fraction)) if callable(self.weight) else float(self.weight)
+
+
+def check(weight: float) -> float:
+    """The weight as a float; PoaError for one that is no finite number."""
+    if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+        raise PoaError(f"the POA weight is {weight!r}", "Give a finite number; 1.5 is the public code's.")
+    return float(weight)

@@ -1,0 +1,90 @@
+"""Where the dense and the pruned weights of POA come from: one type, made in three ways.
+
+`from_baked`: thresholds from a baked file's header, for the base in memory. `from_baked` of a file with its residual:
+for the base or the file itself in memory. `from_recipe`: thresholds found as an export finds them, nothing written.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from crdiff_export import bases, criteria, kernels
+from crdiff_export.baked import DATA_HASH, FILE_HASH, BakedCheckpoint, open_baked
+from crdiff_export.errors import PoaError
+from crdiff_export.export import ExportRequest, plan_variant
+from crdiff_export.hashing import hash_data, hash_file
+from crdiff_export.plan import Plan
+from crdiff_export.poa.masks import Masks
+from crdiff_export.progress import Progress, Silent
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is needed for POA besides one copy of the weights.
+
+    `plan` reads the checkpoint that a model in memory is held against: the pruned one if `baked` is there, else the
+    base. `weight` is the one that the file or the recipe recommends.
+    """
+
+    masks: Masks
+    plan: Plan
+    weight: float
+    base: str
+    baked: BakedCheckpoint | None = None
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint that `plan` reads."""
+        return self.plan.checkpoint.path
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether the dense weights can be had from the pruned ones."""
+        return self.baked is not None and self.baked.stamp.residual != "none"
+
+
+def from_baked(path: str | Path, base: str | None = None, progress: Progress | None = None) -> Source:
+    """Thresholds from the header of a baked file or folder.
+
+    With `base`, its hash is held against the one in the header; PoaError if it is another. CheckpointError for a file
+    that crdiff has not made, VerifyError for one that was changed.
+    """
+    baked = open_baked(Path(path).expanduser())
+    if base is not None:
+        _check_base(baked, base, progress or Silent())
+    stamp = baked.stamp
+    return Source(Masks.of(baked.plan, baked.thresholds), baked.plan, stamp.poa_weight, stamp.source_name, baked)
+
+
+def from_recipe(request: ExportRequest, progress: Progress | None = None) -> Source:
+    """The thresholds that an export of `request` would find; its weights are counted, nothing is written."""
+    if request.dtype:
+        raise PoaError(f"a cast to {request.dtype} is not for POA", "Load the model in that dtype instead.")
+    base = bases.locate(request.base, request.variant)
+    plan = plan_variant(request, base.open(request.variant))
+    kernel = kernels.load(request.device, request.threads)
+    (thresholds,) = criteria.by_name(request.criterion)([plan], kernel, progress or Silent())
+    return Source(Masks.of(plan, thresholds), plan, plan.variant.poa_weight, base.name)
+
+
+def _check_base(baked: BakedCheckpoint, base: str, progress: Progress) -> None:
+    located = bases.locate(base)
+    files = located.open(None).files
+    for file, made in zip(files, baked.checkpoint.files, strict=False):
+        data, whole = made.metadata.get(DATA_HASH), made.metadata.get(FILE_HASH)
+        if not (data or whole):
+            raise PoaError(
+                f"{made.path}: its header has no hash of its base (--no-hash)",
+                "Leave the base out: a pipeline's weights are compared with the file's own, too.",
+            )
+        progress.stage("hashing", file.data_size)
+        actual = "0x" + (hash_data(file, progress) if data else hash_file(file.path, progress))
+        if actual != (data or whole):
+            raise PoaError(
+                f"{file.path}: hashes to {actual}, the base of {made.path.name} to {data or whole}",
+                "Give the base that the file was made from; `crdiff inspect` names it.",
+            )
+    if len(files) != len(baked.checkpoint.files):
+        raise PoaError(
+            f"{located.path}: has {len(files)} files of weights, {baked.checkpoint.path} {len(baked.checkpoint.files)}",
+            "Give the base that the file was made from; `crdiff inspect` names it.",
+        )
