@@ -14,9 +14,18 @@ from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bars
 from rich.table import Column, Table
+from rich.text import Text
 
 from crdiff_export.amounts import amount
 from crdiff_export.errors import CrdiffError
@@ -142,8 +151,8 @@ def progress(*, quiet: bool) -> Iterator[Shown]:
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         whole = Column(no_wrap=True)
         bars = Bars(
-            TextColumn("{task.description:<10}", table_column=whole), BarColumn(), DownloadColumn(table_column=whole),
-            TransferSpeedColumn(table_column=whole), TimeRemainingColumn(table_column=whole),
+            TextColumn("{task.description:<10}", table_column=whole), BarColumn(), _Done(table_column=whole),
+            _Rate(table_column=whole), TimeRemainingColumn(table_column=whole),
             console=_console(sys.stderr),
         )  # fmt: skip
         with bars:
@@ -160,15 +169,34 @@ def sent(size: int, where: str, seconds: float) -> None:
     print(f"sending: {amount(size)} to {where} in {seconds:.1f} s{rate}", file=sys.stderr, flush=True)
 
 
+class _Done(DownloadColumn):
+    """How much of a stage is done, in its unit."""
+
+    def render(self, task: Task) -> Text:
+        if task.fields["unit"] == "bytes":
+            return super().render(task)
+        return Text(f"{task.completed:.0f}/{task.total or 0:.0f} {task.fields['unit']}", style="progress.download")
+
+
+class _Rate(TransferSpeedColumn):
+    """How fast it goes, in its unit."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if speed is None or task.fields["unit"] == "bytes":
+            return super().render(task)
+        return Text(f"{speed:.1f}/s", style="progress.data.speed")
+
+
 class _Drawn:
     def __init__(self, bars: Bars) -> None:
         self._bars = bars
         self._task: TaskID | None = None
 
-    def stage(self, title: str, size: int) -> None:
+    def stage(self, title: str, size: int, unit: str = "bytes") -> None:
         if self._task is not None:
             self._bars.update(self._task, completed=self._bars.tasks[self._task].total)
-        self._task = self._bars.add_task(title, total=size) if size else None
+        self._task = self._bars.add_task(title, total=size, unit=unit) if size else None
 
     def advance(self, size: int) -> None:
         if self._task is not None:
@@ -192,13 +220,14 @@ class _Lines:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._title: str | None = None
+        self._unit = "bytes"
         self._size = self._done = 0
         self._began = self._spoke = time.monotonic()
 
-    def stage(self, title: str, size: int) -> None:
+    def stage(self, title: str, size: int, unit: str = "bytes") -> None:
         self.close()
         with self._lock:
-            self._title, self._size, self._done = title, size, 0
+            self._title, self._size, self._done, self._unit = title, size, 0, unit
             self._began = self._spoke = time.monotonic()
 
     def advance(self, size: int) -> None:
@@ -206,14 +235,15 @@ class _Lines:
             self._done += size
             if time.monotonic() - self._spoke >= HEARTBEAT:
                 self._spoke = time.monotonic()
-                self._say(f"{amount(self._done)} of {amount(self._size)}")
+                self._say(f"{_counted(self._done, self._unit)} of {_counted(self._size, self._unit)}")
 
     def close(self) -> None:
         with self._lock:
             if self._title is not None and self._size:
                 seconds = time.monotonic() - self._began
-                rate = f", {amount(self._done / seconds)}/s" if seconds > 0.1 else ""
-                self._say(f"{amount(self._done)} in {seconds:.1f} s{rate}")
+                speed = self._done / max(seconds, 0.1)
+                rate = f", {amount(speed) if self._unit == 'bytes' else f'{speed:.1f}'}/s" if seconds > 0.1 else ""
+                self._say(f"{_counted(self._done, self._unit)} in {seconds:.1f} s{rate}")
             self._title = None
 
     @contextmanager
@@ -223,3 +253,7 @@ class _Lines:
 
     def _say(self, text: str) -> None:
         print(f"{self._title}: {text}", file=sys.stderr, flush=True)
+
+
+def _counted(number: int, unit: str) -> str:
+    return amount(number) if unit == "bytes" else f"{number:,} {unit}"

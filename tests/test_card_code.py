@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import demo_configs
 import pytest
 from card_makers import BUNDLED, SDXL, row, told
 
-from crdiff_export import demo
+from crdiff_export import demo, demo_config
 from crdiff_export.card import BaseModel, Row
 from crdiff_export.card.snippets import kind
 from crdiff_export.recipe import Size
@@ -228,7 +227,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint.write_bytes(demo.build())
     with warnings.catch_warnings(action="ignore"):
         pipe = StableDiffusionPipeline.from_single_file(
-            str(checkpoint), config=str(demo_configs.write(folder / "config"))
+            str(checkpoint), config=str(demo_config.write(folder / "config"))
         )
         pipe.save_pretrained(folder / "pipeline")
     unet = {

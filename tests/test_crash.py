@@ -407,7 +407,7 @@ class Steps:
     def __init__(self) -> None:
         self.advanced = 0
 
-    def stage(self, title: str, size: int) -> None:
+    def stage(self, title: str, size: int, unit: str = "bytes") -> None:
         pass
 
     def advance(self, size: int) -> None:

@@ -9,12 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import demo_configs
 import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from crdiff_export import demo
+from crdiff_export import demo, demo_config
 from crdiff_export.errors import BakeError
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -123,7 +122,7 @@ def saved(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_configs.write(tmp_path_factory.mktemp("config"))
+    return demo_config.write(tmp_path_factory.mktemp("config"))
 
 
 @pytest.mark.parametrize(

@@ -361,10 +361,10 @@ class Interrupting:
     def __init__(self, stage: str, after: int) -> None:
         self._at, self._left, self._now = stage, after, ""
 
-    def stage(self, name: str, total: int) -> None:
-        self._now = name
+    def stage(self, title: str, size: int, unit: str = "bytes") -> None:
+        self._now = title
 
-    def advance(self, amount: int) -> None:
+    def advance(self, size: int) -> None:
         if self._now == self._at:
             self._left -= 1
             if self._left < 0:

@@ -42,7 +42,7 @@ class Watched:
         outer = self
 
         class Noting(Silent):
-            def stage(self, title: str, size: int) -> None:
+            def stage(self, title: str, size: int, unit: str = "bytes") -> None:
                 outer.stages.append(title)
 
         yield Noting()

@@ -155,6 +155,18 @@ def test_a_long_stage_says_now_and_then_how_far_it_is(clock: Clock, capsys: pyte
     ]
 
 
+def test_a_stage_may_be_of_other_things_than_bytes(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with ui.progress(quiet=False) as progress:
+        progress.stage("drawing", 3000, "passes")
+        for _ in range(3):
+            clock.now += 20
+            progress.advance(1000)
+    assert capsys.readouterr().err.splitlines() == [
+        "drawing: 2,000 passes of 3,000 passes",
+        "drawing: 3,000 passes in 60.0 s, 50.0/s",
+    ]
+
+
 def test_a_stage_of_nothing_is_not_mentioned(capsys: pytest.CaptureFixture[str]) -> None:
     with ui.progress(quiet=False) as progress:
         progress.stage("counting", 0)
@@ -245,6 +257,15 @@ def test_bars_have_rate_and_time_left() -> None:
     assert COLOUR.search(text)
     assert text.index("\x1b[?25l") < text.index("\x1b[?25h")  # the cursor is back
     assert text.endswith("demo-crdiff-72x72.safetensors\n")
+
+
+@terminal
+@pytest.mark.usefixtures("here")
+def test_bars_count_other_things_than_bytes() -> None:
+    code, text = on_terminal("preview", "demo", "--res", "64", "--prompt", "a red fox", "--steps", "2")
+    assert code == 0
+    assert re.search(r"drawing +━+ 8/8 passes +[\d.]+/s +(-:--:--|\d:\d\d:\d\d)", plain(text))
+    assert text.endswith("demo-preview-64x64.png\ndemo-preview-64x64.html\n")
 
 
 @terminal

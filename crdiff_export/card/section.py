@@ -135,6 +135,12 @@ def _dense(card: Card) -> Iterator[str]:
         "of crdiff; `crdiff verify FILE --base BASE` does it and compares."
     )
     yield ""
+    yield (
+        "crdiff does POA with one copy of the weights: in diffusers, `crdiff_export.poa.enable(pipe, FILE)` for a "
+        "pipeline that holds the base; in ComfyUI, the node *CR-Diff POA* (`crdiff comfyui install`) behind a loader "
+        "of the base."
+    )
+    yield ""
     sources: dict[str, list[Row]] = {}
     for row in card.ordered():
         sources.setdefault(_source(card, row), []).append(row)

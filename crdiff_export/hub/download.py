@@ -47,6 +47,26 @@ def shards(file: str, path: Path) -> list[str]:
     return [str(folder / name) for name in sorted(set(read_index(path).values()))]
 
 
+def fetch_parts(repo: str, revision: str | None = None, without: str | None = None) -> Path:
+    """The path in the cache of a repository's folder for diffusers, without any weights; HubError says what to do next.
+
+    With `without`, the name of a component, the weights of all others come, too.
+    """
+
+    def act() -> Path:
+        from huggingface_hub import snapshot_download
+
+        if without is None:
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(SMALL_FILES)))
+        names, offline = _list(repo, revision)
+        weights = [name for name in _weights(names, None) if not name.startswith((f"{without}/", "safety_checker/"))]
+        patterns = [*SMALL_FILES, *weights]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline))
+
+    with explained(repo):
+        return aside(act)
+
+
 def hashes(path: Path) -> Mapping[str, str]:
     """The SHA-256 of files in the client's cache as the Hub gave them, by their names; only files in LFS have one.
 

@@ -1,10 +1,12 @@
-"""A diffusers model folder without weights that fits the demo checkpoint: the `config` of `from_single_file`."""
+"""The demo model for diffusers: a pipeline's folder without weights, which is the `config` of `from_single_file`."""
 
 import json
 from pathlib import Path
 
-from crdiff_export import demo
+from crdiff_export import demo, staging
+from crdiff_export.errors import BakeError
 
+NAME = "demo-pipeline"
 UNET = {
     "_class_name": "UNet2DConditionModel",
     "attention_head_dim": 8,  # the number of heads, in spite of its name
@@ -75,9 +77,30 @@ TOKENIZER = {
 }
 
 
+def path() -> Path:
+    """The folder beside the demo checkpoint, as it should be. Any number of processes may call this at once."""
+    return write(demo.path().parent / NAME)
+
+
 def write(folder: Path) -> Path:
-    """Write the folder and return it."""
-    files: dict[str, object] = {
+    """Write what is missing or different in the folder, and return it."""
+    for name, content in _files().items():
+        file = folder / name
+        try:
+            if not file.is_file() or file.read_bytes() != content:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with staging.staged(file, folder=False) as part:
+                    part.write_bytes(content)
+                    staging.publish(part, file)
+        except OSError as error:
+            raise BakeError(
+                f"{file}: {error.strerror}", "Set CRDIFF_CACHE to a folder that can be written to."
+            ) from error
+    return folder
+
+
+def _files() -> dict[str, bytes]:
+    tables: dict[str, object] = {
         "model_index.json": MODEL_INDEX,
         "unet/config.json": UNET,
         "vae/config.json": VAE,
@@ -86,12 +109,8 @@ def write(folder: Path) -> Path:
         "tokenizer/tokenizer_config.json": TOKENIZER,
         "tokenizer/vocab.json": _vocabulary(),
     }
-    for name, content in files.items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    return folder
+    files = {name: json.dumps(table, indent=2).encode() for name, table in tables.items()}
+    return {**files, "tokenizer/merges.txt": b"#version: 0.2\n"}
 
 
 def _vocabulary() -> dict[str, int]:

@@ -1,0 +1,173 @@
+"""`crdiff preview`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from crdiff_export.commands.options import (
+    POA_WEIGHT,
+    RATIO,
+    DeviceType,
+    SizeType,
+    announce,
+    complete_alias,
+    examples,
+    output_options,
+    quiet_client,
+)
+from crdiff_export.commands.signals import Stopper
+from crdiff_export.errors import OptionError
+from crdiff_export.floats import DTYPES
+from crdiff_export.preview import Job, Preview, PreviewRequest, draw, measure, prepare
+from crdiff_export.preview.wording import ratios_of, standing
+
+FRACTION = click.FloatRange(0, 1)
+# A prompt is a sentence or a page; a file of them is no checkpoint.
+MAX_BYTES = 1 << 20
+
+
+@click.command(
+    epilog=examples(
+        'crdiff preview demo --res 96x64 --prompt "a red fox"',
+        'crdiff preview sdxl --res 512 --prompt "a red fox" --seed 1 --seed 2 --poa-weight 1.5 --poa-weight 2',
+        "crdiff preview sdxl --baked sdxl-512.safetensors --prompts prompts.txt -o sheet.png",
+    )
+)
+@click.argument("base", shell_complete=complete_alias)
+@click.option(
+    "--res", "size", type=SizeType(), help="The size to draw and to prune for. Default with --baked: the file's."
+)
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to draw; may be given several times.")
+@click.option("--prompts", "listed", type=click.Path(path_type=Path), metavar="FILE", help="Prompts, one a line.")
+@click.option(
+    "--seed", "seeds", type=int, multiple=True, default=(0,), metavar="N",
+    help="Seed of the noise, the same for all pictures of a row; may be given several times. Default: 0.",
+)  # fmt: skip
+@click.option(
+    "--poa-weight", "weights", type=POA_WEIGHT, multiple=True, metavar="W",
+    help="A column with this POA weight; may be given several times. Default: the recipe's.",
+)  # fmt: skip
+@click.option("--start", type=FRACTION, default=0.0, metavar="F", help="Fraction of the steps at which POA begins.")
+@click.option("--stop", type=FRACTION, default=1.0, metavar="F", help="Fraction at which it ends; dense outside.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="A recipe instead of the built-in one (.toml, .json).")
+@click.option("--ratio", type=RATIO, metavar="R", help="Share of every group's weights to set to zero.")
+@click.option("--down", type=RATIO, metavar="R", help="Share for the down blocks of a UNet; wins over --ratio.")
+@click.option("--mid", type=RATIO, metavar="R", help="Share for its mid block; wins over --ratio.")
+@click.option("--up", type=RATIO, metavar="R", help="Share for its up blocks; wins over --ratio.")
+@click.option(
+    "--baked", type=click.Path(path_type=Path), metavar="FILE",
+    help="Prune as this exported file is pruned, instead of by a recipe; BASE is what it was made from.",
+)  # fmt: skip
+@click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Steps of sampling. Default: 25; schnell: 4.")
+@click.option("--guidance", type=click.FloatRange(0, 100), metavar="G", help="Guidance scale. Default: diffusers'.")
+@click.option("--negative", metavar="TEXT", help="Negative prompt.")
+@click.option("--device", type=DeviceType(), default="auto", show_default=True, help="Where to draw: auto takes a GPU.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Default: fp16 or bf16 on a GPU, fp32 on a CPU.")
+@click.option("--offload", is_flag=True, help="For small GPUs: keep idle parts in main memory, decode in tiles.")
+@click.option(
+    "--config", metavar="DIR|ORG/NAME",
+    help="For a single file: a folder for diffusers with the model's configuration, or a repository on the Hub.",
+)  # fmt: skip
+@click.option("--variant", metavar="NAME", help="Weights to take from a folder that has several, such as fp16.")
+@click.option(
+    "-o", "--output", "outputs", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
+    help="A .png sheet or an .html page; may be given twice. Default: both, as STEM-preview-WxH in the current folder.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace outputs that exist.")
+@output_options
+@click.pass_obj
+def preview(
+    stopper: Stopper, /, base: str, prompts: tuple[str, ...], listed: Path | None, *,
+    down: float | None, mid: float | None, up: float | None, json: bool, quiet: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Draw what BASE, its pruned model and POA make of the same prompts and noise, side by side on one sheet.
+
+    Nothing else is written: ratios come from the recipe, and one copy of the weights serves all columns. BASE is what
+    `crdiff export` takes, with all of its parts: a safetensors checkpoint, a diffusers folder, a Hub id or an alias.
+    """
+    from crdiff_export import ui
+
+    per_group = {"down": down, "mid": mid, "up": up}
+    request = PreviewRequest(
+        base=base,
+        prompts=(*prompts, *(_listed(listed) if listed else ())),
+        ratios={group: ratio for group, ratio in per_group.items() if ratio is not None},
+        **options,
+    )
+    silent = quiet or json
+    announce(base, quiet=silent)
+    job = prepare(request)
+    if not silent:
+        _announce(job)
+    if job.opening.remote:
+        quiet_client(quiet=silent)
+    with ui.progress(quiet=silent) as shown:
+        with stopper.watch(shown) as progress:
+            source = measure(job, progress)
+        made = draw(job, source, shown)
+    if json:
+        ui.print_json(_as_json(made))
+        return
+    if not quiet:
+        for text in made.notes:
+            ui.note(text)
+        ui.facts((*made.facts, ("pictures", _times(made))))
+    for path in made.files:
+        ui.line(str(path))
+
+
+def _listed(path: Path) -> tuple[str, ...]:
+    """The prompts in a file."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise OptionError(f"{path}: {error.strerror}", "Give --prompts a text file with one prompt a line.") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path}: not UTF-8 at byte {error.start}", "Save it as UTF-8 text.") from error
+    if len(data) > MAX_BYTES:
+        raise OptionError(f"{path}: more than 1 MiB", "Give --prompts a text file with one prompt a line.")
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _announce(job: Job) -> None:
+    from crdiff_export import ui
+
+    for text in job.notes:
+        ui.note(text)
+    rows, names = job.pictures // len(job.columns), ", ".join(column.name for column in job.columns)
+    ui.note(f"{_counted(job.pictures, 'picture')}, {_counted(rows, 'row')} of {names}, on {job.device} in {job.dtype}")
+    if job.opening.remote:
+        ui.note(f"what {job.base.name} lacks comes from {job.opening.remote}, unless it is in the local cache")
+
+
+def _times(made: Preview) -> str:
+    columns = made.job.columns
+    seconds = {c: [p.seconds for p in made.taken.pictures if p.column == c] for c in columns}
+    each = ", ".join(f"{column.name} {sum(times) / len(times):.1f} s" for column, times in seconds.items())
+    return f"{len(made.taken.pictures)} ({each} each)"
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _as_json(made: Preview) -> dict[str, Any]:
+    job, taken = made.job, made.taken
+    provenance = job.baked.stamp.provenance if job.baked else job.plan.variant.provenance
+    return {
+        "files": [str(path) for path in made.files], "base": job.base.name, "family": job.plan.match.family.id,
+        "resolution": str(job.size), "native": str(job.native), "ratios": ratios_of(job), "provenance": provenance,
+        "ratios_from": standing(job), "baked": str(job.request.baked) if job.request.baked else None,
+        "columns": [{"name": column.name, "poa_weight": column.weight} for column in job.columns],
+        "poa_start": job.request.start, "poa_stop": job.request.stop, "steps": taken.steps,
+        "guidance": taken.guidance, "scheduler": taken.scheduler, "negative": job.request.negative,
+        "device": job.device, "dtype": job.dtype,
+        "pictures": [
+            {"column": p.column.name, "prompt": p.prompt, "seed": p.seed, "seconds": round(p.seconds, 3)}
+            for p in taken.pictures
+        ],
+        "notes": [*job.notes, *made.notes],
+    }  # fmt: skip

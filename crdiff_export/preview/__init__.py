@@ -1,0 +1,179 @@
+"""Pictures of a base, of what pruning makes of it, and of POA, side by side: the whole story, as in `export.py`."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from crdiff_export import architecture, bases, plan, poa, recipe
+from crdiff_export.baked import BakedCheckpoint, open_baked
+from crdiff_export.errors import OptionError, PreviewError
+from crdiff_export.export import ExportRequest, plan_variant
+from crdiff_export.plan import Plan
+from crdiff_export.preview import files, opening, wording
+from crdiff_export.preview.opening import Opening
+from crdiff_export.preview.wording import Column, Taken
+from crdiff_export.progress import Progress, Silent
+from crdiff_export.recipe import Size
+
+# What torch tells apart.
+SEEDS = 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewRequest:
+    """What someone wants to see: which base, for which size, with which prompts, and everything not left to us.
+
+    Ratios come from the recipe or from `ratio` and `ratios`, as in an export, or all is as in the file `baked`, whose
+    size is then the default. No `weights` means the recommended one. `config` is a folder or a repository on the Hub.
+    """
+
+    base: str
+    prompts: tuple[str, ...]
+    size: Size | None = None
+    seeds: tuple[int, ...] = (0,)
+    weights: tuple[float, ...] = ()
+    baked: Path | None = None
+    recipe: Path | None = None
+    ratio: float | None = None
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    steps: int | None = None
+    guidance: float | None = None
+    negative: str | None = None
+    start: float = 0.0
+    stop: float = 1.0
+    device: str = "auto"
+    dtype: str | None = None
+    offload: bool = False
+    config: str | None = None
+    variant: str | None = None
+    outputs: tuple[Path, ...] = ()
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request that nothing stands against. `plan` is that of the base, or of the baked file."""
+
+    request: PreviewRequest
+    base: bases.Base
+    plan: Plan
+    baked: BakedCheckpoint | None
+    size: Size
+    native: Size
+    columns: tuple[Column, ...]
+    opening: Opening
+    device: str
+    dtype: str
+    outputs: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def pictures(self) -> int:
+        """How many there will be."""
+        return len(self.request.prompts) * len(self.request.seeds) * len(self.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """Pictures and the files that show them. `facts` are what a sheet says above them."""
+
+    job: Job
+    facts: tuple[tuple[str, str], ...]
+    taken: Taken
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def preview(request: PreviewRequest, progress: Progress | None = None) -> Preview:
+    """Draw and write the pictures; raises a CrdiffError and writes nothing if it cannot."""
+    job, watched = prepare(request), progress or Silent()
+    return draw(job, measure(job, watched), watched)
+
+
+def prepare(request: PreviewRequest) -> Job:
+    """Find the base, read its headers and plan; any refusal comes from here, before a weight is read."""
+    _check(request)
+    opening.check_packages(offload=request.offload)
+    base = bases.locate(request.base, request.variant)
+    checkpoint = base.open(request.variant)
+    match = plan.recognise(checkpoint)
+    baked = open_baked(request.baked.expanduser()) if request.baked else None
+    if baked and baked.plan.match.family != match.family:
+        raise PreviewError(
+            f"{request.baked}: is of {baked.plan.match.family.title}, {request.base} is {match.family.title}",
+            "Give the base that the file was made from; `crdiff inspect` names it.",
+        )
+    planned = baked.plan if baked else plan_variant(_pruning(request), checkpoint)
+    size = request.size or planned.size
+    recipe.check_grid(size, match.family.grid, match.family.title)
+    if request.negative and match.family.id.startswith("flux"):
+        raise OptionError(f"{match.family.title} takes no negative prompt", "Leave --negative out.")
+    columns = wording.columns(request.weights or (planned.variant.poa_weight,))
+    native = architecture.find(planned).native
+    way = opening.choose(base, checkpoint, match, native, config=request.config, variant=request.variant)
+    stem = base.stem or checkpoint.stem
+    rows = len(request.prompts) * len(request.seeds)
+    outputs = files.place(request.outputs, f"{stem}-preview-{size}", force=request.force)
+    files.check_sheet(outputs, rows, len(columns), size)
+    if not any(scope.rank for scope in planned.scopes):
+        raise PreviewError("all ratios are 0, so there is no pruned model to look at", "Give --ratio, or a --recipe.")
+    from crdiff_export.preview import drawing
+
+    device = drawing.device(request.device, offload=request.offload)
+    dtype = drawing.dtype(request.dtype, way.pipeline, device)
+    notes = () if baked else planned.notes
+    return Job(request, base, planned, baked, size, native, columns, way, device, dtype, outputs, notes)
+
+
+def measure(job: Job, progress: Progress) -> poa.Source:
+    """The thresholds of the pruned model: from the baked file's header, or counted as an export counts them."""
+    if job.request.baked:
+        return poa.from_baked(job.request.baked)
+    return poa.from_recipe(_pruning(job.request), progress)
+
+
+def draw(job: Job, source: poa.Source, progress: Progress) -> Preview:
+    """Open the base once, make every picture with it, and write the files; each appears when it is complete."""
+    from crdiff_export.preview import drawing
+
+    taken = drawing.take(job, source, progress)
+    facts = wording.facts(job, taken)
+    contact = wording.contact(job, facts, taken)
+    files.write(contact, job.outputs, replace=job.request.force)
+    notes = (*wording.warnings(taken), *files.warnings(contact, job.outputs))
+    return Preview(job, facts, taken, job.outputs, notes)
+
+
+def _pruning(request: PreviewRequest) -> ExportRequest:
+    assert request.size
+    # Nothing is written, so nothing stands in the way.
+    return ExportRequest(
+        request.base, request.size, recipe=request.recipe, ratio=request.ratio, ratios=request.ratios,
+        variant=request.variant, force=True,
+    )  # fmt: skip
+
+
+def _check(request: PreviewRequest) -> None:
+    """Refuse what the request alone shows to be impossible."""
+    if not request.prompts or not all(prompt.strip() for prompt in request.prompts):
+        raise OptionError("a prompt is empty", "Say what the pictures are to show: --prompt TEXT.")
+    if not request.seeds or not all(0 <= seed < SEEDS for seed in request.seeds):
+        raise OptionError("a seed is missing or out of range", f"Give --seed a number from 0 to {SEEDS - 1}.")
+    if request.baked and (request.recipe or request.ratio is not None or request.ratios):
+        raise OptionError(
+            "--baked has its own ratios", "Leave out --recipe, --ratio, --down, --mid and --up, or leave out --baked."
+        )
+    if not request.baked and request.size is None:
+        raise OptionError("there is no size", "Give --res, or a baked file with --baked, which has one.")
+    if request.steps is not None and request.steps < 1:
+        raise OptionError(f"{request.steps} steps make no picture", "Give --steps 1 or more.")
+    for weight in request.weights:
+        recipe.check_poa_weight("the POA weight", weight)
+    poa.Schedule(1.0, request.start, request.stop)
+    for text in (*request.prompts, request.negative or ""):
+        if text != os.fsencode(text).decode("utf-8", "replace"):
+            raise OptionError("a prompt is not UTF-8 text", "Give it in UTF-8.")
+
+
+__all__ = ["Job", "Preview", "PreviewRequest", "draw", "measure", "prepare", "preview"]
