@@ -255,7 +255,7 @@ def test_verify_says_what_it_checked(line: Line) -> None:
     assert line("verify o.safetensors -q") == Ran(0, "", "")
     assert line("verify o.safetensors --json --base demo").result == {
         "schema": 1, "verified": True, "file": "o.safetensors", "weights": 311296, "hash": True,
-        "base": str(demo.path()),
+        "base": str(demo.path()), "residual": "none",
     }  # fmt: skip
 
 
@@ -521,7 +521,7 @@ REFUSALS = {
     ),
     "command like no other": (
         "frobnicate", 2, "usage",
-        "No such command 'frobnicate'. There are: export, inspect, verify, push, publish, recipes.",
+        f"No such command 'frobnicate'. There are: {', '.join(COMMANDS)}.",
         "`crdiff -h` explains it.",
     ),
     "command of recipes": (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hub_runs
 import makers
+import pytest
 from loopback.store import Account
 from loopback_hub import LoopbackHub
 
@@ -31,6 +32,8 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_offline_commands_in_their_order(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    for name in ("comfy", "custom_nodes"):
+        (tmp_path / "ComfyUI" / name).mkdir(parents=True)
     assert len(OFFLINE) >= 7
     for command in OFFLINE:
         ran = run(command, tmp_path)
@@ -60,9 +63,39 @@ def test_the_commands_that_need_the_hub_in_their_order(loopback_hub: LoopbackHub
 
 
 def test_the_python_example(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "pipe" not in code)
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert ran.stdout.rstrip().endswith("from-python.safetensors")
+
+
+POA = [
+    code
+    for name in ("README.md", "docs/poa.md")
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+    if "poa.enable" in code
+]
+
+
+@pytest.mark.parametrize("code", POA, ids=["README", "docs/poa.md"])
+def test_the_examples_of_poa(code: str, tmp_path: Path) -> None:
+    """With the demo for SDXL, and at its size."""
+    import diffusers
+
+    from crdiff_export import ExportRequest, Size, demo, demo_config, export, poa
+
+    (name,) = set(re.findall(r'"([\w-]+\.safetensors)"', code))
+    baked = export(ExportRequest("demo", Size(64, 64), tmp_path / name)).written.path
+    config = demo_config.write(tmp_path / "config")
+    pipe = diffusers.StableDiffusionPipeline.from_single_file(demo.path(), config=str(config), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    before = pipe.unet.state_dict()
+    code = code.replace(f'"{name}"', repr(str(baked))).replace("=512", "=64")
+    found: dict[str, object] = {"pipe": pipe}
+    exec(code, found)
+    poa.disable(pipe)
+    assert found.get("image") or "image" not in code
+    assert not hasattr(pipe.unet, "crdiff_poa")
+    assert pipe.unet.state_dict().keys() == before.keys()
 
 
 def test_continuous_integration_finds_the_test_command() -> None:
@@ -77,6 +110,6 @@ def test_every_family_has_a_recipe() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for text in (ROOT / "README.md", ROOT / "docs" / "metadata.md", ROOT / "docs" / "publishing.md"):
+    for text in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text.read_text(encoding="utf-8")):
             assert (text.parent / link).exists(), f"{text.name}: {link}"

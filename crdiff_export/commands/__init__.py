@@ -20,8 +20,11 @@ COMMANDS = {
     "export": "Prune a base for a size and write a new checkpoint.",
     "inspect": "Show what a checkpoint is and, if crdiff made it, how.",
     "verify": "Check a baked file against its header, and against its base.",
+    "restore": "Give the base back, from a file exported with its residual.",
+    "preview": "Draw what a base, its pruned model and POA make of a prompt.",
     "push": "Push a baked file to the Hub, with its model card.",
     "publish": "Make and push all variants that a plan file asks for.",
+    "comfyui": "Add nodes for sampling with POA to a ComfyUI.",
     "recipes": "List, show and check recipes.",
 }
 
