@@ -430,8 +430,8 @@ def test_on_an_accelerator(dtype: torch.dtype, pipe: Any, folder: Path) -> None:
     pruned = other(folder / name)
     for model in (pipe.unet, pruned.unet):
         model.to(accelerator(), dtype)
-    inputs = (torch.randn(2, 4, 8, 8), 500, torch.randn(2, 5, 768))
-    inputs = tuple(i.to(accelerator(), dtype) if isinstance(i, torch.Tensor) else i for i in inputs)
+    noise, text = (torch.randn(shape).to(accelerator(), dtype) for shape in ((2, 4, 8, 8), (2, 5, 768)))
+    inputs = (noise, 500, text)
     with torch.no_grad():
         ours, theirs = pipe.unet(*inputs)[0].float(), pruned.unet(*inputs)[0].float()
         for mode in ("sequential", "batched"):
