@@ -195,6 +195,14 @@ def test_the_schedule_may_change_between_images(pipe: Any, baked: Path, expected
 # In company.
 
 
+def test_it_holds_no_more_than_the_largest_pruned_layer(pipe: Any, baked: Path) -> None:
+    handle = poa.enable(pipe, baked, W)
+    assert handle.held == 0
+    SD15.run(pipe)
+    largest = max(weight.nbytes for name, weight in pipe.unet.state_dict().items() if ".ff.net.0.proj.weight" in name)
+    assert handle.held == largest
+
+
 def test_of_two_the_second_holds(pipe: Any, baked: Path, expected: torch.Tensor) -> None:
     plain = SD15.run(pipe)
     poa.enable(pipe, baked, 0.3)

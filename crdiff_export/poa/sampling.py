@@ -42,6 +42,11 @@ class Switch:
         self.side = Side.DENSE
         self._room: dict[torch.dtype, Tensor] = {}
 
+    @property
+    def held(self) -> int:
+        """Bytes of what is kept for that."""
+        return sum(room.nbytes for room in self._room.values())
+
     def prune(self, weight: Tensor, limit: float) -> Tensor:
         """The pruned weight; on the CPU it holds until the next one is asked for."""
         if weight.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -103,6 +108,11 @@ class Poa:
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
+
+    @property
+    def held(self) -> int:
+        """Bytes held beside the model's own weights: room for its largest pruned layer, once it has been used."""
+        return self._switch.held
 
     def _hook(self, name: str, layer: nn.Linear) -> Any:
         """Put a hook on a layer, or have an old one follow us; the forward that the layer now has."""
