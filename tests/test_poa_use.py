@@ -1,8 +1,11 @@
 """POA in company: schedules, LoRA, offloading, other dtypes and layouts, compilation; and what it refuses."""
 
 import copy
+import gc
 import math
+import pickle
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +196,160 @@ def test_the_schedule_may_change_between_images(pipe: Any, baked: Path, expected
 
 
 # In company.
+
+
+@pytest.mark.parametrize("first", ["poa", "compile"])
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]  # its place is what counts here, not its graphs
+def test_a_compiled_model_in_place_of_the_model(first: str, pipe: Any, baked: Path, expected: torch.Tensor) -> None:
+    plain = SD15.run(pipe)
+    if first == "poa":
+        poa.enable(pipe, baked, W)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    if first == "compile":
+        poa.enable(pipe, baked, W)
+    assert torch.allclose(SD15.run(pipe), expected, atol=1e-4)
+    poa.disable(pipe)
+    assert not hasattr(pipe.unet, "crdiff_poa")
+    assert torch.allclose(SD15.run(pipe), plain, atol=1e-4)
+
+
+def test_inference_mode_and_then_not(pipe: Any, baked: Path, expected: torch.Tensor) -> None:
+    poa.enable(pipe, baked, W)
+    with torch.inference_mode():
+        first = SD15.run(pipe)
+    assert torch.equal(first, expected)
+    assert torch.equal(SD15.run(pipe), expected)
+
+
+def test_gradients_are_those_of_two_models(pipe: Any, baked: Path) -> None:
+    """The pruned pass has one for the weights that stay."""
+    twin, inputs = other(baked).unet, (torch.randn(1, 4, 8, 8), 500, torch.randn(1, 5, 768))
+    weight, twins = pipe.unet.get_submodule(LAYER).weight, twin.get_submodule(LAYER).weight
+    with poa.enabled(pipe, baked, W):
+        pipe.unet(*inputs)[0].square().sum().backward()
+    found, weight.grad = weight.grad.clone(), None
+    ((1 - W) * pipe.unet(*inputs)[0] + W * twin(*inputs)[0]).square().sum().backward()
+    assert torch.allclose(found, weight.grad + (twins != 0) * twins.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_lists_that_the_model_empties(pipe: Any, baked: Path) -> None:
+    """A T2I-Adapter's features, which the model takes out of their list."""
+    twin, inputs = other(baked).unet, (torch.randn(1, 4, 8, 8), 500, torch.randn(1, 5, 768))
+    features = [torch.randn(1, 8, size, size) for size in (8, 4, 2, 1)]
+
+    def predict(model: Any) -> torch.Tensor:
+        found: torch.Tensor = model(*inputs, down_intrablock_additional_residuals=list(features))[0]
+        return found
+
+    with torch.no_grad():
+        expected = (1 - W) * predict(pipe.unet) + W * predict(twin)
+        with poa.enabled(pipe, baked, W):
+            assert torch.equal(predict(pipe.unet), expected)
+        with poa.enabled(pipe, baked, W, mode="batched"):
+            assert torch.allclose(predict(pipe.unet), expected, atol=1e-4)
+
+
+def test_an_argument_that_nobody_knows_takes_two_passes(pipe: Any, baked: Path) -> None:
+    inputs, calls = (torch.randn(1, 4, 8, 8), 500, torch.randn(1, 5, 768)), [0]
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+
+    pipe.unet.conv_in.register_forward_hook(count)
+    with poa.enabled(pipe, baked, W, mode="batched"), torch.no_grad():
+        pipe.unet(*inputs)
+        assert calls == [1]
+        pipe.unet(*inputs, cross_attention_kwargs={"mystery": torch.zeros(1)})
+        assert calls == [3]
+
+
+def test_the_second_pass_fails(pipe: Any, baked: Path) -> None:
+    calls: list[int] = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ZeroDivisionError
+
+    poa.enable(pipe, baked, W)
+    hook = pipe.unet.mid_block.register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        SD15.run(pipe)
+    hook.remove()
+    layer, hidden = pipe.unet.get_submodule(LAYER), torch.randn(1, 3, 8)
+    assert torch.equal(layer(hidden), nn.functional.linear(hidden, layer.weight))
+
+
+def test_a_foreign_hook_stays_over_two_enablings(pipe: Any, baked: Path) -> None:
+    calls: list[int] = []
+
+    class Theirs(accelerate.hooks.ModelHook):  # type: ignore[misc]
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return args, kwargs
+
+    poa.enable(pipe, baked, W)
+    layer = pipe.unet.get_submodule(LAYER)
+    accelerate.hooks.add_hook_to_module(layer, Theirs())
+    poa.disable(pipe)
+    assert torch.equal(run_with(pipe, baked, 0.9), run_with(SD15.make(), baked, 0.9))
+    calls.clear()
+    assert torch.equal(SD15.run(pipe), SD15.run(SD15.make()))
+    assert calls
+    accelerate.hooks.remove_hook_from_module(layer)
+    assert torch.equal(run_with(pipe, baked, 0.9), run_with(SD15.make(), baked, 0.9))
+    assert "forward" not in vars(layer)
+
+
+def test_a_model_does_not_keep_its_pipeline(baked: Path) -> None:
+    pipe = SD15.make()
+    autoencoder, model = weakref.ref(pipe.vae), pipe.unet
+    poa.enable(pipe, baked, W)
+    del pipe
+    gc.collect()
+    assert autoencoder() is None
+    poa.disable(model)
+
+
+def test_a_block_in_a_block(pipe: Any, baked: Path, expected: torch.Tensor) -> None:
+    plain = SD15.run(pipe)
+    with poa.enabled(pipe, baked, 0.5):
+        with poa.enabled(pipe, baked, W):
+            assert torch.equal(SD15.run(pipe), expected)
+        assert torch.equal(SD15.run(pipe), plain)
+    assert torch.equal(SD15.run(pipe), plain)
+
+
+def test_a_residual_cannot_be_taken_out_of_weights_that_are_elsewhere(folder: Path, tmp_path: Path) -> None:
+    kept = with_residual(folder, tmp_path, torch.float32)
+    pipe = other(kept)
+    poa.enable(pipe, kept, W)
+    accelerate.cpu_offload(pipe.unet, "cpu")
+    with pytest.raises(PoaError, match="offloaded, layer by layer"):
+        poa.disable(pipe)
+    assert hasattr(pipe.unet, "crdiff_poa")
+
+
+def test_shards_are_known_by_all_of_their_hashes(tmp_path: Path) -> None:
+    unet = SD15.make().unet
+    unet.save_pretrained(tmp_path / "base" / "unet", max_shard_size="400KB")
+    export(ExportRequest(str(tmp_path / "base"), Size(512, 512), tmp_path / "baked", ratio=0.4))
+    shards = sorted((tmp_path / "base" / "unet").glob("*.safetensors"))
+    assert len(shards) > 1
+    with torch.no_grad():
+        inputs = (torch.randn(1, 4, 8, 8), 500, torch.randn(1, 5, 768))
+        plain = unet(*inputs)[0]
+        with poa.enabled(unet, poa.from_baked(tmp_path / "baked", str(tmp_path / "base")), W):
+            assert not torch.equal(unet(*inputs)[0], plain)
+    with shards[-1].open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    with pytest.raises(PoaError, match="hashes to 0x"):
+        poa.from_baked(tmp_path / "baked", str(tmp_path / "base"))
+    other_shards = tmp_path / "other"
+    unet.save_pretrained(other_shards / "unet", max_shard_size="200KB")
+    with pytest.raises(PoaError, match=r"hashes to 0x|files of weights"):
+        poa.from_baked(tmp_path / "baked", str(other_shards))
 
 
 def test_it_holds_no_more_than_the_largest_pruned_layer(pipe: Any, baked: Path) -> None:
@@ -614,4 +771,84 @@ def test_a_merged_file(pipe: Any, baked: Path, tmp_path: Path) -> None:
     tensors = safetensors.torch.load_file(baked)
     merged = {name: weight * 0.5 + torch.randn_like(weight) / 100 for name, weight in tensors.items()}
     safetensors.torch.save_file(merged, tmp_path / "merged.safetensors", makers.metadata_of(baked))
+    error = refusal(pipe, tmp_path / "merged.safetensors")
+    assert isinstance(error, VerifyError)
+    assert "its bytes hash to 0x" in error.message
+
+
+def test_a_file_that_was_altered_outside_of_what_is_pruned(pipe: Any, baked: Path, tmp_path: Path) -> None:
+    """With w = 1 it would not be what the file gives."""
+    tensors = safetensors.torch.load_file(baked)
+    tensors[LAYER.replace("attn1", "attn2") + ".weight"] *= 0.5
+    safetensors.torch.save_file(tensors, tmp_path / "altered.safetensors", makers.metadata_of(baked))
+    assert "its bytes hash to 0x" in refusal(pipe, tmp_path / "altered.safetensors").message
+
+
+def test_a_merged_file_without_a_hash(pipe: Any, baked: Path, tmp_path: Path) -> None:
+    tensors = {name: weight * 0.5 for name, weight in safetensors.torch.load_file(baked).items()}
+    metadata = {key: text for key, text in makers.metadata_of(baked).items() if "hash" not in key}
+    safetensors.torch.save_file(tensors, tmp_path / "merged.safetensors", metadata)
     assert "are not those of" in refusal(pipe, tmp_path / "merged.safetensors").message
+
+
+def test_halves_that_cannot_be_compared(pipe: Any, folder: Path) -> None:
+    pipe.unet.to(torch.bfloat16)
+    assert "was cast to F16, the model is in torch.bfloat16" in refusal(pipe, folder / "half.safetensors").message
+
+
+@pytest.mark.parametrize("source", [None, 3, {}])
+def test_a_source_that_is_none(source: Any, pipe: Any) -> None:
+    assert "is no source for POA" in refusal(pipe, source).message
+
+
+def test_a_handle_takes_no_other_values(pipe: Any, baked: Path) -> None:
+    handle = poa.enable(pipe, baked, W)
+    with pytest.raises(PoaError, match=r"1\.2 is no schedule"):
+        handle.schedule = 1.2  # type: ignore[assignment]
+    with pytest.raises(PoaError, match="there is no mode 'fast'"):
+        handle.mode = "fast"
+
+
+def test_what_is_refused_leaves_what_is_on(pipe: Any, baked: Path, expected: torch.Tensor, tmp_path: Path) -> None:
+    poa.enable(pipe, baked, W)
+    kind = KINDS["sdxl"]
+    other_base = kind.save(kind.make(), tmp_path)
+    for wrong in (tmp_path / "none", poa.from_recipe(ExportRequest(str(other_base), Size(512, 512), ratio=0.4))):
+        with pytest.raises(CrdiffError):
+            poa.enable(pipe, wrong, 0.5)
+    assert torch.equal(SD15.run(pipe), expected)
+
+
+def test_a_copy(pipe: Any, baked: Path) -> None:
+    poa.enable(pipe, baked, W)
+    with pytest.raises(PoaError, match="cannot be copied or pickled"):
+        copy.deepcopy(pipe.unet)
+    with pytest.raises(PoaError, match="cannot be copied or pickled"):
+        pickle.dumps(pipe.unet)
+
+
+def test_a_layer_with_a_foreign_hook(pipe: Any, baked: Path) -> None:
+    accelerate.hooks.add_hook_to_module(pipe.unet.get_submodule(LAYER), accelerate.hooks.ModelHook())
+    assert "something else has a hook on it" in refusal(pipe, baked).message
+
+
+def test_a_lora_that_is_fused_later(pipe: Any, baked: Path) -> None:
+    poa.enable(pipe, baked, W)
+    pipe.load_lora_weights(lora())
+    SD15.run(pipe)
+    pipe.fuse_lora()
+    with pytest.raises(PoaError, match="a LoRA was fused"):
+        SD15.run(pipe)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_batch_that_the_model_takes_apart(pipe: Any, baked: Path) -> None:
+    """Perturbed-attention guidance gives a part of it to each layer."""
+    parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
+    pag = diffusers.StableDiffusionPAGPipeline(**parts, requires_safety_checker=False, pag_applied_layers=["up"])
+    pag.set_progress_bar_config(disable=True)
+    with poa.enabled(pag, baked, W, mode="batched"), pytest.raises(PoaError, match="takes its batch apart"):
+        SD15.run(pag)
+    plain, found = SD15.run(pag), run_with(pag, baked)
+    assert found.isfinite().all()
+    assert not torch.equal(found, plain)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from crdiff_export.errors import PoaError
 from crdiff_export.poa.mix import Schedule, Weight, mix
 from crdiff_export.poa.source import Source, from_baked, from_recipe
 
@@ -39,11 +40,16 @@ def enable(
 
     `source` is a baked file or what `from_baked` and `from_recipe` give. `weight` is a number, or a function of the
     fraction of sampling that is done; None takes the file's own. Outside `start` to `stop` the model stays dense and
-    costs one pass. The model's weights are compared with the checkpoint first; `check=False` trusts them.
+    costs one pass. The weights that are pruned are compared with the checkpoint first, and a baked file with its hash;
+    `check=False` trusts both.
     PoaError if they are of another model, VerifyError or CheckpointError for a file that is not as crdiff wrote it.
     """
     from crdiff_export.poa import sampling
 
+    if not isinstance(source, Source | str | Path):
+        raise PoaError(
+            f"{source!r} is no source for POA", "Give a baked file, or what from_baked or from_recipe gives."
+        )
     found = source if isinstance(source, Source) else from_baked(source)
     schedule = Schedule(found.weight if weight is None else weight, start, stop)
     return sampling.enable(pipe, found, schedule, mode=mode, check=check)
@@ -58,9 +64,11 @@ def disable(pipe: Any) -> None:
 
 @contextmanager
 def enabled(pipe: Any, source: Source | str | Path, weight: Weight | None = None, **options: Any) -> Iterator["Poa"]:
-    """`enable` for the length of a `with` block."""
+    """`enable` for the length of a `with` block; within another one's it takes its place, and then both are over."""
+    from crdiff_export.poa import sampling
+
     poa = enable(pipe, source, weight, **options)
     try:
         yield poa
     finally:
-        disable(pipe)
+        sampling.take_off(poa)

@@ -1,6 +1,7 @@
 """A model's arguments: copied for a second pass, or doubled for one pass over both halves of a batch."""
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, cat, nn
@@ -27,16 +28,34 @@ def copied(value: Any) -> Any:
     return value
 
 
-def double(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
-    """The arguments by name with the batch twice; None where one of them cannot be told to be batched or not."""
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
+@dataclass(frozen=True, slots=True)
+class Doubled:
+    """A call's arguments by name, with the batch twice, and how many it then has."""
+
+    arguments: dict[str, Any]
+    size: int
+
+
+def double(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Doubled | None:
+    """The arguments with the batch twice; None where one of them cannot be told to be batched or not."""
+    names = list(inspect.signature(_plain(model).forward).parameters)
     named = dict(zip(names, args, strict=False)) | kwargs
     if len(args) > len(names):
         return None
     try:
-        return (), {name: _doubled(name, value) for name, value in named.items()}
+        doubled = {name: _doubled(name, value) for name, value in named.items()}
     except _UnknownError:
         return None
+    first = doubled.get("sample", doubled.get("hidden_states"))
+    return Doubled(doubled, len(first)) if isinstance(first, Tensor) else None
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model itself, of one that torch.compile has wrapped."""
+    from diffusers.utils.torch_utils import unwrap_module
+
+    plain: nn.Module = unwrap_module(model)
+    return plain
 
 
 class _UnknownError(Exception):

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from crdiff_export import residual
-from crdiff_export.errors import PoaError
+from crdiff_export.baked import BakedCheckpoint
+from crdiff_export.errors import PoaError, VerifyError
+from crdiff_export.hashing import hash_data
 from crdiff_export.header import show
 from crdiff_export.plan import Target
 from crdiff_export.poa.masks import Cut, diffusers_name, dtypes, holds
@@ -65,8 +67,11 @@ def _layer(model: nn.Module, name: str, cut: Cut, source: Source) -> nn.Linear:
 def make_dense(layers: Mapping[str, nn.Linear], source: Source) -> bool:
     """Hold the layers against the source's checkpoint, and fill them from its residual if they are the pruned ones.
 
-    True if they were filled; `prune` then gives back what they were. PoaError if they are neither dense nor pruned.
+    True if they were filled; pruning then gives back what they were. PoaError if they are neither dense nor pruned,
+    VerifyError for a file that does not hash to what its header says: it was merged or altered since.
     """
+    if source.baked:
+        _check_file(layers, source, source.baked)
     states = {name: _state(layers[name].weight, weights, source, name) for name, weights in _reference(source)}
     wrong = next((name for name, (dense, pruned) in states.items() if not (dense or pruned)), None)
     are_pruned = source.baked is not None and all(pruned for _, pruned in states.values())
@@ -81,6 +86,24 @@ def make_dense(layers: Mapping[str, nn.Linear], source: Source) -> bool:
     if are_pruned:
         _fill(layers, source)
     return are_pruned
+
+
+def _check_file(layers: Mapping[str, nn.Linear], source: Source, baked: BakedCheckpoint) -> None:
+    """Refuse what a comparison would find wrong for another reason than it says."""
+    for name, layer in layers.items():
+        kept = source.masks.diffusers[name][0].dtype
+        if baked.stamp.cast and not holds(layer.weight.dtype, kept):
+            raise PoaError(
+                f"{source.path}: was cast to {kept}, the model is in {layer.weight.dtype}; they cannot be compared",
+                "Load the model in the file's dtype or in fp32, or give check=False.",
+            )
+    for file in baked.checkpoint.files:
+        said = file.metadata.get(residual.OUTPUT_HASH)
+        if said and said != (actual := f"0x{hash_data(file, Silent())}"):
+            raise VerifyError(
+                f"{file.path}: its bytes hash to {actual}, its header says {show(said)}",
+                "It was merged, altered or damaged since; export it again from its base.",
+            )
 
 
 def _reference(source: Source) -> Iterator[tuple[str, Tensor]]:

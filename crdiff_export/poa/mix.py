@@ -37,9 +37,10 @@ class Schedule:
     stop: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop <= 1:
+        numeric = isinstance(self.start, numbers.Real) and isinstance(self.stop, numbers.Real)
+        if not numeric or not 0 <= self.start < self.stop <= 1:
             raise PoaError(
-                f"POA from {self.start} to {self.stop} is no part of sampling",
+                f"POA from {self.start!r} to {self.stop!r} is no part of sampling",
                 "Give fractions with 0 <= start < stop <= 1.",
             )
         if not callable(self.weight):
@@ -61,6 +62,10 @@ class Schedule:
 
 def check(weight: float) -> float:
     """The weight as a float; PoaError for one that is no finite number."""
-    if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+    try:
+        number = float(weight) if isinstance(weight, numbers.Real) and not isinstance(weight, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise PoaError(f"the POA weight is {weight!r}", "Give a finite number; 1.5 is the public code's.")
-    return float(weight)
+    return number

@@ -1,0 +1,130 @@
+"""What a pruned layer does while sampling: take its weights as they are, pruned, or either for half of a batch."""
+
+from contextlib import suppress
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+from torch.nn.functional import hardshrink, linear
+
+from crdiff_export.errors import PoaError
+from crdiff_export.poa.masks import Cut
+
+NAME = "crdiff_poa"
+
+
+class Side(Enum):
+    """Which weights the layers take: dense, pruned, or each for its half of a doubled batch."""
+
+    DENSE = 0
+    PRUNED = 1
+    BOTH = 2
+
+
+class Switch:
+    """What all layers of a model look at, and where on the CPU they put their pruned weights, one after the other.
+
+    `batch` is the size of a doubled batch.
+
+    There the system takes three times as long to provide new memory for each layer as its pruning takes; an
+    accelerator's allocator keeps what it has (benchmarks/NOTES.md).
+    """
+
+    def __init__(self) -> None:
+        self.side = Side.DENSE
+        self.batch = 0
+        self._room: dict[torch.dtype, Tensor] = {}
+
+    @property
+    def held(self) -> int:
+        """Bytes of what is kept for that."""
+        return sum(room.nbytes for room in self._room.values())
+
+    def prune(self, weight: Tensor, limit: float) -> Tensor:
+        """The pruned weight; on the CPU it holds until the next one is asked for."""
+        if weight.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return hardshrink(weight, limit)
+        room = self._room.get(weight.dtype)
+        if room is None or room.numel() < weight.numel():
+            with torch.inference_mode(mode=False):  # what is made in that mode cannot be written outside of it
+                room = self._room[weight.dtype] = torch.empty(weight.numel(), dtype=weight.dtype)
+        pruned = room[: weight.numel()].view(weight.shape)
+        torch.ops.aten.hardshrink.out(weight, limit, out=pruned)
+        return pruned
+
+
+class LayerHook(ModelHook):  # type: ignore[misc]  # it has no types
+    """Takes the pruned weights of a linear layer when the switch says so."""
+
+    def __init__(self, switch: Switch, cut: Cut, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.forward: Any = None
+        self.follow(switch, cut, dtype)
+
+    def follow(self, switch: Switch, cut: Cut, dtype: torch.dtype) -> None:
+        """Look at this switch from now on."""
+        self.switch, self.cut = switch, cut
+        self._limits = {dtype: cut.limit(dtype)}
+
+    def new_forward(self, module: nn.Linear, hidden: Tensor) -> Tensor:
+        """The layer's output for hidden states `(batch, …, in_features)`."""
+        if self.switch.side is Side.DENSE:
+            return self._dense(hidden)
+        pruned = self.switch.prune(module.weight, self._limit(module.weight.dtype))
+        if self.switch.side is Side.PRUNED:
+            return linear(hidden, pruned, module.bias)
+        if len(hidden) % self.switch.batch:
+            raise PoaError(
+                "the model takes its batch apart (PAG, chunked feed-forward), which one doubled batch does not allow",
+                'Give mode="sequential".',
+            )
+        dense_half, pruned_half = hidden.chunk(2)
+        return torch.cat((self._dense(dense_half), linear(pruned_half, pruned, module.bias)))
+
+    def _dense(self, hidden: Tensor) -> Tensor:
+        output: Tensor = self.fn_ref.original_forward(hidden)
+        return output
+
+    def _limit(self, dtype: torch.dtype) -> float:
+        if dtype not in self._limits:  # the model was cast in the meantime
+            self._limits[dtype] = self.cut.limit(dtype)
+        return self._limits[dtype]
+
+
+def attach(layer: nn.Linear, switch: Switch, cut: Cut) -> LayerHook:
+    """Put a hook on a layer, or have the one that is still there follow another switch."""
+    registry = HookRegistry.check_if_exists_or_initialize(layer)
+    hook = registry.get_hook(NAME)
+    if isinstance(hook, LayerHook):
+        hook.follow(switch, cut, layer.weight.dtype)
+        return hook
+    made = LayerHook(switch, cut, layer.weight.dtype)
+    registry.register_hook(made, NAME)
+    made.forward = layer.forward
+    return made
+
+
+def detach(layer: nn.Linear, hook: LayerHook) -> None:
+    """Take a hook off its layer. One that somebody has wrapped since would take the wrapper along; it stays."""
+    if layer.forward is not hook.forward:
+        return
+    HookRegistry.check_if_exists_or_initialize(layer).remove_hook(NAME, recurse=False)
+    if _is_plain(layer):
+        with suppress(AttributeError):
+            del layer.forward  # diffusers leaves the method behind, bound
+
+
+def refuse_wrapped(path: str, layer: nn.Linear) -> None:
+    """PoaError for a layer whose forward is another's already; ours would take the weights from behind its back."""
+    registered = HookRegistry.check_if_exists_or_initialize(layer).get_hook(NAME) is not None
+    if not registered and not _is_plain(layer):
+        raise PoaError(
+            f"{path.removesuffix('.weight')}: something else has a hook on it, such as offloading or layerwise casting",
+            "Enable POA first, then that.",
+        )
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    return getattr(layer.forward, "__func__", None) is nn.Linear.forward
