@@ -21,7 +21,7 @@ LAYERS: tuple[set[str], ...] = (
     {"summary", "publish", "survey", "push", "preview"},
     {
         *("__init__", "export", "inspection", "verify", "restore", "bases", "destination", "hub", "poa"),
-        *("demo", "demo_config"),
+        *("demo", "scorers"),
     },
     {
         *("plan", "criteria", "architecture", "hashing", "weights", "writer", "metadata", "bake", "baked", "card"),
@@ -39,8 +39,10 @@ HEAVY = {"numpy", "numba", "torch", "safetensors", "huggingface_hub", "diffusers
 # What a function imports when it is called, and so may import what is heavy at its top.
 LOADED_LATE = {
     *(path for path in (PACKAGE / "kernels").glob("*.py") if path.name != "__init__.py"),
-    *(PACKAGE / "poa" / f"{name}.py" for name in ("sampling", "layers", "batch")),
+    *(PACKAGE / "poa" / f"{name}.py" for name in ("sampling", "hooks", "layers", "batch")),
     PACKAGE / "preview" / "drawing.py",
+    PACKAGE / "demo" / "drawing.py",
+    PACKAGE / "scorers" / "demo.py",
 }
 ONLY_IN = {
     "rich": {"ui"},

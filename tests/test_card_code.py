@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from card_makers import BUNDLED, SDXL, row, told
 
-from crdiff_export import demo, demo_config
+from crdiff_export import demo
 from crdiff_export.card import BaseModel, Row
 from crdiff_export.card.snippets import kind
+from crdiff_export.demo import config as demo_config
 from crdiff_export.recipe import Size
 
 OPENED: Mapping[str, Row] = {

@@ -13,7 +13,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from crdiff_export import ExportRequest, Size, demo, demo_config, export, poa
+from crdiff_export import ExportRequest, Size, demo, export, poa
+from crdiff_export.demo import config as demo_config
 from crdiff_export.poa.comfyui.install import install
 
 COMFYUI = os.environ.get("COMFYUI_PATH")

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from crdiff_export import demo, demo_config
+from crdiff_export import demo
+from crdiff_export.demo import config as demo_config
 from crdiff_export.errors import BakeError
 
 Arrays = dict[str, np.ndarray[Any, Any]]

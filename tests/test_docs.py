@@ -81,7 +81,8 @@ def test_the_examples_of_poa(code: str, tmp_path: Path) -> None:
     """With the demo for SDXL, and at its size."""
     import diffusers
 
-    from crdiff_export import ExportRequest, Size, demo, demo_config, export, poa
+    from crdiff_export import ExportRequest, Size, demo, export, poa
+    from crdiff_export.demo import config as demo_config
 
     (name,) = set(re.findall(r'"([\w-]+\.safetensors)"', code))
     baked = export(ExportRequest("demo", Size(64, 64), tmp_path / name)).written.path

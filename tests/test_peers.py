@@ -25,7 +25,8 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from crdiff_export import ExportRequest, Size, architecture, demo_config, export, families, header, metadata
+from crdiff_export import ExportRequest, Size, architecture, export, families, header, metadata
+from crdiff_export.demo import config as demo_config
 from crdiff_export.export import prepare
 from crdiff_export.plan import Plan
 from crdiff_export.residual import specs

@@ -20,8 +20,9 @@ from conftest import Crdiff, Ran
 from loopback_hub import LoopbackHub
 from PIL import Image
 
-from crdiff_export import ExportRequest, Size, demo, demo_config, export, poa
+from crdiff_export import ExportRequest, Size, demo, export, poa
 from crdiff_export.commands.signals import Stopped
+from crdiff_export.demo import config as demo_config
 from crdiff_export.errors import PreviewError
 from crdiff_export.preview import Preview, PreviewRequest, drawing, opening, prepare, preview
 from crdiff_export.preview.wording import Picture

@@ -5,9 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from crdiff_export import bases, demo_config
+from crdiff_export import bases
 from crdiff_export.bases import Base
 from crdiff_export.checkpoint import Checkpoint
+from crdiff_export.demo import config as demo_config
 from crdiff_export.errors import HubError, OptionError, PreviewError
 from crdiff_export.families import Match, pipelines
 from crdiff_export.families.pipelines import BUNDLED, Pipeline

@@ -1,0 +1,1 @@
+"""What says how good a picture is: one module for each scorer."""
