@@ -1,0 +1,1 @@
+"""How the demo model is made: `tools/train_demo.py` runs it, `run.py` tells the story in order."""

@@ -1,0 +1,53 @@
+"""Scenes as tensors, and pictures judged and put on a sheet."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from crdiff_export.demo import scenes
+from crdiff_export.scorers import demo as scorer
+
+Scenes = Sequence[scenes.Scene]
+Pictures = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Means over some pictures."""
+
+    right: float
+    score: float
+
+
+def pictures(some: Scenes, width: int, height: int, rng: np.random.Generator) -> torch.Tensor:
+    """The scenes rendered: [scene, 3, height, width] from -1 to 1."""
+    rendered = torch.from_numpy(scenes.render_batch(some, width, height, rng))
+    return rendered.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def images(drawn: torch.Tensor) -> Pictures:
+    """Back from -1 to 1 into bytes: [scene, height, width, 3]."""
+    array: Pictures = ((drawn.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    return array
+
+
+def judged(drawn: Pictures, some: Scenes) -> Judged:
+    """What the judge says of the pictures."""
+    verdicts = [scorer.judge(image, scene) for image, scene in zip(drawn, some, strict=True)]
+    right, score = np.mean([(verdict.right, verdict.score) for verdict in verdicts], axis=0)
+    return Judged(float(right), float(score))
+
+
+def save_sheet(drawn: Pictures, file: Path, columns: int = 8) -> None:
+    """Pictures of one size beside one another, twice as large."""
+    _, height, width, _ = drawn.shape
+    rows = -(-len(drawn) // columns)
+    sheet = Image.new("RGB", (columns * (width + 2), rows * (height + 2)), (64, 64, 64))
+    for i, picture in enumerate(drawn):
+        sheet.paste(Image.fromarray(picture), (i % columns * (width + 2), i // columns * (height + 2)))
+    sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(file)
