@@ -88,6 +88,12 @@ class CardError(CrdiffError):
     code = "card"
 
 
+class ScorerError(CrdiffError):
+    """A scorer that cannot be found, opened or asked, or an answer of one that is no score."""
+
+    code = "scorer"
+
+
 class MatrixError(CrdiffError):
     """A plan file with one or more problems, all of them found before anything runs."""
 

@@ -1,0 +1,85 @@
+"""What a scorer is and gives, and a check that it gives it: a finite score for each picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+from crdiff_export.errors import ScorerError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+# More is a fault, and sums and squares of it are no numbers.
+LARGEST: Final = 1e100
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Of one picture: `value` is finite, and higher is better; `parts` are what it was made of, where that is known."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+class Scorer(Protocol):
+    """Gives each picture a score for its prompt, the same whatever other pictures are asked for with it."""
+
+    name: str
+
+    def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
+        """A score for each picture and its prompt, in their order."""
+        ...
+
+    def fingerprint(self) -> dict[str, str]:
+        """All that the numbers depend on: two scorers with the same fingerprint may be compared."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds; it may be called twice, and nothing may be asked after it."""
+        ...
+
+
+class Checked:
+    """A scorer whose answers can be trusted: one for each picture, every number finite; ScorerError otherwise."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.name = scorer.name
+        self._scorer = scorer
+
+    def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
+        if len(images) != len(prompts):
+            message = f"{self.name}: {len(images)} pictures for {len(prompts)} prompts"
+            raise ScorerError(message, "Give one prompt for each picture.")
+        if not images:
+            return []
+        scores = self._scorer.score(images, prompts)
+        if not isinstance(scores, list) or not all(isinstance(score, Score) for score in scores):
+            raise ScorerError(f"{self.name}: its answer is no list of scores", "Return one `Score` for each picture.")
+        if len(scores) != len(images):
+            message = f"{self.name}: {len(scores)} scores for {len(images)} pictures"
+            raise ScorerError(message, "Return one score for each picture.")
+        for number, score in enumerate(scores, 1):
+            for what, value in {"the score": score.value, **score.parts}.items():
+                if not is_finite(value):
+                    raise ScorerError(
+                        f"{self.name}: {what} of picture {number} is {value!r}",
+                        "A score must be a finite number; with fp16 a model can overflow, with fp32 it does not.",
+                    )
+        return scores
+
+    def fingerprint(self) -> dict[str, str]:
+        return self._scorer.fingerprint()
+
+    def close(self) -> None:
+        self._scorer.close()
+
+
+def is_finite(value: object) -> bool:
+    """Whether it is a number that can be a score; a truth value is none."""
+    if isinstance(value, bool):
+        return False
+    try:
+        return abs(value) <= LARGEST  # type: ignore[arg-type]  # what is no number raises
+    except (TypeError, ValueError, OverflowError):
+        return False
