@@ -103,3 +103,9 @@ class MatrixError(CrdiffError):
         count = f"{len(problems)} problems" if len(problems) > 1 else "one problem"
         super().__init__(f"{name}: {count}", "Nothing was done; mend the file, then run it again.")
         self.problems = tuple(problems)
+
+
+class SearchError(CrdiffError):
+    """A search that cannot begin, go on or be read: its storage, its settings, or what it is asked to try."""
+
+    code = "search"

@@ -21,7 +21,7 @@ LAYERS: tuple[set[str], ...] = (
     {"summary", "publish", "survey", "push", "preview"},
     {
         *("__init__", "export", "inspection", "verify", "restore", "bases", "destination", "hub", "poa"),
-        *("demo", "scorers"),
+        *("demo", "scorers", "search"),
     },
     {
         *("plan", "criteria", "architecture", "hashing", "weights", "writer", "metadata", "bake", "baked", "card"),
@@ -35,7 +35,10 @@ LAYERS: tuple[set[str], ...] = (
     },
     {"errors", "progress", "amounts"},
 )
-HEAVY = {"numpy", "numba", "torch", "safetensors", "huggingface_hub", "diffusers", "transformers"}
+HEAVY = {
+    *("numpy", "numba", "torch", "safetensors", "huggingface_hub", "diffusers", "transformers"),
+    *("optuna", "scipy", "cmaes", "sqlalchemy", "psycopg"),
+}
 # What a function imports when it is called, and so may import what is heavy at its top.
 LOADED_LATE = {
     *(path for path in (PACKAGE / "kernels").glob("*.py") if path.name != "__init__.py"),
@@ -44,6 +47,7 @@ LOADED_LATE = {
     PACKAGE / "demo" / "drawing.py",
     PACKAGE / "scorers" / "demo.py",
     *(PACKAGE / "scorers" / f"{name}.py" for name in ("aesthetic", "blip", "clip", "image_reward", "weights")),
+    *(PACKAGE / "search" / f"{name}.py" for name in ("journal", "ledger", "pruning", "study")),
 }
 ONLY_IN = {
     "rich": {"ui"},
@@ -54,6 +58,11 @@ ONLY_IN = {
     "diffusers": {"poa", "preview"},
     "transformers": {"preview", "scorers"},
     "PIL": {"report", "scorers"},
+    "optuna": {"search"},
+    "scipy": {"search"},
+    "cmaes": {"search"},
+    "sqlalchemy": {"search"},
+    "psycopg": {"search"},
 }
 # The one program that is ever started is the one that a `command:` scorer names.
 STARTS_PROGRAMS = PACKAGE / "scorers" / "process.py"
