@@ -1,7 +1,7 @@
 """What an export will do, decided from names, shapes and flags alone, before the first weight is read."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from crdiff_export import families, threshold
@@ -125,6 +125,12 @@ class Plan:
     def data_size(self) -> int:
         """Bytes of tensors to write."""
         return sum(o.data_size for o in self.outputs)
+
+
+def with_ratios(plan: Plan, ratios: Mapping[str, float]) -> Plan:
+    """The same plan with other ratios for its groups."""
+    scopes = tuple(replace(scope, ratio=float(ratios[scope.group])) for scope in plan.scopes)
+    return replace(plan, scopes=scopes, variant=replace(plan.variant, ratios=dict(ratios)))
 
 
 def quantisation(checkpoint: Checkpoint, prefix: str = "") -> str | None:

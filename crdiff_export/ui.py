@@ -82,7 +82,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequen
 
 def print_json(value: Mapping[str, Any]) -> None:
     """One object on one line, in ASCII: a file's name may be any bytes."""
-    line(json.dumps({"schema": SCHEMA, **value}))
+    line(json.dumps({"schema": SCHEMA, **value}, allow_nan=False))
 
 
 def print_error(code: str, message: str, hint: str, *, as_json: bool) -> None:

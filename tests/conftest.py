@@ -65,7 +65,7 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in os.environ:
             if name.startswith(FOREIGN) or name in APPEARANCE:
                 patch.delenv(name)
-        for name in ("CRDIFF_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        for name in ("HF_HOME", "XDG_CACHE_HOME"):
             patch.setenv(name, str(home / name.lower()))
         patch.setenv("HF_ENDPOINT", NOWHERE)
         patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")

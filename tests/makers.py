@@ -24,17 +24,16 @@ FIXED = (
     "conv_in.weight",
     ".0.0.weight",
 )
-FRACTION = 64
+FRACTION, OF_DEMO = 64, 8
 
 
-def narrow(table: str, fraction: int = FRACTION) -> dict[str, tuple[str, Shape]]:
+def narrow(table: str, fraction: int | None = None) -> dict[str, tuple[str, Shape]]:
     """A real model's names and dtypes with narrow shapes."""
+    part = fraction or (OF_DEMO if table.startswith("demo.") else FRACTION)
 
     def shrink(name: str, shape: Shape) -> Shape:
         fixed = name.endswith(FIXED)
-        return tuple(
-            size if (fixed and axis == 1) or size < fraction else size // fraction for axis, size in enumerate(shape)
-        )
+        return tuple(size if (fixed and axis == 1) or size < part else size // part for axis, size in enumerate(shape))
 
     return {name: (dtype, shrink(name, shape)) for name, (dtype, shape) in load(table).items()}
 

@@ -18,7 +18,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top down. A module imports what is in its own layer or below.
 LAYERS: tuple[set[str], ...] = (
     {"__main__", "commands", "ui"},
-    {"summary", "publish", "survey", "push", "preview"},
+    {"summary", "publish", "survey", "push", "preview", "evaluation"},
+    {"drawing"},
     {
         *("__init__", "export", "inspection", "verify", "restore", "bases", "destination", "hub", "poa"),
         *("demo", "scorers", "search"),
@@ -36,28 +37,31 @@ LAYERS: tuple[set[str], ...] = (
     {"errors", "progress", "amounts"},
 )
 HEAVY = {
-    *("numpy", "numba", "torch", "safetensors", "huggingface_hub", "diffusers", "transformers"),
+    *("numpy", "numba", "torch", "safetensors", "huggingface_hub", "diffusers", "transformers", "matplotlib"),
     *("optuna", "scipy", "cmaes", "sqlalchemy", "psycopg"),
 }
 # What a function imports when it is called, and so may import what is heavy at its top.
 LOADED_LATE = {
     *(path for path in (PACKAGE / "kernels").glob("*.py") if path.name != "__init__.py"),
     *(PACKAGE / "poa" / f"{name}.py" for name in ("sampling", "hooks", "layers", "batch")),
-    PACKAGE / "preview" / "drawing.py",
+    PACKAGE / "preview" / "camera.py",
+    PACKAGE / "drawing" / "session.py",
     PACKAGE / "demo" / "drawing.py",
     PACKAGE / "scorers" / "demo.py",
     *(PACKAGE / "scorers" / f"{name}.py" for name in ("aesthetic", "blip", "clip", "image_reward", "weights")),
     *(PACKAGE / "search" / f"{name}.py" for name in ("journal", "ledger", "pruning", "study")),
+    PACKAGE / "evaluation" / "measure.py",
 }
 ONLY_IN = {
     "rich": {"ui"},
     "click": {"commands"},
     "huggingface_hub": {"hub"},
-    "torch": {"kernels", "poa", "preview", "scorers"},
+    "torch": {"kernels", "poa", "drawing", "scorers"},
     "numba": {"kernels"},
-    "diffusers": {"poa", "preview"},
-    "transformers": {"preview", "scorers"},
-    "PIL": {"report", "scorers"},
+    "diffusers": {"poa", "drawing"},
+    "transformers": {"drawing", "scorers"},
+    "PIL": {"report", "evaluation", "scorers"},
+    "matplotlib": {"evaluation"},
     "optuna": {"search"},
     "scipy": {"search"},
     "cmaes": {"search"},

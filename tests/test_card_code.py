@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -17,7 +18,6 @@ from card_makers import BUNDLED, SDXL, row, told
 from crdiff_export import demo
 from crdiff_export.card import BaseModel, Row
 from crdiff_export.card.snippets import kind
-from crdiff_export.demo import config as demo_config
 from crdiff_export.recipe import Size
 
 OPENED: Mapping[str, Row] = {
@@ -182,7 +182,7 @@ def test_one_snippet_for_each_kind_of_file() -> None:
 def test_what_cannot_be_opened_is_not_shown_to_be() -> None:
     for found, said in (
         (row("shards"), "It is split as its base is."),
-        (row(family="demo"), "Its weights are random, and so are its pictures."),
+        (row(family="demo"), "`crdiff preview demo` draws with it, and nothing else does."),
     ):
         text = told(found, of=(BaseModel(None),))
         assert said in text
@@ -225,11 +225,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("small")
     checkpoint = folder / f"original-{BUNDLED}.safetensors"
-    checkpoint.write_bytes(demo.build())
+    shutil.copyfile(demo.path(), checkpoint)
     with warnings.catch_warnings(action="ignore"):
-        pipe = StableDiffusionPipeline.from_single_file(
-            str(checkpoint), config=str(demo_config.write(folder / "config"))
-        )
+        pipe = StableDiffusionPipeline.from_single_file(str(checkpoint), config=str(demo.config()))
         pipe.save_pretrained(folder / "pipeline")
     unet = {
         name.removeprefix(BUNDLED): w for name, w in load(checkpoint.read_bytes()).items() if name.startswith(BUNDLED)

@@ -27,7 +27,7 @@ UNTUNED = (
     "starting point, tuned by nobody (search start of the CR-Diff public code: 0.3/0.3/0.3, POA weight 1.5; "
     "nobody tuned this size)"
 )
-DEMO_GROUPS = {"down": 81920, "mid": 65536, "up": 163840}
+DEMO_GROUPS = {"down": 327680, "mid": 262144, "up": 655360}
 
 
 @pytest.fixture
@@ -55,12 +55,12 @@ def test_export_shows_what_was_done_group_by_group(line: Line) -> None:
     head, *rows = ran.out.splitlines()
     assert head.split() == ["group", "ratio", "zeroed", "of", "share", "threshold"]
     assert [row.split()[0] for row in rows[:3]] == ["down", "mid", "up"]
-    assert [row.split()[3] for row in rows[:3]] == ["81,920", "65,536", "163,840"]
+    assert [row.split()[3] for row in rows[:3]] == ["327,680", "262,144", "655,360"]
     assert rows[3:] == [
         "",
         "pruned for: 96x64",
         f"ratios:     {UNTUNED}",
-        "size:       2.67 MB",
+        "size:       10.10 MB",
         "o.safetensors",
     ]
     assert [text.partition(":")[0] for text in ran.err.splitlines()] == ["counting", "writing"]
@@ -123,7 +123,7 @@ def test_dry_run_as_json(line: Line, here: Path) -> None:
 
 def test_a_size_without_a_variant_is_noted_on_stderr(line: Line) -> None:
     ran = line("export demo --res 72 -o o.safetensors")
-    assert ran.err.splitlines()[0] == "note: no variant for 72x72; using the one for 64x96 (starting point)"
+    assert ran.err.splitlines()[0] == "note: no variant for 72x72; using the one for 80x80 (starting point)"
     assert "no variant" not in ran.out
 
 
@@ -201,7 +201,7 @@ def test_force_replaces(line: Line, here: Path) -> None:
     assert line("export demo --res 64x96 -o o.safetensors").code == 1
     assert (here / "o.safetensors").read_text() == "old"
     assert line("export demo --res 64x96 -o o.safetensors --force").code == 0
-    assert len(makers.read(here / "o.safetensors")) == 505
+    assert len(makers.read(here / "o.safetensors")) == 481
 
 
 @pytest.mark.parametrize(
@@ -248,13 +248,13 @@ def test_verify_says_what_it_checked(line: Line) -> None:
     line("export demo --res 64x96 -o o.safetensors")
     ran = line("verify o.safetensors")
     assert (ran.code, ran.out) == (
-        0, "o.safetensors: holds what its header says (311,296 target weights, the SHA-256)\n",
+        0, "o.safetensors: holds what its header says (1,245,184 target weights, the SHA-256)\n",
     )  # fmt: skip
     ran = line("verify o.safetensors --base demo")
-    assert ran.out.endswith(f"(311,296 target weights, the SHA-256, every byte against {demo.path()})\n")
+    assert ran.out.endswith(f"(1,245,184 target weights, the SHA-256, every byte against {demo.path()})\n")
     assert line("verify o.safetensors -q") == Ran(0, "", "")
     assert line("verify o.safetensors --json --base demo").result == {
-        "schema": 1, "verified": True, "file": "o.safetensors", "weights": 311296, "hash": True,
+        "schema": 1, "verified": True, "file": "o.safetensors", "weights": 1245184, "hash": True,
         "base": str(demo.path()), "residual": "none",
     }  # fmt: skip
 
@@ -301,11 +301,11 @@ def weight(name: str, number: float) -> Callable[[Path], None]:
     ("change", "options", "message"),
     [
         (weight(KEY, 0.001), "", f"o.safetensors: '{KEY}' has 1 weights that should be zero"),
-        (weight(KEY, 3), "", "o.safetensors: 19676 weights of mid are zero, crdiff.pruned.mid is 19677"),
+        (weight(KEY, 3), "", "o.safetensors: 78672 weights of mid are zero, crdiff.pruned.mid is 78673"),
         (weight(OTHER, 3), "", "o.safetensors: its bytes hash to 0x"),
         (weight(OTHER, 3), "--base demo", "o.safetensors: its bytes hash to 0x"),
-        (header_with(**{"crdiff.pruned.up": "7"}), "", "o.safetensors: 49173 weights of up are zero, "),
-        (header_with(**{"crdiff.total.up": "7"}), "", "o.safetensors: crdiff.total.up is 7, the layers have 163840"),
+        (header_with(**{"crdiff.pruned.up": "7"}), "", "o.safetensors: 196673 weights of up are zero, "),
+        (header_with(**{"crdiff.total.up": "7"}), "", "o.safetensors: crdiff.total.up is 7, the layers have 655360"),
         (header_with(**{"crdiff.threshold.up": "none"}), "", "o.safetensors: the threshold of 'up' does not go with "),
         (header_with(**{"crdiff.family": "sdxl"}), "", "o.safetensors: crdiff.family is for 'sdxl', "),
         (header_with(**{"modelspec.hash_sha256": "0x" + "0" * 64}), "", "o.safetensors: its bytes hash to 0x"),
@@ -745,7 +745,7 @@ def test_a_disk_that_is_too_full(crdiff: Crdiff, here: Path, monkeypatch: pytest
     assert crdiff("export", "demo", "--res", 64, "--dry-run").code == 0
     ran = crdiff("export", "demo", "--res", 64)
     assert (ran.code, ran.out) == (1, "")
-    assert ran.err.splitlines()[-2].endswith("2.73 MB needed, 1.00 KB free")
+    assert ran.err.splitlines()[-2].endswith("10.17 MB needed, 1.00 KB free")
 
 
 # --- the shape of it all ---
@@ -945,7 +945,7 @@ def test_a_full_disk_behind_stdout_is_told() -> None:
 def test_closed_streams_are_no_accident(here: Path) -> None:
     command = f"{shlex.quote(sys.executable)} -m crdiff_export export demo --res 64 >&- 2>&- <&-"
     assert subprocess.run(["sh", "-c", command], check=False).returncode == 0
-    assert len(makers.read(here / "demo-crdiff-64x64.safetensors")) == 505
+    assert len(makers.read(here / "demo-crdiff-64x64.safetensors")) == 481
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are text there")

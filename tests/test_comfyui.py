@@ -202,7 +202,7 @@ def test_the_pruned_model_is_refused_in_every_dtype(baked: BakedCheckpoint, dtyp
     ("change", "message"),
     [
         (lambda w: w * 1.01, "are not those of 'demo'"),
-        (lambda w: w[:1], "has 32 weights"),
+        (lambda w: w[:1], "has 64 weights"),
         (lambda w: w.to(torch.int8), "cannot be pruned on the fly"),
         (None, "the model has no layer"),
     ],

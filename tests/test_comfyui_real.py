@@ -14,7 +14,6 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from crdiff_export import ExportRequest, Size, demo, export, poa
-from crdiff_export.demo import config as demo_config
 from crdiff_export.poa.comfyui.install import install
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
@@ -54,7 +53,7 @@ def lora() -> dict[str, Tensor]:
     torch.manual_seed(5)
     made = {}
     block = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
-    for name, (rows, columns) in {"attn1_to_q": (32, 32), "ff_net_2": (32, 128), "attn2_to_k": (32, 64)}.items():
+    for name, (rows, columns) in {"attn1_to_q": (64, 64), "ff_net_2": (64, 256), "attn2_to_k": (64, 64)}.items():
         made[f"{block}{name}.lora_up.weight"] = torch.randn(rows, 4)
         made[f"{block}{name}.lora_down.weight"] = torch.randn(4, columns) / 10
         made[f"{block}{name}.alpha"] = torch.tensor(4.0)
@@ -63,7 +62,7 @@ def lora() -> dict[str, Tensor]:
 
 def reference(base: Path, baked: Path, work: Path) -> dict[str, Tensor]:
     """What diffusers makes of the same noise: Euler steps with guidance 2."""
-    config = demo_config.write(work / "config")
+    config = demo.config()
     unet = UNet2DConditionModel.from_single_file(
         str(base), config=str(config), subfolder="unet", local_files_only=True, torch_dtype=torch.float32
     )

@@ -591,7 +591,7 @@ def test_a_file_that_may_not_grow_further(forks: Forks, either: Case, place: Pat
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     mount = tmp_path / "small"
     mount.mkdir()
-    made = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(mount)]
+    made = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(mount)]
     if shutil.which("mount") is None or subprocess.run(made, capture_output=True, check=False).returncode:
         pytest.skip("may not mount a small disk here")
     yield mount
@@ -606,6 +606,8 @@ def test_a_disk_that_fills_up(small_disk: Path, either: Case, force: bool, monke
     if force:
         export(ExportRequest("demo", Size(64, 64), small_disk / "o.safetensors"))
         target = small_disk / "o.safetensors"
+    else:
+        (small_disk / "filler").write_bytes(bytes(12 << 20))
     before = state(small_disk)
     base = either.base if not force or either.base.is_file() else demo.path()
     if base == demo.path():

@@ -1,21 +1,25 @@
-"""The demo base: the same bytes everywhere, what loaders expect, and a cache that heals itself."""
+"""The demo base: the file that ships is a trained model, says how it was made, and loaders take it."""
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
+from demo_training import diffusion, model, run
 from safetensors.numpy import load
 
 from crdiff_export import demo
-from crdiff_export.demo import config as demo_config
-from crdiff_export.errors import BakeError
+from crdiff_export.demo import scenes
+from crdiff_export.errors import CheckpointError
+from crdiff_export.evaluation import prompts
+from crdiff_export.scorers.demo import judge
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -31,7 +35,13 @@ PREFIXES = {"unet": UNET, "vae": "first_stage_model.", "text_encoder": "cond_sta
 
 @pytest.fixture(scope="module")
 def data() -> bytes:
-    return demo.build()
+    return demo.path().read_bytes()
+
+
+@pytest.fixture(scope="module")
+def metadata() -> dict[str, str]:
+    with safetensors.safe_open(demo.path(), "np") as file:
+        return dict(file.metadata())
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +59,19 @@ def groups(tensors: Arrays) -> Arrays:
     return {group: np.sort(np.abs(np.concatenate([tensors[n].ravel() for n in of]))) for group, of in names.items()}
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CRDIFF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    return tmp_path / "cache"
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    import diffusers
+
+    with warnings.catch_warnings(action="ignore"):
+        opened = diffusers.StableDiffusionPipeline.from_single_file(
+            str(demo.path()), config=str(demo.config()), local_files_only=True
+        )
+    opened.set_progress_bar_config(disable=True)
+    return opened
 
 
-def test_bytes_are_the_same_everywhere(data: bytes) -> None:
-    assert hashlib.sha256(data).hexdigest() == demo.SHA256
-    assert len(data) < 4 << 20
+# The file.
 
 
 def test_header(data: bytes) -> None:
@@ -79,18 +92,65 @@ def test_header(data: bytes) -> None:
     }
 
 
-def test_weights_are_finite_and_of_different_scales(tensors: Arrays) -> None:
+def test_it_is_small(data: bytes) -> None:
+    assert len(data) <= 12_000_000
+
+
+def test_the_package_stays_small() -> None:
+    """A wheel is compressed, so this bounds it."""
+    package = Path(demo.__file__).parent.parent
+    files = [path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert demo.path() in files
+    assert sum(path.stat().st_size for path in files) < 20_000_000
+
+
+def test_header_says_how_it_was_made(metadata: dict[str, str]) -> None:
+    found = re.fullmatch(
+        r"python tools/train_demo.py OUT --seed (\d+) --threads (\d+) --vae-steps (\d+) --steps (\d+)",
+        metadata["crdiff.demo.command"],
+    )
+    assert found
+    usual = run.Training()
+    assert list(map(int, found.groups())) == [usual.seed, usual.threads, usual.vae.steps, usual.diffusion.steps]
+    assert 0 < float(metadata["crdiff.demo.loss.vae"]) < 0.05
+    assert 0 < float(metadata["crdiff.demo.loss.diffusion"]) < 0.5  # most times are nearly noise alone
+
+
+def test_configuration_is_what_training_used(tmp_path: Path) -> None:
+    def files(folder: Path) -> dict[str, str]:
+        found = (path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in found}
+
+    made = files(model.write_folder(run.Training().geometry, tmp_path))
+    assert files(demo.config()) == made
+    assert "model_index.json" in made
+
+
+def test_drawing_is_as_training_judged_it() -> None:
+    assert (diffusion.SAMPLING, diffusion.GUIDANCE) == (demo.STEPS, demo.GUIDANCE)
+
+
+@pytest.mark.parametrize("part", [demo.path, demo.config], ids=["weights", "configuration"])
+def test_an_installation_without_it_says_so(part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(CheckpointError) as error:
+        part()
+    assert error.value.message.startswith(str(tmp_path))
+    assert error.value.message.endswith("missing from this installation of crdiff")
+    assert error.value.hint == "Install the package again."
+
+
+def test_import_costs_nothing() -> None:
+    code = "import sys, crdiff_export.demo; sys.exit(bool({'numpy', 'torch', 'safetensors'} & set(sys.modules)))"
+    root = Path(__file__).parent.parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+# What is in it.
+
+
+def test_weights_are_finite(tensors: Arrays) -> None:
     assert all(np.isfinite(tensor).all() for tensor in tensors.values())
-    queries = [f"{UNET}{block}.transformer_blocks.0.attn1.to_q.weight" for of in BLOCKS.values() for block in of]
-    assert len({round(float(tensors[name].astype(np.float64).std()), 3) for name in queries}) > len(BLOCKS)
-    norm = tensors[f"{UNET}out.0.weight"]
-    assert 0.8 < norm.min() < 1 < norm.max() < 1.2
-
-
-def test_noise_schedule_is_that_of_sd1(tensors: Arrays) -> None:
-    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    np.testing.assert_allclose(tensors["betas"], betas, rtol=1e-6)
-    np.testing.assert_allclose(tensors["alphas_cumprod"], np.cumprod(1 - betas), rtol=1e-6)
 
 
 @pytest.mark.parametrize("group", list(BLOCKS))
@@ -105,148 +165,49 @@ def test_groups_have_thresholds_of_their_own(groups: Arrays) -> None:
     assert min(thresholds) > 0
 
 
-def test_import_costs_nothing() -> None:
-    code = "import sys, crdiff_export.demo; sys.exit(bool({'numpy', 'torch', 'safetensors'} & set(sys.modules)))"
-    root = Path(__file__).parent.parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+def test_it_draws_what_it_was_never_shown(pipe: Any) -> None:
+    """Twelve held-out prompts at its own size; docs/demo.md has the figure for hundreds."""
+    import torch
+
+    chosen = [scenes.Scene.parse(prompt) for prompt in prompts.held_out(12)]
+    drawn = pipe(
+        [scene.prompt for scene in chosen],
+        width=64,
+        height=64,
+        num_inference_steps=demo.STEPS,
+        guidance_scale=demo.GUIDANCE,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(len(chosen))],
+    ).images
+    verdicts = [judge(np.asarray(image), scene) for image, scene in zip(drawn, chosen, strict=True)]
+    assert sum(verdict.right for verdict in verdicts) >= 8
+    assert np.mean([verdict.score for verdict in verdicts]) > 0.8
 
 
 # What loaders make of it.
 
 
-@pytest.fixture(scope="module")
-def saved(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("saved") / demo.NAME
-    file.write_bytes(data)
-    return file
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_config.write(tmp_path_factory.mktemp("config"))
-
-
 @pytest.mark.parametrize(
     ("component", "class_name"), [("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")], ids=["unet", "vae"]
 )
-def test_diffusers_takes_every_tensor(
-    component: str, class_name: str, saved: Path, config: Path, tensors: Arrays
-) -> None:
+def test_diffusers_takes_every_tensor(component: str, class_name: str, pipe: Any, tensors: Arrays) -> None:
     model_class = getattr(pytest.importorskip("diffusers"), class_name)
-    fresh = model_class.from_config(model_class.load_config(config, subfolder=component, local_files_only=True))
-    model = model_class.from_single_file(str(saved), config=str(config), subfolder=component, local_files_only=True)
-    loaded = model.state_dict()
+    fresh = model_class.from_config(model_class.load_config(demo.config(), subfolder=component, local_files_only=True))
+    loaded = getattr(pipe, component).state_dict()
     assert set(loaded) == set(fresh.state_dict())
-    # Every tensor is random, so equal bytes mean that each name was found, and found once.
+    # No two tensors are alike, so equal bytes mean that each name was found, and found once.
     assert sorted(tensor.half().numpy().tobytes() for tensor in loaded.values()) == sorted(
         tensor.tobytes() for name, tensor in tensors.items() if name.startswith(PREFIXES[component])
     )
 
 
-def test_transformers_names_the_text_encoder_alike(config: Path, tensors: Arrays) -> None:
+def test_transformers_names_the_text_encoder_alike(tensors: Arrays) -> None:
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     with torch.device("meta"):
-        model = transformers.CLIPTextModel(transformers.CLIPTextConfig.from_pretrained(config / "text_encoder"))
+        text = transformers.CLIPTextModel(transformers.CLIPTextConfig.from_pretrained(demo.config() / "text_encoder"))
     # transformers before 5.6 has `text_model.` before every name; before 4.31 it kept position_ids as well.
-    expected = {name.removeprefix("text_model."): tuple(value.shape) for name, value in model.state_dict().items()}
+    expected = {name.removeprefix("text_model."): tuple(value.shape) for name, value in text.state_dict().items()}
     prefix = PREFIXES["text_encoder"] + "text_model."
     found = {name.removeprefix(prefix): value.shape for name, value in tensors.items() if name.startswith(prefix)}
     positions = found.pop("embeddings.position_ids")
     assert found == expected | {"embeddings.position_ids": positions} or found == expected
-    assert positions == (1, demo.POSITIONS)
-
-
-def test_pipeline_draws_from_it(saved: Path, config: Path) -> None:
-    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    pipe = diffusers.StableDiffusionPipeline.from_single_file(str(saved), config=str(config), local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    seed = torch.Generator().manual_seed(0)
-    image = pipe("a cat", num_inference_steps=2, height=64, width=96, generator=seed, output_type="np").images[0]
-    assert image.shape == (64, 96, 3)
-    assert np.isfinite(image).all()
-    assert image.std() > 0.01
-
-
-# The cache.
-
-
-def test_path_writes_the_file(cache: Path) -> None:
-    file = demo.path()
-    assert file == cache / demo.NAME
-    assert hashlib.sha256(file.read_bytes()).hexdigest() == demo.SHA256
-    assert list(cache.iterdir()) == [file]
-
-
-@pytest.mark.parametrize("damage", [b"", b"no checkpoint"], ids=["empty", "other"])
-def test_damaged_file_is_replaced(cache: Path, damage: bytes) -> None:
-    cache.mkdir()
-    (cache / demo.NAME).write_bytes(damage)
-    assert hashlib.sha256(demo.path().read_bytes()).hexdigest() == demo.SHA256
-    assert len(list(cache.iterdir())) == 1
-
-
-def test_cut_file_is_replaced(cache: Path, data: bytes) -> None:
-    cache.mkdir()
-    (cache / demo.NAME).write_bytes(data[:-1])
-    assert demo.path().read_bytes() == data
-
-
-def test_temporary_folder_serves_where_the_cache_cannot(cache: Path, tmp_path: Path) -> None:
-    cache.write_text("a file where the folder should be")
-    file = demo.path()
-    assert file.parent.parent == tmp_path / "temporary"
-    assert hashlib.sha256(file.read_bytes()).hexdigest() == demo.SHA256
-
-
-def test_intact_file_is_not_written_again(cache: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache.mkdir()
-    (cache / demo.NAME).write_bytes(data)
-    monkeypatch.setattr(demo, "_write", lambda file, data: pytest.fail("written"))
-    assert demo.path() == cache / demo.NAME
-
-
-def test_failed_write_leaves_nothing_behind(cache: Path, tmp_path: Path) -> None:
-    (cache / demo.NAME).mkdir(parents=True)  # a folder, which no file can replace
-    assert demo.path().parent.parent == tmp_path / "temporary"
-    assert list(cache.iterdir()) == [cache / demo.NAME]
-
-
-def test_nowhere_to_write(cache: Path, tmp_path: Path) -> None:
-    cache.write_text("")
-    (tmp_path / "temporary").write_text("")
-    with pytest.raises(BakeError) as error:
-        demo.path()
-    assert str(cache / demo.NAME) in error.value.message
-    assert "CRDIFF_CACHE" in error.value.hint
-
-
-def test_many_at_once(cache: Path) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        files = list(pool.map(lambda _: demo.path(), range(16)))
-    assert {hashlib.sha256(file.read_bytes()).hexdigest() for file in files} == {demo.SHA256}
-    assert list(cache.iterdir()) == [cache / demo.NAME]
-
-
-@pytest.mark.parametrize(
-    ("platform", "environment", "folder"),
-    [
-        ("linux", {"CRDIFF_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, Path("/a")),
-        ("linux", {"CRDIFF_CACHE": "~/a"}, Path("/home/me/a")),
-        ("linux", {"CRDIFF_CACHE": "", "XDG_CACHE_HOME": "/b"}, Path("/b/crdiff")),
-        ("linux", {}, Path("/home/me/.cache/crdiff")),
-        ("darwin", {}, Path("/home/me/Library/Caches/crdiff")),
-        ("win32", {"LOCALAPPDATA": "/local"}, Path("/local/crdiff")),
-        ("win32", {}, Path("/home/me/AppData/Local/crdiff")),
-    ],
-    ids=["chosen", "chosen-home", "xdg", "linux", "macos", "windows", "windows-bare"],
-)
-def test_cache_folder(
-    platform: str, environment: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("CRDIFF_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": "/home/me", "USERPROFILE": "/home/me", **environment}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "platform", platform)
-    assert next(iter(demo._folders())) == folder
+    assert positions == (1, model.POSITIONS)

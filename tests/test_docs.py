@@ -82,11 +82,10 @@ def test_the_examples_of_poa(code: str, tmp_path: Path) -> None:
     import diffusers
 
     from crdiff_export import ExportRequest, Size, demo, export, poa
-    from crdiff_export.demo import config as demo_config
 
     (name,) = set(re.findall(r'"([\w-]+\.safetensors)"', code))
     baked = export(ExportRequest("demo", Size(64, 64), tmp_path / name)).written.path
-    config = demo_config.write(tmp_path / "config")
+    config = demo.config()
     pipe = diffusers.StableDiffusionPipeline.from_single_file(demo.path(), config=str(config), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     before = pipe.unet.state_dict()

@@ -249,7 +249,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             ".xx.", (384, 768, 1536, 1536), 4, 1280, **LINEAR, **CLASSES, projection_class_embeddings_input_dim=2560
         ),
     ),
-    "demo": ("UNet2DConditionModel", unet_config("xx", (32, 64), 1, 64, layers_per_block=1)),
+    "demo": ("UNet2DConditionModel", unet_config("xx", (64, 128), 1, 64, layers_per_block=1)),
     "sd3-medium": ("SD3Transformer2DModel", dit_config(24, None, 0)),
     "sd35-medium": ("SD3Transformer2DModel", dit_config(24, "rms_norm", 13)),
     "sd35-large": ("SD3Transformer2DModel", dit_config(38, "rms_norm", 0)),

@@ -28,7 +28,7 @@ def facts(found: Inspection) -> dict[str, str]:
             "SD1.5 (diffusers layout)",
             "none",
         ),
-        ("pipe", "diffusers folder, 286 tensors, 179.89 KB", "demo (diffusers layout)", "none"),
+        ("pipe", "diffusers folder, 286 tensors, 156.71 KB", "demo (diffusers layout)", "none"),
         ("sparse.safetensors", "one file, 2515 tensors, 6.94 GB", "SDXL (original layout)", "model.diffusion_model."),
     ],
     ids=["file", "transformer", "shards", "folder", "sparse"],
@@ -180,7 +180,7 @@ def test_thresholds_of_layers_are_not_a_groups(shelf: Path, tmp_path: Path) -> N
 def test_a_group_that_was_left_alone_has_no_threshold(tmp_path: Path) -> None:
     request = ExportRequest("demo", Size(64, 64), tmp_path / "o.safetensors", ratios={"mid": 0})
     rows = {row[0]: row for row in inspect(export(request).written.path).rows}
-    assert rows["mid"][1:] == ["0", "0", "65,536", "0.0000", "-"]
+    assert rows["mid"][1:] == ["0", "0", "262,144", "0.0000", "-"]
 
 
 def edited(**keys: str) -> Callable[[Path, Path], Path]:
@@ -191,13 +191,23 @@ def edited(**keys: str) -> Callable[[Path, Path], Path]:
     return make
 
 
+def measured(**said: str) -> Callable[[Path, Path], Path]:
+    """With this evidence and no other."""
+
+    def make(source: Path, target: Path) -> Path:
+        kept = {k: v for k, v in makers.metadata_of(source).items() if not k.startswith("crdiff.evidence.")}
+        return makers.write(target, makers.read(source), kept | {f"crdiff.evidence.{k}": v for k, v in said.items()})
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("make", "key", "shown"),
     [
         (edited(**{"crdiff.source.name": "a\x1b]0;b"}), "base", r"'a\x1b]0;b' (0x"),
         (edited(**{"crdiff.version": "\u202e1"}), "made by", r"crdiff '\u202e1'"),
         (edited(**{"crdiff.prompt": "a cat"}), "prompt", "a cat"),
-        (edited(**{"crdiff.evidence.scorer": "IR", "crdiff.evidence.pruned": "1"}), "evidence", "pruned 1, scorer IR"),
+        (measured(scorer="IR", pruned="1"), "evidence", "pruned 1, scorer IR"),
         (
             edited(**{"crdiff.provenance": "searched", "crdiff.provenance.source": "a search"}),
             "ratios",

@@ -328,8 +328,7 @@ def test_document_names_every_key_and_its_format(tmp_path: Path) -> None:
     assert seen == set(KEYS)
 
 
-def test_document_shows_a_real_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CRDIFF_CACHE", str(tmp_path / "cache"))
+def test_document_shows_a_real_header(tmp_path: Path) -> None:
     found = re.search(r"```json\n(.*?)```", DOCUMENT, re.DOTALL)
     assert found
     said = makers.metadata_of(export(ExportRequest("demo", SIZE, tmp_path / "demo.safetensors")).written.path)

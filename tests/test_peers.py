@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import math
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +26,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from crdiff_export import ExportRequest, Size, architecture, export, families, header, metadata
-from crdiff_export.demo import config as demo_config
+from crdiff_export import ExportRequest, Size, architecture, demo, export, families, header, metadata
 from crdiff_export.export import prepare
 from crdiff_export.plan import Plan
 from crdiff_export.residual import specs
@@ -256,18 +256,17 @@ def test_diffusers_converts_a_transformer_beside_a_residual(table: str) -> None:
 
 
 @pytest.mark.parametrize("residual", ["none", "embed"])
-def test_diffusers_loads_a_whole_pipeline(residual: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diffusers_loads_a_whole_pipeline(residual: str, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    monkeypatch.setenv("CRDIFF_CACHE", str(tmp_path / "cache"))
-    config = demo_config.write(tmp_path / "config")
+    config = demo.config()
     request = ExportRequest("demo", Size(96, 64), tmp_path / "out.safetensors", ratios=RATIOS, residual=residual)
     output = export(request).written.path
 
     def load(path: Path) -> Any:
         return StableDiffusionPipeline.from_single_file(str(path), config=str(config), local_files_only=True)
 
-    dense, pruned = loaded(load, tmp_path / "cache" / "demo.safetensors", output)
+    dense, pruned = loaded(load, demo.path(), output)
     assert_same(pruned.vae.state_dict(), dense.vae.state_dict())
     assert_same(pruned.text_encoder.state_dict(), dense.text_encoder.state_dict())
     images = []
@@ -288,8 +287,8 @@ def test_diffusers_loads_a_folder(shards: bool, variant: str | None, tmp_path: P
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(demo_config.UNET).half()
-    base = demo_config.write(tmp_path / "base")
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(demo.config() / "unet")).half()
+    base = shutil.copytree(demo.config(), tmp_path / "base")
     unet.save_pretrained(base / "unet", variant=variant, max_shard_size="300KB" if shards else "1GB")
     output = bake(base, tmp_path / "out", ratios=RATIOS)
     weights = sorted(path.name for path in (output / "unet").glob("*.safetensors"))

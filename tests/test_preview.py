@@ -22,9 +22,9 @@ from PIL import Image
 
 from crdiff_export import ExportRequest, Size, demo, export, poa
 from crdiff_export.commands.signals import Stopped
-from crdiff_export.demo import config as demo_config
+from crdiff_export.drawing import opening, session
 from crdiff_export.errors import PreviewError
-from crdiff_export.preview import Preview, PreviewRequest, drawing, opening, prepare, preview
+from crdiff_export.preview import Preview, PreviewRequest, camera, prepare, preview, wording
 from crdiff_export.preview.wording import Picture
 from crdiff_export.progress import Silent
 
@@ -89,16 +89,16 @@ def plain(file: Path) -> Any:
     """A pipeline as somebody opens it who has never heard of crdiff."""
     import diffusers
 
-    with drawing._hushed():
+    with session.hushed():
         pipe = diffusers.StableDiffusionPipeline.from_single_file(
-            str(file), config=str(demo_config.path()), local_files_only=True
+            str(file), config=str(demo.config()), local_files_only=True
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def drawn(pipe: Any, prompt: str, seed: int) -> bytes:
-    with drawing._hushed():
+    with session.hushed():
         image = pipe(
             prompt, width=96, height=64, num_inference_steps=STEPS, guidance_scale=3.0, negative_prompt="blurry",
             generator=torch.Generator().manual_seed(seed),
@@ -200,12 +200,21 @@ def test_the_sheet_has_the_pictures_and_says_what_they_are(made: tuple[Preview, 
     assert facts["ratios"] == "down 0.4, mid 0.4, up 0.4: starting point, tuned by nobody (given on the command line)"
     assert facts["sampling"] == "3 steps of DDIM, guidance 3"
     assert facts["negative"] == "blurry"
-    assert facts["note"] == "the demo model's weights are random, its pictures mean nothing"
+    assert facts["note"] == (
+        '"a red fox" is no prompt of the demo model: it does not know fox; '
+        'it draws scenes like "a red circle left of a blue square on white"'
+    )
     assert facts["drawn on"] == "cpu, fp32"
     for name, said in facts.items():
         assert f"{name}: {said}" in text
     assert "row 4: seed 5: лиса & <b>snow</b>" in text
     assert not re.search(r"improve|better|enhance", text)
+
+
+def test_a_relation_that_the_demo_has_not_learnt_is_told() -> None:
+    said = list(wording.foreign(["two red circles on grey", "a red circle right of a blue square on white"]))
+    assert said == ['the demo model has not learnt what "right of" means, only: left of, above']
+    assert list(wording.foreign(["a red circle left of a blue square on white"])) == []
 
 
 def test_the_page_has_each_picture_with_its_parameters(made: tuple[Preview, Steps]) -> None:
@@ -266,9 +275,13 @@ def test_the_command_shows_facts_and_files(line: Line, here: Path) -> None:
     assert sorted(path.name for path in here.iterdir()) == ["demo-preview-64x64.html", "demo-preview-64x64.png"]
     notes = ran.err.splitlines()
     assert notes[0].startswith("note: no variant for 64x64; using the one for ")
-    assert notes[1] == "note: 3 pictures, 1 row of dense, pruned, POA 1.5, on cpu in fp32"
-    assert [text.partition(":")[0] for text in notes[2:]] == ["counting", "drawing"]
-    assert re.fullmatch(r"drawing: 4 passes in [\d.]+ s(, [\d.]+/s)?", notes[3])
+    assert notes[1] == (
+        'note: "a red fox" is no prompt of the demo model: it does not know fox; '
+        'it draws scenes like "a red circle left of a blue square on white"'
+    )
+    assert notes[2] == "note: 3 pictures, 1 row of dense, pruned, POA 1.5, on cpu in fp32"
+    assert [text.partition(":")[0] for text in notes[3:]] == ["counting", "drawing"]
+    assert re.fullmatch(r"drawing: 4 passes in [\d.]+ s(, [\d.]+/s)?", notes[4])
 
 
 def test_the_command_as_json_with_prompts_from_a_file(line: Line, here: Path) -> None:
@@ -412,7 +425,7 @@ def test_too_little_memory(error: Exception, line: Line, here: Path, monkeypatch
     def fail(*_args: object) -> None:
         raise error
 
-    monkeypatch.setattr(drawing._Camera, "_picture", fail)
+    monkeypatch.setattr(camera._Camera, "_picture", fail)
     ran = line(f"demo --res 64 {FOX}")
     assert ran.code == 1
     assert ran.err.endswith("crdiff: device cpu: not enough memory\n  Give a smaller --res, or --dtype bf16.\n")
@@ -423,7 +436,7 @@ def test_other_failures_are_bugs_and_keep_their_traceback(monkeypatch: pytest.Mo
     def fail(*_args: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(drawing._Camera, "_picture", fail)
+    monkeypatch.setattr(camera._Camera, "_picture", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         preview(replace(REQUEST, seeds=(0,)))
 
@@ -432,13 +445,13 @@ def test_black_pictures_are_pointed_out(line: Line, monkeypatch: pytest.MonkeyPa
     def black(_self: object, column: Any, prompt: str, seed: int) -> Picture:
         return Picture(column, prompt, seed, Image.new("RGB", (64, 64)), 0.1)
 
-    monkeypatch.setattr(drawing._Camera, "_picture", black)
+    monkeypatch.setattr(camera._Camera, "_picture", black)
     ran = line(f"demo --res 64 {FOX}")
     assert "note: 3 of 3 pictures are all black: try another --dtype, such as bf16 or fp32" in ran.err
 
 
 def test_a_folder_that_asks_for_other_libraries_is_refused(here: Path) -> None:
-    folder = shutil.copytree(demo_config.path(), here / "config")
+    folder = shutil.copytree(demo.config(), here / "config")
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace('"diffusers",\n    "DDIM', '"os",\n    "DDIM'))
     with pytest.raises(PreviewError) as error:
@@ -450,21 +463,9 @@ def test_the_libraries_are_left_as_they_were() -> None:
     from diffusers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with drawing._hushed():
+    with session.hushed():
         assert logging.get_verbosity() > before[0]
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
-
-
-def test_the_demo_configuration_heals_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CRDIFF_CACHE", str(tmp_path))
-    folder = demo_config.path()
-    assert folder == tmp_path / demo_config.NAME
-    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert len(whole) == 8
-    (folder / "model_index.json").write_text("{")
-    (folder / "vae" / "config.json").unlink()
-    demo_config.path()
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == whole
 
 
 # --- what comes from the Hub ---

@@ -15,7 +15,7 @@ import pytest
 from loopback_hub import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, LoopbackHub
 from publishing import BASE, CARD, Clients, Desk, checkpoint, plan, statuses
 
-SIZES = ("48x48", "64x96", "96x64", "96x96", "128x128")  # those of the demo's recipe
+SIZES = ("48x48", "64x96", "96x64", "96x96", "80x80")  # those of the demo's recipe
 EXPORTS = """\
 import json, sys
 from crdiff_export.commands import main
@@ -87,7 +87,7 @@ repo = "studio/{width}-wide"
 base_model = "org/single"
 
 [[base.variant]]
-size = "128x128"
+size = "80x80"
 ratios = { down = 0.1, up = 0.5 }
 poa_weight = 2.5
 targets = ["attn"]
@@ -117,8 +117,8 @@ PUBLISHED: list[tuple[str, str, str, list[str]]] = [
          ["models/local.safetensors", "--res", size])
         for size in ("96x64", "48x48")
     ),
-    ("studio/128-wide", "main", "local-crdiff-128x128.safetensors",
-     ["models/local.safetensors", "--res", "128", "--down", "0.1", "--up", "0.5", "--poa-weight", "2.5",
+    ("studio/80-wide", "main", "local-crdiff-80x80.safetensors",
+     ["models/local.safetensors", "--res", "80", "--down", "0.1", "--up", "0.5", "--poa-weight", "2.5",
       "--targets", "attn"]),
     ("studio/48-wide", "main", "demo-crdiff-48x48.safetensors", ["demo", "--res", "48"]),
 ]  # fmt: skip
@@ -293,13 +293,13 @@ def test_twelve_that_are_there_cost_some_headers(
 def test_a_local_base_is_hashed_once(desk: Desk) -> None:
     (desk.folder / "local.safetensors").write_bytes(checkpoint())
     desk.plan(plan("48x48", "96x64", "96x96", base="local.safetensors"))
-    assert "hashing: 179.89 KB" not in desk.run("--no-push").err
+    assert "hashing: 156.71 KB" not in desk.run("--no-push").err
     assert desk.hub.requests == []
     for more in ([], ["--no-push"], []):
         ran = desk.run(*more)
         assert ran.code == 0
         assert ran.out.count(" published " if not more and desk.changes() else " unchanged ") == 3
-        assert ran.err.count("hashing: 179.89 KB") == 1
+        assert ran.err.count("hashing: 156.71 KB") == 1
     assert desk.changes() == []
     (desk.folder / "local.safetensors").write_bytes(checkpoint(1))
     assert set(desk.made().values()) == {"published"}

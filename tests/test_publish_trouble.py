@@ -299,7 +299,7 @@ def test_a_full_disk(keep: str, crdiff: Crdiff, here: Path, monkeypatch: pytest.
     """Told before anything is written, or, one by one, for each that does not fit."""
     sizes = {"48x48": 1, "96x64": 2, "96x96": 3}
     (here / "plan.toml").write_text(plan(*sizes, base="demo", repo="").replace('repo = ""\n', ""))
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=6_000_000 - used(here)))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=22_000_000 - used(here)))
     ran = crdiff("publish", "plan.toml", "--json", *(["--keep", "none"] if keep == "none" else ["--no-push"]))
     assert ran.code == 1
     status = list(statuses(ran.result).values())

@@ -45,7 +45,7 @@ MIXED = f"""
 [[base]]
 base = "{BASE}"
 repo = "tester/out"
-sizes = ["48x48", "128x128", "72x72"]
+sizes = ["48x48", "80x80", "72x72"]
 name = "{{size}}.safetensors"
 
 [[base.variant]]
@@ -69,9 +69,9 @@ WHY = ["unchanged", "made by an earlier run", "new", "changed: ratio.down, ratio
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(desk: Desk) -> None:
     desk.base()
-    desk.plan(plan("48x48", "96x96", "128x128"))
+    desk.plan(plan("48x48", "96x96", "80x80"))
     assert desk.run("-o", "out").code == 0
-    desk.hub.commit("tester/out", {"128x128.safetensors": None, "foreign.safetensors": b"\0" * 600})
+    desk.hub.commit("tester/out", {"80x80.safetensors": None, "foreign.safetensors": b"\0" * 600})
     desk.plan(MIXED)
     there, files = desk.hub.repo("tester/out").refs, desk.files()
     page = desk.tmp / "page.md"
@@ -85,10 +85,10 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(desk: Desk) -> None:
     assert [word for word, row, why in zip(words, rows, WHY, strict=True) if f"  {word}  " not in row] == []
     assert "  0.1/0/0.25 (starting point)  " in rows[3]
     assert variants == "variants: 3 to make, 1 to push, 1 there, 1 failing"
-    assert fetch == "to fetch: at most 216.25 KB"
-    assert write == "to write: 539.66 KB, 179.89 KB at once"
+    assert fetch == "to fetch: at most 193.25 KB"
+    assert write == "to write: 470.14 KB, 156.71 KB at once"
     note, error, hint = ran.err.splitlines()
-    assert note == "note: 72x72 of model.safetensors: no variant for 72x72; using the one for 64x96 (starting point)"
+    assert note == "note: 72x72 of model.safetensors: no variant for 72x72; using the one for 80x80 (starting point)"
     assert error == "crdiff: 96x64 of nothing: org/nothing: no such repository, or a private one"
     assert hint.startswith("  Check the id")
     assert not page.exists()
@@ -105,7 +105,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(desk: Desk) -> None:
         "base": BASE, "size": "72x72", "repo": "tester/out", "revision": "main", "path": "72x72.safetensors",
         "output": "out/72x72.safetensors", "family": "demo", "ratios": {"down": 0.3, "mid": 0.3, "up": 0.3},
         "poa_weight": 1.5, "provenance": "starting-point", "digest": None, "line": 5, "action": "make",
-        "reason": "new", "notes": ["no variant for 72x72; using the one for 64x96 (starting point)"], "error": None,
+        "reason": "new", "notes": ["no variant for 72x72; using the one for 80x80 (starting point)"], "error": None,
     }  # fmt: skip
     assert found[5]["error"]["code"] == "hub"
 
@@ -149,7 +149,7 @@ def test_a_run_says_what_it_did(desk: Desk) -> None:
     data = desk.hub.read("tester/out", "72x72.safetensors")
     assert one["url"] == f"{desk.hub.url}/tester/out/resolve/{one['commit']}/72x72.safetensors"
     assert (one["bytes"], one["sha256"]) == (len(data), sha256(data).hexdigest())
-    assert one["notes"] == ["no variant for 72x72; using the one for 64x96 (starting point)"]
+    assert one["notes"] == ["no variant for 72x72; using the one for 80x80 (starting point)"]
     assert found[0]["notes"] == ["created tester/out, private, as the licence of its base is not known"]
     assert len({one["digest"] for one in found}) == 6
     assert [tag.keys() for tag in ran.result["tags"]] == [{"repo", "tag", "commit", "error"}]
@@ -157,7 +157,7 @@ def test_a_run_says_what_it_did(desk: Desk) -> None:
     assert before == "Before."
     header, *rows, last = cells(table)
     assert header == ["base", "size", "result", "bytes", "commit", "where"]
-    assert rows[2] == [BASE, "72x72", "✅ published", "220.85 KB", one["commit"][:10], "tester/out/72x72.safetensors"]
+    assert rows[2] == [BASE, "72x72", "✅ published", "197.67 KB", one["commit"][:10], "tester/out/72x72.safetensors"]
     assert last[2] == "❌ failed: org/nothing: no such repository, or a private one"
     assert f"]({one['url']}) |" in table
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from demo_training import convert, data, model, run, training, vae, words
+from demo_training import convert, data, diffusion, model, run, training, vae, words
 from demo_training.training import Pace, Schedule
 
 from crdiff_export import families
@@ -171,6 +171,15 @@ def test_rate_rises_holds_and_falls() -> None:
     assert [schedule.rate_at(step) for step in (0, 9, 50, 79)] == [0.1, 1, 1, 1]
     assert schedule.rate_at(90) == pytest.approx(0.5)
     assert schedule.rate_at(99) == pytest.approx(0.05)
+
+
+def test_times_are_shifted_to_the_noisy_end() -> None:
+    even = np.linspace(0, 1, 1001)
+    assert np.array_equal(diffusion.shifted(even, 1.0), even)
+    moved = diffusion.shifted(even, 3.0)
+    assert (moved[0], moved[-1]) == (0, 1)
+    assert (np.diff(moved) > 0).all()
+    assert np.mean(moved > 0.75) == pytest.approx(0.5, abs=0.01)
 
 
 def test_every_step_has_numbers_of_its_own() -> None:

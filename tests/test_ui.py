@@ -253,7 +253,7 @@ def test_bars_have_rate_and_time_left() -> None:
     shown = plain(text)
     for stage in ("counting", "writing"):
         assert re.search(rf"{stage} +━+ [\d.]+/[\d.]+ [kM]B +\S+( [kMG]B/s)? +(-:--:--|\d:\d\d:\d\d)", shown), stage
-    assert re.search(r"622\.6/622\.6 kB +[\d.]+ [kMG]B/s +0:00:00", shown)
+    assert re.search(r"2\.5/2\.5 MB +[\d.]+ [kMG]B/s +0:00:00", shown)
     assert COLOUR.search(text)
     assert text.index("\x1b[?25l") < text.index("\x1b[?25h")  # the cursor is back
     assert text.endswith("demo-crdiff-72x72.safetensors\n")
@@ -293,7 +293,7 @@ def test_colours_and_bars_are_for_those_who_want_them(env: Mapping[str, str], co
     assert bool(COLOUR.search(text)) == bool(COLOUR.search(error)) == colours
     assert bool(ESCAPE.search(text)) == escapes
     if not escapes:
-        assert "counting: 622.59 KB in" in text
+        assert "counting: 2.49 MB in" in text
 
 
 @terminal
@@ -303,8 +303,8 @@ def test_a_narrow_terminal_loses_nothing(columns: int, env: Mapping[str, str]) -
     code, text = on_terminal("export", "demo", "--res", "72", "-o", "o.safetensors", columns=columns, env=env)
     assert code == 0
     shown = plain(text)
-    assert "group   ratio   zeroed        of    share   threshold" in shown
-    assert "up        0.3   49,173   163,840   0.3001   0.0422363" in shown
+    assert "group   ratio    zeroed        of    share   threshold" in shown
+    assert "up        0.3   196,673   655,360   0.3001   0.0250092" in shown
     _, error = on_terminal("export", "demo", "--res", "72", "-o", "o.safetensors", columns=columns, env=env)
     assert "crdiff: o.safetensors: already exists\n" in plain(error)
 

@@ -119,13 +119,13 @@ def test_the_base_is_read_as_for_one(dtype: str, tmp_path: Path, monkeypatch: py
 def test_one_count_serves_all_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
     seen: list[TensorSpec] = []
-    count = magnitude._Counting._count
+    count = magnitude.Ranking._count
 
-    def noted(self: Any, piece: Any, refine: bool) -> None:
+    def noted(self: Any, piece: Any, refine: Any) -> int:
         seen.append(piece.target.source)
-        count(self, piece, refine)
+        return count(self, piece, refine)
 
-    monkeypatch.setattr(magnitude._Counting, "_count", noted)
+    monkeypatch.setattr(magnitude.Ranking, "_count", noted)
     made = list(run_all(jobs(base, tmp_path / "m", [{"ratio": r / 10} for r in range(8)]), Silent(), together=False))
     assert len(made) == 8
     assert len(seen) == len(set(seen)) > 10

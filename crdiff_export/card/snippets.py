@@ -185,7 +185,7 @@ def _folders(card: Card, row: Row) -> Iterator[str]:
 
 def _no_way(row: Row) -> str:
     if row.stamp.family == "demo":
-        return "The demo model is there to try crdiff out. Its weights are random, and so are its pictures."
+        return "The demo model is there to try crdiff out: `crdiff preview demo` draws with it, and nothing else does."
     if kind(row) == "shards":
         return "It is split as its base is. diffusers and ComfyUI open such a model only when its shards are joined."
     return "Open it as you open its base."

@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": "Check a baked file against its header, and against its base.",
     "restore": "Give the base back, from a file exported with its residual.",
     "preview": "Draw what a base, its pruned model and POA make of a prompt.",
+    "evaluate": "Score a base, its pruned model and POA on many prompts, with intervals.",
     "push": "Push a baked file to the Hub, with its model card.",
     "publish": "Make and push all variants that a plan file asks for.",
     "comfyui": "Add nodes for sampling with POA to a ComfyUI.",

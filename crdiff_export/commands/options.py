@@ -4,13 +4,17 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
-from crdiff_export.errors import CrdiffError
+from crdiff_export.errors import CrdiffError, OptionError
 from crdiff_export.recipe import MAX_POA_WEIGHT, TARGETS, Size
+
+# A prompt is a sentence or a page; a file of them is no checkpoint.
+MAX_BYTES = 1 << 20
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -164,3 +168,21 @@ def push_options(command: Command) -> Command:
     )):  # fmt: skip
         command = option(command)
     return command
+
+
+def listed_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts in a file, one a line; OptionError where it is no such file."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise OptionError(f"{path}: {error.strerror}", "Give --prompts a text file with one prompt a line.") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path}: not UTF-8 at byte {error.start}", "Save it as UTF-8 text.") from error
+    if len(data) > MAX_BYTES:
+        raise OptionError(f"{path}: more than 1 MiB", "Give --prompts a text file with one prompt a line.")
+    found = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not found:
+        raise OptionError(f"{path}: has no prompt", "Give --prompts a text file with one prompt a line.")
+    return found

@@ -13,23 +13,21 @@ from crdiff_export.commands.options import (
     announce,
     complete_alias,
     examples,
+    listed_prompts,
     output_options,
     quiet_client,
 )
 from crdiff_export.commands.signals import Stopper
-from crdiff_export.errors import OptionError
 from crdiff_export.floats import DTYPES
 from crdiff_export.preview import Job, Preview, PreviewRequest, draw, measure, prepare
 from crdiff_export.preview.wording import ratios_of, standing
 
 FRACTION = click.FloatRange(0, 1)
-# A prompt is a sentence or a page; a file of them is no checkpoint.
-MAX_BYTES = 1 << 20
 
 
 @click.command(
     epilog=examples(
-        'crdiff preview demo --res 96x64 --prompt "a red fox"',
+        'crdiff preview demo --res 96x64 --prompt "a red circle left of a blue square on white"',
         'crdiff preview sdxl --res 512 --prompt "a red fox" --seed 1 --seed 2 --poa-weight 1.5 --poa-weight 2',
         "crdiff preview sdxl --baked sdxl-512.safetensors --prompts prompts.txt -o sheet.png",
     )
@@ -91,7 +89,7 @@ def preview(
     per_group = {"down": down, "mid": mid, "up": up}
     request = PreviewRequest(
         base=base,
-        prompts=(*prompts, *(_listed(listed) if listed else ())),
+        prompts=(*prompts, *(listed_prompts(listed) if listed else ())),
         ratios={group: ratio for group, ratio in per_group.items() if ratio is not None},
         **options,
     )
@@ -115,21 +113,6 @@ def preview(
         ui.facts((*made.facts, ("pictures", _times(made))))
     for path in made.files:
         ui.line(str(path))
-
-
-def _listed(path: Path) -> tuple[str, ...]:
-    """The prompts in a file."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise OptionError(f"{path}: {error.strerror}", "Give --prompts a text file with one prompt a line.") from error
-    except UnicodeDecodeError as error:
-        raise OptionError(f"{path}: not UTF-8 at byte {error.start}", "Save it as UTF-8 text.") from error
-    if len(data) > MAX_BYTES:
-        raise OptionError(f"{path}: more than 1 MiB", "Give --prompts a text file with one prompt a line.")
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _announce(job: Job) -> None:

@@ -1,6 +1,6 @@
 """Rank by |w| (Han et al. 2015, arXiv 1506.02626), the criterion of the paper: pass one over the target weights."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock, local
@@ -12,12 +12,14 @@ from crdiff_export.floats import FORMATS, INFINITY
 from crdiff_export.header import show
 from crdiff_export.kernels import LOWER_BITS, REFINED, Kernel, counters, magnitudes
 from crdiff_export.plan import Plan, Scope, Target
-from crdiff_export.progress import Progress
+from crdiff_export.progress import Progress, Silent
 from crdiff_export.source import Bytes
 from crdiff_export.threshold import Threshold
 
 if TYPE_CHECKING:
     from crdiff_export.kernels import Counts
+
+    _Refined = Mapping[Hashable, dict[int, threshold.Totals]]
 
 # Elements read and counted at once.
 CHUNK = 2 << 20
@@ -46,12 +48,15 @@ def thresholds(plans: Sequence[Plan], kernel: Kernel, progress: Progress) -> tup
     The plans share their checkpoint and cast; its weights are read once for all of them (fp32: twice). Non-finite
     weights raise PlanError with their tensors' names, unless the plans allow them.
     """
-    return _Counting(plans, kernel, progress).run()
+    ranking = Ranking(plans, kernel, progress)
+    ranking.count(refined=True)
+    return tuple(ranking.thresholds(plan) for plan in plans)
 
 
-class _Counting:
-    """One count over all targets on the kernel's threads. Sums of integers: their order cannot change the result.
+class Ranking:
+    """What counting has found of a checkpoint's weights, and the thresholds of any ratios in it.
 
+    One count over all targets on the kernel's threads. Sums of integers: their order cannot change the result.
     Each layer kind of a group has a tally of its own, so that plans with other kinds of targets find theirs among them.
     """
 
@@ -65,59 +70,82 @@ class _Counting:
         self._own = local()
         self._readers: list[Bytes] = []
 
-    def run(self) -> tuple[tuple[Threshold, ...], ...]:
+    def count(self, *, refined: bool = False) -> None:
+        """Read every target of the plans that is pruned; with `refined` all that their own ratios need."""
         counted = list(self._targets.values())
-        wide = [t for t in counted if t.output.dtype == "F32"]
+        wide = [t for t in counted if t.output.dtype == "F32"] if refined else []
         self._progress.stage("counting", sum(t.count * t.source.itemsize for t in (*counted, *wide)))
-        try:
-            self._pass(counted, refine=False)
-            self._refuse_nonfinite()
-            scopes = [self._scopes(plan) for plan in self._plans]
-            for scope in (scope for found in scopes for scope in found):
-                self._prepare_refinement(*scope)
-            self._pass(wide, refine=True)
-        finally:
-            for reader in self._readers:
-                reader.close()
-        return tuple(tuple(_select(*scope) for scope in found) for found in scopes)
+        self._pass(counted)
+        if refined:
+            self._refuse_nonfinite(self._plans)
+            self._refine(self._plans, self._progress)
+
+    def thresholds(self, plan: Plan) -> tuple[Threshold, ...]:
+        """One for each scope of a plan whose targets were counted, whatever its ratios.
+
+        Those of F32 need another look at its weights, unless the same upper bits were asked for before.
+        """
+        self._refuse_nonfinite([plan])
+        self._refine([plan], Silent())
+        return tuple(_select(*scope) for scope in self._scopes(plan))
+
+    def _refine(self, plans: Sequence[Plan], progress: Progress) -> None:
+        """Count the lower bits of the F32 weights near the thresholds, where that has not been done."""
+        asked: dict[Hashable, set[int]] = {}
+        for scope, names in (scope for plan in plans for scope in self._named(plan)):
+            tallies = [self._tallies[name] for name in names]
+            if names and "F32" in (counts := _merged(tallies)):
+                upper = threshold.upper_bits(counts, scope.rank)
+                for name, tally in zip(names, tallies, strict=True):
+                    if upper not in tally.refined:
+                        asked.setdefault(name, set()).add(upper)
+        found = {name: {upper: threshold.totals(REFINED) for upper in uppers} for name, uppers in asked.items()}
+        wide = [t for t in self._targets.values() if t.output.dtype == "F32" and _tally(self._plans[0], t) in asked]
+        self._pass(wide, found, progress)
+        for name, refined in found.items():  # only now: half a count must not be found by the next that asks
+            self._tallies[name].refined |= refined
 
     def _scopes(self, plan: Plan) -> list[tuple[Scope, list[_Tally]]]:
         """Every scope of a plan with the tallies of its weights."""
+        return [(scope, [self._tallies[name] for name in names]) for scope, names in self._named(plan)]
+
+    def _named(self, plan: Plan) -> list[tuple[Scope, list[Hashable]]]:
         names: list[dict[Hashable, None]] = [{} for _ in plan.scopes]
         for target in plan.targets:
             if plan.scopes[target.scope].rank:
                 names[target.scope][_tally(plan, target)] = None
-        return [(s, [self._tallies[name] for name in found]) for s, found in zip(plan.scopes, names, strict=True)]
+        return [(scope, list(found)) for scope, found in zip(plan.scopes, names, strict=True)]
 
-    def _prepare_refinement(self, scope: Scope, tallies: Sequence[_Tally]) -> None:
-        counts = _merged(tallies)
-        if "F32" in counts:
-            upper = threshold.upper_bits(counts, scope.rank)
-            for tally in tallies:
-                tally.refined[upper] = threshold.totals(REFINED)
+    def _pass(self, targets: list[Target], refined: "_Refined | None" = None, progress: Progress | None = None) -> None:
+        if not targets:
+            return
+        try:
+            with ThreadPoolExecutor(self._kernel.threads, "crdiff-count") as pool:
+                futures = [pool.submit(self._count, piece, refined) for piece in _pieces(targets)]
+                try:
+                    for future in futures:
+                        (progress or self._progress).advance(future.result())
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        finally:
+            for reader in self._readers:
+                reader.close()
+            self._readers, self._own = [], local()
 
-    def _pass(self, targets: list[Target], *, refine: bool) -> None:
-        with ThreadPoolExecutor(self._kernel.threads, "crdiff-count") as pool:
-            futures = [pool.submit(self._count, piece, refine) for piece in _pieces(targets)]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    def _count(self, piece: _Piece, refine: bool) -> None:
+    def _count(self, piece: _Piece, refined: "_Refined | None") -> int:
         target = piece.target
         dtype = target.output.dtype
         weights = self._read(piece)
-        tally = self._tallies[_tally(self._plans[0], target)]
-        if refine:
-            found = {upper: counters(REFINED) for upper in tally.refined}
+        name = _tally(self._plans[0], target)
+        tally = self._tallies[name]
+        if refined is not None:
+            found = {upper: counters(REFINED) for upper in refined[name]}
             for upper, counts in found.items():
                 self._kernel.refine(weights, upper, counts)
             with self._lock:
                 for upper, counts in found.items():
-                    tally.refined[upper] += counts
+                    refined[name][upper] += counts
         else:
             counts = counters(magnitudes(dtype))
             self._kernel.count(weights, dtype, counts)
@@ -125,7 +153,7 @@ class _Counting:
                 tally.counts.setdefault(dtype, threshold.totals(len(counts)))
                 tally.counts[dtype] += counts
                 self._note_nonfinite(target, counts)
-        self._progress.advance((piece.stop - piece.start) * target.source.itemsize)
+        return (piece.stop - piece.start) * target.source.itemsize
 
     def _read(self, piece: _Piece) -> memoryview:
         """The piece's weights in the dtype that will be written, in a buffer of this thread's own."""
@@ -151,13 +179,16 @@ class _Counting:
         if found := int(counts[first:].sum()):
             self._nonfinite[target.name] = self._nonfinite.get(target.name, 0) + found
 
-    def _refuse_nonfinite(self) -> None:
-        if not self._nonfinite or self._plans[0].allow_nonfinite:
+    def _refuse_nonfinite(self, plans: Sequence[Plan]) -> None:
+        pruned = {target.name for plan in plans for target in plan.targets if plan.scopes[target.scope].rank}
+        found = sorted(pruned & self._nonfinite.keys())
+        if not found or self._plans[0].allow_nonfinite:
             return
-        names = ", ".join(show(name) for name in sorted(self._nonfinite)[:3])
-        more = len(self._nonfinite) - 3
+        names = ", ".join(show(name) for name in found[:3])
+        more = len(found) - 3
+        count = sum(self._nonfinite[name] for name in found)
         raise PlanError(
-            f"{self._plans[0].checkpoint.path}: {sum(self._nonfinite.values())} target weights are not finite, "
+            f"{self._plans[0].checkpoint.path}: {count} target weights are not finite, "
             f"in {names}{f' and {more} more' if more > 0 else ''}",
             "The checkpoint is damaged, or --dtype is too narrow for it; --allow-nonfinite keeps such weights.",
         )

@@ -35,6 +35,9 @@ SIZES = ("small", "large")
 COUNTS = {"two": 2, "three": 3}
 # Each with the one that says the same when the two things change places.
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+# Those that the model has learnt. With both ways to say the same it soon learnt the axis, but not in two hours which
+# of the two things is where: whichever is named first, half of the pictures have it on either side.
+LEARNT = ("left of", "above")
 SHARES: dict[Kind, float] = {"single": 0.2, "counted": 0.2, "related": 0.6}
 
 EXAMPLE = "a red circle left of a blue square on white"
@@ -72,6 +75,11 @@ class Scene:
         if self.second:
             return "related"
         return "counted" if self.first.count > 1 else "single"
+
+    @property
+    def learnt(self) -> bool:
+        """Whether the model knows what all of its words mean."""
+        return not self.relation or self.relation in LEARNT
 
     @property
     def things(self) -> tuple[Thing, ...]:

@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from crdiff_export.errors import PoaError
 from crdiff_export.poa.mix import Schedule, Weight, mix
-from crdiff_export.poa.source import Source, from_baked, from_recipe
+from crdiff_export.poa.source import Counted, Source, from_baked, from_recipe
 
 if TYPE_CHECKING:
     from crdiff_export.poa.sampling import Poa
 
 Mode = Literal["sequential", "batched"]
 
-__all__ = ["Mode", "Schedule", "Source", "Weight", "disable", "enable", "enabled", "from_baked", "from_recipe", "mix"]
+__all__ = [
+    "Counted", "Mode", "Schedule", "Source", "Weight", "disable", "enable", "enabled", "from_baked", "from_recipe",
+    "mix",
+]  # fmt: skip
 
 
 def enable(

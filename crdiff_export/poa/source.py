@@ -1,18 +1,21 @@
 """Where the dense and the pruned weights of POA come from: one type, made in three ways.
 
 `from_baked`: thresholds from a baked file's header, for the base in memory. `from_baked` of a file with its residual:
-for the base or the file itself in memory. `from_recipe`: thresholds found as an export finds them, nothing written.
+for the base or the file itself in memory. `from_recipe`: thresholds found as an export finds them, nothing written;
+`Counted` gives them for any ratios.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from crdiff_export import bases, criteria, kernels
 from crdiff_export.baked import DATA_HASH, FILE_HASH, BakedCheckpoint, open_baked
+from crdiff_export.criteria.magnitude import Ranking
 from crdiff_export.errors import PoaError
 from crdiff_export.export import ExportRequest, plan_variant
 from crdiff_export.hashing import hash_data, hash_file
-from crdiff_export.plan import Plan
+from crdiff_export.plan import Plan, with_ratios
 from crdiff_export.poa.masks import Masks
 from crdiff_export.progress import Progress, Silent
 
@@ -64,6 +67,28 @@ def from_recipe(request: ExportRequest, progress: Progress | None = None) -> Sou
     kernel = kernels.load(request.device, request.threads)
     (thresholds,) = criteria.by_name(request.criterion)([plan], kernel, progress or Silent())
     return Source(Masks.of(plan, thresholds), plan, plan.variant.poa_weight, base.name)
+
+
+class Counted:
+    """A base whose weights have been counted once, which gives the source of any ratios by a look-up.
+
+    The thresholds are those of an export. The plans, of one checkpoint, say which layers may be pruned; their ratios do
+    not matter.
+    """
+
+    def __init__(self, plans: Sequence[Plan], base: str, progress: Progress | None = None) -> None:
+        self._base = base
+        # At a ratio of 0 nothing would be counted.
+        every = [with_ratios(plan, dict.fromkeys(plan.groups, 0.5)) for plan in plans]
+        self._ranking = Ranking(every, kernels.load("cpu", None), progress or Silent())
+        self._ranking.count()
+
+    def source(self, plan: Plan, weight: float = 1.0) -> Source:
+        """The source of a plan whose layers were counted; at least one of its ratios prunes something.
+
+        Of an F32 checkpoint it reads the weights again, unless these ratios were asked for before.
+        """
+        return Source(Masks.of(plan, self._ranking.thresholds(plan)), plan, weight, self._base)
 
 
 def _check_base(baked: BakedCheckpoint, base: str, progress: Progress) -> None:

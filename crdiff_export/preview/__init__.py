@@ -7,16 +7,17 @@ from pathlib import Path
 
 from crdiff_export import architecture, bases, plan, poa, recipe
 from crdiff_export.baked import BakedCheckpoint, open_baked
+from crdiff_export.drawing import opening
+from crdiff_export.drawing.opening import Opening
 from crdiff_export.errors import OptionError, PreviewError
 from crdiff_export.export import ExportRequest, plan_variant
 from crdiff_export.plan import Plan
-from crdiff_export.preview import files, opening, wording
-from crdiff_export.preview.opening import Opening
+from crdiff_export.preview import files, wording
 from crdiff_export.preview.wording import Column, Taken
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.recipe import Size
 
-# What torch tells apart.
+# What torch tells apart, as in `drawing.session`.
 SEEDS = 2**64
 
 
@@ -98,6 +99,7 @@ def prepare(request: PreviewRequest) -> Job:
     base = bases.locate(request.base, request.variant)
     checkpoint = base.open(request.variant)
     match = plan.recognise(checkpoint)
+    demo = match.family.id == "demo"
     baked = open_baked(request.baked.expanduser()) if request.baked else None
     if baked and baked.plan.match.family != match.family:
         raise PreviewError(
@@ -118,11 +120,11 @@ def prepare(request: PreviewRequest) -> Job:
     files.check_sheet(outputs, rows, len(columns), size)
     if not any(scope.rank for scope in planned.scopes):
         raise PreviewError("all ratios are 0, so there is no pruned model to look at", "Give --ratio, or a --recipe.")
-    from crdiff_export.preview import drawing
+    from crdiff_export.drawing import session
 
-    device = drawing.device(request.device, offload=request.offload)
-    dtype = drawing.dtype(request.dtype, way.pipeline, device)
-    notes = () if baked else planned.notes
+    device = session.device(request.device, offload=request.offload)
+    dtype = session.dtype(request.dtype, way.pipeline, device)
+    notes = (*(() if baked else planned.notes), *(wording.foreign(request.prompts) if demo else ()))
     return Job(request, base, planned, baked, size, native, columns, way, device, dtype, outputs, notes)
 
 
@@ -135,9 +137,9 @@ def measure(job: Job, progress: Progress) -> poa.Source:
 
 def draw(job: Job, source: poa.Source, progress: Progress) -> Preview:
     """Open the base once, make every picture with it, and write the files; each appears when it is complete."""
-    from crdiff_export.preview import drawing
+    from crdiff_export.preview import camera
 
-    taken = drawing.take(job, source, progress)
+    taken = camera.take(job, source, progress)
     facts = wording.facts(job, taken)
     contact = wording.contact(job, facts, taken)
     files.write(contact, job.outputs, replace=job.request.force)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from crdiff_export.demo.scenes import EXAMPLE, LEARNT, Scene
+from crdiff_export.errors import CrdiffError
 from crdiff_export.inspection import printable, provenance
 from crdiff_export.metadata import tool_version
 from crdiff_export.report import Contact, Row, Shot
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from crdiff_export.preview import Job
-
-MEANINGLESS = ("the demo model's weights are random, its pictures mean nothing",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def _facts(job: "Job", taken: Taken) -> Iterator[tuple[str, str]]:
         yield "negative", request.negative
     if (request.start, request.stop) != (0, 1):
         yield "POA", f"from {request.start:g} to {request.stop:g} of the steps"
-    for note in (*job.notes, *(MEANINGLESS if job.plan.match.family.id == "demo" else ())):
+    for note in job.notes:
         yield "note", note
     yield "drawn on", f"{job.device}, {job.dtype}"
     yield "made by", f"crdiff {tool_version()}, diffusers {version('diffusers')}, torch {version('torch')}"
@@ -124,3 +124,16 @@ def warnings(taken: Taken) -> tuple[str, ...]:
     if not black:
         return ()
     return (f"{black} of {len(taken.pictures)} pictures are all black: try another --dtype, such as bf16 or fp32",)
+
+
+def foreign(prompts: Sequence[str]) -> Iterator[str]:
+    """A note for the first prompt that the demo model does not know, or has not learnt."""
+    for prompt in prompts:
+        try:
+            scene = Scene.parse(prompt)
+            if not scene.learnt:
+                yield f'the demo model has not learnt what "{scene.relation}" means, only: {", ".join(LEARNT)}'
+                return
+        except CrdiffError as error:
+            yield printable(f'{error.message}; it draws scenes like "{EXAMPLE}"', limit=1000)
+            return

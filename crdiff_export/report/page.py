@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -29,6 +29,8 @@ dd { margin: 0; overflow-wrap: anywhere; }
 section { margin-top: 1.5rem; padding-top: 1.5rem; border-top: 1px solid var(--rule); overflow-x: auto; }
 table { border-collapse: collapse; }
 th, td { padding: 0 .75rem .25rem 0; text-align: left; vertical-align: top; font-weight: 500; font-size: .9rem; }
+.numbers td { font-weight: 400; white-space: nowrap; font-variant-numeric: tabular-nums; }
+svg { max-width: 100%; height: auto; background: #fafaf8; }
 .seed { padding-bottom: 1rem; font-variant-numeric: tabular-nums; }
 img { display: block; max-width: 100%; height: auto; background: var(--rule); }
 label { cursor: zoom-in; }
@@ -44,7 +46,7 @@ label { cursor: zoom-in; }
 """
 _HELP = "Click a picture to see it large; the arrow keys then go from one to the next, and a click closes it."
 # Pixels of a picture's longer side up to which single ones are to be seen when it is large.
-_SMALL = 256
+SMALL = 256
 
 
 def save(contact: Contact, path: Path) -> None:
@@ -54,31 +56,43 @@ def save(contact: Contact, path: Path) -> None:
 
 def render(contact: Contact) -> str:
     """The page. Its pictures are PNG, pixel by pixel those given."""
-    return "\n".join(_page(contact)) + "\n"
+    small = all(max(shot.image.size) <= SMALL for row in contact.rows for shot in row.shots)
+    return frame(contact.title, contact.facts, rows(contact), small=small)
 
 
-def _page(contact: Contact) -> Iterator[str]:
-    title = escape(contact.title)
-    small = all(max(shot.image.size) <= _SMALL for row in contact.rows for shot in row.shots)
+def frame(title: str, facts: Sequence[tuple[str, str]], body: str, *, small: bool = True) -> str:
+    """A whole page around sections; where pictures are `small`, single pixels are to be seen when one is large."""
+    return "\n".join(_frame(escape(title), facts, body, small=small)) + "\n"
+
+
+def _frame(title: str, facts: Sequence[tuple[str, str]], body: str, *, small: bool) -> Iterator[str]:
     yield '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
     yield f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>"
     yield f"<body{' class=small' if small else ''}>\n<h1>{title}</h1>\n<dl>"
-    yield from (f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in contact.facts)
+    yield from (f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
     yield f'</dl>\n<p class="help">{_HELP}</p>'
     yield '<input class="pick" type="radio" name="large" id="none" checked aria-label="no picture large">'
-    number = 0
-    for prompt, rows in contact.by_prompt():
+    yield body
+    yield "</body>\n</html>"
+
+
+def rows(contact: Contact, number: int = 0) -> str:
+    """A section for each prompt; the pictures of a page are numbered from `number` on."""
+    return "\n".join(_rows(contact, number))
+
+
+def _rows(contact: Contact, number: int) -> Iterator[str]:
+    for prompt, some in contact.by_prompt():
         yield f"<section>\n<h2>{escape(shown(prompt)) or '(no prompt)'}</h2>\n<table>"
         yield f"<tr>{''.join(f'<th scope=col>{escape(name)}</th>' for name in contact.columns)}</tr>"
-        for row in rows:
+        for row in some:
             cells = (_cell(shot, _name(contact, row, place), number + place) for place, shot in enumerate(row.shots))
             yield f"<tr>{''.join(cells)}</tr>"
             yield f'<tr><td class="seed" colspan="{len(row.shots)}">seed {row.seed}</td></tr>'
             number += len(row.shots)
         yield "</table>\n</section>"
-    yield "</body>\n</html>"
 
 
 def _name(contact: Contact, row: Row, place: int) -> str:

@@ -32,10 +32,13 @@ class Schedule:
     """How much of the averaged weights a step keeps; less in the first steps."""
     report: int
     """Steps from one report to the next."""
+    attempt: tuple[int, int] | None = None
+    """Up to a step the rate is that of a training of so many steps, which was given up there as too short."""
 
     def rate_at(self, step: int) -> float:
         """The learning rate of this step."""
-        left = (self.steps - step) / max(1.0, self.decay * self.steps)
+        steps = self.attempt[1] if self.attempt and step < self.attempt[0] else self.steps
+        left = (steps - step) / max(1.0, self.decay * steps)
         return self.rate * min(1.0, (step + 1) / self.warm_up, left)
 
 

@@ -1,31 +1,121 @@
-"""The work on a device: open the pipeline once, draw every picture with it, and keep the libraries' talk off stderr."""
+"""A pipeline at work: opened once, on a device, and every picture drawn with it, without the libraries' talk."""
 
 import contextlib
 import inspect
-import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crdiff_export import poa
+from crdiff_export import demo
+from crdiff_export.drawing.opening import Opening
 from crdiff_export.errors import OptionError, PlanError, PreviewError
 from crdiff_export.families.pipelines import BUNDLED, Pipeline
 from crdiff_export.inspection import printable
-from crdiff_export.poa import Schedule
-from crdiff_export.preview.opening import Opening
-from crdiff_export.preview.wording import Column, Picture, Taken
-from crdiff_export.progress import Progress
+from crdiff_export.recipe import Size
 
 if TYPE_CHECKING:
-    from crdiff_export.preview import Job
+    from PIL.Image import Image
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# Seeds that torch tells apart.
+SEEDS = 2**64
 # Ours: enough to judge a picture by, and half of what diffusers takes.
 STEPS = 25
 # src: the model card of FLUX.1-schnell
 FEW_STEPS, NO_GUIDANCE = 4, 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a pipeline works, and in which dtype; `offload` keeps idle parts in main memory, `threads` are torch's.
+
+    `advice` is what helps where memory is short, beside a smaller size.
+    """
+
+    device: str
+    dtype: str
+    offload: bool = False
+    threads: int | None = None
+    advice: str = "--offload, which keeps idle parts in main memory"
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How pictures are drawn."""
+
+    size: Size
+    steps: int
+    guidance: float
+    negative: str | None = None
+
+
+class Session:
+    """An open pipeline; `pipe` is diffusers'."""
+
+    def __init__(self, pipe: Any, family: str) -> None:
+        self.pipe = pipe
+        self._family = family
+
+    def style(
+        self, size: Size, steps: int | None = None, guidance: float | None = None, negative: str | None = None
+    ) -> Style:
+        """What was asked for, with the family's usual steps and guidance where nothing was."""
+        few = self._family == "flux-schnell"
+        usual = inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default
+        usual = NO_GUIDANCE if few else demo.GUIDANCE if self._family == "demo" else usual
+        return Style(size, steps or usual_steps(self._family), float(usual if guidance is None else guidance), negative)
+
+    @property
+    def scheduler(self) -> str:
+        """The name of what decides the steps."""
+        return type(self.pipe.scheduler).__name__.removesuffix("Scheduler")
+
+    def draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], style: Style, on_step: Callable[[], None] | None = None
+    ) -> "list[Image]":
+        """A picture of each prompt, in RGB, all drawn at once, each from the noise of its own seed."""
+
+        def step(_pipe: Any, _number: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if on_step:
+                on_step()
+            return tensors
+
+        # On the CPU, so that the noise is the same on every machine.
+        noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        negative = {"negative_prompt": [style.negative] * len(prompts)} if style.negative else {}
+        drawn = self.pipe(
+            list(prompts), generator=noise, callback_on_step_end=step, width=style.size.width,
+            height=style.size.height, num_inference_steps=style.steps, guidance_scale=style.guidance, **negative,
+        )  # fmt: skip
+        return [image.convert("RGB") for image in drawn.images]
+
+
+def usual_steps(family: str) -> int:
+    """Steps of sampling unless someone asks for others."""
+    return FEW_STEPS if family == "flux-schnell" else demo.STEPS if family == "demo" else STEPS
+
+
+def usual_batch(family: str, device: str) -> int:
+    """Pictures to draw at once where many are to be drawn."""
+    return 16 if family == "demo" else 1 if device == "cpu" else 4
+
+
+@contextlib.contextmanager
+def session(opening: Opening, family: str, place: Place, name: str) -> Iterator[Session]:
+    """Open a base; PreviewError where diffusers cannot, or where the memory is too small for it or for what follows."""
+    folder = str(opening.here())
+    with hushed(), _threads(place.threads), _enough_memory(place):
+        pipe = _open(opening, folder, DTYPES[place.dtype], name)
+        pipe.set_progress_bar_config(disable=True)
+        if place.offload:
+            pipe.enable_model_cpu_offload(device=place.device)
+            pipe.vae.enable_tiling()
+        else:
+            pipe.to(place.device)
+        yield Session(pipe, family)
 
 
 def device(asked: str, *, offload: bool) -> str:
@@ -46,83 +136,6 @@ def device(asked: str, *, offload: bool) -> str:
 def dtype(asked: str | None, pipeline: Pipeline, place: str) -> str:
     """The dtype to draw in: on an accelerator the family's, on a CPU the one in which it computes fastest."""
     return asked or ("fp32" if place == "cpu" else "bf16" if pipeline.dtype == "bfloat16" else "fp16")
-
-
-def take(job: "Job", source: poa.Source, progress: Progress) -> Taken:
-    """Every picture, row by row; PreviewError where the pipeline cannot be opened or the memory is too small."""
-    folder = str(job.opening.here())
-    with _hushed(), _threads(job), _enough_memory(job.device):
-        pipe = _open(job.opening, folder, DTYPES[job.dtype], job.base.name)
-        pipe.set_progress_bar_config(disable=True)
-        if job.request.offload:
-            pipe.enable_model_cpu_offload(device=job.device)
-            pipe.vae.enable_tiling()
-        else:
-            pipe.to(job.device)
-        return _Camera(job, pipe, progress).take(source)
-
-
-class _Camera:
-    """A pipeline and how it is called."""
-
-    def __init__(self, job: "Job", pipe: Any, progress: Progress) -> None:
-        request, quick = job.request, job.plan.match.family.id == "flux-schnell"
-        usual = NO_GUIDANCE if quick else inspect.signature(pipe.__call__).parameters["guidance_scale"].default
-        self._job, self._pipe, self._progress = job, pipe, progress
-        self._steps = request.steps or (FEW_STEPS if quick else STEPS)
-        self._guidance = float(usual if request.guidance is None else request.guidance)
-        self._options = {
-            "width": job.size.width, "height": job.size.height, "num_inference_steps": self._steps,
-            "guidance_scale": self._guidance, **({"negative_prompt": request.negative} if request.negative else {}),
-        }  # fmt: skip
-
-    def take(self, source: poa.Source) -> Taken:
-        """All pictures. Those of the base come last and without POA: what does not fit it is refused before any."""
-        job = self._job
-        rows = len(job.request.prompts) * len(job.request.seeds)
-        self._progress.stage("drawing", rows * sum(map(self._passes, job.columns)), "passes")
-        dense, *others = job.columns
-        columns = []
-        with poa.enabled(self._pipe, source, 1.0) as on:
-            for column in others:
-                on.schedule = self._schedule(column)
-                columns.append(self._column(column))
-        columns.insert(0, self._column(dense))
-        pictures = tuple(picture for row in zip(*columns, strict=True) for picture in row)
-        scheduler = type(self._pipe.scheduler).__name__.removesuffix("Scheduler")
-        return Taken(pictures, self._steps, self._guidance, scheduler)
-
-    def _schedule(self, column: Column) -> Schedule:
-        request = self._job.request
-        return Schedule(column.weight) if column.weight == 1 else Schedule(column.weight, request.start, request.stop)
-
-    def _passes(self, column: Column) -> int:
-        """Calls of the model for a picture: two a step where POA is at work."""
-        request = self._job.request
-        twice = 0 if column.weight in (0, 1) else round(self._steps * (request.stop - request.start))
-        return self._steps + twice
-
-    def _column(self, column: Column) -> list[Picture]:
-        request = self._job.request
-        return [self._picture(column, prompt, seed) for prompt in request.prompts for seed in request.seeds]
-
-    def _picture(self, column: Column, prompt: str, seed: int) -> Picture:
-        left = self._passes(column)
-        each = -(-left // self._steps)
-
-        def step(_pipe: Any, _number: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            nonlocal left
-            done = min(each, left)
-            left -= done
-            self._progress.advance(done)
-            return tensors
-
-        began = time.monotonic()
-        # On the CPU, so that the noise is the same on every machine.
-        noise = torch.Generator("cpu").manual_seed(seed)
-        image = self._pipe(prompt, generator=noise, callback_on_step_end=step, **self._options).images[0]
-        self._progress.advance(left)
-        return Picture(column, prompt, seed, image.convert("RGB"), time.monotonic() - began)
 
 
 def _open(opening: Opening, folder: str, precision: torch.dtype, name: str) -> Any:
@@ -169,7 +182,7 @@ def _weights(opening: Opening) -> Any:
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """Without what diffusers and transformers tell people who program with them, and without their bars."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -191,26 +204,25 @@ def _hushed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _threads(job: "Job") -> Iterator[None]:
-    """One for the demo model: its layers are so small that threads only wait for each other, on a busy machine long."""
+def _threads(count: int | None) -> Iterator[None]:
     usual = torch.get_num_threads()
     try:
-        if job.plan.match.family.id == "demo":
-            torch.set_num_threads(1)
+        if count:
+            torch.set_num_threads(count)
         yield
     finally:
         torch.set_num_threads(usual)
 
 
 @contextlib.contextmanager
-def _enough_memory(place: str) -> Iterator[None]:
+def _enough_memory(place: Place) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not _is_memory(error):
             raise
-        other = "--dtype bf16" if place == "cpu" else "--offload, which keeps idle parts in main memory"
-        raise PreviewError(f"device {place}: not enough memory", f"Give a smaller --res, or {other}.") from error
+        other = "--dtype bf16" if place.device == "cpu" else place.advice
+        raise PreviewError(f"device {place.device}: not enough memory", f"Give a smaller --res, or {other}.") from error
 
 
 def _is_memory(error: BaseException) -> bool:

@@ -5,10 +5,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from crdiff_export import bases
+from crdiff_export import bases, demo
 from crdiff_export.bases import Base
 from crdiff_export.checkpoint import Checkpoint
-from crdiff_export.demo import config as demo_config
 from crdiff_export.errors import HubError, OptionError, PreviewError
 from crdiff_export.families import Match, pipelines
 from crdiff_export.families.pipelines import BUNDLED, Pipeline
@@ -79,11 +78,11 @@ def choose(
     if checkpoint.kind == "shards" or checkpoint.path.suffix.lower() != ".safetensors":
         what = "in shards" if checkpoint.kind == "shards" else "not a safetensors file"
         hint = "Give the model's folder for diffusers, or one safetensors file of it."
-        raise PreviewError(f"{base.name}: is {what}, which a preview does not open", hint)
+        raise PreviewError(f"{base.name}: is {what}, which cannot be drawn with as it is", hint)
     original = match.layout.name == "original"
     whole = original and match.prefix == BUNDLED and any(name.startswith(_VAE) for name in checkpoint.shapes)
     kind: Literal["file", "network"] = "file" if whole and found.folder == "unet" else "network"
-    at = _config(config) if config else demo_config.path() if match.family.id == "demo" else f"hf://{found.config}"
+    at = _config(config) if config else demo.config() if match.family.id == "demo" else f"hf://{found.config}"
     if isinstance(at, Path):
         _check_folder(at, str(at))
     return Opening(kind, checkpoint.path, found, at, match.prefix, original)
@@ -99,7 +98,7 @@ def _pipeline(name: str, match: Match, native: Size) -> Pipeline:
         what = f"{family.title}, inpainting," if match.inpainting else family.title
         raise PreviewError(
             f"{name}: {what} makes pictures from pictures, not from a prompt alone",
-            "Preview its text-to-image sibling; `crdiff export` takes this one.",
+            "Take its text-to-image sibling; `crdiff export` takes this one.",
         )
     return found
 
@@ -132,6 +131,6 @@ def _check_folder(folder: Path, name: str) -> None:
     for part, value in parts.items():
         if isinstance(value, list) and value and value[0] not in _LIBRARIES:
             raise PreviewError(
-                f"{index}: {show(part)} is of the library {show(str(value[0]))}, which is not imported for a preview",
+                f"{index}: {show(part)} is of the library {show(str(value[0]))}, which is not imported",
                 "Give the folder of a plain text-to-image pipeline.",
             )

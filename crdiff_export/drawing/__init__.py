@@ -1,0 +1,1 @@
+"""Pictures from a base: how it becomes a pipeline of diffusers, and the pipeline at work."""

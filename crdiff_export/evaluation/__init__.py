@@ -1,0 +1,216 @@
+"""Whether pruning does a model any good: dense, pruned and POA from the same noise, scored, at one or more sizes.
+
+The whole story, as in `export.py`: plan, draw and score (`measure.py`), compare (`findings.py`), write.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from crdiff_export import architecture, bases, plan, poa, recipe, scorers
+from crdiff_export.demo.scenes import Scene
+from crdiff_export.drawing import opening
+from crdiff_export.drawing.opening import Opening
+from crdiff_export.errors import OptionError
+from crdiff_export.evaluation import files, prompts
+from crdiff_export.evaluation.findings import Evaluation, Subject
+from crdiff_export.export import ExportRequest, plan_variant
+from crdiff_export.plan import Plan
+from crdiff_export.progress import Progress, Silent
+from crdiff_export.recipe import Size
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateRequest:
+    """What someone wants to know: of which base, at which sizes, by which scorer, on which prompts.
+
+    Each prompt is drawn `pictures` times, and no two pictures have the same noise: the seeds count up from `seed`.
+    Ratios come from the recipe or from `ratio` and `ratios`, as in an export. No `weights` means the recommended one.
+    With `native` the pruned models are drawn at the native size as well: what helps at one size may hurt there.
+    """
+
+    base: str
+    sizes: tuple[Size, ...]
+    scorer: str | None = None
+    prompts: tuple[str, ...] = ()
+    limit: int | None = None
+    pictures: int = 1
+    seed: int = 0
+    recipe: Path | None = None
+    ratio: float | None = None
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    weights: tuple[float, ...] = ()
+    native: bool = True
+    steps: int | None = None
+    guidance: float | None = None
+    negative: str | None = None
+    batch: int | None = None
+    device: str = "auto"
+    dtype: str | None = None
+    scorer_device: str | None = None
+    config: str | None = None
+    variant: str | None = None
+    outputs: tuple[Path, ...] = ()
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request that nothing stands against. `pairs` are prompts and the seeds of their noise."""
+
+    request: EvaluateRequest
+    base: bases.Base
+    plan: Plan
+    native: Size
+    subjects: tuple[Subject, ...]
+    pairs: tuple[tuple[str, int], ...]
+    opening: Opening
+    device: str
+    dtype: str
+    batch: int
+    scorer: str
+    scorer_device: str
+    outputs: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def pictures(self) -> int:
+        """How many there will be; the dense model's at a size are drawn once."""
+        sizes = {subject.size for subject in self.subjects}
+        return len(self.pairs) * (len(sizes) + sum(len(subject.drawn) - 1 for subject in self.subjects))
+
+
+def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> Evaluation:
+    """Draw, score, compare and write; raises a CrdiffError and writes nothing if it cannot."""
+    job, watched = prepare(request), progress or Silent()
+    found = run(job, count(job, watched), watched)
+    write(job, found)
+    return found
+
+
+def prepare(request: EvaluateRequest) -> Job:
+    """Find the base, read its headers and plan; any refusal comes from here, before a weight is read."""
+    _check(request)
+    opening.check_packages(offload=False)
+    outputs = files.check(request.outputs, force=request.force)
+    demo = request.base == bases.BUILT_IN
+    if request.scorer:
+        scorers.check(request.scorer)
+    elif not demo:
+        known = ", ".join(scorers.names())
+        raise OptionError("there is no scorer", f"Give --scorer: {known}, module:function or command:PROGRAM.")
+    if not (request.prompts or demo):
+        raise OptionError("there are no prompts", "Give --prompts FILE, one a line, or --prompt TEXT.")
+    base = bases.locate(request.base, request.variant)
+    checkpoint = base.open(request.variant)
+    match = plan.recognise(checkpoint)
+    from crdiff_export.drawing import session
+
+    if request.negative and match.family.id.startswith("flux"):
+        raise OptionError(f"{match.family.title} takes no negative prompt", "Leave --negative out.")
+    planned = [
+        plan_variant(
+            ExportRequest(
+                request.base, size, recipe=request.recipe, ratio=request.ratio, ratios=request.ratios,
+                variant=request.variant, force=True,
+            ),
+            checkpoint,
+        )
+        for size in dict.fromkeys(request.sizes)
+    ]  # fmt: skip
+    native = architecture.find(planned[0]).native
+    way = opening.choose(base, checkpoint, match, native, config=request.config, variant=request.variant)
+    chosen = prompts.choose(request.prompts, request.limit)
+    pairs = tuple(
+        (prompt, request.seed + number * request.pictures + picture)
+        for number, prompt in enumerate(chosen)
+        for picture in range(request.pictures)
+    )
+    scorer = request.scorer or "demo"
+    if "demo" in (name for _, name in scorers.parse(scorer)):
+        for prompt in chosen:
+            Scene.parse(prompt)
+    if pairs[-1][1] >= session.SEEDS:
+        raise OptionError(
+            "there are not so many seeds", f"They end before {session.SEEDS}; begin with a smaller --seed."
+        )
+    subjects = tuple(_subjects(planned, native, request))
+    device = session.device(request.device, offload=False)
+    scorer_device = session.device(request.scorer_device, offload=False) if request.scorer_device else device
+    dtype = session.dtype(request.dtype, way.pipeline, device)
+    batch = request.batch or session.usual_batch(match.family.id, device)
+    notes = tuple(dict.fromkeys(note for one in planned for note in one.notes))
+    return Job(
+        request,
+        base,
+        planned[0],
+        native,
+        subjects,
+        pairs,
+        way,
+        device,
+        dtype,
+        batch,
+        scorer,
+        scorer_device,
+        outputs,
+        notes,
+    )
+
+
+def count(job: Job, progress: Progress) -> poa.Counted:
+    """Read the weights, once for all sizes, and find the thresholds."""
+    plans = [subject.plan for subject in job.subjects]
+    counted = poa.Counted(plans, job.base.name, progress)
+    for subject in job.subjects:
+        if len(subject.drawn) > 1:
+            counted.source(subject.plan)  # what has to be read again for it is read here
+    return counted
+
+
+def run(job: Job, counted: poa.Counted, progress: Progress) -> Evaluation:
+    """Open the base once, draw with it, and score."""
+    from crdiff_export.evaluation import measure
+
+    return measure.take(job, counted, progress)
+
+
+def write(job: Job, found: Evaluation) -> None:
+    """Write the files that were asked for; each appears when it is complete."""
+    files.write(found, job.outputs, replace=job.request.force)
+
+
+def _subjects(planned: list[Plan], native: Size, request: EvaluateRequest) -> list[Subject]:
+    """Every size with its ratios; then, of each set of ratios that is not for the native size, a look at that size."""
+    made = [Subject.of_plan(one.size, one, request.weights) for one in planned]
+    if request.native:
+        at_home = {(subject.ratios, subject.kinds) for subject in made if subject.size == native}
+        for one in planned:
+            subject = Subject.of_plan(native, one, request.weights)
+            if len(subject.drawn) > 1 and (subject.ratios, subject.kinds) not in at_home:
+                at_home.add((subject.ratios, subject.kinds))
+                made.append(subject)
+    return made
+
+
+def _check(request: EvaluateRequest) -> None:
+    """Refuse what the request alone shows to be impossible."""
+    if not request.sizes:
+        raise OptionError("there is no size", "Give --res.")
+    for text in (*request.prompts, request.negative or ""):
+        if text != os.fsencode(text).decode("utf-8", "replace"):
+            raise OptionError("a prompt is not UTF-8 text", "Give it in UTF-8.")
+    if not all(prompt.strip() for prompt in request.prompts):
+        raise OptionError("a prompt is empty", "Say what the pictures are to show.")
+    for weight in request.weights:
+        recipe.check_poa_weight("the POA weight", weight)
+    if request.pictures < 1 or (request.limit is not None and request.limit < 1):
+        raise OptionError("there is nothing to draw", "Ask for one picture and one prompt at least.")
+    if request.seed < 0:
+        raise OptionError("a seed is negative", "Count from 0.")
+    if request.steps is not None and request.steps < 1:
+        raise OptionError(f"{request.steps} steps make no picture", "Give --steps 1 or more.")
+
+
+__all__ = ["EvaluateRequest", "Evaluation", "Job", "Subject", "count", "evaluate", "prepare", "run", "write"]

@@ -1,0 +1,150 @@
+"""The work on a device: one open pipeline draws every model at every size, and the scorer scores batch by batch."""
+
+import io
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from crdiff_export import poa, scorers
+from crdiff_export.drawing.session import Place, Session, Style, session
+from crdiff_export.evaluation.findings import DENSE, PRUNED, Drawn, Evaluation, Subject
+from crdiff_export.inspection import printable, provenance
+from crdiff_export.metadata import tool_version
+from crdiff_export.progress import Progress
+from crdiff_export.recipe import Size
+
+if TYPE_CHECKING:
+    from crdiff_export.evaluation import Job
+
+# Pictures of a model at a size that are there to be shown, the first ones: more do not fit in memory, nor on a page.
+KEPT = 64
+
+
+def take(job: "Job", counted: poa.Counted, progress: Progress) -> Evaluation:
+    """Every picture and its score; a CrdiffError where the pipeline or the scorer cannot be opened, or fails."""
+    request, family = job.request, job.plan.match.family.id
+    scorer = scorers.load(job.scorer, job.scorer_device)
+    try:
+        fingerprint = scorer.fingerprint()
+        with session(job.opening, family, Place(job.device, job.dtype), job.base.name) as opened:
+            drawn = _Studio(job, opened, scorer, counted, progress).take()
+            style = opened.style(job.native, request.steps, request.guidance, request.negative)
+            facts = tuple((name, printable(text, limit=1000)) for name, text in _facts(job, style, opened.scheduler))
+        notes = tuple(_warnings(drawn))
+        return Evaluation(
+            job.base.name,
+            family,
+            job.native,
+            job.pairs,
+            request.pictures,
+            scorer.name,
+            fingerprint,
+            drawn,
+            facts,
+            notes,
+        )
+    finally:
+        scorer.close()
+
+
+class _Studio:
+    """An open pipeline, and who looks at its pictures."""
+
+    def __init__(
+        self, job: "Job", opened: Session, scorer: scorers.Scorer, counted: poa.Counted, progress: Progress
+    ) -> None:
+        self._job, self._session, self._scorer = job, opened, scorer
+        self._counted, self._progress = counted, progress
+        self._dense: dict[Size, Drawn] = {}
+        self._checked: set[str] = set()  # layers whose weights in memory are known to be those that were counted
+
+    def take(self) -> tuple[Drawn, ...]:
+        job = self._job
+        sizes = {subject.size for subject in job.subjects}
+        others = [weight for subject in job.subjects for weight in subject.drawn if weight != DENSE]
+        steps = self._style(job.native).steps * len(job.pairs)
+        passes = len(sizes) + sum(1 if weight == PRUNED else 2 for weight in others)
+        self._progress.stage("drawing", steps * passes, "passes")
+        return tuple(self._model(subject, weight) for subject in job.subjects for weight in subject.drawn)
+
+    def _model(self, subject: Subject, weight: float) -> Drawn:
+        """One model's pictures of a subject; those of the dense model are the same whatever is pruned otherwise."""
+        if weight == DENSE and subject.size in self._dense:
+            known = self._dense[subject.size]
+            return replace(known, subject=subject, black=0)
+        amplified: Any = nullcontext()
+        if weight != DENSE:
+            source = self._counted.source(subject.plan)
+            layers = set(source.masks.diffusers)
+            amplified = poa.enabled(self._session.pipe, source, weight, check=not layers <= self._checked)
+            self._checked |= layers
+        seconds, black = 0.0, 0
+        scores: list[scorers.Score] = []
+        images: list[bytes] = []
+        with amplified:
+            for batch in self._batches():
+                prompts, seeds = [prompt for prompt, _ in batch], [seed for _, seed in batch]
+                passes = len(batch) * (1 if weight in (DENSE, PRUNED) else 2)
+                began = time.monotonic()
+                found = self._session.draw(
+                    prompts, seeds, self._style(subject.size), partial(self._progress.advance, passes)
+                )
+                seconds += time.monotonic() - began
+                black += sum(not image.getbbox() for image in found)
+                scores += self._scorer.score(found, prompts)
+                images += map(_packed, found[: KEPT - len(images)])
+        drawn = Drawn(subject, weight, tuple(scores), tuple(images), seconds, black)
+        if weight == DENSE:
+            self._dense[subject.size] = drawn
+        return drawn
+
+    def _batches(self) -> Iterator[Sequence[tuple[str, int]]]:
+        pairs, size = self._job.pairs, self._job.batch
+        for start in range(0, len(pairs), size):
+            yield pairs[start : start + size]
+
+    def _style(self, size: Size) -> Style:
+        request = self._job.request
+        return self._session.style(size, request.steps, request.guidance, request.negative)
+
+
+def _warnings(drawn: Sequence[Drawn]) -> Iterator[str]:
+    """What is to be said of the pictures before anybody wonders."""
+    if black := sum(one.black for one in drawn):
+        yield f"{black} pictures are all black: try another --dtype, such as bf16 or fp32"
+
+
+def _packed(image: Any) -> bytes:
+    """A picture as a PNG."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", compress_level=1)
+    return stream.getvalue()
+
+
+def _facts(job: "Job", style: Style, scheduler: str) -> Iterator[tuple[str, str]]:
+    """What everybody who sees the numbers should know."""
+    request = job.request
+    yield "base", f"{job.base.name} ({job.plan.match.family.title}), native {job.native}"
+    yield "scorer", job.scorer
+    prompts = len({prompt for prompt, _ in job.pairs})
+    yield "pictures", f"{prompts} prompts, {request.pictures} of each, seeds from {request.seed}"
+    for subject in job.subjects:
+        if not subject.is_look:
+            ratios = ", ".join(f"{group} {ratio:g}" for group, ratio in subject.ratios)
+            yield (
+                f"ratios for {subject.of}",
+                f"{ratios}: {provenance(subject.variant.provenance, subject.variant.source)}",
+            )
+    yield "sampling", f"{style.steps} steps of {scheduler}, guidance {style.guidance:g}"
+    if style.negative:
+        yield "negative", style.negative
+    of = "prompts" if prompts > 1 else "the pictures of this one prompt, which says nothing about others"
+    yield "intervals", f"95 % each, so that one of 20 misses; over {of}; differences are paired, picture by picture"
+    for note in job.notes:
+        yield "note", note
+    yield "drawn on", f"{job.device}, {job.dtype}, {job.batch} at once"
+    yield "made by", f"crdiff {tool_version()}, diffusers {version('diffusers')}, torch {version('torch')}"
