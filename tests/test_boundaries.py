@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top down. A module imports what is in its own layer or below.
 LAYERS: tuple[set[str], ...] = (
     {"__main__", "commands", "ui"},
-    {"summary", "publish", "survey", "push", "preview", "evaluation"},
+    {"summary", "publish", "survey", "push", "preview", "evaluation", "tuning"},
     {"drawing"},
     {
         *("__init__", "export", "inspection", "verify", "restore", "bases", "destination", "hub", "poa"),
@@ -60,8 +60,8 @@ ONLY_IN = {
     "numba": {"kernels"},
     "diffusers": {"poa", "drawing"},
     "transformers": {"drawing", "scorers"},
-    "PIL": {"report", "evaluation", "scorers"},
-    "matplotlib": {"evaluation"},
+    "PIL": {"report", "evaluation", "scorers", "tuning"},
+    "matplotlib": {"evaluation", "tuning"},
     "optuna": {"search"},
     "scipy": {"search"},
     "cmaes": {"search"},

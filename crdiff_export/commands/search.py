@@ -1,0 +1,320 @@
+"""`crdiff search`."""
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import click
+from click.core import ParameterSource
+
+from crdiff_export.commands.options import (
+    POA_WEIGHT,
+    RATIO,
+    DeviceType,
+    KindsType,
+    SizeType,
+    announce,
+    complete_alias,
+    examples,
+    listed_prompts,
+    output_options,
+    quiet_client,
+)
+from crdiff_export.commands.signals import Stopped, Stopper
+from crdiff_export.errors import SearchError
+from crdiff_export.evaluation.findings import Evaluation, Finding
+from crdiff_export.evaluation.statistics import Estimate
+from crdiff_export.floats import DTYPES
+from crdiff_export.search import METHODS
+from crdiff_export.tuning import Found, Job, SearchRequest, Standing, finish, prepare, wording, work
+
+if TYPE_CHECKING:
+    from crdiff_export.search import Event
+    from crdiff_export.ui import Shown
+
+HELD_OUT = "Prompts for the check, one a line, none of --prompts. Default: the last third of those; demo: other scenes."
+
+
+@click.command(
+    epilog=examples(
+        "crdiff search demo --res 96x64 --trials 8",
+        "crdiff search sdxl --res 512 --prompts prompts.txt --scorer image-reward -o sdxl-512.toml -o sdxl-512.html",
+        "crdiff search sdxl --res 512 --prompts prompts.txt --scorer image-reward -o sdxl-512.toml --worker",
+    )
+    + "\n\nThe same command again goes on with a search that was stopped; several at once share its trials, on machines"
+    " that share its --storage. Give --worker to all but one: they leave the check and the outputs to that one."
+)
+@click.argument("base", shell_complete=complete_alias)
+@click.option("--res", "size", type=SizeType(), required=True, help="The size to find ratios for.")
+@click.option(
+    "--prompts", "listed", type=click.Path(path_type=Path), metavar="FILE",
+    help="Prompts to search by, one a line. Default for the demo model: scenes that it was never shown.",
+)  # fmt: skip
+@click.option("--held-out", "kept", type=click.Path(path_type=Path), metavar="FILE", help=HELD_OUT)
+@click.option("--prompt", metavar="TEXT", help="Search for this prompt alone, by many pictures of it.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N prompts. Default for demo: 32.")
+@click.option("--held-out-limit", type=click.IntRange(1), metavar="N", help="Only the first N prompts of the check.")
+@click.option(
+    "--pictures", type=click.IntRange(1, 10_000), metavar="N",
+    help="Pictures of each prompt, each from its own noise. Default: 1; with --prompt 16, and as many in the check.",
+)  # fmt: skip
+@click.option("--noise", type=click.IntRange(0), default=0, metavar="N", help="The first picture's seed. Default: 0.")
+@click.option(
+    "--scorer", metavar="NAME|module:function|command:…",
+    help="What says how good a picture is, or a sum such as 0.5*clip-score+0.5*aesthetic. Default for demo: its judge.",
+)  # fmt: skip
+@click.option("--method", type=click.Choice(METHODS), help="How to search. Default: tpe.")
+@click.option("--seed", type=click.IntRange(0), default=42, metavar="N", show_default=True, help="The method's seed.")
+@click.option(
+    "--trials", type=click.IntRange(2), metavar="N",
+    help="Trials in all, of all runs and workers. Default: 60; with --hours as many as there is time for.",
+)  # fmt: skip
+@click.option("--hours", type=click.FloatRange(0, min_open=True), metavar="H", help="Begin no trial after H hours.")
+@click.option("--low", type=RATIO, metavar="R", help="The smallest ratio to try. Default: 0.")
+@click.option("--high", type=RATIO, metavar="R", help="The largest. Default: 0.9.")
+@click.option("--paper", is_flag=True, help="Annealing from 0.1 to 0.8 with the constants of the paper's public code.")
+@click.option("--poa", is_flag=True, help="Search the POA weight as well, from 1 to 2.5.")
+@click.option("--poa-range", type=POA_WEIGHT, nargs=2, metavar="LOW HIGH", help="The same from LOW to HIGH.")
+@click.option(
+    "--early-stop/--no-early-stop", default=True, help="Stop trials that are clearly worse than the best. Default: yes."
+)
+@click.option("--recipe", type=click.Path(path_type=Path), help="Begin at this recipe instead of the built-in one.")
+@click.option("--targets", type=KindsType(), help="Kinds of layers to prune. Default: the recipe's.")
+@click.option("--native/--no-native", default=True, help="Look at the native size in the check. Default: yes.")
+@click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Steps of sampling. Default: 25; schnell: 4.")
+@click.option("--guidance", type=click.FloatRange(0, 100), metavar="G", help="Guidance scale. Default: diffusers'.")
+@click.option("--negative", metavar="TEXT", help="Negative prompt.")
+@click.option("--batch", type=click.IntRange(1), metavar="N", help="Pictures to draw at once.")
+@click.option("--device", type=DeviceType(), default="auto", show_default=True, help="Where to draw: auto takes a GPU.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Default: fp16 or bf16 on a GPU, fp32 on a CPU.")
+@click.option("--scorer-device", type=DeviceType(), help="Where to score. Default: where pictures are drawn.")
+@click.option(
+    "--config", metavar="DIR|ORG/NAME",
+    help="For a single file: a folder for diffusers with the model's configuration, or a repository on the Hub.",
+)  # fmt: skip
+@click.option("--variant", metavar="NAME", help="Weights to take from a folder that has several, such as fp16.")
+@click.option(
+    "--storage", metavar="FILE|URL",
+    help="Where trials are kept: a .journal file (default: beside the first output), or postgresql://… for many hosts.",
+)  # fmt: skip
+@click.option("--study", metavar="NAME", help="The search's name there. Default: from the base, the size, the prompt.")
+@click.option("--worker", is_flag=True, help="Only work on the search: no check, no outputs.")
+@click.option(
+    "-o", "--output", "outputs", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
+    help="The recipe (.toml), a page (.html), a plot (.png, .svg); may be given several times. Default: the recipe.",
+)  # fmt: skip
+@click.option(
+    "--pictures-of-best", "sheet", type=click.Path(path_type=Path), metavar="FILE",
+    help="A sheet (.png) or page (.html) of the check's pictures, dense beside the best.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace outputs that exist.")
+@output_options
+@click.pass_context
+def search(
+    context: click.Context, /, listed: Path | None, kept: Path | None, *, json: bool, quiet: bool, **options: Any
+) -> None:
+    """Search for ratios that make BASE better at a size, by a scorer, and check what was found on other prompts.
+
+    Trial 0 is the dense model, trial 1 the recipe's variant. At the end the best and the dense model draw prompts that
+    the search never saw; the recipe carries what that showed, and nothing is called better unless a 95 % interval
+    says so. Where the dense model is best, there is no recipe. BASE is what `crdiff preview` takes.
+    """
+    from crdiff_export import ui
+
+    stopper = context.find_object(Stopper) or Stopper()
+    request = SearchRequest(
+        prompts=listed_prompts(listed) if listed else (), held_out=listed_prompts(kept) if kept else (), **options
+    )
+    silent = quiet or json
+    announce(request.base, quiet=silent)
+    job = prepare(request)
+    if not silent:
+        _announce(job)
+    if job.opening.remote:
+        quiet_client(quiet=silent)
+    with ui.progress(quiet=silent) as shown, _resumable(context) as standings:
+        with _Watching(shown, stopper, standings, quiet=silent) as watch, stopper.watch(shown) as progress:
+            found = work(job, progress, watch)
+        found = finish(found, shown)
+    if json:
+        ui.print_json(_as_json(found))
+        return
+    if not quiet:
+        _show(found)
+    for path in found.files:
+        ui.line(str(path))
+
+
+class _Watching:
+    """A bar of trials on a terminal, elsewhere a line for each; any step may be the last that a signal leaves."""
+
+    def __init__(self, shown: "Shown", stopper: Stopper, standings: list[Standing], *, quiet: bool) -> None:
+        self._shown, self._stopper, self._standings, self._quiet = shown, stopper, standings, quiet
+        self._stack = ExitStack()
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def step(self) -> None:
+        self._stopper.check()
+
+    def trial(self, event: "Event", standing: Standing) -> None:
+        if not self._standings:
+            self._begin(standing)
+        self._standings[:] = [standing]
+        if not self._quiet:
+            if sys.stderr.isatty():
+                self._draw(event, standing)
+            elif text := wording.trial(event, standing):
+                click.echo(text, err=True)
+        if event.kind == "ended":
+            self._stack.close()
+            self._bar = None
+        self._stopper.check()
+
+    def _begin(self, standing: Standing) -> None:
+        from crdiff_export import ui
+
+        self._stack.enter_context(self._shown.paused())
+        if not self._quiet and (text := wording.resumed(standing)):
+            ui.note(text)
+
+    def _draw(self, event: "Event", standing: Standing) -> None:
+        if self._bar is None:
+            self._bar = self._stack.enter_context(
+                click.progressbar(
+                    length=max(1, standing.trials or 0) * 1000, file=sys.stderr, width=24, show_eta=False,
+                    show_percent=False, bar_template="%(label)s %(bar)s %(info)s",
+                    item_show_func=lambda text: text,
+                )
+            )  # fmt: skip
+        part = event.done / event.pairs if event.kind == "scored" and event.pairs else 0
+        self._bar.label = "searched" if event.place is None else f"trial {event.place}"
+        self._bar.pos = min(self._bar.length, round(1000 * (standing.over + part)))
+        self._bar.current_item = wording.progressed(standing)
+        self._bar.render_progress()
+
+
+@contextmanager
+def _resumable(context: click.Context) -> Iterator[list[Standing]]:
+    """Where a signal ends a search that has begun, say what is kept and how it goes on."""
+    standings: list[Standing] = []
+    try:
+        yield standings
+    except Stopped as stop:
+        if not standings:
+            raise
+        raise _interrupted(stop, standings[-1], _again(context, standings[-1].where)) from stop
+
+
+def _interrupted(stop: Stopped, standing: Standing, command: str) -> SearchError:
+    class Interrupted(SearchError):
+        exit_code = stop.exit_code
+        code = stop.word
+
+    kept = wording.counted(standing.over, "finished trial")
+    return Interrupted(f"{stop.word}; {kept} kept in {standing.where}", f"To go on: {command}")
+
+
+def _again(context: click.Context, where: str) -> str:
+    """The command line as it was given; the address of a server without its password."""
+    words = context.command_path.split()
+    for param in context.command.params:
+        name = str(param.name)
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = where if name == "storage" else context.params[name]
+        several = value if isinstance(param, click.Option) and param.multiple else (value,)
+        words += [word for one in several for word in _spelled(param, one)]
+    return shlex.join(words)
+
+
+def _spelled(param: click.Parameter, value: Any) -> list[str]:
+    if not isinstance(param, click.Option):
+        return [str(value)]
+    if param.is_flag:
+        return [param.opts[-1] if value else param.secondary_opts[-1]]
+    if isinstance(param.type, KindsType):
+        return [param.opts[-1], ",".join(value)]
+    several = value if isinstance(value, tuple) else (value,)
+    return [param.opts[-1], *map(str, several)]
+
+
+def _announce(job: Job) -> None:
+    from crdiff_export import ui
+
+    for text in job.notes:
+        ui.note(text)
+    searched, checked = (len({prompt for prompt, _ in pairs}) for pairs in (job.pairs.search, job.pairs.check))
+    pictures = f"{len(job.pairs.search)} pictures of {wording.counted(searched, 'prompt')}"
+    check = f"{len(job.pairs.check)} of {checked}" if job.request.prompt is None else f"{len(job.pairs.check)} others"
+    ui.note(f"a trial is {pictures}, the check {check}; on {job.device} in {job.dtype}")
+    if job.opening.remote:
+        ui.note(f"what {job.base.name} lacks comes from {job.opening.remote}, unless it is in the local cache")
+
+
+def _show(found: Found) -> None:
+    from crdiff_export import ui
+    from crdiff_export.evaluation import wording as of_evaluation
+
+    ui.facts(wording.facts(found))
+    if found.evaluation:
+        ui.line("")
+        columns, rows = of_evaluation.table(found.evaluation)
+        ui.table(columns, rows, of_evaluation.NUMERIC)
+    ui.line("")
+    ui.line(wording.conclusion(found))
+
+
+def _as_json(found: Found) -> dict[str, Any]:
+    job, variant = found.job, found.variant if found.recipe else None
+    return {
+        "base": job.base.name, "family": job.plan.match.family.id, "resolution": str(job.request.size),
+        "native": str(job.native), "scorer": job.scorer, "storage": found.where, "study": job.study,
+        "method": job.setup.method.name, "verdict": found.verdict, "conclusion": wording.conclusion(found),
+        "ratios": dict(variant.ratios) if variant else None, "poa_weight": variant.poa_weight if variant else None,
+        "best": found.best.place, "notes": list(job.notes),
+        "trials": [
+            {
+                "place": one.place, "state": one.state, "ratios": one.candidate.by_group,
+                "poa_weight": one.candidate.poa_weight, "score": one.value, "pictures": len(one.scores),
+                "seconds": one.seconds, "reason": one.reason,
+            }
+            for one in found.trials
+        ],
+        "check": _check_json(found.evaluation) if found.evaluation else None,
+        "files": [str(path) for path in found.files],
+    }  # fmt: skip
+
+
+def _check_json(made: Evaluation) -> dict[str, Any]:
+    pairs: Sequence[tuple[str, int]] = made.pairs
+    return {
+        "pairs": [{"prompt": prompt, "seed": seed} for prompt, seed in pairs],
+        "sizes": [
+            {"resolution": str(subject.size), "models": [_finding_json(one) for one in made.of(subject)]}
+            for subject in made.subjects
+        ],
+    }
+
+
+def _finding_json(finding: Finding) -> dict[str, Any]:
+    def said(estimate: Estimate | None) -> dict[str, float | None] | None:
+        if not estimate:
+            return None
+        ends = (estimate.low, estimate.high) if estimate.bounded else (None, None)
+        return {"value": estimate.value, "low": ends[0], "high": ends[1]}
+
+    return {
+        "model": finding.drawn.name, "poa_weight": finding.drawn.weight, "score": said(finding.mean),
+        "minus_dense": said(finding.difference),
+        "verdict": finding.difference.verdict if finding.difference else None,
+        "scores": [score.value for score in finding.drawn.scores],
+    }  # fmt: skip
