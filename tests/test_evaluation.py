@@ -25,7 +25,8 @@ from PIL import Image
 from crdiff_export import ExportRequest, Size, demo, export, poa, recipe_files, recipe_toml
 from crdiff_export.checkpoint import open_checkpoint
 from crdiff_export.demo import scenes
-from crdiff_export.errors import CrdiffError, PlanError
+from crdiff_export.drawing import session
+from crdiff_export.errors import CrdiffError, PlanError, PreviewError
 from crdiff_export.evaluation import (
     EvaluateRequest,
     Evaluation,
@@ -33,6 +34,7 @@ from crdiff_export.evaluation import (
     evaluate,
     evidence,
     files,
+    measure,
     page,
     plot,
     prepare,
@@ -509,6 +511,17 @@ def test_plot_is_the_same_each_time(kind: str, found: Evaluation) -> None:
         assert min(Image.open(io.BytesIO(made)).size) > 300
     else:
         assert all(word in made.decode() for word in ("48x48", "64x64", "dense", "pruned", "POA 1.5", "fully right"))
+
+
+@pytest.mark.parametrize(
+    ("device", "advice"), [("cuda", "a smaller --batch, or --scorer-device cpu"), ("cpu", "--dtype bf16")]
+)
+def test_too_little_memory_is_told_with_what_helps(device: str, advice: str) -> None:
+    place = session.Place(device, "fp16", advice=measure.ADVICE)
+    with pytest.raises(PreviewError) as error, session._enough_memory(place):
+        raise RuntimeError("CUDA out of memory")
+    assert error.value.message == f"device {device}: not enough memory"
+    assert error.value.hint == f"Give a smaller --res, or {advice}."
 
 
 @pytest.mark.parametrize("where", ["drawing", "writing"])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Pictures of a model at a size that are there to be shown, the first ones: more do not fit in memory, nor on a page.
 KEPT = 64
+ADVICE = "a smaller --batch, or --scorer-device cpu"
 
 
 def take(job: "Job", counted: poa.Counted, progress: Progress) -> Evaluation:
@@ -30,7 +31,7 @@ def take(job: "Job", counted: poa.Counted, progress: Progress) -> Evaluation:
     scorer = scorers.load(job.scorer, job.scorer_device)
     try:
         fingerprint = scorer.fingerprint()
-        with session(job.opening, family, Place(job.device, job.dtype), job.base.name) as opened:
+        with session(job.opening, family, Place(job.device, job.dtype, advice=ADVICE), job.base.name) as opened:
             drawn = _Studio(job, opened, scorer, counted, progress).take()
             style = opened.style(job.native, request.steps, request.guidance, request.negative)
             facts = tuple((name, printable(text, limit=1000)) for name, text in _facts(job, style, opened.scheduler))
