@@ -26,7 +26,7 @@ LAYERS: tuple[set[str], ...] = (
     },
     {
         *("plan", "criteria", "architecture", "hashing", "weights", "writer", "metadata", "bake", "baked", "card"),
-        *("residual", "keeping", "report"),
+        *("residual", "keeping", "report", "twins"),
     },
     {
         *("checkpoint", "source", "pickled", "unpickle", "magic", "header", "strict_json", "stamp"),

@@ -12,9 +12,10 @@ from crdiff_export.errors import PoaError, VerifyError
 from crdiff_export.hashing import hash_data
 from crdiff_export.header import show
 from crdiff_export.plan import Target
-from crdiff_export.poa.masks import Cut, diffusers_name, dtypes, holds
+from crdiff_export.poa.masks import Cut, dtypes, holds
 from crdiff_export.poa.source import Source
 from crdiff_export.progress import Silent
+from crdiff_export.twins import diffusers_name
 
 
 def find(model: nn.Module, source: Source) -> dict[str, nn.Linear]:

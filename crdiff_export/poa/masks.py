@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Self
 
-from crdiff_export import floats
-from crdiff_export.plan import Plan, Target
+from crdiff_export import floats, twins
+from crdiff_export.plan import Plan
 from crdiff_export.threshold import Threshold
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ class Masks:
         """The masks of a plan with the thresholds of its scopes."""
         original: dict[str, list[Cut]] = {}
         diffusers: dict[str, list[Cut]] = {}
-        names = _twins(plan)
+        names = twins.by_key(plan)
         for target in plan.targets:
             bits = thresholds[target.scope].bits
             if bits is not None:
-                (fused, part), single = names[_key(plan, target)]
+                (fused, part), single = names[twins.key(plan, target)]
                 start = part * target.count
                 original.setdefault(fused, []).append(Cut(start, start + target.count, bits, target.output.dtype))
                 diffusers.setdefault(single, []).append(Cut(0, target.count, bits, target.output.dtype))
@@ -80,34 +80,6 @@ def prune(weight: "Tensor", cuts: Sequence[Cut]) -> "Tensor":
 
 def _frozen(cuts: Mapping[str, list[Cut]]) -> dict[str, tuple[Cut, ...]]:
     return {name: tuple(some) for name, some in cuts.items()}
-
-
-def diffusers_name(plan: Plan, target: Target) -> str:
-    """What diffusers calls the weight of a target."""
-    return _twins(plan)[_key(plan, target)][1]
-
-
-def original_place(plan: Plan, target: Target) -> tuple[str, int]:
-    """What the original layout calls the weight of a target, and which part of that tensor it is."""
-    return _twins(plan)[_key(plan, target)][0]
-
-
-def _key(plan: Plan, target: Target) -> tuple[str, int]:
-    return target.source.name.removeprefix(plan.match.prefix), target.start // target.count
-
-
-def _twins(plan: Plan) -> dict[tuple[str, int], tuple[tuple[str, int], str]]:
-    """A layer's tensor and part in the plan's layout, to those in the original layout and the tensor in diffusers'.
-
-    The layouts of a family list the same layers in the same order.
-    """
-    layouts = {layout.name: layout.layers for layout in plan.match.family.layouts}
-    return {
-        (own.tensor, own.part or 0): ((original.tensor, original.part or 0), single.tensor)
-        for own, original, single in zip(
-            plan.match.layout.layers, layouts["original"], layouts["diffusers"], strict=True
-        )
-    }
 
 
 @cache

@@ -9,7 +9,8 @@ from crdiff_export import floats
 from crdiff_export.baked import BakedCheckpoint, open_baked
 from crdiff_export.errors import CrdiffError, PoaError
 from crdiff_export.header import show
-from crdiff_export.poa.masks import Cut, Masks, dtypes, holds, original_place
+from crdiff_export.poa.masks import Cut, Masks, dtypes, holds
+from crdiff_export.twins import original_place
 
 if TYPE_CHECKING:
     from torch import Tensor
