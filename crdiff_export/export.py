@@ -37,7 +37,8 @@ class ExportRequest:
     """What someone wants: which base, for which size, and everything they do not want to leave to us.
 
     `ratios` are per group and `ratio` is for all of them; either overrides the recipe. `dtype` is fp16, bf16 or fp32.
-    `variant` names the weights to take from a folder that has several (`fp16`). `residual` is where to keep what is
+    `prompt` takes the recipe's numbers for that prompt. `variant` names the weights to take from a folder that has several
+    (`fp16`). `residual` is where to keep what is
     pruned away: none, embed or sidecar. `given` says where those numbers stand.
     """
 
@@ -45,6 +46,7 @@ class ExportRequest:
     size: Size
     output: Path | None = None
     recipe: Path | None = None
+    prompt: str | None = None
     ratio: float | None = None
     ratios: Mapping[str, float] = field(default_factory=dict)
     poa_weight: float | None = None
@@ -207,7 +209,7 @@ def _choose(request: ExportRequest, match: Match) -> tuple[Variant, str, tuple[s
             "Leave --recipe out, or give one for this family.",
         )
     recipe.check_grid(request.size, family.grid, family.title)
-    choice = recipe.choose(found, request.size)
+    choice = recipe.choose(found, request.size, request.prompt)
     recipe.check_groups(choice.variant, family.groups, found.name)
     variant = recipe.override(
         choice.variant, family.groups,

@@ -98,6 +98,8 @@ def choose(recipe: Recipe, target: Size, prompt: str | None = None) -> Choice:
     if not fitting:
         which = "variant for any prompt" if recipe.variants else "variant"
         hint = f"Add a [[variant]] for {target} to it, or give the ratios on the command line."
+        if recipe.variants and prompt is None:
+            hint = "Add a [[variant]] without a prompt, or take one of its prompts: crdiff export --prompt."
         raise RecipeError(f"{recipe.name} has no {which}", hint)
 
     def rank(variant: Variant) -> tuple[float, bool, int, int]:

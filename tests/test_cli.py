@@ -85,6 +85,33 @@ def test_export_as_json(line: Line, here: Path) -> None:
     assert file["source_hash_sha256"] == stamp["crdiff.source.hash_sha256"]
 
 
+PROMPTED = """
+[model]
+family = "demo"
+title = "demo"
+native = "64x64"
+[[variant]]
+resolution = "96x64"
+prompt = "two red circles on grey"
+ratios = { down = 0.1, mid = 0.2, up = 0.4 }
+poa_weight = 1.2
+provenance = "starting-point"
+source = "a guess"
+"""
+
+
+def test_an_export_takes_the_numbers_for_a_prompt(line: Line, here: Path) -> None:
+    Path("own.toml").write_text(PROMPTED)
+    ran = line("export demo --res 96x64 --recipe own.toml --prompt 'two red circles on grey' -o o.safetensors --json")
+    assert (ran.code, ran.result["notes"]) == (0, [])
+    metadata = line("inspect o.safetensors --metadata --json").result["metadata"]
+    assert metadata["crdiff.prompt"] == "two red circles on grey"
+    assert [metadata[f"crdiff.ratio.{group}"] for group in ("down", "mid", "up")] == ["0.1", "0.2", "0.4"]
+    for asked in ("", "--prompt 'two blue circles on grey'"):
+        ran = line(f"export demo --res 96x64 --recipe own.toml -o p.safetensors {asked}")
+        assert ran.err.startswith("crdiff: own.toml has no variant for any prompt"), ran.err
+
+
 @pytest.mark.parametrize("also", ["", "--dry-run"], ids=["done", "planned"])
 def test_quiet_leaves_the_path_alone(line: Line, also: str) -> None:
     assert line(f"export demo --res 64x72 -q {also}") == Ran(0, "demo-crdiff-64x72.safetensors\n", "")

@@ -906,7 +906,10 @@ def test_a_recipe_without_a_fitting_variant_is_refused(variants: tuple[Variant, 
     with pytest.raises(RecipeError) as error:
         choose(recipe(*variants), Size(1024, 1024))
     assert message(error) == problem
-    assert error.value.hint == "Add a [[variant]] for 1024x1024 to it, or give the ratios on the command line."
+    assert error.value.hint == (
+        "Add a [[variant]] without a prompt, or take one of its prompts: crdiff export --prompt."
+        if variants else "Add a [[variant]] for 1024x1024 to it, or give the ratios on the command line."
+    )  # fmt: skip
 
 
 # --- the user's own numbers ---

@@ -54,6 +54,7 @@ from crdiff_export.residual import NONE, WAYS, expected
     "diffusers folder.",
 )
 @click.option("--recipe", type=click.Path(path_type=Path), help="A recipe instead of the built-in one (.toml, .json).")
+@click.option("--prompt", metavar="TEXT", help="Take the recipe's numbers for this prompt, where it has some.")
 @click.option("--ratio", type=RATIO, metavar="R", help="Share of every group's weights to set to zero.")
 @click.option("--down", type=RATIO, metavar="R", help="Share for the down blocks of a UNet; wins over --ratio.")
 @click.option("--mid", type=RATIO, metavar="R", help="Share for its mid block; wins over --ratio.")
