@@ -1,4 +1,4 @@
-"""How many trials an hour: `python benchmarks/search.py` (the demo model; another one by --base, --config, --scorer).
+"""How many trials an hour: `python benchmarks/search.py` (the demo model; another one by --base, --scorer).
 
 `crdiff search` beside the public code's way, in turn and with the same candidates, prompts and seeds. For each prompt
 that way takes one process that loads the pipeline, deep-copies it, prunes the copy with `kthvalue` and draws one
@@ -123,9 +123,13 @@ def draw(task: dict[str, Any]) -> None:
     import torch
 
     warnings.simplefilter("ignore")
-    made = getattr(diffusers, task.get("pipeline", "StableDiffusionPipeline"))
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[task["dtype"]]
-    pipe = made.from_single_file(task["base"], config=task["config"], local_files_only=True, torch_dtype=dtype)
+    if Path(task["base"]).is_dir():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(task["base"], torch_dtype=dtype)
+    else:
+        pipe = diffusers.StableDiffusionPipeline.from_single_file(
+            task["base"], config=task["config"], local_files_only=True, torch_dtype=dtype
+        )
     pipe.set_progress_bar_config(disable=True)
     unet = deepcopy(pipe.unet)
     for group, ratio in task["ratios"].items():
@@ -164,8 +168,7 @@ def main() -> None:
         {"draw": draw, "score": score}[sys.argv[1]](json.loads(sys.argv[2]))
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--base", default="demo", help="demo, or an SD1 or SD2 checkpoint")
-    parser.add_argument("--config", help="the folder of its configuration, for a base that is not built in")
+    parser.add_argument("--base", default="demo", help="demo, or a diffusers folder, such as one of random_sdxl.py")
     parser.add_argument("--scorer", default="demo")
     parser.add_argument("--res", type=Size.parse, default=Size(48, 48))
     parser.add_argument("--prompts", type=int, default=2, help="pictures of a trial; the public code's number is 2")
@@ -173,18 +176,19 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--trials", type=int, default=6)
+    parser.add_argument("--theirs", type=int, help="trials of the public code's way, the first ones; default: all")
     parser.add_argument("--only-ours", action="store_true", help="the share that the search costs, with more trials")
     args = parser.parse_args()
     from crdiff_export import demo
 
-    config = args.config or str(demo.config())
+    config = str(demo.config())
     known = prompts.to_search(args.prompts)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job = prepare(
             SearchRequest(
                 args.base, args.res, args.scorer, prompts=known, held_out=prompts.held_out(8), steps=args.steps,
-                guidance=args.guidance, batch=args.batch, trials=args.trials, early_stop=False, config=args.config,
+                guidance=args.guidance, batch=args.batch, trials=args.trials, early_stop=False,
                 storage=str(folder / "b.journal"), outputs=(folder / "b.toml",),
             )
         )  # fmt: skip
@@ -194,7 +198,8 @@ def main() -> None:
             for number in range(args.trials):
                 seconds, candidate, value = ours.trial(number)
                 mine.append(seconds)
-                if args.only_ours:
+                if args.only_ours or (args.theirs is not None and number >= args.theirs):
+                    print(f"trial {number}: {seconds:.2f} s; score {value:.4f}", flush=True)
                     continue
                 theirs_took, other = theirs(job, candidate, folder, config, args.steps)
                 others.append(theirs_took)
@@ -208,8 +213,9 @@ def main() -> None:
     shares = ours.shares[2:] or ours.shares  # the first two open the kernels and compare the weights
     print(f"\nneither drawing nor scoring: {statistics.median(shares):.2%} of a trial (at most {max(shares):.2%})")
     if others:
-        ratios = [other / own for own, other in zip(mine, others, strict=True)]
+        ratios = [other / own for own, other in zip(mine, others, strict=False)]
         print(f"as fast: {statistics.median(ratios):.1f} times ({min(ratios):.1f} to {max(ratios):.1f})")
+        print(f"trials an hour: {statistics.fmean(others) / statistics.fmean(mine):.1f} times as many")
 
 
 if __name__ == "__main__":

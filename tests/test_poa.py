@@ -111,6 +111,26 @@ def test_weight_0_is_the_dense_model_and_1_the_baked_file(kind: Kind, pipe: Any,
     assert not torch.equal(found, plain)
 
 
+@pytest.mark.parametrize("weight", [1, W])
+def test_kept_weights_give_the_same_and_follow_the_model(kind: Kind, pipe: Any, baked: Path, weight: float) -> None:
+    model = model_of(kind, pipe)
+    poa.enable(pipe, baked, weight)
+    expected = kind.run(pipe)
+    on = poa.enable(pipe, baked, weight, keep=True)
+    assert torch.equal(kind.run(pipe), expected)
+    pruned = [model.get_submodule(name.removesuffix(".weight")) for name in on.source.masks.diffusers]
+    assert on.held == sum(layer.weight.nbytes for layer in pruned)
+    with torch.no_grad():  # whoever changes a weight in the meantime gets what it gives pruned
+        pruned[0].weight.mul_(-1)
+    changed = kind.run(pipe)
+    poa.enable(pipe, baked, weight, check=False)
+    assert torch.equal(kind.run(pipe), changed)
+    assert not torch.equal(changed, expected)
+    with torch.no_grad():
+        pruned[0].weight.mul_(-1)
+    poa.disable(pipe)
+
+
 def test_batched_it_is_the_same_but_for_rounding(kind: Kind, pipe: Any, baked: Path) -> None:
     calls: list[int] = []
     names = ("time_embedding", "time_text_embed.timestep_embedder")

@@ -73,6 +73,16 @@ class Session:
         """The name of what decides the steps."""
         return type(self.pipe.scheduler).__name__.removesuffix("Scheduler")
 
+    def has_room(self) -> bool:
+        """Whether pruned weights may be held beside the dense ones: on an accelerator, if as much again stays free."""
+        model = getattr(self.pipe, "unet", None) or self.pipe.transformer
+        if model.device.type == "cpu":
+            return True
+        if model.device.type != "cuda":
+            return False
+        free, _ = torch.cuda.mem_get_info(model.device)
+        return bool(2 * sum(weight.nbytes for weight in model.parameters()) < free)
+
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], style: Style, on_step: Callable[[], None] | None = None
     ) -> "list[Image]":

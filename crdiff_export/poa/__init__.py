@@ -38,13 +38,15 @@ def enable(
     stop: float = 1.0,
     mode: Mode = "sequential",
     check: bool = True,
+    keep: bool = False,
 ) -> "Poa":
     """Have a diffusers pipeline, or its UNet or transformer alone, predict with POA from now on.
 
     `source` is a baked file or what `from_baked` and `from_recipe` give. `weight` is a number, or a function of the
     fraction of sampling that is done; None takes the file's own. Outside `start` to `stop` the model stays dense and
     costs one pass. The weights that are pruned are compared with the checkpoint first, and a baked file with its hash;
-    `check=False` trusts both.
+    `check=False` trusts both. `keep=True` prunes each layer once and holds its pruned weights, which is
+    faster where there is room for them.
     PoaError if they are of another model, VerifyError or CheckpointError for a file that is not as crdiff wrote it.
     """
     from crdiff_export.poa import sampling
@@ -55,7 +57,7 @@ def enable(
         )
     found = source if isinstance(source, Source) else from_baked(source)
     schedule = Schedule(found.weight if weight is None else weight, start, stop)
-    return sampling.enable(pipe, found, schedule, mode=mode, check=check)
+    return sampling.enable(pipe, found, schedule, mode=mode, check=check, keep=keep)
 
 
 def disable(pipe: Any) -> None:

@@ -26,20 +26,21 @@ class Side(Enum):
 class Switch:
     """What all layers of a model look at, and where on the CPU they put their pruned weights, one after the other.
 
-    `batch` is the size of a doubled batch.
+    `batch` is the size of a doubled batch. With `keep` every layer holds on to its pruned weights instead.
 
     There the system takes three times as long to provide new memory for each layer as its pruning takes; an
     accelerator's allocator keeps what it has (benchmarks/NOTES.md).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep: bool = False) -> None:
         self.side = Side.DENSE
         self.batch = 0
+        self.keep = keep
         self._room: dict[torch.dtype, Tensor] = {}
 
     @property
     def held(self) -> int:
-        """Bytes of what is kept for that."""
+        """Bytes of that room."""
         return sum(room.nbytes for room in self._room.values())
 
     def prune(self, weight: Tensor, limit: float) -> Tensor:
@@ -67,12 +68,18 @@ class LayerHook(ModelHook):  # type: ignore[misc]  # it has no types
         """Look at this switch from now on."""
         self.switch, self.cut = switch, cut
         self._limits = {dtype: cut.limit(dtype)}
+        self._kept: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
+
+    @property
+    def held(self) -> int:
+        """Bytes of the pruned weights that are kept."""
+        return self._kept[1].nbytes if self._kept else 0
 
     def new_forward(self, module: nn.Linear, hidden: Tensor) -> Tensor:
         """The layer's output for hidden states `(batch, …, in_features)`."""
         if self.switch.side is Side.DENSE:
             return self._dense(hidden)
-        pruned = self.switch.prune(module.weight, self._limit(module.weight.dtype))
+        pruned = self._pruned(module.weight)
         if self.switch.side is Side.PRUNED:
             return linear(hidden, pruned, module.bias)
         if len(hidden) % self.switch.batch:
@@ -82,6 +89,16 @@ class LayerHook(ModelHook):  # type: ignore[misc]  # it has no types
             )
         dense_half, pruned_half = hidden.chunk(2)
         return torch.cat((self._dense(dense_half), linear(pruned_half, pruned, module.bias)))
+
+    def _pruned(self, weight: Tensor) -> Tensor:
+        limit = self._limit(weight.dtype)
+        if not self.switch.keep or torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
+            return self.switch.prune(weight, limit)
+        # torch counts changes in place; a weight that was moved lies elsewhere.
+        state = weight.data_ptr(), weight._version, weight.dtype  # noqa: SLF001  # its public name is this one
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, hardshrink(weight, limit)
+        return self._kept[1]
 
     def _dense(self, hidden: Tensor) -> Tensor:
         output: Tensor = self.fn_ref.original_forward(hidden)

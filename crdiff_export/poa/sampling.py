@@ -24,7 +24,9 @@ MODES = ("sequential", "batched")
 class Poa:
     """POA on one model. `schedule` and `mode` may be replaced between images."""
 
-    def __init__(self, pipe: Any, source: Source, schedule: Schedule, mode: str, *, check: bool) -> None:
+    def __init__(
+        self, pipe: Any, source: Source, schedule: Schedule, mode: str, *, check: bool, keep: bool = False
+    ) -> None:
         self._pipe = weakref.ref(pipe)  # a model that outlives its pipeline must not keep all of it
         self.source, self.schedule, self.mode = source, schedule, mode
         self.model = model_of(pipe)
@@ -32,7 +34,8 @@ class Poa:
         for path, layer in self._layers.items():
             hooks.refuse_wrapped(path, layer)
         self._filled = layers.make_dense(self._layers, source) if check or source.has_residual else False
-        self._switch = Switch()
+        self._switch = Switch(keep=keep)
+        self._hooks: dict[str, hooks.LayerHook] = {}
         self._call: tuple[tuple[Any, ...], dict[str, Any], float] = ((), {}, 0.0)
 
     def install(self) -> None:
@@ -71,8 +74,11 @@ class Poa:
 
     @property
     def held(self) -> int:
-        """Bytes held beside the model's own weights: room for its largest pruned layer, once it has been used."""
-        return self._switch.held
+        """Bytes held beside the model's own weights, once they have been used.
+
+        Room for its largest pruned layer; with `keep`, all pruned layers.
+        """
+        return self._switch.held + sum(hook.held for hook in self._hooks.values())
 
     @property
     def filled(self) -> bool:
@@ -155,13 +161,13 @@ class Poa:
         return int(distances.argmin()) / len(distances)
 
 
-def enable(pipe: Any, source: Source, schedule: Schedule, *, mode: str, check: bool) -> Poa:
+def enable(pipe: Any, source: Source, schedule: Schedule, *, mode: str, check: bool, keep: bool = False) -> Poa:
     """Put POA on a pipeline's model, in place of one that is on it, which stays if the new one is refused."""
     model = model_of(pipe)
     old: Poa | None = getattr(model, NAME, None)
     if old and old.filled:  # what it is held against are the weights as they were loaded
         disable(pipe)
-    poa = Poa(pipe, source, schedule, mode, check=check)
+    poa = Poa(pipe, source, schedule, mode, check=check, keep=keep)
     disable(pipe)
     poa.install()
     setattr(model, NAME, poa)

@@ -92,7 +92,8 @@ class Objective:
             return
         weight = 1.0 if candidate.poa_weight is None else candidate.poa_weight
         layers = set(source.masks.diffusers)
-        with poa.enabled(self._session.pipe, source, weight, check=not layers <= self._checked):
+        check, keep = not layers <= self._checked, self._session.has_room()
+        with poa.enabled(self._session.pipe, source, weight, check=check, keep=keep):
             self._checked |= layers
             yield
 
