@@ -38,7 +38,7 @@ LAYERS: tuple[set[str], ...] = (
 )
 HEAVY = {
     *("numpy", "numba", "torch", "safetensors", "huggingface_hub", "diffusers", "transformers", "matplotlib"),
-    *("optuna", "scipy", "cmaes", "sqlalchemy", "psycopg"),
+    *("optuna", "scipy", "cmaes", "sqlalchemy", "psycopg", "torch_fidelity"),
 }
 # What a function imports when it is called, and so may import what is heavy at its top.
 LOADED_LATE = {
@@ -67,6 +67,7 @@ ONLY_IN = {
     "cmaes": {"search"},
     "sqlalchemy": {"search"},
     "psycopg": {"search"},
+    "torch_fidelity": {"scorers"},
 }
 # The one program that is ever started is the one that a `command:` scorer names.
 STARTS_PROGRAMS = PACKAGE / "scorers" / "process.py"

@@ -55,6 +55,7 @@ Line = Callable[[str], Ran]
 RATIO = 0.4
 STEPS = 2
 SIZES = (Size(48, 48), Size(64, 64))
+WITHOUT_FID = tuple(name for name in wording.COLUMNS if name != "FID")
 REQUEST = EvaluateRequest("demo", SIZES, limit=8, ratio=RATIO, steps=STEPS, batch=8, weights=(1.5,))
 
 
@@ -368,7 +369,7 @@ def test_words_follow_the_interval(gain: float, verdict: str, found: Evaluation)
 
 def test_table_has_a_row_for_each_model(found: Evaluation) -> None:
     columns, rows = wording.table(found)
-    assert columns == wording.COLUMNS
+    assert columns == WITHOUT_FID
     assert [row[:2] for row in rows] == [
         ("48x48", "dense"), ("", "pruned"), ("", "POA 1.5"), ("64x64 (native)", "dense"), ("", "pruned"),
         ("", "POA 1.5"),
@@ -558,7 +559,7 @@ def test_command_prints_facts_a_table_and_files(line: Line) -> None:
     assert out[0].split() == ["base:", "demo", "(demo),", "native", "64x64"]
     assert re.search(r"ratios for 48x48: +down 0.4, mid 0.4, up 0.4: starting point, tuned by nobody", ran.out)
     (head,) = [text for text in out if text.startswith("size")]
-    assert re.split(" {2,}", head) == list(wording.COLUMNS)
+    assert re.split(" {2,}", head) == list(WITHOUT_FID)
     assert out[-2:] == ["e.html", "e.toml"]
     assert "note: 24 pictures of 8 prompts, on cpu in fp32" in ran.err
     assert line("recipes validate e.toml").code == 0
@@ -588,6 +589,27 @@ def test_a_program_that_dies_is_told(line: Line, here: Path) -> None:
     assert ran.code == 1
     assert "ended with status 1 before the score of picture 1" in ran.err
     assert "no model here" in ran.err
+
+
+@pytest.mark.parametrize("weight", ["", "0.5*demo+0.5*"], ids=["alone", "in-a-sum"])
+def test_of_a_command_only_the_programs_name_gets_out(weight: str, line: Line, here: Path) -> None:
+    """Neither on the screen nor into a file that is made to be given away."""
+    (here / "my_judge.py").write_text("import sys\nfor _ in sys.stdin: print('{\"score\": 1}', flush=True)")
+    words = f"{sys.executable} my_judge.py --token hf_secret"
+    outputs = ("e.toml", "e.html", "e.svg")
+    asked = f"evaluate demo --res 48 --limit 2 --steps 1 --no-native --scorer '{weight}command:{words}'"
+    ran = line(f"{asked} {' '.join(f'-o {name}' for name in outputs)}")
+    assert ran.code == 0, ran.err
+    texts = {name: (here / name).read_text() for name in outputs}
+    texts |= {"screen": ran.out + ran.err, "json": line(f"{asked} --json").out}
+    name = f"{weight}command:{Path(sys.executable).name}"
+    for where, text in texts.items():
+        assert name in text, where
+        for private in ("secret", "my_judge", sys.executable):
+            assert private not in text, where
+    said = recipe_files.load(here / "e.toml").variants[0].evidence
+    assert said
+    assert said.scorer == name
 
 
 def test_black_pictures_are_pointed_out(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -308,7 +308,7 @@ def test_quiet_leaves_the_paths_alone(line: Line) -> None:
 SHARDS = "{shelf}/shards/diffusion_pytorch_model.safetensors.index.json --res 64 "
 WRONG = {
     "no-prompt": ("demo --res 64", 2, "a prompt is empty", "--prompt TEXT"),
-    "empty-prompt": ("demo --res 64 --prompt ' '", 2, "a prompt is empty", "--prompt TEXT"),
+    "empty-prompt": ("demo --res 64 --prompt ' '", 2, "a prompt is empty", "what the pictures are to show"),
     "no-such-seed": (f"demo --res 64 --seed -1 {FOX}", 2, "a seed is missing or out of range", "from 0 to 184467"),
     "no-size": (f"demo {FOX}", 2, "there is no size", "--res"),
     "off-grid": (f"demo --res 97 {FOX}", 1, "97x97 does not fit demo's latent grid", "Use 96x96."),

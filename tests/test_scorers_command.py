@@ -176,8 +176,24 @@ def test_the_fingerprint(made: Make, tmp_path: Path) -> None:
     again = made(LOOP + ANSWER, "--size", "3").fingerprint()
     other = made(LOOP + "    pass\n" + ANSWER, "--size", "3").fingerprint()
     assert record == again
-    assert set(record) == {"name", sys.executable, str(tmp_path / "a program.py")}
-    assert [key for key in record if record[key] != other[key]] == [str(tmp_path / "a program.py")]
+    assert set(record) == {"name", "words", "word 0", "word 1"}
+    assert [key for key in record if record[key] != other[key]] == ["word 1"]
+
+
+def test_the_fingerprint_follows_every_word(made: Make) -> None:
+    one, two = (made(LOOP + ANSWER, "--size", size).fingerprint() for size in ("3", "4"))
+    assert [key for key in one if one[key] != two[key]] == ["words"]
+    assert made(LOOP + ANSWER, "--size 3").fingerprint()["words"] != one["words"]
+
+
+def test_neither_paths_nor_arguments_get_out(made: Make, tmp_path: Path) -> None:
+    """What a scorer says of itself ends in recipes, in headers and on pages."""
+    scorer = made(LOOP + ANSWER, "--token", "hf_secret", "--model=/home/somebody/model")
+    said = " ".join((scorer.name, *(word for pair in scorer.fingerprint().items() for word in pair)))
+    assert scorer.name == f"command:{Path(sys.executable).name}"
+    for private in ("secret", "somebody", "/", "a program", str(tmp_path)):
+        assert private not in said
+    assert "secret" not in refused(made("sys.exit(3)\n", "--token", "hf_secret"))[0]
 
 
 def test_it_may_be_part_of_a_sum(made: Make, tmp_path: Path) -> None:
@@ -185,7 +201,10 @@ def test_it_may_be_part_of_a_sum(made: Make, tmp_path: Path) -> None:
     words = f"command:{shlex.join([sys.executable, str(tmp_path / 'a program.py')])}"
     scorer = scorers.load(f"-1*{words}")
     (found,) = scorer.score([RED], ["abc"])
-    assert (found.value, dict(found.parts)) == (-3.0, {words: 3.0})
+    program = f"command:{Path(sys.executable).name}"
+    assert (found.value, dict(found.parts)) == (-3.0, {program: 3.0})
+    assert scorer.name == scorers.public(f"-1*{words}") == f"-1*{program}"
+    assert str(tmp_path) not in repr(scorer.fingerprint())
     scorer.close()
 
 

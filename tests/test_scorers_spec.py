@@ -105,10 +105,31 @@ def values(scorer: Scorer, images: Sequence[Image.Image], prompts: Sequence[str]
         ("1e-3*demo+aesthetic", [(1e-3, "demo"), (1.0, "aesthetic")]),
         ("command:score a*b+c:d", [(1.0, "command:score a*b+c:d")]),
         ("2*demo+.5*command:score --x=1*2+3", [(2.0, "demo"), (0.5, "command:score --x=1*2+3")]),
+        ("2* demo + .5 * command:score a+b ", [(2.0, "demo"), (0.5, "command:score a+b")]),
     ],
 )
 def test_a_text_is_a_sum(text: str, members: list[tuple[float, str]]) -> None:
     assert spec.parse(text) == members
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("demo", "demo"),
+        ("mine:width", "mine:width"),
+        ("0.5*clip-score+0.5*mine:width", "0.5*clip-score+0.5*mine:width"),
+        ("command:score", "command:score"),
+        ("command:/home/somebody/bin/python3 /home/somebody/score.py --token hf_abc", "command:python3"),
+        ("command:'/home/some body/my judge' --token=hf_abc", "command:my judge"),
+        ("command:./score", "command:score"),
+        (" command: score a ", "command:score"),
+        ("command:env TOKEN=hf_abc python score.py", "command:env"),
+        ("2*demo+0.5*command:/opt/score demo+2*demo", "2*demo+0.5*command:score"),
+        ("2*demo + .5 * command:/opt/score a+b", "2*demo + .5 * command:score"),
+    ],
+)
+def test_what_others_may_read(text: str, shown: str) -> None:
+    assert spec.public(text) == shown
 
 
 @pytest.mark.parametrize(

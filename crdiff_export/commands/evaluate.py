@@ -22,6 +22,7 @@ from crdiff_export.evaluation import EvaluateRequest, Evaluation, Job, Subject, 
 from crdiff_export.evaluation.findings import Finding
 from crdiff_export.evaluation.statistics import Estimate
 from crdiff_export.floats import DTYPES
+from crdiff_export.scorers import inception
 
 
 @click.command(
@@ -73,6 +74,14 @@ from crdiff_export.floats import DTYPES
 @click.option("--device", type=DeviceType(), default="auto", show_default=True, help="Where to draw: auto takes a GPU.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Default: fp16 or bf16 on a GPU, fp32 on a CPU.")
 @click.option("--scorer-device", type=DeviceType(), help="Where to score. Default: where pictures are drawn.")
+@click.option(
+    "--fid", metavar="DIR|dense",
+    help="Also an FID of each model's pictures, against those in a folder or the dense model's at the native size.",
+)  # fmt: skip
+@click.option(
+    "--fid-weights", type=click.Path(path_type=Path), metavar="FILE",
+    help="FID's Inception network. Default: torch's cache, into which it is fetched once.",
+)  # fmt: skip
 @click.option(
     "--config", metavar="DIR|ORG/NAME",
     help="For a single file: a folder for diffusers with the model's configuration, or a repository on the Hub.",
@@ -131,6 +140,8 @@ def _announce(job: Job) -> None:
         ui.note(text)
     prompts = len({prompt for prompt, _ in job.pairs})
     ui.note(f"{job.pictures} pictures of {prompts} prompts, on {job.device} in {job.dtype}")
+    if job.fid and not job.fid.weights and (url := inception.absent()):
+        ui.note(f"FID's network, 91 MiB, comes from {url}")
     if job.opening.remote:
         ui.note(f"what {job.base.name} lacks comes from {job.opening.remote}, unless it is in the local cache")
 
@@ -152,6 +163,7 @@ def _as_json(job: Job, found: Evaluation) -> dict[str, Any]:
     return {
         "base": found.base, "family": found.family, "native": str(found.native), "scorer": found.scorer,
         "scorer_fingerprint": dict(found.fingerprint), "facts": dict(found.facts), "notes": [*job.notes, *found.notes],
+        "fid": dict(found.fid) if found.fid else None,
         "pairs": [{"prompt": prompt, "seed": seed} for prompt, seed in found.pairs],
         "sizes": [_subject_json(found, subject) for subject in found.subjects],
         "files": [str(path) for path in job.outputs],
@@ -175,7 +187,7 @@ def _finding_json(finding: Finding) -> dict[str, Any]:
 
     return {
         "model": finding.drawn.name, "poa_weight": finding.drawn.weight, "score": said(finding.mean),
-        "minus_dense": said(finding.difference), "right": said(finding.right), "parts": dict(finding.parts),
-        "verdict": finding.difference.verdict if finding.difference else None,
+        "minus_dense": said(finding.difference), "right": said(finding.right), "fid": finding.drawn.fid,
+        "parts": dict(finding.parts), "verdict": finding.difference.verdict if finding.difference else None,
         "scores": [score.value for score in finding.drawn.scores], "seconds": round(finding.drawn.seconds, 3),
     }  # fmt: skip

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 from click.core import ParameterSource
 
+from crdiff_export import scorers
 from crdiff_export.commands.options import (
     POA_WEIGHT,
     RATIO,
@@ -277,7 +278,7 @@ def _as_json(found: Found) -> dict[str, Any]:
     job, variant = found.job, found.variant if found.recipe else None
     return {
         "base": job.base.name, "family": job.plan.match.family.id, "resolution": str(job.request.size),
-        "native": str(job.native), "scorer": job.scorer, "storage": found.where, "study": job.study,
+        "native": str(job.native), "scorer": scorers.public(job.scorer), "storage": found.where, "study": job.study,
         "method": job.setup.method.name, "verdict": found.verdict, "conclusion": wording.conclusion(found),
         "ratios": dict(variant.ratios) if variant else None, "poa_weight": variant.poa_weight if variant else None,
         "best": found.best.place, "notes": list(job.notes),

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# Seeds that torch tells apart.
-SEEDS = 2**64
 # Ours: enough to judge a picture by, and half of what diffusers takes.
 STEPS = 25
 # src: the model card of FLUX.1-schnell

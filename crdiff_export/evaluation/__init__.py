@@ -3,17 +3,17 @@
 The whole story, as in `export.py`: plan, draw and score (`measure.py`), compare (`findings.py`), write.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from crdiff_export import architecture, bases, plan, poa, recipe, scorers
 from crdiff_export.demo.scenes import Scene
-from crdiff_export.drawing import opening
+from crdiff_export.drawing import asking, opening
 from crdiff_export.drawing.opening import Opening
 from crdiff_export.errors import OptionError
-from crdiff_export.evaluation import files, prompts
+from crdiff_export.evaluation import fid, files, prompts
+from crdiff_export.evaluation.fid import Asked
 from crdiff_export.evaluation.findings import Evaluation, Subject
 from crdiff_export.export import ExportRequest, plan_variant
 from crdiff_export.plan import Plan
@@ -27,7 +27,8 @@ class EvaluateRequest:
 
     Each prompt is drawn `pictures` times, and no two pictures have the same noise: the seeds count up from `seed`.
     Ratios come from the recipe or from `ratio` and `ratios`, as in an export. No `weights` means the recommended one.
-    With `native` the pruned models are drawn at the native size as well: what helps at one size may hurt there.
+    With `native` the pruned models are drawn at the native size as well: what helps at one size may hurt there. `fid`
+    is a folder of pictures, or `dense`, to take an FID against.
     """
 
     base: str
@@ -49,6 +50,8 @@ class EvaluateRequest:
     device: str = "auto"
     dtype: str | None = None
     scorer_device: str | None = None
+    fid: str | None = None
+    fid_weights: Path | None = None
     config: str | None = None
     variant: str | None = None
     outputs: tuple[Path, ...] = ()
@@ -73,12 +76,25 @@ class Job:
     scorer_device: str
     outputs: tuple[Path, ...]
     notes: tuple[str, ...]
+    fid: Asked | None = None
 
     @property
     def pictures(self) -> int:
         """How many there will be; the dense model's at a size are drawn once."""
         sizes = {subject.size for subject in self.subjects}
-        return len(self.pairs) * (len(sizes) + sum(len(subject.drawn) - 1 for subject in self.subjects))
+        models = len(sizes) + sum(len(subject.drawn) - 1 for subject in self.subjects)
+        return len(self.pairs) * models + len(self.reference_pairs)
+
+    @property
+    def reference_pairs(self) -> tuple[tuple[str, int], ...]:
+        """What is drawn of the dense model to take an FID against: the same prompts, from noise that no other has.
+
+        From the same noise a model at that size would be near for that reason alone, and the dense one at 0; so its own
+        number there is what chance does to sets of this many.
+        """
+        if not (self.fid and self.fid.drawn):
+            return ()
+        return tuple((prompt, seed + len(self.pairs)) for prompt, seed in self.pairs)
 
 
 def evaluate(request: EvaluateRequest, progress: Progress | None = None) -> Evaluation:
@@ -107,8 +123,7 @@ def prepare(request: EvaluateRequest) -> Job:
     match = plan.recognise(checkpoint)
     from crdiff_export.drawing import session
 
-    if request.negative and match.family.id.startswith("flux"):
-        raise OptionError(f"{match.family.title} takes no negative prompt", "Leave --negative out.")
+    asking.check_negative(request.negative, match.family)
     planned = [
         plan_variant(
             ExportRequest(
@@ -131,16 +146,18 @@ def prepare(request: EvaluateRequest) -> Job:
     if "demo" in (name for _, name in scorers.parse(scorer)):
         for prompt in chosen:
             Scene.parse(prompt)
-    if pairs[-1][1] >= session.SEEDS:
+    against = fid.choose(request.fid, request.fid_weights, len(pairs))
+    if pairs[-1][1] + (len(pairs) if against and against.drawn else 0) >= asking.SEEDS:
         raise OptionError(
-            "there are not so many seeds", f"They end before {session.SEEDS}; begin with a smaller --seed."
+            "there are not so many seeds", f"They end before {asking.SEEDS}; begin with a smaller --seed."
         )
     subjects = tuple(_subjects(planned, native, request))
     device = session.device(request.device, offload=False)
     scorer_device = session.device(request.scorer_device, offload=False) if request.scorer_device else device
     dtype = session.dtype(request.dtype, way.pipeline, device)
     batch = request.batch or session.usual_batch(match.family.id, device)
-    notes = tuple(dict.fromkeys(note for one in planned for note in one.notes))
+    of_fid = against.notes(len(pairs)) if against else ()
+    notes = tuple(dict.fromkeys((*(note for one in planned for note in one.notes), *of_fid)))
     return Job(
         request,
         base,
@@ -156,6 +173,7 @@ def prepare(request: EvaluateRequest) -> Job:
         scorer_device,
         outputs,
         notes,
+        against,
     )
 
 
@@ -198,11 +216,7 @@ def _check(request: EvaluateRequest) -> None:
     """Refuse what the request alone shows to be impossible."""
     if not request.sizes:
         raise OptionError("there is no size", "Give --res.")
-    for text in (*request.prompts, request.negative or ""):
-        if text != os.fsencode(text).decode("utf-8", "replace"):
-            raise OptionError("a prompt is not UTF-8 text", "Give it in UTF-8.")
-    if not all(prompt.strip() for prompt in request.prompts):
-        raise OptionError("a prompt is empty", "Say what the pictures are to show.")
+    asking.check_texts(request.prompts, request.negative)
     for weight in request.weights:
         recipe.check_poa_weight("the POA weight", weight)
     if request.pictures < 1 or (request.limit is not None and request.limit < 1):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 from crdiff_export.evaluation import statistics
 from crdiff_export.evaluation.statistics import Estimate
@@ -57,7 +57,7 @@ class Subject:
 class Drawn:
     """Scores of every pair by one model at one size, in the order of the pairs, and the first pictures as PNG files.
 
-    `seconds` is the time that drawing took; `black` pictures have no light in them.
+    `seconds` is the time that drawing took; `black` pictures have no light in them. `fid` is of all pictures.
     """
 
     subject: Subject
@@ -66,6 +66,7 @@ class Drawn:
     images: tuple[bytes, ...]
     seconds: float
     black: int = 0
+    fid: float | None = None
 
     @property
     def name(self) -> str:
@@ -86,7 +87,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that was drawn. `facts` say how, `notes` what is odd about it."""
+    """Everything that was drawn. `facts` say how, `notes` what is odd about it, `fid` what an FID is against."""
 
     base: str
     family: str
@@ -98,6 +99,7 @@ class Evaluation:
     drawn: tuple[Drawn, ...]
     facts: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+    fid: Mapping[str, Any] | None = None
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from crdiff_export import poa, scorers
 from crdiff_export.drawing.session import Place, Session, Style, session
+from crdiff_export.evaluation import fid
 from crdiff_export.evaluation.findings import DENSE, PRUNED, Drawn, Evaluation, Subject
 from crdiff_export.inspection import printable, provenance
 from crdiff_export.metadata import tool_version
@@ -18,6 +19,8 @@ from crdiff_export.progress import Progress
 from crdiff_export.recipe import Size
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from crdiff_export.evaluation import Job
 
 # Pictures of a model at a size that are there to be shown, the first ones: more do not fit in memory, nor on a page.
@@ -31,8 +34,9 @@ def take(job: "Job", counted: poa.Counted, progress: Progress) -> Evaluation:
     scorer = scorers.load(job.scorer, job.scorer_device)
     try:
         fingerprint = scorer.fingerprint()
+        meter = fid.opened(job.fid, job.scorer_device, progress)
         with session(job.opening, family, Place(job.device, job.dtype, advice=ADVICE), job.base.name) as opened:
-            drawn = _Studio(job, opened, scorer, counted, progress).take()
+            drawn = _Studio(job, opened, scorer, meter, counted, progress).take()
             style = opened.style(job.native, request.steps, request.guidance, request.negative)
             facts = tuple((name, printable(text, limit=1000)) for name, text in _facts(job, style, opened.scheduler))
         notes = tuple(_warnings(drawn))
@@ -47,6 +51,7 @@ def take(job: "Job", counted: poa.Counted, progress: Progress) -> Evaluation:
             drawn,
             facts,
             notes,
+            meter.record(len(job.pairs)) if meter else None,
         )
     finally:
         scorer.close()
@@ -56,9 +61,10 @@ class _Studio:
     """An open pipeline, and who looks at its pictures."""
 
     def __init__(
-        self, job: "Job", opened: Session, scorer: scorers.Scorer, counted: poa.Counted, progress: Progress
-    ) -> None:
-        self._job, self._session, self._scorer = job, opened, scorer
+        self, job: "Job", opened: Session, scorer: scorers.Scorer, meter: fid.Meter | None, counted: poa.Counted,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        self._job, self._session, self._scorer, self._meter = job, opened, scorer, meter
         self._counted, self._progress = counted, progress
         self._dense: dict[Size, Drawn] = {}
         self._checked: set[str] = set()  # layers whose weights in memory are known to be those that were counted
@@ -68,9 +74,20 @@ class _Studio:
         sizes = {subject.size for subject in job.subjects}
         others = [weight for subject in job.subjects for weight in subject.drawn if weight != DENSE]
         steps = self._style(job.native).steps * len(job.pairs)
-        passes = len(sizes) + sum(1 if weight == PRUNED else 2 for weight in others)
+        reference = bool(job.reference_pairs)
+        passes = len(sizes) + reference + sum(1 if weight == PRUNED else 2 for weight in others)
         self._progress.stage("drawing", steps * passes, "passes")
+        if reference:
+            self._refer()
         return tuple(self._model(subject, weight) for subject in job.subjects for weight in subject.drawn)
+
+    def _refer(self) -> None:
+        """Draw what all models' pictures are compared with as sets."""
+        assert self._meter
+        moments = self._meter.start()
+        for _, _, images in self._pictures(self._job.reference_pairs, self._job.native, 1):
+            self._meter.see(moments, images)
+        self._meter.refer(moments)
 
     def _model(self, subject: Subject, weight: float) -> Drawn:
         """One model's pictures of a subject; those of the dense model are the same whatever is pruned otherwise."""
@@ -86,27 +103,34 @@ class _Studio:
         seconds, black = 0.0, 0
         scores: list[scorers.Score] = []
         images: list[bytes] = []
+        moments = self._meter.start() if self._meter else None
         with amplified:
-            for batch in self._batches():
-                prompts, seeds = [prompt for prompt, _ in batch], [seed for _, seed in batch]
-                passes = len(batch) * (1 if weight in (DENSE, PRUNED) else 2)
-                began = time.monotonic()
-                found = self._session.draw(
-                    prompts, seeds, self._style(subject.size), partial(self._progress.advance, passes)
-                )
-                seconds += time.monotonic() - began
+            passes = 1 if weight in (DENSE, PRUNED) else 2
+            for prompts, took, found in self._pictures(self._job.pairs, subject.size, passes):
+                seconds += took
                 black += sum(not image.getbbox() for image in found)
                 scores += self._scorer.score(found, prompts)
                 images += map(_packed, found[: KEPT - len(images)])
-        drawn = Drawn(subject, weight, tuple(scores), tuple(images), seconds, black)
+                if self._meter and moments:
+                    self._meter.see(moments, found)
+        apart = self._meter.distance(moments) if self._meter and moments else None
+        drawn = Drawn(subject, weight, tuple(scores), tuple(images), seconds, black, apart)
         if weight == DENSE:
             self._dense[subject.size] = drawn
         return drawn
 
-    def _batches(self) -> Iterator[Sequence[tuple[str, int]]]:
-        pairs, size = self._job.pairs, self._job.batch
-        for start in range(0, len(pairs), size):
-            yield pairs[start : start + size]
+    def _pictures(
+        self, pairs: Sequence[tuple[str, int]], size: Size, passes: int
+    ) -> Iterator[tuple[list[str], float, "list[Image]"]]:
+        """Some prompts, the seconds that drawing them took, and their pictures, until all pairs are drawn."""
+        for start in range(0, len(pairs), self._job.batch):
+            batch = pairs[start : start + self._job.batch]
+            prompts, seeds = [prompt for prompt, _ in batch], [seed for _, seed in batch]
+            began = time.monotonic()
+            found = self._session.draw(
+                prompts, seeds, self._style(size), partial(self._progress.advance, passes * len(batch))
+            )
+            yield prompts, time.monotonic() - began, found
 
     def _style(self, size: Size) -> Style:
         request = self._job.request
@@ -130,7 +154,7 @@ def _facts(job: "Job", style: Style, scheduler: str) -> Iterator[tuple[str, str]
     """What everybody who sees the numbers should know."""
     request = job.request
     yield "base", f"{job.base.name} ({job.plan.match.family.title}), native {job.native}"
-    yield "scorer", job.scorer
+    yield "scorer", scorers.public(job.scorer)
     prompts = len({prompt for prompt, _ in job.pairs})
     yield "pictures", f"{prompts} prompts, {request.pictures} of each, seeds from {request.seed}"
     for subject in job.subjects:
@@ -145,6 +169,8 @@ def _facts(job: "Job", style: Style, scheduler: str) -> Iterator[tuple[str, str]
         yield "negative", style.negative
     of = "prompts" if prompts > 1 else "the pictures of this one prompt, which says nothing about others"
     yield "intervals", f"95 % each, so that one of 20 misses; over {of}; differences are paired, picture by picture"
+    if job.fid:
+        yield "FID", job.fid.fact(job.native)
     for note in job.notes:
         yield "note", note
     yield "drawn on", f"{job.device}, {job.dtype}, {job.batch} at once"

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from crdiff_export.evaluation.findings import DENSE, Evaluation, Finding, Subject
 from crdiff_export.evaluation.statistics import Estimate
 
-COLUMNS = ("size", "model", "score", "95 %", "right", "minus dense", "95 % of it", "which shows")
-NUMERIC = ("score", "right", "minus dense")
+COLUMNS = ("size", "model", "score", "95 %", "right", "FID", "minus dense", "95 % of it", "which shows")
+NUMERIC = ("score", "right", "FID", "minus dense")
 
 
 def where(found: Evaluation, subject: Subject) -> str:
@@ -34,8 +34,9 @@ def _row(found: Evaluation, subject: Subject, finding: Finding) -> tuple[str, ..
     mean, plain, signed = finding.mean, f".{digits}f", f"+.{digits}f"
     place = where(found, subject) if finding.drawn.weight == DENSE else ""
     right = f"{finding.right.value:.0%}" if finding.right else ""
+    fid = "" if finding.drawn.fid is None else f"{finding.drawn.fid:.2f}"
     said = (f"{change.value:{signed}}", _ends(change, signed), change.verdict) if change else ("", "", "")
-    return (place, finding.drawn.name, f"{mean.value:{plain}}", _ends(mean, plain), right, *said)
+    return (place, finding.drawn.name, f"{mean.value:{plain}}", _ends(mean, plain), right, fid, *said)
 
 
 def _ends(estimate: Estimate, form: str) -> str:

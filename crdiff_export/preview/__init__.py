@@ -1,13 +1,12 @@
 """Pictures of a base, of what pruning makes of it, and of POA, side by side: the whole story, as in `export.py`."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from crdiff_export import architecture, bases, plan, poa, recipe
 from crdiff_export.baked import BakedCheckpoint, open_baked
-from crdiff_export.drawing import opening
+from crdiff_export.drawing import asking, opening
 from crdiff_export.drawing.opening import Opening
 from crdiff_export.errors import OptionError, PreviewError
 from crdiff_export.export import ExportRequest, plan_variant
@@ -16,9 +15,6 @@ from crdiff_export.preview import files, wording
 from crdiff_export.preview.wording import Column, Taken
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.recipe import Size
-
-# What torch tells apart, as in `drawing.session`.
-SEEDS = 2**64
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +105,7 @@ def prepare(request: PreviewRequest) -> Job:
     planned = baked.plan if baked else plan_variant(_pruning(request), checkpoint)
     size = request.size or planned.size
     recipe.check_grid(size, match.family.grid, match.family.title)
-    if request.negative and match.family.id.startswith("flux"):
-        raise OptionError(f"{match.family.title} takes no negative prompt", "Leave --negative out.")
+    asking.check_negative(request.negative, match.family)
     columns = wording.columns(request.weights or (planned.variant.poa_weight,))
     native = architecture.find(planned).native
     way = opening.choose(base, checkpoint, match, native, config=request.config, variant=request.variant)
@@ -158,10 +153,11 @@ def _pruning(request: PreviewRequest) -> ExportRequest:
 
 def _check(request: PreviewRequest) -> None:
     """Refuse what the request alone shows to be impossible."""
-    if not request.prompts or not all(prompt.strip() for prompt in request.prompts):
+    if not request.prompts:
         raise OptionError("a prompt is empty", "Say what the pictures are to show: --prompt TEXT.")
-    if not request.seeds or not all(0 <= seed < SEEDS for seed in request.seeds):
-        raise OptionError("a seed is missing or out of range", f"Give --seed a number from 0 to {SEEDS - 1}.")
+    asking.check_texts(request.prompts, request.negative)
+    if not request.seeds or not all(0 <= seed < asking.SEEDS for seed in request.seeds):
+        raise OptionError("a seed is missing or out of range", f"Give --seed a number from 0 to {asking.SEEDS - 1}.")
     if request.baked and (request.recipe or request.ratio is not None or request.ratios):
         raise OptionError(
             "--baked has its own ratios", "Leave out --recipe, --ratio, --down, --mid and --up, or leave out --baked."
@@ -173,9 +169,6 @@ def _check(request: PreviewRequest) -> None:
     for weight in request.weights:
         recipe.check_poa_weight("the POA weight", weight)
     poa.Schedule(1.0, request.start, request.stop)
-    for text in (*request.prompts, request.negative or ""):
-        if text != os.fsencode(text).decode("utf-8", "replace"):
-            raise OptionError("a prompt is not UTF-8 text", "Give it in UTF-8.")
 
 
 __all__ = ["Job", "Preview", "PreviewRequest", "draw", "measure", "prepare", "preview"]

@@ -5,6 +5,9 @@ The program is started once, without a shell. For each picture it reads one line
 `{"score": NUMBER}`, in the same order. It may read ahead; it has to flush each answer, and to keep its stdin open until
 that ends. What it writes to stderr is kept for the message of an error. CRDIFF_SCORER_TIMEOUT is how many seconds it
 may take for an answer.
+
+A command may hold paths and secrets, so its name, which goes into recipes, headers, cards and pages, is that of the
+program alone; the fingerprint has hashes of the rest.
 """
 
 import hashlib
@@ -38,8 +41,8 @@ class Command:
     """The program, running; after an error or `close` it is gone, with whatever it started, and so are the pictures."""
 
     def __init__(self, spec: str) -> None:
-        self.name = spec
         self._words = words_of(spec)
+        self.name = name_of(self._words)
         self._seconds = _seconds()
         self._folder = Path(tempfile.mkdtemp(prefix="crdiff-scorer-"))
         try:
@@ -100,8 +103,8 @@ class Command:
         raise ScorerError(f"{self.name}: {what}", f"{hint} Its last words: {last}" if last else hint)
 
     def fingerprint(self) -> dict[str, str]:
-        """Its words, and the hash of each of them that is a file; what else the program uses is not seen."""
-        found = {"name": self.name}
+        """The hash of its words, and of each of them that is a file; what else the program uses is not seen."""
+        found = {"name": self.name, "words": f"sha256:{hashlib.sha256(json.dumps(self._words).encode()).hexdigest()}"}
         for place, word in enumerate(self._words):
             path = Path(word if place else shutil.which(word) or word)
             with suppress(
@@ -109,7 +112,7 @@ class Command:
             ):  # a word may be a text too long for a name, or a file that only the program may read
                 if path.is_file():
                     with path.open("rb") as file:
-                        found[word] = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+                        found[f"word {place}"] = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
         return found
 
     def close(self) -> None:
@@ -125,6 +128,11 @@ def words_of(spec: str) -> list[str]:
     if not words:
         raise ScorerError(f"{spec}: names no program", _QUOTES)
     return words
+
+
+def name_of(words: Sequence[str]) -> str:
+    """What others may read of a command: its program, without the folder that it is in and without its arguments."""
+    return f"command:{Path(words[0]).name}"
 
 
 def _seconds() -> float:

@@ -24,7 +24,7 @@ BUILT_IN: Final = {
 }
 COMMAND: Final = "command:"
 # The first of a sum's members, its weight, and what follows.
-_MEMBER = re.compile(r"(?:(?P<weight>[+-]?[^*:+]*)\*)?(?P<scorer>command:.*|[^+]*)(?P<more>\+)?", re.DOTALL)
+_MEMBER = re.compile(r"(?:(?P<weight>[+-]?[^*:+]*)\*)?(?P<scorer>\s*command:.*|[^+]*)(?P<more>\+)?", re.DOTALL)
 _SUM_HINT = "Write 0.5*clip-score+0.5*image-reward."
 
 Factory = Callable[[str, str], Scorer]
@@ -50,7 +50,7 @@ def load(spec: str, device: str = "cpu", dtype: str = "fp32") -> Scorer:
         for _, scorer in opened:
             scorer.close()
         raise
-    return Checked(Weighted(spec, opened))
+    return Checked(Weighted(public(spec), opened))
 
 
 def check(spec: str) -> None:
@@ -62,6 +62,16 @@ def check(spec: str) -> None:
             from crdiff_export.scorers.command import words_of
 
             words_of(text)
+
+
+def public(spec: str) -> str:
+    """What others may read of a text: all of it, but of a command the base name of its program alone."""
+    *_, (_, last) = parse(spec)
+    if not last.startswith(COMMAND):
+        return spec
+    from crdiff_export.scorers.command import name_of, words_of
+
+    return spec.strip().removesuffix(last) + name_of(words_of(last))
 
 
 def parse(spec: str) -> list[tuple[float, str]]:

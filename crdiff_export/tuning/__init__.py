@@ -4,14 +4,13 @@ The whole story, as in `export.py`: plan, search (`objective.py`, and the engine
 against the dense model as `crdiff evaluate` does (`check.py`), write. Nothing is called better but by the check.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from crdiff_export import architecture, bases, plan, recipe, scorers, search
 from crdiff_export.demo.scenes import Scene
-from crdiff_export.drawing import opening
+from crdiff_export.drawing import asking, opening
 from crdiff_export.drawing.opening import Opening
 from crdiff_export.errors import OptionError, SearchError
 from crdiff_export.export import ExportRequest, plan_variant
@@ -138,8 +137,7 @@ def prepare(request: SearchRequest) -> Job:
     checkpoint = base.open(request.variant)
     match = plan.recognise(checkpoint)
     family = match.family
-    if request.negative and family.id.startswith("flux"):
-        raise OptionError(f"{family.title} takes no negative prompt", "Leave --negative out.")
+    asking.check_negative(request.negative, family)
     planned = plan_variant(
         ExportRequest(
             request.base, request.size, recipe=request.recipe, targets=request.targets, variant=request.variant,
@@ -226,24 +224,18 @@ def _scorer(request: SearchRequest) -> str:
 
 def _check_pairs(chosen: Pairs, scorer: str) -> None:
     """Refuse prompts that the scorer cannot judge, and seeds that torch does not tell apart."""
-    from crdiff_export.drawing import session
-
     if "demo" in (name for _, name in scorers.parse(scorer)):
         for prompt, _ in (*chosen.search, *chosen.check):
             Scene.parse(prompt)
-    if chosen.check[-1][1] >= session.SEEDS:
-        hint = f"They end before {session.SEEDS}; begin with a smaller --noise."
+    if chosen.check[-1][1] >= asking.SEEDS:
+        hint = f"They end before {asking.SEEDS}; begin with a smaller --noise."
         raise OptionError("there are not so many seeds", hint)
 
 
 def _check(request: SearchRequest) -> None:
     """Refuse what the request alone shows to be impossible."""
     texts = (*request.prompts, *request.held_out, *((request.prompt,) if request.prompt is not None else ()))
-    for text in (*texts, request.negative or ""):
-        if text != os.fsencode(text).decode("utf-8", "replace"):
-            raise OptionError("a prompt is not UTF-8 text", "Give it in UTF-8.")
-    if not all(text.strip() for text in texts):
-        raise OptionError("a prompt is empty", "Say what the pictures are to show.")
+    asking.check_texts(texts, request.negative)
     if request.noise < 0 or request.seed < 0 or (request.steps is not None and request.steps < 1):
         raise OptionError("a seed or a number of steps is negative", "Count from 0 and from 1.")
     counts = (request.limit, request.held_out_limit, request.pictures, request.batch)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from crdiff_export import bases, evaluation, recipe_files
+from crdiff_export import bases, evaluation, recipe_files, scorers
 from crdiff_export.evaluation import evidence
 from crdiff_export.evaluation.findings import Subject
 from crdiff_export.inspection import printable
@@ -70,7 +70,7 @@ def settled(found: Found) -> Plan:
         ratios=planned.variant.ratios,
         poa_weight=weight,
         provenance="searched",
-        source=_source(found, job.scorer),
+        source=_source(found, scorers.public(job.scorer)),
         targets=job.plan.kinds if job.request.targets else job.plan.variant.targets,
         prompt=job.request.prompt,
     )

@@ -4,6 +4,8 @@ import io
 from collections.abc import Sequence
 from typing import Any, Final
 
+from crdiff_export import scorers
+from crdiff_export.inspection import printable
 from crdiff_export.search.board import Finished, estimate
 from crdiff_export.search.space import WEIGHT
 from crdiff_export.tuning.found import Found
@@ -50,7 +52,7 @@ def _course(axes: Any, found: Found) -> None:
     axes.step(places, values, where="post", color=COLOURS["best"], label="best so far")
     axes.axhline(found.dense.value, color=COLOURS["dense"], linestyle="--", linewidth=1, label="dense")
     axes.set_xlabel("trial")
-    axes.set_ylabel(f"mean score ({found.job.scorer})")
+    axes.set_ylabel(f"mean score ({printable(scorers.public(found.job.scorer), 40)})", parse_math=False)
     axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 

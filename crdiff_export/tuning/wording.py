@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from crdiff_export import scorers
 from crdiff_export.inspection import printable
 from crdiff_export.search.space import Candidate
 from crdiff_export.tuning.found import Found, Standing
@@ -81,7 +82,7 @@ def facts(found: Found) -> tuple[tuple[str, str], ...]:
         ("base", f"{printable(job.base.name)} ({job.plan.match.family.title}) at {job.request.size}"),
         ("search", f"{method.name}, seed {method.seed}, {box}{weights}"),
         ("trials", f"{len(states)}{stopped}{failed}, kept in {found.where}"),
-        ("judged by", f"{printable(job.scorer)}, {pictures} of {counted(prompts, 'prompt')}"),
+        ("judged by", f"{printable(scorers.public(job.scorer))}, {pictures} of {counted(prompts, 'prompt')}"),
         ("dense", f"{found.dense.value:.4f} in the search"),
         ("best", f"{found.best.value:.4f} in the search, trial {found.best.place}: {spelled(found.best.candidate)}"),
         *((("check", f"held out: {of_check['pictures']}"),) if "pictures" in of_check else ()),
