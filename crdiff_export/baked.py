@@ -1,17 +1,26 @@
 """A baked checkpoint read back: what its headers say of it, and the plan and the thresholds that made it."""
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from crdiff_export import criteria, families, floats, plan
+from crdiff_export import families, floats, plan
 from crdiff_export.checkpoint import Checkpoint, open_checkpoint
+from crdiff_export.criteria import Decision, Mask
+from crdiff_export.criteria.spec import MAGNITUDES
 from crdiff_export.errors import VerifyError
 from crdiff_export.header import show
-from crdiff_export.plan import Plan
+from crdiff_export.plan import Plan, Target
+from crdiff_export.progress import Progress, Silent
 from crdiff_export.recipe import Variant
-from crdiff_export.stamp import Stamp
+from crdiff_export.source import Bytes
+from crdiff_export.stamp import LAYER_WISE, Stamp
 from crdiff_export.threshold import Threshold
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 REPAIR = "Do not use the file; export it again from its base."
 DATA_HASH, FILE_HASH = "crdiff.source.hash_sha256", "crdiff.source.file_sha256"
@@ -22,7 +31,8 @@ NEWER = "Install a newer crdiff."
 class BakedCheckpoint:
     """What an export has left: its files, their common stamp, and the plan and thresholds rebuilt from them.
 
-    The thresholds are one for each of the plan's scopes; what they pruned is not known to them.
+    The thresholds are one for each of the plan's scopes; what they pruned is not known to them. Where the zeros of the
+    file are the mask, they are those of scopes that were left alone.
     """
 
     checkpoint: Checkpoint
@@ -42,14 +52,57 @@ def open_baked(path: Path) -> BakedCheckpoint:
     return BakedCheckpoint(checkpoint, stamp, planned, _thresholds(planned, stamp))
 
 
+def decision(baked: BakedCheckpoint, progress: Progress | None = None, *, moved: bool = True) -> Decision:
+    """What was decided for a baked checkpoint, as far as it tells: its thresholds, or the masks that its zeros are.
+
+    Zeros are read, a layer at a time. With `moved`, of a file with moved weights those of its pruned layers as well,
+    which are then in memory.
+    """
+    if not baked.stamp.masked:
+        return Decision(baked.thresholds)
+    asked = [(i, t) for i, t in enumerate(baked.plan.targets) if baked.plan.scopes[t.scope].rank]
+    progress = progress or Silent()
+    progress.stage("reading", sum(target.count * target.source.itemsize for _, target in asked))
+    masks: dict[int, Mask] = {}
+    weights: dict[int, NDArray[Any]] = {}
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(contextlib.closing(file.open())) for file in baked.checkpoint.files]
+        for number, target in asked:
+            found = _bits(readers[target.file], target)
+            masks[number] = Mask.pack(found == 0)
+            if baked.stamp.moved and moved:
+                weights[number] = found
+            progress.advance(found.nbytes)
+    counts = [0] * len(baked.plan.scopes)
+    for number, mask in masks.items():
+        counts[baked.plan.targets[number].scope] += mask.pruned
+    thresholds = tuple(replace(t, pruned=gone) for t, gone in zip(baked.thresholds, counts, strict=True))
+    return Decision(thresholds, tuple(masks.get(i) for i in range(len(baked.plan.targets))), weights)
+
+
+def _bits(reader: Bytes, target: Target) -> "NDArray[Any]":
+    """A target's weights as raw bits, flat."""
+    import numpy as np
+
+    start, stop = target.span(target.source)
+    data = memoryview(bytearray(stop - start))
+    reader.read_into(start, data)
+    return np.frombuffer(data, f"u{target.source.itemsize}")
+
+
 def _stamp(checkpoint: Checkpoint) -> Stamp:
     stamps = [Stamp.from_metadata(file.metadata, str(file.path)) for file in checkpoint.files]
     for file, stamp in zip(checkpoint.files, stamps, strict=True):
         if _shared(stamp) != _shared(stamps[0]):
             raise VerifyError(f"{file.path}: its header is of another export than its neighbours'", REPAIR)
-    if stamps[0].criterion not in criteria.NAMES:
-        raise VerifyError(f"{checkpoint.path}: ranked by {show(stamps[0].criterion)}, which is not known here", NEWER)
-    return stamps[0]
+    stamp = stamps[0]
+    if not stamp.masked and stamp.criterion not in MAGNITUDES:
+        raise VerifyError(f"{checkpoint.path}: ranked by {show(stamp.criterion)}, which is not known here", NEWER)
+    if stamp.masked and stamp.criterion in MAGNITUDES:
+        raise VerifyError(
+            f"{checkpoint.path}: crdiff.mask does not go with {stamp.criterion}, which has thresholds", REPAIR
+        )
+    return stamp
 
 
 def _shared(stamp: Stamp) -> dict[str, str]:
@@ -93,8 +146,11 @@ def _thresholds(planned: Plan, stamp: Stamp) -> tuple[Threshold, ...]:
             raise VerifyError(
                 f"{path}: crdiff.total.{name} is {stamp.groups[name].total}, the layers have {total}", REPAIR
             )
-    if (stamp.thresholds is not None) != (planned.match.family.scope == "layer"):
+    layer_wise = stamp.masked == LAYER_WISE if stamp.masked else stamp.thresholds is not None
+    if layer_wise != (planned.match.family.scope == "layer"):
         raise VerifyError(f"{path}: crdiff.method is not that of {planned.match.family.title}", REPAIR)
+    if stamp.masked:
+        return tuple(Threshold(None, 0, scope.count) for scope in scopes)
     values = [stamp.groups[scope.group].threshold for scope in scopes]
     values = values if stamp.thresholds is None else list(stamp.thresholds)
     if len(values) != len(scopes):

@@ -109,3 +109,9 @@ class SearchError(CrdiffError):
     """A search that cannot begin, go on or be read: its storage, its settings, or what it is asked to try."""
 
     code = "search"
+
+
+class CalibrationError(CrdiffError):
+    """A calibration that cannot be made or read, or that is of another base than the one it is used with."""
+
+    code = "calibration"

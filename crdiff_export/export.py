@@ -10,16 +10,17 @@ from crdiff_export import (
     architecture,
     bake,
     bases,
-    criteria,
     destination,
     kernels,
     metadata,
     plan,
+    ranking,
     recipe,
     recipe_files,
     residual,
 )
 from crdiff_export.checkpoint import Checkpoint
+from crdiff_export.criteria import Decision
 from crdiff_export.errors import CrdiffError, PlanError, RecipeError
 from crdiff_export.families import Match
 from crdiff_export.floats import DTYPES
@@ -27,7 +28,7 @@ from crdiff_export.hashing import SourceHashes
 from crdiff_export.plan import Output, Plan
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.recipe import Size, Variant
-from crdiff_export.stamp import Stamp
+from crdiff_export.stamp import Calibrated, Stamp
 from crdiff_export.threshold import Threshold
 from crdiff_export.weights import Pruning
 
@@ -37,9 +38,10 @@ class ExportRequest:
     """What someone wants: which base, for which size, and everything they do not want to leave to us.
 
     `ratios` are per group and `ratio` is for all of them; either overrides the recipe. `dtype` is fp16, bf16 or fp32.
-    `prompt` takes the recipe's numbers for that prompt. `variant` names the weights to take from a folder that has several
-    (`fp16`). `residual` is where to keep what is
-    pruned away: none, embed or sidecar. `given` says where those numbers stand.
+    `prompt` takes the recipe's numbers for that prompt. `criterion` is how weights are ranked, as in
+    `wanda:compare=row` (docs/criteria.md), and `calibration` the file that it ranks by. `variant` names the weights to
+    take from a folder that has several (`fp16`). `residual` is where to keep what is pruned away: none, embed or
+    sidecar. `given` says where those numbers stand.
     """
 
     base: str
@@ -51,7 +53,8 @@ class ExportRequest:
     ratios: Mapping[str, float] = field(default_factory=dict)
     poa_weight: float | None = None
     targets: tuple[str, ...] | None = None
-    criterion: str = "magnitude"
+    criterion: str = ranking.MAGNITUDE
+    calibration: Path | None = None
     device: str = "auto"
     dtype: str | None = None
     variant: str | None = None
@@ -87,6 +90,7 @@ class Baked:
 def prepare(request: ExportRequest) -> Job:
     """Find the base, read its headers, and plan; any refusal comes from here, before a weight is read."""
     residual.check_request(request.residual, hashing=request.hashing)
+    _asked(request)
     base = bases.locate(request.base, request.variant)
     return plan_job(request, base, base.open(request.variant))
 
@@ -99,7 +103,8 @@ def plan_job(request: ExportRequest, base: bases.Base, checkpoint: Checkpoint) -
 
 
 def plan_variant(request: ExportRequest, checkpoint: Checkpoint) -> Plan:
-    """What to prune, from the checkpoint's headers and the recipe alone."""
+    """What to prune, from headers and the recipe alone: the checkpoint's headers, and the calibration's."""
+    asked = _asked(request)
     match = plan.recognise(checkpoint)
     variant, recipe_name, notes = _choose(request, match)
     planned = plan.make(
@@ -108,7 +113,11 @@ def plan_variant(request: ExportRequest, checkpoint: Checkpoint) -> Plan:
         allow_nonfinite=request.allow_nonfinite, notes=notes,
     )  # fmt: skip
     residual.check_plan(planned, request.residual)
-    return planned
+    return asked.plan(planned)
+
+
+def _asked(request: ExportRequest) -> ranking.Asked:
+    return ranking.Asked.of(request.criterion, request.calibration, request.residual)
 
 
 def export(request: ExportRequest, progress: Progress | None = None) -> Baked:
@@ -120,7 +129,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> Baked:
 
 
 def run(job: Job, progress: Progress) -> Baked:
-    """Do what was planned: count to find the thresholds, then write."""
+    """Do what was planned: rank the weights to find those that go, then write."""
     (outcome,) = run_all((job,), progress)
     if isinstance(outcome, CrdiffError):
         raise outcome
@@ -128,9 +137,10 @@ def run(job: Job, progress: Progress) -> Baked:
 
 
 def run_all(jobs: Sequence[Job], progress: Progress, *, together: bool = True) -> Iterator[Baked | CrdiffError]:
-    """Run jobs for one checkpoint that differ in size, numbers and output alone: it is counted and hashed once.
+    """Run jobs for one checkpoint that differ in size, numbers and output alone: it is ranked and hashed once.
 
-    Together they are written from one reading, too. Else each is written when it is asked for, so that the disk has to
+    Together they are written from one reading, too, unless a criterion moves weights, which would all have to be in
+    memory. Else each is written when it is asked for, so that the disk has to
     hold no more than the caller keeps. What is wrong with the base is raised, with one output yielded in its place.
     """
     first = jobs[0]
@@ -139,11 +149,14 @@ def run_all(jobs: Sequence[Job], progress: Progress, *, together: bool = True) -
     plans = [job.plan for job in jobs]
     with SourceHashes(plans, _known(jobs)) if first.request.hashing else nullcontext() as hashes:
         kernel = kernels.load(first.request.device, first.request.threads)
-        thresholds = criteria.by_name(first.request.criterion)(plans, kernel, progress)
+        asked = _asked(first.request)
+        calibrated = asked.calibrated(progress)
+        ranked = asked.rank(plans, kernel, progress, first.request.device)
         model = architecture.find(first.plan)
-        made = [_Making.of(job, found, model) for job, found in zip(jobs, thresholds, strict=True)]
-        for batch in [made] if together else [[one] for one in made]:
-            yield from _write(batch, kernel, progress, hashes)
+        for batch in [jobs] if together and not asked.loaded.moves else [[job] for job in jobs]:
+            decided = [(job, ranked.decide(job.plan, progress)) for job in batch]
+            made = [_Making.of(job, decision, asked.name, calibrated, model) for job, decision in decided]
+            yield from _write(made, kernel, progress, hashes)
 
 
 def _known(jobs: Sequence[Job]) -> Mapping[str, str]:
@@ -168,35 +181,43 @@ def _write(
 
 @dataclass(frozen=True, slots=True)
 class _Making:
-    """A job whose thresholds are known."""
+    """A job of which is known what goes."""
 
     job: Job
     stamp: Stamp
     order: bake.Order
 
     @classmethod
-    def of(cls, job: Job, thresholds: tuple[Threshold, ...], model: architecture.Architecture) -> Self:
+    def of(
+        cls,
+        job: Job,
+        decision: Decision,
+        criterion: str,
+        calibrated: Calibrated | None,
+        model: architecture.Architecture,
+    ) -> Self:
         planned = job.plan
         keep = job.request.residual
         stamp = metadata.stamp(
-            planned, thresholds, job.request.criterion, job.base.name, model, residual=residual.SAID[keep]
-        )
+            planned, decision.thresholds, criterion, job.base.name, model, residual=residual.SAID[keep],
+            masked=decision.masks is not None, moved=bool(decision.moved), calibrated=calibrated,
+        )  # fmt: skip
 
         def compose(output: Output, hashes: metadata.Hashes | None) -> Mapping[str, str]:
             return metadata.header(planned, stamp, model, output.source.metadata, hashes)
 
-        pruning = Pruning(planned, thresholds, keep=keep != residual.NONE)
+        pruning = Pruning(planned, decision, keep=keep != residual.NONE)
         order = bake.Order(pruning, job.target, compose, replace=job.request.force, residual=keep)
         return cls(job, stamp, order)
 
     @property
     def space(self) -> destination.Space:
-        """What it needs, now that the thresholds are known."""
-        counts = [threshold.pruned for threshold in self.order.pruning.thresholds]
+        """What it needs, now that it is known how much goes."""
+        counts = [threshold.pruned for threshold in self.order.pruning.decision.thresholds]
         return destination.space(self.job.plan, self.job.target, self.job.request.residual, counts)
 
     def done(self, written: bake.Written) -> Baked:
-        return Baked(self.job, self.order.pruning.thresholds, self.stamp, written)
+        return Baked(self.job, self.order.pruning.decision.thresholds, self.stamp, written)
 
 
 def _choose(request: ExportRequest, match: Match) -> tuple[Variant, str, tuple[str, ...]]:

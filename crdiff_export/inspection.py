@@ -12,7 +12,7 @@ from crdiff_export.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.errors import FamilyError
 from crdiff_export.families import Match
 from crdiff_export.plan import quantisation
-from crdiff_export.stamp import Stamp, is_baked
+from crdiff_export.stamp import LAYER_WISE, Stamp, is_baked
 
 GROUP_COLUMNS = ("group", "ratio", "zeroed", "of", "share", "threshold")
 _SHAPES = {"file": "one file", "shards": "shards", "folder": "diffusers folder"}
@@ -149,10 +149,23 @@ def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, s
         yield "prompt", printable(stamp.prompt)
     cast = f", cast to {printable(stamp.cast)}" if stamp.cast else ""
     yield "targets", printable(f"{', '.join(stamp.targets)} by {stamp.criterion}") + cast
+    if stamp.masked:
+        yield "mask", printable(mask(stamp))
+    if stamp.calibrated:
+        yield "calibration", f"{stamp.calibrated.hash}, made at {stamp.calibrated.size}"
     yield "POA weight", f"{stamp.poa_weight:g}"
     yield "base", f"{printable(stamp.source_name)} ({_base_hash(stamp)})"
     yield "hash", printable(output_hash) if output_hash else "none"
     yield "made by", f"crdiff {printable(stamp.version)}"
+
+
+def mask(stamp: Stamp) -> str:
+    """What a file without thresholds says of its mask."""
+    per_layer = stamp.masked == LAYER_WISE
+    known = {"block": "layer" if per_layer else "group of blocks", "row": "output row"}
+    among = known.get(stamp.compare, stamp.compare)
+    moved = "; the weights that stay were moved" if stamp.moved else ""
+    return f"its zeros, compared within each {among}{moved}"
 
 
 def _base_hash(stamp: Stamp) -> str:
@@ -202,6 +215,8 @@ def group_rows(stamp: Stamp) -> list[list[str]]:
         threshold = "-" if group.threshold is None else f"{group.threshold:.6g}"
         if stamp.thresholds is not None:
             threshold = "per layer"
+        if stamp.masked:
+            threshold = "mask"
         share = f"{group.pruned / max(group.total, 1):.4f}"
         rows.append([name, f"{group.ratio:.4g}", f"{group.pruned:,}", f"{group.total:,}", share, threshold])
     return rows

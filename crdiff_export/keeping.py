@@ -39,7 +39,7 @@ class Keeping:
 
     def __init__(self, pruning: Pruning, number: int) -> None:
         self._head = base_head(pruning.plan.outputs[number].source)
-        self._most = sum(cut.stop - cut.start for cut in weights.cuts(pruning, number))
+        self._most = sum(cut.stop - cut.start for cut in weights.places(pruning.plan, number))
         self.size = 0
 
     def reserved(self, start: int) -> tuple[TensorSpec, ...]:

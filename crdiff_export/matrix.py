@@ -61,6 +61,8 @@ class Entry:
     targets: tuple[str, ...] | None = None
     allow_nonfinite: bool = False
     line: int | None = None
+    criterion: str = "magnitude"
+    calibration: Path | None = None
 
     def __str__(self) -> str:
         return f"{self.size} of {Path(self.base).name or self.base}"
@@ -176,7 +178,8 @@ def _cell(size: Size | None, at: KeyPath, said: Said, problems: Problems) -> Ite
         repo=repo, revision=revision, tag=tag, private=said.value("private"), base_model=said.value("base_model"),
         dtype=said.value("dtype"), variant=said.value("weights"), recipe=own.path if own else None,
         ratio=said.value("ratio"), ratios=said.value("ratios") or {}, poa_weight=said.value("poa_weight"),
-        targets=said.value("targets"), allow_nonfinite=bool(said.value("allow_nonfinite")),
+        targets=said.value("targets"), criterion=said.value("criterion") or "magnitude",
+        calibration=said.value("calibration"), allow_nonfinite=bool(said.value("allow_nonfinite")),
         line=problems.line(at) or None,
     )  # fmt: skip
 

@@ -27,6 +27,8 @@ EXAMPLES: Final = {
     "weights": 'weights = "fp16"',
     "recipe": 'recipe = "my-sdxl.toml"',
     "targets": 'targets = ["attn", "ff"]',
+    "criterion": 'criterion = "wanda:compare=row"',
+    "calibration": 'calibration = "sdxl-512.safetensors"',
     "allow_nonfinite": "allow_nonfinite = true",
     "sizes": 'sizes = ["512", "400x560"]',
     "base": '[[base]], and below it base = "sdxl"',
@@ -47,6 +49,8 @@ SHARED: Final = (
     "weights",
     "recipe",
     "targets",
+    "criterion",
+    "calibration",
     "allow_nonfinite",
 )
 KEYS: Final = {
@@ -197,6 +201,14 @@ def _recipe(value: _Value) -> OwnRecipe:
         raise value.table.wrong(value.key, f"cannot be read: {error.strerror}") from error
 
 
+def _calibration(value: _Value) -> Path:
+    path = _expanded(value.text(), value.folder)
+    if path.is_file():
+        return path
+    problem = f"is {shown(str(path))}, but there is no such file"
+    raise value.table.wrong(value.key, problem, "Make it with `crdiff calibrate`.")
+
+
 def _targets(value: _Value) -> tuple[str, ...]:
     found: list[str] = []
     for item in value.elements("texts"):
@@ -282,6 +294,8 @@ _READERS: Final[Mapping[str, Callable[[_Value], Any]]] = {
     "weights": _Value.text,
     "recipe": _recipe,
     "targets": _targets,
+    "criterion": _Value.text,
+    "calibration": _calibration,
     "sizes": _sizes,
     "base": _place,
     "base_model": _hub_id,

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from crdiff_export.architecture import Architecture
 from crdiff_export.plan import Plan
 from crdiff_export.recipe import Evidence
-from crdiff_export.stamp import PREFIX, GroupStamp, Stamp, safe
+from crdiff_export.stamp import BLOCK_WISE, LAYER_WISE, PREFIX, Calibrated, GroupStamp, Stamp, safe
 from crdiff_export.threshold import Threshold
 
 # Hashes of the bytes that we change; a stale one would name every image after another model.
@@ -29,7 +29,9 @@ class Hashes:
     output: str
 
 
-def intended(plan: Plan, criterion: str, source_name: str, residual: str = "none") -> Stamp:
+def intended(
+    plan: Plan, criterion: str, source_name: str, residual: str = "none", calibrated: Calibrated | None = None
+) -> Stamp:
     """What is known of an export's headers before a weight is read: all that was asked for, and nothing that was found.
 
     It has the digest of the finished files once it is given the hash of their source.
@@ -49,6 +51,7 @@ def intended(plan: Plan, criterion: str, source_name: str, residual: str = "none
         provenance=variant.provenance,
         provenance_source=_text(variant.source),
         poa_weight=float(variant.poa_weight),
+        calibrated=calibrated,
         cast=plan.cast,
         prompt=None if variant.prompt is None else _text(variant.prompt),
         evidence=_evidence(variant.evidence),
@@ -65,9 +68,16 @@ def stamp(
     architecture: Architecture,
     *,
     residual: str = "none",
+    masked: bool = False,
+    moved: bool = False,
+    calibrated: Calibrated | None = None,
 ) -> Stamp:
-    """What the headers of an export's files say, except for the hashes, which are each file's own."""
+    """What the headers of an export's files say, except for the hashes, which are each file's own.
+
+    `thresholds` have the counts; the values count only where these weights were not `masked`.
+    """
     per_layer = plan.match.family.scope == "layer"
+    method = LAYER_WISE if per_layer else BLOCK_WISE
     groups = {}
     for group in plan.groups:
         found = [t for t, scope in zip(thresholds, plan.scopes, strict=True) if scope.group == group]
@@ -75,14 +85,16 @@ def stamp(
             ratio=plan.ratio(group),
             pruned=sum(t.pruned for t in found),
             total=sum(t.total for t in found),
-            threshold=None if per_layer else found[0].value,
+            threshold=None if per_layer or masked else found[0].value,
             nonfinite=sum(t.nonfinite for t in found),
         )
     return replace(
-        intended(plan, criterion, source_name, residual),
+        intended(plan, criterion, source_name, residual, calibrated),
         groups=groups,
         native=architecture.native,
-        thresholds=tuple(t.value for t in thresholds) if per_layer else None,
+        thresholds=tuple(t.value for t in thresholds) if per_layer and not masked else None,
+        masked=method if masked else None,
+        moved=moved,
     )
 
 

@@ -275,7 +275,7 @@ def dense(baked: BakedCheckpoint) -> "Iterator[tuple[Target, NDArray[np.unsigned
                 start, stop = target.span(target.source)
                 weights = memoryview(bytearray(stop - start))
                 reader.read_into(start, weights)
-                if baked.thresholds[target.scope].bits is not None:
+                if baked.plan.scopes[target.scope].rank:
                     values.fill(weights, target.source.dtype)
                 yield target, np.frombuffer(weights, f"u{target.source.itemsize}")
             values.finish()

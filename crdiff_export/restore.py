@@ -17,7 +17,7 @@ from crdiff_export.pipeline import AHEAD, ahead
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.residual import Kept, Values
 from crdiff_export.source import Bytes
-from crdiff_export.weights import PAGE, SEAM, STAGES, Chunk, Cut, Pruning
+from crdiff_export.weights import PAGE, SEAM, STAGES, Chunk, Cut
 from crdiff_export.writer import Writer
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class _File:
         self._number, self._kept, self._hashes, self._chunk = number, kept, hashes, chunk
         self._head = residual.head(kept)
         self._size = len(self._head) + kept.size
-        found = weights.cuts(Pruning(baked.plan, baked.thresholds), number)
+        found = weights.places(baked.plan, number)
         at = len(self._head)
         self._cuts = [replace(cut, start=cut.start + at, stop=cut.stop + at) for cut in found]
         metadata = kept.baked.metadata

@@ -19,6 +19,8 @@ from crdiff_export.recipe import Size
 
 SCHEMA = "1"
 PAPER = "arXiv:2604.05524"
+# What `crdiff.mask` says, where there is no threshold: the zeros of the file are what was pruned.
+ZEROS = "zeros"
 BLOCK_WISE = "block-wise"
 LAYER_WISE = "layer-wise"
 PREFIX = "crdiff."
@@ -27,7 +29,7 @@ HASH = re.compile(r"0x[0-9a-f]{64}")
 _GROUP = re.compile(r"crdiff\.(?:ratio|pruned|total)\.(.+)", re.DOTALL)
 _ASKED = re.compile(
     r"crdiff\.(schema|criterion|family|targets|ratio\..*|resolution\.target|poa\.weight|recipe|provenance.*"
-    r"|cast|prompt|evidence\..*|residual|source\.\w+_sha256)",
+    r"|cast|prompt|evidence\..*|residual|source\.\w+_sha256|calibration\.hash_sha256)",
     re.DOTALL,
 )
 # What Python writes a float as (`repr`), and as hex (`float.hex`).
@@ -36,9 +38,17 @@ _HEX_FLOAT = re.compile(r"0x[01]\.[0-9a-f]+p[+-][0-9]{1,3}")
 
 
 @dataclass(frozen=True, slots=True)
+class Calibrated:
+    """The calibration that weights were ranked by: the hash of its data, and the size that it was made at."""
+
+    hash: str
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
 class GroupStamp:
     """One group of a baked file: what was asked for and what was done. `threshold` None where thresholds are per layer
-    or the group was left alone."""
+    or there are none, and where the group was left alone."""
 
     ratio: float
     pruned: int
@@ -49,7 +59,11 @@ class GroupStamp:
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """The `crdiff.*` keys as values. `thresholds` are per layer, in target order; None leaves a layer alone."""
+    """The `crdiff.*` keys as values. `thresholds` are per layer, in target order; None leaves a layer alone.
+
+    `masked` is the method of a file that has no thresholds, because something else than |w| has decided; None for one
+    that has some. `moved`: weights that stay were changed as well.
+    """
 
     family: str
     layout: str
@@ -65,6 +79,9 @@ class Stamp:
     provenance_source: str
     poa_weight: float
     thresholds: tuple[float | None, ...] | None = None
+    masked: str | None = None
+    moved: bool = False
+    calibrated: Calibrated | None = None
     source_hash: str | None = None
     source_file_hash: str | None = None
     cast: str | None = None
@@ -79,7 +96,7 @@ class Stamp:
             "schema": SCHEMA,
             "version": self.version,
             "paper": PAPER,
-            "method": LAYER_WISE if self.thresholds is not None else BLOCK_WISE,
+            "method": self.masked or (LAYER_WISE if self.thresholds is not None else BLOCK_WISE),
             "criterion": self.criterion,
             "family": self.family,
             "layout": self.layout,
@@ -98,7 +115,7 @@ class Stamp:
             keys[f"ratio.{name}"] = repr(group.ratio)
             keys[f"pruned.{name}"] = str(group.pruned)
             keys[f"total.{name}"] = str(group.total)
-            if self.thresholds is None:
+            if self.thresholds is None and not self.masked:
                 keys[f"threshold.{name}"] = _hex(group.threshold)
             if group.nonfinite:
                 keys[f"nonfinite.{name}"] = str(group.nonfinite)
@@ -107,6 +124,9 @@ class Stamp:
         optional = {
             "source.hash_sha256": self.source_hash, "source.file_sha256": self.source_file_hash,
             "cast": self.cast, "prompt": self.prompt,
+            "mask": ZEROS if self.masked else None, "moved": "true" if self.moved else None,
+            "calibration.hash_sha256": self.calibrated.hash if self.calibrated else None,
+            "calibration.size": str(self.calibrated.size) if self.calibrated else None,
         }  # fmt: skip
         keys |= {key: text for key, text in optional.items() if text is not None}
         keys |= {f"evidence.{key}": text for key, text in self.evidence.items()}
@@ -125,11 +145,18 @@ class Stamp:
             return None
         return hashlib.sha256(json.dumps(self.asked(), sort_keys=True).encode()).hexdigest()
 
+    @property
+    def compare(self) -> str:
+        """What weights were compared with, as the criterion says it: those of their `block`, or of their `row`."""
+        options = self.criterion.partition(":")[2].split(",")
+        return next((text.removeprefix("compare=") for text in options if text.startswith("compare=")), "block")
+
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], where: str) -> "Stamp":
         """Read the keys back; CheckpointError for a header that is not ours or not as the specification says."""
         keys = _Keys(metadata, where)
-        thresholds = keys.thresholds() if keys.one_of("method", (BLOCK_WISE, LAYER_WISE)) == LAYER_WISE else None
+        method, masked = keys.one_of("method", (BLOCK_WISE, LAYER_WISE)), keys.masked()
+        thresholds = keys.thresholds() if method == LAYER_WISE and not masked else None
         names = dict.fromkeys(match[1] for key in metadata if (match := _GROUP.fullmatch(key)))
         return cls(
             family=keys.text("family"),
@@ -137,7 +164,7 @@ class Stamp:
             prefix=keys.text("prefix"),
             criterion=keys.text("criterion"),
             targets=tuple(keys.text("targets").split(",")),
-            groups={name: keys.group(name, shared=thresholds is None) for name in names},
+            groups={name: keys.group(name, shared=thresholds is None and not masked) for name in names},
             resolution=keys.size("resolution.target"),
             native=keys.size("resolution.native"),
             source_name=keys.text("source.name"),
@@ -146,6 +173,9 @@ class Stamp:
             provenance_source=keys.text("provenance.source"),
             poa_weight=keys.number("poa.weight"),
             thresholds=thresholds,
+            masked=method if masked else None,
+            moved=masked and keys.moved(),
+            calibrated=keys.calibrated(),
             source_hash=keys.hash("source.hash_sha256"),
             source_file_hash=keys.hash("source.file_sha256"),
             cast=keys.one_of("cast", tuple(floats.DTYPES.values())) if keys.optional("cast") is not None else None,
@@ -235,6 +265,25 @@ class _Keys:
             threshold=self._magnitude(f"threshold.{name}", self.text(f"threshold.{name}")) if shared else None,
             nonfinite=self.whole(f"nonfinite.{name}", "0"),
         )
+
+    def masked(self) -> bool:
+        if self.optional("mask") is None:
+            return False
+        self.one_of("mask", (ZEROS,))
+        if beside := sorted(key for key in self._metadata if key.startswith(f"{PREFIX}threshold")):
+            self._refuse("mask", f"stands beside {show(beside[0])}")
+        return True
+
+    def moved(self) -> bool:
+        return self.optional("moved") is not None and self.one_of("moved", ("true",)) == "true"
+
+    def calibrated(self) -> Calibrated | None:
+        digest = self.hash("calibration.hash_sha256")
+        if digest is None and self.optional("calibration.size") is None:
+            return None
+        if digest is None:
+            self._refuse("calibration.hash_sha256", "is missing")
+        return Calibrated(digest, self.size("calibration.size"))
 
     def thresholds(self) -> tuple[float | None, ...]:
         try:

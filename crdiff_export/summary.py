@@ -108,6 +108,8 @@ def _item_json(item: Item) -> dict[str, Any]:
         "ratios": {group: plan.ratio(group) for group in plan.groups} if plan else None,
         "poa_weight": plan.variant.poa_weight if plan else None,
         "provenance": plan.variant.provenance if plan else None, "digest": item.digest,
+        "criterion": item.entry.criterion,
+        "calibration": str(item.entry.calibration) if item.entry.calibration else None,
         "line": item.entry.line,
     }  # fmt: skip
 
@@ -163,7 +165,8 @@ def _ratios(item: Item) -> str:
         return "-"
     values = [f"{item.plan.ratio(group):g}" for group in item.plan.groups]
     standing = "" if item.plan.variant.provenance != "starting-point" else " (starting point)"
-    return "/".join(values) + standing
+    criterion = "" if item.entry.criterion == "magnitude" else f", {printable(item.entry.criterion)}"
+    return "/".join(values) + standing + criterion
 
 
 def where(item: Item) -> str:

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from crdiff_export import bases, matrix, metadata
+from crdiff_export import bases, matrix, metadata, ranking
 from crdiff_export.bases import Looked
 from crdiff_export.checkpoint import open_checkpoint
 from crdiff_export.errors import CheckpointError, CrdiffError, HubError, OptionError, PlanError
@@ -19,7 +19,7 @@ from crdiff_export.hub.repository import RemoteFile
 from crdiff_export.matrix import Entry, Matrix
 from crdiff_export.plan import Plan
 from crdiff_export.progress import Progress, Silent
-from crdiff_export.stamp import PREFIX, Stamp, is_baked
+from crdiff_export.stamp import PREFIX, Calibrated, Stamp, is_baked
 
 Action = Literal["make", "send", "skip", "fail"]
 # Opens a progress for the work within.
@@ -109,7 +109,8 @@ def survey(request: PublishRequest, watching: Watching) -> Survey:
         _refuse_refs(read)
     grouped: dict[tuple[object, ...], list[Entry]] = {}
     for entry in read.entries:
-        grouped.setdefault((entry.base, entry.variant, entry.dtype, entry.allow_nonfinite), []).append(entry)
+        same = entry.base, entry.variant, entry.dtype, entry.allow_nonfinite, entry.criterion, entry.calibration
+        grouped.setdefault(same, []).append(entry)
     shelves = _Shelves(request, read)
     return Survey(request, read, tuple(_reading(request, read, e, shelves, watching) for e in grouped.values()))
 
@@ -132,7 +133,7 @@ def _reading(
         looked = bases.look(entries[0].base, entries[0].variant)
     except CrdiffError as error:
         return Reading(None, tuple(_item(request, read, entry, folder=False).failed(error) for entry in entries))
-    hashes = _Hashes(looked, watching)
+    hashes = _Hashes(looked, watching, entries[0].criterion, entries[0].calibration)
     items = []
     for entry in entries:
         item = _item(request, read, entry, folder=looked.checkpoint.kind != "file")
@@ -152,7 +153,8 @@ def _item(request: PublishRequest, read: Matrix, entry: Entry, *, folder: bool) 
         target = target.with_name(target.name.removesuffix(".safetensors"))
     asked = ExportRequest(
         entry.base, entry.size, target, recipe=entry.recipe, ratio=entry.ratio, ratios=entry.ratios,
-        poa_weight=entry.poa_weight, targets=entry.targets, device=request.device, dtype=entry.dtype,
+        poa_weight=entry.poa_weight, targets=entry.targets, criterion=entry.criterion, calibration=entry.calibration,
+        device=request.device, dtype=entry.dtype,
         variant=entry.variant, force=True, allow_nonfinite=entry.allow_nonfinite, threads=request.threads,
         given="in the plan file",
     )  # fmt: skip
@@ -272,11 +274,23 @@ class _Hashes:
 
     looked: Looked
     watching: Watching
+    criterion: str
+    calibration: Path | None
     computed: dict[int, str] = field(default_factory=dict)
+
+    @cached_property
+    def ranked(self) -> tuple[str, Calibrated | None]:
+        """The criterion as headers spell it, and what they say of the calibration."""
+        asked = ranking.Asked.of(self.criterion, self.calibration)
+        if asked.calibration is None:
+            return asked.name, None
+        with self.watching() as progress:
+            return asked.name, asked.calibrated(progress)
 
     def stamp(self, plan: Plan, number: int) -> Stamp:
         """What the header of file `number` will say that is known before its weights are read."""
-        intended = metadata.intended(plan, "magnitude", self.looked.base.name)
+        criterion, calibrated = self.ranked
+        intended = metadata.intended(plan, criterion, self.looked.base.name, calibrated=calibrated)
         file = self.looked.checkpoint.files[number]
         if known := self.looked.base.hashes.get(file.name):
             return replace(intended, source_file_hash=f"0x{known}")

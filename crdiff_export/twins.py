@@ -1,6 +1,13 @@
 """The names of a layer: what the plan's layout, the original one and diffusers call the same weight."""
 
+from collections.abc import Mapping
+from functools import cache
+from typing import Literal
+
+from crdiff_export import families
 from crdiff_export.plan import Plan, Target
+
+Names = Mapping[tuple[str, int], tuple[tuple[str, int], str]]
 
 
 def diffusers_name(plan: Plan, target: Target) -> str:
@@ -18,15 +25,18 @@ def key(plan: Plan, target: Target) -> tuple[str, int]:
     return target.source.name.removeprefix(plan.match.prefix), target.start // target.count
 
 
-def by_key(plan: Plan) -> dict[tuple[str, int], tuple[tuple[str, int], str]]:
+def by_key(plan: Plan) -> Names:
     """A layer's tensor and part in the plan's layout, to those in the original layout and the tensor in diffusers'.
 
     The layouts of a family list the same layers in the same order.
     """
-    layouts = {layout.name: layout.layers for layout in plan.match.family.layouts}
+    return _by_key(plan.match.family.id, plan.match.layout.name)
+
+
+@cache  # a search asks for all layers at every candidate
+def _by_key(family: str, layout: Literal["original", "diffusers"]) -> Names:
+    layouts = {found.name: found.layers for found in families.by_id(family).layouts}
     return {
         (own.tensor, own.part or 0): ((original.tensor, original.part or 0), single.tensor)
-        for own, original, single in zip(
-            plan.match.layout.layers, layouts["original"], layouts["diffusers"], strict=True
-        )
+        for own, original, single in zip(layouts[layout], layouts["original"], layouts["diffusers"], strict=True)
     }

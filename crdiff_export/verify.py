@@ -1,35 +1,35 @@
 """Does a baked file hold what its header says; and, given the base, is it byte for byte what an export makes of it."""
 
 import contextlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from crdiff_export import bases, criteria, families, floats, kernels, plan, residual, weights
-from crdiff_export.baked import DATA_HASH, FILE_HASH, REPAIR, BakedCheckpoint, open_baked
-from crdiff_export.checkpoint import Checkpoint, open_checkpoint
-from crdiff_export.errors import CheckpointError, VerifyError
-from crdiff_export.hashing import SourceHashes, hash_data, hash_file
+from crdiff_export import floats, ranking, residual, weights
+from crdiff_export.against import check_base, refuse_sparse
+from crdiff_export.baked import REPAIR, BakedCheckpoint, open_baked
+from crdiff_export.errors import OptionError, VerifyError
+from crdiff_export.hashing import hash_data
 from crdiff_export.header import show
-from crdiff_export.keeping import Comparing, base_head
-from crdiff_export.kernels import Kernel
-from crdiff_export.plan import Output, Plan, Scope, Target
-from crdiff_export.progress import Progress, Silent
-from crdiff_export.residual import EMBED, NONE, SAID, SIDECAR, Kept
+from crdiff_export.plan import Plan, Scope, Target
+from crdiff_export.progress import Progress
+from crdiff_export.residual import NONE, SAID, SIDECAR, Kept
 from crdiff_export.source import SourceFile
 from crdiff_export.stamp import Stamp
 from crdiff_export.threshold import Threshold
-from crdiff_export.weights import Chunk, Pruning, Stream
 
-# diffusers' `_add_variant`: the variant stands before the number of the shard.
-_VARIANT = re.compile(r"(?:.*/)?diffusion_pytorch_model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors")
+# How far a base has proved a file.
+Against = Literal["nothing", "others", "zeros", "all"]
+NOTHING: Against = "nothing"
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
     """What was found to hold: counts and thresholds always, the hash where the header has one, the base if given.
 
+    `against` is what that base has told: everything (`all`); without the calibration, that nothing but zeros was
+    brought in (`zeros`); or of a file with moved weights, that everything else is the base's (`others`).
     `residual` is what the header says of it, or `missing`: a sidecar that is not there and so was not checked.
     """
 
@@ -39,32 +39,65 @@ class Verified:
     hashed: bool
     base: Path | None
     residual: str = NONE
+    against: Against = NOTHING
 
 
-def verify(path: Path, base: str | None, progress: Progress, device: str = "auto") -> Verified:
+def verify(
+    path: Path, base: str | None, progress: Progress, device: str = "auto", calibration: Path | None = None
+) -> Verified:
     """Check a baked file or folder; VerifyError names the first thing that does not hold.
 
     Without a base it cannot be known whether the weights that stay, or the zeros, are those that should; the hash, if
-    there is one, only tells that they are what was written.
+    there is one, only tells that they are what was written. Where a calibration has decided, it takes both.
     """
+    if calibration is not None and base is None:
+        raise OptionError(
+            f"--calibration {calibration}: decides nothing without the base's weights", "Give --base, too."
+        )
     baked = open_baked(path)
-    stamp, planned, thresholds = baked.stamp, baked.plan, baked.thresholds
-    _refuse_sparse(baked.checkpoint)
-    _check_weights(planned, thresholds, stamp, progress)
+    stamp, planned = baked.stamp, baked.plan
+    asked = _asked(baked, calibration, progress) if base else None
+    refuse_sparse(baked.checkpoint)
+    _check_weights(baked, progress)
     hashed = _check_hashes(planned, progress)
     kept = _check_residual(baked, progress)
-    origin = _check_base(planned, thresholds, stamp, base, kept, kernels.load(device), progress) if base else None
     said = stamp.residual if kept or stamp.residual == SAID[NONE] else "missing"
-    return Verified(path, stamp, sum(scope.count for scope in planned.scopes), hashed, origin, said)
+    weights = sum(scope.count for scope in planned.scopes)
+    if not base:
+        return Verified(path, stamp, weights, hashed, None, said)
+    origin = check_base(baked, base, asked, kept, device, progress)
+    against: Against = "all" if asked else "others" if stamp.moved else "zeros"
+    return Verified(path, stamp, weights, hashed, origin, said, against)
 
 
-def _refuse_sparse(checkpoint: Checkpoint) -> None:
-    for file in checkpoint.files:
-        if file.is_sparse:
-            raise VerifyError(
-                f"{file.path}: its header holds, but its weights cannot be checked: the file is mostly a hole",
-                "Fetch the whole file, then verify it again.",
-            )
+def _asked(baked: BakedCheckpoint, calibration: Path | None, progress: Progress) -> ranking.Asked | None:
+    """The criterion to decide by again; None where that takes a calibration, which is not given.
+
+    OptionError and CalibrationError for a calibration that is not this file's.
+    """
+    stamp, path = baked.stamp, baked.checkpoint.path
+    if calibration is None and (stamp.calibrated or not _is_known(stamp.criterion)):
+        return None
+    if calibration is not None and not stamp.calibrated:
+        raise OptionError(
+            f"{path}: was made without a calibration ({show(stamp.criterion)})", "Leave --calibration out."
+        )
+    asked = ranking.Asked.of(stamp.criterion, calibration)
+    found = asked.calibrated(progress)
+    if found and stamp.calibrated and found.hash != stamp.calibrated.hash:
+        raise VerifyError(
+            f"{calibration}: hashes to {found.hash}, crdiff.calibration.hash_sha256 of {path.name} is "
+            f"{stamp.calibrated.hash}",
+            "Give the calibration that the file was made with.",
+        )
+    return asked
+
+
+def _is_known(criterion: str) -> bool:
+    try:
+        return bool(ranking.Asked.of(criterion, None))
+    except OptionError:  # of a package that is not installed
+        return False
 
 
 @dataclass(slots=True)
@@ -76,11 +109,12 @@ class _Found:
     nonfinite: int = 0
 
 
-def _check_weights(planned: Plan, thresholds: Sequence[Threshold], stamp: Stamp, progress: Progress) -> None:
+def _check_weights(baked: BakedCheckpoint, progress: Progress) -> None:
     """Count what the targets hold; VerifyError where a weight is left that should be zero, or too many are."""
+    planned, thresholds = baked.plan, baked.thresholds
     path = planned.checkpoint.path
     found = [_Found() for _ in planned.scopes]
-    pruned = [t for t in planned.targets if thresholds[t.scope].bits is not None]
+    pruned = [t for t in planned.targets if planned.scopes[t.scope].rank]
     progress.stage("counting", sum(t.count * t.source.itemsize for t in pruned))
     for target in pruned:
         before = found[target.scope].left
@@ -89,11 +123,11 @@ def _check_weights(planned: Plan, thresholds: Sequence[Threshold], stamp: Stamp,
             raise VerifyError(f"{path}: {show(target.name)} has {left} weights that should be zero", REPAIR)
     for name in planned.groups:
         scopes = [(scope, some) for scope, some in zip(planned.scopes, found, strict=True) if scope.group == name]
-        _compare_counts(path, name, stamp, scopes)
+        _compare_counts(baked, name, scopes)
 
 
-def _compare_counts(path: Path, name: str, stamp: Stamp, scopes: Sequence[tuple[Scope, _Found]]) -> None:
-    said = stamp.groups[name]
+def _compare_counts(baked: BakedCheckpoint, name: str, scopes: Sequence[tuple[Scope, _Found]]) -> None:
+    path, said = baked.checkpoint.path, baked.stamp.groups[name]
     zeros, nonfinite = sum(found.zeros for _, found in scopes), sum(found.nonfinite for _, found in scopes)
     if zeros != said.pruned:
         raise VerifyError(f"{path}: {zeros} weights of {name} are zero, crdiff.pruned.{name} is {said.pruned}", REPAIR)
@@ -103,16 +137,33 @@ def _compare_counts(path: Path, name: str, stamp: Stamp, scopes: Sequence[tuple[
             REPAIR,
         )
     for scope, found in scopes:
-        if found.zeros < min(scope.rank, scope.count - found.nonfinite):
+        least = _least(baked, scope)
+        # Of a scope as a whole those that are not finite rank last; of a row, they may be all that is to go.
+        room = scope.count if baked.stamp.compare == "block" else least
+        if found.zeros < min(least, room - found.nonfinite):
             raise VerifyError(
-                f"{path}: {found.zeros} weights of {show(scope.name)} are zero, "
-                f"crdiff.ratio.{name} asks for {scope.rank}",
+                f"{path}: {found.zeros} weights of {show(scope.name)} are zero, crdiff.ratio.{name} asks for {least}",
                 REPAIR,
             )
 
 
+def _least(baked: BakedCheckpoint, scope: Scope) -> int:
+    """How many weights of a scope go at least where all are finite: rows, and blocks of columns, round alone."""
+    compare = baked.stamp.compare
+    if compare == "block":
+        return scope.rank
+    shapes = [
+        (target.count // target.source.shape[-1], target.source.shape[-1])
+        for target in baked.plan.targets
+        if baked.plan.scopes[target.scope] is scope
+    ]
+    if compare == "row":
+        return sum(rows * int(columns * scope.ratio) for rows, columns in shapes)
+    return sum(max(int(rows * columns * scope.ratio) - columns, 0) for rows, columns in shapes)
+
+
 def _survey(file: SourceFile, target: Target, threshold: Threshold, found: _Found, progress: Progress) -> None:
-    """Count a target's weights, a chunk at a time."""
+    """Count a target's weights, a chunk at a time; a scope without a threshold has none left that should be zero."""
     import numpy as np
 
     form = floats.FORMATS[target.source.dtype]
@@ -127,7 +178,7 @@ def _survey(file: SourceFile, target: Target, threshold: Threshold, found: _Foun
             magnitudes = bits & bits.dtype.type(form.mask)
             zeros = bits.size - int(np.count_nonzero(bits))
             found.zeros += zeros
-            found.left += int(np.count_nonzero(magnitudes <= limit)) - zeros
+            found.left += int(np.count_nonzero(magnitudes <= limit)) - zeros if threshold.bits is not None else 0
             found.nonfinite += int(np.count_nonzero(magnitudes >= form.first_nonfinite))
             progress.advance(len(part))
 
@@ -158,108 +209,3 @@ def _check_residual(baked: BakedCheckpoint, progress: Progress) -> tuple[Kept, .
         for one in kept:
             residual.check_hash(one.file, residual.OWN_HASH, hash_data(one.file, progress))
     return kept
-
-
-def _check_base(
-    planned: Plan,
-    thresholds: Sequence[Threshold],
-    stamp: Stamp,
-    base: str,
-    kept: Sequence[Kept],
-    kernel: Kernel,
-    progress: Progress,
-) -> Path:
-    """Export the base again, into a comparison instead of a file."""
-    named = _VARIANT.fullmatch(planned.outputs[0].source.name)
-    variant = named[1] if named and planned.checkpoint.kind == "folder" else None
-    located = bases.locate(base, variant).path
-    checkpoint = open_checkpoint(located, variant)
-    match = families.detect(checkpoint.shapes)
-    if match.family.id != stamp.family or match.layout.name != stamp.layout:
-        raise VerifyError(
-            f"{located}: {match.family.title} ({match.layout.name}), the file is {stamp.family} ({stamp.layout})",
-            "Give the base that the file was made from; `crdiff inspect` names it.",
-        )
-    _refuse_sparse(checkpoint)
-    again = plan.make(
-        checkpoint, match, stamp.resolution, planned.variant, stamp.recipe,
-        kinds=stamp.targets, cast=stamp.cast, allow_nonfinite=True,
-    )  # fmt: skip
-    _check_same_tensors(planned, again)
-    (derived,) = criteria.by_name(stamp.criterion)([again], kernel, progress)
-    for scope, ours, theirs in zip(again.scopes, derived, thresholds, strict=True):
-        if ours.bits != theirs.bits:
-            raise VerifyError(
-                f"{located}: gives {show(scope.name)} the threshold {ours.value}, the file has {theirs.value}",
-                "The file was made from another base; `crdiff inspect` names it.",
-            )
-    progress.stage("comparing", again.data_size)
-    whole = {o.source.name: f.metadata.get(FILE_HASH, "") for o, f in _pairs(again, planned)}
-    hashed = any(f.metadata.get(DATA_HASH) for f in planned.checkpoint.files)
-    with SourceHashes([again], whole) if hashed else contextlib.nullcontext() as hashes:
-        for number, (output, file) in enumerate(_pairs(again, planned)):
-            stream = Stream([Pruning(again, derived, keep=bool(kept))], number, kernel, chunk=weights.CHUNK)
-            _compare(stream, output, file, kept[number] if kept else None, progress)
-            if hashes and not hashes.known(number):
-                _check_source(output.source, file, DATA_HASH, hashes.digest(number))
-            if FILE_HASH in file.metadata:
-                _check_source(output.source, file, FILE_HASH, _hash_whole(output.source))
-    return located
-
-
-def _pairs(base: Plan, baked: Plan) -> list[tuple[Output, SourceFile]]:
-    """What each file should be, by its base, and the file."""
-    return list(zip(base.outputs, baked.checkpoint.files, strict=True))
-
-
-def _hash_whole(source: SourceFile) -> str:
-    try:
-        return hash_file(source.path, Silent())
-    except OSError as error:
-        raise CheckpointError(f"{source.path}: reading failed: {error.strerror}", "Check the disk.") from error
-
-
-def _check_source(source: SourceFile, baked: SourceFile, key: str, actual: str | None) -> None:
-    if (said := baked.metadata.get(key)) != f"0x{actual}":
-        raise VerifyError(f"{source.path}: its bytes hash to 0x{actual}, {key} of {baked.path.name} is {said}", REPAIR)
-
-
-def _check_same_tensors(baked: Plan, base: Plan) -> None:
-    if len(baked.outputs) != len(base.outputs):
-        raise VerifyError(
-            f"{baked.checkpoint.path}: has {len(baked.outputs)} files, the base {len(base.outputs)}", REPAIR
-        )
-    for ours, theirs in zip(baked.outputs, base.outputs, strict=True):
-        own = residual.own(ours.tensors) if ours.source.metadata.get("crdiff.residual") == SAID[EMBED] else ()
-        if {t.name: t for t in ours.tensors if t not in own} != {t.name: t for t in theirs.tensors}:
-            raise VerifyError(f"{ours.source.path}: its tensors are not those of {theirs.source.path}", REPAIR)
-
-
-def _compare(stream: Stream, output: Output, baked: SourceFile, kept: Kept | None, progress: Progress) -> None:
-    """Hold a baked file's bytes, and its residual's, against the stream of those that its base gives."""
-    import numpy as np
-
-    buffer = memoryview(bytearray(weights.CHUNK))
-    with contextlib.ExitStack() as stack:
-        reader = stack.enter_context(contextlib.closing(baked.open()))
-        values = stack.enter_context(Comparing(kept, base_head(output.source))) if kept else None
-        chunks = stack.enter_context(contextlib.closing(stream.chunks()))
-        for chunk in chunks:
-            actual = buffer[: len(chunk.data)]
-            reader.read_into(chunk.start, actual)
-            same = np.frombuffer(actual, np.uint8) == np.frombuffer(chunk.data, np.uint8)
-            if not same.all():
-                raise VerifyError(
-                    f"{baked.path}: {_place(output, chunk, int(same.argmin()))} is not what the base gives", REPAIR
-                )
-            if values:
-                values.compare(chunk.removed)
-            progress.advance(len(actual))
-        if values:
-            values.finish()
-
-
-def _place(output: Output, chunk: Chunk, byte: int) -> str:
-    place = chunk.start + byte
-    tensor = next(t for t in output.tensors if t.start <= place < t.end)
-    return f"{show(tensor.name)} at byte {place - tensor.start}"

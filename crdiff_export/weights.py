@@ -13,6 +13,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING
 
 from crdiff_export import floats
+from crdiff_export.criteria import Decision, Mask
 from crdiff_export.errors import PlanError
 from crdiff_export.hashing import SourceHashes
 from crdiff_export.header import BITS, show
@@ -20,10 +21,12 @@ from crdiff_export.kernels import Kernel
 from crdiff_export.pipeline import AHEAD, ahead
 from crdiff_export.plan import Plan, Run
 from crdiff_export.source import Bytes
-from crdiff_export.threshold import Threshold
 
 if TYPE_CHECKING:
     from hashlib import _Hash
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 CHUNK = 8 << 20
 # The widest element has 8 bytes. A page before the window holds the seam and keeps the window itself on a page.
@@ -35,24 +38,26 @@ _NOTHING = memoryview(b"")
 
 @dataclass(frozen=True, slots=True)
 class Pruning:
-    """A plan and the thresholds that were found for it, one for each of its scopes.
-
-    With `keep` the weights that are zeroed are handed on, for a residual.
-    """
+    """A plan and what was decided for it. With `keep` the weights that are zeroed are handed on, for a residual."""
 
     plan: Plan
-    thresholds: tuple[Threshold, ...]
+    decision: Decision
     keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Output data bytes `start:stop` hold target weights; those of magnitude pattern at most `limit` become +0.0."""
+    """Output data bytes `start:stop` hold a target's weights, of which those of a magnitude pattern up to `limit` go.
+
+    Where there is a `mask`, those of its bits go instead. `moved` are all of the bytes, to be put in their place.
+    """
 
     start: int
     stop: int
     dtype: str
-    limit: int
+    limit: int = 0
+    mask: Mask | None = None
+    moved: memoryview | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +85,40 @@ class Chunk:
         return self.buffer[PAGE + start - self.start : PAGE + stop - self.start]
 
 
+def places(plan: Plan, file: int) -> tuple[Cut, ...]:
+    """Where one file of the plan has weights that may go, in order; not yet which."""
+    return tuple(cut for _, cut in _numbered(plan, file))
+
+
 def cuts(pruning: Pruning, file: int) -> tuple[Cut, ...]:
-    """What to zero in one file of the plan, by place."""
+    """What to zero in one file of the plan, in order."""
+    decision, targets = pruning.decision, pruning.plan.targets
     found = []
-    for target in pruning.plan.targets:
-        bits = pruning.thresholds[target.scope].bits
-        if target.file == file and bits is not None:
-            dtype = target.output.dtype
-            limit = min(floats.limit(dtype, bits), floats.FORMATS[dtype].first_nonfinite - 1)
-            found.append(Cut(*target.span(target.output), dtype, limit))
-    return tuple(sorted(found, key=lambda cut: cut.start))
+    for number, cut in _numbered(pruning.plan, file):
+        moved = decision.moved.get(number)
+        if decision.masks is None:
+            bits = decision.thresholds[targets[number].scope].bits
+            assert bits is not None
+            limit = min(floats.limit(cut.dtype, bits), floats.FORMATS[cut.dtype].first_nonfinite - 1)
+            found.append(replace(cut, limit=limit))
+        elif moved is not None:
+            found.append(replace(cut, moved=moved.data.cast("B")))
+        else:
+            mask = decision.masks[number]
+            assert mask is not None
+            assert mask.count == targets[number].count
+            found.append(replace(cut, mask=mask))
+    return tuple(found)
+
+
+def _numbered(plan: Plan, file: int) -> list[tuple[int, Cut]]:
+    """The same with the targets' numbers."""
+    found = [
+        (number, Cut(*target.span(target.output), target.output.dtype))
+        for number, target in enumerate(plan.targets)
+        if target.file == file and plan.scopes[target.scope].rank
+    ]
+    return sorted(found, key=lambda one: one[1].start)
 
 
 class Stream:
@@ -207,7 +236,7 @@ class Stream:
         copies: Iterator[memoryview] | None,
         removed: Iterator[memoryview] | None,
     ) -> Chunk:
-        """The chunk with its small weights at zero, in a buffer of its own where others need the source's."""
+        """The chunk pruned, in a buffer of its own where others need the source's."""
         parts = list(split(found, chunk.start, chunk.stop))
         if parts and copies is not None:
             low, high = chunk.start - SEAM, chunk.stop + SEAM
@@ -217,24 +246,46 @@ class Stream:
         if parts and removed is not None and self._keep[chunk.variant]:
             chunk = replace(chunk, removed=_removed(chunk, parts, next(removed)))
         for cut, start, stop in parts:
-            self._kernel.zero(chunk.part(start, stop), cut.dtype, cut.limit)
+            self._cut(cut, chunk.part(start, stop), start - cut.start)
         return chunk
+
+    def _cut(self, cut: Cut, weights: memoryview, place: int) -> None:
+        """Prune whole weights, which begin at byte `place` of the cut."""
+        if cut.moved is not None:
+            weights[:] = cut.moved[place : place + len(weights)]
+        elif cut.mask is not None:
+            self._kernel.clear(weights, cut.dtype, _gone(cut, cut.mask, place, len(weights)))
+        else:
+            self._kernel.zero(weights, cut.dtype, cut.limit)
 
 
 def _removed(chunk: Chunk, parts: Sequence[tuple[Cut, int, int]], into: memoryview) -> memoryview:
     """The weights of a chunk that are to be zeroed; one on the seam before it belongs to the chunk before."""
-    from crdiff_export.kernels.pick import take
-
     end = 0
     for cut, first, stop in parts:
         size = floats.FORMATS[cut.dtype].itemsize
         start = first if first >= chunk.start else first + size
         place = end + -end % size
-        taken = take(chunk.part(start, stop), cut.dtype, cut.limit, into[place:]) if start < stop else 0
+        taken = _take(cut, chunk.part(start, stop), start - cut.start, into[place:]) if start < stop else 0
         if place != end:
             into[end : end + taken] = into[place : place + taken]
         end += taken
     return into[:end]
+
+
+def _take(cut: Cut, weights: memoryview, place: int, into: memoryview) -> int:
+    """Copy what will go of whole weights, which begin at byte `place` of the cut; how many bytes that is."""
+    from crdiff_export.kernels.pick import pick, take
+
+    if cut.mask is None:
+        return take(weights, cut.dtype, cut.limit, into)
+    return pick(weights, cut.dtype, _gone(cut, cut.mask, place, len(weights)), into)
+
+
+def _gone(cut: Cut, mask: Mask, place: int, size: int) -> "NDArray[np.bool_]":
+    """The mask of `size` bytes of whole weights from byte `place` of the cut on."""
+    itemsize = floats.FORMATS[cut.dtype].itemsize
+    return mask.unpack(place // itemsize, (place + size) // itemsize)
 
 
 def split(found: Sequence[Cut], low: int, high: int) -> Iterator[tuple[Cut, int, int]]:

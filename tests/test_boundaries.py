@@ -18,15 +18,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top down. A module imports what is in its own layer or below.
 LAYERS: tuple[set[str], ...] = (
     {"__main__", "commands", "ui"},
-    {"summary", "publish", "survey", "push", "preview", "evaluation", "tuning"},
+    {"summary", "publish", "survey", "push", "preview", "evaluation", "tuning", "calibration"},
     {"drawing"},
     {
-        *("__init__", "export", "inspection", "verify", "restore", "bases", "destination", "hub", "poa"),
+        *("__init__", "export", "inspection", "verify", "against", "restore", "bases", "destination", "hub", "poa"),
         *("demo", "scorers", "search"),
     },
     {
         *("plan", "criteria", "architecture", "hashing", "weights", "writer", "metadata", "bake", "baked", "card"),
-        *("residual", "keeping", "report", "twins"),
+        *("residual", "keeping", "report", "twins", "ranking"),
     },
     {
         *("checkpoint", "source", "pickled", "unpickle", "magic", "header", "strict_json", "stamp"),
@@ -51,23 +51,26 @@ LOADED_LATE = {
     *(PACKAGE / "scorers" / f"{name}.py" for name in ("aesthetic", "blip", "clip", "image_reward", "weights")),
     *(PACKAGE / "search" / f"{name}.py" for name in ("journal", "ledger", "pruning", "study")),
     PACKAGE / "evaluation" / "measure.py",
+    *(PACKAGE / "calibration" / f"{name}.py" for name in ("collect", "denoise", "gradients", "runner")),
+    *(PACKAGE / "criteria" / f"{name}.py" for name in ("random", "wanda", "taylor", "obs", "adverse", "scored")),
+    *(PACKAGE / "criteria" / f"{name}.py" for name in ("reading", "selection")),
 }
 ONLY_IN = {
     "rich": {"ui"},
     "click": {"commands"},
     "huggingface_hub": {"hub"},
-    "torch": {"kernels", "poa", "drawing", "scorers"},
+    "torch": {"kernels", "poa", "drawing", "scorers", "criteria", "calibration"},
     "numba": {"kernels"},
     "diffusers": {"poa", "drawing"},
     "transformers": {"drawing", "scorers"},
-    "PIL": {"report", "evaluation", "scorers", "tuning"},
+    "PIL": {"report", "evaluation", "scorers", "tuning", "calibration"},
     "matplotlib": {"evaluation", "tuning"},
     "optuna": {"search"},
     "scipy": {"search"},
+    "torch_fidelity": {"scorers"},
     "cmaes": {"search"},
     "sqlalchemy": {"search"},
     "psycopg": {"search"},
-    "torch_fidelity": {"scorers"},
 }
 # The one program that is ever started is the one that a `command:` scorer names.
 STARTS_PROGRAMS = PACKAGE / "scorers" / "process.py"

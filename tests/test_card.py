@@ -24,7 +24,7 @@ from markdown_it.token import Token
 from crdiff_export.card import BaseModel, Card, Row, render
 from crdiff_export.errors import CardError
 from crdiff_export.recipe import Size
-from crdiff_export.stamp import GroupStamp
+from crdiff_export.stamp import Calibrated, GroupStamp
 
 CARDS = Path(__file__).parent / "cards"
 SEARCHED: dict[str, Any] = {
@@ -606,3 +606,39 @@ def test_where_the_dense_weights_are() -> None:
         f"- Dense: [{SDXL}](https://huggingface.co/{SDXL}). The header of each file of weights has the SHA-256 of the "
         "one that it was made from."
     )
+
+
+# --- other criteria than magnitude ---
+
+CALIBRATED = Calibrated("0x" + "ab" * 32, Size(512, 512))
+
+
+def masked(path: str = "wanda.safetensors", **changes: Any) -> Row:
+    groups = {group: GroupStamp(0.3, 31, 100) for group in ("down", "mid", "up")}
+    values = {"criterion": "wanda:compare=row", "masked": "block-wise", "groups": groups, "calibrated": CALIBRATED}
+    return row(path, **{**values, **changes})
+
+
+def test_a_criterion_has_a_column_where_it_is_not_the_papers() -> None:
+    assert "weights go by" not in told(row())
+    text = told(row(), masked(), masked("obs.safetensors", criterion="obs", moved=True))
+    assert "| file | size | ratios | weights go by | provenance |" in text
+    assert f"wanda:compare=row, calibrated at 512x512 (`{'ab' * 32}`)" in text
+    assert "; the others were moved" in text
+    assert "| magnitude |" in text
+    both = told(masked(), of=(BASE, BaseModel("org/other")))
+    assert "| file | base | size | ratios | weights go by |" in both
+
+
+def test_what_decided_is_not_called_small() -> None:
+    plain, mixed, alone = told(row()), told(row(), masked()), told(masked())
+    assert "with the smallest weights of" in plain
+    assert "has the exact thresholds" in plain
+    for text in (mixed, alone):
+        assert "with some weights of" in text
+        assert "the zeros of the pruned layers are the mask" in text
+        assert "all other weights are the base's." in text
+    assert "Where the header has no thresholds, the zeros" in mixed
+    assert "In each file the zeros" in alone
+    moved = told(masked(moved=True))
+    assert "the base's but for those of the pruned layers where the table says so" in moved

@@ -173,7 +173,7 @@ def test_comfyui_is_imported_late_and_in_one_place() -> None:
 @pytest.fixture(scope="module")
 def baked(tmp_path_factory: pytest.TempPathFactory) -> BakedCheckpoint:
     target = tmp_path_factory.mktemp("baked") / "baked.safetensors"
-    export(ExportRequest("demo", Size(96, 64), target, ratio=0.4))
+    export(ExportRequest("demo", Size(96, 64), target, ratio=0.4, poa_weight=1.5))
     return open_baked(target)
 
 

@@ -124,7 +124,9 @@ def test_every_key_can_be_given(folder: Path) -> None:
     shared = (
         'repo = "o/n"\nname = "a-{size}{dtype}"\nrevision = "r"\ntag = "t"\nprivate = false\ndtype = "bf16"\n'
         'weights = "ema"\nrecipe = "my-sd15.toml"\ntargets = ["ff"]\nallow_nonfinite = true\n'
+        'criterion = "wanda:compare=row"\ncalibration = "own.safetensors"\n'
     )
+    (folder / "own.safetensors").touch()
     base = 'base = "models"\n'
     variant = 'size = "64"\nratio = 0.5\nratios = { up = 0 }\npoa_weight = 2\n'
     plans = {
@@ -136,7 +138,8 @@ def test_every_key_can_be_given(folder: Path) -> None:
         (entry,) = entries(text, folder)
         assert entry == Entry(
             str(folder / "models"), Size(64, 64), "a-64x64bf16", False, "o/n", "r", "t", False, "a/b", "bf16", "ema",
-            folder / "my-sd15.toml", 0.5, {"up": 0.0}, 2.0, ("ff",), True, entry.line,
+            folder / "my-sd15.toml", 0.5, {"up": 0.0}, 2.0, ("ff",), True, entry.line, "wanda:compare=row",
+            folder / "own.safetensors",
         )  # fmt: skip
     assert set(EXAMPLES) == {key for keys in KEYS.values() for key in keys}
 

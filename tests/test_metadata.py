@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import geometry_tables
 import makers
+import masking
 import pytest
 import torch
 
@@ -311,6 +312,8 @@ def test_document_names_every_key_and_its_format(tmp_path: Path) -> None:
     job = prepare(ExportRequest(str(base), SIZE, tmp_path / "hub.safetensors", allow_nonfinite=True))
     from_hub = replace(job, base=replace(job.base, hashes={base.name: "ab" * 32}))
     said.append(makers.metadata_of(run(from_hub, Silent()).written.path))
+    masked = masking.base(tmp_path / "masked", "sd15.original")
+    said.append(makers.metadata_of(export(masked.request(tmp_path / "obs.safetensors", "obs")).written.path))
     assert said[0]["crdiff.threshold.mid"] == "none"
     assert said[0]["crdiff.nonfinite.down"] == "1"
     assert said[0]["crdiff.evidence.interval"] == "[0.1, 0.2]"
@@ -407,7 +410,9 @@ def rules(said: Mapping[str, str]) -> Iterator[Rule]:
 
 def derive(said: Mapping[str, str], base: Files) -> Files:
     """The pruned weights, from the header of a pruned file and the dense base."""
-    assert (said["crdiff.schema"], said["crdiff.criterion"]) == ("1", "magnitude")
+    assert said["crdiff.schema"] == "1"
+    assert said["crdiff.criterion"] in ("magnitude", "uniform")
+    assert "crdiff.mask" not in said
     queue = json.loads(said["crdiff.thresholds"]) if said["crdiff.method"] == "layer-wise" else None
     known = list(rules(said))
     total: dict[str, int] = {}
@@ -539,3 +544,53 @@ def test_document_gives_shards(table: str, tmp_path: Path) -> None:
     bake(tmp_path / "base", tmp_path / "out")
     assert len(read(tmp_path / "out")) == 3
     assert_derived(tmp_path / "base", tmp_path / "out")
+
+
+def masked(said: Mapping[str, str], base: Files, output: Files) -> Files:
+    """The pruned weights by what the document says of masks: from the base, and the zeros of the pruned file."""
+    assert (said["crdiff.schema"], said["crdiff.mask"]) == ("1", "zeros")
+    known = list(rules(said))
+    found: dict[tuple[str, int], tuple[str, list[slice]]] = {}
+    total: dict[str, int] = {}
+    for file, tensors in base.items():
+        for i, tensor in enumerate(tensors):
+            for rule in (rule for rule in known if rule.name.fullmatch(tensor.name)):
+                columns = tensor.shape[1]
+                rows = [slice(None) if p is None else slice(p * columns, (p + 1) * columns) for p in rule.parts]
+                found[file, i] = rule.group, rows
+                total[rule.group] = total.get(rule.group, 0) + sum(values(tensor)[part].numel() for part in rows)
+    derived = {
+        file: [cast(t, said["crdiff.cast"]) if "crdiff.cast" in said else t for t in base[file]] for file in base
+    }
+    pruned = dict.fromkeys(total, 0)
+    for (file, i), (group, rows) in found.items():
+        weights, theirs = values(derived[file][i]), values(output[file][i])
+        for part in rows:
+            count = total[group] if said["crdiff.method"] == "block-wise" else weights[part].numel()
+            if int(count * float(said[f"crdiff.ratio.{group}"])):
+                own, other = weights[part], theirs[part]
+                zeros = (other.view(torch.uint8).view(*other.shape, -1) == 0).all(-1)
+                pruned[group] += int(zeros.sum())
+                if "crdiff.moved" in said:
+                    own[:] = other
+                else:
+                    own.view(torch.uint8).view(*own.shape, -1)[zeros] = 0
+        derived[file][i] = derived[file][i]._replace(data=raw(weights))
+    assert {group: str(count) for group, count in pruned.items()} == {g: said[f"crdiff.pruned.{g}"] for g in total}
+    return derived
+
+
+@pytest.mark.parametrize("table", ["sd15.original", "sd3-medium.original-transformer", "flux-dev.original-transformer"])
+@pytest.mark.parametrize("criterion", ["wanda", "random:compare=row", "obs"])
+def test_document_gives_masked_weights(table: str, criterion: str, tmp_path: Path) -> None:
+    base = masking.base(tmp_path, table)
+    ratios = {"blocks": 0.3} if base.dit else {"down": 0.0, "mid": 0.5, "up": 0.3}
+    cases: list[dict[str, Any]] = [{}, {"dtype": "fp32"}]
+    for number, options in enumerate(cases):
+        request = base.request(tmp_path / f"{number}.safetensors", criterion, ratios=ratios, **options)
+        output = export(request).written.path
+        said = makers.metadata_of(output)
+        assert said["crdiff.source.hash_sha256"] == data_hash(base.path)
+        dense, pruned = read(base.path), read(output)
+        key, other = next(iter(dense)), next(iter(pruned))
+        assert masked(said, dense, {key: pruned[other]})[key] == pruned[other]

@@ -17,7 +17,7 @@ import oracle
 import pytest
 
 from crdiff_export import CrdiffError, ExportRequest, Size, bake, export, weights
-from crdiff_export.criteria import magnitude
+from crdiff_export.criteria import Decision, magnitude
 from crdiff_export.kernels.cpu import CpuKernel
 from crdiff_export.pipeline import ahead
 from crdiff_export.source import SourceFile
@@ -255,7 +255,7 @@ class Prepared:
                 str(base), Size(512, 512), folder / f"{number}.safetensors", ratios=ratios, dtype=dtype
             )
             baked = export(request)
-            self.prunings.append(Pruning(baked.job.plan, baked.thresholds))
+            self.prunings.append(Pruning(baked.job.plan, Decision(baked.thresholds)))
             self.data.append(oracle.read(baked.written.path).data)
 
     def stream(self, kernel: CpuKernel) -> Stream:

@@ -17,7 +17,7 @@ from torch import nn
 from crdiff_export import ExportRequest, Size, export, floats
 from crdiff_export.errors import PoaError
 from crdiff_export.poa import Schedule, from_baked, mix
-from crdiff_export.poa.masks import Cut, dtypes, holds, prune
+from crdiff_export.poa.masks import Cut, Part, dtypes, holds, prune
 
 PREFIX = "model.diffusion_model."
 
@@ -86,6 +86,12 @@ def test_they_fit_the_original_layout(table: str, dtype: str, tmp_path: Path) ->
         assert torch.equal(prune(weight, cuts) if cuts else weight, pruned[name]), name
 
 
+def whole(part: Part) -> Part:
+    """A cut of a fused weight's part as one of a weight of its own."""
+    assert isinstance(part, Cut)
+    return replace(part, start=0, stop=part.stop - part.start)
+
+
 def test_either_layout_of_flux_gives_the_same_masks(tmp_path: Path) -> None:
     """The names and parts of FLUX.1 in diffusers, written down again."""
     tensors = makers.tiny("flux-dev.original-transformer", "F32")
@@ -93,19 +99,19 @@ def test_either_layout_of_flux_gives_the_same_masks(tmp_path: Path) -> None:
     output = export(ExportRequest(str(base), Size(512, 512), tmp_path / "out.safetensors", ratio=0.4,
                                   targets=("ff", "attn")))  # fmt: skip
     masks = from_baked(output.written.path).masks
-    expected: dict[str, int] = {}
+    expected: dict[str, Part] = {}
     for i in range(19):
         block, single = f"double_blocks.{i}.img_", f"transformer_blocks.{i}."
         qkv = masks.original[f"{block}attn.qkv.weight"]
-        expected |= {f"{single}attn.to_{x}.weight": cut.bits for x, cut in zip("qkv", qkv, strict=True)}
-        expected[f"{single}attn.to_out.0.weight"] = masks.original[f"{block}attn.proj.weight"][0].bits
-        expected[f"{single}ff.net.0.proj.weight"] = masks.original[f"{block}mlp.0.weight"][0].bits
-        expected[f"{single}ff.net.2.weight"] = masks.original[f"{block}mlp.2.weight"][0].bits
+        expected |= {f"{single}attn.to_{x}.weight": whole(cut) for x, cut in zip("qkv", qkv, strict=True)}
+        expected[f"{single}attn.to_out.0.weight"] = whole(masks.original[f"{block}attn.proj.weight"][0])
+        expected[f"{single}ff.net.0.proj.weight"] = whole(masks.original[f"{block}mlp.0.weight"][0])
+        expected[f"{single}ff.net.2.weight"] = whole(masks.original[f"{block}mlp.2.weight"][0])
     for i in range(38):
         parts = masks.original[f"single_blocks.{i}.linear1.weight"]
         own = f"single_transformer_blocks.{i}.attn.to_"
-        expected |= {f"{own}{x}.weight": cut.bits for x, cut in zip("qkv", parts, strict=True)}
-    assert {name: cuts[0].bits for name, cuts in masks.diffusers.items()} == expected
+        expected |= {f"{own}{x}.weight": whole(cut) for x, cut in zip("qkv", parts, strict=True)}
+    assert {name: cuts[0] for name, cuts in masks.diffusers.items()} == expected
 
 
 LOADED = [torch.float32, torch.float16, torch.bfloat16]

@@ -422,7 +422,8 @@ def test_a_file_that_was_cast_prunes_the_uncast_base_alike(folder: Path, pipe: A
     poa.enable(pipe, folder / "half.safetensors", 1)
     weights = safetensors.torch.load_file(folder / "half.safetensors")
     layer = pipe.unet.get_submodule(LAYER)
-    pruned = nn.functional.hardshrink(layer.weight, layer._diffusers_hook.get_hook("crdiff_poa")._limit(torch.float32))
+    cut = layer._diffusers_hook.get_hook("crdiff_poa").part
+    pruned = nn.functional.hardshrink(layer.weight, cut.limit(torch.float32))
     assert torch.equal(pruned == 0, weights[f"{LAYER}.weight"] == 0)
     assert (pruned == 0).sum() > 0
 
@@ -657,7 +658,7 @@ def test_a_file_without_our_header(pipe: Any, folder: Path) -> None:
 def test_a_file_without_thresholds(pipe: Any, folder: Path) -> None:
     base = folder / "diffusion_pytorch_model.safetensors"
     export(ExportRequest(str(base), Size(512, 512), folder / "nothing.safetensors", ratio=0, force=True))
-    assert "has no threshold, as all of its ratios are 0" in refusal(pipe, folder / "nothing.safetensors").message
+    assert "prunes nothing, as all of its ratios are 0" in refusal(pipe, folder / "nothing.safetensors").message
 
 
 def test_a_file_that_is_not_there(pipe: Any, folder: Path) -> None:

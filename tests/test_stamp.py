@@ -1,5 +1,6 @@
 """The `crdiff.*` keys: values to header and back without loss, and every way in which they can be wrong."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from crdiff_export import header, stamp
 from crdiff_export.errors import CheckpointError
 from crdiff_export.recipe import Size
-from crdiff_export.stamp import GroupStamp, Stamp
+from crdiff_export.stamp import Calibrated, GroupStamp, Stamp
 
 LARGEST = float(np.finfo(np.float32).max)
 SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
@@ -18,6 +19,7 @@ SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 # Any text a header can hold, and more often than chance would have it what looks like the start of an object.
 TEXT = st.one_of(st.text(), st.builds("{}{}".format, st.sampled_from(["{", " {", "  {", " ", "\t{", "["]), st.text()))
 SIZES = st.builds(Size, st.integers(1, 999_999), st.integers(1, 999_999))
+HASHES = st.from_regex("0x[0-9a-f]{64}", fullmatch=True)
 COUNTS = st.integers(0, 10**18 - 1)
 RATIOS = st.floats(0, 1, exclude_max=True)
 THRESHOLDS = st.none() | st.floats(0, LARGEST, width=32)
@@ -26,13 +28,13 @@ THRESHOLDS = st.none() | st.floats(0, LARGEST, width=32)
 @st.composite
 def stamped(draw: st.DrawFn) -> Stamp:
     """Any stamp that an export could make, and many that none would."""
-    per_layer = draw(st.booleans())
+    per_layer, masked = draw(st.booleans()), draw(st.booleans())
     groups = {
         name: GroupStamp(
             ratio=draw(RATIOS),
             pruned=draw(COUNTS),
             total=draw(COUNTS),
-            threshold=None if per_layer else draw(THRESHOLDS),
+            threshold=None if per_layer or masked else draw(THRESHOLDS),
             nonfinite=draw(COUNTS),
         )
         for name in draw(st.sampled_from([("blocks",), ("down", "mid", "up")]))
@@ -51,8 +53,11 @@ def stamped(draw: st.DrawFn) -> Stamp:
         provenance=draw(TEXT),
         provenance_source=draw(TEXT),
         poa_weight=draw(st.floats(allow_nan=False, allow_infinity=False)),
-        thresholds=tuple(draw(st.lists(THRESHOLDS))) if per_layer else None,
-        source_hash=draw(st.none() | st.from_regex("0x[0-9a-f]{64}", fullmatch=True)),
+        thresholds=tuple(draw(st.lists(THRESHOLDS))) if per_layer and not masked else None,
+        masked=("layer-wise" if per_layer else "block-wise") if masked else None,
+        moved=masked and draw(st.booleans()),
+        calibrated=draw(st.none() | st.builds(Calibrated, HASHES, SIZES)),
+        source_hash=draw(st.none() | HASHES),
         cast=draw(st.sampled_from([None, "F16", "BF16", "F32"])),
         prompt=draw(st.none() | TEXT),
         evidence=draw(st.dictionaries(TEXT, TEXT)),
@@ -126,6 +131,14 @@ LAYER_WISE = {
     "crdiff.total.blocks": "100",
     "crdiff.thresholds": '["0x1.8p-5","none","0x0.0p+0"]',
 }
+MASKED = {
+    **{key: text for key, text in LAYER_WISE.items() if key != "crdiff.thresholds"},
+    "crdiff.criterion": "wanda:compare=row",
+    "crdiff.mask": "zeros",
+    "crdiff.moved": "true",
+    "crdiff.calibration.hash_sha256": "0x" + "ab" * 32,
+    "crdiff.calibration.size": "512x384",
+}
 
 
 def test_keys_are_read_as_the_specification_says() -> None:
@@ -135,6 +148,25 @@ def test_keys_are_read_as_the_specification_says() -> None:
     assert block_wise.thresholds is None
     assert layer_wise.thresholds == (0.046875, None, 0.0)
     assert layer_wise.groups == {"blocks": GroupStamp(ratio=0.3, pruned=31, total=100)}
+
+
+def test_the_keys_of_a_mask() -> None:
+    made = Stamp.from_metadata(MASKED, "file")
+    assert (made.masked, made.moved, made.thresholds) == ("layer-wise", True, None)
+    assert made.calibrated == Calibrated("0x" + "ab" * 32, Size(512, 384))
+    assert made.compare == "row"
+    assert made.groups == {"blocks": GroupStamp(ratio=0.3, pruned=31, total=100)}
+    block = Stamp.from_metadata({**BLOCK_WISE, "crdiff.moved": "true"}, "file")
+    assert (block.masked, block.moved, block.compare) == (None, False, "block")
+
+
+def test_what_ranks_decides_a_files_content() -> None:
+    made = replace(Stamp.from_metadata(MASKED, "file"), source_hash="0x" + "12" * 32)
+    other = replace(made, calibrated=Calibrated("0x" + "cd" * 32, Size(512, 384)))
+    bigger = replace(made, calibrated=Calibrated("0x" + "ab" * 32, Size(1024, 1024)))
+    assert made.digest() not in (None, other.digest(), replace(made, criterion="wanda").digest())
+    assert made.digest() == bigger.digest(), "the data have the hash"
+    assert made.asked()["crdiff.calibration.hash_sha256"] == "0x" + "ab" * 32
 
 
 def test_unknown_keys_are_for_a_later_reader() -> None:
@@ -212,6 +244,30 @@ def test_wrong_value_is_named(key: str, text: str, message: str) -> None:
     assert caught.value.hint == "The header was changed after crdiff wrote it; export the file again from its base."
 
 
+WRONG_MASKS: list[tuple[dict[str, str | None], str]] = [
+    ({"crdiff.mask": "bits"}, "crdiff.mask is 'bits', not zeros"),
+    ({"crdiff.mask": ""}, "crdiff.mask is '', not zeros"),
+    ({"crdiff.mask": None}, "crdiff.thresholds is missing"),
+    ({"crdiff.thresholds": "[]"}, "crdiff.mask stands beside 'crdiff.thresholds'"),
+    ({"crdiff.threshold.blocks": "none"}, "crdiff.mask stands beside 'crdiff.threshold.blocks'"),
+    ({"crdiff.moved": "false"}, "crdiff.moved is 'false', not true"),
+    ({"crdiff.method": "row-wise"}, "crdiff.method is 'row-wise', not block-wise or layer-wise"),
+    ({"crdiff.calibration.size": None}, "crdiff.calibration.size is missing"),
+    ({"crdiff.calibration.size": "big"}, f"crdiff.calibration.size is 'big', {SIZE}"),
+    ({"crdiff.calibration.hash_sha256": None}, "crdiff.calibration.hash_sha256 is missing"),
+    ({"crdiff.calibration.hash_sha256": "0x0"},
+     "crdiff.calibration.hash_sha256 is '0x0', not 0x and 64 lowercase hex digits"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG_MASKS, ids=[text for _, text in WRONG_MASKS])
+def test_a_mask_that_is_wrong_is_named(changes: dict[str, str | None], message: str) -> None:
+    keys = {key: text for key, text in (MASKED | changes).items() if text is not None}
+    with pytest.raises(CheckpointError) as caught:
+        Stamp.from_metadata(keys, "file")
+    assert caught.value.message == f"file: {message}"
+
+
 @pytest.mark.parametrize("schema", ["2", "", "1.0", " 1"])
 def test_other_schema_is_for_a_newer_crdiff(schema: str) -> None:
     with pytest.raises(CheckpointError) as caught:
@@ -221,7 +277,7 @@ def test_other_schema_is_for_a_newer_crdiff(schema: str) -> None:
 
 
 @given(
-    st.sampled_from([BLOCK_WISE, LAYER_WISE]).flatmap(
+    st.sampled_from([BLOCK_WISE, LAYER_WISE, MASKED]).flatmap(
         lambda keys: st.tuples(st.just(keys), st.sampled_from([*keys]), TEXT)
     )
 )

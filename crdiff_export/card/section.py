@@ -52,11 +52,14 @@ def _what(card: Card) -> Iterator[str]:
     natives = _listed(sorted({str(row.stamp.native) for row in card.rows}))
     casts = {row.stamp.cast for row in card.rows}
     cast = f", {'partly ' if None in casts else ''}cast to {_listed(sorted(map(prose, filter(None, casts))))}"
+    smallest = "some" if any(row.stamp.masked for row in card.rows) else "the smallest"
+    moves = any(row.stamp.moved for row in card.rows)
+    moved = " but for those of the pruned layers where the table says so" if moves else ""
     yield (
-        f"Each variant is its base with the smallest weights of the {own}{layers} layers set to zero, for one image "
+        f"Each variant is its base with {smallest} weights of the {own}{layers} layers set to zero, for one image "
         f"size; the base was trained for {natives}. The method is CR-Diff ([arXiv {_PAPER}]"
         f"(https://arxiv.org/abs/{_PAPER})). Nothing was trained: all other weights are the "
-        f"base's{cast if casts - {None} else ''}."
+        f"base's{moved}{cast if casts - {None} else ''}."
     )
     yield ""
     for base in card.bases:
@@ -84,7 +87,9 @@ def _licence(base: BaseModel) -> str:
 
 def _table(card: Card) -> Iterator[str]:
     several = len(card.bases) > 1
+    ranked = _ranks(card)
     head = ["file", _SIZE_COLUMN, "ratios", "provenance", "POA weight", "bytes", "SHA-256"]
+    head[3:3] = ["weights go by"] if ranked else []
     head[1:1] = ["base"] if several else []
     yield f"| {' | '.join(head)} |"
     yield "|" + "---|" * len(head)
@@ -95,12 +100,23 @@ def _table(card: Card) -> Iterator[str]:
             *([_name(card, base) if base else prose(row.stamp.source_name)] if several else ()),
             str(row.stamp.resolution),
             ", ".join(f"{prose(name)} {group.ratio:g}" for name, group in row.stamp.groups.items()),
+            *([_criterion(row.stamp)] if ranked else ()),
             _standing(row.stamp),
             f"{row.stamp.poa_weight:g}",
             f"{row.size:,}",
             _digest(row.sha256) if row.sha256 else "several files",
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def _ranks(card: Card) -> bool:
+    """Whether a variant was pruned by something else than the paper's magnitude."""
+    return any(row.stamp.criterion != "magnitude" for row in card.rows)
+
+
+def _criterion(stamp: Stamp) -> str:
+    told = f", calibrated at {stamp.calibrated.size} ({_digest(stamp.calibrated.hash)})" if stamp.calibrated else ""
+    return f"{prose(stamp.criterion)}{told}{'; the others were moved' if stamp.moved else ''}"
 
 
 def _file(card: Card, row: Row) -> str:
@@ -129,11 +145,7 @@ def _dense(card: Card) -> Iterator[str]:
         f"recommended *w* is {advice}."
     )
     yield ""
-    yield (
-        "The dense weights are the base's. The header of each file has the exact thresholds: whoever has the dense "
-        "weights gets the mask from them, and so the pruned weights bit by bit. How is specified in docs/metadata.md "
-        "of crdiff; `crdiff verify FILE --base BASE` does it and compares."
-    )
+    yield _mask(card)
     yield ""
     yield (
         "crdiff does POA with one copy of the weights: in diffusers, `crdiff_export.poa.enable(pipe, FILE)` for a "
@@ -146,6 +158,21 @@ def _dense(card: Card) -> Iterator[str]:
         sources.setdefault(_source(card, row), []).append(row)
     for source, rows in sources.items():
         yield source if len(sources) == 1 else f"{source} For {_sizes(card, rows)}."
+
+
+def _mask(card: Card) -> str:
+    masked = [row.stamp.masked is not None for row in card.rows]
+    if not any(masked):
+        return (
+            "The dense weights are the base's. The header of each file has the exact thresholds: whoever has the dense "
+            "weights gets the mask from them, and so the pruned weights bit by bit. How is specified in "
+            "docs/metadata.md of crdiff; `crdiff verify FILE --base BASE` does it and compares."
+        )
+    where = "In each file" if all(masked) else "Where the header has no thresholds,"
+    return (
+        f"The dense weights are the base's. {where} the zeros of the pruned layers are the mask. How is specified in "
+        "docs/metadata.md of crdiff; `crdiff verify FILE --base BASE` compares a file with its base."
+    )
 
 
 def _source(card: Card, row: Row) -> str:

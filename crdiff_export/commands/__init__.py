@@ -24,6 +24,7 @@ COMMANDS = {
     "preview": "Draw what a base, its pruned model and POA make of a prompt.",
     "evaluate": "Score a base, its pruned model and POA on many prompts, with intervals.",
     "search": "Search for ratios that make a base better at a size, and check them.",
+    "calibrate": "Measure what criteria other than magnitude need to know of a base.",
     "push": "Push a baked file to the Hub, with its model card.",
     "publish": "Make and push all variants that a plan file asks for.",
     "comfyui": "Add nodes for sampling with POA to a ComfyUI.",

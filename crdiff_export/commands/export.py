@@ -15,6 +15,7 @@ from crdiff_export.commands.options import (
     SizeType,
     announce,
     complete_alias,
+    criterion_options,
     device_option,
     examples,
     output_options,
@@ -32,6 +33,7 @@ from crdiff_export.hub.upload import Upload
 from crdiff_export.inspection import GROUP_COLUMNS, group_rows, provenance
 from crdiff_export.push import PushRequest, check_request
 from crdiff_export.push import prepare as check_destination
+from crdiff_export.ranking import MAGNITUDE, Asked
 from crdiff_export.recipe import Size
 from crdiff_export.residual import NONE, WAYS, expected
 
@@ -41,6 +43,7 @@ from crdiff_export.residual import NONE, WAYS, expected
         "crdiff export sdxl --res 2048 -o sdxl-2048.safetensors",
         "crdiff export my-sd15.safetensors --res 400x560 --ratio 0.2 --up 0.3",
         "crdiff export sdxl --res 2048 --push my-org/sdxl-crdiff",
+        "crdiff export sdxl --res 512 --criterion wanda:compare=row --calibration sdxl-512.safetensors",
         "crdiff export demo --res 96x64 --dry-run",
     )
 )
@@ -66,13 +69,7 @@ from crdiff_export.residual import NONE, WAYS, expected
     help="POA weight to recommend in the header; 1 is the pruned model alone.",
 )
 @click.option("--targets", type=KindsType(), help="Layers to prune, such as attn,ff. Default: the model family's.")
-@click.option(
-    "--criterion",
-    type=click.Choice(["magnitude"]),
-    default="magnitude",
-    show_default=True,
-    help="How weights are ranked.",
-)
+@criterion_options
 @device_option
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads on the CPU. Default: all cores.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Cast all float tensors. Default: keep each as it is.")
@@ -164,7 +161,7 @@ def _show_plan(job: Job, pushing: PushRequest | None, *, as_json: bool, quiet: b
         ui.print_json({
             "dry_run": True, "base": str(plan.checkpoint.path), "family": plan.match.family.id,
             "layout": plan.match.layout.name, "resolution": str(plan.size), "recipe": plan.recipe,
-            "variant": str(plan.variant.resolution), "provenance": plan.variant.provenance,
+            "variant": str(plan.variant.resolution), "provenance": plan.variant.provenance, **_ranked(job),
             "poa_weight": plan.variant.poa_weight, "targets": list(plan.kinds), "groups": groups,
             "bytes": plan.data_size, "dtype": plan.cast, "output": str(job.target),
             "residual": job.request.residual, "residual_bytes": _residual_size(job),
@@ -184,8 +181,7 @@ def _show_plan(job: Job, pushing: PushRequest | None, *, as_json: bool, quiet: b
         ui.facts({
             "base": f"{plan.checkpoint.path} ({plan.match.family.title}, {plan.match.layout.name} layout)",
             **_choice(job),
-            "targets": f"{', '.join(plan.kinds)} in {len(plan.targets)} layers, "
-            f"with a threshold for each {plan.match.family.scope}",
+            "targets": f"{', '.join(plan.kinds)} in {len(plan.targets)} layers, {_by(job)}",
             "dtype": plan.cast or "as in the base",
             "size": f"{amount(plan.data_size)} of tensors",
             **_residual_facts(job),
@@ -195,6 +191,24 @@ def _show_plan(job: Job, pushing: PushRequest | None, *, as_json: bool, quiet: b
         })  # fmt: skip
     else:
         ui.line(str(job.target))
+
+
+def _ranked(job: Job) -> dict[str, str | None]:
+    request = job.request
+    calibration = str(request.calibration) if request.calibration else None
+    return {"criterion": Asked.of(request.criterion, request.calibration).name, "calibration": calibration}
+
+
+def _by(job: Job) -> str:
+    """What decides which weights go."""
+    asked = Asked.of(job.request.criterion, job.request.calibration)
+    scope = job.plan.match.family.scope
+    if not asked.masks:
+        return f"with a threshold for each {scope}" + (f" ({asked.name})" if asked.name != MAGNITUDE else "")
+    within = scope if asked.loaded.compare == "block" else asked.loaded.compare
+    moved = ", which moves what stays" if asked.loaded.moves else ""
+    made = f" and {job.request.calibration}" if job.request.calibration else ""
+    return f"with a mask by {asked.name}{made}, compared within each {within}{moved}"
 
 
 def _residual_size(job: Job) -> int:
@@ -230,7 +244,8 @@ def _show_result(baked: Baked, sent: tuple[Upload, Pushed] | None, *, as_json: b
         ui.print_json(pushed | {
             "output": str(written.path), "bytes": written.size, "family": stamp.family, "layout": stamp.layout,
             "resolution": str(stamp.resolution), "recipe": stamp.recipe, "provenance": stamp.provenance,
-            "poa_weight": stamp.poa_weight, "residual": stamp.residual,
+            "poa_weight": stamp.poa_weight, "residual": stamp.residual, "criterion": stamp.criterion,
+            "calibration": stamp.calibrated and stamp.calibrated.hash, "moved": stamp.moved,
             "groups": {
                 name: {
                     "ratio": group.ratio, "pruned": group.pruned, "total": group.total,
@@ -254,7 +269,8 @@ def _show_result(baked: Baked, sent: tuple[Upload, Pushed] | None, *, as_json: b
     if not quiet:
         ui.table(GROUP_COLUMNS, group_rows(stamp), numeric=GROUP_COLUMNS[1:])
         ui.line("")
-        ui.facts({**_choice(baked.job), "size": amount(written.size)})
+        criterion = {"criterion": stamp.criterion} if stamp.criterion != MAGNITUDE else {}
+        ui.facts({**_choice(baked.job), **criterion, "size": amount(written.size)})
     ui.line(str(written.path))
     if sent:
         show(*sent, as_json=False, quiet=quiet)

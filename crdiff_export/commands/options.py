@@ -143,6 +143,28 @@ device_option = click.option(
 )  # fmt: skip
 
 
+def criterion_options(command: Command) -> Command:
+    """How weights are ranked, and by what."""
+    criterion = click.option(
+        "--criterion", metavar="NAME[:OPTION=VALUE,…]", default="magnitude", show_default=True,
+        shell_complete=complete_criterion,
+        help="How weights are ranked: magnitude, uniform (the same ratio everywhere), random, wanda, taylor, obs or "
+        "adverse (docs/criteria.md).",
+    )  # fmt: skip
+    calibration = click.option(
+        "--calibration", type=click.Path(path_type=Path), metavar="FILE",
+        help="What crdiff calibrate has made for this base and size, where the criterion ranks by that.",
+    )  # fmt: skip
+    return criterion(calibration(command))
+
+
+def complete_criterion(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The criteria that there are."""
+    from crdiff_export.criteria.spec import names
+
+    return [CompletionItem(name) for name in names() if name.startswith(incomplete)]
+
+
 # Their defaults; another value asks for a push.
 PUSH_OPTIONS = {
     "path": None, "revision": None, "create_pr": False, "message": None, "tag": None, "private": None,

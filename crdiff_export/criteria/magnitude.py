@@ -7,9 +7,9 @@ from threading import Lock, local
 from typing import TYPE_CHECKING
 
 from crdiff_export import threshold
-from crdiff_export.errors import PlanError
+from crdiff_export.criteria import nonfinite
+from crdiff_export.criteria.decision import Decision
 from crdiff_export.floats import FORMATS, INFINITY
-from crdiff_export.header import show
 from crdiff_export.kernels import LOWER_BITS, REFINED, Kernel, counters, magnitudes
 from crdiff_export.plan import Plan, Scope, Target
 from crdiff_export.progress import Progress, Silent
@@ -77,7 +77,7 @@ class Ranking:
         self._progress.stage("counting", sum(t.count * t.source.itemsize for t in (*counted, *wide)))
         self._pass(counted)
         if refined:
-            self._refuse_nonfinite(self._plans)
+            nonfinite.refuse(self._plans, self._nonfinite)
             self._refine(self._plans, self._progress)
 
     def thresholds(self, plan: Plan) -> tuple[Threshold, ...]:
@@ -85,7 +85,7 @@ class Ranking:
 
         Those of F32 need another look at its weights, unless the same upper bits were asked for before.
         """
-        self._refuse_nonfinite([plan])
+        nonfinite.refuse([plan], self._nonfinite)
         self._refine([plan], Silent())
         return tuple(_select(*scope) for scope in self._scopes(plan))
 
@@ -179,19 +179,17 @@ class Ranking:
         if found := int(counts[first:].sum()):
             self._nonfinite[target.name] = self._nonfinite.get(target.name, 0) + found
 
-    def _refuse_nonfinite(self, plans: Sequence[Plan]) -> None:
-        pruned = {target.name for plan in plans for target in plan.targets if plan.scopes[target.scope].rank}
-        found = sorted(pruned & self._nonfinite.keys())
-        if not found or self._plans[0].allow_nonfinite:
-            return
-        names = ", ".join(show(name) for name in found[:3])
-        more = len(found) - 3
-        count = sum(self._nonfinite[name] for name in found)
-        raise PlanError(
-            f"{self._plans[0].checkpoint.path}: {count} target weights are not finite, "
-            f"in {names}{f' and {more} more' if more > 0 else ''}",
-            "The checkpoint is damaged, or --dtype is too narrow for it; --allow-nonfinite keeps such weights.",
-        )
+
+class Ranked:
+    """Magnitude as `criteria.rank` gives it; with `refined` all that the plans' own ratios need is counted at once."""
+
+    def __init__(self, plans: Sequence[Plan], kernel: Kernel, progress: Progress, *, refined: bool = True) -> None:
+        self._ranking = Ranking(plans, kernel, progress)
+        self._ranking.count(refined=refined)
+
+    def decide(self, plan: Plan, progress: Progress | None = None) -> Decision:
+        """The thresholds of a plan whose targets were counted."""
+        return Decision(self._ranking.thresholds(plan))
 
 
 def _tally(plan: Plan, target: Target) -> Hashable:

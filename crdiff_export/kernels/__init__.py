@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Counts = NDArray[np.uint32]
+    Flags = NDArray[np.bool_]
 
 # A histogram has a counter for each magnitude, of a float32 for each value of the upper 16 of its 31 bits;
 # REFINED counters then tell the lower 15 apart.
@@ -43,6 +44,10 @@ class Kernel(Protocol):
 
     def zero(self, weights: memoryview, dtype: str, limit: int) -> None:
         """Set every weight whose magnitude pattern is at most `limit` to +0.0, in place."""
+        ...
+
+    def clear(self, weights: memoryview, dtype: str, gone: "Flags") -> None:
+        """Set every weight that is True in `gone`, which has one for each, to +0.0, in place."""
         ...
 
 

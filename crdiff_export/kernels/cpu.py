@@ -13,7 +13,7 @@ from crdiff_export.floats import FORMATS
 from crdiff_export.kernels import LOWER_BITS
 
 if TYPE_CHECKING:
-    from crdiff_export.kernels import Counts
+    from crdiff_export.kernels import Counts, Flags
 
 _UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {8: np.uint8, 16: np.uint16, 32: np.uint32}
 
@@ -55,6 +55,12 @@ def _zero(weights: Any, mask: Any, limit: Any) -> None:
         weights[i] = weights[i] if (weights[i] & mask) > limit else 0
 
 
+@compiled
+def _clear(weights: Any, gone: Any) -> None:
+    for i in range(weights.size):
+        weights[i] = 0 if gone[i] else weights[i]
+
+
 class CpuKernel:
     """The kernel for processors; `threads` of them work at once."""
 
@@ -77,8 +83,12 @@ class CpuKernel:
     def zero(self, weights: memoryview, dtype: str, limit: int) -> None:
         bits, mask = as_bits(weights, dtype)
         _zero(bits, mask, bits.dtype.type(limit))
-        if bits.base is None:  # a copy, because the weights do not lie on a multiple of their size
-            weights[:] = bits.data.cast("B")
+        put_back(weights, bits)
+
+    def clear(self, weights: memoryview, dtype: str, gone: "Flags") -> None:
+        bits, _ = as_bits(weights, dtype)
+        _clear(bits, gone)
+        put_back(weights, bits)
 
 
 def as_bits(weights: memoryview, dtype: str) -> tuple[NDArray[Any], Any]:
@@ -86,3 +96,9 @@ def as_bits(weights: memoryview, dtype: str) -> tuple[NDArray[Any], Any]:
     unsigned = _UNSIGNED[FORMATS[dtype].width]
     bits = np.frombuffer(weights, unsigned)
     return bits if bits.flags.aligned else bits.copy(), unsigned(FORMATS[dtype].mask)
+
+
+def put_back(weights: memoryview, bits: NDArray[Any]) -> None:
+    """Write what `as_bits` gave where that is a copy, because the weights do not lie on a multiple of their size."""
+    if bits.base is None:
+        weights[:] = bits.data.cast("B")

@@ -11,7 +11,7 @@ from crdiff_export.floats import FORMATS
 from crdiff_export.kernels import LOWER_BITS, REFINED, counters, magnitudes
 
 if TYPE_CHECKING:
-    from crdiff_export.kernels import Counts
+    from crdiff_export.kernels import Counts, Flags
 
 # Signed, because torch computes little on unsigned integers; the mask takes the sign away.
 _SIGNED = {8: torch.int8, 16: torch.int16, 32: torch.int32}
@@ -38,6 +38,7 @@ class DeviceKernel:
             weights = self.buffer(64)
             self.count(weights, form.dtype, counters(magnitudes(form.dtype)))
             self.zero(weights, form.dtype, 0)
+            self.clear(weights, form.dtype, np.zeros(512 // form.width, np.bool_))
         self.refine(weights, 0, counters(REFINED))
 
     def buffer(self, size: int) -> memoryview:
@@ -62,8 +63,12 @@ class DeviceKernel:
     def zero(self, weights: memoryview, dtype: str, limit: int) -> None:
         bits = self._bits(weights, dtype)
         bits *= (bits & FORMATS[dtype].mask) > limit
-        host = torch.frombuffer(weights, dtype=torch.uint8)
-        host.copy_(bits.view(torch.uint8))
+        torch.frombuffer(weights, dtype=torch.uint8).copy_(bits.view(torch.uint8))
+
+    def clear(self, weights: memoryview, dtype: str, gone: "Flags") -> None:
+        bits = self._bits(weights, dtype)
+        bits *= ~torch.from_numpy(gone).to(self._device)
+        torch.frombuffer(weights, dtype=torch.uint8).copy_(bits.view(torch.uint8))
 
     def _bits(self, weights: memoryview, dtype: str) -> torch.Tensor:
         raw = torch.frombuffer(weights, dtype=torch.uint8).to(self._device, copy=True)

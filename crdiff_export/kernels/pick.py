@@ -3,11 +3,14 @@
 They run on the CPU whatever the device, which has the weights in reach: an accelerator would have to send them back.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crdiff_export.kernels.cpu import as_bits, compiled
+from crdiff_export.kernels.cpu import as_bits, compiled, put_back
+
+if TYPE_CHECKING:
+    from crdiff_export.kernels import Flags
 
 # Weights whose zeros are found before any of them is filled: three times as fast as one loop for both.
 _BLOCK = 4096
@@ -20,6 +23,15 @@ def _take(weights: Any, mask: Any, limit: Any, into: Any) -> int:
     for i in range(weights.size):
         into[taken] = weights[i]
         taken += 0 if (weights[i] & mask) > limit else 1
+    return taken
+
+
+@compiled
+def _pick(weights: Any, gone: Any, into: Any) -> int:
+    taken = 0
+    for i in range(weights.size):
+        into[taken] = weights[i]
+        taken += 1 if gone[i] else 0
     return taken
 
 
@@ -54,6 +66,13 @@ def take(weights: memoryview, dtype: str, limit: int, into: memoryview) -> int:
     return int(_take(bits, mask, bits.dtype.type(limit), room)) * bits.itemsize
 
 
+def pick(weights: memoryview, dtype: str, gone: "Flags", into: memoryview) -> int:
+    """Copy every weight that is True in `gone`, which has one for each, to `into`, as `take` does."""
+    bits, _ = as_bits(weights, dtype)
+    room = np.frombuffer(into[: len(weights)], bits.dtype)
+    return int(_pick(bits, gone, room)) * bits.itemsize
+
+
 def zeros(weights: memoryview, dtype: str) -> int:
     """How many of the weights are +0.0."""
     return int(_zeros(as_bits(weights, dtype)[0]))
@@ -66,5 +85,4 @@ def put(weights: memoryview, dtype: str, values: memoryview) -> None:
     """
     bits, _ = as_bits(weights, dtype)
     _put(bits, np.frombuffer(values, bits.dtype))
-    if bits.base is None:  # a copy, because the weights do not lie on a multiple of their size
-        weights[:] = bits.data.cast("B")
+    put_back(weights, bits)

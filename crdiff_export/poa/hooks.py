@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
-from torch.nn.functional import hardshrink, linear
+from torch.nn.functional import linear
 
 from crdiff_export.errors import PoaError
-from crdiff_export.poa.masks import Cut
+from crdiff_export.poa.masks import Own, Part, Rule
 
 NAME = "crdiff_poa"
 
@@ -43,37 +43,35 @@ class Switch:
         """Bytes of that room."""
         return sum(room.nbytes for room in self._room.values())
 
-    def prune(self, weight: Tensor, limit: float) -> Tensor:
+    def prune(self, weight: Tensor, rule: Rule) -> Tensor:
         """The pruned weight; on the CPU it holds until the next one is asked for."""
         if weight.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return hardshrink(weight, limit)
+            return rule(weight, None)
         room = self._room.get(weight.dtype)
         if room is None or room.numel() < weight.numel():
             with torch.inference_mode(mode=False):  # what is made in that mode cannot be written outside of it
                 room = self._room[weight.dtype] = torch.empty(weight.numel(), dtype=weight.dtype)
-        pruned = room[: weight.numel()].view(weight.shape)
-        torch.ops.aten.hardshrink.out(weight, limit, out=pruned)
-        return pruned
+        return rule(weight, room[: weight.numel()].view(weight.shape))
 
 
 class LayerHook(ModelHook):  # type: ignore[misc]  # it has no types
     """Takes the pruned weights of a linear layer when the switch says so."""
 
-    def __init__(self, switch: Switch, cut: Cut, dtype: torch.dtype) -> None:
+    def __init__(self, switch: Switch, part: Part, dtype: torch.dtype) -> None:
         super().__init__()
         self.forward: Any = None
-        self.follow(switch, cut, dtype)
+        self.follow(switch, part, dtype)
 
-    def follow(self, switch: Switch, cut: Cut, dtype: torch.dtype) -> None:
+    def follow(self, switch: Switch, part: Part, dtype: torch.dtype) -> None:
         """Look at this switch from now on."""
-        self.switch, self.cut = switch, cut
-        self._limits = {dtype: cut.limit(dtype)}
+        self.switch, self.part = switch, part
+        self._rules = {dtype: part.rule(dtype)}
         self._kept: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
 
     @property
     def held(self) -> int:
-        """Bytes of the pruned weights that are kept."""
-        return self._kept[1].nbytes if self._kept else 0
+        """Bytes of the pruned weights that are kept, and of what they are made with."""
+        return self.part.held + (self._kept[1].nbytes if self._kept else 0)
 
     def new_forward(self, module: nn.Linear, hidden: Tensor) -> Tensor:
         """The layer's output for hidden states `(batch, …, in_features)`."""
@@ -91,33 +89,35 @@ class LayerHook(ModelHook):  # type: ignore[misc]  # it has no types
         return torch.cat((self._dense(dense_half), linear(pruned_half, pruned, module.bias)))
 
     def _pruned(self, weight: Tensor) -> Tensor:
-        limit = self._limit(weight.dtype)
+        rule = self._rule(weight.dtype)
+        if isinstance(self.part, Own):  # they are held as it is
+            return rule(weight, None)
         if not self.switch.keep or torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
-            return self.switch.prune(weight, limit)
+            return self.switch.prune(weight, rule)
         # torch counts changes in place; a weight that was moved lies elsewhere.
         state = weight.data_ptr(), weight._version, weight.dtype  # noqa: SLF001  # its public name is this one
         if self._kept is None or self._kept[0] != state:
-            self._kept = state, hardshrink(weight, limit)
+            self._kept = state, rule(weight, None)
         return self._kept[1]
 
     def _dense(self, hidden: Tensor) -> Tensor:
         output: Tensor = self.fn_ref.original_forward(hidden)
         return output
 
-    def _limit(self, dtype: torch.dtype) -> float:
-        if dtype not in self._limits:  # the model was cast in the meantime
-            self._limits[dtype] = self.cut.limit(dtype)
-        return self._limits[dtype]
+    def _rule(self, dtype: torch.dtype) -> Rule:
+        if dtype not in self._rules:  # the model was cast in the meantime
+            self._rules[dtype] = self.part.rule(dtype)
+        return self._rules[dtype]
 
 
-def attach(layer: nn.Linear, switch: Switch, cut: Cut) -> LayerHook:
+def attach(layer: nn.Linear, switch: Switch, part: Part) -> LayerHook:
     """Put a hook on a layer, or have the one that is still there follow another switch."""
     registry = HookRegistry.check_if_exists_or_initialize(layer)
     hook = registry.get_hook(NAME)
     if isinstance(hook, LayerHook):
-        hook.follow(switch, cut, layer.weight.dtype)
+        hook.follow(switch, part, layer.weight.dtype)
         return hook
-    made = LayerHook(switch, cut, layer.weight.dtype)
+    made = LayerHook(switch, part, layer.weight.dtype)
     registry.register_hook(made, NAME)
     made.forward = layer.forward
     return made

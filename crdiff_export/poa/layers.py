@@ -12,7 +12,7 @@ from crdiff_export.errors import PoaError, VerifyError
 from crdiff_export.hashing import hash_data
 from crdiff_export.header import show
 from crdiff_export.plan import Target
-from crdiff_export.poa.masks import Cut, dtypes, holds
+from crdiff_export.poa.masks import Own, Part, dtypes, holds
 from crdiff_export.poa.source import Source
 from crdiff_export.progress import Silent
 from crdiff_export.twins import diffusers_name
@@ -22,13 +22,13 @@ def find(model: nn.Module, source: Source) -> dict[str, nn.Linear]:
     """Every layer that the source prunes, by diffusers' name for its weight; PoaError where the model has no such."""
     if not source.masks.diffusers:
         raise PoaError(
-            f"{source.path}: has no threshold, as all of its ratios are 0",
+            f"{source.path}: prunes nothing, as all of its ratios are 0",
             "Its pruned model is the dense one; take a file or a recipe that prunes something.",
         )
-    return {name: _layer(model, name, cuts[0], source) for name, cuts in source.masks.diffusers.items()}
+    return {name: _layer(model, name, parts[0], source) for name, parts in source.masks.diffusers.items()}
 
 
-def _layer(model: nn.Module, name: str, cut: Cut, source: Source) -> nn.Linear:
+def _layer(model: nn.Module, name: str, part: Part, source: Source) -> nn.Linear:
     path = name.removesuffix(".weight")
     try:
         layer: Any = model.get_submodule(path)
@@ -51,9 +51,9 @@ def _layer(model: nn.Module, name: str, cut: Cut, source: Source) -> nn.Linear:
             f"{path}: {type(layer).__name__} with {layer.weight.dtype} weights cannot be pruned on the fly",
             "Load the model unquantised, in fp16, bf16 or fp32.",
         )
-    if layer.weight.numel() != cut.stop:
+    if layer.weight.numel() != part.stop:
         raise PoaError(
-            f"{path}: has {layer.weight.numel()} weights, that of {source.path} {cut.stop}",
+            f"{path}: has {layer.weight.numel()} weights, that of {source.path} {part.stop}",
             "Load the base that it was made from; `crdiff inspect` names it.",
         )
     if layer.weight.is_meta:
@@ -130,11 +130,12 @@ def _state(weight: Tensor, stored: Tensor, source: Source, name: str) -> tuple[b
     same = (own == theirs) | (own.isnan() & theirs.isnan())
     if source.baked is None:
         return bool(same.all()), False
-    limit = source.masks.diffusers[name][0].limit(own.dtype)
-    dense = same
+    part, dense = source.masks.diffusers[name][0], same
+    if isinstance(part, Own):  # nothing in the file tells what they were
+        return True, bool(same.all())
     if source.baked.stamp.cast:  # of the base it has what the cast has left
         dense = own.to(stored.dtype) == stored
-    return bool(torch.where(_are_zero(stored), own.abs() <= limit, dense).all()), bool(same.all())
+    return bool(torch.where(_are_zero(stored), part.fits(own), dense).all()), bool(same.all())
 
 
 def _are_zero(stored: Tensor) -> Tensor:

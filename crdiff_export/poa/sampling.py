@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import hardshrink
 
 from crdiff_export.errors import PoaError
 from crdiff_export.poa import batch, hooks, layers
@@ -40,8 +39,8 @@ class Poa:
 
     def install(self) -> None:
         """Put the hooks on."""
-        cuts = self.source.masks.diffusers
-        self._hooks = {name: hooks.attach(layer, self._switch, cuts[name][0]) for name, layer in self._layers.items()}
+        parts = self.source.masks.diffusers
+        self._hooks = {name: hooks.attach(layer, self._switch, parts[name][0]) for name, layer in self._layers.items()}
         self._handles = [
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -76,7 +75,8 @@ class Poa:
     def held(self) -> int:
         """Bytes held beside the model's own weights, once they have been used.
 
-        Room for its largest pruned layer; with `keep`, all pruned layers.
+        Room for its largest pruned layer; with `keep`, all pruned layers. Of a file without thresholds one bit for each
+        pruned weight as well, and of one with moved weights those instead.
         """
         return self._switch.held + sum(hook.held for hook in self._hooks.values())
 
@@ -99,8 +99,9 @@ class Poa:
         for name, layer in self._layers.items():
             hooks.detach(layer, self._hooks[name])
             if self._filled:
-                cut = self.source.masks.diffusers[name][0]
-                layer.weight.copy_(hardshrink(layer.weight, cut.limit(layer.weight.dtype)))
+                rule = self.source.masks.diffusers[name][0].rule(layer.weight.dtype)
+                layer.weight.copy_(rule(layer.weight, None))
+        self.source.masks.release()
 
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Decide what the model's own pass is to be."""

@@ -1,17 +1,17 @@
 """Where the dense and the pruned weights of POA come from: one type, made in three ways.
 
-`from_baked`: thresholds from a baked file's header, for the base in memory. `from_baked` of a file with its residual:
-for the base or the file itself in memory. `from_recipe`: thresholds found as an export finds them, nothing written;
-`Counted` gives them for any ratios.
+`from_baked`: thresholds from a baked file's header, or masks from its zeros, for the base in memory. `from_baked` of a
+file with its residual: for the base or the file itself in memory. `from_recipe`: thresholds or masks found as an export
+finds them, nothing written; `Counted` gives them for any ratios.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crdiff_export import bases, criteria, kernels
-from crdiff_export.baked import DATA_HASH, FILE_HASH, BakedCheckpoint, open_baked
-from crdiff_export.criteria.magnitude import Ranking
+from crdiff_export import bases, criteria, kernels, ranking
+from crdiff_export.baked import DATA_HASH, FILE_HASH, BakedCheckpoint, decision, open_baked
+from crdiff_export.criteria import Calibration, magnitude
 from crdiff_export.errors import PoaError
 from crdiff_export.export import ExportRequest, plan_variant
 from crdiff_export.hashing import hash_data, hash_file
@@ -46,49 +46,66 @@ class Source:
 
 
 def from_baked(path: str | Path, base: str | None = None, progress: Progress | None = None) -> Source:
-    """Thresholds from the header of a baked file or folder.
+    """Thresholds from the header of a baked file or folder; where it has none, masks from its zeros, which are read.
 
-    With `base`, its hash is held against the one in the header; PoaError if it is another. CheckpointError for a file
-    that crdiff has not made, VerifyError for one that was changed.
+    Of a file with moved weights its pruned layers are held. With `base`, its hash is held against the one in the
+    header; PoaError if it is another. CheckpointError for a file that crdiff has not made, VerifyError for one that was
+    changed.
     """
     baked = open_baked(Path(path).expanduser())
     if base is not None:
         _check_base(baked, base, progress or Silent())
     stamp = baked.stamp
-    return Source(Masks.of(baked.plan, baked.thresholds), baked.plan, stamp.poa_weight, stamp.source_name, baked)
+    masks = Masks.of(baked.plan, decision(baked, progress))
+    return Source(masks, baked.plan, stamp.poa_weight, stamp.source_name, baked)
 
 
 def from_recipe(request: ExportRequest, progress: Progress | None = None) -> Source:
-    """The thresholds that an export of `request` would find; its weights are counted, nothing is written."""
+    """The thresholds or masks that an export of `request` would find; its weights are read, nothing is written."""
     if request.dtype:
         raise PoaError(f"a cast to {request.dtype} is not for POA", "Load the model in that dtype instead.")
     base = bases.locate(request.base, request.variant)
     plan = plan_variant(request, base.open(request.variant))
     kernel = kernels.load(request.device, request.threads)
-    (thresholds,) = criteria.by_name(request.criterion)([plan], kernel, progress or Silent())
-    return Source(Masks.of(plan, thresholds), plan, plan.variant.poa_weight, base.name)
+    asked, shown = ranking.Asked.of(request.criterion, request.calibration), progress or Silent()
+    decided = asked.rank([plan], kernel, shown, request.device).decide(plan, shown)
+    return Source(Masks.of(plan, decided), plan, plan.variant.poa_weight, base.name)
 
 
 class Counted:
-    """A base whose weights have been counted once, which gives the source of any ratios by a look-up.
+    """A base whose weights have been ranked once, which gives the source of any ratios by a look-up.
 
-    The thresholds are those of an export. The plans, of one checkpoint, say which layers may be pruned; their ratios do
-    not matter.
+    What goes is what an export with the criterion prunes. The plans, of one checkpoint, say which layers may be pruned;
+    their ratios do not matter. `device` is torch's, for criteria with scores.
     """
 
-    def __init__(self, plans: Sequence[Plan], base: str, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        base: str,
+        progress: Progress | None = None,
+        *,
+        criterion: str = ranking.MAGNITUDE,
+        calibration: Calibration | None = None,
+        device: str = "cpu",
+    ) -> None:
         self._base = base
-        # At a ratio of 0 nothing would be counted.
-        every = [with_ratios(plan, dict.fromkeys(plan.groups, 0.5)) for plan in plans]
-        self._ranking = Ranking(every, kernels.load("cpu", None), progress or Silent())
-        self._ranking.count()
+        # At a ratio of 0 nothing would be read.
+        every = [with_ratios(plan, {group: plan.ratio(group) or 0.5 for group in plan.groups}) for plan in plans]
+        kernel, shown = kernels.load("cpu", None), progress or Silent()
+        self._ranked: criteria.Ranked
+        if criteria.load(criterion).criterion is None:  # whose thresholds are looked up, where their ratios are known
+            self._ranked = magnitude.Ranked(every, kernel, shown, refined=False)
+        else:
+            self._ranked = criteria.rank(every, criterion, kernel, shown, calibration=calibration, device=device)
 
     def source(self, plan: Plan, weight: float = 1.0) -> Source:
-        """The source of a plan whose layers were counted; at least one of its ratios prunes something.
+        """The source of a plan whose layers were ranked; at least one of its ratios prunes something.
 
-        Of an F32 checkpoint it reads the weights again, unless these ratios were asked for before.
+        Thresholds of an F32 checkpoint take another look at its weights, unless these ratios were asked for before; so
+        do masks where their scores do not fit into memory. Masks are freed with the source.
         """
-        return Source(Masks.of(plan, self._ranking.thresholds(plan)), plan, weight, self._base)
+        return Source(Masks.of(plan, self._ranked.decide(plan)), plan, weight, self._base)
 
 
 def _check_base(baked: BakedCheckpoint, base: str, progress: Progress) -> None:

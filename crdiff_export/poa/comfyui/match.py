@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crdiff_export import floats
-from crdiff_export.baked import BakedCheckpoint, open_baked
+from crdiff_export.baked import BakedCheckpoint, decision, open_baked
 from crdiff_export.errors import CrdiffError, PoaError
 from crdiff_export.header import show
-from crdiff_export.poa.masks import Cut, Masks, dtypes, holds
+from crdiff_export.plan import Plan
+from crdiff_export.poa.masks import Cut, Masks, Part, dtypes, holds
 from crdiff_export.twins import original_place
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ PREFIX = "diffusion_model."
 SAMPLE = 1 << 14
 
 
-Cuts = dict[str, tuple[Cut, ...]]
+Cuts = dict[str, tuple[Part, ...]]
 
 
 class PrunedError(PoaError):
@@ -34,7 +35,8 @@ def find(weights: Mapping[str, Any], files: Iterable[Path]) -> tuple[BakedCheckp
     for file in files:
         try:
             baked = open_baked(file)
-            fitting.append((baked, cuts(weights, baked)))
+            if not baked.stamp.moved:  # nothing in such a file tells its base from other models
+                fitting.append((baked, cuts(weights, baked)))
         except PrunedError:
             raise
         except CrdiffError:  # another model's, or damaged
@@ -52,23 +54,35 @@ def find(weights: Mapping[str, Any], files: Iterable[Path]) -> tuple[BakedCheckp
 def cuts(weights: Mapping[str, Any], baked: BakedCheckpoint) -> Cuts:
     """The cuts of every weight that is pruned, by its key in the model, for weights as they are loaded.
 
-    `weights` are the model's own, without patches. PoaError if they are not those of the file's base.
+    `weights` are the model's own, without patches. PoaError if they are not those of the file's base; where weights
+    were moved, only whether they may be is known.
     """
-    masks = Masks.of(baked.plan, baked.thresholds)
-    if not masks.original:
+    stops = _stops(baked.plan)
+    if not stops:
         raise PoaError(
-            f"{baked.checkpoint.path}: has no threshold, as all of its ratios are 0",
+            f"{baked.checkpoint.path}: prunes nothing, as all of its ratios are 0",
             "Its pruned model is the dense one; take a file that prunes something.",
         )
-    found = {}
-    for name, own in masks.original.items():
-        weight = _weight(weights, name, own, baked)
-        found[PREFIX + name] = tuple(_as_loaded(cut, weight) for cut in own)
-    _check(weights, baked, masks)
-    return found
+    loaded = {name: _weight(weights, name, stop, baked) for name, stop in stops.items()}
+    thresholds = None if baked.stamp.masked else Masks.of(baked.plan, decision(baked))
+    _check(weights, baked, thresholds)
+    masks = thresholds or Masks.of(baked.plan, decision(baked))  # of one that fits alone all zeros are read
+    return {
+        PREFIX + name: tuple(_as_loaded(part, loaded[name]) for part in own) for name, own in masks.original.items()
+    }
 
 
-def _weight(weights: Mapping[str, Any], name: str, own: tuple[Cut, ...], baked: BakedCheckpoint) -> "Tensor":
+def _stops(plan: Plan) -> dict[str, int]:
+    """The weights that are pruned by their name in the original layout, and how many elements each has at least."""
+    stops: dict[str, int] = {}
+    for target in plan.targets:
+        if plan.scopes[target.scope].rank:
+            name, part = original_place(plan, target)
+            stops[name] = max(stops.get(name, 0), (part + 1) * target.count)
+    return stops
+
+
+def _weight(weights: Mapping[str, Any], name: str, stop: int, baked: BakedCheckpoint) -> "Tensor":
     import torch
 
     weight: Any = weights.get(PREFIX + name)
@@ -87,34 +101,34 @@ def _weight(weights: Mapping[str, Any], name: str, own: tuple[Cut, ...], baked: 
             "pruned on the fly",
             "Load the model unquantised.",
         )
-    if weight.numel() < max(cut.stop for cut in own):
+    if weight.numel() < stop:
         raise PoaError(
-            f"{name}: has {weight.numel()} weights, that of {baked.checkpoint.path} {max(cut.stop for cut in own)}",
+            f"{name}: has {weight.numel()} weights, that of {baked.checkpoint.path} {stop}",
             f"Load the base that it was made from, {show(baked.stamp.source_name)}.",
         )
     assert isinstance(weight, torch.Tensor)
     return weight
 
 
-def _as_loaded(cut: Cut, weight: "Tensor") -> Cut:
+def _as_loaded(cut: Part, weight: "Tensor") -> Part:
     """The cut for weights that were rounded when they were loaded, and are computed with in another dtype again."""
     names = {dtype: name for name, dtype in dtypes().items()}
-    if holds(weight.dtype, cut.dtype):
+    if not isinstance(cut, Cut) or holds(weight.dtype, cut.dtype):
         return cut
     return replace(cut, bits=floats.bits(cut.limit(weight.dtype)), dtype=names[weight.dtype])
 
 
-def _check(weights: Mapping[str, Any], baked: BakedCheckpoint, masks: Masks) -> None:
+def _check(weights: Mapping[str, Any], baked: BakedCheckpoint, masks: Masks | None) -> None:
     """PoaError unless the model holds the dense weights, as far as the pruned ones in the file tell."""
     pruned, zeros = True, False
-    for name, start, stored in _stored(baked, masks):
+    for name, start, stored in _stored(baked):
         weight = weights[PREFIX + name]
         if weight.is_meta:
             continue
-        cut = next((cut for cut in masks.original[name] if cut.start == start), None)
+        cut = next((cut for cut in masks.original[name] if cut.start == start), None) if masks else None
         part = weight.detach().reshape(-1)[start : start + len(stored)].cpu()
         is_dense, is_pruned = _compare(part, stored, cut)
-        if not (is_dense or is_pruned):
+        if not (is_dense or is_pruned or baked.stamp.moved):
             raise PoaError(
                 f"the weights of {name.removesuffix('.weight')} are not those of {show(baked.stamp.source_name)}, "
                 f"which {baked.checkpoint.path} was made from",
@@ -129,16 +143,16 @@ def _check(weights: Mapping[str, Any], baked: BakedCheckpoint, masks: Masks) -> 
         )
 
 
-def _stored(baked: BakedCheckpoint, masks: Masks) -> Iterator[tuple[str, int, "Tensor"]]:
+def _stored(baked: BakedCheckpoint) -> Iterator[tuple[str, int, "Tensor"]]:
     """The beginning of every pruned layer in the file: its name and place in the original layout, and its weights."""
     import torch
 
     readers = [file.open() for file in baked.checkpoint.files]
     try:
         for target in baked.plan.targets:
-            name, part = original_place(baked.plan, target)
-            if name not in masks.original:  # its ratio is 0
+            if not baked.plan.scopes[target.scope].rank:
                 continue
+            name, part = original_place(baked.plan, target)
             start, stop = target.span(target.source)
             data = bytearray(min(stop - start, SAMPLE * target.source.itemsize))
             readers[target.file].read_into(start, memoryview(data))
@@ -148,7 +162,7 @@ def _stored(baked: BakedCheckpoint, masks: Masks) -> Iterator[tuple[str, int, "T
             reader.close()
 
 
-def _compare(own: "Tensor", stored: "Tensor", cut: Cut | None) -> tuple[bool, bool]:
+def _compare(own: "Tensor", stored: "Tensor", cut: Part | None) -> tuple[bool, bool]:
     """Whether a layer holds the dense weights, as far as the stored ones tell, and whether it holds just those."""
     import torch
 
@@ -157,5 +171,5 @@ def _compare(own: "Tensor", stored: "Tensor", cut: Cut | None) -> tuple[bool, bo
     narrow = stored.dtype if holds(own.dtype, names[stored.dtype]) else own.dtype
     theirs, mine = stored.to(narrow).double(), own.to(narrow).double()
     same = (mine == theirs) | (mine.isnan() & theirs.isnan())
-    limit = cut.limit(own.dtype) if cut else 0.0
-    return bool(torch.where(theirs == 0, own.double().abs() <= limit, same).all()), bool(same.all())
+    may_go = cut.fits(own) if cut else torch.ones_like(same)
+    return bool(torch.where(theirs == 0, may_go, same).all()), bool(same.all())

@@ -20,8 +20,8 @@ class CrdiffPoa:
     CATEGORY = "model_patches/crdiff"
     DESCRIPTION = (
         "Pruned output amplification (CR-Diff, arXiv 2604.05524): (1 - w) * dense + w * pruned at every step, with one "
-        "copy of the weights. Load the dense base; the pruned weights follow from the thresholds in a file that crdiff "
-        "made from it. Costs a second pass through the model where w is neither 0 nor 1."
+        "copy of the weights. Load the dense base; the pruned weights follow from the thresholds, or the zeros, in a "
+        "file that crdiff made from it. Costs a second pass through the model where w is neither 0 nor 1."
     )
     FUNCTION = "patch"
     RETURN_TYPES = ("MODEL",)
@@ -35,7 +35,7 @@ class CrdiffPoa:
                 "model": ("MODEL", {"tooltip": "The dense base, with LoRAs or without."}),
                 "checkpoint": (
                     [*listing.names(), LOADED],
-                    {"tooltip": "The file that crdiff made from this base; only its header is read. "
+                    {"tooltip": "The file that crdiff made from this base. "
                                 f"{LOADED} finds it, if there is just one."},
                 ),
                 "weight_from_file": (

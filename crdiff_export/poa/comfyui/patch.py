@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from crdiff_export.errors import PoaError
-from crdiff_export.poa.masks import Cut, prune
+from crdiff_export.poa.masks import Part, prune
 from crdiff_export.poa.mix import Schedule, mix
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class Switch:
 class Layer:
     """What becomes of a pruned layer's weight on its way to the computation: `ModelPatcher.add_weight_wrapper`'s."""
 
-    def __init__(self, switch: Switch, key: str, cuts: Sequence[Cut], patches: Sequence[Any]) -> None:
-        self._switch, self._key, self._cuts, self._patches = switch, key, cuts, list(patches)
+    def __init__(self, switch: Switch, key: str, parts: Sequence[Part], patches: Sequence[Any]) -> None:
+        self._switch, self._key, self._parts, self._patches = switch, key, parts, list(patches)
 
     def __call__(self, weight: "Tensor") -> "Tensor":
         """The weight, pruned if the switch says so, with the patches on it; `weight` stays as it is."""
@@ -48,7 +48,7 @@ class Layer:
         result = weight.to(torch.float32 if weight.itemsize == 1 else weight.dtype)
         if self._switch.pruned:
             self._switch.used = True
-            result = prune(result, self._cuts)
+            result = prune(result, self._parts)
         if self._patches:
             import comfy.lora
 
@@ -61,9 +61,9 @@ class Layer:
 class Poa:
     """POA on a model and on all that other nodes make of it."""
 
-    def __init__(self, cuts: Mapping[str, Sequence[Cut]], schedule: Schedule, where: str) -> None:
-        self._cuts, self._schedule, self._where = cuts, schedule, where
-        self._digest = hashlib.sha256(repr(sorted(cuts.items())).encode()).hexdigest()
+    def __init__(self, parts: Mapping[str, Sequence[Part]], schedule: Schedule, where: str) -> None:
+        self._parts, self._schedule, self._where = parts, schedule, where
+        self._digest = hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
         self._switch: Switch | None = None
         self._loaded: Any = None
 
@@ -86,6 +86,8 @@ class Poa:
         try:
             return executor(*args, **kwargs)
         finally:
+            for part in (part for parts in self._parts.values() for part in parts):
+                part.release()
             self._switch = before
             guider.model_patcher = given
 
@@ -95,7 +97,7 @@ class Poa:
         It is held for as long as its weights may be loaded: ComfyUI would otherwise take `given`, with the patches that
         are ours, for what is loaded. For that reason it must not lead back to `given`.
         """
-        if any(key in self._cuts for patches in given.hook_patches.values() for key in patches):
+        if any(key in self._parts for patches in given.hook_patches.values() for key in patches):
             _log.warning("crdiff: a LoRA that is a hook is on pruned layers; they are pruned with it, not before it")
         clone = given.clone()
         clone.model_options = given.model_options
@@ -103,8 +105,8 @@ class Poa:
             clone.remove_wrappers_with_key(kind, KEY)
         while clone.parent is not None and clone.parent.parent is not None:
             clone.parent = clone.parent.parent
-        for key, cuts in self._cuts.items():
-            clone.add_weight_wrapper(key, Layer(switch, key, cuts, clone.patches.pop(key, ())))
+        for key, parts in self._parts.items():
+            clone.add_weight_wrapper(key, Layer(switch, key, parts, clone.patches.pop(key, ())))
         # The same for the same patches: ComfyUI loads the weights anew for any other.
         clone.patches_uuid = uuid.uuid5(_NAMESPACE, f"{given.patches_uuid} {self._digest}")
         return clone

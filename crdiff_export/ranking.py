@@ -1,0 +1,110 @@
+"""What a request asks for of a criterion: refused at once where that cannot be, and what it makes of a plan."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from crdiff_export import criteria, residual
+from crdiff_export.criteria import Calibration, Loaded, Ranked
+from crdiff_export.errors import OptionError
+from crdiff_export.kernels import Kernel
+from crdiff_export.plan import Plan, with_ratios
+from crdiff_export.progress import Progress
+from crdiff_export.recipe import Variant
+from crdiff_export.stamp import Calibrated
+
+MAGNITUDE = "magnitude"
+UNIFORM = "uniform"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A criterion, and the calibration that it ranks by, where it needs one."""
+
+    loaded: Loaded
+    calibration: Calibration | None = None
+
+    @classmethod
+    def of(cls, criterion: str, calibration: Path | None, keep: str = residual.NONE) -> Self:
+        """Find them; OptionError for what does not go together, CalibrationError for a file that is no calibration."""
+        loaded = criteria.load(criterion)
+        if loaded.statistics and calibration is None:
+            raise OptionError(
+                f"{loaded.spec} needs a calibration", "Give --calibration FILE, which `crdiff calibrate` makes."
+            )
+        if calibration is not None and not loaded.statistics:
+            raise OptionError(
+                f"{loaded.spec} needs no calibration",
+                "Leave --calibration out, or choose a criterion that ranks by one, such as wanda.",
+            )
+        if loaded.moves and keep != residual.NONE:
+            raise OptionError(
+                f"--residual {keep} and {loaded.spec} do not go together: weights that stay are moved, too, and a "
+                "residual holds only those that go",
+                "Leave --residual out, or move none (obs:compensate=off).",
+            )
+        return cls(loaded, None if calibration is None else Calibration.open(calibration))
+
+    @property
+    def name(self) -> str:
+        """The criterion as headers spell it."""
+        return str(self.loaded.spec)
+
+    @property
+    def masks(self) -> bool:
+        """Whether it has masks, and no thresholds."""
+        return self.loaded.criterion is not None
+
+    def plan(self, planned: Plan) -> Plan:
+        """The plan that it makes of a recipe's, with its notes; CalibrationError where the calibration is no help."""
+        planned = _evened(planned) if self.name == UNIFORM else planned
+        planned = replace(planned, variant=_judged(planned.variant, self.name))
+        if self.calibration is None:
+            return planned
+        notes = self.calibration.check(planned, self.loaded.statistics)
+        return replace(planned, notes=(*planned.notes, *notes))
+
+    def rank(self, plans: Sequence[Plan], kernel: Kernel, progress: Progress, device: str) -> Ranked:
+        """Rank the weights of plans that share their checkpoint and cast."""
+        return criteria.rank(plans, self.name, kernel, progress, calibration=self.calibration, device=device)
+
+    def calibrated(self, progress: Progress) -> Calibrated | None:
+        """What headers say of the calibration, which is read for its hash."""
+        found = self.calibration
+        if found is None:
+            return None
+        progress.stage("hashing", found.source.data_size)
+        return Calibrated(found.hashed(progress), found.size)
+
+
+def _evened(planned: Plan) -> Plan:
+    """The same ratio for all groups: as many weights go as with the variant's own."""
+    ratios = {planned.ratio(group) for group in planned.groups}
+    counts = {group: sum(s.count for s in planned.scopes if s.group == group) for group in planned.groups}
+    if len(ratios) == 1 or not any(counts.values()):
+        return planned
+    mean = math.fsum(planned.ratio(group) * count for group, count in counts.items()) / sum(counts.values())
+    found = with_ratios(planned, dict.fromkeys(planned.groups, mean))
+    said = "/".join(f"{planned.ratio(group):g}" for group in planned.groups)
+    variant = replace(
+        found.variant, provenance="starting-point", source=f"mean of {said} ({planned.variant.source})",
+        prompt=None, evidence=None,
+    )  # fmt: skip
+    return replace(found, variant=variant)
+
+
+def _judged(variant: Variant, criterion: str) -> Variant:
+    """The variant, a starting point without evidence where its numbers were found with another criterion.
+
+    Which one that was a recipe says as `criterion` of its evidence; one that does not has used magnitude. Ratios that
+    are the same for all groups are uniform's as well.
+    """
+    evidence = variant.evidence
+    theirs = str(evidence.extra.get("criterion", MAGNITUDE)) if evidence else MAGNITUDE
+    alike = {theirs, criterion} <= {MAGNITUDE, UNIFORM} and len(set(variant.ratios.values())) == 1
+    if theirs == criterion or alike or (variant.provenance == "starting-point" and evidence is None):
+        return variant
+    source = f"{variant.source}; found with {theirs}"
+    return replace(variant, provenance="starting-point", source=source, prompt=None, evidence=None)
