@@ -12,6 +12,7 @@ from crdiff_export.commands.options import (
     SizeType,
     announce,
     complete_alias,
+    criterion_options,
     examples,
     listed_prompts,
     output_options,
@@ -63,6 +64,7 @@ from crdiff_export.scorers import inception
 @click.option(
     "--native/--no-native", default=True, help="Look at the native size, too: does it hurt there? Default: yes."
 )
+@criterion_options
 @click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Steps of sampling. Default: 25; schnell: 4.")
 @click.option(
     "--guidance", type=click.FloatRange(0, 100), metavar="G", help="Guidance scale. Default: diffusers'; demo: 4."

@@ -19,6 +19,7 @@ from crdiff_export.commands.options import (
     SizeType,
     announce,
     complete_alias,
+    criterion_options,
     examples,
     listed_prompts,
     output_options,
@@ -83,6 +84,7 @@ HELD_OUT = "Prompts for the check, one a line, none of --prompts. Default: the l
     "--early-stop/--no-early-stop", default=True, help="Stop trials that are clearly worse than the best. Default: yes."
 )
 @click.option("--recipe", type=click.Path(path_type=Path), help="Begin at this recipe instead of the built-in one.")
+@criterion_options
 @click.option("--targets", type=KindsType(), help="Kinds of layers to prune. Default: the recipe's.")
 @click.option("--native/--no-native", default=True, help="Look at the native size in the check. Default: yes.")
 @click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Steps of sampling. Default: 25; schnell: 4.")

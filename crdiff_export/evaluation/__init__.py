@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crdiff_export import architecture, bases, plan, poa, recipe, scorers
+from crdiff_export import architecture, bases, plan, poa, ranking, recipe, scorers
 from crdiff_export.demo.scenes import Scene
 from crdiff_export.drawing import asking, opening
 from crdiff_export.drawing.opening import Opening
@@ -27,8 +27,8 @@ class EvaluateRequest:
 
     Each prompt is drawn `pictures` times, and no two pictures have the same noise: the seeds count up from `seed`.
     Ratios come from the recipe or from `ratio` and `ratios`, as in an export. No `weights` means the recommended one.
-    With `native` the pruned models are drawn at the native size as well: what helps at one size may hurt there. `fid`
-    is a folder of pictures, or `dense`, to take an FID against.
+    `criterion` and `calibration` are those of an export. With `native` the pruned models are drawn at the native size
+    as well: what helps at one size may hurt there. `fid` is a folder of pictures, or `dense`, to take an FID against.
     """
 
     base: str
@@ -41,6 +41,8 @@ class EvaluateRequest:
     recipe: Path | None = None
     ratio: float | None = None
     ratios: Mapping[str, float] = field(default_factory=dict)
+    criterion: str = ranking.MAGNITUDE
+    calibration: Path | None = None
     weights: tuple[float, ...] = ()
     native: bool = True
     steps: int | None = None
@@ -128,7 +130,7 @@ def prepare(request: EvaluateRequest) -> Job:
         plan_variant(
             ExportRequest(
                 request.base, size, recipe=request.recipe, ratio=request.ratio, ratios=request.ratios,
-                variant=request.variant, force=True,
+                criterion=request.criterion, calibration=request.calibration, variant=request.variant, force=True,
             ),
             checkpoint,
         )
@@ -180,7 +182,10 @@ def prepare(request: EvaluateRequest) -> Job:
 def count(job: Job, progress: Progress) -> poa.Counted:
     """Read the weights, once for all sizes, and find the thresholds."""
     plans = [subject.plan for subject in job.subjects]
-    counted = poa.Counted(plans, job.base.name, progress)
+    asked = ranking.Asked.of(job.request.criterion, job.request.calibration)
+    counted = poa.Counted(
+        plans, job.base.name, progress, criterion=asked.name, calibration=asked.calibration, device=job.device
+    )
     for subject in job.subjects:
         if len(subject.drawn) > 1:
             counted.source(subject.plan)  # what has to be read again for it is read here

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from crdiff_export.evaluation.findings import DENSE, PRUNED, Evaluation, Subject
 from crdiff_export.evaluation.statistics import Estimate
 from crdiff_export.metadata import tool_version
+from crdiff_export.ranking import MAGNITUDE
 from crdiff_export.recipe import Evidence, Scalar, Variant
 
 DIGITS = 6  # significant ones
@@ -44,6 +45,10 @@ def measured(found: Evaluation, subject: Subject) -> Evidence | None:
         if claims and (ends := _ends(amplified.difference)):
             extra |= {"poa_low": ends[0], "poa_high": ends[1]}
     prompts = "\n".join(f"{prompt}\t{seed}" for prompt, seed in found.pairs)
+    if found.criterion != MAGNITUDE:
+        extra["criterion"] = found.criterion
+    if found.calibration:
+        extra["calibration"] = found.calibration
     extra |= {
         "pictures": len(found.pairs),
         "pairs_sha256": hashlib.sha256(prompts.encode()).hexdigest()[:16],

@@ -9,6 +9,7 @@ from typing import Any, Self
 from crdiff_export.evaluation import statistics
 from crdiff_export.evaluation.statistics import Estimate
 from crdiff_export.plan import Plan
+from crdiff_export.ranking import MAGNITUDE
 from crdiff_export.recipe import Size, Variant
 from crdiff_export.scorers import Score
 
@@ -87,7 +88,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that was drawn. `facts` say how, `notes` what is odd about it, `fid` what an FID is against."""
+    """Everything that was drawn. `facts` say how, `notes` what is odd about it, `fid` what an FID is against.
+
+    `calibration` is the hash of the one that the criterion ranked by.
+    """
 
     base: str
     family: str
@@ -100,6 +104,8 @@ class Evaluation:
     facts: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     fid: Mapping[str, Any] | None = None
+    criterion: str = MAGNITUDE
+    calibration: str | None = None
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:

@@ -9,7 +9,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from crdiff_export import poa, scorers
+from crdiff_export import poa, ranking, scorers
 from crdiff_export.drawing.session import Place, Session, Style, session
 from crdiff_export.evaluation import fid
 from crdiff_export.evaluation.findings import DENSE, PRUNED, Drawn, Evaluation, Subject
@@ -31,6 +31,7 @@ ADVICE = "a smaller --batch, or --scorer-device cpu"
 def take(job: "Job", counted: poa.Counted, progress: Progress) -> Evaluation:
     """Every picture and its score; a CrdiffError where the pipeline or the scorer cannot be opened, or fails."""
     request, family = job.request, job.plan.match.family.id
+    asked = ranking.Asked.of(request.criterion, request.calibration)
     scorer = scorers.load(job.scorer, job.scorer_device)
     try:
         fingerprint = scorer.fingerprint()
@@ -52,6 +53,8 @@ def take(job: "Job", counted: poa.Counted, progress: Progress) -> Evaluation:
             facts,
             notes,
             meter.record(len(job.pairs)) if meter else None,
+            asked.name,
+            asked.calibration.hash if asked.calibration else None,
         )
     finally:
         scorer.close()
@@ -98,7 +101,8 @@ class _Studio:
         if weight != DENSE:
             source = self._counted.source(subject.plan)
             layers = set(source.masks.diffusers)
-            amplified = poa.enabled(self._session.pipe, source, weight, check=not layers <= self._checked)
+            check, keep = not layers <= self._checked, self._session.has_room()
+            amplified = poa.enabled(self._session.pipe, source, weight, check=check, keep=keep)
             self._checked |= layers
         seconds, black = 0.0, 0
         scores: list[scorers.Score] = []
@@ -164,6 +168,8 @@ def _facts(job: "Job", style: Style, scheduler: str) -> Iterator[tuple[str, str]
                 f"ratios for {subject.of}",
                 f"{ratios}: {provenance(subject.variant.provenance, subject.variant.source)}",
             )
+    if (asked := ranking.Asked.of(request.criterion, request.calibration)).name != ranking.MAGNITUDE:
+        yield "criterion", asked.name + (f", calibrated at {asked.calibration.size}" if asked.calibration else "")
     yield "sampling", f"{style.steps} steps of {scheduler}, guidance {style.guidance:g}"
     if style.negative:
         yield "negative", style.negative

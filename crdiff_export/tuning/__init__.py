@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from crdiff_export import architecture, bases, plan, recipe, scorers, search
+from crdiff_export import architecture, bases, plan, ranking, recipe, scorers, search
 from crdiff_export.demo.scenes import Scene
 from crdiff_export.drawing import asking, opening
 from crdiff_export.drawing.opening import Opening
@@ -58,6 +58,8 @@ class SearchRequest:
     early_stop: bool = True
     recipe: Path | None = None
     targets: tuple[str, ...] | None = None
+    criterion: str = ranking.MAGNITUDE
+    calibration: Path | None = None
     native: bool = True
     steps: int | None = None
     guidance: float | None = None
@@ -140,8 +142,8 @@ def prepare(request: SearchRequest) -> Job:
     asking.check_negative(request.negative, family)
     planned = plan_variant(
         ExportRequest(
-            request.base, request.size, recipe=request.recipe, targets=request.targets, variant=request.variant,
-            force=True,
+            request.base, request.size, recipe=request.recipe, targets=request.targets, criterion=request.criterion,
+            calibration=request.calibration, variant=request.variant, force=True,
         ),
         checkpoint,
     )  # fmt: skip

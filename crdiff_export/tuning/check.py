@@ -12,6 +12,7 @@ from crdiff_export.evaluation.findings import Subject
 from crdiff_export.inspection import printable
 from crdiff_export.plan import Plan, with_ratios
 from crdiff_export.progress import Progress
+from crdiff_export.ranking import MAGNITUDE
 from crdiff_export.recipe import Evidence, Recipe, Scalar, Variant
 from crdiff_export.tuning.found import Found
 
@@ -38,6 +39,7 @@ def checked(found: Found, progress: Progress) -> Found:
     asked = evaluation.EvaluateRequest(
         request.base, (request.size,), scorer=job.scorer, pictures=job.pairs.pictures, seed=job.pairs.check[0][1],
         steps=request.steps, guidance=request.guidance, negative=request.negative, scorer_device=job.scorer_device,
+        criterion=request.criterion, calibration=request.calibration,
     )  # fmt: skip
     made = measure.take(
         evaluation.Job(
@@ -103,6 +105,7 @@ def _source(found: Found, scorer: str) -> str:
     method = job.setup.method
     by = "POA at the weight found" if job.setup.space.weights else "the pruned model alone"
     paper = ", the box and constants of the public code" if job.request.paper else ""
+    by += "" if job.request.criterion == MAGNITUDE else f" with {job.request.criterion}"
     drawn = f"{len(job.pairs.search)} pictures"
     return (
         f"crdiff search: {method.name}{paper}, seed {method.seed}, the best of {len(found.trials)} trials "

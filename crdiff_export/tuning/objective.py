@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from crdiff_export import poa, scorers
+from crdiff_export import poa, ranking, scorers
 from crdiff_export.drawing.session import Place, Session, Style, session
 from crdiff_export.errors import PreviewError
 from crdiff_export.hashing import hash_data
@@ -32,7 +32,11 @@ class Read:
 
 def read(job: "Job", progress: Progress) -> Read:
     """Hash and count a base's weights."""
-    found = Read(_base(job, progress), poa.Counted([job.plan], job.base.name, progress))
+    asked = ranking.Asked.of(job.request.criterion, job.request.calibration)
+    counted = poa.Counted(
+        [job.plan], job.base.name, progress, criterion=asked.name, calibration=asked.calibration, device=job.device
+    )
+    found = Read(_base(job, progress), counted)
     progress.stage("opening", 0)  # so that its time is not taken for that of the counting
     return found
 
@@ -123,6 +127,7 @@ def fingerprint(job: "Job", base: str, pipeline: Session, scorer: scorers.Scorer
         "other parts": _parts(job, pipeline),
         "size": str(style.size),
         "targets": ", ".join(job.plan.kinds),
+        **_criterion(job),
         "scheduler": f"{type(scheduler).__name__} {_digest(json.dumps(config, sort_keys=True, default=str).encode())}",
         "steps": str(style.steps),
         "guidance": repr(style.guidance),
@@ -135,6 +140,13 @@ def fingerprint(job: "Job", base: str, pipeline: Session, scorer: scorers.Scorer
         **{package: version(package) for package in ("diffusers", "torch", "transformers")},
         **{f"scorer {key}": str(value) for key, value in scorer.fingerprint().items()},
     }
+
+
+def _criterion(job: "Job") -> dict[str, str]:
+    asked = ranking.Asked.of(job.request.criterion, job.request.calibration)
+    if asked.name == ranking.MAGNITUDE:
+        return {}  # which searches of earlier versions have not said
+    return {"criterion": asked.name, **({"calibration": asked.calibration.hash} if asked.calibration else {})}
 
 
 def _digest(data: bytes) -> str:

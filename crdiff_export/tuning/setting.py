@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Final
 from crdiff_export import search
 from crdiff_export.errors import OptionError
 from crdiff_export.plan import Plan
+from crdiff_export.ranking import UNIFORM
 from crdiff_export.search import Candidate, Method, Space
 from crdiff_export.search.anneal import SEED
 from crdiff_export.search.space import HIGH, LOW
@@ -37,6 +38,9 @@ def setup(request: "SearchRequest", planned: Plan, pairs: int, scorer: str) -> "
         request.method not in (None, "anneal") or request.low is not None or request.high is not None
     ):
         raise OptionError("--paper has its own method and range", "Leave out --method, --low and --high, or --paper.")
+    if request.criterion == UNIFORM:
+        hint = "Leave --criterion out, and compare with it in `crdiff evaluate`, or search one of the others."
+        raise OptionError("a search finds a ratio for each group, uniform has one for all", hint)
     low, high = PAPER_BOX if request.paper else (LOW, HIGH)
     if request.low is not None:
         low = request.low
