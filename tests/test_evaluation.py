@@ -30,6 +30,7 @@ from crdiff_export.errors import CrdiffError, PlanError, PreviewError
 from crdiff_export.evaluation import (
     EvaluateRequest,
     Evaluation,
+    Subject,
     count,
     evaluate,
     evidence,
@@ -379,6 +380,10 @@ def test_table_has_a_row_for_each_model(found: Evaluation) -> None:
 
 
 def test_recipe_carries_what_was_measured(found: Evaluation, tmp_path: Path) -> None:
+    def recommended(subject: Subject) -> Subject:
+        return replace(subject, variant=replace(subject.variant, poa_weight=1.5))
+
+    found = replace(found, drawn=tuple(replace(one, subject=recommended(one.subject)) for one in found.drawn))
     target = tmp_path / "measured.toml"
     files.write(found, (target,), replace=False)
     made = recipe_files.load(target)
@@ -391,7 +396,7 @@ def test_recipe_carries_what_was_measured(found: Evaluation, tmp_path: Path) -> 
         assert said
         assert pruned.difference
         assert amplified.difference
-        assert variant.provenance == "starting-point"
+        assert variant.provenance == "starting-point"  # the ratios were given
         assert said.scorer == "demo"
         assert (said.dense, said.pruned) == pytest.approx((dense.mean.value, pruned.mean.value), rel=1e-5)
         assert said.interval == pytest.approx((pruned.difference.low, pruned.difference.high), rel=1e-5)

@@ -339,7 +339,7 @@ def test_against_the_dense_model(weights: Path, one_thread: None) -> None:
     assert [one.subject.size for one in other.drawn[:1]] == [found.native]
     assert other.pairs == tuple((prompt, seed + 4) for prompt, seed in found.pairs)
     reference = rows_of(other.drawn[0].images)
-    assert [one.name for one in found.drawn] == ["dense", "pruned", "POA 1.5"] * 2
+    assert [one.name for one in found.drawn] == ["dense", "pruned", "POA 2.4365"] * 2
     for one in found.drawn:
         assert one.fid == pytest.approx(by_singular_values(rows_of(one.images), reference), rel=1e-5)
     assert all(one.fid for one in found.drawn), "not even the dense model at that size is at 0"
@@ -415,7 +415,7 @@ def test_an_fid_however_large_changes_no_word(weights: Path) -> None:
     far = replace(found, drawn=tuple(replace(one, fid=1000.0 * one.weight) for one in found.drawn))
     columns, rows = wording.table(far)
     place = columns.index("FID")
-    assert [row[place] for row in rows] == ["0.00", "1000.00", "1500.00"]
+    assert [row[place] for row in rows] == ["0.00", "1000.00", "2436.50"]
     cut = [row[:place] + row[place + 1 :] for row in rows]
     none = replace(found, drawn=tuple(replace(one, fid=None) for one in found.drawn))
     assert cut == wording.table(none)[1]

@@ -136,10 +136,10 @@ def test_a_baked_file_says_all_about_itself(baked: Path) -> None:
     told = facts(inspect(baked))
     assert told["title"] == "crdiff demo CR-Diff 96x64"
     assert told["pruned for"] == "96x64 (native 64x64)"
-    assert told["ratios"].startswith("starting point, tuned by nobody (search start of ")
+    assert told["ratios"].startswith("searched (crdiff search: tpe, seed 42, ")
     assert told["recipe"] == "demo.toml 96x64"
     assert told["targets"] == "attn, ff by magnitude, cast to BF16"
-    assert told["POA weight"] == "1.5"
+    assert told["POA weight"] == "1.8259"
     assert told["base"] == f"demo ({stamp['crdiff.source.hash_sha256']})"
     assert told["hash"] == stamp["modelspec.hash_sha256"]
     assert told["made by"] == f"crdiff {stamp['crdiff.version']}"
@@ -152,11 +152,11 @@ def test_a_baked_file_has_a_row_for_each_group(baked: Path) -> None:
     assert (found.columns, found.rows) == (GROUP_COLUMNS, group_rows(found.stamp))
     for name, ratio, zeroed, of, share, threshold in found.rows:
         assert (ratio, zeroed, of) == (
-            "0.3",
+            f"{float(stamp[f'crdiff.ratio.{name}']):g}",
             f"{int(stamp[f'crdiff.pruned.{name}']):,}",
             f"{found.groups[name]['total']:,}",
         )
-        assert float(share) == pytest.approx(0.3, abs=0.01)
+        assert float(share) == pytest.approx(float(ratio), abs=0.01)
         assert float(threshold) == pytest.approx(float.fromhex(stamp[f"crdiff.threshold.{name}"]), rel=1e-5)
 
 

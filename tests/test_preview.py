@@ -265,21 +265,21 @@ FOX = "--prompt 'a red fox' --steps 1"
 
 
 def test_the_command_shows_facts_and_files(line: Line, here: Path) -> None:
-    ran = line(f"demo --res 64 {FOX}")
+    ran = line(f"demo --res 72 {FOX}")
     assert ran.code == 0
     told = dict(text.split(":", 1) for text in ran.out.splitlines()[:-2])
     assert list(told) == ["base", "size", "ratios", "sampling", "note", "drawn on", "made by", "pictures"]
-    assert "starting point, tuned by nobody" in told["ratios"]
-    assert re.fullmatch(r" 3 \(dense [\d.]+ s, pruned [\d.]+ s, POA 1.5 [\d.]+ s each\)", told["pictures"])
-    assert ran.out.splitlines()[-2:] == ["demo-preview-64x64.png", "demo-preview-64x64.html"]
-    assert sorted(path.name for path in here.iterdir()) == ["demo-preview-64x64.html", "demo-preview-64x64.png"]
+    assert "searched (crdiff search: " in told["ratios"]
+    assert re.fullmatch(r" 3 \(dense [\d.]+ s, pruned [\d.]+ s, POA 1.2519 [\d.]+ s each\)", told["pictures"])
+    assert ran.out.splitlines()[-2:] == ["demo-preview-72x72.png", "demo-preview-72x72.html"]
+    assert sorted(path.name for path in here.iterdir()) == ["demo-preview-72x72.html", "demo-preview-72x72.png"]
     notes = ran.err.splitlines()
-    assert notes[0].startswith("note: no variant for 64x64; using the one for ")
+    assert notes[0].startswith("note: no variant for 72x72; using the one for ")
     assert notes[1] == (
         'note: "a red fox" is no prompt of the demo model: it does not know fox; '
         'it draws scenes like "a red circle left of a blue square on white"'
     )
-    assert notes[2] == "note: 3 pictures, 1 row of dense, pruned, POA 1.5, on cpu in fp32"
+    assert notes[2] == "note: 3 pictures, 1 row of dense, pruned, POA 1.2519, on cpu in fp32"
     assert [text.partition(":")[0] for text in notes[3:]] == ["counting", "drawing"]
     assert re.fullmatch(r"drawing: 4 passes in [\d.]+ s(, [\d.]+/s)?", notes[4])
 
@@ -295,7 +295,7 @@ def test_the_command_as_json_with_prompts_from_a_file(line: Line, here: Path) ->
     assert [(p["column"], p["prompt"], p["seed"]) for p in found["pictures"]] == [
         ("dense", "a red fox", 3), ("pruned", "a red fox", 3), ("dense", "лиса", 3), ("pruned", "лиса", 3)
     ]  # fmt: skip
-    assert (found["provenance"], found["ratios"]) == ("starting-point", {"down": 0.3, "mid": 0.3, "up": 0.3})
+    assert (found["provenance"], found["ratios"]) == ("searched", {"down": 0.7394, "mid": 0.7556, "up": 0.0522})
     assert (found["steps"], found["scheduler"], found["device"], found["dtype"]) == (1, "DDIM", "cpu", "fp32")
     assert "<!DOCTYPE html>" in (here / "o.html").read_text("utf-8")
     assert sorted(path.name for path in here.iterdir()) == ["o.html", "prompts.txt"]
@@ -446,7 +446,7 @@ def test_black_pictures_are_pointed_out(line: Line, monkeypatch: pytest.MonkeyPa
         return Picture(column, prompt, seed, Image.new("RGB", (64, 64)), 0.1)
 
     monkeypatch.setattr(camera._Camera, "_picture", black)
-    ran = line(f"demo --res 64 {FOX}")
+    ran = line(f"demo --res 72 {FOX}")
     assert "note: 3 of 3 pictures are all black: try another --dtype, such as bf16 or fp32" in ran.err
 
 

@@ -1,6 +1,7 @@
 """`crdiff publish`, with the Hub's real client in processes of their own: what it publishes, what it leaves alone."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -11,9 +12,12 @@ from typing import Any
 
 import hub_runs
 import makers
+import masking
 import pytest
 from loopback_hub import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, LoopbackHub
 from publishing import BASE, CARD, Clients, Desk, checkpoint, plan, statuses
+
+from crdiff_export import Size
 
 SIZES = ("48x48", "64x96", "96x64", "96x96", "80x80")  # those of the demo's recipe
 EXPORTS = """\
@@ -323,7 +327,7 @@ CHANGES = {
     "ratios": ("ratios = { down = 0.3, mid = 0.3, up = 0.6 }", "changed: ratio.up"),
     "poa": ("ratio = 0.3\npoa_weight = 2", "changed: poa.weight"),
     "targets": ('ratio = 0.3\ntargets = ["attn"]', "changed: targets"),
-    "recipe": ('ratio = 0.3\nrecipe = "own.toml"', "changed: recipe"),
+    "recipe": ('ratio = 0.3\nrecipe = "own.toml"', "changed: poa.weight, recipe"),
     "dtype": ('ratio = 0.3\ndtype = "bf16"', "changed: cast"),
     "size": None,
     "same": None,
@@ -358,7 +362,7 @@ def test_only_what_changed_is_made_again(desk: Desk) -> None:
     desk.hub.commit("org/replaced", {"model.safetensors": new})
     desk.hub.commit("org/touched", {"README.md": CARD + b"More.\n", "picture.png": b"\0" * 600})
     expected = {f"{name}.safetensors": change[1] for name, change in CHANGES.items() if change} | {
-        "size.safetensors": "changed: recipe, resolution.target",
+        "size.safetensors": "changed: poa.weight, recipe, resolution.target",
         "same.safetensors": "unchanged",
         "replaced.safetensors": "changed: source.file_sha256",
         "touched.safetensors": "unchanged",
@@ -380,6 +384,52 @@ def test_only_what_changed_is_made_again(desk: Desk) -> None:
 
 
 ALIAS = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def test_another_criterion_makes_it_again(desk: Desk) -> None:
+    """However it is spelt; each has a count of its own, and one that is wrong stops no other."""
+    desk.base()
+    sizes = ("96x64", "48x48")
+    desk.plan(plan(*sizes, more='criterion = "random:seed=7"'))
+    assert set(desk.made().values()) == {"published"}
+    desk.plan(plan(*sizes, more='criterion = "random:seed=7,compare=block"'))
+    assert set(desk.made().values()) == {"unchanged"}
+    desk.plan(plan(*sizes, more='criterion = "random"'))
+    ran = desk.run("--dry-run", "--json")
+    assert [one["reason"] for one in ran.result["variants"]] == ["changed: criterion"] * 2
+    assert [one["criterion"] for one in ran.result["variants"]] == ["random"] * 2
+    mixed = plan(*sizes, each='[[base.variant]]\nsize = "64x96"\ncriterion = "wanda"\nname = "wanda.safetensors"')
+    desk.plan(mixed)
+    ran = desk.run("--json")
+    assert ran.code == 1
+    assert statuses(ran.result) == {
+        "96x64.safetensors": "published", "48x48.safetensors": "published", "wanda.safetensors": "failed",
+    }  # fmt: skip
+    (failed,) = (one["error"] for one in ran.result["variants"] if one["error"])
+    assert failed["message"] == "wanda needs a calibration"
+
+
+def test_a_calibration_decides_what_is_there(desk: Desk) -> None:
+    """Its path begins at the plan, and its content counts."""
+    made = masking.base(desk.tmp / "made", "demo.original-unet", size=Size(96, 64))
+    desk.hub.add_repo("org/base", {"model.safetensors": made.path.read_bytes(), "README.md": CARD})
+    own = desk.folder / "plans" / "own.safetensors"
+    text = plan("96x64", more='criterion = "wanda"\ncalibration = "own.safetensors"')
+    name = desk.plan(text, "plans/plan.toml")
+    ran = desk.run(name, "--json")
+    assert ran.code == 1
+    assert "but there is no such file" in ran.error["problems"][0]["message"]
+    shutil.copy(made.calibration, own)
+    assert desk.made(name) == {"96x64.safetensors": "published"}
+    assert desk.made(name) == {"96x64.safetensors": "unchanged"}
+    raw = bytearray(own.read_bytes())
+    raw[-1] ^= 1  # of a gradient, which Wanda does not look at
+    own.write_bytes(raw)
+    ran = desk.run(name, "--dry-run")
+    assert "changed: calibration.hash_sha256" in ran.out
+    assert ", wanda" in ran.out
+    assert desk.made(name) == {"96x64.safetensors": "published"}
+    assert b"wanda, calibrated at 96x64" in desk.hub.read("tester/out", "README.md")
 
 
 def test_nothing_else_makes_it_again(desk: Desk) -> None:

@@ -88,17 +88,21 @@ def test_a_builtin_recipe_fits_its_family_and_claims_nothing(made: Recipe) -> No
     assert (made.title, (made.native.width, made.native.height)) == (family.title, family.native)
     assert made.variants
     for each in made.variants:
-        assert each.provenance == "starting-point"
-        assert "CR-Diff public code" in each.source
         assert (each.prompt, each.targets) == (None, None)
         if made.family == "demo":  # the one that could be measured, with what docs/demo.md says
             assert each.evidence
-            assert (each.evidence.scorer, each.evidence.prompts) == ("demo", 64)
+            assert (each.evidence.scorer, each.evidence.prompts) == ("demo", 162)
             assert each.evidence.interval
         else:
             assert each.evidence is None
-        assert each.ratios == dict.fromkeys(family.groups, 0.3)
-        assert each.poa_weight == 1.5
+        if each.provenance == "searched":
+            assert made.family == "demo"
+            assert each.source.startswith("crdiff search: tpe, seed 42, ")
+        else:
+            assert each.provenance == "starting-point"
+            assert "CR-Diff public code" in each.source
+            assert each.ratios == dict.fromkeys(family.groups, 0.3)
+            assert each.poa_weight == 1.5
         check_groups(each, family.groups, made.name)
         check_grid(each.resolution, family.grid, family.title)
 
@@ -107,7 +111,10 @@ def test_a_builtin_recipe_fits_its_family_and_claims_nothing(made: Recipe) -> No
 def test_a_builtin_recipe_opens_with_what_its_numbers_are_worth(alias: str) -> None:
     first = (builtin_path() / f"{alias}.toml").read_text("utf-8").splitlines()[0]
     assert first.startswith("# ")
-    assert first.endswith(": starting points, not tuned values.")
+    worth = (
+        "ratios that were searched for, and what they do." if alias == "demo" else "starting points, not tuned values."
+    )
+    assert first.endswith(f": {worth}")
 
 
 def test_only_the_demo_has_no_file_on_the_hub() -> None:

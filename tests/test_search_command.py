@@ -80,7 +80,7 @@ def test_lines_facts_table_and_files(line: Line, here: Path) -> None:
     trials = [text for text in err if text.startswith("trial ")]
     assert [text.split(":")[0] for text in trials] == ["trial 0", "trial 1", "trial 2"]
     assert trials[0].startswith("trial 0: dense: 0.")
-    assert trials[1].startswith("trial 1: down 0.300, mid 0.300, up 0.300: 0.")
+    assert trials[1].startswith("trial 1: down 0.839, mid 0.654, up 0.316: 0.")
     assert all(" of 3 over, best 0." in text for text in trials)
     out = ran.out.splitlines()
     assert out[0].split() == ["base:", "demo", "(demo)", "at", "48x48"]

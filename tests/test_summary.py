@@ -23,7 +23,7 @@ from crdiff_export.survey import Item, PublishRequest, Reading, Survey
 
 VARIANT = {
     "base", "size", "repo", "revision", "path", "output", "family", "ratios", "poa_weight", "provenance", "digest",
-    "line", "notes", "error",
+    "line", "notes", "error", "criterion", "calibration",
 }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(desk: Desk) -> None:
     assert fetch == "to fetch: at most 193.25 KB"
     assert write == "to write: 470.14 KB, 156.71 KB at once"
     note, error, hint = ran.err.splitlines()
-    assert note == "note: 72x72 of model.safetensors: no variant for 72x72; using the one for 80x80 (starting point)"
+    assert note == "note: 72x72 of model.safetensors: no variant for 72x72; using the one for 80x80 (searched)"
     assert error == "crdiff: 96x64 of nothing: org/nothing: no such repository, or a private one"
     assert hint.startswith("  Check the id")
     assert not page.exists()
@@ -103,9 +103,10 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(desk: Desk) -> None:
     assert [one["action"] for one in found] == ["skip", "send", "make", "make", "make", "fail"]
     assert found[2] == {
         "base": BASE, "size": "72x72", "repo": "tester/out", "revision": "main", "path": "72x72.safetensors",
-        "output": "out/72x72.safetensors", "family": "demo", "ratios": {"down": 0.3, "mid": 0.3, "up": 0.3},
-        "poa_weight": 1.5, "provenance": "starting-point", "digest": None, "line": 5, "action": "make",
-        "reason": "new", "notes": ["no variant for 72x72; using the one for 80x80 (starting point)"], "error": None,
+        "output": "out/72x72.safetensors", "family": "demo", "ratios": {"down": 0.036, "mid": 0.4942, "up": 0.1461},
+        "poa_weight": 1.2519, "provenance": "searched", "digest": None, "line": 5, "action": "make",
+        "criterion": "magnitude", "calibration": None,
+        "reason": "new", "notes": ["no variant for 72x72; using the one for 80x80 (searched)"], "error": None,
     }  # fmt: skip
     assert found[5]["error"]["code"] == "hub"
 
@@ -149,7 +150,7 @@ def test_a_run_says_what_it_did(desk: Desk) -> None:
     data = desk.hub.read("tester/out", "72x72.safetensors")
     assert one["url"] == f"{desk.hub.url}/tester/out/resolve/{one['commit']}/72x72.safetensors"
     assert (one["bytes"], one["sha256"]) == (len(data), sha256(data).hexdigest())
-    assert one["notes"] == ["no variant for 72x72; using the one for 80x80 (starting point)"]
+    assert one["notes"] == ["no variant for 72x72; using the one for 80x80 (searched)"]
     assert found[0]["notes"] == ["created tester/out, private, as the licence of its base is not known"]
     assert len({one["digest"] for one in found}) == 6
     assert [tag.keys() for tag in ran.result["tags"]] == [{"repo", "tag", "commit", "error"}]

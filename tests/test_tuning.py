@@ -108,13 +108,13 @@ def test_a_trial_scores_what_diffusers_draws_of_a_baked_file(place: int, found: 
 
 
 def test_poa_weight_is_searched_and_measured(tmp_path: Path) -> None:
-    request = replace(REQUEST, poa_range=(1.2, 2.0), trials=3, held_out_limit=2, native=False)
+    request = replace(REQUEST, poa_range=(1.2, 2.5), trials=3, held_out_limit=2, native=False)
     made = tune(replace(request, outputs=(tmp_path / "p.toml",)))
     trial = made.trials[2]
     weight = trial.candidate.poa_weight
     assert weight
-    assert made.trials[1].candidate.poa_weight == 1.5  # the recipe's
-    assert 1.2 <= weight <= 2.0
+    assert made.trials[1].candidate.poa_weight == 2.4365  # the recipe's
+    assert 1.2 <= weight <= 2.5
     ratios = trial.candidate.by_group
     baked = export(ExportRequest("demo", SIZE, tmp_path / "o.safetensors", ratios=ratios)).written.path
     scores = drawn(demo.path(), made.job.pairs.search, baked, weight)
@@ -129,7 +129,7 @@ def test_poa_weight_is_searched_and_measured(tmp_path: Path) -> None:
 def test_first_come_the_dense_model_and_the_recipe(found: Found) -> None:
     assert [one.place for one in found.trials] == [0, 1, 2, 3, 4]
     assert found.trials[0].candidate.dense
-    assert found.trials[1].candidate == Candidate.of(dict.fromkeys(("down", "mid", "up"), 0.3))
+    assert found.trials[1].candidate == Candidate.of({"down": 0.839, "mid": 0.6537, "up": 0.3155})
     assert found.best.value == max(one.value for one in found.trials if one.value is not None)
 
 

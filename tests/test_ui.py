@@ -262,10 +262,10 @@ def test_bars_have_rate_and_time_left() -> None:
 @terminal
 @pytest.mark.usefixtures("here")
 def test_bars_count_other_things_than_bytes() -> None:
-    code, text = on_terminal("preview", "demo", "--res", "64", "--prompt", "a red fox", "--steps", "2")
+    code, text = on_terminal("preview", "demo", "--res", "48", "--prompt", "a red fox", "--steps", "2")
     assert code == 0
     assert re.search(r"drawing +━+ 8/8 passes +[\d.]+/s +(-:--:--|\d:\d\d:\d\d)", plain(text))
-    assert text.endswith("demo-preview-64x64.png\ndemo-preview-64x64.html\n")
+    assert text.endswith("demo-preview-48x48.png\ndemo-preview-48x48.html\n")
 
 
 @terminal
@@ -300,12 +300,12 @@ def test_colours_and_bars_are_for_those_who_want_them(env: Mapping[str, str], co
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(("columns", "env"), [(30, {}), (100, {"COLUMNS": "30"})], ids=["narrow", "COLUMNS"])
 def test_a_narrow_terminal_loses_nothing(columns: int, env: Mapping[str, str]) -> None:
-    code, text = on_terminal("export", "demo", "--res", "72", "-o", "o.safetensors", columns=columns, env=env)
+    code, text = on_terminal("export", "demo", "--res", "64x96", "-o", "o.safetensors", columns=columns, env=env)
     assert code == 0
     shown = plain(text)
     assert "group   ratio    zeroed        of    share   threshold" in shown
     assert "up        0.3   196,673   655,360   0.3001   0.0250092" in shown
-    _, error = on_terminal("export", "demo", "--res", "72", "-o", "o.safetensors", columns=columns, env=env)
+    _, error = on_terminal("export", "demo", "--res", "64x96", "-o", "o.safetensors", columns=columns, env=env)
     assert "crdiff: o.safetensors: already exists\n" in plain(error)
 
 
