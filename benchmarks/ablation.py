@@ -22,16 +22,22 @@ SIZES = ("48x48", "80x80", "96x64")
 MAIN = ("magnitude", "random", "wanda", "taylor", "obs", "adverse")
 # What differs from those in one thing.
 OTHERS = (
-    "uniform", "wanda:compare=row", "taylor:form=abs", "obs:compensate=off", "adverse:form=steady",
+    "uniform", "adverse:form=coin", "wanda:compare=row", "taylor:form=abs", "obs:compensate=off", "adverse:form=steady",
     "adverse:form=signed", "adverse:form=guarded", "adverse:form=second", "adverse:form=channel",
 )  # fmt: skip
 CALIBRATED = ("wanda", "taylor", "obs", "adverse")
+COIN = "adverse:form=coin"  # which needs none
 # Between them they need every statistic.
 WITH_ALL = ("wanda", "taylor", "taylor:form=abs", "obs", "adverse:form=second")
 RATIO, WEIGHT = 0.3, 1.5  # where the search of the paper's public code begins, and its POA weight
 STARTING, SEARCHED = "starting", "searched"
 PLAIN = "magnitude"
 SHOWN = (-0.2, 0.15)  # of the plot: what is worse is too bad to be told apart
+
+
+def needs(criterion: str) -> bool:
+    """Whether it ranks by a calibration."""
+    return criterion.partition(":")[0] in CALIBRATED and criterion != COIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +52,13 @@ class Asked:
     prompts: int
     held_out: int
 
+    @property
+    def start(self) -> Path:
+        """Where searches begin."""
+        return self.out / "start.toml"
+
     def calibration(self, size: str, criterion: str) -> Path | None:
-        return self.out / f"calibration-{size}.safetensors" if criterion.partition(":")[0] in CALIBRATED else None
+        return self.out / f"calibration-{size}.safetensors" if needs(criterion) else None
 
     def result(self, size: str, criterion: str, ratios: str) -> Path:
         return self.out / f"{size}-{criterion.replace(':', '-').replace('=', '-')}-{ratios}.json"
@@ -82,8 +93,9 @@ def search(asked: Asked, size: str, criterion: str) -> str:
         prepare(
             SearchRequest(
                 "demo", Size.parse(size), criterion=criterion, calibration=asked.calibration(size, criterion),
-                limit=asked.prompts, trials=asked.trials, batch=-(-asked.prompts // 2), device=asked.device,
-                dtype=asked.dtype, storage=str(path.with_suffix(".journal")), outputs=(path.with_suffix(".toml"),),
+                recipe=asked.start, limit=asked.prompts, trials=asked.trials, batch=-(-asked.prompts // 2),
+                device=asked.device, dtype=asked.dtype,
+                storage=str(path.with_suffix(".journal")), outputs=(path.with_suffix(".toml"),),
                 force=True,
             )
         ),
@@ -126,6 +138,20 @@ def measure(asked: Asked, size: str, criterion: str, which: str) -> str:
     path.write_text(json.dumps(said))
     told = ", ".join(f"{f.drawn.name} {f.mean.value:.4f}" for f in found.findings)
     return f"{path.name}: {told}"
+
+
+def begin(asked: Asked) -> None:
+    """Write down with what it begins; a folder of other settings is not gone on with."""
+    import search_demo
+
+    from crdiff_export import recipe_toml
+
+    said = json.dumps({key: getattr(asked, key) for key in ("dtype", "trials", "prompts", "held_out")})
+    settings = asked.out / "settings.json"
+    if settings.exists() and settings.read_text() != said:
+        raise SystemExit(f"{settings}: of other settings; give another folder")
+    settings.write_text(said)
+    asked.start.write_text(recipe_toml.dump(search_demo.start()))
 
 
 def each(asked: Asked, jobs: int) -> None:
@@ -177,21 +203,25 @@ def rows(asked: Asked) -> Iterator[Row]:
         return [[score] for score in scores]
 
     for size in SIZES:
-        for which, some in ((STARTING, (*MAIN, *OTHERS[1:])), (SEARCHED, (*MAIN, "uniform"))):
-            plain = read(size, PLAIN, which)["scores"]
+        starting = [criterion for criterion in (*MAIN, *OTHERS) if criterion != "uniform"]
+        for which, some in ((STARTING, starting), (SEARCHED, [*MAIN, "uniform"])):
+            plain = read(size, PLAIN, which)
             for criterion in some:
                 if not asked.result(size, criterion, which).exists():
+                    print(f"missing: {asked.result(size, criterion, which).name}")
                     continue
                 found = read(size, criterion, which)
                 dense = grid(found["scores"]["dense"])
                 for model in ("pruned", f"POA {WEIGHT:g}"):
                     own = grid(found["scores"][model])
                     to_dense = statistics.difference(own, dense)
-                    to_plain = statistics.difference(own, grid(plain[model]))
+                    to_plain = statistics.difference(own, grid(plain["scores"][model]))
+                    # Pictures of another device or dtype are no pairs.
+                    alike = criterion != PLAIN and dict(found["facts"])["drawn on"] == dict(plain["facts"])["drawn on"]
                     yield Row(
                         size, criterion, which, model, statistics.mean(own).value, found["right"][model], to_dense.low,
-                        to_dense.high, to_dense.value, to_dense.verdict, None if criterion == PLAIN else
-                        (to_plain.value, to_plain.low, to_plain.high, to_plain.verdict),
+                        to_dense.high, to_dense.value, to_dense.verdict,
+                        (to_plain.value, to_plain.low, to_plain.high, to_plain.verdict) if alike else None,
                     )  # fmt: skip
 
 
@@ -261,6 +291,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     asked = Asked(args.out, args.device, args.dtype, args.batch, args.trials, args.prompts, args.held_out)
     if not args.report:
+        begin(asked)
         each(asked, args.jobs)
     found = list(rows(asked))
     (args.out / "ablation.json").write_text(json.dumps([asdict(row) for row in found]))

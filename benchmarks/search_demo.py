@@ -1,9 +1,11 @@
 """Search the demo model's sizes and make its recipe: `python benchmarks/search_demo.py OUT [--device cuda --jobs 12]`.
 
-For every size two searches by `crdiff search`: one judges the pruned model alone, one searches the POA weight as well.
-The one whose best trial scores higher on the search's own prompts gives the size its variant; where the dense model is
-best in both, the size keeps its starting point. Then `crdiff evaluate` measures all of them on held-out prompts, which
-had no say in any of this, and writes the recipe that ships. A run that was stopped goes on where it was.
+For every size two searches by `crdiff search`, from the paper's starting point: one judges the pruned model alone, one
+searches the POA weight as well. The one whose best trial scores higher on the search's own prompts gives the size its
+variant; where that search recommends nothing, because the dense model is best or its check shows worse, the size keeps
+the starting point. Then `crdiff evaluate` measures all of them on the held-out prompts, from other noise than the
+checks', and writes the recipe that ships; a POA weight that was worse than the dense model there becomes 1.
+A run that was stopped goes on where it was.
 """
 
 import argparse
@@ -20,6 +22,9 @@ from crdiff_export.recipe import Recipe, Size, Variant
 
 SIZES = ("48x48", "56x56", "80x80", "96x96", "96x64", "64x96")
 WAYS = ("alone", "poa")
+STARTING = {"down": 0.3, "mid": 0.3, "up": 0.3}
+START_WEIGHT = 1.5
+SOURCE = "search start of the CR-Diff public code: 0.3/0.3/0.3, POA weight 1.5; nobody tuned this size"
 # All prompts that were kept for searching, and for measuring (crdiff_export/evaluation/prompts.py).
 PROMPTS, HELD_OUT = 84, 162
 
@@ -29,7 +34,8 @@ def command(size: str, way: str, out: Path, args: argparse.Namespace) -> list[st
     words = [
         sys.executable, "-m", "crdiff_export", "search", "demo", "--res", size, "--limit", str(PROMPTS),
         "--held-out-limit", str(HELD_OUT), "--trials", str(args.trials), "--batch", str(args.batch), "--dtype", "fp32",
-        "--device", args.device, "--json", "--force", "-o", str(out / f"{size}-{way}.toml"),
+        "--device", args.device, "--json", "--force", "--recipe", str(out / "start.toml"),
+        "-o", str(out / f"{size}-{way}.toml"),
         "-o", str(out / f"{size}-{way}.png"), "--pictures-of-best", str(out / f"{size}-{way}-sheet.png"),
     ]  # fmt: skip
     words += ["--poa"] if way == "poa" else []
@@ -52,10 +58,32 @@ def best(found: dict[str, Any]) -> float:
     return float(next(trial["score"] for trial in found["trials"] if trial["place"] == found["best"]))
 
 
-def merged(out: Path) -> Recipe:
-    """The demo recipe with every size's better search."""
+def start() -> Recipe:
+    """The starting point of the paper's search, for every size."""
     known = recipe_files.by_alias("demo")
     assert known
+    variants = (Variant(Size.parse(size), STARTING, START_WEIGHT, "starting-point", SOURCE) for size in SIZES)
+    return replace(known, variants=tuple(variants), name="")
+
+
+def settled(path: Path) -> None:
+    """Recommend no POA weight that was worse than the dense model."""
+    made = recipe_files.load(path)
+    path.write_text(recipe_toml.dump(replace(made, variants=tuple(map(_without_worse, made.variants)), name="")))
+
+
+def _without_worse(variant: Variant) -> Variant:
+    evidence = variant.evidence
+    if evidence is None or float(evidence.extra.get("poa_high", 0)) >= 0:
+        return variant
+    extra = {key: value for key, value in evidence.extra.items() if key not in ("poa", "poa_low", "poa_high")}
+    source = f"{variant.source}; POA weight 1, as {variant.poa_weight:g} was worse than the dense model"
+    return replace(variant, poa_weight=1.0, source=source, evidence=replace(evidence, extra=extra))
+
+
+def merged(out: Path) -> Recipe:
+    """The demo recipe with every size's better search."""
+    known = start()
     return replace(known, variants=tuple(_variant(size, out, known) for size in SIZES), name="")
 
 
@@ -79,6 +107,7 @@ def main() -> None:
     parser.add_argument("--merge", action="store_true", help="only make the recipe of what was searched")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "start.toml").write_text(recipe_toml.dump(start()))
     if not args.merge:
         with ThreadPoolExecutor(args.jobs) as pool:
             each = [pool.submit(search, size, way, args.out, args) for size in SIZES for way in WAYS]
@@ -95,6 +124,7 @@ def main() -> None:
         ],
         check=True,
     )  # fmt: skip
+    settled(args.out / "demo.toml")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from crdiff_export import bases, families, kernels, plan, ranking, residual, weights
-from crdiff_export.baked import DATA_HASH, FILE_HASH, REPAIR, BakedCheckpoint, decision
+from crdiff_export.baked import DATA_HASH, FILE_HASH, REPAIR, BakedCheckpoint, decision, raw
 from crdiff_export.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.criteria import Decision
 from crdiff_export.errors import CheckpointError, VerifyError
@@ -20,6 +20,13 @@ from crdiff_export.residual import EMBED, SAID, Kept
 from crdiff_export.source import SourceFile
 from crdiff_export.weights import Chunk, Cut, Pruning, Stream
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Ours: how far weights that were moved may be from what this machine makes of them, in units in the last place. The
+# last bits of a matrix's factors differ between processors and libraries, and then a few weights in a million are
+# rounded to their neighbours.
+ULPS: Final = 2
 # diffusers' `_add_variant`: the variant stands before the number of the shard.
 _VARIANT = re.compile(r"(?:.*/)?diffusion_pytorch_model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors")
 _NAMED: Final = "Give the base that the file was made from; `crdiff inspect` names it."
@@ -48,7 +55,8 @@ def check_base(
         derived = asked.rank([again], kernel, progress, device).decide(again, progress)
         _compare_decisions(baked, again, derived, decided)
         decided = derived
-    open_to_question = [] if asked or not stamp.moved else [weights.places(again, n) for n in range(len(again.outputs))]
+        _check_moved(baked, again, derived)
+    open_to_question = [weights.places(again, n) for n in range(len(again.outputs))] if stamp.moved else []
     progress.stage("comparing", again.data_size)
     whole = {o.source.name: f.metadata.get(FILE_HASH, "") for o, f in _pairs(again, planned)}
     hashed = any(f.metadata.get(DATA_HASH) for f in planned.checkpoint.files)
@@ -99,12 +107,36 @@ def _compare_decisions(baked: BakedCheckpoint, again: Plan, ours: Decision, thei
         raise VerifyError(
             f"{located}: {show(baked.stamp.criterion)} {moves} weights, crdiff.moved says otherwise", REPAIR
         )
-    same_file = "The file was made from another base, or its calibration was used on another device."
+    same_file = "The file was made from another base, or on a machine that rounds otherwise."
     for target, mine, their in zip(again.targets, ours.masks, theirs.masks or (), strict=True):
         if mine and their and (differ := int((mine.unpack() != their.unpack()).sum())):
             raise VerifyError(
                 f"{located}: {differ} of {mine.count} weights of {show(target.name)} go otherwise", same_file
             )
+
+
+def _check_moved(baked: BakedCheckpoint, again: Plan, ours: Decision) -> None:
+    """VerifyError where weights that were moved are not those that the calibration gives, but for their last bits."""
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(contextlib.closing(file.open())) for file in baked.checkpoint.files]
+        for number, mine in ours.moved.items():
+            target = baked.plan.targets[number]
+            if differ := _apart(raw(readers[target.file], target), mine):
+                raise VerifyError(
+                    f"{baked.checkpoint.path}: {differ} of {target.count} weights of {show(target.name)} are not what "
+                    f"{again.checkpoint.path} and the calibration give",
+                    "It was made from others, or changed since: export it again.",
+                )
+
+
+def _apart(one: "NDArray[Any]", other: "NDArray[Any]") -> int:
+    """How many numbers, given as raw bits, are further apart than `ULPS`, or differ in sign."""
+    import numpy as np
+
+    bits = 8 * one.itemsize - 1
+    signs = (one >> bits) != (other >> bits)
+    sizes = [(some & ((1 << bits) - 1)).astype(np.int64) for some in (one, other)]
+    return int(np.count_nonzero(signs | (np.abs(sizes[0] - sizes[1]) > ULPS)))
 
 
 def _pairs(base: Plan, baked: Plan) -> list[tuple[Output, SourceFile]]:

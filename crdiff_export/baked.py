@@ -68,7 +68,7 @@ def decision(baked: BakedCheckpoint, progress: Progress | None = None, *, moved:
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(contextlib.closing(file.open())) for file in baked.checkpoint.files]
         for number, target in asked:
-            found = _bits(readers[target.file], target)
+            found = raw(readers[target.file], target)
             masks[number] = Mask.pack(found == 0)
             if baked.stamp.moved and moved:
                 weights[number] = found
@@ -80,8 +80,8 @@ def decision(baked: BakedCheckpoint, progress: Progress | None = None, *, moved:
     return Decision(thresholds, tuple(masks.get(i) for i in range(len(baked.plan.targets))), weights)
 
 
-def _bits(reader: Bytes, target: Target) -> "NDArray[Any]":
-    """A target's weights as raw bits, flat."""
+def raw(reader: Bytes, target: Target) -> "NDArray[Any]":
+    """A target's weights as raw bits, flat; of a moved file, what was written."""
     import numpy as np
 
     start, stop = target.span(target.source)

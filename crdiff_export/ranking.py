@@ -8,6 +8,7 @@ from typing import Self
 
 from crdiff_export import criteria, residual
 from crdiff_export.criteria import Calibration, Loaded, Ranked
+from crdiff_export.criteria.spec import Spec
 from crdiff_export.errors import OptionError
 from crdiff_export.kernels import Kernel
 from crdiff_export.plan import Plan, with_ratios
@@ -60,7 +61,7 @@ class Asked:
     def plan(self, planned: Plan) -> Plan:
         """The plan that it makes of a recipe's, with its notes; CalibrationError where the calibration is no help."""
         planned = _evened(planned) if self.name == UNIFORM else planned
-        planned = replace(planned, variant=_judged(planned.variant, self.name))
+        planned = replace(planned, variant=_judged(planned.variant, self.name, self.calibration))
         if self.calibration is None:
             return planned
         notes = self.calibration.check(planned, self.loaded.statistics)
@@ -95,16 +96,30 @@ def _evened(planned: Plan) -> Plan:
     return replace(found, variant=variant)
 
 
-def _judged(variant: Variant, criterion: str) -> Variant:
-    """The variant, a starting point without evidence where its numbers were found with another criterion.
+def _judged(variant: Variant, criterion: str, calibration: Calibration | None) -> Variant:
+    """The variant, a starting point without evidence where another criterion or calibration has found its numbers.
 
-    Which one that was a recipe says as `criterion` of its evidence; one that does not has used magnitude. Ratios that
-    are the same for all groups are uniform's as well.
+    Which those were a recipe says in its evidence; one that does not has used magnitude. Ratios that are the same for
+    all groups are uniform's as well.
     """
     evidence = variant.evidence
-    theirs = str(evidence.extra.get("criterion", MAGNITUDE)) if evidence else MAGNITUDE
-    alike = {theirs, criterion} <= {MAGNITUDE, UNIFORM} and len(set(variant.ratios.values())) == 1
-    if theirs == criterion or alike or (variant.provenance == "starting-point" and evidence is None):
+    if evidence is None and variant.provenance == "starting-point":
         return variant
-    source = f"{variant.source}; found with {theirs}"
+    theirs = _canonical(str(evidence.extra.get("criterion", MAGNITUDE)) if evidence else MAGNITUDE)
+    alike = {theirs, criterion} <= {MAGNITUDE, UNIFORM} and len(set(variant.ratios.values())) == 1
+    measured = evidence.extra.get("calibration") if evidence else None
+    other = calibration is not None and measured is not None and measured != calibration.hash
+    if (theirs == criterion or alike) and not other:
+        return variant
+    if variant.provenance == "starting-point":  # measured, but found nowhere
+        return replace(variant, evidence=None)
+    source = f"{variant.source}; found with {theirs}{' by another calibration' if other else ''}"
     return replace(variant, provenance="starting-point", source=source, prompt=None, evidence=None)
+
+
+def _canonical(spec: str) -> str:
+    """A criterion in its one spelling; as it is where it is of a package that is not installed."""
+    try:
+        return str(Spec.parse(spec))
+    except OptionError:
+        return spec

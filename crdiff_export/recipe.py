@@ -152,7 +152,11 @@ def override(
     if poa_weight is not None:
         weight = check_poa_weight("the POA weight", poa_weight)
         source = variant.source if given else f"{variant.source}; POA weight given {by}"
-        variant = replace(variant, poa_weight=weight, source=source)
+        evidence = variant.evidence
+        if evidence and weight != variant.poa_weight:  # what was measured of POA was so at another weight
+            extra = {key: value for key, value in evidence.extra.items() if key not in ("poa", "poa_low", "poa_high")}
+            evidence = replace(evidence, extra=extra)
+        variant = replace(variant, poa_weight=weight, source=source, evidence=evidence)
     return variant
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from crdiff_export import floats, ranking, residual, weights
+from crdiff_export import criteria, floats, ranking, residual, weights
 from crdiff_export.against import check_base, refuse_sparse
 from crdiff_export.baked import REPAIR, BakedCheckpoint, open_baked
 from crdiff_export.errors import OptionError, VerifyError
@@ -76,7 +76,10 @@ def _asked(baked: BakedCheckpoint, calibration: Path | None, progress: Progress)
     OptionError and CalibrationError for a calibration that is not this file's.
     """
     stamp, path = baked.stamp, baked.checkpoint.path
-    if calibration is None and (stamp.calibrated or not _is_known(stamp.criterion)):
+    known = _known(stamp.criterion)
+    if known and stamp.moved and not known.moves:
+        raise VerifyError(f"{path}: crdiff.moved is true, but {show(stamp.criterion)} moves no weights", REPAIR)
+    if calibration is None and (stamp.calibrated or known is None or known.statistics):
         return None
     if calibration is not None and not stamp.calibrated:
         raise OptionError(
@@ -93,11 +96,12 @@ def _asked(baked: BakedCheckpoint, calibration: Path | None, progress: Progress)
     return asked
 
 
-def _is_known(criterion: str) -> bool:
+def _known(criterion: str) -> criteria.Loaded | None:
+    """The criterion; None for one of a package that is not installed."""
     try:
-        return bool(ranking.Asked.of(criterion, None))
-    except OptionError:  # of a package that is not installed
-        return False
+        return criteria.load(criterion)
+    except OptionError:
+        return None
 
 
 @dataclass(slots=True)

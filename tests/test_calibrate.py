@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -25,10 +26,11 @@ import pytest
 import torch
 from calibrating import NATIVE, PROMPTS, SIZE, Tiny, plan_of, setting, tiny
 from conftest import Crdiff, Ran
+from PIL import Image
 from safetensors.torch import load_file
 
 from crdiff_export import Size, staging
-from crdiff_export.calibration import CalibrateRequest, calibrate, collect, folder, prepare, runner
+from crdiff_export.calibration import CalibrateRequest, calibrate, collect, folder, memory, prepare, runner
 from crdiff_export.calibration import setting as names
 from crdiff_export.calibration.setting import LayerSpec, Room, Setting
 from crdiff_export.commands.calibrate import AmountType
@@ -362,6 +364,35 @@ def test_other_settings_are_refused_or_start_over(name: str, tmp_path: Path) -> 
     assert (made.resumed, part.exists()) == (0, False)
 
 
+def other_schedule(pipe: Any) -> None:
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, beta_end=0.013)
+
+
+def other_words(pipe: Any) -> None:
+    with torch.no_grad():
+        next(pipe.text_encoder.parameters()).flatten()[0].add_(1)
+
+
+def other_pixels(pipe: Any) -> None:
+    with torch.no_grad():
+        next(pipe.vae.parameters()).flatten()[0].add_(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(other_schedule, "scheduler settings DDIMScheduler sha256:"), (other_words, "other parts sha256:"),
+     (other_pixels, "other parts sha256:")],
+)  # fmt: skip
+def test_another_pipeline_around_the_same_model(change: Callable[[Any], None], message: str, tmp_path: Path) -> None:
+    made, target = tiny("sd15", tmp_path), tmp_path / "c.safetensors"
+    with pytest.raises(Stopped):
+        made.collect(target, setting("norm"), Stages("writing"))
+    change(made.pipe)
+    with pytest.raises(CalibrationError, match=f"begun with other settings: {message}"):
+        made.collect(target, setting("norm"))
+    assert made.collect(target, setting("norm"), replace=True).resumed == 0
+
+
 def test_force_goes_on_where_nothing_changed(tmp_path: Path) -> None:
     target = tmp_path / "c.safetensors"
     target.write_bytes(b"old")
@@ -386,6 +417,48 @@ def test_a_folder_that_was_just_begun_is_begun_again(tmp_path: Path) -> None:
     assert calibrate(replace(DEMO, output=tmp_path / "c.safetensors")).resumed == 0
 
 
+def test_a_folder_without_its_record(tmp_path: Path) -> None:
+    """Whose deletion was stopped: what is in it is ours by its name, but of what run nothing says."""
+    target, part = tmp_path / "c.safetensors", tmp_path / "c.safetensors.part"
+    request = replace(DEMO, criteria=("taylor",), output=target, layers=30)
+    with pytest.raises(Stopped):
+        calibrate(request, Stages("gradients 2/2"))
+    (part / "run.json").unlink()
+    assert {path.name for path in part.iterdir()} > {"0001.safetensors", "picture-00000.png"}
+    with pytest.raises(CalibrationError) as error:
+        calibrate(request)
+    assert error.value.message == f"{part}: run.json, which says of what run it is, is gone"
+    assert error.value.hint == "Give --force to start over, which deletes c.safetensors.part, or another -o."
+    (part / "0001.safetensors.bak").write_text("mine")
+    with pytest.raises(CalibrationError, match="not a folder that crdiff made"):
+        calibrate(replace(request, force=True))
+    (part / "0001.safetensors.bak").unlink()
+    made = calibrate(replace(request, force=True))
+    assert (made.resumed, part.exists()) == (0, False)
+
+
+@pytest.mark.parametrize("changes", [{"steps": 3, "force": True}, {}], ids=["starting over", "at the end"])
+def test_the_record_is_deleted_last(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, part = tmp_path / "c.safetensors", tmp_path / "c.safetensors.part"
+    stopped(target)
+    gone: list[str] = []
+    unlink, iterdir = Path.unlink, Path.iterdir
+
+    def noted(path: Path, missing_ok: bool = False) -> None:
+        if path.parent == part and not path.name.startswith("."):
+            gone.append(path.name)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    # Whatever order the file system has them in.
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(iterdir(path), key=lambda one: one.suffix)))
+    calibrate(replace(DEMO, output=target, **changes))
+    assert not part.exists()
+    first = gone[: gone.index("run.json") + 1]
+    assert first[-1] == "run.json"
+    assert "0001.safetensors" in first
+
+
 def test_a_record_that_cannot_be_read(tmp_path: Path) -> None:
     stopped(tmp_path / "c.safetensors")
     (tmp_path / "c.safetensors.part" / "run.json").write_text("{")
@@ -393,13 +466,30 @@ def test_a_record_that_cannot_be_read(tmp_path: Path) -> None:
         calibrate(replace(DEMO, output=tmp_path / "c.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["0001.safetensors", "picture-00000.png"])
-def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def garbled(_data: bytes) -> bytes:
+    """A picture as large as real ones, whose second piece of data has lost its name: a SyntaxError of Pillow's."""
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)).save(out, "PNG")
+    head, first, rest = out.getvalue().split(b"IDAT", 2)
+    return head + b"IDAT" + first + b"\0\1\2\3" + rest
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("0001.safetensors", cut), ("picture-00000.png", cut), ("picture-00000.png", garbled),
+     ("picture-00000.png", lambda _: b"none")],
+)  # fmt: skip
+def test_a_damaged_file_is_named(name: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     target = tmp_path / "c.safetensors"
     request = replace(DEMO, criteria=("taylor",), output=target, layers=30)
     with pytest.raises(Stopped):
         calibrate(request, Stages("gradients 2/2"))
-    (tmp_path / "c.safetensors.part" / name).write_bytes(b"none")
+    path = tmp_path / "c.safetensors.part" / name
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CalibrationError) as error:
         calibrate(request)
     assert error.value.message == f"{target}.part: {name} is damaged"
@@ -483,14 +573,79 @@ def test_a_base_is_read_once_for_many_sizes(tmp_path: Path) -> None:
 
 
 def test_black_pictures_are_pointed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from PIL import Image
-
     def black(_self: Any, prompts: list[str], *_: Any) -> list[Image.Image]:
         return [Image.new("RGB", (64, 64))] * len(prompts)
 
     monkeypatch.setattr("crdiff_export.drawing.session.Session.draw", black)
     made = calibrate(replace(DEMO, criteria=("taylor",), output=tmp_path / "c.safetensors"))
     assert made.notes == ("3 pictures are all black: try another --dtype, such as bf16 or fp32",)
+
+
+# --- memory ---
+
+GB = 10**9
+
+
+def system(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+MEMINFO = f"MemTotal: {10**8} kB\nMemAvailable: {2 * 10**7} kB\nHugePages_Total: 0\n"
+LIMITS: dict[str, tuple[dict[str, str], int | None]] = {
+    "nothing": ({}, None),
+    "machine": ({"proc/meminfo": MEMINFO}, 20_480_000_000),
+    "no cgroup has a limit": (
+        {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n", "cgroup/memory.max": "max\n",
+         "cgroup/memory.current": f"{GB}\n"},
+        20_480_000_000,
+    ),
+    "container": (
+        {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n", "cgroup/memory.max": f"{8 * GB}\n",
+         "cgroup/memory.current": f"{3 * GB}\n"},
+        5 * GB,
+    ),
+    "files that were read count as free": (
+        {"proc/self/cgroup": "0::/\n", "cgroup/memory.max": f"{8 * GB}", "cgroup/memory.current": f"{8 * GB}",
+         "cgroup/memory.stat": f"anon 5\ninactive_file {6 * GB}\nactive_file 7\n"},
+        6 * GB,
+    ),
+    "a service, and what it is in": (
+        {"proc/self/cgroup": "0::/a.slice/b.service\n",
+         "cgroup/a.slice/memory.max": f"{4 * GB}", "cgroup/a.slice/memory.current": f"{3 * GB}",
+         "cgroup/a.slice/b.service/memory.max": f"{3 * GB}", "cgroup/a.slice/b.service/memory.current": f"{GB}"},
+        GB,
+    ),
+    "version 1": (
+        {"proc/meminfo": MEMINFO, "proc/self/cgroup": "3:cpu:/x\n4:memory:/x\n0::/\n",
+         "cgroup/memory/memory.limit_in_bytes": f"{2**63 - 4096}", "cgroup/memory/memory.usage_in_bytes": f"{GB}",
+         "cgroup/memory/x/memory.limit_in_bytes": f"{7 * GB}", "cgroup/memory/x/memory.usage_in_bytes": f"{5 * GB}",
+         "cgroup/memory/x/memory.stat": f"inactive_file 5\ntotal_inactive_file {GB}\n"},
+        3 * GB,
+    ),
+    "a container of version 1, which is called otherwise outside": (
+        {"proc/self/cgroup": "4:memory:/docker/abc\n", "cgroup/memory/memory.limit_in_bytes": f"{7 * GB}",
+         "cgroup/memory/memory.usage_in_bytes": f"{5 * GB}"},
+        2 * GB,
+    ),
+    "more than there may be": (
+        {"proc/self/cgroup": "0::/\n", "cgroup/memory.max": f"{GB}", "cgroup/memory.current": f"{2 * GB}"}, 0
+    ),
+    "not what it should be": ({"proc/meminfo": "MemAvailable: much", "proc/self/cgroup": ""}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "host"), LIMITS.values(), ids=LIMITS)
+def test_what_is_free(files: dict[str, str], host: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
+    system(tmp_path, files)
+    assert memory.free(torch.device("cpu")) == (4 * GB if host is None else host)
+    for own in (GB // 2, 100 * GB):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, own=own: (own, 10**12))
+        right = own if host is None else min(own, host)
+        assert memory.free(torch.device("cuda")) == right, "a group is copied to main memory"
 
 
 class OnGpu(torch.nn.Module):
@@ -656,6 +811,14 @@ REFUSED = {
         "calibrate {flux} --res 512 --criterion wanda --prompts p.txt --negative fog", 2, "takes no negative prompt",
         "--negative",
     ),
+    "double": (
+        "calibrate {double} --res 512 --criterion wanda --prompts p.txt --config conf --dtype fp32", 1,
+        "is F64, which cannot be pruned", "first: --dtype is what the pipeline computes in, not the base's.",
+    ),
+    "quantised": (
+        "calibrate {quantised} --res 512 --criterion wanda --prompts p.txt --config conf", 1,
+        "is I8, which cannot be pruned", "export from the checkpoint before it was quantised",
+    ),
     "baked": ("calibrate {baked} --res 48 --criterion wanda --prompts p.txt", 1, "already pruned by crdiff", "base"),
 }  # fmt: skip
 
@@ -671,6 +834,8 @@ def test_what_cannot_be_is_refused(
     (here / "conf" / "model_index.json").write_text("{}")
     files = {
         "sd15": makers.write(here / "sd15.safetensors", makers.tiny("sd15.original")),
+        "double": makers.write(here / "double.safetensors", makers.tiny("sd15.original", "F64")),
+        "quantised": makers.write(here / "quantised.safetensors", makers.tiny("sd15.original", "I8")),
         "flux": makers.write(here / "flux.safetensors", makers.tiny("flux-dev.original-transformer")),
         "baked": makers.write(here / "baked.safetensors", makers.tiny("demo.diffusers-unet"), {"crdiff.schema": "1"}),
     }

@@ -205,6 +205,32 @@ def test_every_target(prediction: str, tmp_path: Path) -> None:
         assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sd3_is_told_the_time_of_its_noise(dtype: torch.dtype) -> None:
+    """As its pipeline tells it, in float32: bf16 has 8 bits, and 987.3 would be 988."""
+    pipe = speaking("sd3").to(dtype)
+    told: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def note(_module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
+        told.append((args[0] if args else kwargs["hidden_states"], kwargs["timestep"]))
+
+    pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    denoising = Denoising(pipe, NATIVE, GUIDANCE)
+    (latents,) = denoising.encode([picture(NATIVE)])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
+    embeds = denoising.embed(PROMPTS[0])
+    for place in (0.123, 0.5, 0.9873):
+        with torch.no_grad():
+            denoising.loss(latents, embeds, place, noise)
+        sample, time = told.pop()
+        # As FlowMatchEulerDiscreteScheduler lists them, from much noise to little.
+        right = pipe.scheduler.timesteps[999 - int(place * 1000)]
+        assert (time.dtype, time.tolist()) == (torch.float32, [pytest.approx(right.item(), rel=1e-6)])
+        torch.testing.assert_close(sample, torch.lerp(latents, noise, right.item() / 1000).to(dtype))
+    pipe(PROMPTS[0], height=64, width=64, num_inference_steps=1, output_type="latent")
+    assert told.pop()[1].dtype == torch.float32
+
+
 # --- times and noise ---
 
 
@@ -252,6 +278,19 @@ def test_the_vae_works_in_float32_and_goes_back(caplog: pytest.LogCaptureFixture
     found = [Denoising(one, SIZE, GUIDANCE).encode([picture(NATIVE)])[0] for one in (pipe, half)]
     assert torch.equal(*found)
     assert half.vae.dtype == torch.float16
+
+
+def test_means_take_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Tensor] = []
+    zeros = torch.zeros
+
+    def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(zeros(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "zeros", recorded)
+    found = measured(speaking("sd15"), setting("gradient", count=1))
+    assert {id(tensor) for tensor in found.values()} <= {id(tensor) for tensor in made}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -145,6 +145,20 @@ def test_adverse_small_and_steady_by_hand() -> None:
     np.testing.assert_allclose(steady, [[0.5 * 1, 1 * 0.5, 4, 2 * 0]], rtol=1e-6)
 
 
+def test_a_coin_is_the_control_of_small() -> None:
+    """As many weights come first, by magnitude as well, but no gradient says which."""
+    weight = weight_of(40, 50)
+    scores = scores_of("adverse:form=coin", layer_of(weight, {}))
+    first = scores < 0
+    assert first.mean() == pytest.approx(0.5, abs=0.001)
+    assert abs(np.corrcoef(first.ravel(), np.abs(weight).ravel())[0, 1]) < 0.1
+    for group in (first, ~first):
+        assert (np.argsort(scores[group], kind="stable") == np.argsort(np.abs(weight)[group], kind="stable")).all()
+    assert (scores == scores_of("adverse:form=coin", layer_of(weight, {}))).all()
+    assert (scores != scores_of("adverse:form=coin", layer_of(weight, {}, name="b.weight"))).any()
+    assert criteria.load("adverse:form=coin").statistics == ()
+
+
 # --- random ---
 
 

@@ -28,8 +28,8 @@ from crdiff_export.progress import Silent
 UNET, DIT = "demo.diffusers-unet", "sd3-medium.original-transformer"
 DIT_KINDS = ("attn", "ff")
 SCORED = (
-    "random", "wanda", "taylor", "taylor:form=abs", "obs:compensate=off", "adverse", "adverse:form=signed",
-    "adverse:form=guarded", "adverse:form=second", "adverse:form=channel",
+    "random", "wanda", "taylor", "taylor:form=abs", "obs:compensate=off", "adverse", "adverse:form=steady",
+    "adverse:form=signed", "adverse:form=guarded", "adverse:form=second", "adverse:form=channel",
 )  # fmt: skip
 
 
@@ -194,6 +194,7 @@ def right_scores(text: str, plan: Plan, values: Sequence[Numbers]) -> list[Numbe
     for i, w in enumerate(values):
         s = {k: v.astype(np.float64) for k, v in criteria_makers.statistics(w.shape, seed=i).items()}
         target, native = -s["gradient"] * w, -s["native_gradient"] * w
+        z = {k: -np.sign(w) * s[k] / np.sqrt(s[f"{k}_square"]) for k in ("gradient", "native_gradient")}
         h = s["gram"] + 0.01 * np.mean(np.diag(s["gram"])) * np.eye(w.shape[1])
         left = np.array([np.linalg.inv(h[j:, j:])[0, 0] for j in range(w.shape[1])])
         found.append({
@@ -202,6 +203,7 @@ def right_scores(text: str, plan: Plan, values: Sequence[Numbers]) -> list[Numbe
             "taylor:form=abs": np.abs(w) * s["gradient_abs"],
             "obs:compensate=off": w**2 / left,
             "adverse": np.where(target < native, -1 / (np.abs(w) + 1e-8), np.abs(w)),
+            "adverse:form=steady": np.abs(w) * (1 + (z["gradient"] - z["native_gradient"]) / 2),
             "adverse:form=signed": target - native,
             "adverse:form=guarded": target + np.maximum(0, native),
             "adverse:form=second": target - native + (s["gradient_square"] - s["native_gradient_square"]) * w**2 / 2,
@@ -328,6 +330,22 @@ def test_random_prunes_what_is_asked_for(tmp_path: Path) -> None:
     assert not same(first, other)
 
 
+def test_a_common_factor_of_grams() -> None:
+    """All scores of `obs` have it, too, unless an input is dead: that counts as 1 in the mean of the diagonal."""
+    weight = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+    gram = criteria_makers.statistics((4, 6))["gram"] / 1024
+
+    def score(of: NDArray[np.floating]) -> Tensor:
+        made = criteria.load("obs").criterion
+        assert made
+        return made.score(Layer("a", torch.from_numpy(weight), {"gram": torch.from_numpy(of)}, np.nan))
+
+    assert torch.equal(score(4 * gram), 4 * score(gram))
+    dead = gram.copy()
+    dead[2], dead[:, 2] = 0, 0
+    assert not score(4 * dead).allclose(4 * score(dead), rtol=1e-4)
+
+
 # --- moved weights ---
 
 
@@ -402,9 +420,80 @@ def test_weights_that_become_too_large(tmp_path: Path) -> None:
     over = int(((np.abs(values[0].astype(np.float32) * np.float32(1e7)) >= 65520) & ~mask).sum())
     ranking = scored([plan], Growing(scores))
     assert refusal(lambda: ranking.decide(plan), CalibrationError) == (
-        f"{name}: compensation makes {over} weights larger than F16 holds",
-        "Ask for more damping (obs:damping=0.1), for none of it (obs:compensate=off), or for --dtype fp32.",
+        f"{name}: compensation by given makes {over} weights larger than F16 holds",
+        "Ask for --dtype fp32, or whoever made the criterion.",
     )
+
+
+def test_obs_moves_a_weight_too_far(tmp_path: Path) -> None:
+    """Inputs that are nearly the same: a weight of 65000 takes another's part on, and F16 has no 130000."""
+    tensors: dict[str, Any] = dict(makers.tiny(UNET))
+    plan = planned(tmp_path / "a.safetensors", tensors, 0.5)
+    name, target = criteria_makers.names(plan)[0], plan.targets[0]
+    dtype, shape, data = tensors[target.source.name]
+    tensors[target.source.name] = (dtype, shape, np.full(len(data) // 2, 65000, np.float16).tobytes())
+    plan = planned(tmp_path / "b.safetensors", tensors, 0.5)
+    found = criteria_makers.calibrated(plan)
+    found[name] = {**found[name], "gram": np.ones_like(found[name]["gram"])}
+    path = criteria_makers.write_calibration(tmp_path / "c.safetensors", plan, found)
+    ranking = ranked([plan], "obs:compare=layer", Calibration.open(path))
+    message, hint = refusal(lambda: ranking.decide(plan), CalibrationError)
+    assert message.startswith(f"{name}: compensation by obs:compare=layer makes ")
+    assert message.endswith(" weights larger than F16 holds")
+    assert hint == "Ask for more damping (obs:damping=0.1), for none of it (obs:compensate=off), or for --dtype fp32."
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", ["F16", "F32"])
+def test_weights_that_become_no_numbers(tmp_path: Path, dtype: str, odd: float) -> None:
+    class Breaking(Given):
+        def compensate(self, layer: Layer, mask: Tensor) -> Tensor:
+            return torch.full_like(layer.weight, odd)  # what goes is zero whatever is said of it
+
+    plan = planned(tmp_path / "b.safetensors", makers.tiny(UNET, dtype), 0.2)
+    values = criteria_makers.weights(plan)
+    scores = table_scores(np.random.default_rng(0), plan, values, "bell")
+    name = criteria_makers.names(plan)[0]
+    mask = criteria_makers.choose(plan, [scores[n] for n in criteria_makers.names(plan)], values, "block")[0]
+    ranking = scored([plan], Breaking(scores))
+    assert refusal(lambda: ranking.decide(plan), CalibrationError) == (
+        f"{name}: compensation by given makes {int((~mask).sum())} weights that are not finite",
+        "Ask whoever made the criterion.",
+    )
+
+
+def test_weights_that_become_of_another_shape(tmp_path: Path) -> None:
+    class Turning(Given):
+        def compensate(self, layer: Layer, mask: Tensor) -> Tensor:
+            return layer.weight[:1]
+
+    plan = planned(tmp_path / "b.safetensors", makers.tiny(UNET), 0.2)
+    values = criteria_makers.weights(plan)
+    ranking = scored([plan], Turning(table_scores(np.random.default_rng(0), plan, values, "bell")))
+    (rows, columns), name = values[0].shape, criteria_makers.names(plan)[0]
+    assert refusal(lambda: ranking.decide(plan), CalibrationError) == (
+        f"{name}: compensation by given gives [1, {columns}] for weights of [{rows}, {columns}]",
+        "Each weight needs one; ask whoever made the criterion.",
+    )
+
+
+@pytest.mark.parametrize("keep", [KEEP, 0])
+def test_numbers_with_a_graph(tmp_path: Path, keep: int) -> None:
+    """A criterion with parameters of its own, which forgot `no_grad`."""
+
+    class Learning(Doubling):
+        one = torch.ones(1, requires_grad=True)
+
+        def score(self, layer: Layer) -> Tensor:
+            return super().score(layer) * self.one
+
+        def compensate(self, layer: Layer, mask: Tensor) -> Tensor:
+            return super().compensate(layer, mask) * self.one
+
+    plan = planned(tmp_path / "b.safetensors", makers.tiny(UNET), 0.4)
+    scores = table_scores(np.random.default_rng(0), plan, criteria_makers.weights(plan), "bell")
+    here, there = (scored([plan], made(scores), keep=keep).decide(plan) for made in (Learning, Doubling))
+    assert same(here, there)
 
 
 # --- what is wrong with weights and scores ---
@@ -460,7 +549,65 @@ def test_scores_that_are_not_finite(tmp_path: Path, odd: float, keep: int) -> No
     scores[name][0, :3] = odd
     assert refusal(lambda: scored([plan], Given(scores), keep=keep), CalibrationError) == (
         f"given: 3 scores of {name} are not finite (given)",
-        "The numbers in the calibration are too large or make no sense; calibrate again.",
+        "Ask whoever made the criterion: layer.ratio is NaN while it scores.",
+    )
+
+
+class Told(Given):
+    """Notes the ratio that it is told of."""
+
+    def __init__(self, scores: Mapping[str, Any]) -> None:
+        super().__init__(scores)
+        self.scoring, self.moving = list[float](), list[float]()
+
+    def score(self, layer: Layer) -> Tensor:
+        self.scoring.append(layer.ratio)
+        return super().score(layer)
+
+    def compensate(self, layer: Layer, mask: Tensor) -> Tensor:
+        self.moving.append(layer.ratio)
+        return layer.weight.masked_fill(mask, 0)
+
+
+@pytest.mark.parametrize("keep", [KEEP, 0])
+def test_scores_know_no_ratio(tmp_path: Path, keep: int) -> None:
+    plan = planned(tmp_path / "b.safetensors", makers.tiny(UNET), 0.3)
+    criterion = Told(table_scores(np.random.default_rng(0), plan, criteria_makers.weights(plan), "bell"))
+    ranking = scored([plan], criterion, keep=keep)
+    for ratio in (0.3, 0.6):
+        criterion.moving.clear()
+        ranking.decide(with_ratio(plan, ratio))
+        assert set(criterion.moving) == {ratio}
+    assert np.isnan(criterion.scoring).all()
+
+
+@pytest.mark.parametrize("keep", [KEEP, 0])
+def test_scores_by_ratio_are_refused(tmp_path: Path, keep: int) -> None:
+    """Kept ones would be those of another ratio, and streamed ones not those that were counted."""
+
+    class Tempered(Given):
+        def score(self, layer: Layer) -> Tensor:
+            return super().score(layer) ** 2 + layer.ratio
+
+    plan = planned(tmp_path / "b.safetensors", makers.tiny(UNET), 0.3)
+    scores = table_scores(np.random.default_rng(0), plan, criteria_makers.weights(plan), "bell")
+    message, hint = refusal(lambda: scored([plan], Tempered(scores), keep=keep), CalibrationError)
+    assert message.endswith("are not finite (given)")
+    assert "layer.ratio is NaN while it scores" in hint
+
+
+def test_scores_that_differ_from_call_to_call(tmp_path: Path) -> None:
+    class Rising(Given):
+        def score(self, layer: Layer) -> Tensor:
+            again = layer.name in self.asked
+            return super().score(layer) + 1000 * again
+
+    plan = planned(tmp_path / "b.safetensors", makers.tiny(UNET), 0.3)
+    criterion = Rising(table_scores(np.random.default_rng(0), plan, criteria_makers.weights(plan), "bell"))
+    ranking = scored([plan], criterion, keep=0)
+    assert refusal(lambda: ranking.decide(plan), CalibrationError) == (
+        "given: its scores differ from one call to the next",
+        "The same layer has to get the same scores every time; ask whoever made the criterion.",
     )
 
 
@@ -495,7 +642,7 @@ def test_a_device_that_is_not_there(tmp_path: Path, device: str) -> None:
         lambda: criteria.rank([plan], "random", kernels.load("cpu", 1), Silent(), device=device), PlanError
     )
     assert message.startswith(f"device {device}: ")
-    assert hint == "Leave --device out: the CPU computes the same scores."
+    assert hint == "Leave --device out to compute the scores on the CPU, where their last bits may differ."
 
 
 class Watcher(Silent):

@@ -248,6 +248,21 @@ def test_what_is_not_finite_matters_only_where_it_is_pruned(tmp_path: Path) -> N
         counted.source(with_ratios(planned, {"down": 0.3, "mid": 0.1, "up": 0.3}))
 
 
+def test_another_criterion_draws_what_its_export_does(tmp_path: Path) -> None:
+    one = replace(REQUEST, sizes=SIZES[:1], limit=2, weights=(1.0,), native=False, criterion="random:seed=1")
+    made = evaluate(one)
+    assert ("criterion", "random:seed=1") in made.facts
+    said = evidence.measured(made, made.subjects[0])
+    assert said
+    assert said.extra["criterion"] == "random:seed=1"
+    plain = evaluate(replace(one, criterion="magnitude"))
+    ours, theirs = ([one.scores for one in found.drawn] for found in (made, plain))
+    assert (ours[0] == theirs[0], ours[1] == theirs[1]) == (True, False), "dense is dense, pruned is not"
+    request = ExportRequest("demo", SIZES[0], tmp_path / "o.safetensors", ratio=RATIO, criterion="random:seed=1")
+    baked = export(request).written.path
+    assert list(map(pixels, made.drawn[1].images)) == drawn(baked, SIZES[0], made.pairs)
+
+
 # --- the pictures and their scores ---
 
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import Crdiff
 from masking import SIZE, Base
 
-from crdiff_export import ExportRequest, Size, criteria, export, kernels, residual
+from crdiff_export import ExportRequest, Size, criteria, export, kernels, ranking, residual
 from crdiff_export.baked import decision, open_baked
 from crdiff_export.checkpoint import open_checkpoint
 from crdiff_export.criteria import Calibration
@@ -24,6 +24,7 @@ from crdiff_export.errors import CalibrationError, CrdiffError, OptionError, Ver
 from crdiff_export.export import Baked, plan_variant, prepare, run_all
 from crdiff_export.inspection import inspect
 from crdiff_export.progress import Silent
+from crdiff_export.recipe import Evidence
 from crdiff_export.restore import restore
 from crdiff_export.verify import Verified, verify
 
@@ -460,12 +461,15 @@ def test_tampering_with_moved_weights(exports: Callable[..., tuple[Base, Path]],
     base, output = exports("obs")
     name, bits = piece_of(base, output)
     kept = int((bits != 0).argmax())
-    other = changed(output, name, 2 * kept, struct.pack("<H", bits[kept] ^ 1), tmp_path / "other")
+    other = changed(output, name, 2 * kept, struct.pack("<H", bits[kept] ^ 8), tmp_path / "other")
     assert check(other, base.path).against == "others", "only the calibration can tell"
-    assert (
-        refused(other, base.path, base.calibration)
-        == f"{other}: {name!r} at byte {2 * kept} is not what the base gives"
+    assert refused(other, base.path, base.calibration) == (
+        f"{other}: 1 of {bits.size} weights of {name!r} are not what {base.path} and the calibration give"
     )
+    sign = changed(output, name, 2 * kept, struct.pack("<H", bits[kept] ^ 0x8000), tmp_path / "sign")
+    assert "1 of " in refused(sign, base.path, base.calibration)
+    near = changed(output, name, 2 * kept, struct.pack("<H", bits[kept] ^ 1), tmp_path / "near")
+    assert check(near, base.path, base.calibration).against == "all", "another processor's last bit"
     outside = next(n for n in base.files[0] if "attn2.to_q" in n)
     last = oracle.read(output).tensors()[outside][2][2:3]
     beside = changed(output, outside, 2, bytes([last[0] ^ 1]), tmp_path / "beside")
@@ -475,6 +479,36 @@ def test_tampering_with_moved_weights(exports: Callable[..., tuple[Base, Path]],
     assert (
         refused(honest, base.path, base.calibration) == f"{base.path}: 'obs' moves weights, crdiff.moved says otherwise"
     )
+
+
+def test_what_a_criterion_does_not_move_is_not_excused(
+    exports: Callable[..., tuple[Base, Path]], tmp_path: Path
+) -> None:
+    base, output = exports("wanda")
+    name, bits = piece_of(base, output)
+    kept = int((bits != 0).argmax())
+    other = changed(output, name, 2 * kept, struct.pack("<H", bits[kept] ^ 8), tmp_path / "other")
+    excused = said(other, {"crdiff.moved": "true"}, tmp_path / "excused")
+    assert refused(excused, base.path) == f"{excused}: crdiff.moved is true, but 'wanda' moves no weights"
+
+
+def test_evidence_of_another_calibration_is_none(exports: Callable[..., tuple[Base, Path]], tmp_path: Path) -> None:
+    base, _ = exports("wanda")
+    asked = ranking.Asked.of("wanda", base.calibration)
+    assert asked.calibration
+
+    def judged(**extra: str) -> tuple[str, str, bool]:
+        evidence = Evidence("s", 0.5, extra=extra)
+        plan = plan_variant(base.request(tmp_path / "o.safetensors", "magnitude"), open_checkpoint(base.path))
+        variant = replace(plan.variant, provenance="searched", source="a search", evidence=evidence)
+        made = asked.plan(replace(plan, variant=variant)).variant
+        return made.provenance, made.source, made.evidence is not None
+
+    own = asked.calibration.hash
+    assert judged(criterion="wanda:compare=block", calibration=own) == ("searched", "a search", True)
+    other = "a search; found with wanda by another calibration"
+    assert judged(criterion="wanda", calibration="0x12") == ("starting-point", other, False)
+    assert judged() == ("starting-point", "a search; found with magnitude", False)
 
 
 def test_a_residual_of_a_mask_that_was_changed(bases: Callable[..., Base], tmp_path: Path) -> None:

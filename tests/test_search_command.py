@@ -110,6 +110,35 @@ def test_recipe_is_valid_exports_and_publishes_its_evidence(line: Line, here: Pa
     assert "method sobol" in shown
 
 
+def test_a_search_with_another_criterion_says_so_to_the_end(line: Line, here: Path, judge: str) -> None:
+    """Its trials are not another criterion's, its recipe is; an export with another one does not call it searched."""
+    asked = f"search demo {QUICK} --scorer {judge} --trials 3 --method sobol --json -o r.toml"
+    ran = line(f"{asked} --criterion random:seed=1,compare=block")
+    assert ran.code == 0, ran.err
+    assert ran.result["verdict"] in ("better", "no difference shown"), ran.result["conclusion"]
+    other = line(f"{asked} --criterion random:seed=2 --force")
+    assert (other.code, other.out) == (1, "")
+    assert other.error["message"].endswith("criterion was random:seed=1, now random:seed=2")
+    plain = line(f"{asked} --force")
+    assert "criterion was random:seed=1" in plain.error["message"], plain.error
+    assert line("export demo --res 48 --recipe r.toml --criterion random:seed=1 -o own.safetensors").code == 0
+    own = line("inspect own.safetensors --metadata --json").result["metadata"]
+    assert (own["crdiff.provenance"], own["crdiff.evidence.criterion"]) == ("searched", "random:seed=1")
+    assert " with random:seed=1, " in own["crdiff.provenance.source"]
+    assert line("export demo --res 48 --recipe r.toml -o plain.safetensors").code == 0
+    without = line("inspect plain.safetensors --metadata --json").result["metadata"]
+    assert without["crdiff.provenance"] == "starting-point"
+    assert without["crdiff.provenance.source"].endswith("; found with random:seed=1")
+    assert not any(key.startswith("crdiff.evidence") for key in without)
+
+
+def test_uniform_is_nothing_to_search(line: Line) -> None:
+    ran = line(f"search demo {QUICK} --criterion uniform --json")
+    assert ran.code == 2
+    assert ran.error["message"] == "a search finds a ratio for each group, uniform has one for all"
+    assert "crdiff evaluate" in ran.error["hint"]
+
+
 def test_quiet_is_the_files_alone(line: Line, here: Path, judge: str) -> None:
     ran = line(f"search demo {QUICK} --scorer {judge} --trials 3 -q")
     assert (ran.code, ran.out, ran.err) == (0, "demo-48x48.toml\n", "")

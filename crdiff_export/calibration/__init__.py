@@ -12,13 +12,15 @@ from typing import Final
 from crdiff_export import architecture, bases, criteria, plan
 from crdiff_export.calibration import folder
 from crdiff_export.calibration.setting import SAMPLES, Calibrated, Room, Setting, check_statistics
+from crdiff_export.checkpoint import Checkpoint
 from crdiff_export.criteria.calibration import STATISTICS
 from crdiff_export.demo.scenes import Scene
 from crdiff_export.drawing import asking, opening
 from crdiff_export.drawing.opening import Opening
-from crdiff_export.errors import OptionError
+from crdiff_export.errors import OptionError, PlanError
 from crdiff_export.evaluation import prompts
 from crdiff_export.export import ExportRequest, plan_variant
+from crdiff_export.floats import FORMATS
 from crdiff_export.plan import Plan
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.recipe import Size
@@ -95,10 +97,7 @@ def prepare(request: CalibrateRequest) -> Job:
     checkpoint = base.open(request.variant)
     match = plan.recognise(checkpoint)
     asking.check_negative(request.negative, match.family)
-    planned = plan_variant(
-        ExportRequest(request.base, request.size, targets=request.targets, variant=request.variant, force=True),
-        checkpoint,
-    )
+    planned = _planned(request, checkpoint)
     native = architecture.find(planned).native
     way = opening.choose(base, checkpoint, match, native, config=request.config, variant=request.variant)
     target = request.output or Path(f"{base.stem or checkpoint.stem}-{request.size}-calibration.safetensors")
@@ -142,6 +141,18 @@ def statistics(specs: Sequence[str]) -> tuple[str, ...]:
     needed = {name for text in specs for name in criteria.load(text).statistics}
     check_statistics(sorted(needed))
     return tuple(name for name in STATISTICS if name in needed)
+
+
+def _planned(request: CalibrateRequest, checkpoint: Checkpoint) -> Plan:
+    """The plan of an export to the size; what it says of --dtype is another thing here."""
+    exported = ExportRequest(request.base, request.size, targets=request.targets, variant=request.variant, force=True)
+    try:
+        return plan_variant(exported, checkpoint)
+    except PlanError as error:
+        if not error.hint.endswith("--dtype casts it."):
+            raise
+        hint = f"Save it as {', '.join(FORMATS)} first: --dtype is what the pipeline computes in, not the base's."
+        raise PlanError(error.message, hint) from error
 
 
 def _pairs(request: CalibrateRequest) -> tuple[tuple[str, int], ...]:

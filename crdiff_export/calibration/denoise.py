@@ -122,7 +122,7 @@ class Denoising:
         """The model's prediction, in the shape of the latents."""
         if self._kind.packs:
             return self._predict_packed(sample, time, told)
-        dtype = torch.long if self._kind.diffuses else sample.dtype
+        dtype = torch.long if self._kind.diffuses else torch.float32  # as StableDiffusion3Pipeline gives it
         when = torch.tensor([time], device=sample.device).to(dtype)
         prediction: Tensor = self.model(sample, timestep=when, return_dict=False, **told)[0]
         return prediction

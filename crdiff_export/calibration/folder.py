@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ except ImportError:  # Windows
 
 SUFFIX: Final = ".safetensors"
 _RUN: Final = "run.json"
+# What the others are called: groups and pictures.
+_OWN: Final = re.compile(r"[0-9]{4,}\.safetensors|picture-[0-9]{5,}\.png")
 
 
 def check_target(target: Path, plan: Plan, *, force: bool) -> None:
@@ -97,7 +100,7 @@ class Folder:
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's for a PNG that breaks off, or goes wrong
             raise _damaged(self.path, path.name) from error
 
     def keep_picture(self, number: int, image: "Image") -> None:
@@ -140,6 +143,8 @@ class Folder:
 
     def remove(self) -> None:
         """Take the folder away: its calibration is written."""
+        with contextlib.suppress(OSError):
+            _clear(self.path)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _publish(self, name: str, save: Any) -> None:
@@ -183,10 +188,7 @@ def begun(target: Path, run: Mapping[str, str], *, force: bool) -> Iterator[Fold
 
 def _begin(path: Path, run: Mapping[str, str], *, force: bool) -> None:
     record = path / _RUN
-    if not record.exists():
-        if any(not name.name.startswith(".") for name in path.iterdir()):
-            raise CalibrationError(f"{path}: not a folder that crdiff made", "Remove it yourself, or give another -o.")
-    else:
+    if record.exists():
         other = _difference(record, run)
         if other is None:
             return
@@ -195,11 +197,25 @@ def _begin(path: Path, run: Mapping[str, str], *, force: bool) -> None:
                 f"{path}: begun with other settings: {other}",
                 f"Give those again to go on, or --force to start over, which deletes {path.name}.",
             )
-        for old in path.iterdir():  # not the folder: it is locked
-            old.unlink()
+        _clear(path)
+    elif found := [name.name for name in path.iterdir() if not name.name.startswith(".")]:
+        if not all(map(_OWN.fullmatch, found)):
+            raise CalibrationError(f"{path}: not a folder that crdiff made", "Remove it yourself, or give another -o.")
+        if not force:
+            raise CalibrationError(
+                f"{path}: {_RUN}, which says of what run it is, is gone",
+                f"Give --force to start over, which deletes {path.name}, or another -o.",
+            )
+        _clear(path)
     with staging.staged(record, folder=False) as part:
         part.write_text(json.dumps(dict(sorted(run.items())), indent=1, ensure_ascii=False), encoding="utf-8")
         staging.publish(part, record)
+
+
+def _clear(path: Path) -> None:
+    """Empty a folder that is ours, which stays: it is locked. Its record goes last, so that it is known until then."""
+    for old in sorted(path.iterdir(), key=lambda old: old.name == _RUN):
+        old.unlink()
 
 
 def _difference(record: Path, run: Mapping[str, str]) -> str | None:

@@ -57,7 +57,9 @@ def measure(
                         found[f"{statistic}/{name}"] += _part(statistic, gradient)
                 progress.advance(1)
     count = len(setting.pairs) * setting.samples
-    return {name: total / count for name, total in found.items()}
+    for total in found.values():
+        total.div_(count)  # in place: a second copy of a group may not fit
+    return found
 
 
 def _part(statistic: str, gradient: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from crdiff_export.calibration import collect as hooks
-from crdiff_export.calibration import gradients, setting
+from crdiff_export.calibration import gradients, memory, setting
 from crdiff_export.calibration.denoise import Denoising
 from crdiff_export.calibration.folder import Folder, begun
 from crdiff_export.calibration.setting import Calibrated, LayerSpec, Pass, Room, Setting
 from crdiff_export.criteria import calibration
+from crdiff_export.drawing import parts
 from crdiff_export.drawing.session import Session, Style
 from crdiff_export.errors import CalibrationError
 from crdiff_export.hashing import hash_data
@@ -31,9 +32,6 @@ from crdiff_export.twins import diffusers_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-# What is taken to be free where the system does not say.
-UNKNOWN = 4 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +65,7 @@ def collect(
     known = identity or identify(plan, shown)
     style = opened.style(wanted.size, wanted.steps, wanted.guidance, wanted.negative)
     facts = setting.facts(wanted, style.steps, style.guidance, opened.scheduler, _place(opened.pipe))
-    run = _fingerprint(plan, wanted, known, facts)
+    run = _fingerprint(opened.pipe, plan, wanted, known, facts)
     with begun(target, run, force=replace) as folder:
         work = _Work(opened, wanted, modules, known.layers, folder, room or Room(), style, shown)
         resumed, notes = work.collect()
@@ -154,7 +152,8 @@ class _Work:
                 gradients.Example(latents, told[prompt])
                 for latents, (prompt, _) in zip(denoising.encode(images), self._wanted.pairs, strict=True)
             ]
-        groups = list(setting.groups(layers, step.statistics, self._room, _free(self._opened.pipe)))
+        free = memory.free(next(model_of(self._opened.pipe).parameters()).device)
+        groups = list(setting.groups(layers, step.statistics, self._room, free))
         for number, group in enumerate(groups, 1):
             title = step.title if len(groups) == 1 else f"{step.title} {number}/{len(groups)}"
             with _repeatable(model_of(self._opened.pipe)):
@@ -238,26 +237,15 @@ def _place(pipe: Any) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _fingerprint(plan: Plan, wanted: Setting, known: Identity, facts: Mapping[str, str]) -> dict[str, str]:
+def _fingerprint(pipe: Any, plan: Plan, wanted: Setting, known: Identity, facts: Mapping[str, str]) -> dict[str, str]:
     """What a run must share with one that it goes on with. The groups are not in it: they change no number."""
     layers = "\n".join(f"{layer.name} {layer.hash}" for layer in known.layers)
     return {
         **facts, "version": calibration.VERSION, "family": plan.match.family.id, "base_hash": known.hash,
         "size": str(wanted.size), "native": str(wanted.native), "statistics": ", ".join(wanted.statistics),
+        "scheduler_settings": parts.scheduler(pipe), "other_parts": parts.others(pipe, model_of(pipe)),
         "layers": f"{len(known.layers)}, sha256 {hashlib.sha256(layers.encode()).hexdigest()}",
     }  # fmt: skip
-
-
-def _free(pipe: Any) -> int:
-    """Bytes that are free where the model is."""
-    device = next(model_of(pipe).parameters()).device
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return UNKNOWN
 
 
 def _check_finite(found: Mapping[str, Tensor], pipe: Any) -> None:

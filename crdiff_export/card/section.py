@@ -168,6 +168,11 @@ def _mask(card: Card) -> str:
             "weights gets the mask from them, and so the pruned weights bit by bit. How is specified in "
             "docs/metadata.md of crdiff; `crdiff verify FILE --base BASE` does it and compares."
         )
+    if all(row.stamp.moved for row in card.rows):
+        return (
+            "The dense weights are the base's. Weights that stay were moved as well, so the pruned layers are in the "
+            "files alone; `crdiff verify FILE --base BASE` compares everything else with the base."
+        )
     where = "In each file" if all(masked) else "Where the header has no thresholds,"
     return (
         f"The dense weights are the base's. {where} the zeros of the pruned layers are the mask. How is specified in "

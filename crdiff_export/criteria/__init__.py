@@ -31,7 +31,8 @@ class Layer:
     """One weight matrix as a criterion sees it, all of it on the device that computes.
 
     `name` is diffusers' for the weight. `weight` is float32 [out, in] in the dtype that will be written, with 0 in the
-    place of what is not finite. `statistics` are those that the criterion asked for. `ratio` is that of its scope.
+    place of what is not finite. `statistics` are those that the criterion asked for. `ratio` is that of its scope for
+    `compensate` and `choose`, and NaN for `score`, whose scores serve all ratios.
     """
 
     name: str

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from crdiff_export.criteria import Criterion, Layer
+from crdiff_export.criteria.random import Random
 
 
 class Signed:
@@ -37,7 +38,8 @@ class Second:
     """Score D_t - D_n with D = -g * w + w^2 * mean(g^2) / 2.
 
     mean(g^2) is the diagonal of the empirical Fisher information, which stands in for h as in Fisher pruning (Theis et
-    al. 2018, arXiv 1801.05787).
+    al. 2018, arXiv 1801.05787). Of a loss that is a mean of squares, as here, it is h times a small factor, some twice
+    the loss over the number of outputs: this term is a ten thousandth of the first, and the form in effect `signed`.
     """
 
     statistics: tuple[str, ...] = ("gradient", "gradient_square", "native_gradient", "native_gradient_square")
@@ -92,6 +94,17 @@ class Steady:
         return layer.weight.abs() * (1 + (steadiness("gradient") - steadiness("native_gradient")) / 2)
 
 
+class Coin:
+    """`Small`'s score with a coin in place of the sign: the control that tells what the gradient is worth in it."""
+
+    statistics: tuple[str, ...] = ()
+
+    def score(self, layer: Layer) -> Tensor:
+        drawn = Random(0).score(layer)
+        size = layer.weight.abs()
+        return torch.where(drawn < drawn.median(), -1 / (size + 1e-8), size)
+
+
 def _first(layer: Layer, gradient: str) -> Tensor:
     """-g * w."""
     return torch.neg(layer.statistics[gradient] * layer.weight)
@@ -104,6 +117,7 @@ _FORMS: Mapping[str, Callable[[], Criterion]] = {
     "channel": Channel,
     "small": Small,
     "steady": Steady,
+    "coin": Coin,
 }
 
 

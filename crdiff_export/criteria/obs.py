@@ -1,9 +1,10 @@
 """Rank by Optimal Brain Surgeon, and move the weights that stay: SparseGPT (arXiv 2301.00774) on OBS-Diff's Hessian.
 
-H = gram + damping * mean(diag gram) * I, where `gram` is the sum over sampling steps of alpha_t * X_t X_t^T (OBS-Diff,
-arXiv 2510.06751, whose alpha_t fall from 1.2 to 0.8 with the logarithm of the step). U is the upper Cholesky factor of
-H^-1 = U^T U. U_jj^2 is [(H_R)^-1]_jj for R = {j, j+1, ...}: what is left of the inverse once the columns before j are
-settled. Row j of U over U_jj is the update that the columns after j get.
+H = G + damping * mean(diag G) * I, where G is `gram`, the sum over sampling steps of alpha_t * X_t X_t^T (OBS-Diff,
+arXiv 2510.06751, whose alpha_t fall from 1.2 to 0.8 with the logarithm of the step), with 1 on its diagonal for dead
+inputs, those that are zero there (as in SparseGPT). U is the upper Cholesky factor of H^-1 = U^T U. U_jj^2 is
+[(H_R)^-1]_jj for R = {j, j+1, ...}: what is left of the inverse once the columns before j are settled. Row j of U over
+U_jj is the update that the columns after j get.
 """
 
 from collections.abc import Mapping
@@ -31,9 +32,11 @@ class Obs:
     """Score w_ij^2 / U_jj^2, the error of the layer's output when w_ij goes and the columns after j make up for it.
 
     Compared across the scope or a row, the scores are those of the weights as they are, before any has moved. A dead
-    input (zero on H's diagonal) scores 0, so its weights go first, as in SparseGPT. Computed in float64 where the
-    device has it: H's inverse amplifies what float32 leaves out. The damping is a share of the mean diagonal, 0.01 by
-    default; where Cholesky's method fails it is tried tenfold, up to 4 times, then CalibrationError names the layer.
+    input scores 0, so its weights go first, as in SparseGPT. A common factor of all grams is one of all scores too, and
+    changes no order unless inputs are dead: their 1 on the diagonal, which enters the mean, has no such factor.
+    Computed in float64 where the device has it: H's inverse amplifies what float32 leaves out. The damping is a share
+    of the mean diagonal, 0.01 by default; where Cholesky's method fails it is tried tenfold, up to 4 times, then
+    CalibrationError names the layer.
     """
 
     statistics: tuple[str, ...] = ("gram",)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crdiff_export.criteria.decision import Mask
+from crdiff_export.criteria.spec import SCORED, Spec
 from crdiff_export.errors import CalibrationError
 from crdiff_export.plan import Target
 from crdiff_export.source import Bytes, SourceFile
@@ -20,6 +21,7 @@ _DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_LESS = "Ask for more damping (obs:damping=0.1), for none of it (obs:compensate=off)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +93,36 @@ def digest(data: memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def rounded(target: Target, layer: str, weights: Weights, mask: Tensor, moved: Tensor) -> tuple[Mask, NDArray[Any]]:
+def rounded(
+    target: Target, layer: str, weights: Weights, mask: Tensor, moved: Tensor, spec: Spec
+) -> tuple[Mask, NDArray[Any]]:
     """Weights after compensation as raw bits in the output dtype, to nearest even, and the mask of their zeros.
 
     What goes is +0.0, and so is what rounds to zero, which joins the mask: the file's zeros are the mask. What is not
-    finite keeps its bits. CalibrationError where compensation has moved a weight beyond what the dtype holds.
+    finite keeps its bits. CalibrationError where the criterion has moved a weight to what is no number or beyond what
+    the dtype holds, and where what it gives is no weight for each.
     """
-    dtype = target.output.dtype
-    written = moved.to("cpu", torch.float32).to(_DTYPES[dtype])
+    dtype, ours = target.output.dtype, spec.name in SCORED
+    if moved.shape != weights.values.shape:
+        raise CalibrationError(
+            f"{layer}: compensation by {spec} gives {list(moved.shape)} for weights of {list(weights.values.shape)}",
+            "Each weight needs one; ask whoever made the criterion.",
+        )
+    exact = moved.to("cpu", torch.float32)
+    written = exact.to(_DTYPES[dtype])
     again = written.float()
     broken = torch.zeros_like(again, dtype=torch.bool) if weights.broken is None else weights.broken.cpu()
     gone = (mask.cpu() | (again == 0)) & ~broken
-    if over := int((~torch.isfinite(again) & ~broken & ~gone).sum()):
+    stays = ~broken & ~gone
+    if odd := int((~torch.isfinite(exact) & stays).sum()):
         raise CalibrationError(
-            f"{layer}: compensation makes {over} weights larger than {dtype} holds",
-            "Ask for more damping (obs:damping=0.1), for none of it (obs:compensate=off), or for --dtype fp32.",
+            f"{layer}: compensation by {spec} makes {odd} weights that are not finite",
+            _LESS + "." if ours else "Ask whoever made the criterion.",
+        )
+    if over := int((~torch.isfinite(again) & stays).sum()):
+        raise CalibrationError(
+            f"{layer}: compensation by {spec} makes {over} weights larger than {dtype} holds",
+            f"{_LESS}, or for --dtype fp32." if ours else "Ask for --dtype fp32, or whoever made the criterion.",
         )
     bits = written.flatten().view(torch.uint8).numpy().view(weights.bits.dtype).copy()
     bits[gone.flatten().numpy()] = 0

@@ -6,8 +6,9 @@ each output row (`compare=row`, the way of Wanda, arXiv 2306.11695, section 3). 
 count as gone, so that the zeros of the written file are the mask. Weights that are not finite rank last, and stay.
 """
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from crdiff_export.criteria import Layer, Loaded, nonfinite, selection
 from crdiff_export.criteria.calibration import Calibration
 from crdiff_export.criteria.decision import Decision, Mask
 from crdiff_export.criteria.reading import Reader, Weights, digest, reading, rounded
+from crdiff_export.criteria.spec import SCORED
 from crdiff_export.errors import CalibrationError, PlanError
 from crdiff_export.plan import Plan, Target
 from crdiff_export.progress import Progress, Silent
@@ -147,7 +149,7 @@ class Scored:
 
     def _score(self, layer: Layer, weights: Weights) -> Tensor:
         """A layer's scores, checked, infinite where its weights are not finite."""
-        scores = self._criterion.score(layer).to(self._device, torch.float32)
+        scores = self._criterion.score(replace(layer, ratio=math.nan)).detach().to(self._device, torch.float32)
         if scores.shape != layer.weight.shape:
             raise CalibrationError(
                 f"{layer.name}: {self._loaded.spec} gives scores of {list(scores.shape)} for weights of "
@@ -156,9 +158,12 @@ class Scored:
             )
         if wrong := scores.numel() - int(torch.isfinite(scores).sum()):
             where = self._calibration.path if self._calibration else self._loaded.spec
+            hint = "The numbers in the calibration are too large or make no sense; calibrate again."
+            if self._loaded.spec.name not in SCORED:
+                again = "Calibrate again, or ask" if self._calibration else "Ask"
+                hint = f"{again} whoever made the criterion: layer.ratio is NaN while it scores."
             raise CalibrationError(
-                f"{where}: {wrong} scores of {layer.name} are not finite ({self._loaded.spec})",
-                "The numbers in the calibration are too large or make no sense; calibrate again.",
+                f"{where}: {wrong} scores of {layer.name} are not finite ({self._loaded.spec})", hint
             )
         return scores if weights.broken is None else scores.masked_fill(weights.broken, torch.inf)
 
@@ -186,7 +191,7 @@ class Scored:
             k = min(plan.scopes[scope].rank, int(counts.sum()))
             limits[scope] = -torch.inf
             if k:  # else none is finite
-                place, before = selection.place(counts, k)
+                place, before = selection.place(counts, k, self._loaded.spec)
                 upper[scope] = place, k - before
         looks = [(scope, i) for scope in upper for i in members[scope]]
         progress.stage("ranking", sum(_size(plan.targets[i]) for _, i in looks))
@@ -199,7 +204,7 @@ class Scored:
                 lower[scope] += selection.count_lower(selection.keys(scores[scores != torch.inf]), upper[scope][0])
                 progress.advance(_size(target))
         for scope, (place, k) in upper.items():
-            limits[scope] = selection.value(place, selection.place(lower[scope], k)[0])
+            limits[scope] = selection.value(place, selection.place(lower[scope], k, self._loaded.spec)[0])
         return limits
 
     def _choose(self, plan: Plan, target: Target, name: str, limit: float | None, reader: Reader) -> _Chosen:
@@ -211,12 +216,13 @@ class Scored:
         weights = reader.weights(target, reader.raw(target))
         layer = self._layer(plan, target, name, weights)
         if self._loaded.compare == "layer":
-            return _counted(*rounded(target, name, weights, *choose(layer)))
+            mask, moved = choose(layer)
+            return _counted(*rounded(target, name, weights, mask, moved, self._loaded.spec))
         scores = kept.scores if kept else self._score(layer, weights)
         mask = _mask(scores, weights.zero, limit, ratio, self._loaded.compare)
         if not compensate:
             return _counted(Mask.pack(mask.cpu().numpy()))
-        return _counted(*rounded(target, name, weights, mask, compensate(layer, mask)))
+        return _counted(*rounded(target, name, weights, mask, compensate(layer, mask), self._loaded.spec))
 
     def _counts(self, plan: Plan, chosen: Mapping[int, _Chosen]) -> tuple[Threshold, ...]:
         pruned, broken = [0] * len(plan.scopes), [0] * len(plan.scopes)
@@ -264,6 +270,7 @@ def _device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise PlanError(
-            f"device {name}: {str(error).splitlines()[0]}", "Leave --device out: the CPU computes the same scores."
+            f"device {name}: {str(error).splitlines()[0]}",
+            "Leave --device out to compute the scores on the CPU, where their last bits may differ.",
         ) from error
     return device

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crdiff_export.errors import CalibrationError
+
 BITS = 16
 SIZE = 1 << BITS
 _TURNED = 0x7FFF_FFFF
@@ -42,9 +44,17 @@ def count_lower(found: Tensor, upper: int) -> Tensor:
     return torch.bincount(inside & (SIZE - 1), minlength=SIZE)
 
 
-def place(counts: Tensor, k: int) -> tuple[int, int]:
-    """Where in a histogram the k-th smallest is (k >= 1 and at most its sum), and how many come before that place."""
+def place(counts: Tensor, k: int, criterion: object = "a criterion") -> tuple[int, int]:
+    """Where in a histogram the k-th smallest is (k >= 1), and how many come before that place.
+
+    CalibrationError where it holds fewer than k: the criterion has given other scores for the same layers before.
+    """
     at_most = counts.cumsum(0)
+    if int(at_most[-1]) < k:
+        raise CalibrationError(
+            f"{criterion}: its scores differ from one call to the next",
+            "The same layer has to get the same scores every time; ask whoever made the criterion.",
+        )
     found = int(torch.searchsorted(at_most, k))
     return found, int(at_most[found] - counts[found])
 

@@ -66,7 +66,7 @@ OPTIONS: Final[Mapping[str, Mapping[str, Option]]] = {
     },
     "adverse": {
         "compare": COMPARE,
-        "form": Option("small", ("small", "steady", "signed", "guarded", "second", "channel")),
+        "form": Option("small", ("small", "steady", "signed", "guarded", "second", "channel", "coin")),
     },
 }
 

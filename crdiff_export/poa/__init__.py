@@ -46,7 +46,7 @@ def enable(
     fraction of sampling that is done; None takes the file's own. Outside `start` to `stop` the model stays dense and
     costs one pass. The weights that are pruned are compared with the checkpoint first, and a baked file with its hash;
     `check=False` trusts both. `keep=True` prunes each layer once and holds its pruned weights, which is
-    faster where there is room for them.
+    faster where there is room for them; who changes weights through `.data` then has to enable POA again.
     PoaError if they are of another model, VerifyError or CheckpointError for a file that is not as crdiff wrote it.
     """
     from crdiff_export.poa import sampling

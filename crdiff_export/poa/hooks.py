@@ -64,14 +64,19 @@ class LayerHook(ModelHook):  # type: ignore[misc]  # it has no types
 
     def follow(self, switch: Switch, part: Part, dtype: torch.dtype) -> None:
         """Look at this switch from now on."""
-        self.switch, self.part = switch, part
-        self._rules = {dtype: part.rule(dtype)}
+        self.switch = switch
+        self.part: Part | None = part
+        self._rules: dict[torch.dtype, Rule] = {dtype: part.rule(dtype)}
         self._kept: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
+
+    def let_go(self) -> None:
+        """Hold nothing any more; a hook that cannot be taken off stays, dense."""
+        self.switch, self.part, self._rules, self._kept = Switch(), None, {}, None
 
     @property
     def held(self) -> int:
         """Bytes of the pruned weights that are kept, and of what they are made with."""
-        return self.part.held + (self._kept[1].nbytes if self._kept else 0)
+        return (self.part.held if self.part else 0) + (self._kept[1].nbytes if self._kept else 0)
 
     def new_forward(self, module: nn.Linear, hidden: Tensor) -> Tensor:
         """The layer's output for hidden states `(batch, …, in_features)`."""
@@ -106,6 +111,7 @@ class LayerHook(ModelHook):  # type: ignore[misc]  # it has no types
 
     def _rule(self, dtype: torch.dtype) -> Rule:
         if dtype not in self._rules:  # the model was cast in the meantime
+            assert self.part
             self._rules[dtype] = self.part.rule(dtype)
         return self._rules[dtype]
 
@@ -125,6 +131,7 @@ def attach(layer: nn.Linear, switch: Switch, part: Part) -> LayerHook:
 
 def detach(layer: nn.Linear, hook: LayerHook) -> None:
     """Take a hook off its layer. One that somebody has wrapped since would take the wrapper along; it stays."""
+    hook.let_go()
     if layer.forward is not hook.forward:
         return
     HookRegistry.check_if_exists_or_initialize(layer).remove_hook(NAME, recurse=False)

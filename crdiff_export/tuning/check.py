@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from crdiff_export import bases, evaluation, recipe_files, scorers
+from crdiff_export.criteria.spec import Spec
 from crdiff_export.evaluation import evidence
 from crdiff_export.evaluation.findings import Subject
 from crdiff_export.inspection import printable
@@ -105,7 +106,8 @@ def _source(found: Found, scorer: str) -> str:
     method = job.setup.method
     by = "POA at the weight found" if job.setup.space.weights else "the pruned model alone"
     paper = ", the box and constants of the public code" if job.request.paper else ""
-    by += "" if job.request.criterion == MAGNITUDE else f" with {job.request.criterion}"
+    criterion = str(Spec.parse(job.request.criterion))
+    by += "" if criterion == MAGNITUDE else f" with {criterion}"
     drawn = f"{len(job.pairs.search)} pictures"
     return (
         f"crdiff search: {method.name}{paper}, seed {method.seed}, the best of {len(found.trials)} trials "

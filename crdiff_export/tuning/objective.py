@@ -1,7 +1,6 @@
 """What judges a candidate: an open pipeline that is pruned on the fly, and a scorer, on the same pairs every time."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from crdiff_export import poa, ranking, scorers
+from crdiff_export.drawing import parts
 from crdiff_export.drawing.session import Place, Session, Style, session
 from crdiff_export.errors import PreviewError
 from crdiff_export.hashing import hash_data
@@ -119,16 +119,15 @@ def pairs_digest(pairs: Some) -> str:
 
 def fingerprint(job: "Job", base: str, pipeline: Session, scorer: scorers.Scorer, style: Style) -> dict[str, str]:
     """Everything the scores depend on, under names that an error can tell people."""
-    scheduler = pipeline.pipe.scheduler
-    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    pipe = pipeline.pipe
     return {
         "base": base,
         "family": job.plan.match.family.id,
-        "other parts": _parts(job, pipeline),
+        "other parts": parts.others(pipe, getattr(pipe, job.opening.pipeline.folder)),
         "size": str(style.size),
         "targets": ", ".join(job.plan.kinds),
         **_criterion(job),
-        "scheduler": f"{type(scheduler).__name__} {_digest(json.dumps(config, sort_keys=True, default=str).encode())}",
+        "scheduler": parts.scheduler(pipe),
         "steps": str(style.steps),
         "guidance": repr(style.guidance),
         "negative": style.negative or "none",
@@ -149,27 +148,9 @@ def _criterion(job: "Job") -> dict[str, str]:
     return {"criterion": asked.name, **({"calibration": asked.calibration.hash} if asked.calibration else {})}
 
 
-def _digest(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()[:16]}"
-
-
 def _base(job: "Job", progress: Progress) -> str:
     """The hash of the base's data sections, of which a file may have one and shards have several."""
     files = job.plan.checkpoint.files
     progress.stage("hashing", sum(file.data_size for file in files))
     found = [hash_data(file, progress) for file in files]
-    return f"sha256:{found[0]}" if len(found) == 1 else _digest("".join(found).encode())
-
-
-def _parts(job: "Job", pipeline: Session) -> str:
-    """The hash of what is beside the model that is pruned, as it is in memory: text encoders and VAE."""
-    from safetensors.torch import save
-
-    digest = hashlib.sha256()
-    for part, component in sorted(pipeline.pipe.components.items()):
-        if part == job.opening.pipeline.folder or not hasattr(component, "state_dict"):
-            continue
-        for name, tensor in sorted(component.state_dict().items()):
-            digest.update(f"{part}.{name}".encode())
-            digest.update(save({"": tensor.cpu().contiguous()}))
-    return f"sha256:{digest.hexdigest()[:16]}"
+    return f"sha256:{found[0]}" if len(found) == 1 else parts.digest("".join(found).encode())

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Final
 
 from crdiff_export import search
+from crdiff_export.criteria.spec import Spec
 from crdiff_export.errors import OptionError
 from crdiff_export.plan import Plan
 from crdiff_export.ranking import UNIFORM
@@ -38,7 +39,7 @@ def setup(request: "SearchRequest", planned: Plan, pairs: int, scorer: str) -> "
         request.method not in (None, "anneal") or request.low is not None or request.high is not None
     ):
         raise OptionError("--paper has its own method and range", "Leave out --method, --low and --high, or --paper.")
-    if request.criterion == UNIFORM:
+    if Spec.parse(request.criterion).name == UNIFORM:
         hint = "Leave --criterion out, and compare with it in `crdiff evaluate`, or search one of the others."
         raise OptionError("a search finds a ratio for each group, uniform has one for all", hint)
     low, high = PAPER_BOX if request.paper else (LOW, HIGH)
