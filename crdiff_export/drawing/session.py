@@ -14,6 +14,7 @@ from crdiff_export.drawing.opening import Opening
 from crdiff_export.errors import OptionError, PlanError, PreviewError
 from crdiff_export.families.pipelines import BUNDLED, Pipeline
 from crdiff_export.inspection import printable
+from crdiff_export.poa.sampling import model_of
 from crdiff_export.recipe import Size
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Session:
 
     def has_room(self) -> bool:
         """Whether pruned weights may be held beside the dense ones: on an accelerator, if as much again stays free."""
-        model = getattr(self.pipe, "unet", None) or self.pipe.transformer
+        model: Any = model_of(self.pipe)
         if model.device.type == "cpu":
             return True
         if model.device.type != "cuda":
