@@ -4,8 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import masking
 import pytest
 import safetensors.torch
 import torch
@@ -231,6 +233,61 @@ def test_a_layer_takes_the_pruned_weights_when_the_switch_says_so(baked: BakedCh
         assert layer(weights[key].to(torch.float8_e4m3fn)).dtype == torch.float8_e4m3fn
         assert switch.used
         switch.pruned = switch.used = False
+
+
+# What a file without thresholds is held against.
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> masking.Base:
+    return masking.base(tmp_path_factory.mktemp("masked"), "sd15.original")
+
+
+def bake(base: masking.Base, criterion: str) -> BakedCheckpoint:
+    path = base.path.with_name(f"{criterion}.safetensors")
+    if not path.exists():
+        export(base.request(path, criterion))
+    return open_baked(path)
+
+
+@pytest.mark.parametrize("criterion", ["random", "wanda", "obs"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_what_is_computed_in_float32_was_rounded_as_the_model_was(
+    criterion: str, dtype: torch.dtype, masked: masking.Base
+) -> None:
+    """As the pruned file is when it is loaded in that dtype, moved weights as well."""
+    file = bake(masked, criterion)
+    weights, pruned = loaded(masked.path, dtype), loaded(file.checkpoint.path, dtype)
+    switch = Switch()
+    switch.pruned = True
+    for key, parts in match.cuts(weights, file).items():
+        assert torch.equal(Layer(switch, key, parts, ())(weights[key].float()), pruned[key].float())
+
+
+def test_where_weights_were_moved_the_biases_tell_the_base(masked: masking.Base) -> None:
+    file, weights = bake(masked, "obs"), loaded(masked.path)
+    name = match.PREFIX + "input_blocks.1.1.transformer_blocks.0.ff.net.2.bias"
+    for dtype in (torch.float16, torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+        match.cuts({**weights, name: weights[name].to(dtype)}, file)
+    match.cuts({key: weight for key, weight in weights.items() if key != name}, file)
+    with pytest.raises(PoaError, match=r"the weights of input_blocks.1.1.transformer_blocks.0.ff.net.2 are not those"):
+        match.cuts({**weights, name: weights[name] + 1}, file)
+    match.cuts({**weights, name: weights[name] + 1}, bake(masked, "wanda"))
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_a_smaller_mask_is_seen_by_its_zeros(criterion: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {}
+    for ratio in (0.1, 0.4):
+        request = ExportRequest("demo", Size(96, 64), tmp_path / f"{ratio}.safetensors", ratio=ratio)
+        files[ratio] = open_baked(export(replace(request, criterion=criterion)).written.path)
+    for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+        match.cuts(loaded(demo.path(), dtype), files[0.4])
+    assert not caplog.messages
+    match.cuts(loaded(files[0.1].checkpoint.path), files[0.4])
+    (said,) = caplog.messages
+    assert "25% of the weights that" in said
+    assert "load 'demo' instead" in said
 
 
 def test_files_are_told_by_their_header(baked: BakedCheckpoint, tmp_path: Path) -> None:

@@ -1,17 +1,19 @@
 """The pruned layers of a model in memory: found by name, held against the checkpoint, made dense where they are not."""
 
+import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from crdiff_export import residual
 from crdiff_export.baked import BakedCheckpoint
-from crdiff_export.errors import PoaError, VerifyError
+from crdiff_export.errors import CheckpointError, PoaError, VerifyError
 from crdiff_export.hashing import hash_data
 from crdiff_export.header import show
 from crdiff_export.plan import Target
+from crdiff_export.poa import stored
 from crdiff_export.poa.masks import Own, Part, dtypes, holds
 from crdiff_export.poa.source import Source
 from crdiff_export.progress import Silent
@@ -65,6 +67,18 @@ def _layer(model: nn.Module, name: str, part: Part, source: Source) -> nn.Linear
     return layer
 
 
+class _State(NamedTuple):
+    """Whether a layer holds the dense weights, as far as those stored tell, and whether it holds just those stored.
+
+    Of the stored weights that may have been pruned, `gone`, as many are zero in the layer, too.
+    """
+
+    dense: bool
+    pruned: bool
+    gone: int
+    zeros: int
+
+
 def make_dense(layers: Mapping[str, nn.Linear], source: Source) -> bool:
     """Hold the layers against the source's checkpoint, and fill them from its residual if they are the pruned ones.
 
@@ -73,20 +87,67 @@ def make_dense(layers: Mapping[str, nn.Linear], source: Source) -> bool:
     """
     if source.baked:
         _check_file(layers, source, source.baked)
-    states = {name: _state(layers[name].weight, weights, source, name) for name, weights in _reference(source)}
-    wrong = next((name for name, (dense, pruned) in states.items() if not (dense or pruned)), None)
-    are_pruned = source.baked is not None and all(pruned for _, pruned in states.values())
-    if wrong or not (are_pruned or all(dense for dense, _ in states.values())):
-        other = wrong or next(name for name, (dense, _) in states.items() if not dense)
-        raise PoaError(
-            f"the weights of {other.removesuffix('.weight')} are not those of {show(source.base)}, "
-            f"which {source.path} was made from" if source.baked else
-            f"the weights of {other.removesuffix('.weight')} are not those of {source.path}",
-            "Load that base, unfused and as it was published, then enable POA.",
-        )  # fmt: skip
+    states = {
+        name: _state(layers[name].weight, weights, source, name)
+        for target, weights in stored.weights(source.plan)
+        if (name := diffusers_name(source.plan, target)) in layers
+    }
+    wrong = next((name for name, state in states.items() if not (state.dense or state.pruned)), None)
+    are_pruned = source.baked is not None and all(state.pruned for state in states.values())
+    if wrong or not (are_pruned or all(state.dense for state in states.values())):
+        raise _other(wrong or next(name for name, state in states.items() if not state.dense), source)
+    if source.baked is None:
+        return False
     if are_pruned:
         _fill(layers, source)
-    return are_pruned
+        return True
+    if source.baked.stamp.moved:
+        _check_biases(layers, source, source.baked)
+    if source.has_residual and _are_all_dense(layers, source, source.baked):
+        return False
+    gone, zeros = sum(state.gone for state in states.values()), sum(state.zeros for state in states.values())
+    if text := stored.sparse(zeros, gone, source.baked):
+        warnings.warn(text, stacklevel=5)
+    return False
+
+
+def _other(name: str, source: Source) -> PoaError:
+    path = name.removesuffix(".weight")
+    return PoaError(
+        f"the weights of {path} are not those of {show(source.base)}, which {source.path} was made from"
+        if source.baked else f"the weights of {path} are not those of {source.path}",
+        "Load that base, unfused and as it was published, then enable POA.",
+    )  # fmt: skip
+
+
+def _check_biases(layers: Mapping[str, nn.Linear], source: Source, baked: BakedCheckpoint) -> None:
+    """PoaError unless the biases are the file's, which has those of its base where it has moved the weights."""
+    for target, kept in stored.biases(baked.plan):
+        name = diffusers_name(baked.plan, target)
+        own = layers[name].bias if name in layers else None
+        if own is None:
+            continue
+        theirs, mine = kept.to(own.device), own.detach()
+        mine, theirs = (mine.to(theirs.dtype), theirs) if baked.stamp.cast else (mine, theirs.to(mine.dtype))
+        if not _same(mine.float(), theirs.float()).all():
+            raise _other(name, source)
+
+
+def _are_all_dense(layers: Mapping[str, nn.Linear], source: Source, baked: BakedCheckpoint) -> bool:
+    """Whether what was pruned away is there, too, as the residual has it: PoaError if not.
+
+    False where nothing tells, because the residual is a sidecar that is elsewhere.
+    """
+    try:
+        for kept in residual.find(baked):
+            if kept.file is not kept.baked:
+                residual.check_hash(kept.file, residual.OWN_HASH, hash_data(kept.file, Silent()))
+    except (CheckpointError, VerifyError):
+        return False
+    for name, weight, dense in _from_residual(layers, baked):
+        if not _same(weight, dense).all():
+            raise _other(name, source)
+    return True
 
 
 def _check_file(layers: Mapping[str, nn.Linear], source: Source, baked: BakedCheckpoint) -> None:
@@ -107,39 +168,28 @@ def _check_file(layers: Mapping[str, nn.Linear], source: Source, baked: BakedChe
             )
 
 
-def _reference(source: Source) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's weights of every pruned layer, as they are stored, by diffusers' name."""
-    readers = [file.open() for file in source.plan.checkpoint.files]
-    try:
-        for target in source.plan.targets:
-            name = diffusers_name(source.plan, target)
-            if name in source.masks.diffusers:
-                start, stop = target.span(target.source)
-                data = bytearray(stop - start)
-                readers[target.file].read_into(start, memoryview(data))
-                yield name, torch.frombuffer(data, dtype=dtypes()[target.source.dtype])
-    finally:
-        for reader in readers:
-            reader.close()
-
-
-def _state(weight: Tensor, stored: Tensor, source: Source, name: str) -> tuple[bool, bool]:
-    """Whether a layer holds the dense weights, as far as `stored` tells, and whether it holds just those stored."""
-    stored, own = stored.to(weight.device), weight.detach().reshape(-1)
-    theirs = stored.to(own.dtype)
-    same = (own == theirs) | (own.isnan() & theirs.isnan())
+def _state(weight: Tensor, kept: Tensor, source: Source, name: str) -> _State:
+    kept, own = kept.to(weight.device), weight.detach().reshape(-1)
+    same = _same(own, kept.to(own.dtype))
     if source.baked is None:
-        return bool(same.all()), False
-    part, dense = source.masks.diffusers[name][0], same
-    if isinstance(part, Own):  # nothing in the file tells what they were
-        return True, bool(same.all())
+        return _State(bool(same.all()), False, 0, 0)
+    part, dense, gone = source.masks.diffusers[name][0], same, _are_zero(kept)
+    # Of eight bits small ones are zero, too.
+    zeros = 0 if kept.itemsize == 1 else int((gone & (own == 0)).sum())
+    counts = int(gone.sum()), zeros
+    if isinstance(part, Own):  # nothing in its weights tells what they were
+        return _State(True, bool(same.all()), *counts)
     if source.baked.stamp.cast:  # of the base it has what the cast has left
-        dense = own.to(stored.dtype) == stored
-    return bool(torch.where(_are_zero(stored), part.fits(own), dense).all()), bool(same.all())
+        dense = own.to(kept.dtype) == kept
+    return _State(bool(torch.where(gone, part.fits(own), dense).all()), bool(same.all()), *counts)
 
 
-def _are_zero(stored: Tensor) -> Tensor:
-    return (stored.float() if stored.itemsize == 1 else stored) == 0
+def _same(one: Tensor, other: Tensor) -> Tensor:
+    return (one == other) | (one.isnan() & other.isnan())
+
+
+def _are_zero(kept: Tensor) -> Tensor:
+    return (kept.float() if kept.itemsize == 1 else kept) == 0
 
 
 @torch.no_grad()
@@ -158,11 +208,17 @@ def _fill(layers: Mapping[str, nn.Linear], source: Source) -> None:
                 "Load it in the file's own dtype, or in fp32.",
             )
     residual.check(source.baked, Silent())  # half a residual would leave the model half filled
-    for target, dense in residual.dense(source.baked):
-        name = diffusers_name(source.plan, target)
+    for _, weight, dense in _from_residual(layers, source.baked):
+        weight.copy_(dense)
+
+
+def _from_residual(layers: Mapping[str, nn.Linear], baked: BakedCheckpoint) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Every layer's name and weights, and as the residual has them."""
+    for target, dense in residual.dense(baked):
+        name = diffusers_name(baked.plan, target)
         if name in layers:
-            weight = layers[name].weight
-            weight.copy_(_tensor(dense, target).to(weight.dtype).view_as(weight))
+            weight = layers[name].weight.detach()
+            yield name, weight, _tensor(dense, target).to(weight.device, weight.dtype).view_as(weight)
 
 
 def _tensor(bits: Any, target: Target) -> Tensor:

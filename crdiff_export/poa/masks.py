@@ -119,6 +119,11 @@ class Own:
         """What gives the weights in any dtype: they are shared, not to be written to."""
         return self._give
 
+    def rounded(self, dtype: "torch.dtype") -> "Own":
+        """The same for a model that was loaded as `dtype` and is computed with in another: rounded as it was."""
+        names = {own: name for name, own in dtypes().items()}
+        return Own(self.start, self.stop, names[dtype], _moved(self._weights, self._weights.device, dtype))
+
     def fits(self, dense: "Tensor") -> "Tensor":
         """Anything may have been set to zero."""
         import torch

@@ -1,6 +1,7 @@
 """Whether a model in ComfyUI is the one that a baked file was made from, and its cuts by ComfyUI's names."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from crdiff_export.baked import BakedCheckpoint, decision, open_baked
 from crdiff_export.errors import CrdiffError, PoaError
 from crdiff_export.header import show
 from crdiff_export.plan import Plan
-from crdiff_export.poa.masks import Cut, Masks, Part, dtypes, holds
+from crdiff_export.poa import stored
+from crdiff_export.poa.masks import Bits, Masks, Own, Part, dtypes, holds
 from crdiff_export.twins import original_place
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 PREFIX = "diffusion_model."
 # Elements of each layer that are compared; another model differs in all of its layers.
 SAMPLE = 1 << 14
+_log = logging.getLogger(__name__)
 
 
 Cuts = dict[str, tuple[Part, ...]]
@@ -35,7 +38,7 @@ def find(weights: Mapping[str, Any], files: Iterable[Path]) -> tuple[BakedCheckp
     for file in files:
         try:
             baked = open_baked(file)
-            if not baked.stamp.moved:  # nothing in such a file tells its base from other models
+            if not baked.stamp.moved:  # its biases may be those of other models, too
                 fitting.append((baked, cuts(weights, baked)))
         except PrunedError:
             raise
@@ -55,7 +58,7 @@ def cuts(weights: Mapping[str, Any], baked: BakedCheckpoint) -> Cuts:
     """The cuts of every weight that is pruned, by its key in the model, for weights as they are loaded.
 
     `weights` are the model's own, without patches. PoaError if they are not those of the file's base; where weights
-    were moved, only whether they may be is known.
+    were moved, only the biases of their layers tell.
     """
     stops = _stops(baked.plan)
     if not stops:
@@ -110,66 +113,84 @@ def _weight(weights: Mapping[str, Any], name: str, stop: int, baked: BakedCheckp
     return weight
 
 
-def _as_loaded(cut: Part, weight: "Tensor") -> Part:
-    """The cut for weights that were rounded when they were loaded, and are computed with in another dtype again."""
+def _as_loaded(part: Part, weight: "Tensor") -> Part:
+    """The part for weights that were rounded when they were loaded, and are computed with in another dtype again."""
+    if isinstance(part, Bits) or holds(weight.dtype, part.dtype):
+        return part
+    if isinstance(part, Own):
+        return part.rounded(weight.dtype)
     names = {dtype: name for name, dtype in dtypes().items()}
-    if not isinstance(cut, Cut) or holds(weight.dtype, cut.dtype):
-        return cut
-    return replace(cut, bits=floats.bits(cut.limit(weight.dtype)), dtype=names[weight.dtype])
+    return replace(part, bits=floats.bits(part.limit(weight.dtype)), dtype=names[weight.dtype])
 
 
 def _check(weights: Mapping[str, Any], baked: BakedCheckpoint, masks: Masks | None) -> None:
-    """PoaError unless the model holds the dense weights, as far as the pruned ones in the file tell."""
-    pruned, zeros = True, False
-    for name, start, stored in _stored(baked):
-        weight = weights[PREFIX + name]
-        if weight.is_meta:
+    """PoaError unless the model holds the dense weights, as far as the pruned ones in the file tell.
+
+    Where weights were moved, the biases of their layers tell.
+    """
+    pruned, gone, zeros = True, 0, 0
+    for target, kept in stored.weights(baked.plan, SAMPLE):
+        name, part = original_place(baked.plan, target)
+        start = part * target.count
+        own = _own(weights, name, start, kept)
+        if own is None:
             continue
         cut = next((cut for cut in masks.original[name] if cut.start == start), None) if masks else None
-        part = weight.detach().reshape(-1)[start : start + len(stored)].cpu()
-        is_dense, is_pruned = _compare(part, stored, cut)
+        is_dense, is_pruned = _compare(own, kept, cut)
         if not (is_dense or is_pruned or baked.stamp.moved):
-            raise PoaError(
-                f"the weights of {name.removesuffix('.weight')} are not those of {show(baked.stamp.source_name)}, "
-                f"which {baked.checkpoint.path} was made from",
-                "Load that base, as it was published.",
-            )
-        pruned, zeros = pruned and is_pruned, zeros or bool((stored.double() == 0).any())
-    if pruned and zeros:
+            raise _other(name, baked)
+        pruned, went = pruned and is_pruned, kept.double() == 0
+        gone += int(went.sum())
+        if 1 not in (own.itemsize, kept.itemsize):  # where small ones are zero, too
+            zeros += int(((own == 0) & went).sum())
+    if pruned and gone:
         again = ", which `crdiff restore` makes from it," if baked.stamp.residual != "none" else ""
         raise PrunedError(
             f"the model holds the pruned weights of {baked.checkpoint.path} already, POA needs the dense ones",
             f"Load its base, {show(baked.stamp.source_name)},{again[1:]} and choose the baked file in this node.",
         )
+    if baked.stamp.moved:
+        _check_biases(weights, baked)
+    if text := stored.sparse(zeros, gone, baked):
+        _log.warning("crdiff: %s", text)
 
 
-def _stored(baked: BakedCheckpoint) -> Iterator[tuple[str, int, "Tensor"]]:
-    """The beginning of every pruned layer in the file: its name and place in the original layout, and its weights."""
+def _check_biases(weights: Mapping[str, Any], baked: BakedCheckpoint) -> None:
+    for target, kept in stored.biases(baked.plan):
+        name, part = original_place(baked.plan, target)
+        own = _own(weights, f"{name.removesuffix('weight')}bias", part * len(kept), kept)
+        if own is not None and not _compare(own, kept, None)[1]:
+            raise _other(name, baked)
+
+
+def _own(weights: Mapping[str, Any], name: str, start: int, like: "Tensor") -> "Tensor | None":
+    """As many of a model's weights as there are in `like`; None where they are nowhere, or in a form of their own."""
     import torch
 
-    readers = [file.open() for file in baked.checkpoint.files]
-    try:
-        for target in baked.plan.targets:
-            if not baked.plan.scopes[target.scope].rank:
-                continue
-            name, part = original_place(baked.plan, target)
-            start, stop = target.span(target.source)
-            data = bytearray(min(stop - start, SAMPLE * target.source.itemsize))
-            readers[target.file].read_into(start, memoryview(data))
-            yield name, part * target.count, torch.frombuffer(data, dtype=dtypes()[target.source.dtype])
-    finally:
-        for reader in readers:
-            reader.close()
+    whole: Any = weights.get(PREFIX + name)
+    known = (*dtypes().values(), torch.float64)
+    if type(whole) not in (torch.Tensor, torch.nn.Parameter) or whole.is_meta or whole.dtype not in known:
+        return None
+    own: Tensor = whole.detach().reshape(-1)[start : start + len(like)].cpu()
+    return own if len(own) == len(like) else None
 
 
-def _compare(own: "Tensor", stored: "Tensor", cut: Part | None) -> tuple[bool, bool]:
-    """Whether a layer holds the dense weights, as far as the stored ones tell, and whether it holds just those."""
+def _other(name: str, baked: BakedCheckpoint) -> PoaError:
+    return PoaError(
+        f"the weights of {name.removesuffix('.weight')} are not those of {show(baked.stamp.source_name)}, "
+        f"which {baked.checkpoint.path} was made from",
+        "Load that base, as it was published.",
+    )
+
+
+def _compare(own: "Tensor", kept: "Tensor", cut: Part | None) -> tuple[bool, bool]:
+    """Whether a layer holds the dense weights, as far as the file's tell, and whether it holds just those."""
     import torch
 
     # In the dtype with fewer bits: either may have been rounded to it. Eight bits are compared as what they stand for.
     names = {dtype: name for name, dtype in dtypes().items()}
-    narrow = stored.dtype if holds(own.dtype, names[stored.dtype]) else own.dtype
-    theirs, mine = stored.to(narrow).double(), own.to(narrow).double()
+    narrow = kept.dtype if holds(own.dtype, names[kept.dtype]) else own.dtype
+    theirs, mine = kept.to(narrow).double(), own.to(narrow).double()
     same = (mine == theirs) | (mine.isnan() & theirs.isnan())
     may_go = cut.fits(own) if cut else torch.ones_like(same)
     return bool(torch.where(theirs == 0, may_go, same).all()), bool(same.all())
