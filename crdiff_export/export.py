@@ -21,7 +21,8 @@ from crdiff_export import (
 )
 from crdiff_export.checkpoint import Checkpoint
 from crdiff_export.criteria import Decision
-from crdiff_export.errors import CrdiffError, PlanError, RecipeError
+from crdiff_export.criteria.calibration import NARROWER
+from crdiff_export.errors import CrdiffError, PlanError, RecipeError, TooWideError
 from crdiff_export.families import Match
 from crdiff_export.floats import DTYPES
 from crdiff_export.hashing import SourceHashes
@@ -79,12 +80,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Baked:
-    """A finished export."""
+    """A finished export. `notes` are what only the weights have shown; what was known before, the plan notes."""
 
     job: Job
     thresholds: tuple[Threshold, ...]
     stamp: Stamp
     written: bake.Written
+    notes: tuple[str, ...] = ()
 
 
 def prepare(request: ExportRequest) -> Job:
@@ -102,16 +104,24 @@ def plan_job(request: ExportRequest, base: bases.Base, checkpoint: Checkpoint) -
     return Job(request, base, planned, target, destination.space(planned, target, request.residual))
 
 
-def plan_variant(request: ExportRequest, checkpoint: Checkpoint) -> Plan:
-    """What to prune, from headers and the recipe alone: the checkpoint's headers, and the calibration's."""
-    asked = _asked(request)
+def plan_variant(request: ExportRequest, checkpoint: Checkpoint, asked: ranking.Asked | None = None) -> Plan:
+    """What to prune, from headers and the recipe alone: the checkpoint's headers, and the calibration's.
+
+    `asked` is the request's criterion, where it has been found already.
+    """
+    asked = asked or _asked(request)
     match = plan.recognise(checkpoint)
     variant, recipe_name, notes = _choose(request, match)
-    planned = plan.make(
-        checkpoint, match, request.size, variant, recipe_name,
-        kinds=request.targets, cast=DTYPES[request.dtype] if request.dtype else None,
-        allow_nonfinite=request.allow_nonfinite, notes=notes,
-    )  # fmt: skip
+    try:
+        planned = plan.make(
+            checkpoint, match, request.size, variant, recipe_name,
+            kinds=request.targets, cast=DTYPES[request.dtype] if request.dtype else None,
+            allow_nonfinite=request.allow_nonfinite, notes=notes,
+        )  # fmt: skip
+    except TooWideError as error:
+        if asked.calibration:  # which there is none of what it is after a cast
+            raise PlanError(error.message, NARROWER) from error
+        raise
     residual.check_plan(planned, request.residual)
     return asked.plan(planned)
 
@@ -217,7 +227,8 @@ class _Making:
         return destination.space(self.job.plan, self.job.target, self.job.request.residual, counts)
 
     def done(self, written: bake.Written) -> Baked:
-        return Baked(self.job, self.order.pruning.decision.thresholds, self.stamp, written)
+        decision = self.order.pruning.decision
+        return Baked(self.job, decision.thresholds, self.stamp, written, decision.notes)
 
 
 def _choose(request: ExportRequest, match: Match) -> tuple[Variant, str, tuple[str, ...]]:

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from crdiff_export import families, threshold
 from crdiff_export.checkpoint import Checkpoint
-from crdiff_export.errors import FamilyError, PlanError
+from crdiff_export.errors import FamilyError, PlanError, TooWideError
 from crdiff_export.families import Layer, Match
 from crdiff_export.floats import FORMATS
 from crdiff_export.header import BITS, TensorSpec, show
@@ -248,11 +248,11 @@ def _rows(tensor: TensorSpec, layer: Layer) -> tuple[int, int]:
 
 def _check_target(file: SourceFile, tensor: TensorSpec) -> None:
     if tensor.dtype not in FORMATS:
-        way = "--dtype casts it" if tensor.dtype in CASTABLE else "export from the checkpoint before it was quantised"
-        raise PlanError(
-            f"{file.path}: {show(tensor.name)} is {tensor.dtype}, which cannot be pruned",
-            f"Targets may be {', '.join(FORMATS)}; {way}.",
-        )
+        message = f"{file.path}: {show(tensor.name)} is {tensor.dtype}, which cannot be pruned"
+        may = f"Targets may be {', '.join(FORMATS)};"
+        if tensor.dtype in CASTABLE:
+            raise TooWideError(message, f"{may} --dtype casts it.")
+        raise PlanError(message, f"{may} export from the checkpoint before it was quantised.")
 
 
 def _output(file: SourceFile, cast: str | None) -> Output:

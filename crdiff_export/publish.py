@@ -25,7 +25,10 @@ Talking = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a variant. `error` where it failed; `digest` decides its content (`Stamp.digest`)."""
+    """What came of a variant. `error` where it failed; `digest` decides its content (`Stamp.digest`).
+
+    `notes` are those of its export.
+    """
 
     item: Item
     status: Status
@@ -34,6 +37,7 @@ class Outcome:
     sha256: str | None = None
     pushed: Pushed | None = None
     error: CrdiffError | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def commit(self) -> str | None:
@@ -134,9 +138,9 @@ class _Publishing:
             return Outcome(item, "failed", error=outcome)
         if not item.destination:
             size = outcome.written.size + companions_size(outcome.job.plan)
-            return Outcome(item, "written", _digest(outcome), size)
+            return Outcome(item, "written", _digest(outcome), size, notes=outcome.notes)
         try:
-            return replace(self._sent(item, checked=True), digest=_digest(outcome))
+            return replace(self._sent(item, checked=True), digest=_digest(outcome), notes=outcome.notes)
         finally:
             self._let_go(item)
 

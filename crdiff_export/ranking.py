@@ -76,7 +76,7 @@ class Asked:
         found = self.calibration
         if found is None:
             return None
-        progress.stage("hashing", found.source.data_size)
+        progress.stage("hashing", found.nbytes)
         return Calibrated(found.hashed(progress), found.size)
 
 

@@ -29,7 +29,7 @@ HASH = re.compile(r"0x[0-9a-f]{64}")
 _GROUP = re.compile(r"crdiff\.(?:ratio|pruned|total)\.(.+)", re.DOTALL)
 _ASKED = re.compile(
     r"crdiff\.(schema|criterion|family|targets|ratio\..*|resolution\.target|poa\.weight|recipe|provenance.*"
-    r"|cast|prompt|evidence\..*|residual|source\.\w+_sha256|calibration\.hash_sha256)",
+    r"|cast|prompt|evidence\..*|residual|source\.\w+_sha256|calibration\.file_sha256)",
     re.DOTALL,
 )
 # What Python writes a float as (`repr`), and as hex (`float.hex`).
@@ -39,7 +39,7 @@ _HEX_FLOAT = re.compile(r"0x[01]\.[0-9a-f]+p[+-][0-9]{1,3}")
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """The calibration that weights were ranked by: the hash of its data, and the size that it was made at."""
+    """The calibration that weights were ranked by: the hash of its file, and the size that it was made at."""
 
     hash: str
     size: Size
@@ -125,7 +125,7 @@ class Stamp:
             "source.hash_sha256": self.source_hash, "source.file_sha256": self.source_file_hash,
             "cast": self.cast, "prompt": self.prompt,
             "mask": ZEROS if self.masked else None, "moved": "true" if self.moved else None,
-            "calibration.hash_sha256": self.calibrated.hash if self.calibrated else None,
+            "calibration.file_sha256": self.calibrated.hash if self.calibrated else None,
             "calibration.size": str(self.calibrated.size) if self.calibrated else None,
         }  # fmt: skip
         keys |= {key: text for key, text in optional.items() if text is not None}
@@ -278,11 +278,11 @@ class _Keys:
         return self.optional("moved") is not None and self.one_of("moved", ("true",)) == "true"
 
     def calibrated(self) -> Calibrated | None:
-        digest = self.hash("calibration.hash_sha256")
+        digest = self.hash("calibration.file_sha256")
         if digest is None and self.optional("calibration.size") is None:
             return None
         if digest is None:
-            self._refuse("calibration.hash_sha256", "is missing")
+            self._refuse("calibration.file_sha256", "is missing")
         return Calibrated(digest, self.size("calibration.size"))
 
     def thresholds(self) -> tuple[float | None, ...]:

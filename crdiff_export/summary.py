@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,26 @@ _MARKS = {"published": "✅ published", "written": "✅ written", "unchanged": "
 def planned_notes(found: Survey) -> Iterator[str]:
     """What is worth knowing about the variants that are to be made, each thing once for those of a base."""
     for reading in found.readings:
-        said: dict[str, Item] = {}
-        for item in reading.items:
-            for note in item.plan.notes if item.plan and item.action == "make" else ():
-                said.setdefault(note, item)
-        yield from (f"{item.entry}: {note}" for note, item in said.items())
+        yield from _each_once(
+            (item, item.plan.notes if item.plan and item.action == "make" else ()) for item in reading.items
+        )
+
+
+def done_notes(found: Survey, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """What is worth knowing of what was made, each thing once for the variants of a base, and of what was pushed."""
+    notes = {id(outcome.item.entry): outcome.notes for outcome in outcomes}
+    for reading in found.readings:
+        yield from _each_once((item, notes.get(id(item.entry), ())) for item in reading.items)
+    yield from dict.fromkeys(note for outcome in outcomes if outcome.pushed for note in outcome.pushed.notes)
+
+
+def _each_once(noted: Iterable[tuple[Item, Sequence[str]]]) -> Iterator[str]:
+    """Notes with the first item that each is of."""
+    said: dict[str, Item] = {}
+    for item, notes in noted:
+        for note in notes:
+            said.setdefault(note, item)
+    yield from (f"{item.entry}: {note}" for note, item in said.items())
 
 
 def planned_row(item: Item) -> list[str]:
@@ -90,7 +105,7 @@ def as_json(outcomes: Sequence[Outcome], tagged: Sequence[Tagged]) -> dict[str, 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
     pushed, plan = outcome.pushed, outcome.item.plan
-    notes = [*(plan.notes if plan else ()), *(pushed.notes if pushed else ())]
+    notes = [*(plan.notes if plan else ()), *outcome.notes, *(pushed.notes if pushed else ())]
     return _item_json(outcome.item) | {
         "status": outcome.status, "digest": outcome.digest, "bytes": outcome.size, "sha256": outcome.sha256,
         "commit": outcome.commit, "url": pushed.url if pushed else None,

@@ -89,7 +89,7 @@ def _asked(baked: BakedCheckpoint, calibration: Path | None, progress: Progress)
     found = asked.calibrated(progress)
     if found and stamp.calibrated and found.hash != stamp.calibrated.hash:
         raise VerifyError(
-            f"{calibration}: hashes to {found.hash}, crdiff.calibration.hash_sha256 of {path.name} is "
+            f"{calibration}: hashes to {found.hash}, crdiff.calibration.file_sha256 of {path.name} is "
             f"{stamp.calibrated.hash}",
             "Give the calibration that the file was made with.",
         )

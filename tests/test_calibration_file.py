@@ -54,9 +54,8 @@ def test_what_it_says(tmp_path: Path, plan: Plan) -> None:
     assert opened.statistics == criteria_makers.ALL
     assert opened.layers == criteria_makers.digests(plan)
     assert opened.facts == {"prompts": "abc"}
-    raw = path.read_bytes()
-    data = raw[8 + int.from_bytes(raw[:8], "little") :]
-    assert opened.hash == "0x" + hashlib.sha256(data).hexdigest()
+    assert opened.hash == "0x" + hashlib.sha256(path.read_bytes()).hexdigest()
+    assert opened.nbytes == path.stat().st_size
     assert opened.check(plan, criteria_makers.ALL) == ()
     for name, each in criteria_makers.calibrated(plan).items():
         for kind, values in each.items():
@@ -297,4 +296,38 @@ def test_a_file_that_became_shorter(tmp_path: Path, plan: Plan) -> None:
         "Leave the file alone during the export, then run it again.",
     )
     assert refusal(lambda: opened.read(name, "gram")) == expected
-    assert refusal(lambda: opened.hash) == expected
+    changed = "the file changed while it was read", "Leave it alone during the export, then run it again."
+    assert refusal(lambda: opened.hash) == (f"{path}: {changed[0]}", changed[1])
+    path.unlink()
+    hint = "Check the disk, or copy the file to another one."
+    assert refusal(lambda: opened.hash) == (f"{path}: reading failed: No such file or directory", hint)
+
+
+def test_its_header_is_part_of_what_it_is(tmp_path: Path, plan: Plan) -> None:
+    own = Calibration.open(made(tmp_path / "own.safetensors", plan)).hash
+    assert Calibration.open(made(tmp_path / "again.safetensors", plan)).hash == own
+    digests = dict.fromkeys(criteria_makers.digests(plan), "0" * 16)
+    said = {"size": "128x128", "native": "32x32", "base": "x", "facts.prompts": "abd", "layers": json.dumps(digests)}
+    hashes = {Calibration.open(made(tmp_path / "o.safetensors", plan, {key: text})).hash for key, text in said.items()}
+    assert len(hashes | {own}) == len(said) + 1
+
+
+def test_the_hash_is_read_with_progress(tmp_path: Path, plan: Plan) -> None:
+    class Bytes(Silent):
+        seen = 0
+
+        def advance(self, size: int) -> None:
+            self.seen += size
+
+    opened, progress = Calibration.open(made(tmp_path / "c.safetensors", plan)), Bytes()
+    assert opened.hashed(progress) == opened.hash
+    assert progress.seen == opened.nbytes
+
+
+def test_doubles(tmp_path: Path) -> None:
+    plan = planned(tmp_path / "b.safetensors", makers.tiny("demo.diffusers-unet", "F64"), cast="F32")
+    opened = Calibration.open(made(tmp_path / "c.safetensors", plan))
+    assert refusal(lambda: opened.check(plan, ("norm",))) == (
+        f"{plan.checkpoint.path}: {plan.targets[0].name!r} is F64, which is not calibrated",
+        "Save it as F32, F16, BF16, F8_E4M3, F8_E5M2 first, then calibrate and export that.",
+    )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
+from weakref import ReferenceType, ref
 
 import criteria_makers
 import numpy as np
@@ -18,9 +19,11 @@ from criteria_makers import Numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from crdiff_export import criteria
-from crdiff_export.criteria import Layer, Loaded, Spec, spec
+from crdiff_export.criteria import Layer, Loaded, Spec, obs, spec
 from crdiff_export.criteria.obs import Compensating, Obs
 from crdiff_export.errors import CalibrationError, CrdiffError, OptionError
 
@@ -378,6 +381,66 @@ def test_damping_is_raised_where_it_is_too_little() -> None:
         "a.weight: its Hessian cannot be inverted, with damping up to 10",
         "The gram in the calibration is damaged or of too few tokens; calibrate again, or try obs:damping=0.1.",
     )
+
+
+def test_obs_tells_where_it_raised_the_damping() -> None:
+    # Off the diagonal all are 1.05 or 2, so that eigenvalues of -0.05 and -1 have to be mended.
+    grams = {"good": np.eye(3), "bad": np.full((3, 3), 1.05), "worse": np.full((3, 3), 2.0)}
+    for gram in grams.values():
+        np.fill_diagonal(gram, 1)
+    layers = {n: layer_of(weight_of(2, 3), {"gram": gram.astype(np.float32)}, name=n) for n, gram in grams.items()}
+    criterion = Compensating(0.02)
+    assert criterion.notes([]) == criterion.notes(["good"]) == ()
+    for name in ("worse", "good", "bad", "worse"):
+        criterion.score(layers[name])
+        criterion.compensate(layers[name], layers[name].weight > 0)
+    assert criterion.notes(["good"]) == ()
+    assert criterion.notes(["good", "bad"]) == ("damping was raised for 1 of 2 layers, to at most 0.2 (bad)",)
+    every = ("damping was raised for 2 of 3 layers, to at most 2 (bad and 1 more)",)
+    assert criterion.notes(["good", "bad", "worse"]) == criterion.notes(["good", "bad", "worse"]) == every
+    enough = Obs(2)
+    enough.score(layers["worse"])
+    assert enough.notes(["worse"]) == ()
+    # The same layer of another calibration.
+    criterion.score(layer_of(weight_of(2, 3), {"gram": grams["good"].astype(np.float32)}, name="bad"))
+    assert criterion.notes(["good", "bad"]) == ()
+
+
+class Matrices(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """How many matrices of `count` float64 there are at once, at most."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._count, self._seen, self.most = count, list[ReferenceType[Tensor]](), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        made = [one for one in tree_leaves(found) if isinstance(one, Tensor) and one.numel() == self._count]
+        self._seen += [ref(one) for one in made if one.dtype == torch.float64]
+        self.most = max(self.most, len({one.data_ptr() for known in self._seen if (one := known()) is not None}))
+        return found
+
+
+@pytest.mark.parametrize("raised", [False, True])
+def test_a_factor_takes_one_matrix_of_float64_and_has_the_bits_that_it_always_had(*, raised: bool) -> None:
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((400 if raised else 900, 300))
+    gram = torch.from_numpy((inputs.T @ inputs).astype(np.float32))
+    gram += 1e-2 * torch.rand(gram.shape, generator=torch.Generator().manual_seed(0))  # symmetric but for last bits
+    if raised:
+        gram.diagonal().sub_(20)
+    gram[5] = gram[:, 5] = 0
+    before = gram.clone()
+    with Matrices(gram.numel()) as seen:
+        factor, dead, attempt = obs._factorise("a", gram, 0.01)
+    assert (seen.most, attempt) == (1, int(raised))
+    assert torch.equal(gram, before)
+    damped = gram.double()
+    damped[5, 5] = 1
+    damped.diagonal().add_(0.01 * 10**attempt * damped.diagonal().mean())
+    plain = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+    assert torch.equal(factor, plain)
+    assert dead.nonzero().tolist() == [[5]]
 
 
 # --- what a user writes ---

@@ -1,5 +1,6 @@
 """Which weights go: exact selection against sorting, masks and moved weights of every criterion, streamed or kept."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from crdiff_export import criteria, kernels
 from crdiff_export import plan as planning
-from crdiff_export.criteria import Calibration, Decision, Layer, Loaded, Mask, Spec, magnitude, selection
+from crdiff_export.criteria import Calibration, Decision, Layer, Loaded, Mask, Spec, magnitude, obs, selection
 from crdiff_export.criteria.scored import KEEP, Scored
 from crdiff_export.errors import CalibrationError, CrdiffError, PlanError
 from crdiff_export.plan import Plan
@@ -594,6 +595,83 @@ def test_scores_by_ratio_are_refused(tmp_path: Path, keep: int) -> None:
     message, hint = refusal(lambda: scored([plan], Tempered(scores), keep=keep), CalibrationError)
     assert message.endswith("are not finite (given)")
     assert "layer.ratio is NaN while it scores" in hint
+
+
+@pytest.mark.parametrize("keep", [KEEP, 0])
+def test_what_a_criterion_tells_of_its_layers(tmp_path: Path, keep: int) -> None:
+    """It is asked of the layers of each decision, and of no others."""
+
+    class Telling(Given):
+        def notes(self, layers: Sequence[str]) -> list[str]:
+            assert set(layers) <= set(self.asked)
+            return [f"{len(layers)} from {layers[0]}", "twice"]
+
+    plan = planned(tmp_path / "b.safetensors", makers.tiny(UNET), {"down": 0.0, "mid": 0.5, "up": 0.0})
+    names = criteria_makers.names(plan)
+    scores = table_scores(np.random.default_rng(0), plan, criteria_makers.weights(plan), "bell")
+    ranking = scored([plan], Telling(scores), keep=keep)
+    mid = [name for name in names if name.startswith("mid_block")]
+    of_mid = (f"given: {len(mid)} from {mid[0]}", "given: twice")
+    assert ranking.decide(plan).notes == of_mid
+    assert ranking.decide(with_ratio(plan, 0.2)).notes == (f"given: {len(names)} from {names[0]}", "given: twice")
+    assert ranking.decide(plan).notes == of_mid, "as if the other had not been"
+    assert ranking.decide(with_ratio(plan, 0.0)).notes == ()
+    assert scored([plan], Given(scores), keep=keep).decide(plan).notes == ()
+
+
+@pytest.mark.parametrize("text", ["obs", "obs:compensate=off", "obs:compare=row", "obs:compare=layer"])
+def test_raised_damping_is_told(tmp_path: Path, text: str) -> None:
+    plan = planned(tmp_path / "b.safetensors", makers.tiny(UNET), 0.3)
+    found, names = criteria_makers.calibrated(plan), criteria_makers.names(plan)
+    down, up = (next(name for name in names if name.startswith(group)) for group in ("down", "up"))
+    for name, off in ((down, 1.05), (up, 1.5)):
+        gram = np.full_like(found[name]["gram"], off)
+        np.fill_diagonal(gram, 1)
+        found[name] = {**found[name], "gram": gram}
+    calibration = Calibration.open(criteria_makers.write_calibration(tmp_path / "c.safetensors", plan, found))
+    for keep in (KEEP, 0):
+        for group, said in (("down", f"to at most 0.1 ({down})"), ("up", f"to at most 1 ({up})"), ("mid", "")):
+            ratios = {"down": 0.0, "mid": 0.0, "up": 0.0} | {group: 0.3}
+            only = planned(tmp_path / "b.safetensors", makers.tiny(UNET), ratios)
+            count = sum(name.startswith(group) for name in names)
+            note = f"obs: damping was raised for 1 of {count} layers, {said}"
+            assert ranked([only], text, calibration, keep).decide(only).notes == ((note,) if said else ())
+        ranking = ranked([plan], text, calibration, keep)
+        note = f"obs: damping was raised for 2 of {len(names)} layers, to at most 1 ({down} and 1 more)"
+        assert ranking.decide(plan).notes == ranking.decide(with_ratio(plan, 0.1)).notes == (note,)
+    assert ranked([plan], "wanda", calibration).decide(plan).notes == ()
+
+
+@pytest.mark.parametrize(("text", "times"), [("obs:compensate=off", 1), ("obs", 2)])
+def test_a_gram_is_factorised_once_for_all_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, times: int
+) -> None:
+    """Streamed, scores are looked at three times; only weights that move need the whole factor again."""
+    plan = planned(tmp_path / "base.safetensors", makers.tiny(UNET), 0.3)
+    calibration = calibration_of(tmp_path / "c.safetensors", plan)
+    calls: Counter[str] = Counter()
+    real = obs._factorise
+
+    def counting(name: str, gram: Tensor, damping: float) -> tuple[Tensor, Tensor, int]:
+        calls[name] += 1
+        return real(name, gram, damping)
+
+    monkeypatch.setattr(obs, "_factorise", counting)
+    ranking = ranked([plan], text, calibration, keep=0)
+    found = ranking.decide(plan)
+    assert set(calls.values()) == {times}
+    assert same(ranking.decide(with_ratio(plan, 0.1)), ranked([plan], text, calibration).decide(with_ratio(plan, 0.1)))
+    assert same(ranking.decide(plan), found)
+
+
+def test_a_criterion_knows_one_gram_from_another() -> None:
+    criterion = obs.Obs(0.01)
+    weight, factors = torch.ones(2, 3), torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 3.0]])
+    grams = [factors.T @ factors, torch.diag((factors.T @ factors).diagonal())]  # the same diagonal
+    found = [criterion.score(Layer("a", weight, {"gram": gram}, 0.5)) for gram in (*grams, *grams)]
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    assert not torch.equal(found[0], found[1])
 
 
 def test_scores_that_differ_from_call_to_call(tmp_path: Path) -> None:

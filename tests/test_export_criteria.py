@@ -1,8 +1,10 @@
 """Exports by every criterion: bytes, headers, what gives the base back, verification, and what is refused."""
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 from conftest import Crdiff
 from masking import SIZE, Base
 
-from crdiff_export import ExportRequest, Size, criteria, export, kernels, ranking, residual
+from crdiff_export import ExportRequest, Size, criteria, export, kernels, ranking, residual, summary
 from crdiff_export.baked import decision, open_baked
 from crdiff_export.checkpoint import open_checkpoint
 from crdiff_export.criteria import Calibration
@@ -24,8 +26,10 @@ from crdiff_export.errors import CalibrationError, CrdiffError, OptionError, Ver
 from crdiff_export.export import Baked, plan_variant, prepare, run_all
 from crdiff_export.inspection import inspect
 from crdiff_export.progress import Silent
+from crdiff_export.publish import publish
 from crdiff_export.recipe import Evidence
 from crdiff_export.restore import restore
+from crdiff_export.survey import PublishRequest, survey
 from crdiff_export.verify import Verified, verify
 
 UNET, DIT = "sd15.original", "sd3-medium.original-transformer"
@@ -58,6 +62,11 @@ def exports(bases: Callable[..., Base], tmp_path_factory: pytest.TempPathFactory
         return base, export(base.request(output, criterion, **options)).written.path
 
     return made
+
+
+def whole(path: Path) -> str:
+    """What `sha256sum` says of a file, in our spelling."""
+    return f"0x{hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def raised(call: Callable[[], object], kind: type[CrdiffError]) -> tuple[str, str]:
@@ -104,8 +113,8 @@ def test_what_scores_least_is_zero(table: str, criterion: str, exports: Callable
     assert not [key for key in said if key.startswith("crdiff.threshold")]
     assert "crdiff.moved" not in said
     assert said.get("crdiff.calibration.size") == (None if "random" in criterion else "512x512")
-    digest = oracle.sha256(base.calibration)
-    assert said.get("crdiff.calibration.hash_sha256") == (None if "random" in criterion else digest)
+    digest = whole(base.calibration)
+    assert said.get("crdiff.calibration.file_sha256") == (None if "random" in criterion else digest)
     assert said["modelspec.hash_sha256"] == oracle.sha256(output)
 
 
@@ -528,9 +537,9 @@ HEADERS: dict[str, tuple[dict[str, str | None], str]] = {
     "moved": ({"crdiff.moved": "yes"}, "crdiff.moved is 'yes', not true"),
     "size": ({"crdiff.calibration.size": "512"}, "crdiff.calibration.size is '512', not a size such as 512x512"),
     "no size": ({"crdiff.calibration.size": None}, "crdiff.calibration.size is missing"),
-    "hash": ({"crdiff.calibration.hash_sha256": "0x12"},
-             "crdiff.calibration.hash_sha256 is '0x12', not 0x and 64 lowercase hex digits"),
-    "no hash": ({"crdiff.calibration.hash_sha256": None}, "crdiff.calibration.hash_sha256 is missing"),
+    "hash": ({"crdiff.calibration.file_sha256": "0x12"},
+             "crdiff.calibration.file_sha256 is '0x12', not 0x and 64 lowercase hex digits"),
+    "no hash": ({"crdiff.calibration.file_sha256": None}, "crdiff.calibration.file_sha256 is missing"),
     "criterion": ({"crdiff.criterion": "magnitude"}, "crdiff.mask does not go with magnitude, which has thresholds"),
     "method": ({"crdiff.method": "layer-wise"}, "crdiff.method is not that of SD1.5"),
     "ratio": ({"crdiff.ratio.mid": "0.9"}, "weights of 'mid' are zero, crdiff.ratio.mid asks for 5760"),
@@ -561,17 +570,26 @@ def test_rows_may_round_down(exports: Callable[..., tuple[Base, Path]], tmp_path
 
 def test_calibrations_that_are_not_the_files(exports: Callable[..., tuple[Base, Path]], tmp_path: Path) -> None:
     base, output = exports("wanda")
-    other = masking.base(tmp_path / "other", UNET)
-    raw = bytearray(other.calibration.read_bytes())
+    raw = bytearray(base.calibration.read_bytes())
     raw[-1] ^= 1
-    other.calibration.write_bytes(raw)
-    message, hint = raised(lambda: check(output, base.path, other.calibration), VerifyError)
-    digest = oracle.sha256(base.calibration)
-    assert message == (
-        f"{other.calibration}: hashes to {oracle.sha256(other.calibration)}, crdiff.calibration.hash_sha256 of "
-        f"out.safetensors is {digest}"
-    )
-    assert hint == "Give the calibration that the file was made with."
+    number = tmp_path / "number.safetensors"
+    number.write_bytes(raw)
+    content = makers.read(base.calibration)
+    header = makers.metadata_of(base.calibration)
+    assert whole(makers.write(tmp_path / "same.safetensors", content, header)) == whole(base.calibration)
+    assert check(output, base.path, tmp_path / "same.safetensors").against == "all", "its name does not matter"
+    said = {"size": str(Size(384, 640)), "base": "another", "facts.steps": "50"}
+    others = [
+        makers.write(tmp_path / f"{key}.safetensors", content, {**header, f"crdiff.calibration.{key}": text})
+        for key, text in said.items()
+    ]
+    for other in (number, *others):
+        message, hint = raised(partial(check, output, base.path, other), VerifyError)
+        assert message == (
+            f"{other}: hashes to {whole(other)}, crdiff.calibration.file_sha256 of out.safetensors is "
+            f"{whole(base.calibration)}"
+        )
+        assert hint == "Give the calibration that the file was made with."
     assert raised(lambda: check(output, None, base.calibration), OptionError) == (
         f"--calibration {base.calibration}: decides nothing without the base's weights", "Give --base, too.",
     )  # fmt: skip
@@ -667,7 +685,7 @@ def test_the_command_line_exports_shows_and_verifies(crdiff: Crdiff, bases: Call
     assert ran.code == 0
     assert "wanda:compare=row" in ran.out
     assert " mask " in ran.out.replace("\n", " ")
-    digest = oracle.sha256(base.calibration)
+    digest = whole(base.calibration)
     again = crdiff(*args, "--force", "--json").result
     assert (again["criterion"], again["calibration"], again["moved"]) == ("wanda:compare=row", digest, False)
     shown = crdiff("inspect", "o.safetensors").out
@@ -675,7 +693,7 @@ def test_the_command_line_exports_shows_and_verifies(crdiff: Crdiff, bases: Call
     assert "its zeros, compared within each output row" in shown
     assert f"{digest}, made at 512x512" in " ".join(shown.split())
     keys = crdiff("inspect", "o.safetensors", "--json").result["crdiff"]
-    assert (keys["mask"], keys["calibration.hash_sha256"]) == ("zeros", digest)
+    assert (keys["mask"], keys["calibration.file_sha256"]) == ("zeros", digest)
     alone = crdiff("verify", "o.safetensors")
     assert alone.code == 0
     assert "against" not in alone.out
@@ -705,6 +723,129 @@ def test_the_command_line_says_that_weights_moved(crdiff: Crdiff, bases: Callabl
     assert ran.code == 0
     assert "every byte but the pruned layers' against" in ran.out
     assert "obs has moved weights: the target weights that stay cannot be checked without --calibration" in ran.err
+
+
+def doubtful(base: Base, path: Path) -> tuple[Path, str]:
+    """The base's calibration with the grams of two layers that ask for more damping, and the first of these."""
+    found, digests = (
+        dict(base.statistics),
+        json.loads(makers.metadata_of(base.calibration)["crdiff.calibration.layers"]),
+    )
+    first, other = [base.name(piece) for piece in base.slices()][3:5]
+    for name, off in ((first, 1.5), (other, 1.05)):
+        gram = np.full_like(found[name]["gram"], off)
+        np.fill_diagonal(gram, 1)
+        found[name] = {**found[name], "gram": gram}
+    return masking.write_calibration(path, found, digests, "sd15"), first
+
+
+def test_the_command_line_tells_of_raised_damping(crdiff: Crdiff, bases: Callable[..., Base], here: Path) -> None:
+    """Once, beside what was known before, and every time the same."""
+    base = bases(UNET)
+    calibration, first = doubtful(base, here / "384.safetensors")
+    args = ("export", base.path, "--res", "384x640", "--ratio", "0.3", "-o", "o.safetensors", "--criterion", "obs",
+            "--calibration", calibration, "--force")  # fmt: skip
+    layers = len(base.slices())
+    note = f"obs: damping was raised for 2 of {layers} layers, to at most 1 ({first} and 1 more)"
+    ran = crdiff(*args)
+    assert ran.code == 0
+    assert ran.err.count(f"note: {note}\n") == ran.err.count("damping") == 1
+    assert ran.err.index("note: 384.safetensors was made at 512x512") < ran.err.index(note)
+    for _ in range(2):
+        *known, told = crdiff(*args, "--json").result["notes"]
+        assert told == note
+        assert known == crdiff(*args, "--dry-run", "--json").result["notes"]
+        assert [text for text in known if "was made at 512x512" in text]
+    assert "damping" not in crdiff(*args, "-q").err
+    good = [text if text != calibration else base.calibration for text in args]
+    assert "damping" not in crdiff(*good).err
+
+
+def test_several_variants_have_notes_of_their_own(bases: Callable[..., Base], tmp_path: Path) -> None:
+    base = bases(UNET)
+    calibration, first = doubtful(base, tmp_path / "c.safetensors")
+    sets = (
+        {"down": 0.3, "mid": 0.3, "up": 0.3},
+        {"down": 0.0, "mid": 0.3, "up": 0.0},
+        {"down": 0.3, "mid": 0, "up": 0},
+    )
+    jobs = [
+        prepare(base.request(tmp_path / f"{i}.safetensors", "obs:compensate=off", ratios=r, calibration=calibration))
+        for i, r in enumerate(sets)
+    ]
+    made = [one.notes for one in run_all(jobs, Silent()) if isinstance(one, Baked)]
+    down = sum(piece.group == "down" for piece in base.slices())
+    said = "obs: damping was raised for 2 of {} layers, to at most 1 ({} and 1 more)"
+    assert made == [(said.format(len(base.slices()), first),), (), (said.format(down, first),)]
+
+
+def test_a_plan_file_tells_it_too(crdiff: Crdiff, bases: Callable[..., Base], here: Path) -> None:
+    base = bases(UNET)
+    calibration, first = doubtful(base, here / "c.safetensors")
+    (here / "plan.toml").write_text(
+        f'repo = "a/b"\nname = "{{size}}.safetensors"\ncriterion = "obs"\ncalibration = "{calibration}"\n'
+        f'[[base]]\nbase = "{base.path}"\nsizes = ["512", "384x640"]\n'
+    )
+    note = f"obs: damping was raised for 2 of {len(base.slices())} layers, to at most 1 ({first} and 1 more)"
+    ran = crdiff("publish", "plan.toml", "--no-push", "--json")
+    assert ran.code == 0, ran.err
+    for one in ran.result["variants"]:
+        assert one["status"] == "written"
+        assert [text for text in one["notes"] if "damping" in text] == [note]
+    found = survey(PublishRequest(here / "plan.toml", here / "out", push=False), lambda: nullcontext(Silent()))
+    (here / "out").mkdir()
+    outcomes = list(publish(found, Silent()))
+    assert [one.status for one in outcomes] == ["written", "written"]
+    told = [f"512x512 of base.safetensors: {note}"]
+    assert list(summary.done_notes(found, outcomes)) == list(summary.done_notes(found, outcomes[::-1])) == told
+
+
+# Weights of doubles.
+
+
+NARROWER = "Save it as F32, F16, BF16, F8_E4M3, F8_E5M2 first, then calibrate and export that."
+
+
+def test_doubles_have_no_calibration(crdiff: Crdiff, bases: Callable[..., Base], here: Path) -> None:
+    base = bases(UNET)
+    double = makers.write(here / "double.safetensors", makers.tiny(UNET, "F64"))
+    name = base.slices()[0].tensor
+    args = ("export", double, "--res", "512", "--ratio", "0.3", "-o", "o.safetensors", "--json")
+    calibrated = ("--criterion", "wanda", "--calibration", base.calibration)
+    for given, what in (((), "cannot be pruned"), (("--dtype", "fp32"), "is not calibrated")):
+        for dry in ((), ("--dry-run",)):
+            ran = crdiff(*args, *calibrated, *given, *dry)
+            assert (ran.code, ran.error["message"]) == (1, f"{double}: {name!r} is F64, which {what}")
+            assert ran.error["hint"] == NARROWER
+    for criterion in ("magnitude", "random"):
+        ran = crdiff(*args, "--criterion", criterion)
+        assert (ran.code, ran.error["message"]) == (1, f"{double}: {name!r} is F64, which cannot be pruned")
+        assert ran.error["hint"].endswith("--dtype casts it.")
+    assert not (here / "o.safetensors").exists()
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random:seed=3"])
+def test_doubles_are_pruned_after_a_cast(
+    criterion: str, crdiff: Crdiff, bases: Callable[..., Base], here: Path
+) -> None:
+    base, made = bases(UNET), makers.tiny(UNET, "F64")
+    double = makers.write(here / "double.safetensors", made)
+    ratios = [text for group, ratio in base.ratios.items() for text in (f"--{group}", str(ratio))]
+    args = ("--res", "512", *ratios, "-o", "o.safetensors", "--dtype", "fp32", "--criterion", criterion)
+    assert crdiff("export", double, *args).code == 0
+    source: makers.Tensors = {
+        name: ("F32", shape, np.frombuffer(data, "<f8").astype("<f4").tobytes())
+        if kind == "F64"
+        else (kind, shape, data)
+        for name, (kind, shape, data) in made.items()
+    }
+    if criterion == "magnitude":
+        content = {name: data for name, (_, _, data) in oracle.read(here / "o.safetensors").tensors().items()}
+        assert content == oracle.expect([source], base.ratios, base.kinds).files[0]
+    else:
+        hold(base, here / "o.safetensors", criterion, [source])
+    ran = crdiff("verify", "o.safetensors", "--base", double)
+    assert (ran.code, "every byte against" in ran.out) == (0, True)
 
 
 def test_a_third_party_may_decide(bases: Callable[..., Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

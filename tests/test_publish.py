@@ -426,7 +426,7 @@ def test_a_calibration_decides_what_is_there(desk: Desk) -> None:
     raw[-1] ^= 1  # of a gradient, which Wanda does not look at
     own.write_bytes(raw)
     ran = desk.run(name, "--dry-run")
-    assert "changed: calibration.hash_sha256" in ran.out
+    assert "changed: calibration.file_sha256" in ran.out
     assert ", wanda" in ran.out
     assert desk.made(name) == {"96x64.safetensors": "published"}
     assert b"wanda, calibrated at 96x64" in desk.hub.read("tester/out", "README.md")

@@ -136,7 +136,7 @@ MASKED = {
     "crdiff.criterion": "wanda:compare=row",
     "crdiff.mask": "zeros",
     "crdiff.moved": "true",
-    "crdiff.calibration.hash_sha256": "0x" + "ab" * 32,
+    "crdiff.calibration.file_sha256": "0x" + "ab" * 32,
     "crdiff.calibration.size": "512x384",
 }
 
@@ -166,7 +166,7 @@ def test_what_ranks_decides_a_files_content() -> None:
     bigger = replace(made, calibrated=Calibrated("0x" + "ab" * 32, Size(1024, 1024)))
     assert made.digest() not in (None, other.digest(), replace(made, criterion="wanda").digest())
     assert made.digest() == bigger.digest(), "the data have the hash"
-    assert made.asked()["crdiff.calibration.hash_sha256"] == "0x" + "ab" * 32
+    assert made.asked()["crdiff.calibration.file_sha256"] == "0x" + "ab" * 32
 
 
 def test_unknown_keys_are_for_a_later_reader() -> None:
@@ -254,9 +254,9 @@ WRONG_MASKS: list[tuple[dict[str, str | None], str]] = [
     ({"crdiff.method": "row-wise"}, "crdiff.method is 'row-wise', not block-wise or layer-wise"),
     ({"crdiff.calibration.size": None}, "crdiff.calibration.size is missing"),
     ({"crdiff.calibration.size": "big"}, f"crdiff.calibration.size is 'big', {SIZE}"),
-    ({"crdiff.calibration.hash_sha256": None}, "crdiff.calibration.hash_sha256 is missing"),
-    ({"crdiff.calibration.hash_sha256": "0x0"},
-     "crdiff.calibration.hash_sha256 is '0x0', not 0x and 64 lowercase hex digits"),
+    ({"crdiff.calibration.file_sha256": None}, "crdiff.calibration.file_sha256 is missing"),
+    ({"crdiff.calibration.file_sha256": "0x0"},
+     "crdiff.calibration.file_sha256 is '0x0', not 0x and 64 lowercase hex digits"),
 ]  # fmt: skip
 
 

@@ -10,10 +10,10 @@ from crdiff_export.amounts import amount
 from crdiff_export.commands.options import (
     POA_WEIGHT,
     PUSH_OPTIONS,
-    RATIO,
     KindsType,
     SizeType,
     announce,
+    by_group,
     complete_alias,
     criterion_options,
     device_option,
@@ -21,6 +21,7 @@ from crdiff_export.commands.options import (
     output_options,
     push_options,
     quiet_client,
+    ratio_options,
 )
 from crdiff_export.commands.push import describe, show, transfer
 from crdiff_export.commands.signals import Stopper
@@ -58,10 +59,7 @@ from crdiff_export.residual import NONE, WAYS, expected
 )
 @click.option("--recipe", type=click.Path(path_type=Path), help="A recipe instead of the built-in one (.toml, .json).")
 @click.option("--prompt", metavar="TEXT", help="Take the recipe's numbers for this prompt, where it has some.")
-@click.option("--ratio", type=RATIO, metavar="R", help="Share of every group's weights to set to zero.")
-@click.option("--down", type=RATIO, metavar="R", help="Share for the down blocks of a UNet; wins over --ratio.")
-@click.option("--mid", type=RATIO, metavar="R", help="Share for its mid block; wins over --ratio.")
-@click.option("--up", type=RATIO, metavar="R", help="Share for its up blocks; wins over --ratio.")
+@ratio_options
 @click.option(
     "--poa-weight",
     type=POA_WEIGHT,
@@ -100,12 +98,11 @@ def export(
     """
     from crdiff_export import ui
 
-    per_group = {"down": down, "mid": mid, "up": up}
     pushing = _pushing(options)
     request = ExportRequest(
         base=base,
         size=res,
-        ratios={group: ratio for group, ratio in per_group.items() if ratio is not None},
+        ratios=by_group(down, mid, up),
         hashing=not no_hash,
         **options,
     )
@@ -121,6 +118,9 @@ def export(
         return
     with ui.progress(quiet=silent) as shown, stopper.watch(shown) as progress:
         baked = run(job, progress)
+    if not silent:
+        for text in baked.notes:
+            ui.note(text)
     sent = None
     if pushing and destination:
         sent = transfer(pushing, baked.written.path, destination, stopper, quiet=silent, checked=True)
@@ -263,7 +263,7 @@ def _show_result(baked: Baked, sent: tuple[Upload, Pushed] | None, *, as_json: b
                 }
                 for file in written.files
             ],
-            "notes": list(baked.job.plan.notes),
+            "notes": [*baked.job.plan.notes, *baked.notes],
         })  # fmt: skip
         return
     if not quiet:

@@ -137,6 +137,24 @@ def output_options(command: Command) -> Command:
     return quiet(as_json(command))
 
 
+def ratio_options(command: Command) -> Command:
+    """Ratios instead of the recipe's; `by_group` takes those of single groups."""
+    for option in reversed((
+        click.option("--ratio", type=RATIO, metavar="R", help="Share of every group's weights to set to zero."),
+        click.option("--down", type=RATIO, metavar="R",
+                     help="Share for the down blocks of a UNet; wins over --ratio."),
+        click.option("--mid", type=RATIO, metavar="R", help="Share for its mid block; wins over --ratio."),
+        click.option("--up", type=RATIO, metavar="R", help="Share for its up blocks; wins over --ratio."),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def by_group(down: float | None, mid: float | None, up: float | None) -> dict[str, float]:
+    """The ratios that were given for single groups."""
+    return {group: ratio for group, ratio in (("down", down), ("mid", mid), ("up", up)) if ratio is not None}
+
+
 device_option = click.option(
     "--device", type=DeviceType(), default="auto", show_default=True,
     help="Where weights are counted and zeroed: auto, cpu, cuda, cuda:N or mps. The result does not depend on it.",

@@ -79,7 +79,7 @@ def publish(
     finally:
         outcomes = summary.in_order(found, outcomes)
         summary.for_github(found, outcomes, tagged)
-    _show(outcomes, tagged, as_json=json, quiet=quiet)
+    _show(found, outcomes, tagged, as_json=json, quiet=quiet)
     return exit_code(outcomes, (what for _, _, what in tagged))
 
 
@@ -117,7 +117,7 @@ def _show_plan(found: Survey, failing: Sequence[Outcome], *, as_json: bool, quie
         ui.facts(tuple(summary.facts(found)))
 
 
-def _show(outcomes: list[Outcome], tagged: list[summary.Tagged], *, as_json: bool, quiet: bool) -> None:
+def _show(found: Survey, outcomes: list[Outcome], tagged: list[summary.Tagged], *, as_json: bool, quiet: bool) -> None:
     from crdiff_export import ui
 
     if as_json:
@@ -128,7 +128,7 @@ def _show(outcomes: list[Outcome], tagged: list[summary.Tagged], *, as_json: boo
         if not isinstance(what, str):
             ui.print_error(what.code, what.message, what.hint, as_json=False)
     if not quiet:
-        for note in dict.fromkeys(note for outcome in outcomes if outcome.pushed for note in outcome.pushed.notes):
+        for note in summary.done_notes(found, outcomes):
             ui.note(note)
         ui.table(summary.DONE, [summary.done_row(outcome) for outcome in outcomes])
         for repo, name, what in tagged:

@@ -45,8 +45,10 @@ class Criterion(Protocol):
     """Gives every weight of a layer a score. What an entry point of `crdiff.criteria` makes of its options.
 
     An entry point is a factory `(options: Mapping[str, str]) -> Criterion`; it raises OptionError for options that it
-    does not know. A criterion may have another method, `compensate(layer, mask: Tensor[bool]) -> Tensor`: the layer's
+    does not know. A criterion may have two more methods. `compensate(layer, mask: Tensor[bool]) -> Tensor`: the layer's
     weights, float32 [out, in], after those of the mask are gone and the others have moved to make up for it.
+    `notes(layers: Sequence[str]) -> Sequence[str]`: what a user should know of how these layers, all of which it has
+    seen, were ranked. It is asked once for every decision, and answers the same for the same layers.
     """
 
     @property

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 from crdiff_export import twins
 from crdiff_export.checkpoint import read_file
 from crdiff_export.errors import CalibrationError, CheckpointError, RecipeError
-from crdiff_export.hashing import hash_data
+from crdiff_export.floats import FORMATS
+from crdiff_export.hashing import hash_file
 from crdiff_export.header import TensorSpec, show
 from crdiff_export.plan import Plan
 from crdiff_export.progress import Progress, Silent
@@ -43,6 +44,8 @@ STATISTICS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
 }
 _AGAIN = "Calibrate again, or give another file."
 _OWN = "Give a calibration of this base, or calibrate it."
+# What there is no calibration of: a base that has to be cast before it can be pruned.
+NARROWER: Final = f"Save it as {', '.join(FORMATS)} first, then calibrate and export that."
 
 
 def header(
@@ -118,17 +121,31 @@ class Calibration:
             source=source,
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return self.source.data_start + self.source.data_size
+
     @cached_property
     def hash(self) -> str:
-        """`0x` and the SHA-256 of the data section as hex; the first call reads the file."""
+        """`0x` and the SHA-256 of the whole file, header and all, as hex; the first call reads it."""
         return self.hashed(Silent())
 
     def hashed(self, progress: Progress) -> str:
-        """The same, read anew, with progress in bytes."""
+        """The same, with progress in bytes if it is read; CalibrationError where it is not the file that was opened."""
+        if known := vars(self).get("hash"):
+            return str(known)
         try:
-            return f"0x{hash_data(self.source, progress)}"
+            digest = hash_file(self.path, progress)
+            self.source.check_unchanged()
         except CheckpointError as error:
             raise CalibrationError(error.message, error.hint) from error
+        except OSError as error:
+            raise CalibrationError(
+                f"{self.path}: reading failed: {error.strerror}", "Check the disk, or copy the file to another one."
+            ) from error
+        vars(self)["hash"] = found = f"0x{digest}"
+        return found
 
     def read(self, layer: str, statistic: str, shape: tuple[int, int] | None = None) -> "Tensor":
         """A statistic of a layer, on the CPU in its own dtype; of a weight of `shape` (out, in) if that is given.
@@ -155,8 +172,8 @@ class Calibration:
     def check(self, plan: Plan, statistics: Sequence[str]) -> tuple[str, ...]:
         """What a user should know (another size than the plan's), without reading a number of it.
 
-        CalibrationError for another family, and where `statistics` of layers that the plan prunes are missing or are of
-        another shape.
+        CalibrationError for another family, for weights of a dtype that cannot be calibrated, and where `statistics` of
+        layers that the plan prunes are missing or are of another shape.
         """
         family = plan.match.family
         if self.family != family.id:
@@ -171,6 +188,9 @@ class Calibration:
         names = twins.by_key(plan)
         for target in plan.targets:
             if plan.scopes[target.scope].rank:
+                if (dtype := target.source.dtype) not in FORMATS:
+                    what = f"{show(target.name)} is {dtype}, which is not calibrated"
+                    raise CalibrationError(f"{plan.checkpoint.path}: {what}", NARROWER)
                 columns = target.source.shape[-1]
                 for statistic in statistics:
                     self._find(names[twins.key(plan, target)][1], statistic, (target.count // columns, columns))

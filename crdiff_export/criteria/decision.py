@@ -52,9 +52,11 @@ class Decision:
     `thresholds`: one for each scope, in the plan's order; `bits` is None in those of scopes that masks decide. `masks`:
     one for each target, in the plan's order, None for targets of a scope of rank 0; None altogether where thresholds
     decide. `moved`: by index of the target all of its weights after compensation, as a flat array of raw bits in the
-    output dtype (uint8, uint16 or uint32); those that go are +0.0, and no others are zero.
+    output dtype (uint8, uint16 or uint32); those that go are +0.0, and no others are zero. `notes`: what a user should
+    know of how these layers were ranked.
     """
 
     thresholds: tuple[Threshold, ...]
     masks: tuple[Mask | None, ...] | None = None
     moved: "Mapping[int, NDArray[Any]]" = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

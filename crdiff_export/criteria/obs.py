@@ -7,7 +7,8 @@ inputs, those that are zero there (as in SparseGPT). U is the upper Cholesky fac
 U_jj is the update that the columns after j get.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -35,8 +36,8 @@ class Obs:
     input scores 0, so its weights go first, as in SparseGPT. A common factor of all grams is one of all scores too, and
     changes no order unless inputs are dead: their 1 on the diagonal, which enters the mean, has no such factor.
     Computed in float64 where the device has it: H's inverse amplifies what float32 leaves out. The damping is a share
-    of the mean diagonal, 0.01 by default; where Cholesky's method fails it is tried tenfold, up to 4 times, then
-    CalibrationError names the layer.
+    of the mean diagonal, 0.01 by default; where Cholesky's method fails it is tried tenfold, up to 4 times, which
+    `notes` tells, then CalibrationError names the layer.
     """
 
     statistics: tuple[str, ...] = ("gram",)
@@ -44,16 +45,43 @@ class Obs:
     def __init__(self, damping: float) -> None:
         self._damping = damping
         self._last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self._diagonals: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self._raised: dict[str, float] = {}  # the damping of layers that took more than was asked for
 
     def score(self, layer: Layer) -> Tensor:
-        factor, dead = self._factor(layer)
-        return (layer.weight / factor.diagonal()).square().masked_fill(dead, 0.0)
+        diagonal, dead = self._diagonal(layer)
+        return (layer.weight / diagonal).square().masked_fill(dead, 0.0)
+
+    def notes(self, layers: Sequence[str]) -> tuple[str, ...]:
+        """Of these layers, those whose damping was raised."""
+        raised = [name for name in layers if name in self._raised]
+        if not raised:
+            return ()
+        most = max(self._raised[name] for name in raised)
+        more = f" and {len(raised) - 1} more" if len(raised) > 1 else ""
+        return (
+            f"damping was raised for {len(raised)} of {len(layers)} layers, to at most {most:g} ({raised[0]}{more})",
+        )
+
+    def _diagonal(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """U's diagonal, which is all that scores need, and the dead inputs; kept for further looks at the scores."""
+        gram = layer.statistics["gram"]
+        key = layer.name, hashlib.sha256(gram.cpu().contiguous().numpy().data).hexdigest()
+        if key not in self._diagonals:
+            factor, dead = self._factor(layer)
+            self._diagonals[key] = factor.diagonal().clone(), dead
+        return self._diagonals[key]
 
     def _factor(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """U and which inputs are dead; that of the last layer is kept, as its compensation follows its scores."""
         gram = layer.statistics["gram"]
         if self._last is None or self._last[0] is not gram:
-            self._last = gram, _factorise(layer.name, gram, self._damping)
+            self._last = None  # the other layer's, before there is another
+            factor, dead, attempt = _factorise(layer.name, gram, self._damping)
+            self._last = gram, (factor, dead)
+            self._raised.pop(layer.name, None)
+            if attempt:
+                self._raised[layer.name] = self._damping * 10**attempt
         return self._last[1]
 
 
@@ -106,25 +134,55 @@ def _settle(weight: Tensor, factor: Tensor, choice: _Choice) -> tuple[Tensor, Te
     return mask, columns.t().masked_fill(mask, 0.0).contiguous()
 
 
-def _factorise(name: str, gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """U in float32 and which inputs are dead. A dead input gets 1 on the diagonal, as in SparseGPT's code."""
-    hessian = gram.to(torch.float32 if gram.device.type == "mps" else torch.float64)
-    diagonal = hessian.diagonal()
+def _factorise(name: str, gram: Tensor, damping: float) -> tuple[Tensor, Tensor, int]:
+    """U in float32, which inputs are dead, and how often the damping was raised.
+
+    A dead input gets 1 on the diagonal, as in SparseGPT's code.
+    """
+    diagonal = gram.diagonal().to(torch.float32 if gram.device.type == "mps" else torch.float64)
     dead = diagonal == 0
     diagonal = diagonal.masked_fill(dead, 1.0)
     for attempt in range(TRIES):
-        damped = hessian.clone()
-        damped.diagonal().copy_(diagonal + damping * 10**attempt * diagonal.mean())
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            factor = upper.float()
-            if not int(failed) and bool(torch.isfinite(factor).all()) and bool((factor.diagonal() > 0).all()):
-                return factor, dead
+        factor = _factor_of_inverse(gram, diagonal + damping * 10**attempt * diagonal.mean())
+        if factor is not None:
+            return factor, dead, attempt
     raise CalibrationError(
         f"{name}: its Hessian cannot be inverted, with damping up to {damping * 10 ** (TRIES - 1):g}",
         "The gram in the calibration is damaged or of too few tokens; calibrate again, or try obs:damping=0.1.",
     )
+
+
+def _factor_of_inverse(gram: Tensor, diagonal: Tensor) -> Tensor | None:
+    """U of the gram with this diagonal, computed in its dtype; None where there is none.
+
+    On a CPU there is one matrix in that dtype, by columns as LAPACK wants it, in which each step leaves its result.
+    """
+    matrix = torch.empty_strided(gram.shape, (1, len(gram)), dtype=diagonal.dtype, device=gram.device).copy_(gram)
+    matrix.diagonal().copy_(diagonal)
+    matrix, found = _cholesky(matrix)
+    if not found:
+        return None
+    matrix = torch.cholesky_inverse(matrix, out=matrix) if _in_place(matrix) else torch.cholesky_inverse(matrix)
+    matrix, found = _cholesky(matrix, upper=True)
+    factor = matrix.float()
+    del matrix
+    sound = found and bool(torch.isfinite(factor).all()) and bool((factor.diagonal() > 0).all())
+    return factor if sound else None
+
+
+def _cholesky(matrix: Tensor, *, upper: bool = False) -> tuple[Tensor, bool]:
+    """The factor, and whether there is one."""
+    if not _in_place(matrix):
+        factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
+        return factor, not int(failed)
+    failed = torch.empty((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, failed))
+    return matrix, not int(failed)
+
+
+def _in_place(matrix: Tensor) -> bool:
+    """Whether a result may take its matrix's place: torch promises nothing, so only where it was tried."""
+    return matrix.device.type == "cpu"
 
 
 def obs(options: Mapping[str, str]) -> Criterion:

@@ -95,7 +95,8 @@ class Scored:
                     progress.advance(_size(target))
         masks = tuple(chosen[number].mask if number in chosen else None for number in range(len(plan.targets)))
         moved = {number: one.moved for number, one in chosen.items() if one.moved is not None}
-        return Decision(self._counts(plan, chosen), masks, moved)
+        notes = self._notes([names[number] for number, _ in asked])
+        return Decision(self._counts(plan, chosen), masks, moved, notes)
 
     def _see(self, plans: Sequence[Plan], progress: Progress) -> None:
         """Read what the plans prune and has not been read yet: check it, and score it where that is of use."""
@@ -223,6 +224,11 @@ class Scored:
         if not compensate:
             return _counted(Mask.pack(mask.cpu().numpy()))
         return _counted(*rounded(target, name, weights, mask, compensate(layer, mask), self._loaded.spec))
+
+    def _notes(self, layers: Sequence[str]) -> tuple[str, ...]:
+        """What the criterion has to say of these layers, under its name."""
+        told: Any = getattr(self._criterion, "notes", None)
+        return tuple(f"{self._loaded.spec.name}: {text}" for text in told(layers)) if told and layers else ()
 
     def _counts(self, plan: Plan, chosen: Mapping[int, _Chosen]) -> tuple[Threshold, ...]:
         pruned, broken = [0] * len(plan.scopes), [0] * len(plan.scopes)
