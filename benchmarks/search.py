@@ -99,13 +99,14 @@ class Ours:
 
 def theirs(job: Job, candidate: Candidate, folder: Path, config: str, steps: int) -> tuple[float, float]:
     """The same trial in the public code's way: its seconds and the score."""
-    began, found = time.perf_counter(), []
+    easel, began, found = job.easel, time.perf_counter(), []
     for prompt, seed in job.pairs.search:
         picture = folder / "picture.png"
         task = {
-            "base": str(job.base.path), "config": config, "ratios": candidate.by_group, "prompt": prompt, "seed": seed,
-            "width": job.request.size.width, "height": job.request.size.height, "steps": steps, "device": job.device,
-            "guidance": job.request.guidance, "picture": str(picture), "scorer": job.scorer, "dtype": job.dtype,
+            "base": str(easel.base.path), "config": config, "ratios": candidate.by_group, "prompt": prompt,
+            "seed": seed, "width": job.request.size.width, "height": job.request.size.height, "steps": steps,
+            "device": easel.device, "guidance": job.request.guidance, "picture": str(picture), "scorer": job.scorer,
+            "dtype": easel.dtype,
         }  # fmt: skip
         for child in ("draw", "score"):
             ran = subprocess.run(
@@ -193,7 +194,8 @@ def main() -> None:
             )
         )  # fmt: skip
         ours, mine, others = Ours(job), [], []
-        print(f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, {job.device}, {job.dtype}")
+        place = f"{job.easel.device}, {job.easel.dtype}"
+        print(f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, {place}")
         with ours.opened() as opening:
             for number in range(args.trials):
                 seconds, candidate, value = ours.trial(number)

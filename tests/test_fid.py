@@ -380,13 +380,13 @@ def test_the_reference_has_noise_of_its_own(weights: Path) -> None:
 
 
 def test_few_pictures_are_pointed_out() -> None:
-    asked = fid.Asked("dense", (), 2048)
+    asked = fid.Against("dense", (), 2048)
     assert list(asked.notes(2048)) == []
     (note,) = asked.notes(2047)
     assert note.startswith("FID of 2047 pictures: of less than 2048, the number of features,")
-    (note,) = fid.Asked("p", (Path("a.png"),), 100).notes(5000)
+    (note,) = fid.Against("p", (Path("a.png"),), 100).notes(5000)
     assert note.startswith("FID of 100 pictures")
-    (note,) = fid.Asked("p", (Path("a.png"), Path("b.JPEG")), 3000).notes(5000)
+    (note,) = fid.Against("p", (Path("a.png"), Path("b.JPEG")), 3000).notes(5000)
     assert "some of the reference are JPEG files" in note
 
 

@@ -23,13 +23,14 @@ from torch import nn
 from crdiff_export import ExportRequest, Size, demo, export, poa
 from crdiff_export.baked import decision, open_baked
 from crdiff_export.checkpoint import open_checkpoint
-from crdiff_export.criteria import Calibration, Decision, Mask
-from crdiff_export.errors import CheckpointError, OptionError, PoaError, VerifyError
+from crdiff_export.criteria import Decision, Mask
+from crdiff_export.errors import CheckpointError, PoaError, VerifyError
 from crdiff_export.export import plan_variant
 from crdiff_export.poa.comfyui import match
 from crdiff_export.poa.comfyui.patch import Layer, Switch
 from crdiff_export.poa.masks import Bits, Masks, Own, prune
 from crdiff_export.progress import Silent
+from crdiff_export.ranking import Asked
 from crdiff_export.stamp import Stamp
 from crdiff_export.threshold import Threshold
 
@@ -219,10 +220,10 @@ def test_a_recipe_and_a_ranking_give_what_an_export_does(criterion: str, made: M
     expected = kind.run(pipe)
     poa.enable(pipe, poa.from_recipe(made.request(criterion)), W)
     assert torch.equal(kind.run(pipe), expected)
-    calibration = None if "random" in criterion else Calibration.open(made.calibration)
+    ranked = Asked.of(criterion, None if "random" in criterion else made.calibration)
     plan = plan_variant(made.request(criterion), open_checkpoint(made.base))
     other = plan_variant(made.request(criterion, ratio=0.1), open_checkpoint(made.base))
-    counted = poa.Counted([plan], "base", Silent(), criterion=criterion, calibration=calibration, device="cpu")
+    counted = poa.Counted([plan], "base", Silent(), asked=ranked, device="cpu")
     for asked in (other, plan, other):
         poa.enable(pipe, counted.source(asked, W))
         assert torch.equal(kind.run(pipe), expected) == (asked is plan)
@@ -234,15 +235,12 @@ def test_a_ranking_without_more_is_magnitude(sd15: Made) -> None:
     expected = SD15.run(sd15.pipe)
     poa.enable(sd15.pipe, poa.Counted([plan], "base").source(plan), W)
     assert torch.equal(SD15.run(sd15.pipe), expected)
-    with pytest.raises(OptionError, match="wanda needs a calibration"):
-        poa.Counted([plan], "base", criterion="wanda")
 
 
 def test_what_a_source_holds_goes_with_it(sd15: Made) -> None:
-    calibration = Calibration.open(sd15.calibration)
     plan = plan_variant(sd15.request("obs"), open_checkpoint(sd15.base))
     for criterion in ("obs", "wanda"):
-        counted = poa.Counted([plan], "base", criterion=criterion, calibration=calibration)
+        counted = poa.Counted([plan], "base", asked=Asked.of(criterion, sd15.calibration))
         source = counted.source(plan)
         poa.enable(sd15.pipe, source, W)
         SD15.run(sd15.pipe)

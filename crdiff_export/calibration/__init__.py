@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from crdiff_export import architecture, bases, criteria, plan
+from crdiff_export import bases, criteria
 from crdiff_export.calibration import folder
 from crdiff_export.calibration.setting import SAMPLES, Calibrated, Room, Setting, check_statistics
-from crdiff_export.checkpoint import Checkpoint
 from crdiff_export.criteria.calibration import STATISTICS
 from crdiff_export.demo.scenes import Scene
-from crdiff_export.drawing import asking, opening
-from crdiff_export.drawing.opening import Opening
-from crdiff_export.errors import OptionError, PlanError
+from crdiff_export.drawing import asking, easel, opening
+from crdiff_export.drawing.asking import DrawingRequest
+from crdiff_export.drawing.easel import Easel
+from crdiff_export.errors import OptionError
 from crdiff_export.evaluation import prompts
-from crdiff_export.export import ExportRequest, plan_variant
-from crdiff_export.floats import FORMATS
+from crdiff_export.export import ExportRequest
 from crdiff_export.plan import Plan
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.recipe import Size
@@ -30,14 +29,13 @@ PROMPTS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
-class CalibrateRequest:
+class CalibrateRequest(DrawingRequest):
     """What someone wants: the statistics of which criteria, of which base, at which size, on which prompts.
 
     Each prompt is drawn `pictures` times; the seeds count up from `seed`. `samples` is how often the loss is taken of
     each picture. `memory` bytes and `layers` bound what is held at once, and change no number.
     """
 
-    base: str
     size: Size
     criteria: tuple[str, ...] = ()
     output: Path | None = None
@@ -47,14 +45,7 @@ class CalibrateRequest:
     seed: int = 0
     samples: int = SAMPLES
     targets: tuple[str, ...] | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    negative: str | None = None
     batch: int | None = None
-    device: str = "auto"
-    dtype: str | None = None
-    config: str | None = None
-    variant: str | None = None
     memory: int | None = None
     layers: int | None = None
     force: bool = False
@@ -65,12 +56,9 @@ class Job:
     """A request that nothing stands against."""
 
     request: CalibrateRequest
-    base: bases.Base
+    easel: Easel
     plan: Plan
     setting: Setting
-    opening: Opening
-    device: str
-    dtype: str
     target: Path
     notes: tuple[str, ...]
 
@@ -93,31 +81,26 @@ def prepare(request: CalibrateRequest) -> Job:
     demo = request.base == bases.BUILT_IN
     if not (request.prompts or demo):
         raise OptionError("there are no prompts", "Give --prompts FILE, one a line.")
-    base = bases.locate(request.base, request.variant)
-    checkpoint = base.open(request.variant)
-    match = plan.recognise(checkpoint)
-    asking.check_negative(request.negative, match.family)
-    planned = _planned(request, checkpoint)
-    native = architecture.find(planned).native
-    way = opening.choose(base, checkpoint, match, native, config=request.config, variant=request.variant)
-    target = request.output or Path(f"{base.stem or checkpoint.stem}-{request.size}-calibration.safetensors")
+    found = easel.find(request)
+    exported = ExportRequest(request.base, request.size, targets=request.targets, variant=request.variant, force=True)
+    planned = easel.planned(found, exported)
+    stem = found.base.stem or found.checkpoint.stem
+    target = request.output or Path(f"{stem}-{request.size}-calibration.safetensors")
     folder.check_target(target, planned, force=request.force)
     pairs = _pairs(request)
     if demo:
         for prompt, _ in pairs:
             Scene.parse(prompt)
-    if pairs[-1][1] >= asking.SEEDS:
-        hint = f"They end before {asking.SEEDS}; begin with a smaller --seed."
-        raise OptionError("there are not so many seeds", hint)
+    asking.check_seeds(pairs[-1][1])
+    set_up = easel.set_up(request, found, planned)
     from crdiff_export.drawing import session
 
-    device = session.device(request.device, offload=False)
-    dtype = session.dtype(request.dtype, way.pipeline, device)
-    batch = request.batch or session.usual_batch(match.family.id, device)
+    batch = request.batch or session.usual_batch(found.match.family.id, set_up.device)
     setting = Setting(
-        request.size, native, wanted, pairs, request.steps, request.guidance, request.negative, batch, request.samples
-    )
-    return Job(request, base, planned, setting, way, device, dtype, target, planned.notes)
+        request.size, set_up.native, wanted, pairs, request.steps, request.guidance, request.negative, batch,
+        request.samples,
+    )  # fmt: skip
+    return Job(request, set_up, planned, setting, target, planned.notes)
 
 
 def run(job: Job, progress: Progress) -> Calibrated:
@@ -125,12 +108,12 @@ def run(job: Job, progress: Progress) -> Calibrated:
     from crdiff_export.calibration import runner
     from crdiff_export.drawing.session import Place, session
 
-    family = job.plan.match.family.id
-    place = Place(job.device, job.dtype, advice="a smaller --batch or --memory")
-    with session(job.opening, family, place, job.base.name) as opened:
+    family, easel = job.plan.match.family.id, job.easel
+    place = Place(easel.device, easel.dtype, advice="a smaller --batch or --memory")
+    with session(easel.opening, family, place, easel.base.name) as opened:
         return runner.collect(
             opened, job.plan, job.setting, job.target, progress,
-            base=job.base.name, room=job.room, replace=job.request.force,
+            base=easel.base.name, room=job.room, replace=job.request.force,
         )  # fmt: skip
 
 
@@ -141,18 +124,6 @@ def statistics(specs: Sequence[str]) -> tuple[str, ...]:
     needed = {name for text in specs for name in criteria.load(text).statistics}
     check_statistics(sorted(needed))
     return tuple(name for name in STATISTICS if name in needed)
-
-
-def _planned(request: CalibrateRequest, checkpoint: Checkpoint) -> Plan:
-    """The plan of an export to the size; what it says of --dtype is another thing here."""
-    exported = ExportRequest(request.base, request.size, targets=request.targets, variant=request.variant, force=True)
-    try:
-        return plan_variant(exported, checkpoint)
-    except PlanError as error:
-        if not error.hint.endswith("--dtype casts it."):
-            raise
-        hint = f"Save it as {', '.join(FORMATS)} first: --dtype is what the pipeline computes in, not the base's."
-        raise PlanError(error.message, hint) from error
 
 
 def _pairs(request: CalibrateRequest) -> tuple[tuple[str, int], ...]:
@@ -168,10 +139,10 @@ def _pairs(request: CalibrateRequest) -> tuple[tuple[str, int], ...]:
 
 def _check(request: CalibrateRequest) -> None:
     """Refuse what the request alone shows to be impossible."""
-    asking.check_texts(request.prompts, request.negative)
-    counts = (request.limit, request.pictures, request.samples, request.batch, request.steps, request.layers)
+    asking.check(request, request.prompts)
+    counts = (request.limit, request.pictures, request.samples, request.batch, request.layers)
     if any(count is not None and count < 1 for count in counts) or request.seed < 0:
-        raise OptionError("a number is too small", "Count prompts, pictures, samples and steps from 1, seeds from 0.")
+        raise OptionError("a number is too small", "Count prompts, pictures and samples from 1, seeds from 0.")
     if request.memory is not None and request.memory < 1:
         raise OptionError("no memory is no room for a statistic", "Give --memory 4GB, or leave it out.")
 

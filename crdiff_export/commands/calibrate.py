@@ -9,8 +9,8 @@ from typing import Any, Final
 import click
 
 from crdiff_export.calibration import Calibrated, CalibrateRequest, Job, prepare, run
+from crdiff_export.commands.drawing import announce_drawing, batch_option, drawing_options, quiet_parts
 from crdiff_export.commands.options import (
-    DeviceType,
     KindsType,
     SizeType,
     announce,
@@ -18,11 +18,9 @@ from crdiff_export.commands.options import (
     examples,
     listed_prompts,
     output_options,
-    quiet_client,
 )
 from crdiff_export.commands.signals import Stopped, Stopper
 from crdiff_export.errors import CalibrationError
-from crdiff_export.floats import DTYPES
 
 UNITS: Final = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -76,14 +74,6 @@ class AmountType(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # ge
     help="For criteria with gradients: time steps, each with noise, of every picture.",
 )  # fmt: skip
 @click.option("--targets", type=KindsType(), help="Kinds of layers. Default: the recipe's.")
-@click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Steps of sampling. Default: 25; schnell: 4.")
-@click.option(
-    "--guidance", type=click.FloatRange(0, 100), metavar="G", help="Guidance scale. Default: diffusers'; demo: 4."
-)
-@click.option("--negative", metavar="TEXT", help="Negative prompt.")
-@click.option(
-    "--batch", type=click.IntRange(1), metavar="N", help="Pictures to draw at once. Default: 4 on a GPU; demo: 16."
-)
 @click.option(
     "--memory",
     type=AmountType(),
@@ -93,13 +83,8 @@ class AmountType(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # ge
     "--layers-at-once", "layers", type=click.IntRange(1), metavar="N",
     help="At most N layers in a group. Default: as many as fit.",
 )  # fmt: skip
-@click.option("--device", type=DeviceType(), default="auto", show_default=True, help="Where to draw: auto takes a GPU.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Default: fp16 or bf16 on a GPU, fp32 on a CPU.")
-@click.option(
-    "--config", metavar="DIR|ORG/NAME",
-    help="For a single file: a folder for diffusers with the model's configuration, or a repository on the Hub.",
-)  # fmt: skip
-@click.option("--variant", metavar="NAME", help="Weights to take from a folder that has several, such as fp16.")
+@drawing_options
+@batch_option
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
     help="The calibration (.safetensors). Default: BASE-SIZE-calibration.safetensors.",
@@ -122,8 +107,7 @@ def calibrate(stopper: Stopper, /, base: str, listed: Path | None, *, json: bool
     job = prepare(request)
     if not silent:
         _announce(job)
-    if job.opening.remote:
-        quiet_client(quiet=silent)
+    quiet_parts(job.easel, quiet=silent)
     with _resumable(job), ui.progress(quiet=silent) as shown:
         stopper.check()
         found = run(job, shown)
@@ -159,16 +143,14 @@ def _interrupted(stop: Stopped, part: Path) -> CalibrationError:
 
 
 def _announce(job: Job) -> None:
-    from crdiff_export import ui
-
-    for text in job.notes:
-        ui.note(text)
-    pairs = job.setting.pairs
+    pairs, easel = job.setting.pairs, job.easel
     prompts = len({prompt for prompt, _ in pairs})
-    ui.note(f"{', '.join(job.setting.statistics)} of {len(job.plan.targets)} layers")
-    ui.note(f"{len(pairs)} pictures of {prompts} prompts, on {job.device} in {job.dtype}")
-    if job.opening.remote:
-        ui.note(f"what {job.base.name} lacks comes from {job.opening.remote}, unless it is in the local cache")
+    announce_drawing(
+        easel,
+        *job.notes,
+        f"{', '.join(job.setting.statistics)} of {len(job.plan.targets)} layers",
+        f"{len(pairs)} pictures of {prompts} prompts, on {easel.device} in {easel.dtype}",
+    )
 
 
 def _facts(found: Calibrated) -> list[tuple[str, str]]:
@@ -183,7 +165,7 @@ def _facts(found: Calibrated) -> list[tuple[str, str]]:
 
 def _as_json(job: Job, found: Calibrated) -> dict[str, Any]:
     return {
-        "base": job.base.name, "family": job.plan.match.family.id, "resolution": str(job.setting.size),
+        "base": job.easel.base.name, "family": job.plan.match.family.id, "resolution": str(job.setting.size),
         "native": str(job.setting.native), "criteria": list(job.request.criteria),
         "statistics": list(found.statistics), "layers": found.layers, "size": found.size, "facts": dict(found.facts),
         "notes": [*job.notes, *found.notes], "resumed": found.resumed, "file": str(found.path),

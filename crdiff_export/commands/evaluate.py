@@ -5,24 +5,29 @@ from typing import Any
 
 import click
 
+from crdiff_export.commands.drawing import (
+    announce_drawing,
+    batch_option,
+    drawing_options,
+    quiet_parts,
+    scorer_device_option,
+    scorer_option,
+)
+from crdiff_export.commands.findings import finding_json
 from crdiff_export.commands.options import (
     POA_WEIGHT,
-    RATIO,
-    DeviceType,
     SizeType,
     announce,
+    by_group,
     complete_alias,
     criterion_options,
     examples,
     listed_prompts,
     output_options,
-    quiet_client,
+    ratio_options,
 )
 from crdiff_export.commands.signals import Stopper
 from crdiff_export.evaluation import EvaluateRequest, Evaluation, Job, Subject, count, prepare, run, write
-from crdiff_export.evaluation.findings import Finding
-from crdiff_export.evaluation.statistics import Estimate
-from crdiff_export.floats import DTYPES
 from crdiff_export.scorers import inception
 
 
@@ -48,34 +53,20 @@ from crdiff_export.scorers import inception
     help="Pictures of each prompt, each from its own noise.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="The first picture's seed. Default: 0.")
-@click.option(
-    "--scorer", metavar="NAME|module:function|command:…",
-    help="What says how good a picture is, or a sum such as 0.5*clip-score+0.5*aesthetic. Default for demo: its judge.",
-)  # fmt: skip
+@scorer_option
 @click.option(
     "--poa-weight", "weights", type=POA_WEIGHT, multiple=True, metavar="W",
     help="POA with this weight; may be given several times. Default: the recipe's.",
 )  # fmt: skip
 @click.option("--recipe", type=click.Path(path_type=Path), help="A recipe instead of the built-in one (.toml, .json).")
-@click.option("--ratio", type=RATIO, metavar="R", help="Share of every group's weights to set to zero.")
-@click.option("--down", type=RATIO, metavar="R", help="Share for the down blocks of a UNet; wins over --ratio.")
-@click.option("--mid", type=RATIO, metavar="R", help="Share for its mid block; wins over --ratio.")
-@click.option("--up", type=RATIO, metavar="R", help="Share for its up blocks; wins over --ratio.")
+@ratio_options
 @click.option(
     "--native/--no-native", default=True, help="Look at the native size, too: does it hurt there? Default: yes."
 )
 @criterion_options
-@click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Steps of sampling. Default: 25; schnell: 4.")
-@click.option(
-    "--guidance", type=click.FloatRange(0, 100), metavar="G", help="Guidance scale. Default: diffusers'; demo: 4."
-)
-@click.option("--negative", metavar="TEXT", help="Negative prompt.")
-@click.option(
-    "--batch", type=click.IntRange(1), metavar="N", help="Pictures to draw at once. Default: 4 on a GPU; demo: 16."
-)
-@click.option("--device", type=DeviceType(), default="auto", show_default=True, help="Where to draw: auto takes a GPU.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Default: fp16 or bf16 on a GPU, fp32 on a CPU.")
-@click.option("--scorer-device", type=DeviceType(), help="Where to score. Default: where pictures are drawn.")
+@drawing_options
+@batch_option
+@scorer_device_option
 @click.option(
     "--fid", metavar="DIR|dense",
     help="Also an FID of each model's pictures, against those in a folder or the dense model's at the native size.",
@@ -84,11 +75,6 @@ from crdiff_export.scorers import inception
     "--fid-weights", type=click.Path(path_type=Path), metavar="FILE",
     help="FID's Inception network. Default: torch's cache, into which it is fetched once.",
 )  # fmt: skip
-@click.option(
-    "--config", metavar="DIR|ORG/NAME",
-    help="For a single file: a folder for diffusers with the model's configuration, or a repository on the Hub.",
-)  # fmt: skip
-@click.option("--variant", metavar="NAME", help="Weights to take from a folder that has several, such as fp16.")
 @click.option(
     "-o", "--output", "outputs", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
     help="A page (.html), a plot (.png, .svg), or a recipe with the evidence (.toml); may be given several times.",
@@ -107,12 +93,11 @@ def evaluate(
     """
     from crdiff_export import ui
 
-    per_group = {"down": down, "mid": mid, "up": up}
     request = EvaluateRequest(
         base=base,
         prompts=(*prompts, *(listed_prompts(listed) if listed else ())),
         scorer=scorer,
-        ratios={group: ratio for group, ratio in per_group.items() if ratio is not None},
+        ratios=by_group(down, mid, up),
         **options,
     )
     silent = quiet or json
@@ -120,8 +105,7 @@ def evaluate(
     job = prepare(request)
     if not silent:
         _announce(job)
-    if job.opening.remote:
-        quiet_client(quiet=silent)
+    quiet_parts(job.easel, quiet=silent)
     with ui.progress(quiet=silent) as shown:
         with stopper.watch(shown) as progress:
             counted = count(job, progress)
@@ -136,16 +120,14 @@ def evaluate(
 
 
 def _announce(job: Job) -> None:
-    from crdiff_export import ui
-
-    for text in job.notes:
-        ui.note(text)
     prompts = len({prompt for prompt, _ in job.pairs})
-    ui.note(f"{job.pictures} pictures of {prompts} prompts, on {job.device} in {job.dtype}")
-    if job.fid and not job.fid.weights and (url := inception.absent()):
-        ui.note(f"FID's network, 91 MiB, comes from {url}")
-    if job.opening.remote:
-        ui.note(f"what {job.base.name} lacks comes from {job.opening.remote}, unless it is in the local cache")
+    fetched = (url := inception.absent()) and job.fid and not job.fid.weights
+    announce_drawing(
+        job.easel,
+        *job.notes,
+        f"{job.pictures} pictures of {prompts} prompts, on {job.easel.device} in {job.easel.dtype}",
+        *((f"FID's network, 91 MiB, comes from {url}",) if fetched else ()),
+    )
 
 
 def _show(found: Evaluation, *, quiet: bool) -> None:
@@ -176,20 +158,5 @@ def _subject_json(found: Evaluation, subject: Subject) -> dict[str, Any]:
     return {
         "resolution": str(subject.size), "ratios_for": str(subject.of), "ratios": dict(subject.ratios),
         "provenance": subject.variant.provenance, "ratios_from": subject.variant.source,
-        "models": [_finding_json(finding) for finding in found.of(subject)],
-    }  # fmt: skip
-
-
-def _finding_json(finding: Finding) -> dict[str, Any]:
-    def said(estimate: Estimate | None) -> dict[str, float | None] | None:
-        if not estimate:
-            return None
-        ends = (estimate.low, estimate.high) if estimate.bounded else (None, None)
-        return {"value": estimate.value, "low": ends[0], "high": ends[1]}
-
-    return {
-        "model": finding.drawn.name, "poa_weight": finding.drawn.weight, "score": said(finding.mean),
-        "minus_dense": said(finding.difference), "right": said(finding.right), "fid": finding.drawn.fid,
-        "parts": dict(finding.parts), "verdict": finding.difference.verdict if finding.difference else None,
-        "scores": [score.value for score in finding.drawn.scores], "seconds": round(finding.drawn.seconds, 3),
+        "models": [finding_json(finding) for finding in found.of(subject)],
     }  # fmt: skip

@@ -5,20 +5,19 @@ from typing import Any
 
 import click
 
+from crdiff_export.commands.drawing import announce_drawing, drawing_options, quiet_parts
 from crdiff_export.commands.options import (
     POA_WEIGHT,
-    RATIO,
-    DeviceType,
     SizeType,
     announce,
+    by_group,
     complete_alias,
     examples,
     listed_prompts,
     output_options,
-    quiet_client,
+    ratio_options,
 )
 from crdiff_export.commands.signals import Stopper
-from crdiff_export.floats import DTYPES
 from crdiff_export.preview import Job, Preview, PreviewRequest, draw, measure, prepare
 from crdiff_export.preview.wording import ratios_of, standing
 
@@ -49,25 +48,13 @@ FRACTION = click.FloatRange(0, 1)
 @click.option("--start", type=FRACTION, default=0.0, metavar="F", help="Fraction of the steps at which POA begins.")
 @click.option("--stop", type=FRACTION, default=1.0, metavar="F", help="Fraction at which it ends; dense outside.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="A recipe instead of the built-in one (.toml, .json).")
-@click.option("--ratio", type=RATIO, metavar="R", help="Share of every group's weights to set to zero.")
-@click.option("--down", type=RATIO, metavar="R", help="Share for the down blocks of a UNet; wins over --ratio.")
-@click.option("--mid", type=RATIO, metavar="R", help="Share for its mid block; wins over --ratio.")
-@click.option("--up", type=RATIO, metavar="R", help="Share for its up blocks; wins over --ratio.")
+@ratio_options
 @click.option(
     "--baked", type=click.Path(path_type=Path), metavar="FILE",
     help="Prune as this exported file is pruned, instead of by a recipe; BASE is what it was made from.",
 )  # fmt: skip
-@click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Steps of sampling. Default: 25; schnell: 4.")
-@click.option("--guidance", type=click.FloatRange(0, 100), metavar="G", help="Guidance scale. Default: diffusers'.")
-@click.option("--negative", metavar="TEXT", help="Negative prompt.")
-@click.option("--device", type=DeviceType(), default="auto", show_default=True, help="Where to draw: auto takes a GPU.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Default: fp16 or bf16 on a GPU, fp32 on a CPU.")
+@drawing_options
 @click.option("--offload", is_flag=True, help="For small GPUs: keep idle parts in main memory, decode in tiles.")
-@click.option(
-    "--config", metavar="DIR|ORG/NAME",
-    help="For a single file: a folder for diffusers with the model's configuration, or a repository on the Hub.",
-)  # fmt: skip
-@click.option("--variant", metavar="NAME", help="Weights to take from a folder that has several, such as fp16.")
 @click.option(
     "-o", "--output", "outputs", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
     help="A .png sheet or an .html page; may be given twice. Default: both, as STEM-preview-WxH in the current folder.",
@@ -86,11 +73,10 @@ def preview(
     """
     from crdiff_export import ui
 
-    per_group = {"down": down, "mid": mid, "up": up}
     request = PreviewRequest(
         base=base,
         prompts=(*prompts, *(listed_prompts(listed) if listed else ())),
-        ratios={group: ratio for group, ratio in per_group.items() if ratio is not None},
+        ratios=by_group(down, mid, up),
         **options,
     )
     silent = quiet or json
@@ -98,8 +84,7 @@ def preview(
     job = prepare(request)
     if not silent:
         _announce(job)
-    if job.opening.remote:
-        quiet_client(quiet=silent)
+    quiet_parts(job.easel, quiet=silent)
     with ui.progress(quiet=silent) as shown:
         with stopper.watch(shown) as progress:
             source = measure(job, progress)
@@ -116,14 +101,11 @@ def preview(
 
 
 def _announce(job: Job) -> None:
-    from crdiff_export import ui
-
-    for text in job.notes:
-        ui.note(text)
     rows, names = job.pictures // len(job.columns), ", ".join(column.name for column in job.columns)
-    ui.note(f"{_counted(job.pictures, 'picture')}, {_counted(rows, 'row')} of {names}, on {job.device} in {job.dtype}")
-    if job.opening.remote:
-        ui.note(f"what {job.base.name} lacks comes from {job.opening.remote}, unless it is in the local cache")
+    place = f"on {job.easel.device} in {job.easel.dtype}"
+    announce_drawing(
+        job.easel, *job.notes, f"{_counted(job.pictures, 'picture')}, {_counted(rows, 'row')} of {names}, {place}"
+    )
 
 
 def _times(made: Preview) -> str:
@@ -141,13 +123,14 @@ def _as_json(made: Preview) -> dict[str, Any]:
     job, taken = made.job, made.taken
     provenance = job.baked.stamp.provenance if job.baked else job.plan.variant.provenance
     return {
-        "files": [str(path) for path in made.files], "base": job.base.name, "family": job.plan.match.family.id,
-        "resolution": str(job.size), "native": str(job.native), "ratios": ratios_of(job), "provenance": provenance,
-        "ratios_from": standing(job), "baked": str(job.request.baked) if job.request.baked else None,
+        "files": [str(path) for path in made.files], "base": job.easel.base.name, "family": job.plan.match.family.id,
+        "resolution": str(job.size), "native": str(job.easel.native), "ratios": ratios_of(job),
+        "provenance": provenance, "ratios_from": standing(job),
+        "baked": str(job.request.baked) if job.request.baked else None,
         "columns": [{"name": column.name, "poa_weight": column.weight} for column in job.columns],
         "poa_start": job.request.start, "poa_stop": job.request.stop, "steps": taken.steps,
         "guidance": taken.guidance, "scheduler": taken.scheduler, "negative": job.request.negative,
-        "device": job.device, "dtype": job.dtype,
+        "device": job.easel.device, "dtype": job.easel.dtype,
         "pictures": [
             {"column": p.column.name, "prompt": p.prompt, "seed": p.seed, "seconds": round(p.seconds, 3)}
             for p in taken.pictures

@@ -11,10 +11,18 @@ import click
 from click.core import ParameterSource
 
 from crdiff_export import scorers
+from crdiff_export.commands.drawing import (
+    announce_drawing,
+    batch_option,
+    drawing_options,
+    quiet_parts,
+    scorer_device_option,
+    scorer_option,
+)
+from crdiff_export.commands.findings import finding_json
 from crdiff_export.commands.options import (
     POA_WEIGHT,
     RATIO,
-    DeviceType,
     KindsType,
     SizeType,
     announce,
@@ -23,13 +31,10 @@ from crdiff_export.commands.options import (
     examples,
     listed_prompts,
     output_options,
-    quiet_client,
 )
 from crdiff_export.commands.signals import Stopped, Stopper
 from crdiff_export.errors import SearchError
-from crdiff_export.evaluation.findings import Evaluation, Finding
-from crdiff_export.evaluation.statistics import Estimate
-from crdiff_export.floats import DTYPES
+from crdiff_export.evaluation.findings import Evaluation
 from crdiff_export.search import METHODS
 from crdiff_export.tuning import Found, Job, SearchRequest, Standing, finish, prepare, wording, work
 
@@ -64,10 +69,7 @@ HELD_OUT = "Prompts for the check, one a line, none of --prompts. Default: the l
     help="Pictures of each prompt, each from its own noise. Default: 1; with --prompt 16, and as many in the check.",
 )  # fmt: skip
 @click.option("--noise", type=click.IntRange(0), default=0, metavar="N", help="The first picture's seed. Default: 0.")
-@click.option(
-    "--scorer", metavar="NAME|module:function|command:…",
-    help="What says how good a picture is, or a sum such as 0.5*clip-score+0.5*aesthetic. Default for demo: its judge.",
-)  # fmt: skip
+@scorer_option
 @click.option("--method", type=click.Choice(METHODS), help="How to search. Default: tpe.")
 @click.option("--seed", type=click.IntRange(0), default=42, metavar="N", show_default=True, help="The method's seed.")
 @click.option(
@@ -87,18 +89,9 @@ HELD_OUT = "Prompts for the check, one a line, none of --prompts. Default: the l
 @criterion_options
 @click.option("--targets", type=KindsType(), help="Kinds of layers to prune. Default: the recipe's.")
 @click.option("--native/--no-native", default=True, help="Look at the native size in the check. Default: yes.")
-@click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Steps of sampling. Default: 25; schnell: 4.")
-@click.option("--guidance", type=click.FloatRange(0, 100), metavar="G", help="Guidance scale. Default: diffusers'.")
-@click.option("--negative", metavar="TEXT", help="Negative prompt.")
-@click.option("--batch", type=click.IntRange(1), metavar="N", help="Pictures to draw at once.")
-@click.option("--device", type=DeviceType(), default="auto", show_default=True, help="Where to draw: auto takes a GPU.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Default: fp16 or bf16 on a GPU, fp32 on a CPU.")
-@click.option("--scorer-device", type=DeviceType(), help="Where to score. Default: where pictures are drawn.")
-@click.option(
-    "--config", metavar="DIR|ORG/NAME",
-    help="For a single file: a folder for diffusers with the model's configuration, or a repository on the Hub.",
-)  # fmt: skip
-@click.option("--variant", metavar="NAME", help="Weights to take from a folder that has several, such as fp16.")
+@drawing_options
+@batch_option
+@scorer_device_option
 @click.option(
     "--storage", metavar="FILE|URL",
     help="Where trials are kept: a .journal file (default: beside the first output), or postgresql://… for many hosts.",
@@ -136,8 +129,7 @@ def search(
     job = prepare(request)
     if not silent:
         _announce(job)
-    if job.opening.remote:
-        quiet_client(quiet=silent)
+    quiet_parts(job.easel, quiet=silent)
     with ui.progress(quiet=silent) as shown, _resumable(context) as standings:
         with _Watching(shown, stopper, standings, quiet=silent) as watch, stopper.watch(shown) as progress:
             found = work(job, progress, watch)
@@ -251,16 +243,11 @@ def _spelled(param: click.Parameter, value: Any) -> list[str]:
 
 
 def _announce(job: Job) -> None:
-    from crdiff_export import ui
-
-    for text in job.notes:
-        ui.note(text)
     searched, checked = (len({prompt for prompt, _ in pairs}) for pairs in (job.pairs.search, job.pairs.check))
     pictures = f"{len(job.pairs.search)} pictures of {wording.counted(searched, 'prompt')}"
     check = f"{len(job.pairs.check)} of {checked}" if job.request.prompt is None else f"{len(job.pairs.check)} others"
-    ui.note(f"a trial is {pictures}, the check {check}; on {job.device} in {job.dtype}")
-    if job.opening.remote:
-        ui.note(f"what {job.base.name} lacks comes from {job.opening.remote}, unless it is in the local cache")
+    place = f"on {job.easel.device} in {job.easel.dtype}"
+    announce_drawing(job.easel, *job.notes, f"a trial is {pictures}, the check {check}; {place}")
 
 
 def _show(found: Found) -> None:
@@ -279,9 +266,10 @@ def _show(found: Found) -> None:
 def _as_json(found: Found) -> dict[str, Any]:
     job, variant = found.job, found.variant if found.recipe else None
     return {
-        "base": job.base.name, "family": job.plan.match.family.id, "resolution": str(job.request.size),
-        "native": str(job.native), "scorer": scorers.public(job.scorer), "storage": found.where, "study": job.study,
-        "method": job.setup.method.name, "verdict": found.verdict, "conclusion": wording.conclusion(found),
+        "base": job.easel.base.name, "family": job.plan.match.family.id, "resolution": str(job.request.size),
+        "native": str(job.easel.native), "scorer": scorers.public(job.scorer), "storage": found.where,
+        "study": job.study, "method": job.setup.method.name, "verdict": found.verdict,
+        "conclusion": wording.conclusion(found),
         "ratios": dict(variant.ratios) if variant else None, "poa_weight": variant.poa_weight if variant else None,
         "best": found.best.place, "notes": list(job.notes),
         "trials": [
@@ -302,22 +290,7 @@ def _check_json(made: Evaluation) -> dict[str, Any]:
     return {
         "pairs": [{"prompt": prompt, "seed": seed} for prompt, seed in pairs],
         "sizes": [
-            {"resolution": str(subject.size), "models": [_finding_json(one) for one in made.of(subject)]}
+            {"resolution": str(subject.size), "models": [finding_json(one) for one in made.of(subject)]}
             for subject in made.subjects
         ],
     }
-
-
-def _finding_json(finding: Finding) -> dict[str, Any]:
-    def said(estimate: Estimate | None) -> dict[str, float | None] | None:
-        if not estimate:
-            return None
-        ends = (estimate.low, estimate.high) if estimate.bounded else (None, None)
-        return {"value": estimate.value, "low": ends[0], "high": ends[1]}
-
-    return {
-        "model": finding.drawn.name, "poa_weight": finding.drawn.weight, "score": said(finding.mean),
-        "minus_dense": said(finding.difference),
-        "verdict": finding.difference.verdict if finding.difference else None,
-        "scores": [score.value for score in finding.drawn.scores],
-    }  # fmt: skip

@@ -7,22 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crdiff_export import architecture, bases, plan, poa, ranking, recipe, scorers
+from crdiff_export import bases, poa, ranking, recipe, scorers
 from crdiff_export.demo.scenes import Scene
-from crdiff_export.drawing import asking, opening
-from crdiff_export.drawing.opening import Opening
+from crdiff_export.drawing import asking, easel, opening
+from crdiff_export.drawing.asking import DrawingRequest
+from crdiff_export.drawing.easel import Easel
 from crdiff_export.errors import OptionError
 from crdiff_export.evaluation import fid, files, prompts
-from crdiff_export.evaluation.fid import Asked
+from crdiff_export.evaluation.fid import Against
 from crdiff_export.evaluation.findings import Evaluation, Subject
-from crdiff_export.export import ExportRequest, plan_variant
+from crdiff_export.export import ExportRequest
 from crdiff_export.plan import Plan
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.recipe import Size
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluateRequest:
+class EvaluateRequest(DrawingRequest):
     """What someone wants to know: of which base, at which sizes, by which scorer, on which prompts.
 
     Each prompt is drawn `pictures` times, and no two pictures have the same noise: the seeds count up from `seed`.
@@ -31,7 +32,6 @@ class EvaluateRequest:
     as well: what helps at one size may hurt there. `fid` is a folder of pictures, or `dense`, to take an FID against.
     """
 
-    base: str
     sizes: tuple[Size, ...]
     scorer: str | None = None
     prompts: tuple[str, ...] = ()
@@ -45,17 +45,10 @@ class EvaluateRequest:
     calibration: Path | None = None
     weights: tuple[float, ...] = ()
     native: bool = True
-    steps: int | None = None
-    guidance: float | None = None
-    negative: str | None = None
     batch: int | None = None
-    device: str = "auto"
-    dtype: str | None = None
     scorer_device: str | None = None
     fid: str | None = None
     fid_weights: Path | None = None
-    config: str | None = None
-    variant: str | None = None
     outputs: tuple[Path, ...] = ()
     force: bool = False
 
@@ -65,20 +58,17 @@ class Job:
     """A request that nothing stands against. `pairs` are prompts and the seeds of their noise."""
 
     request: EvaluateRequest
-    base: bases.Base
+    easel: Easel
     plan: Plan
-    native: Size
+    asked: ranking.Asked
     subjects: tuple[Subject, ...]
     pairs: tuple[tuple[str, int], ...]
-    opening: Opening
-    device: str
-    dtype: str
     batch: int
     scorer: str
     scorer_device: str
     outputs: tuple[Path, ...]
     notes: tuple[str, ...]
-    fid: Asked | None = None
+    fid: Against | None = None
 
     @property
     def pictures(self) -> int:
@@ -120,24 +110,19 @@ def prepare(request: EvaluateRequest) -> Job:
         raise OptionError("there is no scorer", f"Give --scorer: {known}, module:function or command:PROGRAM.")
     if not (request.prompts or demo):
         raise OptionError("there are no prompts", "Give --prompts FILE, one a line, or --prompt TEXT.")
-    base = bases.locate(request.base, request.variant)
-    checkpoint = base.open(request.variant)
-    match = plan.recognise(checkpoint)
-    from crdiff_export.drawing import session
-
-    asking.check_negative(request.negative, match.family)
+    found = easel.find(request)
+    asked = ranking.Asked.of(request.criterion, request.calibration)
     planned = [
-        plan_variant(
+        easel.planned(
+            found,
             ExportRequest(
                 request.base, size, recipe=request.recipe, ratio=request.ratio, ratios=request.ratios,
                 criterion=request.criterion, calibration=request.calibration, variant=request.variant, force=True,
             ),
-            checkpoint,
+            asked,
         )
         for size in dict.fromkeys(request.sizes)
     ]  # fmt: skip
-    native = architecture.find(planned[0]).native
-    way = opening.choose(base, checkpoint, match, native, config=request.config, variant=request.variant)
     chosen = prompts.choose(request.prompts, request.limit)
     pairs = tuple(
         (prompt, request.seed + number * request.pictures + picture)
@@ -149,43 +134,25 @@ def prepare(request: EvaluateRequest) -> Job:
         for prompt in chosen:
             Scene.parse(prompt)
     against = fid.choose(request.fid, request.fid_weights, len(pairs))
-    if pairs[-1][1] + (len(pairs) if against and against.drawn else 0) >= asking.SEEDS:
-        raise OptionError(
-            "there are not so many seeds", f"They end before {asking.SEEDS}; begin with a smaller --seed."
-        )
-    subjects = tuple(_subjects(planned, native, request))
-    device = session.device(request.device, offload=False)
-    scorer_device = session.device(request.scorer_device, offload=False) if request.scorer_device else device
-    dtype = session.dtype(request.dtype, way.pipeline, device)
-    batch = request.batch or session.usual_batch(match.family.id, device)
+    asking.check_seeds(pairs[-1][1] + (len(pairs) if against and against.drawn else 0))
+    set_up = easel.set_up(request, found, planned[0])
+    subjects = tuple(_subjects(planned, set_up.native, request))
+    from crdiff_export.drawing import session
+
+    scorer_device = session.device(request.scorer_device, offload=False) if request.scorer_device else set_up.device
+    batch = request.batch or session.usual_batch(found.match.family.id, set_up.device)
     of_fid = against.notes(len(pairs)) if against else ()
     notes = tuple(dict.fromkeys((*(note for one in planned for note in one.notes), *of_fid)))
     return Job(
-        request,
-        base,
-        planned[0],
-        native,
-        subjects,
-        pairs,
-        way,
-        device,
-        dtype,
-        batch,
-        scorer,
-        scorer_device,
-        outputs,
-        notes,
-        against,
+        request, set_up, planned[0], asked, subjects, pairs, batch, scorer, scorer_device, outputs, notes, against
     )
 
 
 def count(job: Job, progress: Progress) -> poa.Counted:
     """Read the weights, once for all sizes, and find the thresholds."""
     plans = [subject.plan for subject in job.subjects]
-    asked = ranking.Asked.of(job.request.criterion, job.request.calibration)
-    counted = poa.Counted(
-        plans, job.base.name, progress, criterion=asked.name, calibration=asked.calibration, device=job.device
-    )
+    job.asked.calibrated(progress)  # whose hash is told in the end
+    counted = poa.Counted(plans, job.easel.base.name, progress, asked=job.asked, device=job.easel.device)
     for subject in job.subjects:
         if len(subject.drawn) > 1:
             counted.source(subject.plan)  # what has to be read again for it is read here
@@ -221,15 +188,13 @@ def _check(request: EvaluateRequest) -> None:
     """Refuse what the request alone shows to be impossible."""
     if not request.sizes:
         raise OptionError("there is no size", "Give --res.")
-    asking.check_texts(request.prompts, request.negative)
+    asking.check(request, request.prompts)
     for weight in request.weights:
         recipe.check_poa_weight("the POA weight", weight)
     if request.pictures < 1 or (request.limit is not None and request.limit < 1):
         raise OptionError("there is nothing to draw", "Ask for one picture and one prompt at least.")
     if request.seed < 0:
         raise OptionError("a seed is negative", "Count from 0.")
-    if request.steps is not None and request.steps < 1:
-        raise OptionError(f"{request.steps} steps make no picture", "Give --steps 1 or more.")
 
 
 __all__ = ["EvaluateRequest", "Evaluation", "Job", "Subject", "count", "evaluate", "prepare", "run", "write"]

@@ -28,7 +28,7 @@ KINDS: Final = (".png", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Against:
     """What FID is to be taken against: the `files` of a folder, or with none what the dense model draws at its size.
 
     `name` is fit for others to read: of a folder's path only the last part. `weights` is the network's file, where it
@@ -63,7 +63,7 @@ class Asked:
             yield "FID: some of the reference are JPEG files, and what that leaves in a picture counts as well"
 
 
-def choose(asked: str | None, weights: Path | None, pictures: int) -> Asked | None:
+def choose(asked: str | None, weights: Path | None, pictures: int) -> Against | None:
     """What was asked for, if anything; a CrdiffError where it is not there, or too little for a covariance."""
     if asked is None:
         if weights:
@@ -72,7 +72,7 @@ def choose(asked: str | None, weights: Path | None, pictures: int) -> Asked | No
     inception.check(weights)
     folder = None if asked == DENSE else Path(asked).expanduser()
     files = _listed(folder) if folder else ()
-    found = Asked(folder.resolve().name if folder else DENSE, files, len(files) if folder else pictures, weights)
+    found = Against(folder.resolve().name if folder else DENSE, files, len(files) if folder else pictures, weights)
     if min(pictures, found.pictures) < 2:
         raise OptionError("FID of a single picture, which has no covariance", "It takes some thousands of either set.")
     return found
@@ -81,7 +81,7 @@ def choose(asked: str | None, weights: Path | None, pictures: int) -> Asked | No
 class Meter:
     """Takes the FID of one set of pictures after the other against the same reference."""
 
-    def __init__(self, asked: Asked, network: inception.Inception) -> None:
+    def __init__(self, asked: Against, network: inception.Inception) -> None:
         self.asked = asked
         self._network = network
         self._reference: Reference | None = None
@@ -129,7 +129,7 @@ class Meter:
         }  # fmt: skip
 
 
-def opened(asked: Asked | None, device: str, progress: Progress) -> Meter | None:
+def opened(asked: Against | None, device: str, progress: Progress) -> Meter | None:
     """A meter with its network and, if that is a folder, its reference; None where there is nothing to take."""
     if asked is None:
         return None

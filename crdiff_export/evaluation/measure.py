@@ -31,20 +31,21 @@ ADVICE = "a smaller --batch, or --scorer-device cpu"
 def take(job: "Job", counted: poa.Counted, progress: Progress) -> Evaluation:
     """Every picture and its score; a CrdiffError where the pipeline or the scorer cannot be opened, or fails."""
     request, family = job.request, job.plan.match.family.id
-    asked = ranking.Asked.of(request.criterion, request.calibration)
+    easel, asked = job.easel, job.asked
     scorer = scorers.load(job.scorer, job.scorer_device)
     try:
         fingerprint = scorer.fingerprint()
         meter = fid.opened(job.fid, job.scorer_device, progress)
-        with session(job.opening, family, Place(job.device, job.dtype, advice=ADVICE), job.base.name) as opened:
-            drawn = _Studio(job, opened, scorer, meter, counted, progress).take()
-            style = opened.style(job.native, request.steps, request.guidance, request.negative)
+        with session(easel.opening, family, Place(easel.device, easel.dtype, advice=ADVICE), easel.base.name) as opened:
+            studio = _Studio(job, opened, scorer, meter, counted, progress)
+            drawn = studio.take()
+            style = opened.style(easel.native, request.steps, request.guidance, request.negative)
             facts = tuple((name, printable(text, limit=1000)) for name, text in _facts(job, style, opened.scheduler))
-        notes = tuple(_warnings(drawn))
+        notes = (*studio.notes, *_warnings(drawn))
         return Evaluation(
-            job.base.name,
+            easel.base.name,
             family,
-            job.native,
+            easel.native,
             job.pairs,
             request.pictures,
             scorer.name,
@@ -70,13 +71,14 @@ class _Studio:
         self._job, self._session, self._scorer, self._meter = job, opened, scorer, meter
         self._counted, self._progress = counted, progress
         self._dense: dict[Size, Drawn] = {}
+        self.notes: dict[str, None] = {}  # what the ranking has shown, each once
         self._checked: set[str] = set()  # layers whose weights in memory are known to be those that were counted
 
     def take(self) -> tuple[Drawn, ...]:
         job = self._job
         sizes = {subject.size for subject in job.subjects}
         others = [weight for subject in job.subjects for weight in subject.drawn if weight != DENSE]
-        steps = self._style(job.native).steps * len(job.pairs)
+        steps = self._style(job.easel.native).steps * len(job.pairs)
         reference = bool(job.reference_pairs)
         passes = len(sizes) + reference + sum(1 if weight == PRUNED else 2 for weight in others)
         self._progress.stage("drawing", steps * passes, "passes")
@@ -88,7 +90,7 @@ class _Studio:
         """Draw what all models' pictures are compared with as sets."""
         assert self._meter
         moments = self._meter.start()
-        for _, _, images in self._pictures(self._job.reference_pairs, self._job.native, 1):
+        for _, _, images in self._pictures(self._job.reference_pairs, self._job.easel.native, 1):
             self._meter.see(moments, images)
         self._meter.refer(moments)
 
@@ -100,6 +102,7 @@ class _Studio:
         amplified: Any = nullcontext()
         if weight != DENSE:
             source = self._counted.source(subject.plan)
+            self.notes |= dict.fromkeys(source.notes)
             layers = set(source.masks.diffusers)
             check, keep = not layers <= self._checked, self._session.has_room()
             amplified = poa.enabled(self._session.pipe, source, weight, check=check, keep=keep)
@@ -156,8 +159,8 @@ def _packed(image: Any) -> bytes:
 
 def _facts(job: "Job", style: Style, scheduler: str) -> Iterator[tuple[str, str]]:
     """What everybody who sees the numbers should know."""
-    request = job.request
-    yield "base", f"{job.base.name} ({job.plan.match.family.title}), native {job.native}"
+    request, easel, asked = job.request, job.easel, job.asked
+    yield "base", f"{easel.base.name} ({job.plan.match.family.title}), native {easel.native}"
     yield "scorer", scorers.public(job.scorer)
     prompts = len({prompt for prompt, _ in job.pairs})
     yield "pictures", f"{prompts} prompts, {request.pictures} of each, seeds from {request.seed}"
@@ -168,7 +171,7 @@ def _facts(job: "Job", style: Style, scheduler: str) -> Iterator[tuple[str, str]
                 f"ratios for {subject.of}",
                 f"{ratios}: {provenance(subject.variant.provenance, subject.variant.source)}",
             )
-    if (asked := ranking.Asked.of(request.criterion, request.calibration)).name != ranking.MAGNITUDE:
+    if asked.name != ranking.MAGNITUDE:
         yield "criterion", asked.name + (f", calibrated at {asked.calibration.size}" if asked.calibration else "")
     yield "sampling", f"{style.steps} steps of {scheduler}, guidance {style.guidance:g}"
     if style.negative:
@@ -176,8 +179,8 @@ def _facts(job: "Job", style: Style, scheduler: str) -> Iterator[tuple[str, str]
     of = "prompts" if prompts > 1 else "the pictures of this one prompt, which says nothing about others"
     yield "intervals", f"95 % each, so that one of 20 misses; over {of}; differences are paired, picture by picture"
     if job.fid:
-        yield "FID", job.fid.fact(job.native)
+        yield "FID", job.fid.fact(easel.native)
     for note in job.notes:
         yield "note", note
-    yield "drawn on", f"{job.device}, {job.dtype}, {job.batch} at once"
+    yield "drawn on", f"{easel.device}, {easel.dtype}, {job.batch} at once"
     yield "made by", f"crdiff {tool_version()}, diffusers {version('diffusers')}, torch {version('torch')}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from crdiff_export import bases, criteria, kernels, ranking
 from crdiff_export.baked import DATA_HASH, FILE_HASH, BakedCheckpoint, decision, open_baked
-from crdiff_export.criteria import Calibration, magnitude
+from crdiff_export.criteria import magnitude
 from crdiff_export.errors import PoaError
 from crdiff_export.export import ExportRequest, plan_variant
 from crdiff_export.hashing import hash_data, hash_file
@@ -25,7 +25,7 @@ class Source:
     """What is needed for POA besides one copy of the weights.
 
     `plan` reads the checkpoint that a model in memory is held against: the pruned one if `baked` is there, else the
-    base. `weight` is the one that the file or the recipe recommends.
+    base. `weight` is the one that the file or the recipe recommends. `notes` are what only the ranking has shown.
     """
 
     masks: Masks
@@ -33,6 +33,7 @@ class Source:
     weight: float
     base: str
     baked: BakedCheckpoint | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -69,14 +70,15 @@ def from_recipe(request: ExportRequest, progress: Progress | None = None) -> Sou
     kernel = kernels.load(request.device, request.threads)
     asked, shown = ranking.Asked.of(request.criterion, request.calibration), progress or Silent()
     decided = asked.rank([plan], kernel, shown, request.device).decide(plan, shown)
-    return Source(Masks.of(plan, decided), plan, plan.variant.poa_weight, base.name)
+    return Source(Masks.of(plan, decided), plan, plan.variant.poa_weight, base.name, notes=decided.notes)
 
 
 class Counted:
     """A base whose weights have been ranked once, which gives the source of any ratios by a look-up.
 
-    What goes is what an export with the criterion prunes. The plans, of one checkpoint, say which layers may be pruned;
-    their ratios do not matter. `device` is torch's, for criteria with scores.
+    What goes is what an export with the criterion that is `asked` prunes, which is magnitude by default. The plans, of
+    one checkpoint, say which layers may be pruned; their ratios do not matter. `device` is torch's, for criteria with
+    scores.
     """
 
     def __init__(
@@ -85,8 +87,7 @@ class Counted:
         base: str,
         progress: Progress | None = None,
         *,
-        criterion: str = ranking.MAGNITUDE,
-        calibration: Calibration | None = None,
+        asked: ranking.Asked | None = None,
         device: str = "cpu",
     ) -> None:
         self._base = base
@@ -94,10 +95,10 @@ class Counted:
         every = [with_ratios(plan, {group: plan.ratio(group) or 0.5 for group in plan.groups}) for plan in plans]
         kernel, shown = kernels.load("cpu", None), progress or Silent()
         self._ranked: criteria.Ranked
-        if criteria.load(criterion).criterion is None:  # whose thresholds are looked up, where their ratios are known
+        if asked and asked.masks:
+            self._ranked = asked.rank(every, kernel, shown, device)
+        else:  # thresholds are looked up, where their ratios are known
             self._ranked = magnitude.Ranked(every, kernel, shown, refined=False)
-        else:
-            self._ranked = criteria.rank(every, criterion, kernel, shown, calibration=calibration, device=device)
 
     def source(self, plan: Plan, weight: float = 1.0) -> Source:
         """The source of a plan whose layers were ranked; at least one of its ratios prunes something.
@@ -105,7 +106,8 @@ class Counted:
         Thresholds of an F32 checkpoint take another look at its weights, unless these ratios were asked for before; so
         do masks where their scores do not fit into memory. Masks are freed with the source.
         """
-        return Source(Masks.of(plan, self._ranked.decide(plan)), plan, weight, self._base)
+        decided = self._ranked.decide(plan)
+        return Source(Masks.of(plan, decided), plan, weight, self._base, notes=decided.notes)
 
 
 def _check_base(baked: BakedCheckpoint, base: str, progress: Progress) -> None:

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crdiff_export import architecture, bases, plan, poa, recipe
+from crdiff_export import poa, recipe
 from crdiff_export.baked import BakedCheckpoint, open_baked
-from crdiff_export.drawing import asking, opening
-from crdiff_export.drawing.opening import Opening
+from crdiff_export.drawing import asking, easel, opening
+from crdiff_export.drawing.asking import DrawingRequest
+from crdiff_export.drawing.easel import Easel
 from crdiff_export.errors import OptionError, PreviewError
-from crdiff_export.export import ExportRequest, plan_variant
+from crdiff_export.export import ExportRequest
 from crdiff_export.plan import Plan
 from crdiff_export.preview import files, wording
 from crdiff_export.preview.wording import Column, Taken
@@ -18,14 +19,13 @@ from crdiff_export.recipe import Size
 
 
 @dataclass(frozen=True, slots=True)
-class PreviewRequest:
+class PreviewRequest(DrawingRequest):
     """What someone wants to see: which base, for which size, with which prompts, and everything not left to us.
 
     Ratios come from the recipe or from `ratio` and `ratios`, as in an export, or all is as in the file `baked`, whose
-    size is then the default. No `weights` means the recommended one. `config` is a folder or a repository on the Hub.
+    size is then the default. No `weights` means the recommended one.
     """
 
-    base: str
     prompts: tuple[str, ...]
     size: Size | None = None
     seeds: tuple[int, ...] = (0,)
@@ -34,16 +34,9 @@ class PreviewRequest:
     recipe: Path | None = None
     ratio: float | None = None
     ratios: Mapping[str, float] = field(default_factory=dict)
-    steps: int | None = None
-    guidance: float | None = None
-    negative: str | None = None
     start: float = 0.0
     stop: float = 1.0
-    device: str = "auto"
-    dtype: str | None = None
     offload: bool = False
-    config: str | None = None
-    variant: str | None = None
     outputs: tuple[Path, ...] = ()
     force: bool = False
 
@@ -53,15 +46,11 @@ class Job:
     """A request that nothing stands against. `plan` is that of the base, or of the baked file."""
 
     request: PreviewRequest
-    base: bases.Base
+    easel: Easel
     plan: Plan
     baked: BakedCheckpoint | None
     size: Size
-    native: Size
     columns: tuple[Column, ...]
-    opening: Opening
-    device: str
-    dtype: str
     outputs: tuple[Path, ...]
     notes: tuple[str, ...]
 
@@ -92,35 +81,27 @@ def prepare(request: PreviewRequest) -> Job:
     """Find the base, read its headers and plan; any refusal comes from here, before a weight is read."""
     _check(request)
     opening.check_packages(offload=request.offload)
-    base = bases.locate(request.base, request.variant)
-    checkpoint = base.open(request.variant)
-    match = plan.recognise(checkpoint)
-    demo = match.family.id == "demo"
+    found = easel.find(request)
+    family = found.match.family
     baked = open_baked(request.baked.expanduser()) if request.baked else None
-    if baked and baked.plan.match.family != match.family:
+    if baked and baked.plan.match.family != family:
         raise PreviewError(
-            f"{request.baked}: is of {baked.plan.match.family.title}, {request.base} is {match.family.title}",
+            f"{request.baked}: is of {baked.plan.match.family.title}, {request.base} is {family.title}",
             "Give the base that the file was made from; `crdiff inspect` names it.",
         )
-    planned = baked.plan if baked else plan_variant(_pruning(request), checkpoint)
+    planned = baked.plan if baked else easel.planned(found, _pruning(request))
     size = request.size or planned.size
-    recipe.check_grid(size, match.family.grid, match.family.title)
-    asking.check_negative(request.negative, match.family)
+    recipe.check_grid(size, family.grid, family.title)
     columns = wording.columns(request.weights or (planned.variant.poa_weight,))
-    native = architecture.find(planned).native
-    way = opening.choose(base, checkpoint, match, native, config=request.config, variant=request.variant)
-    stem = base.stem or checkpoint.stem
+    stem = found.base.stem or found.checkpoint.stem
     rows = len(request.prompts) * len(request.seeds)
     outputs = files.place(request.outputs, f"{stem}-preview-{size}", force=request.force)
     files.check_sheet(outputs, rows, len(columns), size)
     if not any(scope.rank for scope in planned.scopes):
         raise PreviewError("all ratios are 0, so there is no pruned model to look at", "Give --ratio, or a --recipe.")
-    from crdiff_export.drawing import session
-
-    device = session.device(request.device, offload=request.offload)
-    dtype = session.dtype(request.dtype, way.pipeline, device)
-    notes = (*(() if baked else planned.notes), *(wording.foreign(request.prompts) if demo else ()))
-    return Job(request, base, planned, baked, size, native, columns, way, device, dtype, outputs, notes)
+    set_up = easel.set_up(request, found, planned, offload=request.offload)
+    notes = (*(() if baked else planned.notes), *(wording.foreign(request.prompts) if family.id == "demo" else ()))
+    return Job(request, set_up, planned, baked, size, columns, outputs, notes)
 
 
 def measure(job: Job, progress: Progress) -> poa.Source:
@@ -155,7 +136,7 @@ def _check(request: PreviewRequest) -> None:
     """Refuse what the request alone shows to be impossible."""
     if not request.prompts:
         raise OptionError("a prompt is empty", "Say what the pictures are to show: --prompt TEXT.")
-    asking.check_texts(request.prompts, request.negative)
+    asking.check(request, request.prompts)
     if not request.seeds or not all(0 <= seed < asking.SEEDS for seed in request.seeds):
         raise OptionError("a seed is missing or out of range", f"Give --seed a number from 0 to {asking.SEEDS - 1}.")
     if request.baked and (request.recipe or request.ratio is not None or request.ratios):
@@ -164,8 +145,6 @@ def _check(request: PreviewRequest) -> None:
         )
     if not request.baked and request.size is None:
         raise OptionError("there is no size", "Give --res, or a baked file with --baked, which has one.")
-    if request.steps is not None and request.steps < 1:
-        raise OptionError(f"{request.steps} steps make no picture", "Give --steps 1 or more.")
     for weight in request.weights:
         recipe.check_poa_weight("the POA weight", weight)
     poa.Schedule(1.0, request.start, request.stop)

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 def take(job: "Job", source: poa.Source, progress: Progress) -> Taken:
     """Every picture, row by row; PreviewError where the pipeline cannot be opened or the memory is too small."""
-    family = job.plan.match.family.id
+    family, easel = job.plan.match.family.id, job.easel
     # A single small picture is drawn no faster by several threads, and on a busy machine much slower.
-    place = Place(job.device, job.dtype, job.request.offload, threads=1 if family == "demo" else None)
-    with session(job.opening, family, place, job.base.name) as opened:
+    place = Place(easel.device, easel.dtype, job.request.offload, threads=1 if family == "demo" else None)
+    with session(easel.opening, family, place, easel.base.name) as opened:
         return _Camera(job, opened, progress).take(source)
 
 

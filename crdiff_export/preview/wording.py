@@ -63,8 +63,8 @@ def facts(job: "Job", taken: Taken) -> tuple[tuple[str, str], ...]:
 
 def _facts(job: "Job", taken: Taken) -> Iterator[tuple[str, str]]:
     request = job.request
-    yield "base", f"{job.base.name} ({job.plan.match.family.title})"
-    yield "size", f"{job.size}, native {job.native}"
+    yield "base", f"{job.easel.base.name} ({job.plan.match.family.title})"
+    yield "size", f"{job.size}, native {job.easel.native}"
     ratios = ", ".join(f"{group} {ratio:g}" for group, ratio in ratios_of(job).items())
     yield "ratios", f"{ratios}: {standing(job)}"
     if job.baked:
@@ -76,7 +76,7 @@ def _facts(job: "Job", taken: Taken) -> Iterator[tuple[str, str]]:
         yield "POA", f"from {request.start:g} to {request.stop:g} of the steps"
     for note in job.notes:
         yield "note", note
-    yield "drawn on", f"{job.device}, {job.dtype}"
+    yield "drawn on", f"{job.easel.device}, {job.easel.dtype}"
     yield "made by", f"crdiff {tool_version()}, diffusers {version('diffusers')}, torch {version('torch')}"
 
 
@@ -99,7 +99,7 @@ def contact(job: "Job", said: tuple[tuple[str, str], ...], taken: Taken) -> Cont
         Row(row[0].prompt, row[0].seed, tuple(Shot(one.image, _parameters(job, taken, one)) for one in row))
         for row in (taken.pictures[start : start + count] for start in range(0, len(taken.pictures), count))
     )
-    title = f"{printable(job.base.name)} at {job.size}"
+    title = f"{printable(job.easel.base.name)} at {job.size}"
     return Contact(title, said, tuple(column.name for column in job.columns), rows)
 
 
@@ -107,7 +107,7 @@ def _parameters(job: "Job", taken: Taken, picture: Picture) -> str:
     """How a picture was made, as A1111 writes it into PNG files, which many programs read."""
     last = {
         "Steps": str(taken.steps), "Sampler": taken.scheduler, "CFG scale": f"{taken.guidance:g}",
-        "Seed": str(picture.seed), "Size": str(job.size), "Model": printable(job.base.name),
+        "Seed": str(picture.seed), "Size": str(job.size), "Model": printable(job.easel.base.name),
         "crdiff": picture.column.name,
     }  # fmt: skip
     if picture.column.weight:

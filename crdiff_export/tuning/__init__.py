@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from crdiff_export import architecture, bases, plan, ranking, recipe, scorers, search
+from crdiff_export import bases, ranking, recipe, scorers, search
 from crdiff_export.demo.scenes import Scene
-from crdiff_export.drawing import asking, opening
-from crdiff_export.drawing.opening import Opening
+from crdiff_export.drawing import asking, easel, opening
+from crdiff_export.drawing.asking import DrawingRequest
+from crdiff_export.drawing.easel import Easel
 from crdiff_export.errors import OptionError, SearchError
-from crdiff_export.export import ExportRequest, plan_variant
+from crdiff_export.export import ExportRequest
 from crdiff_export.plan import Plan
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.recipe import Size
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class SearchRequest:
+class SearchRequest(DrawingRequest):
     """What someone wants: good ratios of which base, for which size, by which scorer, on which prompts.
 
     The search judges by `prompts`, or by many pictures of one `prompt`; `held_out` are for the check, and without them
@@ -36,7 +37,6 @@ class SearchRequest:
     `trials` are those of all workers together, `hours` this one's. A `worker` only works on the search.
     """
 
-    base: str
     size: Size
     scorer: str | None = None
     prompts: tuple[str, ...] = ()
@@ -61,15 +61,8 @@ class SearchRequest:
     criterion: str = ranking.MAGNITUDE
     calibration: Path | None = None
     native: bool = True
-    steps: int | None = None
-    guidance: float | None = None
-    negative: str | None = None
     batch: int | None = None
-    device: str = "auto"
-    dtype: str | None = None
     scorer_device: str | None = None
-    config: str | None = None
-    variant: str | None = None
     storage: str | None = None
     study: str | None = None
     worker: bool = False
@@ -83,17 +76,14 @@ class Job:
     """A request that nothing stands against."""
 
     request: SearchRequest
-    base: bases.Base
+    easel: Easel
     plan: Plan
-    native: Size
+    asked: ranking.Asked
     pairs: Pairs
     setup: "Setup"
     budget: "Budget"
     storage: str
     study: str
-    opening: Opening
-    device: str
-    dtype: str
     batch: int
     scorer: str
     scorer_device: str
@@ -135,37 +125,32 @@ def prepare(request: SearchRequest) -> Job:
     budget = setting.budget(request)
     scorer = _scorer(request)
     opening.check_packages(offload=False)
-    base = bases.locate(request.base, request.variant)
-    checkpoint = base.open(request.variant)
-    match = plan.recognise(checkpoint)
-    family = match.family
-    asking.check_negative(request.negative, family)
-    planned = plan_variant(
+    base = easel.find(request)
+    asked = ranking.Asked.of(request.criterion, request.calibration)
+    planned = easel.planned(
+        base,
         ExportRequest(
             request.base, request.size, recipe=request.recipe, targets=request.targets, criterion=request.criterion,
             calibration=request.calibration, variant=request.variant, force=True,
         ),
-        checkpoint,
+        asked,
     )  # fmt: skip
-    native = architecture.find(planned).native
-    way = opening.choose(base, checkpoint, match, native, config=request.config, variant=request.variant)
     chosen = pairs.choose(request)
     _check_pairs(chosen, scorer)
     setup, said = setting.setup(request, planned, len(chosen.search), scorer)
-    stem = files.stem(base.stem or checkpoint.stem, request)
+    stem = files.stem(base.base.stem or base.checkpoint.stem, request)
     outputs = files.check(request, stem)
     storage, study = request.storage or str(files.journal(request, stem)), request.study or stem
     search.check(storage, study, setup)
+    set_up = easel.set_up(request, base, planned)
     from crdiff_export.drawing import session
 
-    device = session.device(request.device, offload=False)
-    scorer_device = session.device(request.scorer_device, offload=False) if request.scorer_device else device
-    dtype = session.dtype(request.dtype, way.pipeline, device)
-    batch = request.batch or session.usual_batch(family.id, device)
+    scorer_device = session.device(request.scorer_device, offload=False) if request.scorer_device else set_up.device
+    batch = request.batch or session.usual_batch(base.match.family.id, set_up.device)
     notes = tuple(dict.fromkeys((*planned.notes, *said, *chosen.notes)))
     return Job(
-        request, base, planned, native, chosen, setup, budget, storage, study, way, device, dtype, batch, scorer,
-        scorer_device, outputs, notes,
+        request, set_up, planned, asked, chosen, setup, budget, storage, study, batch, scorer, scorer_device, outputs,
+        notes,
     )  # fmt: skip
 
 
@@ -229,17 +214,15 @@ def _check_pairs(chosen: Pairs, scorer: str) -> None:
     if "demo" in (name for _, name in scorers.parse(scorer)):
         for prompt, _ in (*chosen.search, *chosen.check):
             Scene.parse(prompt)
-    if chosen.check[-1][1] >= asking.SEEDS:
-        hint = f"They end before {asking.SEEDS}; begin with a smaller --noise."
-        raise OptionError("there are not so many seeds", hint)
+    asking.check_seeds(chosen.check[-1][1], "--noise")
 
 
 def _check(request: SearchRequest) -> None:
     """Refuse what the request alone shows to be impossible."""
     texts = (*request.prompts, *request.held_out, *((request.prompt,) if request.prompt is not None else ()))
-    asking.check_texts(texts, request.negative)
-    if request.noise < 0 or request.seed < 0 or (request.steps is not None and request.steps < 1):
-        raise OptionError("a seed or a number of steps is negative", "Count from 0 and from 1.")
+    asking.check(request, texts)
+    if request.noise < 0 or request.seed < 0:
+        raise OptionError("a seed is negative", "Count from 0.")
     counts = (request.limit, request.held_out_limit, request.pictures, request.batch)
     if any(count is not None and count < 1 for count in counts):
         raise OptionError("there is nothing to draw", "Ask for one picture and one prompt at least.")

@@ -40,13 +40,11 @@ def checked(found: Found, progress: Progress) -> Found:
     asked = evaluation.EvaluateRequest(
         request.base, (request.size,), scorer=job.scorer, pictures=job.pairs.pictures, seed=job.pairs.check[0][1],
         steps=request.steps, guidance=request.guidance, negative=request.negative, scorer_device=job.scorer_device,
-        criterion=request.criterion, calibration=request.calibration,
     )  # fmt: skip
     made = measure.take(
         evaluation.Job(
-            request=asked, base=job.base, plan=planned, native=job.native, subjects=subjects, pairs=job.pairs.check,
-            opening=job.opening, device=job.device, dtype=job.dtype, batch=job.batch, scorer=job.scorer,
-            scorer_device=job.scorer_device, outputs=(), notes=job.notes,
+            asked, job.easel, planned, job.asked, subjects, job.pairs.check, job.batch, job.scorer, job.scorer_device,
+            outputs=(), notes=job.notes,
         ),
         found.counted,
         progress,
@@ -96,8 +94,8 @@ def recipe(found: Found) -> Recipe:
 def _subjects(job: "Job", planned: Plan) -> Iterator[Subject]:
     """The size that was searched for; and the native one, where the same ratios may hurt."""
     yield Subject.of_plan(planned.size, planned, ())
-    if job.request.native and planned.size != job.native:
-        yield Subject.of_plan(job.native, planned, ())
+    if job.request.native and planned.size != job.easel.native:
+        yield Subject.of_plan(job.easel.native, planned, ())
 
 
 def _source(found: Found, scorer: str) -> str:
@@ -123,7 +121,7 @@ def _evidence(found: Found, measured: Evidence | None) -> Evidence:
     job = found.job
     extra: dict[str, Scalar] = {
         **measured.extra,
-        "base": printable(job.base.name),
+        "base": printable(job.easel.base.name),
         "method": job.setup.method.name,
         "trials": len(found.trials),
         "searched_pairs": len(job.pairs.search),

@@ -32,10 +32,9 @@ class Read:
 
 def read(job: "Job", progress: Progress) -> Read:
     """Hash and count a base's weights."""
-    asked = ranking.Asked.of(job.request.criterion, job.request.calibration)
-    counted = poa.Counted(
-        [job.plan], job.base.name, progress, criterion=asked.name, calibration=asked.calibration, device=job.device
-    )
+    easel = job.easel
+    job.asked.calibrated(progress)  # whose hash the fingerprint has
+    counted = poa.Counted([job.plan], easel.base.name, progress, asked=job.asked, device=easel.device)
     found = Read(_base(job, progress), counted)
     progress.stage("opening", 0)  # so that its time is not taken for that of the counting
     return found
@@ -44,9 +43,12 @@ def read(job: "Job", progress: Progress) -> Read:
 @contextmanager
 def opened(job: "Job", base: Read, on_step: Callable[[], None]) -> "Iterator[Objective]":
     """An objective, open until the block ends; a CrdiffError where the pipeline or the scorer cannot be opened."""
+    easel = job.easel
     scorer = scorers.load(job.scorer, job.scorer_device)
     try:
-        with session(job.opening, job.plan.match.family.id, Place(job.device, job.dtype), job.base.name) as pipeline:
+        with session(
+            easel.opening, job.plan.match.family.id, Place(easel.device, easel.dtype), easel.base.name
+        ) as pipeline:
             request = job.request
             style = pipeline.style(request.size, request.steps, request.guidance, request.negative)
             prints = fingerprint(job, base.hash, pipeline, scorer, style)
@@ -123,7 +125,7 @@ def fingerprint(job: "Job", base: str, pipeline: Session, scorer: scorers.Scorer
     return {
         "base": base,
         "family": job.plan.match.family.id,
-        "other parts": parts.others(pipe, getattr(pipe, job.opening.pipeline.folder)),
+        "other parts": parts.others(pipe, getattr(pipe, job.easel.opening.pipeline.folder)),
         "size": str(style.size),
         "targets": ", ".join(job.plan.kinds),
         **_criterion(job),
@@ -132,8 +134,8 @@ def fingerprint(job: "Job", base: str, pipeline: Session, scorer: scorers.Scorer
         "guidance": repr(style.guidance),
         "negative": style.negative or "none",
         "prompts and seeds": pairs_digest(job.pairs.search),
-        "dtype": job.dtype,
-        "device": job.device.partition(":")[0],
+        "dtype": job.easel.dtype,
+        "device": job.easel.device.partition(":")[0],
         "batch": str(job.batch),
         "crdiff": tool_version(),
         **{package: version(package) for package in ("diffusers", "torch", "transformers")},
@@ -142,7 +144,7 @@ def fingerprint(job: "Job", base: str, pipeline: Session, scorer: scorers.Scorer
 
 
 def _criterion(job: "Job") -> dict[str, str]:
-    asked = ranking.Asked.of(job.request.criterion, job.request.calibration)
+    asked = job.asked
     if asked.name == ranking.MAGNITUDE:
         return {}  # which searches of earlier versions have not said
     return {"criterion": asked.name, **({"calibration": asked.calibration.hash} if asked.calibration else {})}

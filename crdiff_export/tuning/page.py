@@ -11,7 +11,7 @@ from crdiff_export.tuning.found import Found
 
 def render(found: Found) -> str:
     """The page."""
-    title = f"Ratios of {found.job.base.name} for {found.job.request.size}"
+    title = f"Ratios of {found.job.easel.base.name} for {found.job.request.size}"
     body = "".join((*_result(found), *_course(found), *_pictures(found), *_trials(found)))
     return page.frame(title, wording.facts(found), body)
 

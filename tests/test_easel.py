@@ -1,0 +1,93 @@
+"""What commands that draw pictures share: how they find a base, what they ask of it, what ranking tells them."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import criteria_makers
+import makers
+import numpy as np
+import pytest
+import torch
+
+from crdiff_export import ExportRequest, Size, calibration, criteria, demo, evaluation, preview, tuning
+from crdiff_export.calibration import CalibrateRequest
+from crdiff_export.checkpoint import open_checkpoint
+from crdiff_export.errors import PlanError
+from crdiff_export.evaluation import EvaluateRequest
+from crdiff_export.export import plan_variant
+from crdiff_export.hashing import hash_file
+from crdiff_export.preview import PreviewRequest
+from crdiff_export.progress import Progress
+from crdiff_export.tuning import SearchRequest
+
+SIZE = Size(48, 48)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(usual)
+
+
+DRAWING: dict[str, Callable[[str, Any], object]] = {
+    "calibrate": lambda base, how: calibration.prepare(
+        CalibrateRequest(base, Size(512, 512), ("wanda",), prompts=("a",), **how)
+    ),
+    "evaluate": lambda base, how: evaluation.prepare(
+        EvaluateRequest(base, (Size(512, 512),), scorer="clip-score", prompts=("a",), **how)
+    ),
+    "preview": lambda base, how: preview.prepare(PreviewRequest(base, ("a",), Size(512, 512), **how)),
+    "search": lambda base, how: tuning.prepare(
+        SearchRequest(base, Size(512, 512), scorer="clip-score", prompts=("a", "b", "c"), **how)
+    ),
+}
+
+
+@pytest.mark.parametrize("command", DRAWING)
+def test_a_base_that_only_a_cast_makes_fit(command: str, tmp_path: Path) -> None:
+    """An export is told of --dtype; here that is what a pipeline computes in, and helps nobody."""
+    base = makers.write(tmp_path / "double.safetensors", makers.tiny("sd15.original", "F64"))
+    config = tmp_path / "conf"
+    config.mkdir()
+    (config / "model_index.json").write_text("{}")
+    with pytest.raises(PlanError, match="is F64, which cannot be pruned") as error:
+        DRAWING[command](str(base), {"config": str(config), "dtype": "fp32"})
+    assert error.value.hint == (
+        "Save it as F32, F16, BF16, F8_E4M3, F8_E5M2 first: --dtype is what the pipeline computes in, not the base's."
+    )
+
+
+@pytest.mark.parametrize("command", ["evaluate", "search"])
+def test_a_calibration_is_hashed_once_and_what_ranking_shows_is_told(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_variant(ExportRequest("demo", SIZE, ratio=0.3), open_checkpoint(demo.path()))
+    found = criteria_makers.calibrated(plan, ("gram",))
+    spoilt = next(iter(found))
+    gram = np.full_like(found[spoilt]["gram"], 1.05)
+    np.fill_diagonal(gram, 1)
+    found[spoilt] = {"gram": gram}
+    file = criteria_makers.write_calibration(tmp_path / "c.safetensors", plan, found, {"size": str(SIZE)})
+    read: list[Path] = []
+
+    def watched(path: Path, progress: Progress) -> str:
+        read.append(path)
+        return hash_file(path, progress)
+
+    monkeypatch.setattr(criteria.calibration, "hash_file", watched)
+    how: dict[str, Any] = {"criterion": "obs:compensate=off", "calibration": file, "steps": 1, "native": False}
+    if command == "search":
+        paths = (tmp_path / "found.toml",)
+        tuning.tune(SearchRequest("demo", SIZE, limit=2, held_out_limit=2, trials=3, low=0.2, outputs=paths, **how))
+        assert read == [file]
+        return
+    made = evaluation.evaluate(EvaluateRequest("demo", (SIZE,), limit=2, ratio=0.3, weights=(1.0,), **how))
+    assert made.calibration == f"0x{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    assert read == [file]
+    (note,) = [text for text in made.notes if "damping" in text]
+    assert note.startswith("obs: damping was raised for 1 of ")
+    assert note.endswith(f"to at most 0.1 ({spoilt})")
