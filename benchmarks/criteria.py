@@ -45,9 +45,13 @@ class Stages(Silent):
 
 
 def peak(device: str) -> float:
-    """GB that torch has held on the device since it was last asked."""
+    """GB that torch has held on the device, or that the process has had in memory, since it was last asked."""
     if not device.startswith("cuda"):
-        return float("nan")
+        if not (status := Path("/proc/self/status")).exists():
+            return float("nan")
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        return int(line.split()[1]) * 1024 / 1e9
     found = torch.cuda.max_memory_allocated() / 1e9
     torch.cuda.reset_peak_memory_stats()
     return found

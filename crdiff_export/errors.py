@@ -50,10 +50,6 @@ class PlanError(CrdiffError):
     code = "plan"
 
 
-class TooWideError(PlanError):
-    """A dtype that is pruned only after a cast: an export can cast, a model that is drawn with is pruned as it is."""
-
-
 class BakeError(CrdiffError):
     """A write that did not reach its target; the target is as it was."""
 

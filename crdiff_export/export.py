@@ -22,11 +22,11 @@ from crdiff_export import (
 from crdiff_export.checkpoint import Checkpoint
 from crdiff_export.criteria import Decision
 from crdiff_export.criteria.calibration import NARROWER
-from crdiff_export.errors import CrdiffError, PlanError, RecipeError, TooWideError
+from crdiff_export.errors import CrdiffError, PlanError, RecipeError
 from crdiff_export.families import Match
 from crdiff_export.floats import DTYPES
 from crdiff_export.hashing import SourceHashes
-from crdiff_export.plan import Output, Plan
+from crdiff_export.plan import Output, Plan, TooWideError
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.recipe import Size, Variant
 from crdiff_export.stamp import Calibrated, Stamp

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from crdiff_export import families, threshold
 from crdiff_export.checkpoint import Checkpoint
-from crdiff_export.errors import FamilyError, PlanError, TooWideError
+from crdiff_export.errors import FamilyError, PlanError
 from crdiff_export.families import Layer, Match
 from crdiff_export.floats import FORMATS
 from crdiff_export.header import BITS, TensorSpec, show
@@ -15,6 +15,10 @@ from crdiff_export.source import SourceFile
 
 # Tensors that `--dtype` casts; flags, ids and everything else that is no float stay.
 CASTABLE = ("F64", *FORMATS)
+
+
+class TooWideError(PlanError):
+    """A dtype that is pruned only after a cast: an export can cast, a model that is drawn with is pruned as it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from crdiff_export.criteria import selection
 from crdiff_export.criteria.decision import Mask
 from crdiff_export.criteria.spec import SCORED, Spec
 from crdiff_export.errors import CalibrationError
@@ -64,11 +65,10 @@ class Reader:
         bits = np.frombuffer(data, f"u{target.output.itemsize}")
         written = torch.frombuffer(data, dtype=_DTYPES[output]).to(self._device)
         values = written.to(torch.float32).reshape(-1, target.source.shape[-1])
-        finite = torch.isfinite(values)
-        broken = None if bool(finite.all()) else ~finite
-        if broken is not None:
+        zero, broken = values == 0, None
+        if not selection.finite(values):
+            broken = ~torch.isfinite(values)
             values = values.masked_fill(broken, 0.0)
-        zero = (values == 0) & finite
         return Weights(bits, values, broken, zero if bool(zero.any()) else None)
 
     def close(self) -> None:

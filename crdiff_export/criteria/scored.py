@@ -129,7 +129,7 @@ class Scored:
             if self._keeps:
                 self._kept[target.name] = _Seen(scores, weights.zero)
             else:
-                counts = selection.count_upper(selection.keys(scores[scores != torch.inf]))
+                counts = selection.count_upper(scores)
                 tally = (target.group, target.kind)
                 self._upper[tally] = self._upper[tally] + counts if tally in self._upper else counts
         self._known.add(target.name)
@@ -157,7 +157,8 @@ class Scored:
                 f"{list(layer.weight.shape)}",
                 "Each weight needs one; ask whoever made the criterion.",
             )
-        if wrong := scores.numel() - int(torch.isfinite(scores).sum()):
+        if not selection.finite(scores):
+            wrong = scores.numel() - int(torch.isfinite(scores).sum())
             where = self._calibration.path if self._calibration else self._loaded.spec
             hint = "The numbers in the calibration are too large or make no sense; calibrate again."
             if self._loaded.spec.name not in SCORED:
@@ -202,7 +203,7 @@ class Scored:
                 target = plan.targets[i]
                 weights = reader.weights(target, reader.raw(target))
                 scores = self._score(self._layer(plan, target, names[i], weights), weights)
-                lower[scope] += selection.count_lower(selection.keys(scores[scores != torch.inf]), upper[scope][0])
+                lower[scope] += selection.count_lower(scores, upper[scope][0])
                 progress.advance(_size(target))
         for scope, (place, k) in upper.items():
             limits[scope] = selection.value(place, selection.place(lower[scope], k, self._loaded.spec)[0])

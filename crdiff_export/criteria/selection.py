@@ -10,13 +10,16 @@ import struct
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from crdiff_export.errors import CalibrationError
 
 BITS = 16
 SIZE = 1 << BITS
-_TURNED = 0x7FFF_FFFF
+_HALF, _TURNED = SIZE // 2, 0x7FFF_FFFF
+# Where +infinity is among the upper bits.
+_INFINITE = _HALF + (0x7F80_0000 >> BITS)
 
 
 def kth(scores: Tensor, k: int) -> Tensor:
@@ -27,21 +30,46 @@ def kth(scores: Tensor, k: int) -> Tensor:
     return scores.kthvalue(k, dim=-1, keepdim=True).values
 
 
-def keys(scores: Tensor) -> Tensor:
-    """Int32 that order as the float32 scores do."""
-    bits = scores.view(torch.int32)
-    return bits ^ ((bits >> 31) & _TURNED)
+def finite(numbers: Tensor) -> bool:
+    """Whether all of some numbers are, in a fifth of the time that looking at each of them takes."""
+    return not numbers.numel() or all(torch.isfinite(end) for end in torch.aminmax(numbers))
 
 
-def count_upper(found: Tensor) -> Tensor:
-    """A histogram of the upper bits of keys, int64."""
-    return torch.bincount((found >> BITS) + SIZE // 2, minlength=SIZE)
+def count_upper(scores: Tensor) -> Tensor:
+    """A histogram of the upper bits of the scores' keys, int64; scores of +infinity are left out."""
+    if scores.device.type == "cpu":
+        from crdiff_export.kernels import cpu
+
+        counts = np.zeros(SIZE, np.int64)
+        cpu.count_keys(_bits(scores), counts)
+        found = torch.from_numpy(counts)
+    else:
+        found = torch.bincount((_keys(scores) >> BITS) + _HALF, minlength=SIZE)
+    found[_INFINITE] = 0  # no other score has those bits: it would be no number
+    return found
 
 
-def count_lower(found: Tensor, upper: int) -> Tensor:
-    """A histogram of the lower bits of those keys whose upper bits are `upper`."""
-    inside = found[(found >> BITS) + SIZE // 2 == upper]
+def count_lower(scores: Tensor, upper: int) -> Tensor:
+    """A histogram of the lower bits of the keys whose upper bits are `upper`."""
+    if scores.device.type == "cpu":
+        from crdiff_export.kernels import cpu
+
+        counts = np.zeros(SIZE, np.int64)
+        cpu.refine_keys(_bits(scores), upper, counts)
+        return torch.from_numpy(counts)
+    found = _keys(scores)
+    inside = found[(found >> BITS) + _HALF == upper]
     return torch.bincount(inside & (SIZE - 1), minlength=SIZE)
+
+
+def _bits(scores: Tensor) -> NDArray[np.int32]:
+    return scores.contiguous().view(-1).view(torch.int32).numpy()
+
+
+def _keys(scores: Tensor) -> Tensor:
+    """Int32 that order as the float32 scores do."""
+    bits = scores.flatten().view(torch.int32)
+    return bits ^ ((bits >> 31) & _TURNED)
 
 
 def place(counts: Tensor, k: int, criterion: object = "a criterion") -> tuple[int, int]:

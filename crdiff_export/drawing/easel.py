@@ -7,11 +7,11 @@ from crdiff_export.checkpoint import Checkpoint
 from crdiff_export.drawing import asking, opening
 from crdiff_export.drawing.asking import DrawingRequest
 from crdiff_export.drawing.opening import Opening
-from crdiff_export.errors import PlanError, TooWideError
+from crdiff_export.errors import PlanError
 from crdiff_export.export import ExportRequest, plan_variant
 from crdiff_export.families import Match
 from crdiff_export.floats import FORMATS
-from crdiff_export.plan import Plan, recognise
+from crdiff_export.plan import Plan, TooWideError, recognise
 from crdiff_export.recipe import Size
 
 

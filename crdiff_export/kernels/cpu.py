@@ -61,6 +61,30 @@ def _clear(weights: Any, gone: Any) -> None:
         weights[i] = 0 if gone[i] else weights[i]
 
 
+@compiled
+def _count_keys(bits: Any, counts: Any) -> None:
+    for i in range(bits.size):
+        counts[((bits[i] ^ ((bits[i] >> 31) & 0x7FFFFFFF)) >> 16) + 0x8000] += 1
+
+
+@compiled
+def _refine_keys(bits: Any, upper: Any, counts: Any) -> None:
+    for i in range(bits.size):
+        key = bits[i] ^ ((bits[i] >> 31) & 0x7FFFFFFF)
+        if key >> 16 == upper:
+            counts[key & 0xFFFF] += 1
+
+
+def count_keys(bits: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
+    """Add float32 numbers, given as bits, to a histogram by the upper 16 bits of keys that order as they do."""
+    _count_keys(bits, counts)
+
+
+def refine_keys(bits: NDArray[np.int32], upper: int, counts: NDArray[np.int64]) -> None:
+    """Add those in place `upper` of that histogram to one by the lower 16 bits of their keys."""
+    _refine_keys(bits, np.int32(upper - 0x8000), counts)
+
+
 class CpuKernel:
     """The kernel for processors; `threads` of them work at once."""
 
