@@ -26,7 +26,7 @@ def forget() -> None:
 def run(job: dict[str, Any]) -> None:
     """In the child; never returns."""
     os.environ.clear()
-    os.environ.update(job.pop("env"))
+    os.environ.update(job["env"])
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     assert CLIENT not in sys.modules
     runpy.run_path(GUARD)  # a new process would load it by itself

@@ -1,6 +1,7 @@
 """What every test gets: no network, caches of its own, and no settings of whoever runs it."""
 
 import contextlib
+import gc
 import ipaddress
 import json
 import os
@@ -10,10 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from forks import Forks
 
 pytest_plugins = ["loopback_hub"]
 
@@ -29,6 +33,19 @@ NOWHERE = "http://127.0.0.1:9"
 FOREIGN = ("CRDIFF_", "_CRDIFF_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "DIFFUSERS_")
 APPEARANCE = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "CLICOLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE")
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Neighbouring tests go to one process, which makes what a module shares once: `--dist load` deals them out."""
+    from xdist.scheduler import WorkStealingScheduling  # type: ignore[import-untyped]
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays; to look through it for garbage again and again takes time."""
+    gc.freeze()
 
 
 class NetworkUsed(RuntimeError):
@@ -163,6 +180,16 @@ def crdiff(capfd: pytest.CaptureFixture[str]) -> Iterator[Crdiff]:
     yield run
     for signum, handler in before.items():
         signal.signal(signum, handler)
+
+
+@pytest.fixture(scope="session")
+def drawing() -> Iterator["Forks"]:
+    """Runs command lines that draw in forks of a process that has loaded torch and diffusers once."""
+    from forks import DRAWING, Forks
+
+    made = Forks(*DRAWING)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

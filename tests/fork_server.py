@@ -1,9 +1,11 @@
 """Runs command lines in forks of a process that has loaded everything, so that a hundred kills cost no start-up.
 
-`python fork_server.py` reads jobs from stdin, one JSON object a line, and answers each with its process id, then with
-its exit code. A job may have a hook: a call that, the nth time, sends a signal to its own process or waits for a file.
+`python fork_server.py MODULE...` loads what an export needs and these modules, reads jobs from stdin, one JSON object a
+line, and answers each with its process id, then with its exit code. A job may have more in its environment, and a hook:
+a call that, the nth time, sends a signal to its own process or waits for a file.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -18,11 +20,9 @@ from typing import Any
 
 def serve() -> None:
     """Until stdin ends."""
-    from crdiff_export import ExportRequest, Size, export, ui
-
-    assert ui  # loaded, as everything that a command uses
-    with tempfile.TemporaryDirectory() as folder:
-        export(ExportRequest("demo", Size(64, 64), Path(folder, "warm.safetensors")))
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
+    warm()
     say("ready")
     for line in sys.stdin:
         job = json.loads(line)
@@ -32,6 +32,22 @@ def serve() -> None:
         say(child)
         _, status = os.waitpid(child, 0)
         say(os.waitstatus_to_exitcode(status))
+
+
+def warm() -> None:
+    """Load all that an export loads, from its command down, and leave signals as they were."""
+    from crdiff_export.commands import main
+
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),  # what is said to the client is said there
+        contextlib.suppress(SystemExit),
+    ):
+        main(["export", "demo", "--res", "64", "-qo", f"{folder}/warm.safetensors"])
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 def say(word: object) -> None:
@@ -46,6 +62,7 @@ def run(job: dict[str, Any]) -> None:
     code: Any = 99
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # not Python's exception
     try:
+        os.environ.update(job["env"])
         os.chdir(job["cwd"])
         for number, name in ((1, "stdout"), (2, "stderr")):
             handle = os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,15 @@ def weights(name: str, dtype: str, shape: Shape, seed: int = 0) -> bytes:
 def tiny(
     table: str, dtype: str | None = None, prefix: str | None = None, seed: int = 0
 ) -> dict[str, tuple[str, Shape, bytes]]:
-    """A narrow checkpoint of a real model's layers with random weights; floats in `dtype` if given."""
+    """A narrow checkpoint of a real model's layers with random weights; floats in `dtype` if given.
+
+    A dict that a test may change.
+    """
+    return dict(_tiny(table, dtype, prefix, seed))
+
+
+@lru_cache(maxsize=32)  # of some MB each
+def _tiny(table: str, dtype: str | None, prefix: str | None, seed: int) -> dict[str, tuple[str, Shape, bytes]]:
     made = {}
     for name, (own, shape) in narrow(table).items():
         kind = dtype if dtype and own in ("F16", "BF16", "F32") else own

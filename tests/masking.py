@@ -169,11 +169,14 @@ def choose(base: Base, text: str, weights: Sequence[NDArray[np.float32]]) -> lis
     finite = [np.isfinite(weight) for weight in weights]
     for own, each in zip(found, finite, strict=True):
         own[~each] = np.inf
-    masks = []
+    masks, compared = [], dict[object, Any]()
     for number, piece in enumerate(pieces):
         ratio = base.ratios[piece.group]
-        others = [i for i, p in enumerate(pieces) if (i == number if base.dit else p.group == piece.group)]
-        every = np.sort(np.concatenate([found[i].ravel() for i in others]))
+        scope = number if base.dit else piece.group
+        if scope not in compared:
+            others = [i for i, p in enumerate(pieces) if scope in (i, p.group)]
+            compared[scope] = np.sort(np.concatenate([found[i].ravel() for i in others]))
+        every = compared[scope]
         k = int(len(every) * ratio)
         if "compare=row" in text:
             limits = [

@@ -1,7 +1,5 @@
 """A desk for tests of `crdiff publish`: a loopback Hub, an empty folder with plans, and what came of a run."""
 
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +7,9 @@ from typing import Any
 
 import hub_runs
 import makers
-import pytest
 from conftest import Ran
+from forks import Forks, Run
 from loopback_hub import ACCOUNTS, LoopbackHub
-from test_crash import Forks, Run
 
 BASE = "hf://org/base/model.safetensors"
 CARD = b"---\nlicense: mit\n---\n# A base\n"
@@ -26,17 +23,18 @@ def checked(ran: Ran) -> Ran:
     return ran
 
 
+# What they load besides the Hub's client itself.
+LOADED = (
+    *("asyncio", "encodings.idna", "tqdm.auto", "_strptime"),
+    *(f"crdiff_export.{name}" for name in ("commands.publish", "commands.push", "publish", "summary")),
+)
+
+
 class Clients(Forks):
     """A fork server whose runs are clients of a Hub; one at a time."""
 
     def __init__(self) -> None:
-        if sys.platform == "win32":
-            pytest.skip("there are no forks on Windows")
-        script = Path(__file__).with_name("client_server.py")
-        self.process = subprocess.Popen(
-            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._line() == "ready"
+        super().__init__(*LOADED, script="client_server.py")
 
 
 @dataclass
@@ -73,8 +71,7 @@ class Desk:
 
     def end(self, run: Run) -> Ran:
         """What a fork has done by its end."""
-        code = run.wait()
-        return checked(Ran(code, run.err_file.with_name("out").read_text(), run.err_file.read_text()))
+        return checked(run.end())
 
     def run(self, *args: object, **how: Any) -> Ran:
         """What `crdiff publish plan.toml ARGS` does, or with another plan that is the first of them."""

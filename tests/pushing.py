@@ -85,9 +85,7 @@ class Desk:
         if self.clients is None or hurry or client != "installed":
             return hub_runs.run(self.hub, self.home, self.folder, *args, client=client, hurry=hurry, **how)
         environment = hub_runs.environment(self.hub, self.home, **how)
-        fork = self.clients.start(self.folder, *args, env=environment)
-        code = fork.wait()
-        return checked(Ran(code, fork.err_file.with_name("out").read_text("utf-8"), fork.err_file.read_text("utf-8")))
+        return checked(self.clients.start(self.folder, *args, env=environment).end())
 
     def push(self, path: Path | str, repo: str = REPO, *args: object, **how: Any) -> Ran:
         return self.run("push", path, repo, *args, **how)

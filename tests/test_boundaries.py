@@ -4,6 +4,7 @@ import ast
 import inspect
 import socket
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -98,9 +99,19 @@ def typing_only(tree: ast.Module) -> set[ast.AST]:
     return {inner for block in blocks for inner in ast.walk(block)}
 
 
-def imports(path: Path, *, top: bool = False) -> Iterator[str]:
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path, *, top: bool = False) -> tuple[str, ...]:
     """Every module that is imported for more than its types; with `top` not those in functions."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return tuple(_imports(path, top=top))
+
+
+def _imports(path: Path, *, top: bool) -> Iterator[str]:
+    tree = parsed(path)
     skipped = typing_only(tree)
     for node in tree.body if top else ast.walk(tree):
         if node in skipped:
@@ -163,7 +174,7 @@ def test_nothing_runs_a_file_or_opens_a_socket(path: Path) -> None:
     allowed = {"subprocess"} if path == STARTS_PROGRAMS else set()
     assert not {name.split(".")[0] for name in names} & (NEVER - allowed)
     assert not {name for name in names if name.startswith("urllib.request")}
-    calls = {ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Call)}
+    calls = {ast.unparse(n.func) for n in ast.walk(parsed(path)) if isinstance(n, ast.Call)}
     assert not calls & {"eval", "exec", "compile", "torch.load", "os.system", "__import__"}
 
 
@@ -174,7 +185,7 @@ def test_a_module_fits_a_readers_head(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_what_is_public_says_what_it_does(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     assert ast.get_docstring(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and node in tree.body:
@@ -185,7 +196,7 @@ def hints() -> Iterator[tuple[str, str]]:
     """The end and the beginning of every hint that is written where it is raised."""
     known = {name for name, found in vars(errors).items() if inspect.isclass(found)}
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             named = isinstance(node, ast.Call) and ast.unparse(node.func) in known and len(node.args) == 2
             if named and isinstance(node, ast.Call):
                 hint = node.args[1]

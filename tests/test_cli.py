@@ -820,7 +820,13 @@ def test_help_says_which_ratio_wins(crdiff: Crdiff) -> None:
 
 def test_the_list_of_commands_is_that_of_the_modules() -> None:
     folder = Path(sys.modules["crdiff_export.commands"].__file__ or "").parent
-    assert set(COMMANDS) == {path.stem for path in folder.glob("*.py")} - {"__init__", "options", "signals"}
+    assert set(COMMANDS) == {path.stem for path in folder.glob("*.py")} - {
+        "__init__",
+        "drawing",
+        "findings",
+        "options",
+        "signals",
+    }
 
 
 def test_without_arguments_help_is_shown(crdiff: Crdiff) -> None:

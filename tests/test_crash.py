@@ -1,6 +1,5 @@
 """Whatever ends an export, and whenever: the target is as it was or complete, and the base is never touched."""
 
-import contextlib
 import errno
 import filecmp
 import hashlib
@@ -23,6 +22,7 @@ from typing import Any
 import makers
 import numpy as np
 import pytest
+from forks import Forks
 
 from crdiff_export import CrdiffError, ExportRequest, Size, demo, export
 from crdiff_export.commands import signals
@@ -37,66 +37,6 @@ RANDOM_KILLS = 17  # of each of three signals, for a file and for a folder
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 EXIT_CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 SAID = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
-
-
-@dataclass
-class Run:
-    """An export that is going on in a fork."""
-
-    server: "subprocess.Popen[str]"
-    pid: int
-    err_file: Path
-
-    def kill(self, signum: int) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it was faster
-            os.kill(self.pid, signum)
-
-    def wait(self) -> int:
-        assert self.server.stdout
-        return int(self.server.stdout.readline())
-
-    @property
-    def err(self) -> list[str]:
-        return self.err_file.read_text().splitlines()
-
-
-class Forks:
-    """A fork server. One run at a time."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("fork_server.py")
-        self.process = subprocess.Popen(
-            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self.process.stdout
-        return self.process.stdout.readline().strip()
-
-    def start(self, cwd: Path, *args: object, **options: Any) -> Run:
-        """Begin a command; `hook`, `limit` (bytes of any file) and `platform` (its name) are as the server says."""
-        logs = cwd.parent / f"logs-{self.process.pid}"
-        logs.mkdir(exist_ok=True)
-        job = {
-            "args": [str(arg) for arg in args], "cwd": str(cwd),
-            "stdout": str(logs / "out"), "stderr": str(logs / "err"),
-            "hook": None, "limit": None, "platform": None, **options,
-        }  # fmt: skip
-        assert self.process.stdin
-        print(json.dumps(job), file=self.process.stdin, flush=True)
-        return Run(self.process, int(self._line()), logs / "err")
-
-    def run(self, cwd: Path, *args: object, **options: Any) -> tuple[int, list[str]]:
-        started = self.start(cwd, *args, **options)
-        return started.wait(), started.err
-
-    def close(self) -> None:
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")

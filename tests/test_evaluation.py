@@ -8,6 +8,7 @@ import math
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -585,10 +586,14 @@ def test_command_prints_facts_a_table_and_files(line: Line) -> None:
     assert line("recipes validate e.toml").code == 0
 
 
-def test_quiet_prints_the_table_alone(line: Line) -> None:
-    ran = line("evaluate demo --res 48 --limit 2 --steps 1 --ratio 0.4 --no-native -q")
-    assert (ran.code, ran.err) == (0, "")
-    assert [text.split()[0] for text in ran.out.splitlines()] == ["size", "48x48", "pruned", "POA"]
+def test_quiet_prints_the_table_alone(here: Path) -> None:
+    """In a process of its own, for which nothing was loaded before."""
+    words = shlex.split("evaluate demo --res 48 --limit 2 --steps 1 --ratio 0.4 --no-native -q")
+    ran = subprocess.run(
+        [sys.executable, "-m", "crdiff_export", *words], cwd=here, check=False, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert [text.split()[0] for text in ran.stdout.splitlines()] == ["size", "48x48", "pruned", "POA"]
 
 
 def test_a_table_is_there_before_a_file_that_cannot_be(line: Line, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

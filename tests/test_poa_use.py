@@ -110,7 +110,8 @@ def test_the_file_and_its_residual_are_enough(loaded: torch.dtype, folder: Path,
                 expected = dense.unet(*inputs)[0]
             with poa.enabled(pipe, kept, weight):
                 assert torch.equal(pipe.unet(*inputs)[0], expected)
-    assert all(torch.equal(pipe.unet.state_dict()[name], weight) for name, weight in before.items())
+    after = pipe.unet.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
 def test_fewer_bits_than_the_residual_has(folder: Path, tmp_path: Path) -> None:

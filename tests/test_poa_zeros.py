@@ -414,7 +414,8 @@ def test_the_file_and_its_residual_are_enough(loaded: torch.dtype, sd15: Made, t
             with poa.enabled(pipe, kept, weight) as on:
                 assert on.filled
                 assert torch.equal(pipe.unet(*inputs)[0], expected)
-    assert all(torch.equal(pipe.unet.state_dict()[name], weight) for name, weight in before.items())
+    after = pipe.unet.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
 # Refusals.

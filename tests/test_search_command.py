@@ -13,6 +13,7 @@ import makers
 import pytest
 import torch
 from conftest import Crdiff, Ran
+from forks import Forks
 
 from crdiff_export import commands, search
 from crdiff_export.commands.search import _again
@@ -199,12 +200,12 @@ def test_ctrl_c_in_json(line: Line, here: Path, judge: str, monkeypatch: pytest.
     assert ran.error["hint"].startswith("To go on: crdiff search demo --res 48x48 ")
 
 
-def test_killed_and_started_again_it_is_as_if_it_had_not_been(line: Line, here: Path, judge: str) -> None:
+def test_killed_and_started_again_it_is_as_if_it_had_not_been(
+    line: Line, here: Path, judge: str, drawing: Forks
+) -> None:
     words = f"search demo {QUICK} --scorer {judge} --trials 5 --method anneal"
-    environment = {**os.environ, "SIGNAL": "SIGKILL", "AT": "6", "PYTHONPATH": os.pathsep.join(sys.path)}
-    arguments = [sys.executable, "-c", RUN, *shlex.split(f"{words} -o a.toml")]
-    ran = subprocess.run(arguments, check=False, env=environment, capture_output=True, text=True, timeout=600)
-    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    ran = drawing.start(here, *shlex.split(f"{words} -o a.toml"), env={"SIGNAL": "SIGKILL", "AT": "6"}).end()
+    assert ran.code == -signal.SIGKILL, ran.err
     assert len(told(here / "a.journal")) == 2
     again = line(f"{words} -o a.toml")
     assert again.code == 0, again.err

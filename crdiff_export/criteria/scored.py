@@ -106,7 +106,7 @@ class Scored:
                 for plan in plans:
                     self._calibration.check(plan, self._criterion.statistics)
             progress.stage("scoring", sum(_size(p.targets[i]) for p, i in new.values()))
-            names = {id(plan): _names(plan) for plan, _ in new.values()}
+            names = {id(plan): _names(plan) for plan in plans}
             with reading(self._files, self._device) as reader:
                 for plan, number in new.values():
                     target = plan.targets[number]
