@@ -165,6 +165,26 @@ def test_a_baked_file_in_place_of_a_recipe(made: tuple[Preview, Steps], baked: P
     assert [path.name for path in sorted(here.iterdir())] == ["demo-preview-96x64.html", "demo-preview-96x64.png"]
 
 
+def test_pruned_by_another_criterion_it_is_that_export(made: tuple[Preview, Steps], here: Path) -> None:
+    target = export(
+        ExportRequest("demo", Size(96, 64), here / "random.safetensors", ratio=0.4, criterion="random:seed=3")
+    ).written.path
+    request = replace(REQUEST, weights=(1.0,), prompts=PROMPTS[:1])
+    found = preview(replace(request, criterion="random:seed=3"))
+    assert dict(found.facts)["criterion"] == "random:seed=3"
+    pipe = plain(target)
+    for (prompt, seed), image in column(found, 1).items():
+        assert image == drawn(pipe, prompt, seed)
+    assert column(found, 0).items() <= column(made[0], 0).items()
+    (page,) = [path.read_text("utf-8") for path in found.files if path.suffix == ".html"]
+    images = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^\"]+)", page)]
+    last = [image.text["parameters"].splitlines()[-1] for image in images]  # type: ignore[attr-defined]
+    assert [line.endswith('ratios: 0.4/0.4/0.4, criterion: "random:seed=3"') for line in last] == [False, True] * 2
+    again = preview(replace(request, ratio=None, size=None, baked=target, force=True))
+    assert dict(again.facts)["criterion"] == "random:seed=3"
+    assert column(again, 1) == column(found, 1)
+
+
 def test_a_folder_a_network_alone_and_half_precision(here: Path) -> None:
     pipe = plain(demo.path())
     pipe.save_pretrained(here / "demo-pipe")
@@ -296,6 +316,7 @@ def test_the_command_as_json_with_prompts_from_a_file(line: Line, here: Path) ->
         ("dense", "a red fox", 3), ("pruned", "a red fox", 3), ("dense", "лиса", 3), ("pruned", "лиса", 3)
     ]  # fmt: skip
     assert (found["provenance"], found["ratios"]) == ("searched", {"down": 0.7394, "mid": 0.7556, "up": 0.0522})
+    assert found["criterion"] == "magnitude"
     assert (found["steps"], found["scheduler"], found["device"], found["dtype"]) == (1, "DDIM", "cpu", "fp32")
     assert "<!DOCTYPE html>" in (here / "o.html").read_text("utf-8")
     assert sorted(path.name for path in here.iterdir()) == ["o.html", "prompts.txt"]
@@ -331,6 +352,10 @@ WRONG = {
     "no-config": (f"demo --res 64 {FOX} --config no/where/at/all", 1, "no folder, and no repo", "--config FOLDER"),
     "config-is-file": (f"demo --res 64 {FOX} --config taken.png", 1, "no model_index.json", "save_pretrained"),
     "baked-and-ratio": (f"demo --baked taken.png --ratio 0.3 {FOX}", 2, "--baked has its own ratios", "Leave out"),
+    "baked-and-criterion": (
+        f"demo --baked taken.png --criterion random {FOX}", 2, "--baked is pruned already", "Leave out --criterion"
+    ),
+    "no-calibration": (f"demo --res 64 --criterion wanda {FOX}", 2, "wanda needs a calibration", "--calibration FILE"),
     "baked-not": (f"demo --baked taken.png {FOX}", 1, "taken.png", ""),
     "offload-on-cpu": (f"demo --res 64 {FOX} --offload --device cpu", 2, "--offload keeps parts off", "Leave it out"),
     "lora": ("{shelf}/lora.safetensors --res 64 " + FOX, 1, "LoRA", ""),

@@ -12,6 +12,7 @@ from crdiff_export.commands.options import (
     announce,
     by_group,
     complete_alias,
+    criterion_options,
     examples,
     listed_prompts,
     output_options,
@@ -19,7 +20,7 @@ from crdiff_export.commands.options import (
 )
 from crdiff_export.commands.signals import Stopper
 from crdiff_export.preview import Job, Preview, PreviewRequest, draw, measure, prepare
-from crdiff_export.preview.wording import ratios_of, standing
+from crdiff_export.preview.wording import criterion_of, ratios_of, standing
 
 FRACTION = click.FloatRange(0, 1)
 
@@ -49,6 +50,7 @@ FRACTION = click.FloatRange(0, 1)
 @click.option("--stop", type=FRACTION, default=1.0, metavar="F", help="Fraction at which it ends; dense outside.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="A recipe instead of the built-in one (.toml, .json).")
 @ratio_options
+@criterion_options
 @click.option(
     "--baked", type=click.Path(path_type=Path), metavar="FILE",
     help="Prune as this exported file is pruned, instead of by a recipe; BASE is what it was made from.",
@@ -126,7 +128,7 @@ def _as_json(made: Preview) -> dict[str, Any]:
         "files": [str(path) for path in made.files], "base": job.easel.base.name, "family": job.plan.match.family.id,
         "resolution": str(job.size), "native": str(job.easel.native), "ratios": ratios_of(job),
         "provenance": provenance, "ratios_from": standing(job),
-        "baked": str(job.request.baked) if job.request.baked else None,
+        "criterion": criterion_of(job), "baked": str(job.request.baked) if job.request.baked else None,
         "columns": [{"name": column.name, "poa_weight": column.weight} for column in job.columns],
         "poa_start": job.request.start, "poa_stop": job.request.stop, "steps": taken.steps,
         "guidance": taken.guidance, "scheduler": taken.scheduler, "negative": job.request.negative,

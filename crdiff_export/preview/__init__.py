@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from crdiff_export import poa, recipe
+from crdiff_export import poa, ranking, recipe
 from crdiff_export.baked import BakedCheckpoint, open_baked
 from crdiff_export.drawing import asking, easel, opening
 from crdiff_export.drawing.asking import DrawingRequest
@@ -23,7 +23,7 @@ class PreviewRequest(DrawingRequest):
     """What someone wants to see: which base, for which size, with which prompts, and everything not left to us.
 
     Ratios come from the recipe or from `ratio` and `ratios`, as in an export, or all is as in the file `baked`, whose
-    size is then the default. No `weights` means the recommended one.
+    size is then the default. `criterion` and `calibration` are an export's. No `weights` means the recommended one.
     """
 
     prompts: tuple[str, ...]
@@ -34,6 +34,8 @@ class PreviewRequest(DrawingRequest):
     recipe: Path | None = None
     ratio: float | None = None
     ratios: Mapping[str, float] = field(default_factory=dict)
+    criterion: str = ranking.MAGNITUDE
+    calibration: Path | None = None
     start: float = 0.0
     stop: float = 1.0
     offload: bool = False
@@ -105,7 +107,7 @@ def prepare(request: PreviewRequest) -> Job:
 
 
 def measure(job: Job, progress: Progress) -> poa.Source:
-    """The thresholds of the pruned model: from the baked file's header, or counted as an export counts them."""
+    """The thresholds or masks of the pruned model: from the baked file, or found as an export finds them."""
     if job.request.baked:
         return poa.from_baked(job.request.baked)
     return poa.from_recipe(_pruning(job.request), progress)
@@ -119,7 +121,7 @@ def draw(job: Job, source: poa.Source, progress: Progress) -> Preview:
     facts = wording.facts(job, taken)
     contact = wording.contact(job, facts, taken)
     files.write(contact, job.outputs, replace=job.request.force)
-    notes = (*wording.warnings(taken), *files.warnings(contact, job.outputs))
+    notes = (*source.notes, *wording.warnings(taken), *files.warnings(contact, job.outputs))
     return Preview(job, facts, taken, job.outputs, notes)
 
 
@@ -128,7 +130,7 @@ def _pruning(request: PreviewRequest) -> ExportRequest:
     # Nothing is written, so nothing stands in the way.
     return ExportRequest(
         request.base, request.size, recipe=request.recipe, ratio=request.ratio, ratios=request.ratios,
-        variant=request.variant, force=True,
+        criterion=request.criterion, calibration=request.calibration, variant=request.variant, force=True,
     )  # fmt: skip
 
 
@@ -143,6 +145,8 @@ def _check(request: PreviewRequest) -> None:
         raise OptionError(
             "--baked has its own ratios", "Leave out --recipe, --ratio, --down, --mid and --up, or leave out --baked."
         )
+    if request.baked and (request.calibration or request.criterion != ranking.MAGNITUDE):
+        raise OptionError("--baked is pruned already", "Leave out --criterion and --calibration, or leave out --baked.")
     if not request.baked and request.size is None:
         raise OptionError("there is no size", "Give --res, or a baked file with --baked, which has one.")
     for weight in request.weights:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from crdiff_export.criteria.spec import Spec
 from crdiff_export.demo.scenes import EXAMPLE, LEARNT, Scene
 from crdiff_export.errors import CrdiffError
 from crdiff_export.inspection import printable, provenance
 from crdiff_export.metadata import tool_version
+from crdiff_export.ranking import MAGNITUDE
 from crdiff_export.report import Contact, Row, Shot
 
 if TYPE_CHECKING:
@@ -67,6 +69,8 @@ def _facts(job: "Job", taken: Taken) -> Iterator[tuple[str, str]]:
     yield "size", f"{job.size}, native {job.easel.native}"
     ratios = ", ".join(f"{group} {ratio:g}" for group, ratio in ratios_of(job).items())
     yield "ratios", f"{ratios}: {standing(job)}"
+    if (criterion := criterion_of(job)) != MAGNITUDE:
+        yield "criterion", criterion
     if job.baked:
         yield "baked file", f"{job.baked.checkpoint.path.name}, pruned for {job.baked.stamp.resolution}"
     yield "sampling", f"{taken.steps} steps of {taken.scheduler}, guidance {taken.guidance:g}"
@@ -92,6 +96,11 @@ def standing(job: "Job") -> str:
     return provenance(job.plan.variant.provenance, job.plan.variant.source)
 
 
+def criterion_of(job: "Job") -> str:
+    """How weights were ranked, as headers spell it."""
+    return job.baked.stamp.criterion if job.baked else str(Spec.parse(job.request.criterion))
+
+
 def contact(job: "Job", said: tuple[tuple[str, str], ...], taken: Taken) -> Contact:
     """The sheet."""
     count = len(job.columns)
@@ -112,6 +121,8 @@ def _parameters(job: "Job", taken: Taken, picture: Picture) -> str:
     }  # fmt: skip
     if picture.column.weight:
         last["ratios"] = "/".join(f"{ratio:g}" for ratio in ratios_of(job).values())
+        if (criterion := criterion_of(job)) != MAGNITUDE:
+            last["criterion"] = criterion
     negative = [f"Negative prompt: {job.request.negative}"] if job.request.negative else []
     # A1111 quotes what has a comma or a colon in it.
     quoted = (f"{key}: {json.dumps(text) if set(text) & set(',:') else text}" for key, text in last.items())
