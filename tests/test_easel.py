@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from crdiff_export import ExportRequest, Size, calibration, criteria, demo, evaluation, preview, tuning
+from crdiff_export import ExportRequest, Size, bases, calibration, criteria, demo, evaluation, preview, tuning
 from crdiff_export.calibration import CalibrateRequest
 from crdiff_export.checkpoint import open_checkpoint
-from crdiff_export.errors import PlanError
-from crdiff_export.evaluation import EvaluateRequest
+from crdiff_export.commands import search
+from crdiff_export.errors import CalibrationError, OptionError, PlanError
+from crdiff_export.evaluation import EvaluateRequest, page
 from crdiff_export.export import plan_variant
 from crdiff_export.hashing import hash_file
 from crdiff_export.preview import PreviewRequest
@@ -61,6 +62,29 @@ def test_a_base_that_only_a_cast_makes_fit(command: str, tmp_path: Path) -> None
     )
 
 
+@pytest.mark.parametrize("command", ["evaluate", "preview", "search"])
+def test_nothing_is_fetched_for_a_criterion_that_cannot_be(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bases, "locate", lambda *_: pytest.fail("a base was looked for"))
+    with pytest.raises(OptionError, match="wanda needs a calibration"):
+        DRAWING[command]("sd15", {"criterion": "wanda"})
+
+
+def test_a_calibration_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
+    plan = plan_variant(ExportRequest("demo", SIZE, ratio=0.3), open_checkpoint(demo.path()))
+    file = criteria_makers.write_calibration(
+        tmp_path / "c.safetensors", plan, criteria_makers.calibrated(plan, ("norm",))
+    )
+    found = criteria.Calibration.open(file)
+    layer = next(iter(found.layers))
+    assert found.read(layer, "norm").isfinite().all()
+    assert found.hash
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data[:-8] + bytes(8))
+    with pytest.raises(CalibrationError, match="changed while it was read"):
+        found.read(layer, "norm")
+
+
 @pytest.mark.parametrize("command", ["evaluate", "search"])
 def test_a_calibration_is_hashed_once_and_what_ranking_shows_is_told(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,12 +106,17 @@ def test_a_calibration_is_hashed_once_and_what_ranking_shows_is_told(
     how: dict[str, Any] = {"criterion": "obs:compensate=off", "calibration": file, "steps": 1, "native": False}
     if command == "search":
         paths = (tmp_path / "found.toml",)
-        tuning.tune(SearchRequest("demo", SIZE, limit=2, held_out_limit=2, trials=3, low=0.2, outputs=paths, **how))
+        sought = tuning.tune(
+            SearchRequest("demo", SIZE, limit=2, held_out_limit=2, trials=3, low=0.2, outputs=paths, **how)
+        )
         assert read == [file]
+        (note,) = [text for text in search._as_json(sought)["notes"] if "damping" in text]
+        assert note.endswith(f"to at most 0.1 ({spoilt})")
         return
     made = evaluation.evaluate(EvaluateRequest("demo", (SIZE,), limit=2, ratio=0.3, weights=(1.0,), **how))
     assert made.calibration == f"0x{hashlib.sha256(file.read_bytes()).hexdigest()}"
     assert read == [file]
     (note,) = [text for text in made.notes if "damping" in text]
     assert note.startswith("obs: damping was raised for 1 of ")
+    assert note in page.render(made)
     assert note.endswith(f"to at most 0.1 ({spoilt})")

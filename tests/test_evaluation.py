@@ -48,7 +48,7 @@ from crdiff_export.export import plan_variant
 from crdiff_export.plan import with_ratios
 from crdiff_export.progress import Silent
 from crdiff_export.recipe import Evidence
-from crdiff_export.scorers import Score
+from crdiff_export.scorers import Score, inception
 from crdiff_export.scorers.demo import judge
 from crdiff_export.source import FileBytes
 
@@ -573,7 +573,8 @@ def line(crdiff: Crdiff, here: Path) -> Line:
     return lambda text: crdiff(*shlex.split(text))
 
 
-def test_command_prints_facts_a_table_and_files(line: Line) -> None:
+def test_command_prints_facts_a_table_and_files(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inception, "absent", lambda: pytest.fail("nobody asked for an FID"))  # nor has its package
     ran = line("evaluate demo --res 48 --limit 8 --steps 1 --ratio 0.4 --no-native -o e.html -o e.toml")
     assert ran.code == 0, ran.err
     out = ran.out.splitlines()

@@ -121,7 +121,7 @@ def evaluate(
 
 def _announce(job: Job) -> None:
     prompts = len({prompt for prompt, _ in job.pairs})
-    fetched = (url := inception.absent()) and job.fid and not job.fid.weights
+    fetched = job.fid and not job.fid.weights and (url := inception.absent())
     announce_drawing(
         job.easel,
         *job.notes,

@@ -254,6 +254,8 @@ def _show(found: Found) -> None:
     from crdiff_export import ui
     from crdiff_export.evaluation import wording as of_evaluation
 
+    for text in _notes(found):
+        ui.note(text)
     ui.facts(wording.facts(found))
     if found.evaluation:
         ui.line("")
@@ -261,6 +263,11 @@ def _show(found: Found) -> None:
         ui.table(columns, rows, of_evaluation.NUMERIC)
     ui.line("")
     ui.line(wording.conclusion(found))
+
+
+def _notes(found: Found) -> tuple[str, ...]:
+    """What the check has shown besides."""
+    return found.evaluation.notes if found.evaluation else ()
 
 
 def _as_json(found: Found) -> dict[str, Any]:
@@ -271,7 +278,7 @@ def _as_json(found: Found) -> dict[str, Any]:
         "study": job.study, "method": job.setup.method.name, "verdict": found.verdict,
         "conclusion": wording.conclusion(found),
         "ratios": dict(variant.ratios) if variant else None, "poa_weight": variant.poa_weight if variant else None,
-        "best": found.best.place, "notes": list(job.notes),
+        "best": found.best.place, "notes": [*job.notes, *_notes(found)],
         "trials": [
             {
                 "place": one.place, "state": one.state, "ratios": one.candidate.by_group,

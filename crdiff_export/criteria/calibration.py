@@ -163,6 +163,7 @@ class Calibration:
                 reader.read_into(tensor.start, found.numpy().reshape(-1).view("u1").data)
             finally:
                 reader.close()
+            self.source.check_unchanged()
         except CheckpointError as error:
             raise CalibrationError(error.message, error.hint) from error
         if broken := tensor.count - int(torch.isfinite(found).sum()):

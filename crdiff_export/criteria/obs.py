@@ -19,7 +19,7 @@ from crdiff_export.errors import CalibrationError
 
 # Columns that are settled together before the others hear of it (SparseGPT's blocksize).
 BLOCK = 128
-# How often the damping is tried, tenfold each time.
+# How often it is tried, each time with ten times the damping.
 TRIES = 4
 
 
@@ -36,7 +36,7 @@ class Obs:
     input scores 0, so its weights go first, as in SparseGPT. A common factor of all grams is one of all scores too, and
     changes no order unless inputs are dead: their 1 on the diagonal, which enters the mean, has no such factor.
     Computed in float64 where the device has it: H's inverse amplifies what float32 leaves out. The damping is a share
-    of the mean diagonal, 0.01 by default; where Cholesky's method fails it is tried tenfold, up to 4 times, which
+    of the mean diagonal, 0.01 by default; where Cholesky's method fails it is raised tenfold, up to 3 times, which
     `notes` tells, then CalibrationError names the layer.
     """
 

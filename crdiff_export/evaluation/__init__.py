@@ -110,8 +110,8 @@ def prepare(request: EvaluateRequest) -> Job:
         raise OptionError("there is no scorer", f"Give --scorer: {known}, module:function or command:PROGRAM.")
     if not (request.prompts or demo):
         raise OptionError("there are no prompts", "Give --prompts FILE, one a line, or --prompt TEXT.")
-    found = easel.find(request)
     asked = ranking.Asked.of(request.criterion, request.calibration)
+    found = easel.find(request)
     planned = [
         easel.planned(
             found,

@@ -19,7 +19,8 @@ def render(found: Evaluation) -> str:
     body = "".join((*_table(found), *_plot(found), *_pictures(found)))
     title = f"{printable(found.base)}: dense, pruned and POA"
     small = max((max(s.size.width, s.size.height) for s in found.subjects), default=0) <= page.SMALL
-    return page.frame(title, found.facts, body, small=small)
+    facts = (*found.facts, *(("note", printable(text, limit=1000)) for text in found.notes))
+    return page.frame(title, facts, body, small=small)
 
 
 def _table(found: Evaluation) -> Iterator[str]:

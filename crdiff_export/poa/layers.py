@@ -1,7 +1,10 @@
 """The pruned layers of a model in memory: found by name, held against the checkpoint, made dense where they are not."""
 
+import contextlib
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -79,11 +82,13 @@ class _State(NamedTuple):
     zeros: int
 
 
-def make_dense(layers: Mapping[str, nn.Linear], source: Source) -> bool:
+def make_dense(layers: Mapping[str, nn.Linear], source: Source, *, check: bool = True) -> bool:
     """Hold the layers against the source's checkpoint, and fill them from its residual if they are the pruned ones.
 
-    True if they were filled; pruning then gives back what they were. PoaError if they are neither dense nor pruned,
-    VerifyError for a file that does not hash to what its header says: it was merged or altered since.
+    True if they were filled; pruning then gives back what they were. Without `check`, which is then for those that may
+    have to be filled, what was pruned away is not held against the residual, nor looked at for zeros. PoaError if they
+    are neither dense nor pruned, VerifyError for a file that does not hash to what its header says: it was merged or
+    altered since.
     """
     if source.baked:
         _check_file(layers, source, source.baked)
@@ -101,14 +106,26 @@ def make_dense(layers: Mapping[str, nn.Linear], source: Source) -> bool:
     if are_pruned:
         _fill(layers, source)
         return True
+    if not check:
+        return False
     if source.baked.stamp.moved:
         _check_biases(layers, source, source.baked)
     if source.has_residual and _are_all_dense(layers, source, source.baked):
         return False
     gone, zeros = sum(state.gone for state in states.values()), sum(state.zeros for state in states.values())
     if text := stored.sparse(zeros, gone, source.baked):
-        warnings.warn(text, stacklevel=5)
+        warnings.warn(text, stacklevel=_level())
     return False
+
+
+def _level() -> int:
+    """How far up from who asks the caller is who is neither of this package nor what opens a `with` block."""
+    inside = str(Path(__file__).parents[1]), contextlib.__file__
+    asking = inspect.currentframe()
+    frame, level = asking and asking.f_back, 1
+    while frame and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _other(name: str, source: Source) -> PoaError:

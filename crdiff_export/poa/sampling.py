@@ -32,7 +32,7 @@ class Poa:
         self._layers = layers.find(self.model, source)
         for path, layer in self._layers.items():
             hooks.refuse_wrapped(path, layer)
-        self._filled = layers.make_dense(self._layers, source) if check or source.has_residual else False
+        self._filled = layers.make_dense(self._layers, source, check=check) if check or source.has_residual else False
         self._switch = Switch(keep=keep)
         self._hooks: dict[str, hooks.LayerHook] = {}
         self._call: tuple[tuple[Any, ...], dict[str, Any], float] = ((), {}, 0.0)

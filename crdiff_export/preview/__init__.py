@@ -83,6 +83,7 @@ def prepare(request: PreviewRequest) -> Job:
     """Find the base, read its headers and plan; any refusal comes from here, before a weight is read."""
     _check(request)
     opening.check_packages(offload=request.offload)
+    asked = None if request.baked else ranking.Asked.of(request.criterion, request.calibration)
     found = easel.find(request)
     family = found.match.family
     baked = open_baked(request.baked.expanduser()) if request.baked else None
@@ -91,7 +92,7 @@ def prepare(request: PreviewRequest) -> Job:
             f"{request.baked}: is of {baked.plan.match.family.title}, {request.base} is {family.title}",
             "Give the base that the file was made from; `crdiff inspect` names it.",
         )
-    planned = baked.plan if baked else easel.planned(found, _pruning(request))
+    planned = baked.plan if baked else easel.planned(found, _pruning(request), asked)
     size = request.size or planned.size
     recipe.check_grid(size, family.grid, family.title)
     columns = wording.columns(request.weights or (planned.variant.poa_weight,))

@@ -125,8 +125,8 @@ def prepare(request: SearchRequest) -> Job:
     budget = setting.budget(request)
     scorer = _scorer(request)
     opening.check_packages(offload=False)
-    base = easel.find(request)
     asked = ranking.Asked.of(request.criterion, request.calibration)
+    base = easel.find(request)
     planned = easel.planned(
         base,
         ExportRequest(
@@ -141,8 +141,8 @@ def prepare(request: SearchRequest) -> Job:
     stem = files.stem(base.base.stem or base.checkpoint.stem, request)
     outputs = files.check(request, stem)
     storage, study = request.storage or str(files.journal(request, stem)), request.study or stem
-    search.check(storage, study, setup)
     set_up = easel.set_up(request, base, planned)
+    search.check(storage, study, setup)
     from crdiff_export.drawing import session
 
     scorer_device = session.device(request.scorer_device, offload=False) if request.scorer_device else set_up.device
