@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Elements read and counted at once.
 CHUNK = 2 << 20
+# Of smaller ones so many are counted in one go.
+SHARE = 1 << 16
 
 
 @dataclass
@@ -121,7 +123,7 @@ class Ranking:
             return
         try:
             with ThreadPoolExecutor(self._kernel.threads, "crdiff-count") as pool:
-                futures = [pool.submit(self._count, piece, refined) for piece in _pieces(targets)]
+                futures = [pool.submit(self._count_all, pieces, refined) for pieces in _shares(targets)]
                 try:
                     for future in futures:
                         (progress or self._progress).advance(future.result())
@@ -132,6 +134,9 @@ class Ranking:
             for reader in self._readers:
                 reader.close()
             self._readers, self._own = [], local()
+
+    def _count_all(self, pieces: Sequence[_Piece], refined: "_Refined | None") -> int:
+        return sum(self._count(piece, refined) for piece in pieces)
 
     def _count(self, piece: _Piece, refined: "_Refined | None") -> int:
         target = piece.target
@@ -215,6 +220,19 @@ def _select(scope: Scope, tallies: Sequence[_Tally]) -> Threshold:
     for tally in tallies:
         refined += tally.refined[upper]
     return threshold.select(counts, scope.rank, refined)
+
+
+def _shares(targets: list[Target]) -> Iterator[list[_Piece]]:
+    """Pieces that a thread counts in one go: a large one, or many small ones."""
+    share: list[_Piece] = []
+    size = 0
+    for piece in _pieces(targets):
+        if share and size + piece.stop - piece.start > SHARE:
+            yield share
+            share, size = [], 0
+        share.append(piece)
+        size += piece.stop - piece.start
+    yield share
 
 
 def _pieces(targets: list[Target]) -> Iterator[_Piece]:

@@ -85,7 +85,7 @@ class Spec:
         Of another package's criterion only `compare` is known here: its factory sees to the rest.
         """
         name, colon, rest = text.strip().partition(":")
-        if name not in names():
+        if name not in OPTIONS and name not in installed():  # which takes a look at every package
             what = f"no criterion is called {name!r}" if name else f"{text!r} names no criterion"
             raise OptionError(what, did_you_mean(name, names(), "criteria"))
         options: dict[str, str] = {}
