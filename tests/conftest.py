@@ -36,6 +36,12 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores for `-n auto`: tests of signals, servers and disks wait a tenth of their time."""
+    return (os.cpu_count() or 1) + 1
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Neighbouring tests go to one process, which makes what a module shares once: `--dist load` deals them out."""
     from xdist.scheduler import WorkStealingScheduling  # type: ignore[import-untyped]

@@ -377,6 +377,7 @@ def test_an_interrupted_export_leaves_nothing(
     stage: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=CHUNK))
+    monkeypatch.setattr(magnitude, "SHARE", 1000)
     request = make(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         export(request, Interrupting(stage, after))
