@@ -251,7 +251,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return target.read_bytes()
 
 
-@pytest.mark.parametrize("room", [{}, {"layers": 11}, {"memory": 6_000_000}], ids=str)
+@pytest.mark.parametrize("room", [{}, {"layers": 21}, {"memory": 6_000_000}], ids=str)
 def test_groups_change_nothing(room: dict[str, Any], whole: bytes, tmp_path: Path) -> None:
     target = tmp_path / "c.safetensors"
     calibrate(replace(DEMO, criteria=ALL, output=target, **room))
