@@ -188,6 +188,17 @@ def crdiff(capfd: pytest.CaptureFixture[str]) -> Iterator[Crdiff]:
         signal.signal(signum, handler)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in another order differ in their last bits."""
+    import torch
+
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(usual)
+
+
 @pytest.fixture(scope="session")
 def drawing() -> Iterator["Forks"]:
     """Runs command lines that draw in forks of a process that has loaded torch and diffusers once."""

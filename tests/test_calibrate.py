@@ -52,13 +52,7 @@ LITTLE = replace(DEMO, criteria=("taylor",), limit=2, samples=1, layers=30)
 QUICK = "calibrate demo --res 48 --limit 2 --steps 2 --loss-samples 1"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums in another order differ in their last bits."""
-    usual = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(usual)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Stages(Silent):

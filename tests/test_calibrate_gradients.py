@@ -1,6 +1,5 @@
 """Gradients of the training loss: against finite differences, against a plain loop, for every kind of pipeline."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,7 @@ OTHERS = ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight", LAYER
 GUIDANCE = 3.5
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums in another order differ in their last bits."""
-    usual = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(usual)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def picture(size: Size, seed: int = 0) -> Image.Image:

@@ -1,7 +1,7 @@
 """What commands that draw pictures share: how they find a base, what they ask of it, what ranking tells them."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import criteria_makers
 import makers
 import numpy as np
 import pytest
-import torch
 
 from crdiff_export import ExportRequest, Size, bases, calibration, criteria, demo, evaluation, preview, tuning
 from crdiff_export.calibration import CalibrateRequest
@@ -26,12 +25,7 @@ from crdiff_export.tuning import SearchRequest
 SIZE = Size(48, 48)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    usual = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(usual)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 DRAWING: dict[str, Callable[[str, Any], object]] = {

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,7 @@ WITHOUT_FID = tuple(name for name in wording.COLUMNS if name != "FID")
 REQUEST = EvaluateRequest("demo", SIZES, limit=8, ratio=RATIO, steps=STEPS, batch=8, weights=(1.5,))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums in another order differ in their last bits."""
-    usual = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(usual)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

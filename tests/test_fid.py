@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -317,15 +317,6 @@ def test_weights_that_cannot_be_fetched(
 @pytest.fixture
 def line(crdiff: Crdiff, here: Path) -> Line:
     return lambda text: crdiff(*shlex.split(text))
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums in another order differ in their last bits."""
-    usual = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(usual)
 
 
 def rows_of(packed: Sequence[bytes]) -> Rows:

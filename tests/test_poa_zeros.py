@@ -5,6 +5,7 @@ import gc
 import hashlib
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,11 @@ def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
             poa.disable(request.getfixturevalue(name).pipe)
 
 
-@pytest.mark.parametrize("criterion", ["wanda:compare=row", "obs"])
+@pytest.mark.parametrize(
+    ("made", "criterion"),
+    [*product(PIPES, ["wanda:compare=row", "obs"]), ("sd15", "wanda"), ("sd15", "random:compare=row")],
+    indirect=["made"],
+)
 def test_it_is_the_formula_of_two_models(criterion: str, made: Made) -> None:
     """And weight 0 is the dense model, 1 the file's, kept or not, in one pass or two."""
     kind, pipe, model = made.kind, made.pipe, made.model
@@ -213,7 +218,11 @@ def test_it_is_the_formula_of_two_models(criterion: str, made: Made) -> None:
     assert not any("forward" in vars(m) or vars(m).get("crdiff_poa") for m in model.modules())
 
 
-@pytest.mark.parametrize("criterion", ["random:seed=5", "obs"])
+@pytest.mark.parametrize(
+    ("made", "criterion"),
+    [*product(PIPES, ["random:seed=5", "obs"]), ("sd15", "wanda:compare=row")],
+    indirect=["made"],
+)
 def test_a_recipe_and_a_ranking_give_what_an_export_does(criterion: str, made: Made) -> None:
     kind, pipe = made.kind, made.pipe
     poa.enable(pipe, made.baked(criterion), W)

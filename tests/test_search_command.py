@@ -5,13 +5,12 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import makers
 import pytest
-import torch
 from conftest import Crdiff, Ran
 from forks import Forks
 
@@ -38,13 +37,7 @@ def score(images, prompts):
 RUN = f"from crdiff_export import commands; commands.COMMANDS['search'] = {LISTED!r}; commands.main()"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums in another order differ in their last bits."""
-    usual = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(usual)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

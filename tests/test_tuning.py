@@ -5,7 +5,6 @@ import json
 import re
 import warnings
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,13 +46,7 @@ STEPS = 1
 REQUEST = SearchRequest("demo", SIZE, limit=6, held_out_limit=8, trials=5, steps=STEPS, batch=6, early_stop=False)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums in another order differ in their last bits."""
-    usual = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(usual)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
