@@ -422,7 +422,7 @@ class Matrices(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("raised", [False, True])
-def test_a_factor_takes_one_matrix_of_float64_and_has_the_bits_that_it_always_had(*, raised: bool) -> None:
+def test_a_factor_takes_one_matrix_of_float64(*, raised: bool) -> None:
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((400 if raised else 900, 300))
     gram = torch.from_numpy((inputs.T @ inputs).astype(np.float32))
@@ -438,8 +438,10 @@ def test_a_factor_takes_one_matrix_of_float64_and_has_the_bits_that_it_always_ha
     damped = gram.double()
     damped[5, 5] = 1
     damped.diagonal().add_(0.01 * 10**attempt * damped.diagonal().mean())
-    plain = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
-    assert torch.equal(factor, plain)
+    assert torch.equal(factor, torch.linalg.cholesky(damped.T.flip(0, 1)).flip(0, 1).float())
+    lower = damped.tril() + damped.tril(-1).T  # what it goes by, where the other half differs
+    of_inverse = torch.linalg.cholesky(torch.linalg.inv(lower), upper=True)
+    torch.testing.assert_close(torch.linalg.inv(factor.double()), of_inverse, rtol=0, atol=1e-6 * of_inverse.max())
     assert dead.nonzero().tolist() == [[5]]
 
 

@@ -154,6 +154,8 @@ class Calibration:
         """
         import torch
 
+        from crdiff_export.criteria import selection
+
         tensor = self._find(layer, statistic, shape)
         dtype = {"F64": torch.float64, "F32": torch.float32}[tensor.dtype]
         found = torch.empty(tensor.shape, dtype=dtype)
@@ -166,7 +168,8 @@ class Calibration:
             self.source.check_unchanged()
         except CheckpointError as error:
             raise CalibrationError(error.message, error.hint) from error
-        if broken := tensor.count - int(torch.isfinite(found).sum()):
+        if not selection.finite(found):
+            broken = tensor.count - int(torch.isfinite(found).sum())
             raise CalibrationError(f"{self.path}: {broken} numbers of {tensor.name} are not finite", _AGAIN)
         return found
 

@@ -3,8 +3,12 @@
 H = G + damping * mean(diag G) * I, where G is `gram`, the sum over sampling steps of alpha_t * X_t X_t^T (OBS-Diff,
 arXiv 2510.06751, whose alpha_t fall from 1.2 to 0.8 with the logarithm of the step), with 1 on its diagonal for dead
 inputs, those that are zero there (as in SparseGPT). U is the upper Cholesky factor of H^-1 = U^T U. U_jj^2 is
-[(H_R)^-1]_jj for R = {j, j+1, ...}: what is left of the inverse once the columns before j are settled. Row j of U over
+[(H_S)^-1]_jj for S = {j, j+1, ...}: what is left of the inverse once the columns before j are settled. Row j of U over
 U_jj is the update that the columns after j get.
+
+No inverse is needed: U = R^-1 for the upper triangular R with H = R R^T, which is Cholesky's factor of H from its last
+row and column on. So U_jj = 1 / R_jj, and W' = W - E U, in which E has the errors w_j / U_jj of what goes, is
+(W - W') R = E.
 """
 
 import hashlib
@@ -35,9 +39,9 @@ class Obs:
     Compared across the scope or a row, the scores are those of the weights as they are, before any has moved. A dead
     input scores 0, so its weights go first, as in SparseGPT. A common factor of all grams is one of all scores too, and
     changes no order unless inputs are dead: their 1 on the diagonal, which enters the mean, has no such factor.
-    Computed in float64 where the device has it: H's inverse amplifies what float32 leaves out. The damping is a share
-    of the mean diagonal, 0.01 by default; where Cholesky's method fails it is raised tenfold, up to 3 times, which
-    `notes` tells, then CalibrationError names the layer.
+    R is computed in float64 where the device has it. The damping is a share of the mean diagonal, 0.01 by default;
+    where Cholesky's method fails it is raised tenfold, up to 3 times, which `notes` tells, then CalibrationError names
+    the layer.
     """
 
     statistics: tuple[str, ...] = ("gram",)
@@ -50,7 +54,7 @@ class Obs:
 
     def score(self, layer: Layer) -> Tensor:
         diagonal, dead = self._diagonal(layer)
-        return (layer.weight / diagonal).square().masked_fill(dead, 0.0)
+        return (layer.weight * diagonal).square().masked_fill(dead, 0.0)
 
     def notes(self, layers: Sequence[str]) -> tuple[str, ...]:
         """Of these layers, those whose damping was raised."""
@@ -64,7 +68,7 @@ class Obs:
         )
 
     def _diagonal(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """U's diagonal, which is all that scores need, and the dead inputs; kept for further looks at the scores."""
+        """R's diagonal, which is all that scores need, and the dead inputs; kept for further looks at the scores."""
         gram = layer.statistics["gram"]
         key = layer.name, hashlib.sha256(gram.cpu().contiguous().numpy().data).hexdigest()
         if key not in self._diagonals:
@@ -73,7 +77,7 @@ class Obs:
         return self._diagonals[key]
 
     def _factor(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """U and which inputs are dead; that of the last layer is kept, as its compensation follows its scores."""
+        """R and which inputs are dead; that of the last layer is kept, as its compensation follows its scores."""
         gram = layer.statistics["gram"]
         if self._last is None or self._last[0] is not gram:
             self._last = None  # the other layer's, before there is another
@@ -119,23 +123,33 @@ class Compensating(Obs):
 
 
 def _settle(weight: Tensor, factor: Tensor, choice: _Choice) -> tuple[Tensor, Tensor]:
-    """Every column in turn; the mask and the weights that stay."""
+    """Every column in turn; the mask and the weights that stay.
+
+    What the blocks before have left of a block b is W_b - D_b with D_b R_bb = -D R_:b, where D = W - W' has the columns
+    before it. Within b the rows of U tell each column what those before it have left, and U_bb is R_bb's own inverse.
+    """
     columns = weight.t().contiguous()  # one column after another in memory, as they are gone through
-    mask = torch.zeros_like(weight, dtype=torch.bool)
+    mask, moved = torch.zeros_like(weight, dtype=torch.bool), torch.empty_like(columns)
     for start in range(0, len(columns), BLOCK):
         stop = min(start + BLOCK, len(columns))
-        block, own = columns[start:stop], factor[start:stop, start:stop]
-        mask[:, start:stop] = choice(start, block.t().contiguous(), own.diagonal())
-        errors = block.new_zeros(block.shape)
+        block, before = columns[start:stop], columns[start:stop].clone()
+        own = _inverse(factor[start:stop, start:stop])
+        block.addmm_(own.t(), factor[:start, start:stop].t() @ moved[:start])
+        mask[:, start:stop] = choice(start, block.t(), own.diagonal())
+        own /= own.diagonal()[:, None].clone()  # with 1 on the diagonal, which takes a weight that goes from itself
         for j, stays in enumerate(~mask[:, start:stop].t().contiguous()):
-            errors[j] = (block[j] / own[j, j]).masked_fill_(stays, 0.0)
-            block[j + 1 :].addr_(own[j, j + 1 :], errors[j], alpha=-1)
-        columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
-    return mask, columns.t().masked_fill(mask, 0.0).contiguous()
+            block[j:].addr_(own[j, j:], block[j].masked_fill(stays, 0.0), alpha=-1)
+        moved[start:stop] = before - block
+    return mask, columns.t().contiguous()
+
+
+def _inverse(factor: Tensor) -> Tensor:
+    inverse: Tensor = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=True)
+    return inverse
 
 
 def _factorise(name: str, gram: Tensor, damping: float) -> tuple[Tensor, Tensor, int]:
-    """U in float32, which inputs are dead, and how often the damping was raised.
+    """R in float32, which inputs are dead, and how often the damping was raised.
 
     A dead input gets 1 on the diagonal, as in SparseGPT's code.
     """
@@ -143,7 +157,7 @@ def _factorise(name: str, gram: Tensor, damping: float) -> tuple[Tensor, Tensor,
     dead = diagonal == 0
     diagonal = diagonal.masked_fill(dead, 1.0)
     for attempt in range(TRIES):
-        factor = _factor_of_inverse(gram, diagonal + damping * 10**attempt * diagonal.mean())
+        factor = _upper_factor(gram, diagonal + damping * 10**attempt * diagonal.mean())
         if factor is not None:
             return factor, dead, attempt
     raise CalibrationError(
@@ -152,32 +166,31 @@ def _factorise(name: str, gram: Tensor, damping: float) -> tuple[Tensor, Tensor,
     )
 
 
-def _factor_of_inverse(gram: Tensor, diagonal: Tensor) -> Tensor | None:
-    """U of the gram with this diagonal, computed in its dtype; None where there is none.
+def _upper_factor(gram: Tensor, diagonal: Tensor) -> Tensor | None:
+    """R of the gram with this diagonal, computed in its dtype; None where there is none.
 
-    On a CPU there is one matrix in that dtype, by columns as LAPACK wants it, in which each step leaves its result.
+    Cholesky's method goes from the first row and column on, so both are turned round before it and after. On a CPU
+    there is one matrix in that dtype, in which the method leaves its factor: by columns, as LAPACK wants it.
     """
-    matrix = torch.empty_strided(gram.shape, (1, len(gram)), dtype=diagonal.dtype, device=gram.device).copy_(gram)
-    matrix.diagonal().copy_(diagonal)
-    matrix, found = _cholesky(matrix)
-    if not found:
-        return None
-    matrix = torch.cholesky_inverse(matrix, out=matrix) if _in_place(matrix) else torch.cholesky_inverse(matrix)
-    matrix, found = _cholesky(matrix, upper=True)
-    factor = matrix.float()
-    del matrix
-    sound = found and bool(torch.isfinite(factor).all()) and bool((factor.diagonal() > 0).all())
-    return factor if sound else None
+    matrix = _turned(gram, diagonal.dtype).t()
+    matrix.diagonal().copy_(diagonal.flip(0))
+    if _in_place(matrix):
+        failed = torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
+    else:
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
+    factor = _turned(matrix.t(), torch.float32).t()
+    ends = torch.aminmax(factor.diagonal())  # no other is larger than the root of H's diagonal in its row
+    return factor if not int(failed) and 0 < float(ends.min) <= float(ends.max) < torch.inf else None
 
 
-def _cholesky(matrix: Tensor, *, upper: bool = False) -> tuple[Tensor, bool]:
-    """The factor, and whether there is one."""
-    if not _in_place(matrix):
-        factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
-        return factor, not int(failed)
-    failed = torch.empty((), dtype=torch.int32)
-    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, failed))
-    return matrix, not int(failed)
+def _turned(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix from its last row and column on: some rows at a time, as torch turns copies alone."""
+    found = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    for start in range(0, len(matrix), BLOCK):
+        rows = matrix[start : start + BLOCK]
+        found[len(matrix) - start - len(rows) :][: len(rows)] = rows.flip(0, 1)
+    return found
 
 
 def _in_place(matrix: Tensor) -> bool:
