@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from forks import Forks
+    from publishing import Clients
 
 pytest_plugins = ["loopback_hub"]
 
@@ -207,6 +208,17 @@ def drawing() -> Iterator["Forks"]:
     made = Forks(*DRAWING)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def clients() -> Iterator["Clients | None"]:
+    """Runs command lines in forks of one client of the Hub, where there are forks."""
+    from publishing import Clients
+
+    made = Clients() if hasattr(os, "fork") else None
+    yield made
+    if made:
+        made.close()
 
 
 @pytest.fixture(scope="session")

@@ -156,3 +156,14 @@ def metadata_of(path: Path) -> dict[str, str]:
         (size,) = struct.unpack("<Q", file.read(8))
         found: dict[str, str] = json.loads(file.read(size)).get("__metadata__", {})
     return found
+
+
+def said(path: Path, changes: Mapping[str, str | None], to: Path) -> Path:
+    """A copy of a file with other metadata; None removes a key."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    entries = json.loads(raw[8 : 8 + length])
+    metadata = entries["__metadata__"] | changes
+    entries["__metadata__"] = {key: text for key, text in metadata.items() if text is not None}
+    to.write_bytes(frame(json.dumps(entries).encode()) + raw[8 + length :])
+    return to

@@ -7,6 +7,7 @@ from typing import Any
 
 import hub_runs
 import makers
+import pytest
 from conftest import Ran
 from forks import Forks, Run
 from loopback_hub import ACCOUNTS, LoopbackHub
@@ -65,7 +66,8 @@ class Desk:
 
     def start(self, *args: object, hook: Mapping[str, Any] | None = None, **how: Any) -> Run:
         """Begin `crdiff publish plan.toml ARGS` in a fork."""
-        assert self.clients
+        if not self.clients:
+            pytest.skip("there are no forks here")
         environment = hub_runs.environment(self.hub, self.tmp / "home", **how)
         return self.clients.start(self.folder, *publish(args), hook=hook, env=environment)
 

@@ -13,6 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from accelerators import accelerator, on_an_accelerator
 from criteria_makers import Numbers, planned, with_ratio
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -754,14 +755,7 @@ def test_progress_comes_to_its_end(tmp_path: Path) -> None:
     assert titles == {KEEP: ["scoring", "scoring"], 0: ["scoring", "scoring", "ranking", "choosing"]}
 
 
-def accelerator() -> str | None:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else None
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(accelerator() is None, reason="torch reaches no accelerator here")
+@on_an_accelerator
 @pytest.mark.parametrize("text", [*SCORED, "obs", "obs:compare=row", "obs:compare=layer", "wanda:compare=row"])
 def test_an_accelerator(tmp_path: Path, text: str) -> None:
     plan = planned(tmp_path / "b.safetensors", makers.tiny(UNET), {"down": 0.1, "mid": 0.5, "up": 0.35})

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -361,17 +361,6 @@ def refused(path: Path, base: Path | None = None, calibration: Path | None = Non
     return raised(lambda: check(path, base, calibration), VerifyError)[0]
 
 
-def said(path: Path, changes: Mapping[str, str | None], to: Path) -> Path:
-    """A copy of a file with other metadata; None removes a key."""
-    raw = path.read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    entries = json.loads(raw[8 : 8 + length])
-    metadata = entries["__metadata__"] | changes
-    entries["__metadata__"] = {key: text for key, text in metadata.items() if text is not None}
-    to.write_bytes(makers.frame(json.dumps(entries).encode()) + raw[8 + length :])
-    return to
-
-
 def changed(path: Path, name: str, place: int, data: bytes, to: Path) -> Path:
     """A copy of a file with other bytes in a tensor, and without the hash that would tell."""
     raw = bytearray(path.read_bytes())
@@ -380,7 +369,7 @@ def changed(path: Path, name: str, place: int, data: bytes, to: Path) -> Path:
     at = len(raw) - len(content.data) + entry.start + place
     raw[at : at + len(data)] = data
     to.write_bytes(raw)
-    return said(to, {"modelspec.hash_sha256": None}, to)
+    return makers.said(to, {"modelspec.hash_sha256": None}, to)
 
 
 def test_how_far_a_base_proves_a_file(exports: Callable[..., tuple[Base, Path]]) -> None:
@@ -434,7 +423,9 @@ def test_tampering_that_counts_tell(exports: Callable[..., tuple[Base, Path]], t
     fewer = changed(output, name, 2 * zero, b"\x01\x3c", tmp_path / "fewer")
     assert refused(more) == f"{more}: {pruned + 1} weights of down are zero, crdiff.pruned.down is {pruned}"
     assert refused(fewer) == f"{fewer}: {pruned - 1} weights of down are zero, crdiff.pruned.down is {pruned}"
-    whole = said(fewer, {"crdiff.pruned.down": str(pruned - 1), "crdiff.ratio.down": "0.199"}, tmp_path / "whole")
+    whole = makers.said(
+        fewer, {"crdiff.pruned.down": str(pruned - 1), "crdiff.ratio.down": "0.199"}, tmp_path / "whole"
+    )
     assert check(whole)
     # A zero became a weight, and only the base can tell.
     assert refused(whole, base.path) == f"{whole}: {name!r} at byte {2 * zero} is not what the base gives"
@@ -483,7 +474,7 @@ def test_tampering_with_moved_weights(exports: Callable[..., tuple[Base, Path]],
     last = oracle.read(output).tensors()[outside][2][2:3]
     beside = changed(output, outside, 2, bytes([last[0] ^ 1]), tmp_path / "beside")
     assert refused(beside, base.path) == f"{beside}: {outside!r} at byte 2 is not what the base gives"
-    honest = said(output, {"crdiff.moved": None}, tmp_path / "honest")
+    honest = makers.said(output, {"crdiff.moved": None}, tmp_path / "honest")
     assert "is not what the base gives" in refused(honest, base.path)
     assert (
         refused(honest, base.path, base.calibration) == f"{base.path}: 'obs' moves weights, crdiff.moved says otherwise"
@@ -497,7 +488,7 @@ def test_what_a_criterion_does_not_move_is_not_excused(
     name, bits = piece_of(base, output)
     kept = int((bits != 0).argmax())
     other = changed(output, name, 2 * kept, struct.pack("<H", bits[kept] ^ 8), tmp_path / "other")
-    excused = said(other, {"crdiff.moved": "true"}, tmp_path / "excused")
+    excused = makers.said(other, {"crdiff.moved": "true"}, tmp_path / "excused")
     assert refused(excused, base.path) == f"{excused}: crdiff.moved is true, but 'wanda' moves no weights"
 
 
@@ -551,7 +542,7 @@ HEADERS: dict[str, tuple[dict[str, str | None], str]] = {
 @pytest.mark.parametrize("case", HEADERS)
 def test_a_header_that_does_not_hold(case: str, exports: Callable[..., tuple[Base, Path]], tmp_path: Path) -> None:
     changes, message = HEADERS[case]
-    broken = said(exports("wanda")[1], changes, tmp_path / "broken")
+    broken = makers.said(exports("wanda")[1], changes, tmp_path / "broken")
     found, hint = raised(lambda: check(broken), CrdiffError)
     assert found.startswith(f"{broken}: ")
     assert found.endswith(message)
@@ -561,11 +552,11 @@ def test_a_header_that_does_not_hold(case: str, exports: Callable[..., tuple[Bas
 def test_rows_may_round_down(exports: Callable[..., tuple[Base, Path]], tmp_path: Path) -> None:
     _, output = exports("wanda:compare=row", DIT)
     assert check(output)
-    ratio = said(output, {"crdiff.ratio.blocks": "0.45"}, tmp_path / "ratio")
+    ratio = makers.said(output, {"crdiff.ratio.blocks": "0.45"}, tmp_path / "ratio")
     assert "asks for" in refused(ratio)
     layered = exports("obs:compare=layer", DIT)[1]
     assert check(layered)
-    assert "asks for" in refused(said(layered, {"crdiff.ratio.blocks": "0.6"}, tmp_path / "layered"))
+    assert "asks for" in refused(makers.said(layered, {"crdiff.ratio.blocks": "0.6"}, tmp_path / "layered"))
 
 
 def test_calibrations_that_are_not_the_files(exports: Callable[..., tuple[Base, Path]], tmp_path: Path) -> None:
@@ -603,7 +594,7 @@ def test_calibrations_that_are_not_the_files(exports: Callable[..., tuple[Base, 
 def test_a_criterion_that_is_not_installed(exports: Callable[..., tuple[Base, Path]], tmp_path: Path) -> None:
     """Its zeros can be held against the base all the same."""
     base, output = exports("random")
-    foreign = said(output, {"crdiff.criterion": "theirs:power=2"}, tmp_path / "foreign")
+    foreign = makers.said(output, {"crdiff.criterion": "theirs:power=2"}, tmp_path / "foreign")
     assert check(foreign, base.path).against == "zeros"
     assert inspect(foreign).stamp
 

@@ -14,6 +14,7 @@ import oracle
 import pytest
 import torch
 from _pytest.mark import ParameterSet
+from accelerators import accelerator
 from numpy.typing import NDArray
 
 from crdiff_export import kernels
@@ -24,12 +25,6 @@ from crdiff_export.kernels.device import DeviceKernel
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 NARROW = DTYPES[1:]
-
-
-def accelerator() -> str | None:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else None
 
 
 def makers() -> list[ParameterSet]:

@@ -15,6 +15,7 @@ import makers
 import pytest
 import safetensors.torch
 import torch
+from accelerators import accelerator, on_an_accelerator
 from tiny_pipelines import KINDS, PIXELS, pooled_inputs, sd15, sd_pipe, sdxl_unet, vae
 from torch import nn
 
@@ -583,14 +584,7 @@ def test_a_modular_pipeline(tmp_path: Path) -> None:
     assert torch.equal(run(), plain)
 
 
-def accelerator() -> str | None:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else None
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(accelerator() is None, reason="torch reaches no accelerator here")
+@on_an_accelerator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_on_an_accelerator(dtype: torch.dtype, pipe: Any, folder: Path) -> None:
     name = "baked.safetensors" if dtype == torch.float32 else "half.safetensors"

@@ -31,13 +31,6 @@ for args in json.loads(sys.argv[1]):
 """
 
 
-@pytest.fixture(scope="module")
-def clients() -> Iterator[Clients]:
-    made = Clients()
-    yield made
-    made.close()
-
-
 @pytest.fixture
 def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Clients) -> Desk:
     return Desk(loopback_hub, tmp_path, clients)

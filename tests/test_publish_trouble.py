@@ -2,7 +2,6 @@
 
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +11,6 @@ import pytest
 from conftest import Crdiff, Ran
 from loopback_hub import LoopbackHub
 from publishing import Clients, Desk, checkpoint, plan, statuses
-
-
-@pytest.fixture(scope="module")
-def clients() -> Iterator[Clients]:
-    made = Clients()
-    yield made
-    made.close()
 
 
 @pytest.fixture

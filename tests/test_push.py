@@ -5,7 +5,7 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made.below(tmp_path_factory.mktemp("made"))
 
 
-@pytest.fixture(scope="module")
-def clients() -> Iterator[Clients | None]:
-    made = Clients() if hasattr(os, "fork") else None
-    yield made
-    if made:
-        made.close()
-
-
 @pytest.fixture
 def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Clients | None) -> Desk:
     return Desk(loopback_hub, tmp_path, clients)
@@ -43,12 +35,7 @@ def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Clients | None) -> 
 
 def of_base(path: Path, base: str, target: Path) -> Path:
     """A baked file whose header says that its base is another one; its tensors' bytes are the same."""
-    raw = path.read_bytes()
-    (size,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + size])
-    header["__metadata__"]["crdiff.source.name"] = base
-    target.write_bytes(makers.frame(json.dumps(header).encode()) + raw[8 + size :])
-    return target
+    return makers.said(path, {"crdiff.source.name": base}, target)
 
 
 # --- the first push, and the second one ---

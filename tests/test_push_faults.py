@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,6 @@ XET = "Run it again; what has been transferred is kept, and HF_HUB_DISABLE_XET=1
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made.below(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture(scope="module")
-def clients() -> Iterator[Clients | None]:
-    made = Clients() if hasattr(os, "fork") else None
-    yield made
-    if made:
-        made.close()
 
 
 @pytest.fixture

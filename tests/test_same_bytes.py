@@ -13,7 +13,7 @@ import makers
 import numpy as np
 import oracle
 import pytest
-import torch
+from accelerators import accelerator, on_an_accelerator
 from makers import Shape
 
 from crdiff_export import ExportRequest, Size, bake, export, kernels
@@ -159,14 +159,7 @@ def test_the_kernel_of_torch(case: Case, chunk: int, monkeypatch: pytest.MonkeyP
     assert case.bake().read_bytes() == case.wanted
 
 
-def accelerator() -> str | None:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else None
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(accelerator() is None, reason="torch reaches no accelerator here")
+@on_an_accelerator
 @pytest.mark.parametrize("chunk", [4096, 1 << 20])
 def test_an_accelerator(case: Case, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=chunk))

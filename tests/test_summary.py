@@ -1,6 +1,5 @@
 """What `crdiff publish` shows: the matrix before, the report after, for people, machines and a CI job's page."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,13 +24,6 @@ VARIANT = {
     "base", "size", "repo", "revision", "path", "output", "family", "ratios", "poa_weight", "provenance", "digest",
     "line", "notes", "error", "criterion", "calibration",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def clients() -> Iterator[Clients]:
-    made = Clients()
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -66,17 +66,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     return get
 
 
-def said(path: Path, changes: Mapping[str, str | None], to: Path) -> Path:
-    """A copy of a file with other metadata; None removes a key."""
-    raw = path.read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    entries = json.loads(raw[8 : 8 + length])
-    metadata = entries["__metadata__"] | changes
-    entries["__metadata__"] = {key: text for key, text in metadata.items() if text is not None}
-    to.write_bytes(makers.frame(json.dumps(entries).encode()) + raw[8 + length :])
-    return to
-
-
 def changed(path: Path, name: str, places: Mapping[int, bytes], to: Path) -> Path:
     """A copy of a file with other bytes at some places of a tensor."""
     raw = bytearray(path.read_bytes())
@@ -139,7 +128,7 @@ def test_nonfinite_weights_hold(tmp_path: Path) -> None:
     base = makers.write(tmp_path / "base.safetensors", nonfinite(makers.tiny(UNET)))
     output = bake(base, tmp_path / "out.safetensors", allow_nonfinite=True)
     assert check(output, base).stamp.groups["down"].nonfinite == 3
-    assert refused(said(output, {"crdiff.nonfinite.down": "2"}, tmp_path / "less")).endswith(
+    assert refused(makers.said(output, {"crdiff.nonfinite.down": "2"}, tmp_path / "less")).endswith(
         "3 weights of down are not finite, crdiff.nonfinite.down is 2"
     )
 
@@ -315,7 +304,7 @@ def test_byte_that_nothing_else_would_notice(pairs: Callable[..., Pair], tmp_pat
         broken = changed(pair.output, name, {place: bytes([last[0] ^ 1])}, tmp_path / "broken")
         assert refused(broken).startswith(f"{broken}: its bytes hash to 0x")
         assert refused(broken).endswith(f"its header says '{makers.metadata_of(broken)['modelspec.hash_sha256']}'")
-        silent = said(broken, {"modelspec.hash_sha256": None}, tmp_path / "silent")
+        silent = makers.said(broken, {"modelspec.hash_sha256": None}, tmp_path / "silent")
         assert not check(silent).hashed
         assert refused(silent, pair.base) == f"{silent}: {name!r} at byte {place} is not what the base gives"
 
@@ -352,7 +341,7 @@ HEADERS: dict[str, tuple[dict[str, str | None], str]] = {
 @pytest.mark.parametrize("case", HEADERS)
 def test_header_that_does_not_hold(case: str, pairs: Callable[..., Pair], tmp_path: Path) -> None:
     changes, message = HEADERS[case]
-    broken = said(pairs(hashing=True).output, changes, tmp_path / "broken")
+    broken = makers.said(pairs(hashing=True).output, changes, tmp_path / "broken")
     found = refused(broken)
     assert found.startswith(f"{broken}: ")
     assert found.endswith(message)
@@ -368,7 +357,7 @@ def test_header_that_only_the_base_can_disprove(pairs: Callable[..., Pair], tmp_
         ("crdiff.source.hash_sha256", "0x" + "ab" * 32, f"of broken is 0x{'ab' * 32}"),
         ("crdiff.cast", "F32", "its tensors are not those of"),
     ):
-        broken = said(pair.output, {key: text}, tmp_path / "broken")
+        broken = makers.said(pair.output, {key: text}, tmp_path / "broken")
         assert check(broken).hashed
         assert message in refused(broken, pair.base)
 
@@ -383,10 +372,10 @@ def test_thresholds_of_layers_that_do_not_hold(pairs: Callable[..., Pair], tmp_p
         (["none", *values[1:]], f"the threshold of {layer!r} does not go with its ratio"),
         (["0x1.0p+0", *values[1:]], "weights that should be zero"),
     ):
-        broken = said(pair.output, {"crdiff.thresholds": json.dumps(thresholds)}, tmp_path / "broken")
+        broken = makers.said(pair.output, {"crdiff.thresholds": json.dumps(thresholds)}, tmp_path / "broken")
         assert refused(broken).endswith(message)
     lower = [(float.fromhex(values[0]) / 2).hex(), *values[1:]]
-    broken = said(pair.output, {"crdiff.thresholds": json.dumps(lower)}, tmp_path / "broken")
+    broken = makers.said(pair.output, {"crdiff.thresholds": json.dumps(lower)}, tmp_path / "broken")
     assert check(broken).hashed
     assert refused(broken, pair.base).startswith(f"{pair.base}: gives {layer!r} the threshold ")
 
@@ -417,9 +406,9 @@ def test_shard_without_the_others_hash(tmp_path: Path) -> None:
     makers.write_shards(tmp_path / "base", makers.tiny("demo.diffusers-unet"), 2)
     output = bake(tmp_path / "base", tmp_path / "out")
     shard = output / "diffusion_pytorch_model-00002-of-00002.safetensors"
-    said(shard, {"modelspec.hash_sha256": None}, shard)
+    makers.said(shard, {"modelspec.hash_sha256": None}, shard)
     assert refused(output).endswith("its header says 'nothing'")
-    said(
+    makers.said(
         shard,
         {"modelspec.hash_sha256": makers.metadata_of(next(output.glob("*1-of*")))["modelspec.hash_sha256"]},
         shard,
@@ -451,7 +440,7 @@ def test_file_that_is_mostly_a_hole(pairs: Callable[..., Pair], tmp_path: Path) 
     output = pairs("sdxl.original").output
     found = refused(hollow(output, tmp_path / "hole"))
     assert found.endswith("its header holds, but its weights cannot be checked: the file is mostly a hole")
-    broken = said(output, {"crdiff.total.down": "1"}, tmp_path / "broken")
+    broken = makers.said(output, {"crdiff.total.down": "1"}, tmp_path / "broken")
     assert "crdiff.total.down is 1" in refused(hollow(broken, tmp_path / "hole"))  # the header comes first
 
 
@@ -479,7 +468,7 @@ def test_base_that_differs_in_a_weight_that_is_pruned(pairs: Callable[..., Pair]
     place = next(i for i, number in enumerate(numbers) if not number and abs(dense[i]) > 0.001)
     other = changed(pairs().base, TARGET, {2 * place: struct.pack("<e", -dense[place])}, tmp_path / "other.safetensors")
     assert refused(pairs().output, other).startswith(f"{other}: its bytes hash to 0x")
-    silent = said(pairs().output, {"crdiff.source.hash_sha256": None}, tmp_path / "silent")
+    silent = makers.said(pairs().output, {"crdiff.source.hash_sha256": None}, tmp_path / "silent")
     assert check(silent, other).hashed
 
 
