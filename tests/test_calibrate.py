@@ -10,8 +10,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -307,19 +305,17 @@ def test_a_killed_process_goes_on(drawing: Forks, here: Path) -> None:
     assert sorted(path.name for path in here.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
-def test_an_interrupted_command_says_how_it_goes_on(tmp_path: Path) -> None:
-    line = f"{QUICK} --criterion wanda --layers-at-once 3 -o c.safetensors"
-    words = [sys.executable, "-m", "crdiff_export", *shlex.split(line)]
-    run = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "c.safetensors.part" / "0001.safetensors").exists():
-        assert run.poll() is None
+def test_an_interrupted_command_says_how_it_goes_on(drawing: Forks, here: Path) -> None:
+    run = drawing.start(here, *shlex.split(f"{QUICK} --criterion wanda --layers-at-once 3 -o c.safetensors"))
+    while not (here / "c.safetensors.part" / "0001.safetensors").exists():
+        assert run.running, run.err
         time.sleep(0.005)
-    run.send_signal(signal.SIGINT)
-    _, said = run.communicate()
-    assert run.returncode == 130
-    assert "crdiff: interrupted; what is finished is kept in c.safetensors.part" in said
-    assert "Run the same command again to go on." in said
-    assert "Traceback" not in said
+    run.kill(signal.SIGINT)
+    ran = run.end()
+    assert ran.code == 130
+    assert "crdiff: interrupted; what is finished is kept in c.safetensors.part" in ran.err
+    assert "Run the same command again to go on." in ran.err
+    assert "Traceback" not in ran.err
 
 
 def stopped(target: Path, **changes: Any) -> None:

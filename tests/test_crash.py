@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -593,22 +594,31 @@ def small_base(shelf: Path, kind: str) -> Path:
     return {"file": shelf / "sd15.safetensors", "folder": shelf / "pipe"}[kind]
 
 
+@pytest.fixture(scope="module")
+def small_case(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
+    """A case of each kind, made once."""
+
+    @cache
+    def made(kind: str, *, hashing: bool) -> Case:
+        base, name = small_base(shelf, kind), {"file": "o.safetensors", "folder": "o"}[kind]
+        whole, old = (tmp_path_factory.mktemp(which) / name for which in ("whole", "old"))
+        for target, ratio in ((whole, None), (old, 0.1)):
+            export(ExportRequest(str(base), Size(512, 512), target, ratio=ratio, hashing=hashing))
+        return Case(base, whole, old, 0)
+
+    return made
+
+
 @pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
 @pytest.mark.parametrize("kind", ["file", "folder"])
 @pytest.mark.parametrize(("call", "number", "hashing"), CALLS, ids=str)
 def test_every_call_of_the_system_may_fail(
-    shelf: Path, tmp_path: Path, *, call: str, number: int, kind: str, hashing: bool, force: bool
+    small_case: Callable[..., Case], tmp_path: Path, *, call: str, number: int, kind: str, hashing: bool, force: bool
 ) -> None:
     if not hasattr(sys.modules[call.partition(".")[0]], call.partition(".")[2]):
         pytest.skip("no such call here")
-    base = small_base(shelf, kind)
-    name = "o.safetensors" if kind == "file" else "o"
-    whole, old, place = tmp_path / "whole" / name, tmp_path / "old" / name, tmp_path / "place"
-    for target in (whole, old):
-        target.parent.mkdir()
-        ratio = 0.1 if target == old else None
-        export(ExportRequest(str(base), Size(512, 512), target, ratio=ratio, hashing=hashing))
-    made = Case(base, whole, old, 0)
+    made, place = small_case(kind, hashing=hashing), tmp_path / "place"
+    base, name = made.base, made.name
     before, threads = state(base), threading.active_count()
     place.mkdir()
     request = ExportRequest(str(base), Size(512, 512), place / name, hashing=hashing, force=force)
