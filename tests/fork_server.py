@@ -7,6 +7,7 @@ a call that, the nth time, sends a signal to its own process or waits for a file
 
 import contextlib
 import importlib
+import io
 import json
 import os
 import signal
@@ -67,6 +68,8 @@ def run(job: dict[str, Any]) -> None:
         for number, name in ((1, "stdout"), (2, "stderr")):
             handle = os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, number)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=os.isatty(1))  # as in a process that begins there
         if job["limit"] is not None:
             import resource
 

@@ -1,18 +1,19 @@
 """How things look: on terminals of any width, in pipes and logs, with and without colours."""
 
+import contextlib
 import io
 import json
 import os
 import re
 import struct
-import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
+from forks import Forks
 
 from crdiff_export import ui
 from crdiff_export.errors import CrdiffError
@@ -213,32 +214,39 @@ def test_progress_comes_from_many_threads(capsys: pytest.CaptureFixture[str]) ->
 terminal = pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 
 
-def on_terminal(
-    *args: str, columns: int = 100, env: Mapping[str, str] | None = None, out: Any = None, err: Any = None
-) -> tuple[int, str]:
-    """What a crdiff writes to a terminal that is its stdout and stderr, unless one of them goes elsewhere."""
+OnTerminal = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def on_terminal(drawing: Forks, here: Path) -> OnTerminal:
+    """What a crdiff writes to a terminal that is its stdout and stderr, unless one of them is another file."""
     import fcntl
     import pty
     import termios
 
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "crdiff_export", *args],
-        stdin=theirs, stdout=out or theirs, stderr=err or theirs, env={**os.environ, **(env or {})},
-    )  # fmt: skip
-    os.close(theirs)
+    def run(
+        *args: str, columns: int = 100, env: Mapping[str, str] | None = None, out: str = "", err: str = ""
+    ) -> tuple[int, str]:
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        name = os.ttyname(theirs)
+        started = drawing.start(here, *args, env={**(env or {})}, stdout=out or name, stderr=err or name)
+        with ThreadPoolExecutor(1) as pool:
+            text = pool.submit(_until_closed, ours)
+            code = started.wait()
+            os.close(theirs)
+        os.close(ours)
+        return code, text.result().decode().replace("\r\n", "\n")
+
+    return run
+
+
+def _until_closed(terminal: int) -> bytes:
     text = b""
-    while True:
-        try:
-            more = os.read(ours, 1 << 16)
-        except OSError:  # Linux: the other side is closed
-            break
-        if not more:
-            break
-        text += more
-    os.close(ours)
-    return process.wait(), text.decode().replace("\r\n", "\n")
+    with contextlib.suppress(OSError):  # Linux: the other side is closed
+        while more := os.read(terminal, 1 << 16):
+            text += more
+    return text
 
 
 def plain(text: str) -> str:
@@ -246,8 +254,7 @@ def plain(text: str) -> str:
 
 
 @terminal
-@pytest.mark.usefixtures("here")
-def test_bars_have_rate_and_time_left() -> None:
+def test_bars_have_rate_and_time_left(on_terminal: OnTerminal) -> None:
     code, text = on_terminal("export", "demo", "--res", "72")
     assert code == 0
     shown = plain(text)
@@ -260,8 +267,7 @@ def test_bars_have_rate_and_time_left() -> None:
 
 
 @terminal
-@pytest.mark.usefixtures("here")
-def test_bars_count_other_things_than_bytes() -> None:
+def test_bars_count_other_things_than_bytes(on_terminal: OnTerminal) -> None:
     code, text = on_terminal("preview", "demo", "--res", "48", "--prompt", "a red fox", "--steps", "2")
     assert code == 0
     assert re.search(r"drawing +━+ 8/8 passes +[\d.]+/s +(-:--:--|\d:\d\d:\d\d)", plain(text))
@@ -269,8 +275,7 @@ def test_bars_count_other_things_than_bytes() -> None:
 
 
 @terminal
-@pytest.mark.usefixtures("here")
-def test_the_cursor_is_back_after_an_error() -> None:
+def test_the_cursor_is_back_after_an_error(on_terminal: OnTerminal) -> None:
     on_terminal("export", "demo", "--res", "72", "-q", "-o", "o.safetensors")
     raw = Path("o.safetensors").read_bytes()
     Path("o.safetensors").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
@@ -281,13 +286,14 @@ def test_the_cursor_is_back_after_an_error() -> None:
 
 
 @terminal
-@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("env", "colours", "escapes"),
     [({}, True, True), ({"NO_COLOR": "1"}, False, True), ({"TERM": "dumb"}, False, False)],
     ids=["plain", "NO_COLOR", "dumb"],
 )
-def test_colours_and_bars_are_for_those_who_want_them(env: Mapping[str, str], colours: bool, escapes: bool) -> None:
+def test_colours_and_bars_are_for_those_who_want_them(
+    env: Mapping[str, str], colours: bool, escapes: bool, on_terminal: OnTerminal
+) -> None:
     _, text = on_terminal("export", "demo", "--res", "72", env=env)
     _, error = on_terminal("export", "demo", "--res", "7", env=env)
     assert bool(COLOUR.search(text)) == bool(COLOUR.search(error)) == colours
@@ -297,9 +303,8 @@ def test_colours_and_bars_are_for_those_who_want_them(env: Mapping[str, str], co
 
 
 @terminal
-@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(("columns", "env"), [(30, {}), (100, {"COLUMNS": "30"})], ids=["narrow", "COLUMNS"])
-def test_a_narrow_terminal_loses_nothing(columns: int, env: Mapping[str, str]) -> None:
+def test_a_narrow_terminal_loses_nothing(columns: int, env: Mapping[str, str], on_terminal: OnTerminal) -> None:
     code, text = on_terminal("export", "demo", "--res", "64x96", "-o", "o.safetensors", columns=columns, env=env)
     assert code == 0
     shown = plain(text)
@@ -310,7 +315,7 @@ def test_a_narrow_terminal_loses_nothing(columns: int, env: Mapping[str, str]) -
 
 
 @terminal
-def test_only_words_are_wrapped() -> None:
+def test_only_words_are_wrapped(on_terminal: OnTerminal) -> None:
     _, text = on_terminal("recipes", "list", columns=80)
     shown = plain(text).splitlines()
     assert shown[0].split() == ["alias", "model", "native", "ratios", "sizes"]
@@ -320,10 +325,8 @@ def test_only_words_are_wrapped() -> None:
 
 
 @terminal
-@pytest.mark.usefixtures("here")
-def test_bars_go_to_the_terminal_and_the_result_to_the_pipe() -> None:
-    with Path("result").open("w") as result:
-        _, text = on_terminal("export", "demo", "--res", "72", out=result)
+def test_bars_go_to_the_terminal_and_the_result_to_the_pipe(on_terminal: OnTerminal) -> None:
+    _, text = on_terminal("export", "demo", "--res", "72", out="result")
     assert "counting" in plain(text)
     assert "demo-crdiff-72x72.safetensors" not in text
     piped = Path("result").read_text()
@@ -332,10 +335,8 @@ def test_bars_go_to_the_terminal_and_the_result_to_the_pipe() -> None:
 
 
 @terminal
-@pytest.mark.usefixtures("here")
-def test_no_bars_in_a_log_beside_a_terminal() -> None:
-    with Path("log").open("w") as log:
-        _, text = on_terminal("export", "demo", "--res", "72", err=log)
+def test_no_bars_in_a_log_beside_a_terminal(on_terminal: OnTerminal) -> None:
+    _, text = on_terminal("export", "demo", "--res", "72", err="log")
     assert "counting" not in text
     assert "─────" in text
     logged = Path("log").read_text()
@@ -344,9 +345,8 @@ def test_no_bars_in_a_log_beside_a_terminal() -> None:
 
 
 @terminal
-@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("option", ["-q", "--json"])
-def test_no_bars_for_machines(option: str) -> None:
+def test_no_bars_for_machines(option: str, on_terminal: OnTerminal) -> None:
     code, text = on_terminal("export", "demo", "--res", "72", option)
     assert code == 0
     assert "\x1b" not in text
