@@ -93,6 +93,7 @@ def _entries(archive: io.FileIO, path: Path) -> _Entries:
     """What the archive holds; nothing of it may be compressed, so that it is not larger than the file."""
     try:
         listed = zipfile.ZipFile(archive).infolist()
+    # NotImplementedError is zipfile's for an archive of a version that it does not know.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise CheckpointError(f"{path}: a damaged or truncated zip archive", _DAMAGED) from error
     folders = [entry.filename.removesuffix("data.pkl") for entry in listed if entry.filename.endswith("/data.pkl")]

@@ -422,7 +422,7 @@ class Matrices(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("raised", [False, True])
-def test_a_factor_takes_one_matrix_of_float64(*, raised: bool) -> None:
+def test_a_factor_takes_one_matrix_of_float64(monkeypatch: pytest.MonkeyPatch, *, raised: bool) -> None:
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((400 if raised else 900, 300))
     gram = torch.from_numpy((inputs.T @ inputs).astype(np.float32))
@@ -443,6 +443,8 @@ def test_a_factor_takes_one_matrix_of_float64(*, raised: bool) -> None:
     of_inverse = torch.linalg.cholesky(torch.linalg.inv(lower), upper=True)
     torch.testing.assert_close(torch.linalg.inv(factor.double()), of_inverse, rtol=0, atol=1e-6 * of_inverse.max())
     assert dead.nonzero().tolist() == [[5]]
+    monkeypatch.setattr(obs, "_in_place", lambda _: False)  # as on a GPU
+    assert torch.equal(obs._factorise("a", gram, 0.01)[0], factor)
 
 
 # --- what a user writes ---

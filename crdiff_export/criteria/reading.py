@@ -114,20 +114,18 @@ def rounded(
     broken = torch.zeros_like(again, dtype=torch.bool) if weights.broken is None else weights.broken.cpu()
     gone = (mask.cpu() | (again == 0)) & ~broken
     stays = ~broken & ~gone
-    if selection.finite(again):
-        odd = over = 0
-    else:
+    if not selection.finite(again):
         odd, over = (int((~torch.isfinite(values) & stays).sum()) for values in (exact, again))
-    if odd:
-        raise CalibrationError(
-            f"{layer}: compensation by {spec} makes {odd} weights that are not finite",
-            _LESS + "." if ours else "Ask whoever made the criterion.",
-        )
-    if over:
-        raise CalibrationError(
-            f"{layer}: compensation by {spec} makes {over} weights larger than {dtype} holds",
-            f"{_LESS}, or for --dtype fp32." if ours else "Ask for --dtype fp32, or whoever made the criterion.",
-        )
+        if odd:
+            raise CalibrationError(
+                f"{layer}: compensation by {spec} makes {odd} weights that are not finite",
+                _LESS + "." if ours else "Ask whoever made the criterion.",
+            )
+        if over:
+            raise CalibrationError(
+                f"{layer}: compensation by {spec} makes {over} weights larger than {dtype} holds",
+                f"{_LESS}, or for --dtype fp32." if ours else "Ask for --dtype fp32, or whoever made the criterion.",
+            )
     bits = written.flatten().view(torch.uint8).numpy().view(weights.bits.dtype).copy()
     bits[gone.flatten().numpy()] = 0
     kept = broken.flatten().numpy()
