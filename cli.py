@@ -1,5 +1,5 @@
 """Run crdiff from a checkout: `python cli.py export ...`."""
 
-from crdiff_export.commands import main
+from crdiff_export.cli import main
 
 main()

@@ -67,8 +67,8 @@ class Asked:
 def calibrate(asked: Asked, size: str) -> str:
     """The statistics of all criteria at a size."""
     from crdiff_export import Size
-    from crdiff_export.calibration import CalibrateRequest
-    from crdiff_export.calibration import calibrate as made
+    from crdiff_export.calibrate import CalibrateRequest
+    from crdiff_export.calibrate import calibrate as made
 
     path = asked.calibration(size, CALIBRATED[0])
     assert path
@@ -84,7 +84,7 @@ def search(asked: Asked, size: str, criterion: str) -> str:
     """Ratios for a criterion."""
     from crdiff_export import Size
     from crdiff_export.progress import Silent
-    from crdiff_export.tuning import SearchRequest, Unwatched, prepare, work
+    from crdiff_export.search.tuning import SearchRequest, Unwatched, prepare, work
 
     path = asked.result(size, criterion, "ratios")
     if path.exists():
@@ -111,8 +111,9 @@ def search(asked: Asked, size: str, criterion: str) -> str:
 def measure(asked: Asked, size: str, criterion: str, which: str) -> str:
     """Dense, pruned and POA on held-out prompts."""
     from crdiff_export import Size
-    from crdiff_export.evaluation import EvaluateRequest, prompts
-    from crdiff_export.evaluation import evaluate as made
+    from crdiff_export.evaluate import EvaluateRequest
+    from crdiff_export.evaluate import evaluate as made
+    from crdiff_export.sampling import prompts
 
     path = asked.result(size, criterion, which)
     if path.exists():
@@ -144,7 +145,7 @@ def begin(asked: Asked) -> None:
     """Write down with what it begins; a folder of other settings is not gone on with."""
     import search_demo
 
-    from crdiff_export import recipe_toml
+    from crdiff_export.models import recipe_toml
 
     said = json.dumps({key: getattr(asked, key) for key in ("dtype", "trials", "prompts", "held_out")})
     settings = asked.out / "settings.json"
@@ -193,7 +194,7 @@ class Row:
 
 def rows(asked: Asked) -> Iterator[Row]:
     """Every row of the table."""
-    from crdiff_export.evaluation import statistics
+    from crdiff_export.evaluate import statistics
 
     def read(size: str, criterion: str, which: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(asked.result(size, criterion, which).read_text())

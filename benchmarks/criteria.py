@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 
-from crdiff_export import Size, bases, criteria, kernels, ranking
-from crdiff_export.calibration import CalibrateRequest, calibrate
+from crdiff_export import Size
+from crdiff_export.calibrate import CalibrateRequest, calibrate
 from crdiff_export.errors import CrdiffError
 from crdiff_export.export import ExportRequest, plan_variant
+from crdiff_export.hub import bases
 from crdiff_export.progress import Silent
+from crdiff_export.prune import criteria, criterion_choice, kernels
 
 CALIBRATED = ("wanda", "taylor", "adverse", "obs")
 FREE = ("magnitude", "random")
@@ -61,7 +63,7 @@ def decide(base: str, size: Size, spec: str, calibration: Path | None, device: s
     """Seconds for what goes, of all targets at 0.3."""
     request = ExportRequest(base, size, ratio=0.3, criterion=spec, calibration=calibration)
     plan = plan_variant(request, bases.locate(base).open(None))
-    found = ranking.Asked.of(spec, calibration).calibration
+    found = criterion_choice.Asked.of(spec, calibration).calibration
     began = time.perf_counter()
     criteria.rank([plan], spec, kernels.load("cpu"), Silent(), calibration=found, device=device).decide(plan)
     return time.perf_counter() - began

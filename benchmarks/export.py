@@ -75,7 +75,7 @@ def main() -> None:
     """Measure and print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", type=Path, help="a checkpoint to use instead of a made one")
-    parser.add_argument("--table", default="sdxl.original", help="the geometry to make (tests/geometry)")
+    parser.add_argument("--table", default="sdxl.original", help="the geometry to make (tests/support/geometry)")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where there is room")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--naive-rounds", type=int, default=1, help="rounds that also run the torch way; 0 for none")

@@ -1,6 +1,6 @@
 """Write a checkpoint of a real model's geometry with random weights: `make_checkpoint.py TABLE OUT [--sparse]`.
 
-TABLE is one of tests/geometry. Weights are written piece by piece; `--sparse` leaves a hole instead.
+TABLE is one of tests/support/geometry. Weights are written piece by piece; `--sparse` leaves a hole instead.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-GEOMETRY = Path(__file__).resolve().parent.parent / "tests" / "geometry"
+GEOMETRY = Path(__file__).resolve().parent.parent / "tests" / "support" / "geometry"
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 PIECE = 1 << 22
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from crdiff_export import ExportRequest, Size, poa
+from crdiff_export import ExportRequest, Size
+from crdiff_export.sampling import poa
 
 W = 1.5
 RATIO = 0.3
@@ -102,7 +103,7 @@ def copy_of(unet: Any, source: poa.Source) -> Any:
     """A second model with the pruned weights."""
     import copy
 
-    from crdiff_export.poa.masks import prune
+    from crdiff_export.sampling.poa.masks import prune
 
     other = copy.deepcopy(unet)
     with torch.no_grad():

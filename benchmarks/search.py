@@ -23,11 +23,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from crdiff_export import Size, scorers, search
-from crdiff_export.evaluation import prompts
+from crdiff_export import Size
+from crdiff_export.evaluate import scorers
 from crdiff_export.progress import Silent
-from crdiff_export.search import Candidate
-from crdiff_export.tuning import Job, SearchRequest, prepare
+from crdiff_export.sampling import prompts
+from crdiff_export.search import engine
+from crdiff_export.search.engine import Candidate
+from crdiff_export.search.tuning import Job, SearchRequest, prepare
 
 
 class Clock:
@@ -50,7 +52,7 @@ class Clock:
 @contextmanager
 def watched(clock: Clock) -> Iterator[None]:
     """Have a clock run while pictures are drawn or scored."""
-    from crdiff_export.drawing.session import Session
+    from crdiff_export.sampling.session import Session
 
     draw, load = Session.draw, scorers.load
 
@@ -76,23 +78,23 @@ class Ours:
     @contextmanager
     def opened(self) -> Iterator[float]:
         """The search, open; what it took to open it."""
-        from crdiff_export.tuning import objective
+        from crdiff_export.search import objective
 
         job, began = self._job, time.perf_counter()
         with (
             watched(self._clock),
             objective.opened(job, objective.read(job, Silent()), lambda: None) as self._judge,
-            search.open_study(job.storage, job.study, job.setup, self._judge.fingerprint()) as self._study,
+            engine.open_study(job.storage, job.study, job.setup, self._judge.fingerprint()) as self._study,
         ):
             yield time.perf_counter() - began
 
     def trial(self, number: int) -> tuple[float, Candidate, float]:
         """One trial: its seconds, what was tried, and the score."""
         self._clock.seconds, began = 0.0, time.perf_counter()
-        search.run(self._study, self._judge, self._job.setup.method, budget=search.Budget(number + 1))
+        engine.run(self._study, self._judge, self._job.setup.method, budget=engine.Budget(number + 1))
         seconds = time.perf_counter() - began
         self.shares.append(1 - self._clock.seconds / seconds)
-        done = search.history(self._study)[number]
+        done = engine.history(self._study)[number]
         assert done.value is not None
         return seconds, done.candidate, done.value
 
@@ -180,7 +182,7 @@ def main() -> None:
     parser.add_argument("--theirs", type=int, help="trials of the public code's way, the first ones; default: all")
     parser.add_argument("--only-ours", action="store_true", help="the share that the search costs, with more trials")
     args = parser.parse_args()
-    from crdiff_export import demo
+    from crdiff_export.models import demo
 
     config = str(demo.config())
     known = prompts.to_search(args.prompts)

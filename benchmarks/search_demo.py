@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from crdiff_export import recipe_files, recipe_toml
-from crdiff_export.recipe import Recipe, Size, Variant
+from crdiff_export.models import recipe_files, recipe_toml
+from crdiff_export.models.recipe import Recipe, Variant
+from crdiff_export.sizes import Size
 
 SIZES = ("48x48", "56x56", "80x80", "96x96", "96x64", "64x96")
 WAYS = ("alone", "poa")

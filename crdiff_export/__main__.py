@@ -1,5 +1,5 @@
 """`python -m crdiff_export`, the same as `crdiff`."""
 
-from crdiff_export.commands import main
+from crdiff_export.cli import main
 
 main()

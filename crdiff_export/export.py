@@ -6,32 +6,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from crdiff_export import (
-    architecture,
-    bake,
-    bases,
-    destination,
-    kernels,
-    metadata,
-    plan,
-    ranking,
-    recipe,
-    recipe_files,
-    residual,
-)
-from crdiff_export.checkpoint import Checkpoint
-from crdiff_export.criteria import Decision
-from crdiff_export.criteria.calibration import NARROWER
+from crdiff_export.bake import destination, metadata, residual, write
+from crdiff_export.bake.source_hashes import SourceHashes
+from crdiff_export.bake.stream import Pruning
 from crdiff_export.errors import CrdiffError, PlanError, RecipeError
-from crdiff_export.families import Match
-from crdiff_export.floats import DTYPES
-from crdiff_export.hashing import SourceHashes
-from crdiff_export.plan import Output, Plan, TooWideError
+from crdiff_export.formats.checkpoint import Checkpoint
+from crdiff_export.formats.crdiff_keys import Calibrated, Stamp
+from crdiff_export.formats.dtypes import DTYPES
+from crdiff_export.hub import bases
+from crdiff_export.models import recipe, recipe_files
+from crdiff_export.models.families import Match
+from crdiff_export.models.recipe import Variant
 from crdiff_export.progress import Progress, Silent
-from crdiff_export.recipe import Size, Variant
-from crdiff_export.stamp import Calibrated, Stamp
-from crdiff_export.threshold import Threshold
-from crdiff_export.weights import Pruning
+from crdiff_export.prune import architecture, criterion_choice, kernels, plan
+from crdiff_export.prune.criteria import Decision
+from crdiff_export.prune.criteria.calibration import NARROWER
+from crdiff_export.prune.plan import Output, Plan, TooWideError
+from crdiff_export.prune.threshold import Threshold
+from crdiff_export.sizes import Size, check_grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +46,7 @@ class ExportRequest:
     ratios: Mapping[str, float] = field(default_factory=dict)
     poa_weight: float | None = None
     targets: tuple[str, ...] | None = None
-    criterion: str = ranking.MAGNITUDE
+    criterion: str = criterion_choice.MAGNITUDE
     calibration: Path | None = None
     device: str = "auto"
     dtype: str | None = None
@@ -85,7 +77,7 @@ class Baked:
     job: Job
     thresholds: tuple[Threshold, ...]
     stamp: Stamp
-    written: bake.Written
+    written: write.Written
     notes: tuple[str, ...] = ()
 
 
@@ -104,7 +96,7 @@ def plan_job(request: ExportRequest, base: bases.Base, checkpoint: Checkpoint) -
     return Job(request, base, planned, target, destination.space(planned, target, request.residual))
 
 
-def plan_variant(request: ExportRequest, checkpoint: Checkpoint, asked: ranking.Asked | None = None) -> Plan:
+def plan_variant(request: ExportRequest, checkpoint: Checkpoint, asked: criterion_choice.Asked | None = None) -> Plan:
     """What to prune, from headers and the recipe alone: the checkpoint's headers, and the calibration's.
 
     `asked` is the request's criterion, where it has been found already.
@@ -126,8 +118,8 @@ def plan_variant(request: ExportRequest, checkpoint: Checkpoint, asked: ranking.
     return asked.plan(planned)
 
 
-def _asked(request: ExportRequest) -> ranking.Asked:
-    return ranking.Asked.of(request.criterion, request.calibration, request.residual)
+def _asked(request: ExportRequest) -> criterion_choice.Asked:
+    return criterion_choice.Asked.of(request.criterion, request.calibration, request.residual)
 
 
 def export(request: ExportRequest, progress: Progress | None = None) -> Baked:
@@ -185,7 +177,7 @@ def _write(
         yield from (error for _ in batch)
         return
     orders = [making.order for making in batch]
-    for making, written in zip(batch, bake.write(orders, kernel, progress, hashes=hashes), strict=True):
+    for making, written in zip(batch, write.write(orders, kernel, progress, hashes=hashes), strict=True):
         yield written if isinstance(written, CrdiffError) else making.done(written)
 
 
@@ -195,7 +187,7 @@ class _Making:
 
     job: Job
     stamp: Stamp
-    order: bake.Order
+    order: write.Order
 
     @classmethod
     def of(
@@ -217,7 +209,7 @@ class _Making:
             return metadata.header(planned, stamp, model, output.source.metadata, hashes)
 
         pruning = Pruning(planned, decision, keep=keep != residual.NONE)
-        order = bake.Order(pruning, job.target, compose, replace=job.request.force, residual=keep)
+        order = write.Order(pruning, job.target, compose, replace=job.request.force, residual=keep)
         return cls(job, stamp, order)
 
     @property
@@ -226,7 +218,7 @@ class _Making:
         counts = [threshold.pruned for threshold in self.order.pruning.decision.thresholds]
         return destination.space(self.job.plan, self.job.target, self.job.request.residual, counts)
 
-    def done(self, written: bake.Written) -> Baked:
+    def done(self, written: write.Written) -> Baked:
         decision = self.order.pruning.decision
         return Baked(self.job, decision.thresholds, self.stamp, written, decision.notes)
 
@@ -240,7 +232,7 @@ def _choose(request: ExportRequest, match: Match) -> tuple[Variant, str, tuple[s
             f"{request.recipe}: not a recipe for {family.title}, which {request.base} is",
             "Leave --recipe out, or give one for this family.",
         )
-    recipe.check_grid(request.size, family.grid, family.title)
+    check_grid(request.size, family.grid, family.title)
     choice = recipe.choose(found, request.size, request.prompt)
     recipe.check_groups(choice.variant, family.groups, found.name)
     variant = recipe.override(

@@ -2,25 +2,24 @@
 
 import contextlib
 import gc
-import ipaddress
-import json
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-if TYPE_CHECKING:
-    from forks import Forks
-    from publishing import Clients
+from tests.support.isolation import NOWHERE, Crdiff, NetworkUsed, Ran, is_local
 
-pytest_plugins = ["loopback_hub"]
+if TYPE_CHECKING:
+    from tests.support.forks import Forks
+    from tests.support.publishing import Clients
+
+pytest_plugins = ["tests.support.loopback_hub"]
 
 # Several test processes with several threads each would wait for each other: torch then takes minutes for seconds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,8 +28,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("crdiff", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("crdiff")
 
-# Nobody listens there: a subprocess, which no fixture reaches, gets an error instead of the Hub.
-NOWHERE = "http://127.0.0.1:9"
 FOREIGN = ("CRDIFF_", "_CRDIFF_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "DIFFUSERS_")
 APPEARANCE = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "CLICOLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE")
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
@@ -53,21 +50,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_finish() -> None:
     """What is there by now stays; to look through it for garbage again and again takes time."""
     gc.freeze()
-
-
-class NetworkUsed(RuntimeError):
-    """Not an OSError, which the code under test might take for a network that is down."""
-
-
-def is_local(address: Any) -> bool:
-    """Whether a socket's address is on this machine: a path (AF_UNIX) or a loopback host."""
-    if not isinstance(address, tuple):
-        return True
-    host = address[0].decode() if isinstance(address[0], bytes) else str(address[0])
-    try:
-        return host in ("localhost", "") or ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return False
 
 
 def _guarded(method: Callable[..., Any], place: int) -> Callable[..., Any]:
@@ -138,36 +120,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Ran:
-    """What a command line did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def result(self) -> Any:
-        """The one JSON object on stdout."""
-        (line,) = self.out.splitlines()
-        return json.loads(line)
-
-    @property
-    def error(self) -> Any:
-        """The one JSON object on stderr."""
-        (line,) = self.err.splitlines()
-        value = json.loads(line)
-        assert value["schema"] == 1
-        return value["error"]
-
-
-Crdiff = Callable[..., Ran]
-
-
 @pytest.fixture
 def crdiff(capfd: pytest.CaptureFixture[str]) -> Iterator[Crdiff]:
     """Runs a command line in this process."""
-    from crdiff_export.commands import main
+    from crdiff_export.cli import main
 
     def run(*args: object) -> Ran:
         capfd.readouterr()
@@ -203,7 +159,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def drawing() -> Iterator["Forks"]:
     """Runs command lines that draw in forks of a process that has loaded torch and diffusers once."""
-    from forks import DRAWING, Forks
+    from tests.support.forks import DRAWING, Forks
 
     made = Forks(*DRAWING)
     yield made
@@ -213,7 +169,7 @@ def drawing() -> Iterator["Forks"]:
 @pytest.fixture(scope="session")
 def clients() -> Iterator["Clients | None"]:
     """Runs command lines in forks of one client of the Hub, where there are forks."""
-    from publishing import Clients
+    from tests.support.publishing import Clients
 
     made = Clients() if hasattr(os, "fork") else None
     yield made
@@ -224,7 +180,7 @@ def clients() -> Iterator["Clients | None"]:
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one base of every kind, and files that are none. Not to be changed by a test."""
-    import makers
+    from tests.support import makers
 
     folder = tmp_path_factory.mktemp("shelf")
     makers.write(folder / "sd15.safetensors", makers.tiny("sd15.original"), {"modelspec.title": "Tiny SD"})

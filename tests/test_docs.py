@@ -7,17 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hub_runs
-import makers
 import pytest
-from forks import Forks
-from loopback.store import Account
-from loopback_hub import LoopbackHub
 
-from crdiff_export.families import all_families
-from crdiff_export.recipe_files import aliases, by_alias
+from crdiff_export.models.families import all_families
+from crdiff_export.models.recipe_files import aliases, by_alias
+from tests.support import ROOT, hub_runs, makers
+from tests.support.forks import Forks
+from tests.support.loopback.store import Account
+from tests.support.loopback_hub import LoopbackHub
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 LINES = [line.split("#")[0].strip() for block in SHELL for line in block.splitlines()]
@@ -83,7 +81,9 @@ def test_the_examples_of_poa(code: str, tmp_path: Path) -> None:
     """With the demo for SDXL, and at its size."""
     import diffusers
 
-    from crdiff_export import ExportRequest, Size, demo, export, poa
+    from crdiff_export import ExportRequest, Size, export
+    from crdiff_export.models import demo
+    from crdiff_export.sampling import poa
 
     (name,) = set(re.findall(r'"([\w-]+\.safetensors)"', code))
     baked = export(ExportRequest("demo", Size(64, 64), tmp_path / name)).written.path

@@ -5,9 +5,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from crdiff_export.checkpoint import read_index
 from crdiff_export.errors import HubError
-from crdiff_export.hub.aside import aside
+from crdiff_export.formats.checkpoint import read_index
+from crdiff_export.hub.daemon_threads import aside
 from crdiff_export.hub.messages import explained, no_answer
 
 INDEX = ".safetensors.index.json"

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from crdiff_export.card import BaseModel, Row
 from crdiff_export.errors import CheckpointError, HubError
-from crdiff_export.header import TensorSpec
-from crdiff_export.hub.aside import each
+from crdiff_export.formats.crdiff_keys import Stamp, is_baked
+from crdiff_export.formats.safetensors import TensorSpec
+from crdiff_export.hub.daemon_threads import each
 from crdiff_export.hub.messages import explained
-from crdiff_export.stamp import Stamp, is_baked
+from crdiff_export.publish.card import BaseModel, Row
 
 if TYPE_CHECKING:
     from huggingface_hub import SafetensorsFileMetadata

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 from crdiff_export.errors import SearchError
-from crdiff_export.recipe import did_you_mean
+from crdiff_export.formats.text import did_you_mean
 from crdiff_export.search import anneal
 from crdiff_export.search.space import Point, Space
 

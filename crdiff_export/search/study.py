@@ -11,7 +11,7 @@ from optuna.exceptions import DuplicatedStudyError
 from optuna.study import StudyDirection
 
 from crdiff_export.errors import SearchError
-from crdiff_export.recipe import did_you_mean
+from crdiff_export.formats.text import did_you_mean
 from crdiff_export.search import anneal
 from crdiff_export.search.board import Board, Finished
 from crdiff_export.search.journal import SUFFIX

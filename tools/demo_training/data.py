@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from crdiff_export.demo import scenes
-from crdiff_export.scorers import demo as scorer
+from crdiff_export.evaluate.scorers import demo_scorer as scorer
+from crdiff_export.models.demo import scenes
 
 Scenes = Sequence[scenes.Scene]
 Pictures = NDArray[np.uint8]

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPTokenizer
 
-from crdiff_export import demo
-from crdiff_export.demo import scenes
+from crdiff_export.models import demo
+from crdiff_export.models.demo import scenes
 from demo_training import data, model
 from demo_training.model import SCALE, Geometry, Parts
 from demo_training.training import Schedule, averaged, noise, numbers

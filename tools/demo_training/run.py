@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPTokenizer
 
-from crdiff_export.demo import scenes
+from crdiff_export.models.demo import scenes
 from demo_training import convert, diffusion, model, training, vae
 from demo_training.model import Geometry
 from demo_training.training import Pace, Schedule

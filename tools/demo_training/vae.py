@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional
 
-from crdiff_export.demo import scenes
+from crdiff_export.models.demo import scenes
 from demo_training import data
 from demo_training.model import LATENT, SCALE
 from demo_training.training import Schedule, averaged, noise, numbers

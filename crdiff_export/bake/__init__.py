@@ -1,0 +1,1 @@
+"""Writing a baked file: stream, writer, staging, destination, metadata and residual."""

@@ -1,0 +1,296 @@
+"""Where a calibration that goes on for hours keeps what it has finished, and the file that is made of it at the end.
+
+`OUT.part/` beside the output holds `run.json`, which says of what run it is, a safetensors file for every finished
+group of layers, and the pictures that gradients are taken on. A run that was killed goes on there.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from crdiff_export.bake import staging
+from crdiff_export.errors import CalibrationError, CheckpointError, PlanError
+from crdiff_export.formats import safetensors
+from crdiff_export.formats.checkpoint import read_file
+from crdiff_export.formats.hashing import PIECE
+from crdiff_export.formats.safetensors import TensorSpec
+from crdiff_export.formats.strict_json import MalformedError, parse_object
+from crdiff_export.progress import Progress
+from crdiff_export.prune.plan import Plan
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+SUFFIX: Final = ".safetensors"
+_RUN: Final = "run.json"
+# What the others are called: groups and pictures.
+_OWN: Final = re.compile(r"[0-9]{4,}\.safetensors|picture-[0-9]{5,}\.png")
+
+
+def check_target(target: Path, plan: Plan, *, force: bool) -> None:
+    """PlanError where a calibration must not or cannot be written to `target`."""
+    try:
+        _check_target(target, plan, force=force)
+    except OSError as error:
+        raise PlanError(f"{target}: {error.strerror}", "Give another place with -o.") from error
+
+
+def _check_target(target: Path, plan: Plan, *, force: bool) -> None:
+    if target.suffix != SUFFIX:
+        raise PlanError(
+            f"{target}: a calibration is a safetensors file", f"Name it {target.name or 'calibration'}{SUFFIX}."
+        )
+    if not target.parent.is_dir():
+        raise PlanError(f"{target}: the folder {target.parent} does not exist", "Create it, or give another -o.")
+    if os.path.lexists(target):
+        target.lstat()
+        if target.exists() and not target.is_file():
+            raise PlanError(f"{target}: not a regular file", "Give another place with -o.")
+        if any(target.exists() and target.samefile(file.path) for file in plan.checkpoint.files):
+            raise PlanError(f"{target}: that is the base itself", "Give another place with -o.")
+        if not force:
+            raise PlanError(f"{target}: already exists", "Give another -o, or --force to replace it.")
+    if not os.access(target.parent, os.W_OK):
+        raise PlanError(f"{target}: the folder {target.parent} cannot be written to", "Give another place with -o.")
+
+
+class Folder:
+    """`OUT.part/`, in the hands of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def finished(self) -> dict[str, Path]:
+        """The group's file of every tensor that is there."""
+        found = {}
+        for path in sorted(self.path.glob(f"[0-9]*{SUFFIX}")):
+            try:
+                file = read_file(path, path.name)
+            except CheckpointError as error:
+                raise _damaged(self.path, path.name) from error
+            found.update({tensor.name: path for tensor in file.tensors})
+        return found
+
+    def keep(self, tensors: "Mapping[str, Tensor]") -> None:
+        """Make a finished group durable."""
+        from safetensors.torch import save_file
+
+        number = 1 + max((int(path.stem) for path in self.path.glob(f"[0-9]*{SUFFIX}")), default=0)
+        own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self._publish(f"{number:04d}{SUFFIX}", lambda part: save_file(own, part))
+
+    def picture(self, number: int) -> "Image | None":
+        """A picture that is there."""
+        from PIL import Image
+
+        path = self.path / _name(number)
+        if not path.exists():
+            return None
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's for a PNG that breaks off, or goes wrong
+            raise _damaged(self.path, path.name) from error
+
+    def keep_picture(self, number: int, image: "Image") -> None:
+        """Make a picture durable, without loss."""
+        self._publish(_name(number), lambda part: image.save(part, format="PNG", compress_level=1))
+
+    def assemble(
+        self, target: Path, names: Sequence[str], metadata: Mapping[str, str], progress: Progress, *, replace: bool
+    ) -> int:
+        """Write the calibration, its tensors in the order of `names`, and give it its name; its size in bytes.
+
+        Nothing in it depends on the groups, nor on the run: the stock writer's order of metadata would
+        (safetensors#584), and it holds all tensors in memory. It is opened with the stock reader before it appears.
+        """
+        finished = self.finished()
+        files = {path: read_file(path, path.name) for path in set(finished.values())}
+        known = {tensor.name: (files[path], tensor) for path in files for tensor in files[path].tensors}
+        placed, position = [], 0
+        for name in names:
+            tensor = known[name][1]
+            placed.append(TensorSpec(name, tensor.dtype, tensor.shape, position, position + tensor.nbytes))
+            position += tensor.nbytes
+        head = safetensors.serialise(placed, metadata)
+        progress.stage("writing", position)
+        try:
+            with staging.staged(target, folder=False) as part:
+                with part.open("wb") as out:
+                    out.write(head)
+                    for name in names:
+                        file, tensor = known[name]
+                        _copy(file.path, file.data_start + tensor.start, tensor.nbytes, out, progress)
+                    out.flush()
+                    os.fsync(out.fileno())
+                _verify(part, placed, metadata)
+                staging.settle(part, target)
+                staging.publish(part, target, replace=replace)
+        except OSError as error:
+            raise explained(error, target, self.path) from error
+        return len(head) + position
+
+    def remove(self) -> None:
+        """Take the folder away: its calibration is written."""
+        with contextlib.suppress(OSError):
+            _clear(self.path)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _publish(self, name: str, save: Any) -> None:
+        path = self.path / name
+        try:
+            with staging.staged(path, folder=False) as part:
+                save(part)
+                with part.open("rb+") as file:
+                    os.fsync(file.fileno())
+                staging.publish(part, path)
+        except OSError as error:
+            raise explained(error, path, self.path) from error
+
+
+@contextlib.contextmanager
+def begun(target: Path, run: Mapping[str, str], *, force: bool) -> Iterator[Folder]:
+    """The folder of a run to `target`, with what an earlier one has finished if it was the same.
+
+    CalibrationError where it is of another run, unless `force` gives that up, and where another process is at work.
+    """
+    path = target.with_name(f"{target.name}.part")
+    handle = None
+    try:
+        path.mkdir(exist_ok=True)
+        handle = _locked(path)
+        _begin(path, run, force=force)
+    except OSError as error:
+        if handle is not None:
+            os.close(handle)
+        raise explained(error, path, path) from error
+    except BaseException:
+        if handle is not None:
+            os.close(handle)
+        raise
+    try:
+        yield Folder(path)
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _begin(path: Path, run: Mapping[str, str], *, force: bool) -> None:
+    record = path / _RUN
+    if record.exists():
+        other = _difference(record, run)
+        if other is None:
+            return
+        if not force:
+            raise CalibrationError(
+                f"{path}: begun with other settings: {other}",
+                f"Give those again to go on, or --force to start over, which deletes {path.name}.",
+            )
+        _clear(path)
+    elif found := [name.name for name in path.iterdir() if not name.name.startswith(".")]:
+        if not all(map(_OWN.fullmatch, found)):
+            raise CalibrationError(f"{path}: not a folder that crdiff made", "Remove it yourself, or give another -o.")
+        if not force:
+            raise CalibrationError(
+                f"{path}: {_RUN}, which says of what run it is, is gone",
+                f"Give --force to start over, which deletes {path.name}, or another -o.",
+            )
+        _clear(path)
+    with staging.staged(record, folder=False) as part:
+        part.write_text(json.dumps(dict(sorted(run.items())), indent=1, ensure_ascii=False), encoding="utf-8")
+        staging.publish(part, record)
+
+
+def _clear(path: Path) -> None:
+    """Empty a folder that is ours, which stays: it is locked. Its record goes last, so that it is known until then."""
+    for old in sorted(path.iterdir(), key=lambda old: old.name == _RUN):
+        old.unlink()
+
+
+def _difference(record: Path, run: Mapping[str, str]) -> str | None:
+    """The first setting in which another run differs; None where it is the same run."""
+    try:
+        known = parse_object(record.read_bytes(), fractions=True)
+    except MalformedError:
+        return f"{record.name} cannot be read"
+    for name in sorted({*known, *run}):
+        if known.get(name) != run.get(name):
+            return f"{name.replace('_', ' ')} {_shown(known.get(name))}, now {_shown(run.get(name))}"
+    return None
+
+
+def _shown(value: object) -> str:
+    text = "not given" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _locked(path: Path) -> int | None:
+    """An open handle with the folder's lock; CalibrationError where a living process has it, None without locks."""
+    if fcntl is None:
+        return None
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise CalibrationError(f"{path}: another run is at work there", "Wait for it, or give another -o.") from error
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return None
+    return handle
+
+
+def _copy(path: Path, start: int, size: int, out: Any, progress: Progress) -> None:
+    with path.open("rb") as file:
+        file.seek(start)
+        while size:
+            data = file.read(min(PIECE, size))
+            if not data:
+                raise _damaged(path.parent, path.name)
+            out.write(data)
+            progress.advance(len(data))
+            size -= len(data)
+
+
+def _verify(part: Path, placed: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
+    """CalibrationError where the stock reader sees anything else than was to be written."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(part, framework="np") as file:
+            seen = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no mapping
+            same = file.metadata() == dict(metadata) and seen == {tensor.name: tensor.shape for tensor in placed}
+    except SafetensorError:
+        same = False
+    if not same:
+        raise CalibrationError(f"{part.name}: does not read back as written", "Check the disk, then run it again.")
+
+
+def _name(number: int) -> str:
+    return f"picture-{number:05d}.png"
+
+
+def _damaged(path: Path, name: str) -> CalibrationError:
+    return CalibrationError(f"{path}: {name} is damaged", "Delete that file; the same command makes it again.")
+
+
+def explained(error: OSError, path: Path, part: Path) -> CalibrationError:
+    """What went wrong with the file system, as one of our errors."""
+    what = f"{path}: {error.strerror or error}"
+    if isinstance(error, FileExistsError) and path != part:
+        return CalibrationError(f"{path}: came there in the meantime", "Give the command again with --force.")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return CalibrationError(what, f"Free some space, then run it again; what is finished is kept in {part.name}.")
+    return CalibrationError(what, "Give a place you may write to with -o.")

@@ -1,1 +1,0 @@
-"""Pictures from a base: how it becomes a pipeline of diffusers, and the pipeline at work."""

@@ -1,0 +1,124 @@
+"""ImageReward's network on transformers' BLIP, and what ImageReward.pt calls each of its tensors.
+
+src: `vit.py` and `med.py` of salesforce/BLIP, `blip_pretrain.py` and `ImageReward.py` of THUDM/ImageReward.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from crdiff_export.evaluate.scorers import weights
+from crdiff_export.evaluate.scorers.aesthetic import head
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# What med_config.json decides; the dropouts that it also has are for training.
+TEXT_CONFIG: Final = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id"),
+)
+# Names in the file, from the front; those of the text encoder and within a linear layer are the same in both.
+RENAMED: Final = (
+    (r"blip\.visual_encoder\.cls_token", "vision.embeddings.class_embedding"),
+    (r"blip\.visual_encoder\.pos_embed", "vision.embeddings.position_embedding"),
+    (r"blip\.visual_encoder\.patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
+    (r"blip\.visual_encoder\.norm\.", "vision.post_layernorm."),
+    (r"blip\.visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"vision.encoder.layers.\1.layer_norm\2."),
+    (r"blip\.visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision.encoder.layers.\1.self_attn.qkv."),
+    (r"blip\.visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision.encoder.layers.\1.self_attn.projection."),
+    (r"blip\.visual_encoder\.blocks\.(\d+)\.mlp\.(fc[12])\.", r"vision.encoder.layers.\1.mlp.\2."),
+    (r"blip\.text_encoder\.", "text."),
+    (r"mlp\.layers\.", "head."),
+)
+# In the file, but no part of the reward: BLIP's contrastive loss, and the numbers 0, 1, 2, … of the positions.
+UNUSED: Final = re.compile(r"blip\.(vision|text)_proj\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Vision:
+    """The size of the picture's encoder; by default ViT-L/16 at 224, the `large` of `create_vit`."""
+
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    image: int = 224
+    patch: int = 16
+
+
+class Reward:
+    """The reward before it is normalised, of each picture and the tokens of its prompt."""
+
+    def __init__(self, module: "torch.nn.ModuleDict", side: int) -> None:
+        self._module = module
+        self.side = side
+
+    def placed(self, device: "torch.device", dtype: "torch.dtype") -> Self:
+        """On a device, the encoders in a dtype."""
+        import torch
+
+        for name, part in self._module.items():
+            part.to(device, torch.float32 if name == "head" else dtype)
+        return self
+
+    def __call__(self, pixels: "Tensor", tokens: "Tensor", mask: "Tensor") -> "Tensor":
+        seen = self._module["vision"](pixel_values=pixels).last_hidden_state
+        read = self._module["text"](
+            input_ids=tokens,
+            attention_mask=mask,
+            encoder_hidden_states=seen,
+            is_decoder=False,  # every word sees every other
+        )
+        values: Tensor = self._module["head"](read.last_hidden_state[:, 0].float())
+        return values.squeeze(-1).cpu()
+
+
+def opened(tensors: "Mapping[str, Tensor]", config: Mapping[str, Any], vision: Vision, source: str) -> Reward:
+    """The network with the file's weights in it: none is missing and none is left over, or ScorerError names them."""
+    module = network(config, vision)
+    weights.fill(module, dict(renamed(tensors)), source)
+    return Reward(module, vision.image)
+
+
+def network(config: Mapping[str, Any], vision: Vision) -> "torch.nn.ModuleDict":
+    """The three parts with whatever weights they come with, in evaluation mode."""
+    from torch import nn
+
+    library = weights.transformers()
+    with weights.hushed():
+        seen = library.BlipVisionConfig(
+            hidden_size=vision.width,
+            intermediate_size=4 * vision.width,
+            num_hidden_layers=vision.layers,
+            num_attention_heads=vision.heads,
+            image_size=vision.image,
+            patch_size=vision.patch,
+            hidden_act="gelu",
+            layer_norm_eps=1e-6,  # BLIP's own; transformers has 1e-5
+            attn_implementation="eager",
+        )
+        # "is_decoder" is what makes transformers build the cross-attention.
+        read = library.BlipTextConfig(
+            **config, encoder_hidden_size=vision.width, is_decoder=True, attn_implementation="eager"
+        )
+        parts = {
+            "vision": library.BlipVisionModel(seen),
+            "text": library.BlipTextModel(read, add_pooling_layer=False),
+            "head": head(read.hidden_size),
+        }
+    return nn.ModuleDict(parts).eval()
+
+
+def renamed(tensors: "Mapping[str, Tensor]") -> "Iterator[tuple[str, Tensor]]":
+    """Those that the reward needs, by the network's names; a name that no rule is for stays as it is."""
+    for name, tensor in tensors.items():
+        if UNUSED.fullmatch(name):
+            continue
+        for pattern, new in RENAMED:
+            if found := re.match(pattern, name):
+                yield found.expand(new) + name[found.end() :], tensor
+                break
+        else:
+            yield name, tensor

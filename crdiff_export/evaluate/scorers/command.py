@@ -1,0 +1,159 @@
+"""Any program as a scorer, `command:PROGRAM ARG …`: so an old package can run in an environment of its own.
+
+The program is started once, without a shell. For each picture it reads one line from stdin,
+`{"image": PATH, "prompt": TEXT}`, where PATH is a PNG in a folder of this scorer's own, and writes one line to stdout,
+`{"score": NUMBER}`, in the same order. It may read ahead; it has to flush each answer, and to keep its stdin open until
+that ends. What it writes to stderr is kept for the message of an error. CRDIFF_SCORER_TIMEOUT is how many seconds it
+may take for an answer.
+
+A command may hold paths and secrets, so its name, which goes into recipes, headers, cards and pages, is that of the
+program alone; the fingerprint has hashes of the rest.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shlex
+import shutil
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from crdiff_export.errors import ScorerError
+from crdiff_export.evaluate.scorers.process import LINE, Program, Silence
+from crdiff_export.evaluate.scorers.score import Score, is_finite
+from crdiff_export.formats.strict_json import show
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TIMEOUT: Final = "CRDIFF_SCORER_TIMEOUT"
+SECONDS = 1200.0  # src: the time-out of an evaluation in CR-Diff's public code
+_FORM = 'One line {"score": NUMBER} on stdout is a score; all other words belong on stderr.'
+_QUOTES = "Write command:PROGRAM ARG …, with quotes as in a shell."
+
+
+class Command:
+    """The program, running; after an error or `close` it is gone, with whatever it started, and so are the pictures."""
+
+    def __init__(self, spec: str) -> None:
+        self._words = words_of(spec)
+        self.name = name_of(self._words)
+        self._seconds = _seconds()
+        self._folder = Path(tempfile.mkdtemp(prefix="crdiff-scorer-"))
+        try:
+            self._program = _started(spec, self._words, self._folder)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+
+    def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
+        if not self._program.running:
+            raise ScorerError(f"{self.name}: has ended", "Load it again.")
+        try:
+            if self._program.ahead:
+                self._refuse("wrote to stdout before it was asked", _FORM)
+            self._program.send([self._line(*asked) for asked in zip(range(len(images)), images, prompts, strict=True)])
+            return [Score(self._answer(number)) for number in range(1, len(images) + 1)]
+        except BaseException:
+            self._program.kill()
+            raise
+
+    def _line(self, place: int, image: "Image", prompt: str) -> bytes:
+        path = self._folder / f"{place}.png"
+        image.convert("RGB").save(path, "PNG")
+        return json.dumps({"image": str(path), "prompt": prompt}).encode() + b"\n"
+
+    def _answer(self, number: int) -> float:
+        line = self._program.receive(self._seconds)
+        if isinstance(line, Silence):
+            self._explain(line, number)
+        (self._folder / f"{number - 1}.png").unlink(missing_ok=True)
+        where, text = f"the score of picture {number}", show(line.decode(errors="replace").rstrip("\r\n"), 120)
+        if len(line) >= LINE:
+            self._refuse(f"{where} has no end", _FORM)
+        try:
+            answer = json.loads(line)
+        except (ValueError, RecursionError):
+            self._refuse(f"{where} is no JSON: {text}", _FORM)
+        if not isinstance(answer, dict) or "score" not in answer:
+            self._refuse(f'{where} has no "score": {text}', _FORM)
+        value = answer["score"]
+        if not isinstance(value, int | float) or not is_finite(value):
+            self._refuse(f"{where} is no finite number: {text}", _FORM)
+        return float(value)
+
+    def _explain(self, silence: Silence, number: int) -> NoReturn:
+        before = f"before the score of picture {number}"
+        if silence is Silence.LATE:
+            hint = f"It has to flush each line that it writes; {TIMEOUT} gives it more seconds."
+            self._refuse(f"gave no score of picture {number} in {self._seconds:g} s", hint)
+        status = self._program.status() if silence is Silence.ENDED else None
+        if status is None:
+            self._refuse(f"{silence.value} {before}", "It has to read and answer line by line, until its stdin ends.")
+        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        self._refuse(f"{how} {before}", "Run it by itself to see why.")
+
+    def _refuse(self, what: str, hint: str) -> NoReturn:
+        last = self._program.last_words()
+        raise ScorerError(f"{self.name}: {what}", f"{hint} Its last words: {last}" if last else hint)
+
+    def fingerprint(self) -> dict[str, str]:
+        """The hash of its words, and of each of them that is a file; what else the program uses is not seen."""
+        found = {"name": self.name, "words": f"sha256:{hashlib.sha256(json.dumps(self._words).encode()).hexdigest()}"}
+        for place, word in enumerate(self._words):
+            path = Path(word if place else shutil.which(word) or word)
+            with suppress(
+                OSError
+            ):  # a word may be a text too long for a name, or a file that only the program may read
+                if path.is_file():
+                    with path.open("rb") as file:
+                        found[f"word {place}"] = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        return found
+
+    def close(self) -> None:
+        self._program.end()
+
+
+def words_of(spec: str) -> list[str]:
+    """The program and its arguments; ScorerError where there are none."""
+    try:
+        words = shlex.split(spec.partition(":")[2])
+    except ValueError as error:
+        raise ScorerError(f"{spec}: cannot be split into words: {error}", _QUOTES) from error
+    if not words:
+        raise ScorerError(f"{spec}: names no program", _QUOTES)
+    return words
+
+
+def name_of(words: Sequence[str]) -> str:
+    """What others may read of a command: its program, without the folder that it is in and without its arguments."""
+    return f"command:{Path(words[0]).name}"
+
+
+def _seconds() -> float:
+    text = os.environ.get(TIMEOUT, "").strip() or str(SECONDS)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise ScorerError(f"{TIMEOUT} is {text!r}", "Set it to a number of seconds, as in 600.")
+    return seconds
+
+
+def _started(spec: str, words: Sequence[str], folder: Path) -> Program:
+    try:
+        return Program(words, folder)
+    except FileNotFoundError as error:
+        hint = "Give its path, or put it on PATH; a python and its script are two words."
+        raise ScorerError(f"{spec}: there is no program {words[0]!r}", hint) from error
+    except (OSError, ValueError) as error:
+        what = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise ScorerError(
+            f"{spec}: cannot be started: {what}", "Check that it is a program that may be run."
+        ) from error

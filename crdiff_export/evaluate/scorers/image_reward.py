@@ -1,0 +1,128 @@
+"""ImageReward (Xu et al., arXiv 2304.05977): BLIP reads the prompt while it looks at the picture, and a head grades it.
+
+src: THUDM/ImageReward, `ImageReward/ImageReward.py`: the last state of the first token, which stays [CLS], goes through
+five linear layers, and the reward is normalised with the mean and deviation of the training set.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from crdiff_export.errors import ScorerError
+from crdiff_export.evaluate.scorers import blip, weights
+from crdiff_export.evaluate.scorers.score import Score, Scorer
+from crdiff_export.evaluate.scorers.weights import Fetch, Repo
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
+# The commit that added the last of the two files; the weights have not changed since.
+REPO: Final = Repo("THUDM/ImageReward", "c63dec8373b5c3728b1d250865c402c9546be210")
+FILE, CONFIG = "ImageReward.pt", "med_config.json"
+BERT: Final = Repo("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
+MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
+TOKENS = 35  # of a prompt; all prompts are padded to as many
+# CLIP's, as torchvision takes them: of the values from 0 to 1
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+BATCH = 8  # ours: pictures in one forward pass
+
+
+class ImageReward:
+    """The model with its words; the head computes in float32."""
+
+    name = "image-reward"
+
+    def __init__(
+        self, reward: blip.Reward, words: Any, place: "tuple[torch.device, torch.dtype]", record: dict[str, str]
+    ) -> None:
+        self._reward: blip.Reward | None = reward
+        self._words = words
+        self._device, self._dtype = place
+        self._record = record
+
+    def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
+        import torch
+
+        assert self._reward
+        values: list[float] = []
+        for start in range(0, len(images), BATCH):
+            pixels = torch.stack([pixels_of(image, self._reward.side) for image in images[start : start + BATCH]])
+            texts = list(prompts[start : start + BATCH])
+            tokens = self._words(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+            with torch.inference_mode():
+                raw = self._reward(
+                    pixels.to(self._device, self._dtype),
+                    tokens["input_ids"].to(self._device),
+                    tokens["attention_mask"].to(self._device),
+                )
+            values += ((raw.double() - MEAN) / DEVIATION).tolist()
+        return [Score(value) for value in values]
+
+    def fingerprint(self) -> dict[str, str]:
+        return dict(self._record)
+
+    def close(self) -> None:
+        self._reward = None
+
+
+def image_reward(device: str, dtype: str, fetch: Fetch = weights.fetch, vision: blip.Vision | None = None) -> Scorer:
+    """ImageReward 1.0, about -2 to 2; 1.8 GB of weights. `vision` is for another size of the same architecture."""
+    place = weights.place(device, dtype)
+    config = _config(fetch(REPO, CONFIG))
+    words = _tokenizer(fetch(BERT, None), config)
+    path = fetch(REPO, FILE)
+    reward = blip.opened(weights.read_pickle(path), config, vision or blip.Vision(), f"{REPO}/{FILE}")
+    about = {"weights": f"{REPO}", "sha256": weights.sha256(path), "words": f"{BERT}"}
+    about["preprocessing"] = f"RGB, bicubic to {reward.side}, centre, CLIP's mean and deviation; {TOKENS} tokens"
+    return ImageReward(
+        reward.placed(*place), words, place, weights.fingerprint(ImageReward.name, device, dtype, **about)
+    )
+
+
+def pixels_of(image: "Image", side: int) -> "Tensor":
+    """[3, side, side], as torchvision's Resize, CenterCrop, ToTensor and Normalize make it; RGB first of all.
+
+    The longer side is rounded down and the crop's corner to the nearest even: torchvision's
+    `_compute_resized_output_size` and `center_crop`.
+    """
+    import numpy as np
+    import torch
+    from PIL.Image import Resampling
+
+    image = image.convert("RGB")
+    width, height = image.size
+    short, long = min(width, height), int(side * max(width, height) / min(width, height))
+    if short != side:
+        size = (side, long) if width <= height else (long, side)
+        image = image.resize(size, Resampling.BICUBIC)
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    values = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255
+    values = (values - np.array(PIXEL_MEAN, np.float32)) / np.array(PIXEL_DEVIATION, np.float32)
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+        return {name: config[name] for name in blip.TEXT_CONFIG}
+    except (ValueError, KeyError, TypeError) as error:
+        message = f"{REPO}/{CONFIG}: not the configuration of a text encoder: {type(error).__name__} {error}"
+        raise ScorerError(message, "Delete the file from the cache, and run this again.") from error
+
+
+def _tokenizer(folder: Path, config: dict[str, Any]) -> Any:
+    """BERT's, with the two words that BLIP adds at its end; the model's table has to end with them."""
+    library = weights.transformers()
+    with weights.hushed():
+        words = library.BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+        words.add_special_tokens({"bos_token": "[DEC]"})
+        words.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    last = words.convert_tokens_to_ids("[ENC]")
+    if last != config["vocab_size"] - 1:
+        message = f"{BERT}: its last word is number {last}, that of {REPO} number {config['vocab_size'] - 1}"
+        raise ScorerError(message, "Delete both from the cache, and run this again.")
+    return words

@@ -1,0 +1,170 @@
+"""The features that an FID is taken from: 2048 numbers of each picture, by torch-fidelity's `inception-v3-compat`.
+
+It is the network of the TensorFlow original in torch-fidelity's own code, with that original's scaling of a picture to
+299x299, which is bilinear and smooths nothing beforehand. src: torch_fidelity/feature_extractor_inceptionv3.py (0.4.0).
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from crdiff_export.errors import ScorerError
+from crdiff_export.evaluate.scorers import weights
+from crdiff_export.formats.hashing import hash_file
+from crdiff_export.progress import Silent
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    Rows = NDArray[np.float64]
+
+PACKAGE: Final = "torch_fidelity"
+NAME: Final = "inception-v3-compat"
+FEATURES: Final = 2048
+# src: the file at torch-fidelity's URL_INCEPTION_V3, whose name has the first eight digits.
+SHA256: Final = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+# Ours: pictures at once, and their pixels, of which the network scales each as several floats.
+BATCH: Final = 32
+PIXELS: Final = 1 << 22
+_BY_HAND = "Run this where there is a connection, or give the file (91 MiB) with --fid-weights."
+
+
+class Inception:
+    """The network on a device, in fp32."""
+
+    def __init__(self, network: Any, device: str) -> None:
+        self._network = network
+        self._device = device
+
+    def features(self, images: "Iterable[Image]") -> "Iterator[Rows]":
+        """A row for each picture, in their order, some at a time; the pictures are not kept."""
+        import numpy as np
+        import torch
+
+        for batch in _batches(images):
+            pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in batch]))
+            with torch.inference_mode():
+                (found,) = self._network(pixels.permute(0, 3, 1, 2).to(self._device))
+            rows = found.cpu().double().numpy()
+            if not np.isfinite(rows).all():
+                raise ScorerError("FID: a feature of a picture is no finite number", "Try --scorer-device cpu.")
+            yield rows
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the features depend on, beside the pictures."""
+        return {
+            "network": NAME, "weights": f"sha256:{SHA256}", "torch-fidelity": version("torch-fidelity"),
+            "device": self._device.partition(":")[0], "dtype": "fp32", "torch": version("torch"),
+        }  # fmt: skip
+
+
+def check(file: Path | None) -> None:
+    """ScorerError for what can be known to be missing without opening anything."""
+    if find_spec(PACKAGE) is None:
+        raise ScorerError("torch-fidelity is not installed, which FID needs", 'Run `pip install "crdiff-export[fid]"`.')
+    if file and not file.is_file():
+        raise ScorerError(f"{file}: there is no such file", f"Give --fid-weights the file of {_url()}.")
+
+
+def absent() -> str | None:
+    """Where the weights would be fetched from; None if they are in torch's cache."""
+    return None if _cached().is_file() else _url()
+
+
+def load(device: str, file: Path | None = None) -> Inception:
+    """The network with its published weights, from a file, from torch's cache, or fetched into it as by torch-fidelity.
+
+    Their hash is checked before anything is read from them: torch-fidelity unpickles whatever it is given.
+    """
+    check(file)
+    place, _ = weights.place(device, "fp32")
+    path = file or _fetched()
+    try:
+        found = hash_file(path, Silent())
+    except OSError as error:
+        raise ScorerError(f"{path}: {error.strerror}", f"Give --fid-weights the file of {_url()}.") from error
+    if found != SHA256:
+        hint = f"Delete it and run this again; it has to be the file of {_url()}."
+        raise ScorerError(f"{path}: not the published weights of {NAME}", hint)
+    made = _module().FeatureExtractorInceptionV3(NAME, [str(FEATURES)], feature_extractor_weights_path=str(path))
+    return Inception(made.to(place), device)
+
+
+def _fetched() -> Path:
+    """The weights in torch's cache, where every program that uses torch-fidelity looks for them."""
+    import torch
+
+    path = _cached()
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(_url(), str(path), SHA256, progress=False)
+    except OSError as error:  # urllib's errors are some
+        why = getattr(error, "reason", None) or error.strerror or error
+        raise ScorerError(f"{_url()}: cannot be fetched: {why}", _BY_HAND) from error
+    except RuntimeError as error:
+        if "invalid hash" not in str(error):
+            raise
+        raise ScorerError(f"{_url()}: is not the file that it was", _BY_HAND) from error
+    return path
+
+
+def _cached() -> Path:
+    import torch
+
+    return Path(torch.hub.get_dir()) / "checkpoints" / _url().rpartition("/")[2]
+
+
+def _url() -> str:
+    return str(_module().URL_INCEPTION_V3)
+
+
+def _module() -> Any:
+    """The network's; ScorerError where it, or what it needs, cannot be imported."""
+    try:
+        with _without_the_rest():
+            from torch_fidelity import feature_extractor_inceptionv3
+    except (ImportError, RuntimeError) as error:  # of a torchvision for another torch it is a RuntimeError
+        message = f"torch-fidelity cannot be imported: {str(error).splitlines()[0]}"
+        raise ScorerError(message, "Install torch-fidelity 0.4 and torch, of versions that go together.") from error
+    return feature_extractor_inceptionv3
+
+
+@contextmanager
+def _without_the_rest() -> Iterator[None]:
+    """Let modules of torch-fidelity be imported without the package's own, which imports all of its networks.
+
+    Some of these need torchvision, which goes with one build of torch alone and is broken beside any other; the
+    Inception needs none of it. Afterwards it is as if nothing had been imported.
+    """
+    if PACKAGE in sys.modules:
+        yield
+        return
+    spec = find_spec(PACKAGE)
+    assert spec
+    sys.modules[PACKAGE] = module_from_spec(spec)  # which is not executed
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
+            del sys.modules[name]
+
+
+def _batches(images: "Iterable[Image]") -> "Iterator[list[Image]]":
+    """Neighbours of one size, so many that they fit in memory when they are scaled."""
+    batch: list[Image] = []
+    for image in images:
+        pixels = image.width * image.height
+        if batch and (image.size != batch[0].size or len(batch) >= BATCH or (len(batch) + 1) * pixels > PIXELS):
+            yield batch
+            batch = []
+        batch.append(image)
+    if batch:
+        yield batch

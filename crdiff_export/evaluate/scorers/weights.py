@@ -1,0 +1,171 @@
+"""What the scorers with a neural network share: published weights, where they come from, and the libraries for them.
+
+Every repository is pinned to a commit, so that a score of today can be had again. Its files come by way of
+`crdiff_export.hub`, into the Hub client's cache.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from crdiff_export.errors import CheckpointError, HubError, ScorerError
+from crdiff_export.formats import torch_zip
+from crdiff_export.formats.text import did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+PACKAGES: Final = ("torch", "transformers", "tokenizers", "numpy", "Pillow")
+# What the Hub client raises where a file is not in its cache and cannot be fetched.
+_NOT_HERE = ("LocalEntryNotFoundError", "OfflineModeIsEnabled")
+
+
+@dataclass(frozen=True, slots=True)
+class Repo:
+    """A repository of the Hub at one commit."""
+
+    id: str
+    commit: str
+
+    def __str__(self) -> str:
+        return f"{self.id}@{self.commit}"
+
+
+# A file of a repository, or with None the folder of its small ones: configurations and vocabularies.
+Fetch = Callable[[Repo, str | None], Path]
+
+
+def fetch(repo: Repo, file: str | None) -> Path:
+    """Where it is in the Hub client's cache, downloaded if it has to be; HubError says what to do where it cannot."""
+    from crdiff_export import hub
+
+    try:
+        return hub.fetch(repo.id, file, repo.commit, None) if file else hub.fetch_parts(repo.id, repo.commit)
+    except HubError as error:
+        if type(error.__cause__).__name__ not in _NOT_HERE:
+            raise
+        wanted = f" '{file}'" if file else " --include '*.json' --include '*.txt'"
+        hint = f"Run `hf download {repo.id}{wanted} --revision {repo.commit}` where there is a connection, or unset "
+        raise HubError(error.message, f"{hint}HF_HUB_OFFLINE; then it is taken from the cache.") from error
+
+
+def sha256(path: Path) -> str:
+    """A weight file's SHA-256 as hex: what the cache knows of it, or else read from the file."""
+    from crdiff_export import hub
+    from crdiff_export.formats.hashing import hash_file
+    from crdiff_export.progress import Silent
+
+    return hub.hashes(path).get(path.name) or hash_file(path, Silent())
+
+
+def transformers() -> Any:
+    """The library; ScorerError where it is not installed, or broken."""
+    try:
+        return import_module("transformers")
+    except ImportError as error:
+        message = f"this scorer needs transformers and torch: {error}"
+        raise ScorerError(message, "Run `pip install 'crdiff-export[score]'`.") from error
+
+
+def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
+    """Both as torch has them; ScorerError for a dtype that is none, or a device that this machine does not have."""
+    transformers()
+    import torch
+
+    if dtype not in DTYPES:
+        raise ScorerError(f"a scorer cannot compute in {dtype!r}", did_you_mean(dtype, tuple(DTYPES), "dtypes"))
+    try:
+        torch.zeros(1, device=device).sum().item()
+    except (RuntimeError, AssertionError) as error:
+        message = f"device {device}: {str(error).splitlines()[0]}"
+        raise ScorerError(message, "Use cpu, or a device that torch can reach.") from error
+    return torch.device(device), getattr(torch, DTYPES[dtype])
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Without what transformers tells people who program with it, and without its bars."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers()
+        from transformers.utils import logging
+
+        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        try:
+            logging.set_verbosity(logging.CRITICAL)
+            logging.disable_progress_bar()
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+
+
+def read_pickle(path: Path) -> "dict[str, Tensor]":
+    """The tensors of a torch pickle, read as data: nothing in it is run, whatever it names."""
+    import torch
+
+    try:
+        source = torch_zip.open_pickle(path)
+        dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
+        reader = source.open()
+        found: dict[str, Tensor] = {}
+        try:
+            for spec in source.tensors:
+                data = bytearray(spec.end - spec.start)
+                reader.read_into(spec.start, memoryview(data))
+                found[spec.name] = torch.frombuffer(data, dtype=dtypes[spec.dtype]).reshape(spec.shape)
+        finally:
+            reader.close()
+    except (CheckpointError, KeyError, OSError) as error:
+        why = error.message if isinstance(error, CheckpointError) else f"{path}: a tensor is {error}"
+        raise ScorerError(
+            why, "The download did not finish, or it is another file; delete it and run again."
+        ) from error
+    return found
+
+
+def fill(module: "torch.nn.Module", tensors: "Mapping[str, Tensor]", source: str) -> None:
+    """Copy the tensors into a module's parameters: each has its place and each place its tensor, or ScorerError."""
+    import torch
+
+    wanted = dict(module.named_parameters())
+    absent, unknown = [name for name in wanted if name not in tensors], [name for name in tensors if name not in wanted]
+    odd = [name for name in wanted if name in tensors and wanted[name].shape != tensors[name].shape]
+    refuse(source, absent, unknown, odd)
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+
+
+def refuse(source: str, absent: list[str], unknown: list[str], odd: list[str]) -> None:
+    """ScorerError that names what is wrong with a model's weights, if anything is."""
+    kinds = {"missing": absent, "of no use": unknown, "of another shape": odd}
+    wrong = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
+    if wrong:
+        message = f"{source}: not the weights that belong here: {'; '.join(wrong)}"
+        raise ScorerError(message, "Delete the file from the cache, and run this again.")
+
+
+def fingerprint(name: str, device: str, dtype: str, **more: str) -> dict[str, str]:
+    """The record of a scorer: its name, what it says of itself, where it computes, and its libraries' versions."""
+    return {"name": name, **more, "device": device.partition(":")[0], "dtype": dtype, **_versions()}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package.lower()] = version(package)
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -1,0 +1,242 @@
+"""A checkpoint on disk as one value: its files, its tensors, and where their bytes are. Only headers are read.
+
+`open_checkpoint` takes one safetensors file, an index of shards, a folder of a diffusers pipeline or of one component,
+or a `.ckpt`. Names, folders and variants follow diffusers (`_add_variant`, `WEIGHTS_INDEX_NAME`).
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Literal, NoReturn
+
+from crdiff_export.errors import CheckpointError
+from crdiff_export.formats import safetensors, sniff
+from crdiff_export.formats.safetensors import TensorSpec, show
+from crdiff_export.formats.strict_json import MalformedError, parse_object
+from crdiff_export.formats.torch_zip import open_pickle
+from crdiff_export.formats.weight_file import SourceFile, check_regular
+
+Kind = Literal["file", "shards", "folder"]
+COMPONENTS = ("unet", "transformer")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+MAX_INDEX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base: `files` hold what is pruned, `companions` are copied as they are (index, configs, other components)."""
+
+    path: Path
+    kind: Kind
+    files: tuple[SourceFile, ...]
+    companions: tuple[PurePosixPath, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def stem(self) -> str:
+        """The name that outputs are called after."""
+        if self.kind == "folder":
+            return self.path.resolve().name or "model"
+        name = self.path.name.removesuffix(".index.json")
+        return re.sub(r"\.(safetensors|ckpt|pth?|bin)$", "", name, flags=re.IGNORECASE)
+
+    @property
+    def home(self) -> Path:
+        """The folder that the names of files and companions start from."""
+        return self.path if self.kind == "folder" else self.path.parent
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape by its name."""
+        return {t.name: t.shape for f in self.files for t in f.tensors}
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The metadata of the first file; shards carry the same or none."""
+        return self.files[0].metadata
+
+    def tensors(self) -> Iterator[tuple[int, TensorSpec]]:
+        """Every tensor with the number of its file, files by name, tensors by place."""
+        for number, file in enumerate(self.files):
+            for tensor in file.by_offset:
+                yield number, tensor
+
+
+def open_checkpoint(path: Path, variant: str | None = None) -> Checkpoint:
+    """Read the headers of a checkpoint; CheckpointError names the file, the key and what is wrong with them."""
+    try:
+        if path.is_dir():
+            return _open_folder(path, variant)
+        check_regular(path)
+        if path.suffix.lower() == ".json":
+            return _open_index(path)
+        if path.suffix.lower() in PICKLES:
+            return Checkpoint(path, "file", (open_pickle(path),))
+        return Checkpoint(path, "file", (read_file(path, path.name),))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{error.filename or path}: no such file or folder",
+            "Check the path.",
+        ) from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or path}: cannot be read: {error.strerror or error}",
+            "Check the path and its permissions, then try again.",
+        ) from error
+
+
+def read_file(path: Path, name: str) -> SourceFile:
+    """One safetensors file's header, checked; `name` is what messages and outputs call it."""
+    info = check_regular(path)
+    with path.open("rb") as file:
+        start = file.read(sniff.SIZE)
+        if not sniff.is_safetensors(start):
+            sniff.refuse_other(start, path)
+        size = safetensors.length(start[:8], info.st_size, str(path))
+        file.seek(8)
+        raw = file.read(size)
+    found = safetensors.parse(raw, info.st_size, str(path))
+    return SourceFile(path, name, found.tensors, found.metadata, found.data_start, info)
+
+
+def _open_index(path: Path) -> Checkpoint:
+    index = PurePosixPath(path.name)
+    return Checkpoint(path, "shards", _read_shards(path.parent, index), (index,))
+
+
+def _read_shards(root: Path, index: PurePosixPath) -> tuple[SourceFile, ...]:
+    """The shards of an index at `index` below `root`, each key in the shard that the index names."""
+    weight_map = read_index(root / index)
+    shards = sorted(set(weight_map.values()))
+    files = []
+    for shard in shards:
+        path = root / index.parent / shard
+        if not path.exists():
+            raise CheckpointError(
+                f"{root / index}: its shard {show(shard)} is missing", "Fetch the missing shard into the same folder."
+            )
+        files.append(read_file(path, str(index.parent / shard)))
+    for shard, file in zip(shards, files, strict=True):
+        for tensor in file.tensors:
+            if weight_map.get(tensor.name) != shard:
+                raise CheckpointError(
+                    f"{root / index}: does not place {show(tensor.name)} in {show(shard)}, which holds it",
+                    "The index and the shards are not of one checkpoint; fetch them again together.",
+                )
+    missing = weight_map.keys() - {t.name for file in files for t in file.tensors}
+    if missing:
+        key = min(missing)
+        raise CheckpointError(
+            f"{root / index}: {show(key)} is not in {show(weight_map[key])}",
+            "The index and the shards are not of one checkpoint; fetch them again together.",
+        )
+    return tuple(files)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Which shard, a file beside the index, holds each tensor; CheckpointError for an index that is none."""
+    damaged = "The index is damaged or is not one of a sharded checkpoint; fetch it again."
+    if check_regular(path).st_size > MAX_INDEX_BYTES:
+        raise CheckpointError(f"{path}: larger than any index of shards", damaged)
+    try:
+        weight_map = parse_object(path.read_bytes(), fractions=True).get("weight_map")
+    except MalformedError as error:
+        raise CheckpointError(f"{path}: the index {error}", damaged) from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no weight_map", damaged)
+    for key, shard in weight_map.items():
+        # A plain name only: an index must not lead out of its own folder. C:name is a path on Windows.
+        named = isinstance(shard, str) and re.fullmatch(r"[^/\\:]{1,200}\.safetensors", shard)
+        if not named or not shard.isprintable():
+            raise CheckpointError(
+                f"{path}: {show(key)} is placed in {show(shard)}, not a file beside the index", damaged
+            )
+    return weight_map
+
+
+def _open_folder(path: Path, variant: str | None) -> Checkpoint:
+    component = next((c for c in COMPONENTS if (path / c).is_dir()), None)
+    home = PurePosixPath(component) if component else PurePosixPath()
+    choices = _weights(path / home)
+    indexes = [] if choices or component else sorted(path.glob("*.safetensors.index*.json"))
+    if len(indexes) == 1:  # shards of another name, as an export of such an index leaves them
+        return _open_index(indexes[0])
+    if not choices:
+        raise CheckpointError(
+            f"{path / home}: no diffusion_pytorch_model weights in safetensors format",
+            "Give a diffusers folder with a unet/ or transformer/ part, or the checkpoint file itself.",
+        )
+    chosen = _choose(choices, variant, path / home)
+    if choices[chosen].endswith(".json"):
+        files = _read_shards(path, home / choices[chosen])
+    else:
+        files = (read_file(path / home / choices[chosen], str(home / choices[chosen])),)
+    left_out = _weight_files(path / home)
+    others = sorted(set(choices) - {chosen})
+    notes = [f"the {name or 'plain'} weights beside them are not in the output" for name in others]
+    companions, links = _companions(path, home)
+    kept = [c for c in companions if not (c.parent == home and c.name in left_out)]
+    if choices[chosen].endswith(".json"):
+        kept.append(home / choices[chosen])
+    notes += [f"{link} is a link to a folder and is not in the output" for link in links]
+    return Checkpoint(path, "folder", files, tuple(sorted(kept)), tuple(notes))
+
+
+_WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>[\w-]+?))?\.safetensors")
+INDEX_NAME = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>[\w-]+))?\.json")
+_ANY_WEIGHTS = re.compile(r"diffusion_pytorch_model.*\.(safetensors|bin|msgpack|onnx|ckpt|pt)|"
+                          r"diffusion_pytorch_model.*\.index(\.[\w-]+)?\.json")  # fmt: skip
+_SHARD = re.compile(r"\d{5}-of-\d{5}")
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    """Variant ('' for none) to the file of weights, or to the index where they are sharded."""
+    found: dict[str, str] = {}
+    for name in sorted(entry.name for entry in folder.iterdir()):
+        if match := INDEX_NAME.fullmatch(name):
+            found[match["variant"] or ""] = name
+        elif (match := _WEIGHTS.fullmatch(name)) and not _SHARD.search(name):
+            found.setdefault(match["variant"] or "", name)
+    return found
+
+
+def _weight_files(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir() if _ANY_WEIGHTS.fullmatch(entry.name)}
+
+
+def _choose(choices: Mapping[str, str], variant: str | None, folder: Path) -> str:
+    if variant is None:
+        return "" if "" in choices else min(choices)
+    if variant not in choices:
+        names = ", ".join(name or "none (leave --variant out)" for name in sorted(choices))
+        raise CheckpointError(f"{folder}: no {show(variant)} variant of the weights", f"There are: {names}.")
+    return variant
+
+
+def _companions(root: Path, home: PurePosixPath) -> tuple[list[PurePosixPath], list[str]]:
+    """Every file below `root`, and the links to folders, which are not followed (a link may lead in a circle).
+
+    Only `home`, the folder that is pruned, may be a link itself.
+    """
+    files, links = [], []
+    tops = [root, root / home] if (root / home).is_symlink() and home.parts else [root]
+    for folder, folders, names in (step for top in tops for step in os.walk(top, onerror=_fail)):
+        here = Path(folder)
+        linked = [f for f in folders if (here / f).is_symlink()]
+        links += [(here / f).relative_to(root).as_posix() for f in sorted(linked) if here / f not in tops]
+        folders[:] = sorted(f for f in folders if f not in linked and f not in (".git", ".cache"))
+        for name in sorted(names):
+            if not (here / name).exists() and (here / name).is_symlink():
+                raise CheckpointError(
+                    f"{here / name}: a link to nothing", "Remove it, or fetch what it should lead to."
+                )
+            check_regular(here / name)
+            files.append(PurePosixPath((here / name).relative_to(root).as_posix()))
+    return files, links
+
+
+def _fail(error: OSError) -> NoReturn:
+    raise error

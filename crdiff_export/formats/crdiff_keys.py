@@ -1,0 +1,322 @@
+"""What a baked file says of its making: the `crdiff.*` keys of its header as values, and back again.
+
+docs/metadata.md specifies them. All values are strings and none starts with '{': A1111 would read such a value as a
+dict and then fail to save the file again (its `read_metadata_from_safetensors`).
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from crdiff_export.errors import CheckpointError
+from crdiff_export.formats import dtypes
+from crdiff_export.formats.safetensors import show
+from crdiff_export.sizes import Size
+
+SCHEMA = "1"
+PAPER = "arXiv:2604.05524"
+# What `crdiff.mask` says, where there is no threshold: the zeros of the file are what was pruned.
+ZEROS = "zeros"
+BLOCK_WISE = "block-wise"
+LAYER_WISE = "layer-wise"
+PREFIX = "crdiff."
+RESIDUALS = ("none", "embedded", "sidecar")
+HASH = re.compile(r"0x[0-9a-f]{64}")
+_GROUP = re.compile(r"crdiff\.(?:ratio|pruned|total)\.(.+)", re.DOTALL)
+_ASKED = re.compile(
+    r"crdiff\.(schema|criterion|family|targets|ratio\..*|resolution\.target|poa\.weight|recipe|provenance.*"
+    r"|cast|prompt|evidence\..*|residual|source\.\w+_sha256|calibration\.file_sha256)",
+    re.DOTALL,
+)
+# What Python writes a float as (`repr`), and as hex (`float.hex`).
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-][0-9]{1,3})?")
+_HEX_FLOAT = re.compile(r"0x[01]\.[0-9a-f]+p[+-][0-9]{1,3}")
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """The calibration that weights were ranked by: the hash of its file, and the size that it was made at."""
+
+    hash: str
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStamp:
+    """One group of a baked file: what was asked for and what was done. `threshold` None where thresholds are per layer
+    or there are none, and where the group was left alone."""
+
+    ratio: float
+    pruned: int
+    total: int
+    threshold: float | None = None
+    nonfinite: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """The `crdiff.*` keys as values. `thresholds` are per layer, in target order; None leaves a layer alone.
+
+    `masked` is the method of a file that has no thresholds, because something else than |w| has decided; None for one
+    that has some. `moved`: weights that stay were changed as well.
+    """
+
+    family: str
+    layout: str
+    prefix: str
+    criterion: str
+    targets: tuple[str, ...]
+    groups: Mapping[str, GroupStamp]
+    resolution: Size
+    native: Size
+    source_name: str
+    recipe: str
+    provenance: str
+    provenance_source: str
+    poa_weight: float
+    thresholds: tuple[float | None, ...] | None = None
+    masked: str | None = None
+    moved: bool = False
+    calibrated: Calibrated | None = None
+    source_hash: str | None = None
+    source_file_hash: str | None = None
+    cast: str | None = None
+    prompt: str | None = None
+    evidence: Mapping[str, str] = field(default_factory=dict)
+    residual: str = "none"
+    version: str = ""
+
+    def to_metadata(self) -> dict[str, str]:
+        """The keys as they stand in the header."""
+        keys = {
+            "schema": SCHEMA,
+            "version": self.version,
+            "paper": PAPER,
+            "method": self.masked or (LAYER_WISE if self.thresholds is not None else BLOCK_WISE),
+            "criterion": self.criterion,
+            "family": self.family,
+            "layout": self.layout,
+            "prefix": self.prefix,
+            "targets": ",".join(self.targets),
+            "resolution.target": str(self.resolution),
+            "resolution.native": str(self.native),
+            "source.name": self.source_name,
+            "recipe": self.recipe,
+            "provenance": self.provenance,
+            "provenance.source": self.provenance_source,
+            "poa.weight": repr(self.poa_weight),
+            "residual": self.residual,
+        }
+        for name, group in self.groups.items():
+            keys[f"ratio.{name}"] = repr(group.ratio)
+            keys[f"pruned.{name}"] = str(group.pruned)
+            keys[f"total.{name}"] = str(group.total)
+            if self.thresholds is None and not self.masked:
+                keys[f"threshold.{name}"] = _hex(group.threshold)
+            if group.nonfinite:
+                keys[f"nonfinite.{name}"] = str(group.nonfinite)
+        if self.thresholds is not None:
+            keys["thresholds"] = json.dumps([_hex(t) for t in self.thresholds], separators=(",", ":"))
+        optional = {
+            "source.hash_sha256": self.source_hash, "source.file_sha256": self.source_file_hash,
+            "cast": self.cast, "prompt": self.prompt,
+            "mask": ZEROS if self.masked else None, "moved": "true" if self.moved else None,
+            "calibration.file_sha256": self.calibrated.hash if self.calibrated else None,
+            "calibration.size": str(self.calibrated.size) if self.calibrated else None,
+        }  # fmt: skip
+        keys |= {key: text for key, text in optional.items() if text is not None}
+        keys |= {f"evidence.{key}": text for key, text in self.evidence.items()}
+        return {PREFIX + key: safe(text) for key, text in keys.items()}
+
+    def asked(self) -> dict[str, str]:
+        """The keys that decide what a file holds: base, numbers, schema.
+
+        Neither the tool's version nor what the base was called is among them, nor anything found in the weights.
+        """
+        return {key: text for key, text in self.to_metadata().items() if _ASKED.fullmatch(key)}
+
+    def digest(self) -> str | None:
+        """SHA-256 as hex of what decides a file's content; None if the hash of its base is not known."""
+        if not (self.source_hash or self.source_file_hash):
+            return None
+        return hashlib.sha256(json.dumps(self.asked(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def compare(self) -> str:
+        """What weights were compared with, as the criterion says it: those of their `block`, or of their `row`."""
+        options = self.criterion.partition(":")[2].split(",")
+        return next((text.removeprefix("compare=") for text in options if text.startswith("compare=")), "block")
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], where: str) -> "Stamp":
+        """Read the keys back; CheckpointError for a header that is not ours or not as the specification says."""
+        keys = _Keys(metadata, where)
+        method, masked = keys.one_of("method", (BLOCK_WISE, LAYER_WISE)), keys.masked()
+        thresholds = keys.thresholds() if method == LAYER_WISE and not masked else None
+        names = dict.fromkeys(match[1] for key in metadata if (match := _GROUP.fullmatch(key)))
+        return cls(
+            family=keys.text("family"),
+            layout=keys.text("layout"),
+            prefix=keys.text("prefix"),
+            criterion=keys.text("criterion"),
+            targets=tuple(keys.text("targets").split(",")),
+            groups={name: keys.group(name, shared=thresholds is None and not masked) for name in names},
+            resolution=keys.size("resolution.target"),
+            native=keys.size("resolution.native"),
+            source_name=keys.text("source.name"),
+            recipe=keys.text("recipe"),
+            provenance=keys.text("provenance"),
+            provenance_source=keys.text("provenance.source"),
+            poa_weight=keys.number("poa.weight"),
+            thresholds=thresholds,
+            masked=method if masked else None,
+            moved=masked and keys.moved(),
+            calibrated=keys.calibrated(),
+            source_hash=keys.hash("source.hash_sha256"),
+            source_file_hash=keys.hash("source.file_sha256"),
+            cast=keys.one_of("cast", tuple(dtypes.DTYPES.values())) if keys.optional("cast") is not None else None,
+            prompt=keys.optional("prompt"),
+            evidence=keys.below("evidence."),
+            residual=keys.text("residual"),
+            version=keys.text("version"),
+        )
+
+
+def is_baked(metadata: Mapping[str, str]) -> bool:
+    """Whether the header is one of ours."""
+    return PREFIX + "schema" in metadata
+
+
+class _Keys:
+    """Our keys of one header, each read with its place in the message if it is not what it should be."""
+
+    def __init__(self, metadata: Mapping[str, str], where: str) -> None:
+        self._metadata, self._where = metadata, where
+        schema = self.optional("schema")
+        if schema is None:
+            raise CheckpointError(
+                f"{where}: not made by crdiff (no {PREFIX}schema in its header)",
+                "`crdiff export` makes such files; `crdiff inspect` shows what this one is.",
+            )
+        if schema != SCHEMA:
+            raise CheckpointError(
+                f"{where}: its header has schema {show(schema)}, this crdiff reads {SCHEMA}", "Install a newer crdiff."
+            )
+
+    def optional(self, key: str) -> str | None:
+        text = self._metadata.get(PREFIX + key)
+        return text if text is None else _plain(text)
+
+    def text(self, key: str) -> str:
+        value = self.optional(key)
+        if value is None:
+            self._refuse(key, "is missing")
+        return value
+
+    def below(self, start: str) -> dict[str, str]:
+        start = PREFIX + start
+        return {key.removeprefix(start): _plain(text) for key, text in self._metadata.items() if key.startswith(start)}
+
+    def one_of(self, key: str, known: Sequence[str]) -> str:
+        text = self.text(key)
+        if text not in known:
+            self._refuse(key, f"is {show(text)}, not {' or '.join(known)}")
+        return text
+
+    def hash(self, key: str) -> str | None:
+        text = self.optional(key)
+        if text is not None and not HASH.fullmatch(text):
+            self._refuse(key, f"is {show(text)}, not 0x and 64 lowercase hex digits")
+        return text
+
+    def number(self, key: str) -> float:
+        text = self.text(key)
+        if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
+            self._refuse(key, f"is {show(text)}, not a number")
+        return float(text)
+
+    def ratio(self, key: str) -> float:
+        ratio = self.number(key)
+        if not 0 <= ratio < 1:
+            self._refuse(key, f"is {show(self.text(key))}, not a ratio from 0 to below 1")
+        return ratio
+
+    def whole(self, key: str, default: str | None = None) -> int:
+        text = self.text(key) if default is None else self._metadata.get(PREFIX + key, default)
+        if not re.fullmatch(r"[0-9]{1,18}", text):
+            self._refuse(key, f"is {show(text)}, not a whole number")
+        return int(text)
+
+    def size(self, key: str) -> Size:
+        match = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", self.text(key))
+        if not match:
+            self._refuse(key, f"is {show(self.text(key))}, not a size such as 512x512")
+        return Size(int(match[1]), int(match[2]))
+
+    def group(self, name: str, *, shared: bool) -> GroupStamp:
+        return GroupStamp(
+            ratio=self.ratio(f"ratio.{name}"),
+            pruned=self.whole(f"pruned.{name}"),
+            total=self.whole(f"total.{name}"),
+            threshold=self._magnitude(f"threshold.{name}", self.text(f"threshold.{name}")) if shared else None,
+            nonfinite=self.whole(f"nonfinite.{name}", "0"),
+        )
+
+    def masked(self) -> bool:
+        if self.optional("mask") is None:
+            return False
+        self.one_of("mask", (ZEROS,))
+        if beside := sorted(key for key in self._metadata if key.startswith(f"{PREFIX}threshold")):
+            self._refuse("mask", f"stands beside {show(beside[0])}")
+        return True
+
+    def moved(self) -> bool:
+        return self.optional("moved") is not None and self.one_of("moved", ("true",)) == "true"
+
+    def calibrated(self) -> Calibrated | None:
+        digest = self.hash("calibration.file_sha256")
+        if digest is None and self.optional("calibration.size") is None:
+            return None
+        if digest is None:
+            self._refuse("calibration.file_sha256", "is missing")
+        return Calibrated(digest, self.size("calibration.size"))
+
+    def thresholds(self) -> tuple[float | None, ...]:
+        try:
+            values = json.loads(self.text("thresholds"))
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+            self._refuse("thresholds", "is not a JSON array of hex floats")
+        return tuple(self._magnitude("thresholds", v) for v in values)
+
+    def _magnitude(self, key: str, text: str) -> float | None:
+        if text == "none":
+            return None
+        value = float.fromhex(text) if _HEX_FLOAT.fullmatch(text) else math.nan
+        if not value <= dtypes.value(dtypes.LARGEST) or dtypes.value(dtypes.bits(value)) != value:
+            self._refuse(key, f"is {show(text)}, not the hex float of a float32")
+        return value
+
+    def _refuse(self, key: str, what: str) -> NoReturn:
+        raise CheckpointError(
+            f"{self._where}: {PREFIX}{key} {what}",
+            "The header was changed after crdiff wrote it; export the file again from its base.",
+        )
+
+
+def safe(text: str) -> str:
+    """Text that does not start with '{': a space goes before one that would, and reading takes it away."""
+    return " " + text if text.lstrip(" ").startswith("{") else text
+
+
+def _plain(text: str) -> str:
+    return text[1:] if text.startswith(" ") and text.lstrip(" ").startswith("{") else text
+
+
+def _hex(value: float | None) -> str:
+    return "none" if value is None else float(value).hex()

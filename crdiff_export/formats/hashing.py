@@ -1,0 +1,71 @@
+"""SHA-256 of files and of their data sections, and git's id of a small file."""
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crdiff_export.formats.weight_file import SourceFile
+from crdiff_export.progress import Progress
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+PIECE = 8 << 20
+
+
+class Stopped(Exception):
+    """Nobody wants the hash any more."""
+
+
+def hash_data(file: SourceFile, progress: Progress) -> str:
+    """SHA-256 of a file's data section as hex."""
+    digest = hashlib.sha256()
+    feed(digest, file, 0, file.data_size, threading.Event(), progress)
+    return digest.hexdigest()
+
+
+def hash_file(path: Path, progress: Progress) -> str:
+    """SHA-256 of a whole file as hex, as `sha256sum` and the Hub give it."""
+    return hash_from(path, (0,), progress)[0]
+
+
+def git_id(path: Path) -> str:
+    """git's id of a small file's content (gitformat-loose: SHA-1 of `blob SIZE`, a zero byte and the content)."""
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def hash_from(path: Path, starts: Sequence[int], progress: Progress) -> list[str]:
+    """The SHA-256 of a file from each of several places to its end, as hex, from one reading."""
+    digests = [hashlib.sha256() for _ in starts]
+    buffer, place = memoryview(bytearray(PIECE)), 0
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            for digest, start in zip(digests, starts, strict=True):
+                digest.update(buffer[min(max(start - place, 0), size) : size])
+            place += size
+            progress.advance(size)
+    return [digest.hexdigest() for digest in digests]
+
+
+def feed(
+    digest: "_Hash", file: SourceFile, start: int, stop: int, stopped: threading.Event, progress: Progress | None = None
+) -> None:
+    """Hash data bytes `start:stop` of a file."""
+    if start == stop:
+        return
+    buffer = memoryview(bytearray(min(PIECE, stop - start)))
+    reader = file.open()
+    try:
+        for place in range(start, stop, PIECE):
+            if stopped.is_set():
+                raise Stopped
+            part = buffer[: min(PIECE, stop - place)]
+            reader.read_into(place, part)
+            digest.update(part)
+            if progress:
+                progress.advance(len(part))
+    finally:
+        reader.close()

@@ -1,0 +1,252 @@
+"""Torch pickles (`.ckpt`, `.pt`, `.pth`, `.bin`) as the safetensors file they would make, without torch.
+
+Since torch 1.6 such a file is a zip archive that is not compressed: `NAME/data.pkl` describes the tensors, and each
+`NAME/data/KEY` holds the bytes of one storage. https://github.com/pytorch/pytorch/blob/main/torch/serialization.py
+"""
+
+import io
+import math
+import struct
+import zipfile
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from crdiff_export.errors import CheckpointError
+from crdiff_export.formats import sniff
+from crdiff_export.formats.safetensors import BITS, MAX_DIMENSIONS, METADATA, TensorSpec, show
+from crdiff_export.formats.strict_json import is_text
+from crdiff_export.formats.unpickle import ForeignError, StridedTensor, UnpickleError, unpickle
+from crdiff_export.formats.weight_file import Bytes, FileBytes, SourceFile
+
+# Stable Diffusion with its EMA has 0.4 MB.
+MAX_PICKLE = 32 << 20
+# An archive's list of files; ten thousand storages need 1 MB.
+MAX_DIRECTORY = 8 << 20
+# What trainers wrap a model's weights in, from the outside in.
+_WRAPPERS = ("state_dict", "model_state_dict", "module", "params")
+_AGAIN = "Get the model as .safetensors, or save it again with a current torch."
+_DAMAGED = "The file is damaged, or the last download did not finish; fetch it again."
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A tensor's bytes in the archive: `size` of them from `start` on, or wherever `strides` (in bytes) lead."""
+
+    start: int
+    size: int
+    itemsize: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+
+
+# The files of an archive by their names below its one folder, as (first byte, size).
+_Entries = Mapping[str, tuple[int, int]]
+
+
+def open_pickle(path: Path) -> SourceFile:
+    """A pickle's tensors, placed as the safetensors library would place them; CheckpointError for anything but weights.
+
+    Nothing in the file is executed, whatever it names.
+    """
+    info = path.stat()
+    with path.open("rb") as file:
+        _check_kind(file.read(sniff.SIZE), path)
+    with _Clamped(path) as archive:
+        entries = _entries(archive, path)
+        found = _tensors(_value(archive, entries, path), path)
+    order = list(BITS)
+    names = sorted(found, key=lambda name: (-order.index(found[name].dtype), name))
+    specs, places, position = [], [], 0
+    for name in names:
+        tensor = found[name]
+        place = _place(tensor, entries, f"{path}: {show(name)}")
+        specs.append(TensorSpec(name, tensor.dtype, tensor.shape, position, position + place.size))
+        places.append(place)
+        position += place.size
+    tensors = _PickledTensors(path, tuple(spec.start for spec in specs), tuple(places))
+    return SourceFile(path, path.with_suffix(".safetensors").name, tuple(specs), {}, 0, info, tensors)
+
+
+def _check_kind(start: bytes, path: Path) -> None:
+    if start.startswith(b"PK"):
+        return
+    if not start:
+        raise CheckpointError(f"{path}: the file is empty", _DAMAGED)
+    if sniff.is_pickle(start):
+        raise CheckpointError(f"{path}: a bare pickle, as torch saved before 1.6; it is not read", _AGAIN)
+    if sniff.is_safetensors(start):
+        raise CheckpointError(f"{path}: a safetensors file under another name", "Rename it to .safetensors.")
+    sniff.refuse_other(start, path)
+    raise CheckpointError(f"{path}: not a torch checkpoint, which begins with 'PK'", _AGAIN)
+
+
+class _Clamped(io.FileIO):
+    """A file of which nobody can read more at once than an archive's directory may have; zipfile reads it whole."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(MAX_DIRECTORY if size is None or size < 0 else min(size, MAX_DIRECTORY)) or b""
+
+
+def _entries(archive: io.FileIO, path: Path) -> _Entries:
+    """What the archive holds; nothing of it may be compressed, so that it is not larger than the file."""
+    try:
+        listed = zipfile.ZipFile(archive).infolist()
+    # NotImplementedError is zipfile's for an archive of a version that it does not know.
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{path}: a damaged or truncated zip archive", _DAMAGED) from error
+    folders = [entry.filename.removesuffix("data.pkl") for entry in listed if entry.filename.endswith("/data.pkl")]
+    if len(folders) != 1 or folders[0].count("/") != 1:
+        raise CheckpointError(f"{path}: a zip archive, but not one that torch saves", _AGAIN)
+    names = [entry.filename.removeprefix(folders[0]) for entry in listed]
+    if "constants.pkl" in names:
+        raise CheckpointError(f"{path}: a TorchScript program, and programs are not run", _AGAIN)
+    if len(set(names)) < len(names):
+        raise CheckpointError(f"{path}: a zip archive that holds a file twice", _DAMAGED)
+    size = archive.seek(0, io.SEEK_END)
+    wanted = {
+        n: e for n, e in zip(names, listed, strict=True) if n in ("data.pkl", "byteorder") or n.startswith("data/")
+    }
+    return {name: _content(archive, entry, size, path) for name, entry in wanted.items()}
+
+
+def _content(archive: io.FileIO, entry: zipfile.ZipInfo, archive_size: int, path: Path) -> tuple[int, int]:
+    """Where a file's bytes lie, after its own header of 30 bytes, a name and an extra field."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
+        raise CheckpointError(f"{path}: {show(entry.filename)} in it is compressed, which torch never does", _AGAIN)
+    archive.seek(entry.header_offset)
+    local = archive.read(30)
+    if len(local) < 30 or not local.startswith(b"PK\x03\x04"):
+        raise CheckpointError(f"{path}: a damaged or truncated zip archive", _DAMAGED)
+    start = entry.header_offset + 30 + sum(struct.unpack("<HH", local[26:]))
+    if start + entry.file_size > archive_size:
+        raise CheckpointError(f"{path}: a damaged or truncated zip archive", _DAMAGED)
+    return start, entry.file_size
+
+
+def _value(archive: io.FileIO, entries: _Entries, path: Path) -> object:
+    if entries["data.pkl"][1] > MAX_PICKLE:
+        raise CheckpointError(f"{path}: its data.pkl is larger than that of any checkpoint", _AGAIN)
+    if "byteorder" in entries and _read(archive, entries["byteorder"]) != b"little":
+        raise CheckpointError(f"{path}: saved on a big-endian machine", _AGAIN)
+    try:
+        return unpickle(_read(archive, entries["data.pkl"]))
+    except ForeignError as error:
+        raise CheckpointError(
+            f"{path}: holds more than weights: its pickle {error}, and code in a checkpoint is not run",
+            "Get the model as .safetensors; if you trust its origin, convert it with the tool that made it.",
+        ) from error
+    except UnpickleError as error:
+        raise CheckpointError(f"{path}: its data.pkl {error}", _AGAIN) from error
+
+
+def _read(archive: io.FileIO, entry: tuple[int, int]) -> bytes:
+    start, size = entry
+    archive.seek(start)
+    parts = []
+    while size and (part := archive.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def _tensors(value: object, path: Path) -> dict[str, StridedTensor]:
+    for _ in range(8):
+        inner = next((value[k] for k in _WRAPPERS if isinstance(value, dict) and isinstance(value.get(k), dict)), None)
+        if inner is None:
+            break
+        value = inner
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds no named weights", "Give a model's checkpoint.")
+    found = {name: tensor for name, tensor in value.items() if isinstance(tensor, StridedTensor)}
+    if not found:
+        raise CheckpointError(f"{path}: holds no tensors", "Give a model's checkpoint.")
+    if name := next((name for name in found if name == METADATA or not is_text(name)), None):
+        raise CheckpointError(f"{path}: no safetensors file can hold a tensor called {show(name)}", _AGAIN)
+    return found
+
+
+def _place(tensor: StridedTensor, entries: _Entries, where: str) -> _Place:
+    """Where a tensor's bytes are; CheckpointError if they are not all there."""
+    storage, itemsize = tensor.storage, BITS[tensor.dtype] // 8
+    entry = entries.get(f"data/{storage.key}")
+    if entry is None:
+        raise CheckpointError(f"{where} has no bytes in the archive", _DAMAGED)
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        raise CheckpointError(f"{where} has {len(tensor.shape)} dimensions", _DAMAGED)
+    start, available = entry
+    if storage.count * (BITS[storage.dtype] // 8 if storage.dtype else 1) > available:
+        raise CheckpointError(f"{where} should have more bytes than the archive has", _DAMAGED)
+    count = math.prod(tensor.shape)
+    if not count:
+        return _Place(start, 0, itemsize, tensor.shape)
+    axes = [(size, stride) for size, stride in zip(tensor.shape, tensor.strides, strict=True) if size > 1]
+    last = tensor.offset + sum((size - 1) * stride for size, stride in axes)
+    if (last + 1) * itemsize > available:
+        raise CheckpointError(f"{where} lies outside the bytes that the archive has for it", _DAMAGED)
+    if count * itemsize > available:
+        raise CheckpointError(f"{where} repeats its weights (an expanded tensor)", _AGAIN)
+    start += tensor.offset * itemsize
+    sizes = tuple(size for size, _ in axes)
+    if _is_contiguous(axes):
+        return _Place(start, count * itemsize, itemsize, sizes)
+    return _Place(start, count * itemsize, itemsize, sizes, tuple(stride * itemsize for _, stride in axes))
+
+
+def _is_contiguous(axes: Sequence[tuple[int, int]]) -> bool:
+    expected = 1
+    for size, stride in reversed(axes):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class _PickledTensors:
+    path: Path
+    starts: tuple[int, ...]
+    places: tuple[_Place, ...]
+
+    def open(self) -> Bytes:
+        return _PickledBytes(self)
+
+
+class _PickledBytes:
+    """Reads tensors as if they lay one behind the other."""
+
+    def __init__(self, source: _PickledTensors) -> None:
+        self._source = source
+        self._file = FileBytes(source.path, 0)
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        done, index = 0, bisect_right(self._source.starts, offset) - 1
+        while done < len(target):
+            place = self._source.places[index]
+            inside = offset + done - self._source.starts[index]
+            part = target[done : done + place.size - inside]
+            if place.strides is None:
+                self._file.read_into(place.start + inside, part)
+            else:
+                _gather(self._source.path, place, place.strides, inside, part)
+            done += len(part)
+            index += 1
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _gather(path: Path, place: _Place, strides: tuple[int, ...], offset: int, target: memoryview) -> None:
+    """Bytes from `offset` on of a tensor that lies scattered in the file; only the rows that they are in are copied."""
+    import numpy as np
+
+    row = place.size // place.shape[0]
+    first, stop = offset // row, -(-(offset + len(target)) // row)
+    start = place.start + first * strides[0]
+    shape = (stop - first, *place.shape[1:])
+    span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + place.itemsize
+    mapped = np.memmap(path, np.uint8, "r", start, (span,))
+    rows = np.lib.stride_tricks.as_strided(mapped.view(f"<u{place.itemsize}"), shape, strides)
+    inside = offset - first * row
+    target[:] = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data[inside : inside + len(target)]

@@ -1,0 +1,126 @@
+"""One file of weights: what its header said, and its bytes when they are needed."""
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from crdiff_export.errors import CheckpointError
+from crdiff_export.formats.safetensors import TensorSpec
+
+
+class Bytes(Protocol):
+    """The bytes of a data section, to be read at any place. Not for use by two threads at once."""
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` with the bytes from `offset` on; CheckpointError if the file ends before."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is held."""
+        ...
+
+
+class Tensors(Protocol):
+    """Tensors that lie elsewhere than in a safetensors file (a pickle), as the bytes such a file would have."""
+
+    def open(self) -> Bytes:
+        """A reader of its own for each thread."""
+        ...
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of weights. `name` is its path below the checkpoint, and so below the output, with '/' between parts.
+
+    `info` is None for a file that is elsewhere and of which only the header is known: it can be planned, but not read.
+    """
+
+    path: Path
+    name: str
+    tensors: tuple[TensorSpec, ...]
+    metadata: Mapping[str, str]
+    data_start: int
+    info: os.stat_result | None
+    tensors_of: Tensors | None = None
+
+    @cached_property
+    def data_size(self) -> int:
+        """Bytes of the data section."""
+        return max((t.end for t in self.tensors), default=0)
+
+    @cached_property
+    def by_offset(self) -> tuple[TensorSpec, ...]:
+        """The tensors in the order of their bytes."""
+        return tuple(sorted(self.tensors, key=lambda t: (t.start, t.end)))
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether most of the file is a hole, so that its weights are not really there."""
+        if self.info is None:
+            return False
+        # Windows has no st_blocks; there a file counts as stored in full.
+        stored = getattr(self.info, "st_blocks", self.info.st_size // 512 + 1) * 512
+        return bool(self.data_size > 1 << 20 and stored < self.data_size // 2)
+
+    def open(self) -> Bytes:
+        """A reader of the data section, one for each thread."""
+        return self.tensors_of.open() if self.tensors_of else FileBytes(self.path, self.data_start)
+
+    def check_unchanged(self) -> None:
+        """CheckpointError if the file is another than when its header was read, as not every pass saw the same."""
+        then, now = self.info, check_regular(self.path)
+        if then is None or (now.st_size, now.st_mtime_ns, now.st_ino) != (then.st_size, then.st_mtime_ns, then.st_ino):
+            raise CheckpointError(
+                f"{self.path}: the file changed while it was read",
+                "Leave it alone during the export, then run it again.",
+            )
+
+
+class FileBytes:
+    """The bytes of a file from `start` on."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self._path, self._start = path, start
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        done = 0
+        while done < len(target):
+            try:
+                self._file.seek(self._start + offset + done)
+                got = self._file.readinto(target[done:])
+            except OSError as error:
+                raise self._failed(error) from error
+            if not got:
+                raise CheckpointError(
+                    f"{self._path}: the file became shorter while it was read",
+                    "Leave the file alone during the export, then run it again.",
+                )
+            done += got
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _failed(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{self._path}: reading failed: {error.strerror}", "Check the disk, or copy the file to another one."
+        )
+
+
+def check_regular(path: Path) -> os.stat_result:
+    """A file's facts; CheckpointError for a folder, and for a pipe or device, where reading may never end."""
+    info = path.stat()
+    if stat.S_ISDIR(info.st_mode):
+        raise CheckpointError(f"{path}: a folder, where a file should be", "Put the file itself there.")
+    if not stat.S_ISREG(info.st_mode):
+        raise CheckpointError(
+            f"{path}: a pipe, device or socket, not a file", "Give a checkpoint file or a diffusers folder."
+        )
+    return info

@@ -1,0 +1,1 @@
+"""What is known about models: families, recipes and the built-in demo model."""

@@ -1,0 +1,126 @@
+"""How a scene becomes a picture: where its things are, and how much of each pixel they cover."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crdiff_export.errors import CrdiffError
+from crdiff_export.models.demo.scenes import BACKGROUNDS, COLOURS, Scene, Thing
+
+SMALLEST = 32
+# All lengths are parts of the picture's smaller side; a thing's size is that of the square around it.
+DIAMETERS = {"small": (0.24, 0.30), "large": (0.50, 0.60), "counted": (0.27, 0.31), "related": (0.30, 0.36)}
+MARGIN = 0.05
+GAP = 0.06
+SLANT = 0.4  # how far off its axis a relation may be: a tangent, 22 degrees
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A thing and the square around it: its centre and half its side, in pixels."""
+
+    thing: Thing
+    x: float
+    y: float
+    half: float
+
+
+def draw(scene: Scene, width: int, height: int, rng: np.random.Generator | int) -> NDArray[np.uint8]:
+    """The scene's picture; nothing in it touches the border or another thing, and its relation holds clearly."""
+    picture: NDArray[np.uint8] = draw_batch((scene,), width, height, rng)[0]
+    return picture
+
+
+def draw_batch(scenes: Sequence[Scene], width: int, height: int, rng: np.random.Generator | int) -> NDArray[np.uint8]:
+    """A picture of each scene."""
+    if min(width, height) < SMALLEST:
+        raise CrdiffError(
+            f"{width}x{height} is too small for a scene", f"Use at least {SMALLEST} pixels on either side."
+        )
+    generator = np.random.default_rng(rng)
+    pictures = np.empty((len(scenes), height, width, 3), np.uint8)
+    for picture, scene in zip(pictures, scenes, strict=True):
+        picture[:] = BACKGROUNDS[scene.background]
+        for placed in place(scene, width, height, generator):
+            _paint(picture, placed)
+    return pictures
+
+
+def place(scene: Scene, width: int, height: int, rng: np.random.Generator) -> list[Placed]:
+    """Where the scene's things are, in the order of `scene.things`."""
+    side = min(width, height)
+    things = scene.things
+    low, high = DIAMETERS[scene.first.size or scene.kind]
+    halves = (rng.uniform(low, high, len(things)) * side / 2).tolist()
+    if scene.kind == "related":
+        centres = _related(scene.relation, (width, height), halves, rng)
+    else:
+        centres = _scattered((width, height), halves, rng)
+    return [Placed(thing, x, y, half) for thing, (x, y), half in zip(things, centres, halves, strict=True)]
+
+
+def _related(
+    relation: str, size: tuple[int, int], halves: list[float], rng: np.random.Generator
+) -> list[tuple[float, float]]:
+    """Two centres, one after the other along the relation's axis and nearly level across it."""
+    side = min(size)
+    axis = 0 if relation in ("left of", "right of") else 1
+    swapped = relation in ("right of", "below")
+    a, b = reversed(halves) if swapped else halves
+    start, end, across, shift = rng.random(4).tolist()
+    start, end = min(start, end), max(start, end)
+    apart = a + b + GAP * side
+    slack = size[axis] - 2 * MARGIN * side - a - b - apart
+    near = MARGIN * side + a + slack * start
+    far = near + apart + slack * (end - start)
+
+    def level(half: float) -> tuple[float, float]:
+        return MARGIN * side + half, size[1 - axis] - MARGIN * side - half
+
+    low, high = level(a)
+    first = low + (high - low) * across
+    low, high = level(b)
+    second = min(max(first + SLANT * (far - near) * (2 * shift - 1), low), high)
+    centres = [(near, first), (far, second)] if axis == 0 else [(first, near), (second, far)]
+    return centres[::-1] if swapped else centres
+
+
+def _scattered(size: tuple[int, int], halves: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Centres anywhere, such that the squares around the things keep the gap."""
+    side = min(size)
+    half = np.array(halves)[:, None]
+    low = MARGIN * side + half
+    high = np.array(size) - low
+    one, other = np.triu_indices(len(halves), 1)
+    apart = half[one, 0] + half[other, 0] + GAP * side
+    while True:  # one try in 20 fits in the worst case, three things in a square
+        tries = low + (high - low) * rng.random((32 if len(halves) > 1 else 1, len(halves), 2))
+        fits = (np.abs(tries[:, one] - tries[:, other]).max(-1) >= apart).all(-1)
+        if fits.any():
+            return [(x, y) for x, y in tries[fits.argmax()].tolist()]
+
+
+def _paint(picture: NDArray[np.uint8], placed: Placed) -> None:
+    """Mix the thing's colour into the picture, by the part of each pixel that it covers."""
+    height, width = picture.shape[:2]
+    left, right = max(0, int(placed.x - placed.half) - 1), min(width, int(placed.x + placed.half) + 2)
+    top, bottom = max(0, int(placed.y - placed.half) - 1), min(height, int(placed.y + placed.half) + 2)
+    x = np.arange(left, right, dtype=np.float32)[None, :] + np.float32(0.5 - placed.x)
+    y = np.arange(top, bottom, dtype=np.float32)[:, None] + np.float32(0.5 - placed.y)
+    cover = np.clip(0.5 - distance(placed.thing.shape, x, y, placed.half), 0, 1)[..., None]
+    part = picture[top:bottom, left:right]
+    colour = np.array(COLOURS[placed.thing.colour], np.float32)
+    part[:] = np.rint(part + (colour - part) * cover)
+
+
+def distance(shape: str, x: NDArray[np.float32], y: NDArray[np.float32], half: float) -> NDArray[np.float32]:
+    """How far each point is outside of the shape around the origin; negative inside."""
+    if shape == "circle":
+        outside = np.hypot(x, y)
+    elif shape == "square":
+        outside = np.maximum(np.abs(x), np.abs(y))
+    else:  # as wide as high: the sides of the triangle fall two down for one across
+        outside = np.maximum((2 * np.abs(x) - y - half) / 5**0.5 + half, y)
+    return np.asarray(outside - half, np.float32)

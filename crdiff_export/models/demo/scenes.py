@@ -1,0 +1,203 @@
+"""The pictures that the demo model knows: scenes of one to three plain shapes, each with a prompt that says it all.
+
+The language is closed and has one prompt for each scene, so that a prompt can be parsed back and a picture be judged.
+Three kinds: "a large red circle on white", "two red circles on white", "a red circle left of a blue square on white".
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Literal, Self
+
+from crdiff_export.errors import CrdiffError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Kind = Literal["single", "counted", "related"]
+Colour = tuple[int, int, int]
+
+SHAPES = ("circle", "square", "triangle")
+# Any two are at least 97 apart in RGB, so that noise and blur do not turn one into another.
+COLOURS: dict[str, Colour] = {
+    "red": (215, 30, 40),
+    "green": (40, 165, 60),
+    "blue": (40, 75, 215),
+    "yellow": (250, 225, 40),
+    "purple": (150, 45, 185),
+    "orange": (240, 130, 20),
+}
+BACKGROUNDS: dict[str, Colour] = {"white": (245, 245, 245), "black": (15, 15, 15), "grey": (128, 128, 128)}
+SIZES = ("small", "large")
+COUNTS = {"two": 2, "three": 3}
+# Each with the one that says the same when the two things change places.
+RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+# Those that the model has learnt. With both ways to say the same it soon learnt the axis, but not in two hours which
+# of the two things is where: whichever is named first, half of the pictures have it on either side.
+LEARNT = ("left of", "above")
+SHARES: dict[Kind, float] = {"single": 0.2, "counted": 0.2, "related": 0.6}
+
+EXAMPLE = "a red circle left of a blue square on white"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Thing:
+    """What is to be seen: one shape of one colour, perhaps several times; only a thing on its own has a size."""
+
+    shape: str
+    colour: str
+    size: str = ""
+    count: int = 1
+
+    @property
+    def phrase(self) -> str:
+        """Its words, as in "a large red circle" or "two red circles"."""
+        what = f"{self.size} {self.colour} {self.shape}".lstrip()
+        number = next((word for word, count in COUNTS.items() if count == self.count), "an" if what[0] == "o" else "a")
+        return f"{number} {what}s" if self.count > 1 else f"{number} {what}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Scene:
+    """Things on a background; `first` stands in `relation` to `second` where there are two kinds of them."""
+
+    background: str
+    first: Thing
+    relation: str = ""
+    second: Thing | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """Which of the three forms its prompt has."""
+        if self.second:
+            return "related"
+        return "counted" if self.first.count > 1 else "single"
+
+    @property
+    def learnt(self) -> bool:
+        """Whether the model knows what all of its words mean."""
+        return not self.relation or self.relation in LEARNT
+
+    @property
+    def things(self) -> tuple[Thing, ...]:
+        """Every single shape in the picture, the first thing's before the second's."""
+        alone = (Thing(self.first.shape, self.first.colour, self.first.size),) * self.first.count
+        return (*alone, self.second) if self.second else alone
+
+    @property
+    def prompt(self) -> str:
+        """The only prompt of this scene."""
+        between = f" {self.relation} {self.second.phrase}" if self.second else ""
+        return f"{self.first.phrase}{between} on {self.background}"
+
+    @property
+    def combination(self) -> str:
+        """What it shares with the scenes that differ from it in background, or in which thing is named first."""
+        other = self.second
+        if other and self.relation in ("right of", "below"):
+            return f"{other.phrase} {RELATIONS[self.relation]} {self.first.phrase}"
+        return self.prompt.removesuffix(f" on {self.background}")
+
+    @classmethod
+    def parse(cls, prompt: str) -> Self:
+        """The scene whose prompt this is, exactly."""
+        found = _PROMPT.fullmatch(prompt)
+        scene = cls(found["background"], *cls._things(found)) if found else None
+        if scene and scene.prompt == prompt and scene.first != scene.second:
+            return scene
+        unknown = [word for word in prompt.split() if word not in vocabulary()]
+        if unknown:
+            reason = f"it does not know {', '.join(unknown)}"
+        elif scene and scene.first == scene.second:
+            reason = "its two things are the same"
+        else:
+            reason = "its words are in no order that it knows"
+        raise CrdiffError(
+            f'"{prompt}" is no prompt of the demo model: {reason}',
+            f'Write it like "{EXAMPLE}", of these words: {", ".join(vocabulary())}.',
+        )
+
+    @staticmethod
+    def _things(found: re.Match[str]) -> tuple[Thing] | tuple[Thing, str, Thing]:
+        """The first thing, and the relation and the second where there are."""
+        first = Thing(found["shape"], found["colour"], found["size"] or "", COUNTS.get(found["many"], 1))
+        return (first, found["relation"], Thing(found["shape2"], found["colour2"])) if found["relation"] else (first,)
+
+    def render(self, width: int, height: int, rng: "np.random.Generator | int") -> "NDArray[np.uint8]":
+        """A picture of it, [height, width, 3]; the generator, or one of this seed, decides where the things are."""
+        from crdiff_export.models.demo import drawing
+
+        return drawing.draw(self, width, height, rng)
+
+
+def _prompts() -> str:
+    """The whole language as a regular expression."""
+
+    def any_of(words: Sequence[str] | dict[str, Colour] | dict[str, int] | dict[str, str]) -> str:
+        return "|".join(words)
+
+    shape, colour = any_of(SHAPES), any_of(COLOURS)
+    many = f"(?P<many>{any_of(COUNTS)}) "
+    second = f" (?P<relation>{any_of(RELATIONS)}) an? (?P<colour2>{colour}) (?P<shape2>{shape})"
+    start = f"(?:an? (?:(?P<size>{any_of(SIZES)}) )?|{many})(?P<colour>{colour}) (?P<shape>{shape})"
+    # A plural after a number only, a second thing where there is neither a number nor a size, and always there.
+    end = f"(?(many)s|(?(size)|{second}))"
+    return f"{start}{end} on (?P<background>{any_of(BACKGROUNDS)})"
+
+
+_PROMPT = re.compile(_prompts())
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every word of the language, sorted."""
+    relations = {word for relation in RELATIONS for word in relation.split()}
+    plurals = {f"{shape}s" for shape in SHAPES}
+    return tuple(sorted({"a", "an", "on", *SHAPES, *plurals, *COLOURS, *BACKGROUNDS, *SIZES, *COUNTS, *relations}))
+
+
+def all_scenes() -> Iterator[Scene]:
+    """Every scene there is, in an order that does not change."""
+    pairs = list(product(SHAPES, COLOURS))
+    for background in BACKGROUNDS:
+        for shape, colour in pairs:
+            yield from (Scene(background, Thing(shape, colour, size)) for size in SIZES)
+            yield from (Scene(background, Thing(shape, colour, count=count)) for count in COUNTS.values())
+        for first, relation, second in product(pairs, RELATIONS, pairs):
+            if first != second:
+                yield Scene(background, Thing(*first), relation, Thing(*second))
+
+
+def split(held_out: float = 0.1) -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
+    """All scenes as those to train on and about this share of them that training never sees, on no background.
+
+    No held-out scene is a training scene with its two things named the other way round.
+    """
+    train: list[Scene] = []
+    kept: list[Scene] = []
+    for scene in all_scenes():
+        number = int.from_bytes(hashlib.sha256(scene.combination.encode()).digest()[:6])
+        (kept if number < held_out * 2**48 else train).append(scene)
+    return tuple(train), tuple(kept)
+
+
+def sample(rng: "np.random.Generator", scenes: Sequence[Scene], count: int = 1) -> list[Scene]:
+    """So many of the scenes at random: each kind as often as `SHARES` has it, each scene of a kind equally often."""
+    kinds: dict[Kind, list[Scene]] = {}
+    for scene in scenes:
+        kinds.setdefault(scene.kind, []).append(scene)
+    names = list(kinds)
+    total = sum(SHARES[name] for name in names)
+    chosen = rng.choice(len(names), count, p=[SHARES[name] / total for name in names])
+    return [kinds[names[i]][int(rng.integers(len(kinds[names[i]])))] for i in chosen]
+
+
+def render_batch(
+    scenes: Sequence[Scene], width: int, height: int, rng: "np.random.Generator | int"
+) -> "NDArray[np.uint8]":
+    """A picture of each scene, [scene, height, width, 3]."""
+    from crdiff_export.models.demo import drawing
+
+    return drawing.draw_batch(scenes, width, height, rng)

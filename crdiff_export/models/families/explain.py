@@ -1,0 +1,98 @@
+"""Why no family fits, in one line: the nearest one and what it lacks, or what the file is instead."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from crdiff_export.errors import FamilyError
+from crdiff_export.models.families.catalogue import all_families
+from crdiff_export.models.families.fit import Fit, Shapes, holds
+from crdiff_export.models.families.model import Mark
+
+_SHOWN = 3
+_LONGEST = 80
+_SAMPLE = 1000
+
+# Parts of names that give a file away when most of its tensors have one (kohya, PEFT, LyCORIS; CLIP, OpenCLIP, T5).
+_OTHERS = {
+    "this is a LoRA, not a checkpoint": (
+        *("lora_unet_", "lora_te", "lora_transformer_", ".lora_A.", ".lora_B.", ".lora_up.", ".lora_down."),
+        *("lora.up.", "lora.down.", ".lokr_w", ".hada_w"),
+    ),
+    "this is a ControlNet, not a checkpoint": ("control_model.", "controlnet_"),
+    "this is a text encoder, not a diffusion model": ("text_model.", "transformer.resblocks.", "encoder.block."),
+    "this is a VAE, not a diffusion model": ("encoder.down", "encoder.mid", "decoder.up", "decoder.mid"),
+    "this is a language model, not a diffusion model": ("model.layers.", "lm_head."),
+}
+
+
+def explain(fits: Sequence[Fit], shapes: Shapes) -> FamilyError:
+    """The error for a file that `detect` finds no family for."""
+    nearest = max(fits, key=lambda fit: fit.score, default=None)
+    if nearest is None:
+        reason = _something_else(shapes)
+    elif nearest.exact:
+        reason = _wrong_marks([fit for fit in fits if fit.exact and fit.prefix == nearest.prefix], shapes)
+    else:
+        reason = _wrong_names(nearest, shapes)
+    titles = ", ".join(family.title for family in all_families() if family.id != "demo")
+    return FamilyError(reason, f"Supported, in the original and the diffusers layout, finetunes included: {titles}.")
+
+
+def show(key: str) -> str:
+    """A tensor's name, safe to print: a name from a file may hold anything."""
+    short = key if len(key) <= _LONGEST else f"{key[:_LONGEST]}..."
+    return short if short.isprintable() and short else ascii(short)
+
+
+def _wrong_names(fit: Fit, shapes: Shapes) -> str:
+    missing, extras = fit.missing(shapes), fit.extras(shapes)
+    parts = [f"{fit.found} of {len(fit.signature.tensors)} target tensors found"]
+    if missing:
+        parts.append(f"missing {_some(missing)}")
+    if extras:
+        parts.append(f"and {fit.signature.family.title} has no {_some(extras)}")
+    return f"no known model family: nearest is {_place(fit)}: {', '.join(parts)}"
+
+
+def _wrong_marks(fits: list[Fit], shapes: Shapes) -> str:
+    """All names fit, so the reason is a mark; families that stumble over the same tensor share a clause."""
+    clauses: defaultdict[str, list[str]] = defaultdict(list)
+    for fit in fits:
+        mark = next(mark for mark in fit.signature.layout.marks if not holds(mark, fit.prefix, shapes))
+        seen, wanted = _objection(mark, fit.prefix, shapes)
+        clauses[seen].append(f"{fit.signature.family.title} has {wanted}")
+    reasons = "; ".join(f"{seen}, {', '.join(wanted)}" for seen, wanted in clauses.items())
+    return f"no known model family: the layers are those of {_place(fits[0])}, but {reasons}"
+
+
+def _objection(mark: Mark, prefix: str, shapes: Shapes) -> tuple[str, str]:
+    """What the file has, and what the family has instead."""
+    key = prefix + mark.tensor
+    shape = shapes.get(key)
+    if shape is None:
+        return f"there is no {key}", "one"
+    if not mark.present:
+        return f"there is a {key}", "none"
+    size = str(shape[mark.axis]) if mark.axis < len(shape) else "none"
+    return f"{mark.what} {size} at {key}", str(mark.size)
+
+
+def _something_else(shapes: Shapes) -> str:
+    if not shapes:
+        return "no known model family: the file has no tensors"
+    names = tuple(shapes)
+    sample = names[:: 1 + len(names) // _SAMPLE]
+    for sentence, parts in _OTHERS.items():
+        if 2 * sum(any(part in name for part in parts) for name in sample) > len(sample):
+            return f"no known model family: {sentence}, e.g. {show(names[0])}"
+    return f"no known model family: none of {len(names)} tensors is named like one of theirs, e.g. {_some(names)}"
+
+
+def _place(fit: Fit) -> str:
+    return f"{fit.signature.family.title} ({fit.signature.layout.name} layout, prefix {fit.prefix!r})"
+
+
+def _some(keys: Sequence[str]) -> str:
+    """The first few names of many."""
+    shown = ", ".join(map(show, keys[:_SHOWN]))
+    return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more"

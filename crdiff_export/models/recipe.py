@@ -1,0 +1,163 @@
+"""Recipes: for one model family, which share of each group is pruned at which size, and where the numbers come from."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal
+
+from crdiff_export.errors import OptionError, RecipeError
+from crdiff_export.formats.text import did_you_mean
+from crdiff_export.sizes import Size
+
+Provenance = Literal["starting-point", "searched", "published"]
+Scalar = str | int | float | bool
+
+TARGETS: Final = ("attn", "ff", "attn2")
+MAX_POA_WEIGHT: Final = 10.0  # ours: the public code uses 1.5; a weight beyond 10 is a typing error
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What was measured: mean scores of the pruned and the dense model, and an interval of pruned minus dense."""
+
+    scorer: str
+    pruned: float
+    dense: float | None = None
+    prompts: int | None = None
+    interval: tuple[float, float] | None = None
+    extra: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """The numbers for one size, for any prompt or for one."""
+
+    resolution: Size
+    ratios: Mapping[str, float]
+    poa_weight: float
+    provenance: Provenance
+    source: str
+    targets: tuple[str, ...] | None = None
+    prompt: str | None = None
+    evidence: Evidence | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All variants of one family; `name` is that of the file, without its folder."""
+
+    family: str
+    title: str
+    native: Size
+    repo: str | None
+    file: str | None
+    variants: tuple[Variant, ...]
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The variant for a target; where it is not `exact`, for this size and prompt, `note` says so in one line."""
+
+    variant: Variant
+    exact: bool
+    note: str | None
+
+
+def choose(recipe: Recipe, target: Size, prompt: str | None = None) -> Choice:
+    """The variant nearest to the target, with its own size; those for another prompt do not count.
+
+    Nearest is the least hypot(ln(area / target area), ln(aspect / target aspect)): half and double are equally far.
+    Ties go to the variant for this very prompt, then to the smaller width, then height; the file's order is no matter.
+    """
+    fitting = [variant for variant in recipe.variants if variant.prompt in (None, prompt)]
+    if not fitting:
+        which = "variant for any prompt" if recipe.variants else "variant"
+        hint = f"Add a [[variant]] for {target} to it, or give the ratios on the command line."
+        if recipe.variants and prompt is None:
+            hint = "Add a [[variant]] without a prompt, or take one of its prompts: crdiff export --prompt."
+        raise RecipeError(f"{recipe.name} has no {which}", hint)
+
+    def rank(variant: Variant) -> tuple[float, bool, int, int]:
+        size = variant.resolution
+        return _distance(size, target), variant.prompt != prompt, size.width, size.height
+
+    best = min(fitting, key=rank)
+    if (best.resolution, best.prompt) == (target, prompt):
+        return Choice(best, exact=True, note=None)
+    wanted = f"{target}" if prompt is None else f"{target} and this prompt"
+    standing = best.provenance.replace("-", " ")
+    return Choice(best, exact=False, note=f"no variant for {wanted}; using the one for {best.resolution} ({standing})")
+
+
+def _distance(one: Size, other: Size) -> float:
+    area = math.log(one.width * one.height) - math.log(other.width * other.height)
+    aspect = math.log(one.width / one.height) - math.log(other.width / other.height)
+    return round(math.hypot(area, aspect), 9)  # the last digits of a logarithm differ between platforms, ties must not
+
+
+def override(
+    variant: Variant,
+    groups: tuple[str, ...],
+    ratio: float | None = None,
+    per_group: Mapping[str, float] | None = None,
+    poa_weight: float | None = None,
+    by: str = "on the command line",
+) -> Variant:
+    """The variant with numbers of the user's own, given in a place `by`; one in `per_group` wins over `ratio`.
+
+    A single ratio given makes the whole set a starting point without evidence, for nobody measured that set.
+    """
+    given = dict.fromkeys(groups, ratio) if ratio is not None else {}
+    for group, share in {**given, **(per_group or {})}.items():
+        if group not in groups:
+            hint = f"{did_you_mean(group, groups, 'groups')} --ratio is for all of them."
+            raise OptionError(f"this model has no group {group!r} to prune", hint)
+        given[group] = check_ratio(f"the ratio of {group}", share)
+    if given:
+        if len(given) < len(groups):
+            check_groups(variant, groups, f"the variant for {variant.resolution}")
+        variant = replace(
+            variant,
+            ratios={group: given[group] if group in given else variant.ratios[group] for group in groups},
+            provenance="starting-point",
+            source=f"given {by}",
+            prompt=None,
+            evidence=None,
+        )
+    if poa_weight is not None:
+        weight = check_poa_weight("the POA weight", poa_weight)
+        source = variant.source if given else f"{variant.source}; POA weight given {by}"
+        evidence = variant.evidence
+        if evidence and weight != variant.poa_weight:  # what was measured of POA was so at another weight
+            extra = {key: value for key, value in evidence.extra.items() if key not in ("poa", "poa_low", "poa_high")}
+            evidence = replace(evidence, extra=extra)
+        variant = replace(variant, poa_weight=weight, source=source, evidence=evidence)
+    return variant
+
+
+def check_ratio(what: str, ratio: float) -> float:
+    """The ratio, if it is one; `what` begins the refusal."""
+    if not 0 <= ratio < 1:
+        raise RecipeError(f"{what} is {ratio}, must be 0 <= ratio < 1", "0.3 sets 30 % of the weights to zero, 0 none.")
+    return ratio
+
+
+def check_poa_weight(what: str, weight: float) -> float:
+    """The weight, if it is one; `what` begins the refusal."""
+    if not 0 <= weight <= MAX_POA_WEIGHT:
+        hint = "1 is the pruned model, 0 the dense one; the public code uses 1.5."
+        raise RecipeError(f"{what} is {weight}, must be 0 <= weight <= {MAX_POA_WEIGHT:g}", hint)
+    return weight
+
+
+def check_groups(variant: Variant, groups: tuple[str, ...], where: str) -> None:
+    """Refuse ratios that are not one for each of the family's groups."""
+    for group in variant.ratios:
+        if group not in groups:
+            message = f"{where}: ratios.{group} is for a group that this model does not have"
+            raise RecipeError(message, did_you_mean(group, groups, "groups"))
+    for group in groups:
+        if group not in variant.ratios:
+            whole = ", ".join(f"{name} = {variant.ratios.get(name, 0.3)}" for name in groups)
+            raise RecipeError(f"{where}: ratios.{group} is missing", f"Write ratios = {{ {whole} }}.")

@@ -1,0 +1,162 @@
+"""Where recipes come from: the built-in folder, a file of the user's, the config.json of the public code's search."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from crdiff_export.errors import RecipeError
+from crdiff_export.formats.text import did_you_mean
+from crdiff_export.models.recipe import Recipe
+from crdiff_export.models.recipe_toml import Table, parse, parse_variant, shown
+
+MAX_BYTES: Final = 1 << 20
+
+
+def builtin_path() -> Path:
+    """The folder of the built-in recipes: inside an installed package, beside the package in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "recipes", package.parent / "recipes"):
+        if folder.is_dir():
+            return folder
+    raise RecipeError("the built-in recipes are missing from this installation", "Install the package again.")
+
+
+def aliases() -> tuple[str, ...]:
+    """The names of the built-in recipes, sorted."""
+    return tuple(sorted(path.stem for path in builtin_path().glob("*.toml")))
+
+
+def builtin() -> tuple[Recipe, ...]:
+    """Every built-in recipe, sorted by alias."""
+    return tuple(load(builtin_path() / f"{alias}.toml") for alias in aliases())
+
+
+def by_alias(name: str) -> Recipe | None:
+    """The built-in recipe of that name; None for any other text, a path included."""
+    return load(builtin_path() / f"{name}.toml") if name in aliases() else None
+
+
+def unknown_alias_hint(name: str) -> str:
+    """The hint for a name that is no alias: the nearest one, and all."""
+    return did_you_mean(name, aliases(), "built-in recipes")
+
+
+def load(path: str | Path) -> Recipe:
+    """Read a recipe's TOML, or the .json file that the public code's search leaves."""
+    path = Path(path)
+    if path.is_dir():
+        raise RecipeError(f"{path}: a folder, not a recipe file", "Name one .toml file in it.")
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path}: no such recipe file", "`crdiff recipes list` shows the built-in ones.") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}", "Name a file that you can read.") from error
+    if len(data) > MAX_BYTES:
+        raise RecipeError(f"{path}: more than 1 MiB", "A recipe is a short text; is this the checkpoint?")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 at byte {error.start}", "Save it as UTF-8 text.") from error
+    return from_public_config(text, path.name) if path.suffix.lower() == ".json" else parse(text, path.name)
+
+
+# --- config.json: {"model_config": {...}, "best_avg_score": ..., "best_global_params_ratio": {...}} ---
+
+PUBLIC_EXAMPLES: Final = {
+    "model_config": '"model_config": {"name": "sdxl", "width": 512, "height": 512}',
+    "name": '"name": "sdxl", or "sd1.5", or "sd2.1"',
+    "width": '"width": 512',
+    "height": '"height": 512',
+    "best_avg_score": '"best_avg_score": 0.42',
+    "best_global_params_ratio": '"best_global_params_ratio": {"down_ratio": 0.3, "up_ratio": 0.3, "mid_ratio": 0.3}',
+    "down_ratio": '"down_ratio": 0.3',
+    "mid_ratio": '"mid_ratio": 0.3',
+    "up_ratio": '"up_ratio": 0.3',
+    "best_global_params_sd3": '"best_global_params_sd3": {"shared_ratio": 0.3}',
+    "shared_ratio": '"shared_ratio": 0.3',
+    "pruning_method": '"pruning_method": "ratio"; the other method\'s numbers are thresholds, not ratios',
+}
+PUBLIC_ORDER: Final = ("down", "up", "mid")  # of a list, as the public code's own command lines have it
+FAMILY_PATTERNS: Final = (
+    ("refiner", "sdxl-refiner"),
+    ("xl", "sdxl"),
+    ("flux.*schnell", "flux-schnell"),
+    ("flux", "flux-dev"),
+    ("(sd|diffusion)-?3-?5.*large", "sd35-large"),
+    ("(sd|diffusion)-?3-?5.*medium", "sd35-medium"),
+    ("(sd|diffusion)-?3(?!-?5)", "sd3-medium"),
+    ("(sd|diffusion|^v)-?v?1-?5", "sd15"),
+    ("(sd|diffusion|^v)-?v?2-?1", "sd21"),
+)
+
+
+def from_public_config(text: str, name: str) -> Recipe:
+    """That file as a recipe with one searched variant; which checkpoint was searched on it does not say for sure."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        hint = "A .json recipe is what the public code's search leaves."
+        raise RecipeError(f"{name}: not JSON: {error}", hint) from error
+    document = Table(values if isinstance(values, dict) else {}, name, examples=PUBLIC_EXAMPLES)
+    model = document.table("model_config")
+    method = values.get("pruning_method", "ratio")
+    if method != "ratio":
+        raise document.wrong("pruning_method", f"is {shown(method)}")
+    score = document.number("best_avg_score")
+    if score == -2:
+        hint = "That search counts a failed run as -2: mend it and run it again."
+        raise document.wrong("best_avg_score", "is -2, so every run failed", hint)
+    names = {key: model.string(key) for key in ("name", "model_path") if model.values.get(key) is not None}
+    known = _known(model, names)
+    made = {
+        "resolution": f"{model.count('width')}x{model.count('height')}",
+        "ratios": _public_ratios(document, tuple(known.variants[0].ratios)),
+        "poa_weight": 1.5,  # src: the default of the public code, whose search does not vary it
+        "provenance": "searched",
+        "source": "the ratio search of the CR-Diff public code, which never scores the dense model",
+        "evidence": {"scorer": "ImageReward", "pruned": score, "model": _shareable(names)},
+    }
+    return replace(known, repo=None, file=None, variants=(parse_variant(made, name),), name=name)
+
+
+def _known(model: Table, names: dict[str, str]) -> Recipe:
+    """The built-in recipe of the model's family, told by its name or the last parts of its path."""
+    for word in names.values():
+        for part in reversed(re.split(r"[/\\]", word)[-2:]):
+            slug = re.sub(r"[^a-z0-9]+", "-", part.lower())
+            for pattern, family in FAMILY_PATTERNS:
+                if re.search(pattern, slug):
+                    return load(builtin_path() / f"{family}.toml")
+    for key, word in names.items():
+        raise model.wrong(key, f"is {shown(word)}, no family known here", f"Write {PUBLIC_EXAMPLES['name']}.")
+    raise model.wrong("name", "is missing")
+
+
+def _shareable(names: dict[str, str]) -> str:
+    """A Hub id or a plain name as it is, of a path only its end: a recipe travels, the folders of a machine do not."""
+    *_, model = names.values()
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
+        return model
+    return re.split(r"[/\\]", model.rstrip("/\\"))[-1] or names["name"]
+
+
+def _public_ratios(document: Table, family_groups: tuple[str, ...]) -> dict[str, float]:
+    if family_groups == ("blocks",):
+        return {"blocks": document.table("best_global_params_sd3").number("shared_ratio")}
+    found = document.values.get("best_global_params_ratio")
+    if isinstance(found, list) and len(found) == len(PUBLIC_ORDER):
+        found = dict(zip(PUBLIC_ORDER, found, strict=True))
+        document = replace(document, values={**document.values, "best_global_params_ratio": found})
+    table = document.table("best_global_params_ratio")
+    groups = {key: re.sub("(_ratio|_blocks?)$", "", key) for key in table.values}
+    for key, group in groups.items():
+        if group not in PUBLIC_ORDER:
+            raise table.wrong(key, "is none of its ratios", document.wrong("best_global_params_ratio", "").hint)
+        if list(groups.values()).count(group) > 1:
+            raise table.wrong(key, f"is one of two ratios for {group}", "Keep one of the two.")
+    spelled = {group: key for key, group in groups.items()}
+    return {group: table.number(spelled.get(group, f"{group}_ratio")) for group in family_groups}

@@ -1,0 +1,1 @@
+"""Which weights are set to zero: plan, thresholds, criteria and the kernels that count and clear."""

@@ -1,0 +1,71 @@
+"""Which architecture a checkpoint is of, where the names and shapes of its family leave that open.
+
+SD2.1 for 512 (epsilon) and for 768 (v-prediction) are such twins, and a loader that takes one for the other makes
+noise. What the checkpoint says of itself counts. Else ComfyUI's rule decides (`comfy/supported_models.py`,
+`SD20.model_type`): the 768 model takes four channels and spreads one small tensor that no pruning touches wider than
+0.09. ComfyUI calls that a guess ("not sure how well this will actually work"), so it names the architecture, which
+has to be named, but no `modelspec.prediction_type`, which does not.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+from crdiff_export.models.families import Twin
+from crdiff_export.prune.plan import CASTABLE, Plan
+from crdiff_export.sizes import Size
+
+STATED = "modelspec.architecture"
+# Inpainting and depth models take more.
+_CHANNELS = 4
+# The tensor has 320 numbers; one of gigabytes is none of the kind.
+_MOST_NUMBERS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A ModelSpec architecture id, and the size that models of it were trained for."""
+
+    id: str
+    native: Size
+
+
+def find(plan: Plan) -> Architecture:
+    """The architecture of a plan's base; reads one tensor of a few hundred numbers where it must."""
+    family = plan.match.family
+    stated = next((text for f in plan.checkpoint.files if (text := f.metadata.get(STATED))), None)
+    twin = family.twin
+    if twin and (stated == twin.architecture or (stated != family.architecture and _is_twin(plan, twin))):
+        known, native = twin.architecture, Size(*twin.native)
+    else:
+        known, native = family.architecture, Size(*family.native)
+    if plan.match.inpainting and family.inpainting:
+        known = family.inpainting
+    return Architecture(stated or known, native)
+
+
+def _is_twin(plan: Plan, twin: Twin) -> bool:
+    match = plan.match
+    first = match.layout.inpainting
+    shape = plan.checkpoint.shapes.get(match.prefix + first.tensor, ()) if first else ()
+    if first and len(shape) > first.axis and shape[first.axis] != _CHANNELS:
+        return True
+    spread = _spread(plan, match.prefix + twin.tensors[match.layout.name])
+    return spread is not None and not spread > twin.limit
+
+
+def _spread(plan: Plan, name: str) -> float | None:
+    """The standard deviation of a tensor's numbers; None where there is none such, or only a hole in its place."""
+    import numpy as np
+
+    from crdiff_export.prune.kernels.cast import cast
+
+    for number, tensor in plan.checkpoint.tensors():
+        file = plan.checkpoint.files[number]
+        fits = tensor.name == name and tensor.dtype in CASTABLE and 0 < tensor.count <= _MOST_NUMBERS
+        if fits and not file.is_sparse:
+            raw = memoryview(bytearray(tensor.nbytes))
+            with contextlib.closing(file.open()) as source:
+                source.read_into(tensor.start, raw)
+            values = np.frombuffer(cast(raw, tensor.dtype, "F32"), np.float32)
+            return float(np.std(values, dtype=np.float64))
+    return None

@@ -1,0 +1,260 @@
+"""The file of a calibration: what running a model has told of its layers. A safetensors file and its header's keys.
+
+A tensor is called `<statistic>/<layer>`, the layer as diffusers calls its weight. `header` makes the metadata for
+whoever writes one; `Calibration` reads it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
+
+from crdiff_export.errors import CalibrationError, CheckpointError, RecipeError
+from crdiff_export.formats.checkpoint import read_file
+from crdiff_export.formats.dtypes import FORMATS
+from crdiff_export.formats.hashing import hash_file
+from crdiff_export.formats.safetensors import TensorSpec, show
+from crdiff_export.formats.strict_json import MalformedError, parse_object
+from crdiff_export.formats.weight_file import SourceFile
+from crdiff_export.progress import Progress, Silent
+from crdiff_export.prune import layer_names
+from crdiff_export.prune.plan import Plan
+from crdiff_export.sizes import Size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VERSION: Final = "1"
+KEY: Final = "crdiff.calibration"
+FACTS: Final = f"{KEY}.facts."
+# Hex digits that tell a layer's weight apart, of the SHA-256 of its bytes.
+DIGITS: Final = 16
+# Each statistic's dtype, and its shape for a weight of (out, in).
+STATISTICS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "norm": ("F64", ("in",)),
+    "gram": ("F32", ("in", "in")),
+    "gradient": ("F32", ("out", "in")),
+    "gradient_abs": ("F32", ("out", "in")),
+    "gradient_square": ("F32", ("out", "in")),
+    "native_gradient": ("F32", ("out", "in")),
+    "native_gradient_abs": ("F32", ("out", "in")),
+    "native_gradient_square": ("F32", ("out", "in")),
+}
+_AGAIN = "Calibrate again, or give another file."
+_OWN = "Give a calibration of this base, or calibrate it."
+# What there is no calibration of: a base that has to be cast before it can be pruned.
+NARROWER: Final = f"Save it as {', '.join(FORMATS)} first, then calibrate and export that."
+
+
+def header(
+    *,
+    family: str,
+    base: str,
+    base_hash: str,
+    size: Size,
+    native: Size,
+    statistics: Sequence[str],
+    layers: Mapping[str, str],
+    facts: Mapping[str, str],
+) -> dict[str, str]:
+    """A calibration's metadata. `layers`: the first 16 hex digits of the SHA-256 of each weight's bytes in the base."""
+    return {
+        KEY: VERSION,
+        f"{KEY}.family": family,
+        f"{KEY}.base": base,
+        f"{KEY}.base_hash": base_hash,
+        f"{KEY}.size": str(size),
+        f"{KEY}.native": str(native),
+        f"{KEY}.statistics": ",".join(statistics),
+        f"{KEY}.layers": json.dumps(dict(layers), sort_keys=True),
+    } | {f"{FACTS}{name}": text for name, text in facts.items()}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibration that has been opened: its header is read, its numbers are when they are asked for.
+
+    `layers` has the first 16 hex digits of the SHA-256 of each layer's weight as the base holds it.
+    """
+
+    path: Path
+    family: str
+    base: str
+    base_hash: str
+    size: Size
+    native: Size
+    statistics: tuple[str, ...]
+    layers: Mapping[str, str]
+    facts: Mapping[str, str]
+    source: SourceFile
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read a calibration's header; CalibrationError for a file that is none or is of another version."""
+        try:
+            source = read_file(path, path.name)
+        except CheckpointError as error:
+            raise CalibrationError(error.message, _AGAIN) from error
+        except OSError as error:
+            what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            raise CalibrationError(f"{path}: {what}", "Check the path and its permissions.") from error
+        said = source.metadata
+        if KEY not in said:
+            raise CalibrationError(f"{path}: is no calibration", f"Its header has no {KEY}. {_AGAIN}")
+        if said[KEY] != VERSION:
+            raise CalibrationError(
+                f"{path}: is a calibration of version {show(said[KEY])}, version {VERSION} is known here",
+                "Calibrate again, or use the crdiff that made it.",
+            )
+        return cls(
+            path=path,
+            family=_text(path, said, "family"),
+            base=_text(path, said, "base"),
+            base_hash=_text(path, said, "base_hash"),
+            size=_size(path, said, "size"),
+            native=_size(path, said, "native"),
+            statistics=tuple(name for name in _text(path, said, "statistics").split(",") if name),
+            layers=_layers(path, said),
+            facts={key.removeprefix(FACTS): text for key, text in said.items() if key.startswith(FACTS)},
+            source=source,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return self.source.data_start + self.source.data_size
+
+    @cached_property
+    def hash(self) -> str:
+        """`0x` and the SHA-256 of the whole file, header and all, as hex; the first call reads it."""
+        return self.hashed(Silent())
+
+    def hashed(self, progress: Progress) -> str:
+        """The same, with progress in bytes if it is read; CalibrationError where it is not the file that was opened."""
+        if known := vars(self).get("hash"):
+            return str(known)
+        try:
+            digest = hash_file(self.path, progress)
+            self.source.check_unchanged()
+        except CheckpointError as error:
+            raise CalibrationError(error.message, error.hint) from error
+        except OSError as error:
+            raise CalibrationError(
+                f"{self.path}: reading failed: {error.strerror}", "Check the disk, or copy the file to another one."
+            ) from error
+        vars(self)["hash"] = found = f"0x{digest}"
+        return found
+
+    def read(self, layer: str, statistic: str, shape: tuple[int, int] | None = None) -> "Tensor":
+        """A statistic of a layer, on the CPU in its own dtype; of a weight of `shape` (out, in) if that is given.
+
+        CalibrationError where it is missing, of another shape, or not finite.
+        """
+        import torch
+
+        from crdiff_export.prune.criteria import selection
+
+        tensor = self._find(layer, statistic, shape)
+        dtype = {"F64": torch.float64, "F32": torch.float32}[tensor.dtype]
+        found = torch.empty(tensor.shape, dtype=dtype)
+        try:
+            reader = self.source.open()
+            try:
+                reader.read_into(tensor.start, found.numpy().reshape(-1).view("u1").data)
+            finally:
+                reader.close()
+            self.source.check_unchanged()
+        except CheckpointError as error:
+            raise CalibrationError(error.message, error.hint) from error
+        if not selection.finite(found):
+            broken = tensor.count - int(torch.isfinite(found).sum())
+            raise CalibrationError(f"{self.path}: {broken} numbers of {tensor.name} are not finite", _AGAIN)
+        return found
+
+    def check(self, plan: Plan, statistics: Sequence[str]) -> tuple[str, ...]:
+        """What a user should know (another size than the plan's), without reading a number of it.
+
+        CalibrationError for another family, for weights of a dtype that cannot be calibrated, and where `statistics` of
+        layers that the plan prunes are missing or are of another shape.
+        """
+        family = plan.match.family
+        if self.family != family.id:
+            raise CalibrationError(
+                f"{self.path}: is of the family {show(self.family)}, {plan.checkpoint.path} of {family.id}", _OWN
+            )
+        if missing := [name for name in statistics if name not in self.statistics or name not in STATISTICS]:
+            raise CalibrationError(
+                f"{self.path}: has no {missing[0]}, it has {', '.join(self.statistics) or 'nothing'}",
+                "Calibrate again for this criterion.",
+            )
+        names = layer_names.by_key(plan)
+        for target in plan.targets:
+            if plan.scopes[target.scope].rank:
+                if (dtype := target.source.dtype) not in FORMATS:
+                    what = f"{show(target.name)} is {dtype}, which is not calibrated"
+                    raise CalibrationError(f"{plan.checkpoint.path}: {what}", NARROWER)
+                columns = target.source.shape[-1]
+                for statistic in statistics:
+                    self._find(names[layer_names.key(plan, target)][1], statistic, (target.count // columns, columns))
+        if self.size == plan.size:
+            return ()
+        return (
+            f"{self.path.name} was made at {self.size}, this is for {plan.size}: other weights may matter at that size",
+        )
+
+    def check_weight(self, layer: str, digest: str) -> None:
+        """CalibrationError if a layer's weight hashes (SHA-256 as hex) to something else than in this one's base."""
+        if layer not in self.layers:
+            self._missing(layer)
+        if self.layers[layer] != digest[:DIGITS]:
+            raise CalibrationError(f"{self.path}: was made of another base: {layer} has other weights", _OWN)
+
+    def _find(self, layer: str, statistic: str, shape: tuple[int, int] | None) -> TensorSpec:
+        name = f"{statistic}/{layer}"
+        tensor = self._tensors.get(name)
+        if tensor is None or statistic not in STATISTICS:
+            self._missing(layer, statistic)
+        dtype, axes = STATISTICS[statistic]
+        out, columns = shape or (tensor.shape[:1] + tensor.shape[-1:] if tensor.shape else (0, 0))
+        expected = tuple(out if axis == "out" else columns for axis in axes)
+        if (tensor.dtype, tensor.shape) != (dtype, expected):
+            raise CalibrationError(
+                f"{self.path}: {name} is {tensor.dtype} {show(list(tensor.shape))}, not {dtype} {show(list(expected))}",
+                _OWN,
+            )
+        return tensor
+
+    def _missing(self, layer: str, statistic: str | None = None) -> NoReturn:
+        raise CalibrationError(f"{self.path}: has {f'no {statistic}' if statistic else 'nothing'} of {layer}", _OWN)
+
+    @cached_property
+    def _tensors(self) -> dict[str, TensorSpec]:
+        return {tensor.name: tensor for tensor in self.source.tensors}
+
+
+def _text(path: Path, said: Mapping[str, str], key: str) -> str:
+    text = said.get(f"{KEY}.{key}")
+    if text is None:
+        raise CalibrationError(f"{path}: its header has no {KEY}.{key}", _AGAIN)
+    return text
+
+
+def _size(path: Path, said: Mapping[str, str], key: str) -> Size:
+    text = _text(path, said, key)
+    try:
+        return Size.parse(text)
+    except RecipeError as error:
+        raise CalibrationError(f"{path}: {KEY}.{key} is {show(text)}, which is no size", _AGAIN) from error
+
+
+def _layers(path: Path, said: Mapping[str, str]) -> dict[str, str]:
+    try:
+        layers: dict[str, Any] = parse_object(_text(path, said, "layers").encode())
+    except MalformedError as error:
+        raise CalibrationError(f"{path}: {KEY}.layers {error}", _AGAIN) from error
+    for name, digest in layers.items():
+        if not isinstance(digest, str) or len(digest) != DIGITS:
+            raise CalibrationError(f"{path}: {KEY}.layers has {show(digest)} for {show(name)}", _AGAIN)
+    return layers

@@ -1,0 +1,22 @@
+"""The refusal of weights that are no finite numbers, which every criterion words alike."""
+
+from collections.abc import Mapping, Sequence
+
+from crdiff_export.errors import PlanError
+from crdiff_export.formats.safetensors import show
+from crdiff_export.prune.plan import Plan
+
+
+def refuse(plans: Sequence[Plan], found: Mapping[str, int]) -> None:
+    """PlanError naming the pruned targets among `found` (their names, how many), unless the plans allow them."""
+    pruned = {target.name for plan in plans for target in plan.targets if plan.scopes[target.scope].rank}
+    names = sorted(pruned & found.keys())
+    if not names or plans[0].allow_nonfinite:
+        return
+    shown = ", ".join(show(name) for name in names[:3])
+    more = len(names) - 3
+    raise PlanError(
+        f"{plans[0].checkpoint.path}: {sum(found[name] for name in names)} target weights are not finite, "
+        f"in {shown}{f' and {more} more' if more > 0 else ''}",
+        "The checkpoint is damaged, or --dtype is too narrow for it; --allow-nonfinite keeps such weights.",
+    )

@@ -1,0 +1,165 @@
+"""What a user writes for a criterion: `NAME[:option=value[,option=value]]`, as in `wanda:compare=row`.
+
+Names are the built-in ones and those of the entry-point group `crdiff.criteria`; a built-in name cannot be taken by
+another package. Nothing here imports a criterion.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import Final, Self
+
+from crdiff_export.errors import OptionError
+from crdiff_export.formats.text import did_you_mean
+
+GROUP: Final = "crdiff.criteria"
+# What ranks by |w|, and so has a threshold: they score nothing.
+MAGNITUDES: Final = ("magnitude", "uniform")
+SCORED: Final = {
+    "random": "crdiff_export.prune.criteria.random:random",
+    "wanda": "crdiff_export.prune.criteria.wanda:wanda",
+    "taylor": "crdiff_export.prune.criteria.taylor:taylor",
+    "obs": "crdiff_export.prune.criteria.obs:obs",
+    "adverse": "crdiff_export.prune.criteria.adverse:adverse",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option: its default, and the values it may have, or what they are and how to spell one (ValueError else)."""
+
+    default: str
+    values: tuple[str, ...] = ()
+    what: str = ""
+    spell: Callable[[str], str] = str
+
+    def __str__(self) -> str:
+        return "|".join(self.values) or self.what
+
+
+def _whole(text: str) -> str:
+    number = int(text)
+    if not 0 <= number < 1 << 63:
+        raise ValueError(text)
+    return str(number)
+
+
+def _positive(text: str) -> str:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ValueError(text)
+    return repr(number)
+
+
+COMPARE: Final = Option("block", ("block", "row"))
+OPTIONS: Final[Mapping[str, Mapping[str, Option]]] = {
+    "magnitude": {},
+    "uniform": {},
+    "random": {"compare": COMPARE, "seed": Option("0", what="a whole number from 0 on", spell=_whole)},
+    "wanda": {"compare": COMPARE},
+    "taylor": {"compare": COMPARE, "form": Option("square", ("square", "abs"))},
+    "obs": {
+        "compare": Option("block", ("block", "row", "layer")),
+        "compensate": Option("on", ("on", "off")),
+        "damping": Option("0.01", what="a number above 0", spell=_positive),
+    },
+    "adverse": {
+        "compare": COMPARE,
+        "form": Option("small", ("small", "steady", "signed", "guarded", "second", "channel", "coin")),
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A criterion by its name and the options that are not the default; `str` gives the one spelling of each."""
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read what a user wrote; OptionError for names, options and values that there are not.
+
+        Of another package's criterion only `compare` is known here: its factory sees to the rest.
+        """
+        name, colon, rest = text.strip().partition(":")
+        if name not in OPTIONS and name not in installed():  # which takes a look at every package
+            what = f"no criterion is called {name!r}" if name else f"{text!r} names no criterion"
+            raise OptionError(what, did_you_mean(name, names(), "criteria"))
+        options: dict[str, str] = {}
+        for part in rest.split(",") if colon else ():
+            key, equals, value = (piece.strip() for piece in part.partition("="))
+            if not (key and equals and value):
+                raise OptionError(f"{text!r}: {part!r} is no option=value", _takes(name))
+            if key in options:
+                raise OptionError(f"{text!r}: {key} is given twice", "Give it once.")
+            options[key] = _value(name, key, value)
+        spec = cls(name, {key: options[key] for key in sorted(options) if options[key] != _default(name, key)})
+        if spec.option("compare") == "layer" and spec.option("compensate") == "off":
+            raise OptionError(
+                f"{name}: compare=layer chooses while it compensates, so compensate=off is not for it",
+                f"Leave one of the two out, as in {name}:compare=layer.",
+            )
+        return spec
+
+    def __str__(self) -> str:
+        options = ",".join(f"{key}={value}" for key, value in sorted(self.options.items()))
+        return f"{self.name}:{options}" if options else self.name
+
+    def option(self, key: str) -> str | None:
+        """An option's value, the default if it was not given; None where the criterion has no such option."""
+        return self.options.get(key, _default(self.name, key))
+
+    @property
+    def values(self) -> dict[str, str]:
+        """All options with their values but `compare`, which is not the criterion's own business: a factory's."""
+        known = {key: option.default for key, option in _options(self.name).items()} | dict(self.options)
+        return {key: value for key, value in known.items() if key != "compare"}
+
+
+def names() -> tuple[str, ...]:
+    """All names that are known here, the built-in ones first."""
+    return (*MAGNITUDES, *SCORED, *sorted(installed()))
+
+
+def installed() -> dict[str, EntryPoint]:
+    """What other packages offer, by name."""
+    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in OPTIONS}
+
+
+def _options(name: str) -> Mapping[str, Option]:
+    return OPTIONS.get(name, {"compare": COMPARE})
+
+
+def _default(name: str, key: str) -> str | None:
+    option = _options(name).get(key)
+    return option.default if option else None
+
+
+def _value(name: str, key: str, value: str) -> str:
+    """The one spelling of an option's value."""
+    known = _options(name)
+    if key not in known:
+        if name not in OPTIONS:
+            return value
+        raise OptionError(f"{name} has no option {key!r}", _takes(name))
+    option = known[key]
+    try:
+        spelt = option.spell(value)
+    except ValueError:
+        spelt = ""
+    if not spelt or (option.values and spelt not in option.values):
+        raise OptionError(
+            f"{name}: {key} is {' or '.join(option.values) or option.what}, not {value!r}",
+            f"Write {name}:{key}={option.default}, or leave it out.",
+        )
+    return spelt
+
+
+def _takes(name: str) -> str:
+    options = [f"{key}={option}" for key, option in _options(name).items()]
+    if name not in OPTIONS:
+        options.append("what its package says")
+    return f"{name} takes {', '.join(options) or 'no options'}."

@@ -1,0 +1,33 @@
+"""Rank by a weight's first-order effect on the loss (Molchanov et al., CVPR 2019, arXiv 1906.10771)."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from crdiff_export.prune.criteria import Criterion, Layer
+
+
+class Square:
+    """Score (g * w)^2, the mean over samples (Molchanov et al. 2019, "Taylor-FO"): w^2 * mean(g^2).
+
+    g is the gradient of one sample's denoising loss at the target size.
+    """
+
+    statistics: tuple[str, ...] = ("gradient_square",)
+
+    def score(self, layer: Layer) -> Tensor:
+        return layer.weight.square() * layer.statistics["gradient_square"]
+
+
+class Absolute:
+    """Score |g * w|, the mean over samples: |w| * mean(|g|). A common variant of the same first-order term."""
+
+    statistics: tuple[str, ...] = ("gradient_abs",)
+
+    def score(self, layer: Layer) -> Tensor:
+        return layer.weight.abs() * layer.statistics["gradient_abs"]
+
+
+def taylor(options: Mapping[str, str]) -> Criterion:
+    """The criterion of the `form`."""
+    return Absolute() if options["form"] == "abs" else Square()

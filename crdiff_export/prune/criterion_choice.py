@@ -1,0 +1,126 @@
+"""What a request asks for of a criterion: refused at once where that cannot be, and what it makes of a plan."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from crdiff_export.bake import residual
+from crdiff_export.errors import OptionError
+from crdiff_export.formats.crdiff_keys import Calibrated
+from crdiff_export.models.recipe import Variant
+from crdiff_export.progress import Progress
+from crdiff_export.prune import criteria
+from crdiff_export.prune.criteria import Calibration, Loaded, Ranked
+from crdiff_export.prune.criteria.spec import Spec
+from crdiff_export.prune.kernels import Kernel
+from crdiff_export.prune.plan import Plan, with_ratios
+
+MAGNITUDE = "magnitude"
+UNIFORM = "uniform"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A criterion, and the calibration that it ranks by, where it needs one."""
+
+    loaded: Loaded
+    calibration: Calibration | None = None
+
+    @classmethod
+    def of(cls, criterion: str, calibration: Path | None, keep: str = residual.NONE) -> Self:
+        """Find them; OptionError for what does not go together, CalibrationError for a file that is no calibration."""
+        loaded = criteria.load(criterion)
+        if loaded.statistics and calibration is None:
+            raise OptionError(
+                f"{loaded.spec} needs a calibration", "Give --calibration FILE, which `crdiff calibrate` makes."
+            )
+        if calibration is not None and not loaded.statistics:
+            raise OptionError(
+                f"{loaded.spec} needs no calibration",
+                "Leave --calibration out, or choose a criterion that ranks by one, such as wanda.",
+            )
+        if loaded.moves and keep != residual.NONE:
+            raise OptionError(
+                f"--residual {keep} and {loaded.spec} do not go together: weights that stay are moved, too, and a "
+                "residual holds only those that go",
+                "Leave --residual out, or move none (obs:compensate=off).",
+            )
+        return cls(loaded, None if calibration is None else Calibration.open(calibration))
+
+    @property
+    def name(self) -> str:
+        """The criterion as headers spell it."""
+        return str(self.loaded.spec)
+
+    @property
+    def masks(self) -> bool:
+        """Whether it has masks, and no thresholds."""
+        return self.loaded.criterion is not None
+
+    def plan(self, planned: Plan) -> Plan:
+        """The plan that it makes of a recipe's, with its notes; CalibrationError where the calibration is no help."""
+        planned = _evened(planned) if self.name == UNIFORM else planned
+        planned = replace(planned, variant=_judged(planned.variant, self.name, self.calibration))
+        if self.calibration is None:
+            return planned
+        notes = self.calibration.check(planned, self.loaded.statistics)
+        return replace(planned, notes=(*planned.notes, *notes))
+
+    def rank(self, plans: Sequence[Plan], kernel: Kernel, progress: Progress, device: str) -> Ranked:
+        """Rank the weights of plans that share their checkpoint and cast."""
+        return criteria.rank(plans, self.name, kernel, progress, calibration=self.calibration, device=device)
+
+    def calibrated(self, progress: Progress) -> Calibrated | None:
+        """What headers say of the calibration, which is read for its hash."""
+        found = self.calibration
+        if found is None:
+            return None
+        progress.stage("hashing", found.nbytes)
+        return Calibrated(found.hashed(progress), found.size)
+
+
+def _evened(planned: Plan) -> Plan:
+    """The same ratio for all groups: as many weights go as with the variant's own."""
+    ratios = {planned.ratio(group) for group in planned.groups}
+    counts = {group: sum(s.count for s in planned.scopes if s.group == group) for group in planned.groups}
+    if len(ratios) == 1 or not any(counts.values()):
+        return planned
+    mean = math.fsum(planned.ratio(group) * count for group, count in counts.items()) / sum(counts.values())
+    found = with_ratios(planned, dict.fromkeys(planned.groups, mean))
+    said = "/".join(f"{planned.ratio(group):g}" for group in planned.groups)
+    variant = replace(
+        found.variant, provenance="starting-point", source=f"mean of {said} ({planned.variant.source})",
+        prompt=None, evidence=None,
+    )  # fmt: skip
+    return replace(found, variant=variant)
+
+
+def _judged(variant: Variant, criterion: str, calibration: Calibration | None) -> Variant:
+    """The variant, a starting point without evidence where another criterion or calibration has found its numbers.
+
+    Which those were a recipe says in its evidence; one that does not has used magnitude. Ratios that are the same for
+    all groups are uniform's as well.
+    """
+    evidence = variant.evidence
+    if evidence is None and variant.provenance == "starting-point":
+        return variant
+    theirs = _canonical(str(evidence.extra.get("criterion", MAGNITUDE)) if evidence else MAGNITUDE)
+    alike = {theirs, criterion} <= {MAGNITUDE, UNIFORM} and len(set(variant.ratios.values())) == 1
+    measured = evidence.extra.get("calibration") if evidence else None
+    other = calibration is not None and measured is not None and measured != calibration.hash
+    if (theirs == criterion or alike) and not other:
+        return variant
+    if variant.provenance == "starting-point":  # measured, but found nowhere
+        return replace(variant, evidence=None)
+    source = f"{variant.source}; found with {theirs}{' by another calibration' if other else ''}"
+    return replace(variant, provenance="starting-point", source=source, prompt=None, evidence=None)
+
+
+def _canonical(spec: str) -> str:
+    """A criterion in its one spelling; as it is where it is of a package that is not installed."""
+    try:
+        return str(Spec.parse(spec))
+    except OptionError:
+        return spec

@@ -1,0 +1,128 @@
+"""The loops in numba, without the interpreter's lock, so that plain threads run them side by side."""
+
+import functools
+import mmap
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from crdiff_export.formats.dtypes import FORMATS
+from crdiff_export.prune.kernels import LOWER_BITS
+
+if TYPE_CHECKING:
+    from crdiff_export.prune.kernels import Counts, Flags
+
+_UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {8: np.uint8, 16: np.uint16, 32: np.uint32}
+
+
+def compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
+    """The loop as machine code, from numba's cache where it can have one."""
+    try:
+        made = numba.njit(nogil=True, cache=True)(loop)
+    except RuntimeError:  # no folder to cache in: a read-only home, say
+        made = numba.njit(nogil=True)(loop)
+
+    @functools.wraps(made)
+    def call(*args: Any) -> Any:
+        try:
+            return made(*args)
+        except OSError:  # the folder is full: the code was not kept, but it is there, and it has not run yet
+            return made(*args)
+
+    return call
+
+
+@compiled
+def _count(weights: Any, mask: Any, shift: Any, counts: Any) -> None:
+    for i in range(weights.size):
+        counts[(weights[i] & mask) >> shift] += 1
+
+
+@compiled
+def _refine(weights: Any, mask: Any, shift: Any, upper: Any, counts: Any) -> None:
+    for i in range(weights.size):
+        magnitude = weights[i] & mask
+        if magnitude >> shift == upper:
+            counts[magnitude & ((1 << shift) - 1)] += 1
+
+
+@compiled
+def _zero(weights: Any, mask: Any, limit: Any) -> None:
+    for i in range(weights.size):
+        weights[i] = weights[i] if (weights[i] & mask) > limit else 0
+
+
+@compiled
+def _clear(weights: Any, gone: Any) -> None:
+    for i in range(weights.size):
+        weights[i] = 0 if gone[i] else weights[i]
+
+
+@compiled
+def _count_keys(bits: Any, counts: Any) -> None:
+    for i in range(bits.size):
+        counts[((bits[i] ^ ((bits[i] >> 31) & 0x7FFFFFFF)) >> 16) + 0x8000] += 1
+
+
+@compiled
+def _refine_keys(bits: Any, upper: Any, counts: Any) -> None:
+    for i in range(bits.size):
+        key = bits[i] ^ ((bits[i] >> 31) & 0x7FFFFFFF)
+        if key >> 16 == upper:
+            counts[key & 0xFFFF] += 1
+
+
+def count_keys(bits: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
+    """Add float32 numbers, given as bits, to a histogram by the upper 16 bits of keys that order as they do."""
+    _count_keys(bits, counts)
+
+
+def refine_keys(bits: NDArray[np.int32], upper: int, counts: NDArray[np.int64]) -> None:
+    """Add those in place `upper` of that histogram to one by the lower 16 bits of their keys."""
+    _refine_keys(bits, np.int32(upper - 0x8000), counts)
+
+
+class CpuKernel:
+    """The kernel for processors; `threads` of them work at once."""
+
+    name = "cpu"
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def buffer(self, size: int) -> memoryview:
+        return memoryview(mmap.mmap(-1, size))  # starts on a page, as unbuffered writes want
+
+    def count(self, weights: memoryview, dtype: str, counts: "Counts") -> None:
+        bits, mask = as_bits(weights, dtype)
+        _count(bits, mask, bits.dtype.type(LOWER_BITS if dtype == "F32" else 0), counts)
+
+    def refine(self, weights: memoryview, upper: int, counts: "Counts") -> None:
+        bits, mask = as_bits(weights, "F32")
+        _refine(bits, mask, np.uint32(LOWER_BITS), np.uint32(upper), counts)
+
+    def zero(self, weights: memoryview, dtype: str, limit: int) -> None:
+        bits, mask = as_bits(weights, dtype)
+        _zero(bits, mask, bits.dtype.type(limit))
+        put_back(weights, bits)
+
+    def clear(self, weights: memoryview, dtype: str, gone: "Flags") -> None:
+        bits, _ = as_bits(weights, dtype)
+        _clear(bits, gone)
+        put_back(weights, bits)
+
+
+def as_bits(weights: memoryview, dtype: str) -> tuple[NDArray[Any], Any]:
+    """The weights as unsigned integers, and the mask of their magnitude."""
+    unsigned = _UNSIGNED[FORMATS[dtype].width]
+    bits = np.frombuffer(weights, unsigned)
+    return bits if bits.flags.aligned else bits.copy(), unsigned(FORMATS[dtype].mask)
+
+
+def put_back(weights: memoryview, bits: NDArray[Any]) -> None:
+    """Write what `as_bits` gave where that is a copy, because the weights do not lie on a multiple of their size."""
+    if bits.base is None:
+        weights[:] = bits.data.cast("B")

@@ -1,0 +1,1 @@
+"""Models that run: diffusers pipelines, POA, and the ComfyUI nodes."""

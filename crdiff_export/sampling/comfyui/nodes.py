@@ -1,0 +1,109 @@
+"""The nodes, in the form that ComfyUI asks for: what they take, what they give, and one call each."""
+
+from typing import Any, ClassVar
+
+from crdiff_export.models.recipe import MAX_POA_WEIGHT
+from crdiff_export.sampling.comfyui import listing, match
+from crdiff_export.sampling.comfyui.patch import Poa, take_off
+from crdiff_export.sampling.poa.mix import Schedule
+from crdiff_export.verify.reopen import open_baked
+
+# Instead of a name: whichever file was made from the model.
+LOADED = "(loaded model)"
+# What a ComfyUI node's inputs and outputs are declared with.
+Inputs = dict[str, dict[str, tuple[Any, ...]]]
+
+
+class CrdiffPoa:
+    """Puts POA on a model."""
+
+    CATEGORY = "model_patches/crdiff"
+    DESCRIPTION = (
+        "Pruned output amplification (CR-Diff, arXiv 2604.05524): (1 - w) * dense + w * pruned at every step, with one "
+        "copy of the weights. Load the dense base; the pruned weights follow from the thresholds, or the zeros, in a "
+        "file that crdiff made from it. Costs a second pass through the model where w is neither 0 nor 1."
+    )
+    FUNCTION = "patch"
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:  # noqa: N802
+        """The inputs, as ComfyUI asks for them."""
+        part = {"min": 0.0, "max": 1.0, "step": 0.01, "round": False}
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The dense base, with LoRAs or without."}),
+                "checkpoint": (
+                    [*listing.names(), LOADED],
+                    {"tooltip": "The file that crdiff made from this base. "
+                                f"{LOADED} finds it, if there is just one."},
+                ),
+                "weight_from_file": (
+                    "BOOLEAN",
+                    {"default": True, "label_on": "the file's weight", "label_off": "the weight below",
+                     "tooltip": "Take the weight that the file recommends."},
+                ),
+                "weight": (
+                    "FLOAT",
+                    {"default": 1.5, "min": 0.0, "max": MAX_POA_WEIGHT, "step": 0.05, "round": False,
+                     "tooltip": "0 is the dense model, 1 the pruned one, more amplifies."},
+                ),
+                "start": ("FLOAT", {"default": 0.0, **part, "tooltip": "From this fraction of the steps on."}),
+                "stop": ("FLOAT", {"default": 1.0, **part, "tooltip": "Up to this fraction; the rest is dense."}),
+            },
+        }  # fmt: skip
+
+    @classmethod
+    def IS_CHANGED(cls, checkpoint: str, **_: Any) -> int:  # noqa: N802
+        """Another number when the file is another."""
+        return 0 if checkpoint == LOADED else listing.path(checkpoint).stat().st_mtime_ns
+
+    def patch(
+        self, model: Any, checkpoint: str, weight_from_file: bool, weight: float, start: float, stop: float
+    ) -> tuple[Any]:
+        """The model with POA; PoaError if it is not the one that the file was made from."""
+        weights = {key: _weight(patches[0]) for key, patches in model.get_key_patches(match.PREFIX).items()}
+        if checkpoint == LOADED:
+            baked, cuts = match.find(weights, map(listing.path, listing.names()))
+        else:
+            baked = open_baked(listing.path(checkpoint))
+            cuts = match.cuts(weights, baked)
+        schedule = Schedule(baked.stamp.poa_weight if weight_from_file else weight, start, stop)
+        if schedule.constant == 0:
+            return (take_off(model),)
+        return (Poa(cuts, schedule, baked.checkpoint.path.name).put_on(model),)
+
+
+class CrdiffInfo:
+    """Shows what `crdiff inspect` says of a file."""
+
+    CATEGORY = CrdiffPoa.CATEGORY
+    DESCRIPTION = "What a file that crdiff made says of its making: base, sizes, ratios, thresholds, POA weight."
+    FUNCTION = "show"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES: ClassVar = ("text",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:  # noqa: N802
+        """The inputs, as ComfyUI asks for them."""
+        return {"required": {"checkpoint": (listing.names(), {"tooltip": "A file that crdiff made."})}}
+
+    @classmethod
+    def IS_CHANGED(cls, checkpoint: str) -> int:  # noqa: N802
+        """Another number when the file is another."""
+        return listing.path(checkpoint).stat().st_mtime_ns
+
+    def show(self, checkpoint: str) -> dict[str, Any]:
+        """The text, for the next node and for the page."""
+        text = listing.about(listing.path(checkpoint))
+        return {"ui": {"text": (text,)}, "result": (text,)}
+
+
+def _weight(first: Any) -> Any:
+    """A weight without patches from `get_key_patches`; old ComfyUIs give it bare, newer ones with a function."""
+    return first[0] if isinstance(first, tuple) else first
+
+
+NODE_CLASS_MAPPINGS = {"CrdiffPoa": CrdiffPoa, "CrdiffInfo": CrdiffInfo}
+NODE_DISPLAY_NAME_MAPPINGS = {"CrdiffPoa": "CR-Diff POA", "CrdiffInfo": "CR-Diff Info"}

@@ -1,0 +1,178 @@
+"""POA on a model of ComfyUI: wrappers around sampling and around the model, and functions on the pruned weights.
+
+ComfyUI writes a LoRA into the weights, or adds it to a copy as it goes, as memory allows. POA needs the weights as they
+were published, so while it samples, the patches of the pruned layers are taken out of ComfyUI's hands and put on here
+instead: `prune(W) + delta`, wherever the weights lie. For these layers that is what ComfyUI does with little memory.
+"""
+
+import hashlib
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from crdiff_export.errors import PoaError
+from crdiff_export.sampling.poa.masks import Part, prune
+from crdiff_export.sampling.poa.mix import Schedule, mix
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEY = "crdiff_poa"
+_log = logging.getLogger(__name__)
+_NAMESPACE = uuid.UUID("6c6d2d86-5fb0-4d8a-a4be-1f8d1f1ac9a5")
+# A sampler may compute a step's sigma anew, from its logarithm.
+_NEAR = 1e-4
+
+
+class Switch:
+    """Which weights the layers of one model take. `used` says that a layer has looked, and pruned."""
+
+    def __init__(self) -> None:
+        self.pruned = self.used = False
+
+
+class Layer:
+    """What becomes of a pruned layer's weight on its way to the computation: `ModelPatcher.add_weight_wrapper`'s."""
+
+    def __init__(self, switch: Switch, key: str, parts: Sequence[Part], patches: Sequence[Any]) -> None:
+        self._switch, self._key, self._parts, self._patches = switch, key, parts, list(patches)
+
+    def __call__(self, weight: "Tensor") -> "Tensor":
+        """The weight, pruned if the switch says so, with the patches on it; `weight` stays as it is."""
+        import torch
+
+        if not (self._switch.pruned or self._patches):
+            return weight
+        # Nothing is computed in eight bits; values of eight bits come back from float32 as they were.
+        result = weight.to(torch.float32 if weight.itemsize == 1 else weight.dtype)
+        if self._switch.pruned:
+            self._switch.used = True
+            result = prune(result, self._parts)
+        if self._patches:
+            import comfy.lora
+
+            if result is weight:
+                result = weight.clone()
+            result = comfy.lora.calculate_weight(self._patches, result, self._key, intermediate_dtype=result.dtype)
+        return result.to(weight.dtype)
+
+
+class Poa:
+    """POA on a model and on all that other nodes make of it."""
+
+    def __init__(self, parts: Mapping[str, Sequence[Part]], schedule: Schedule, where: str) -> None:
+        self._parts, self._schedule, self._where = parts, schedule, where
+        self._digest = hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
+        self._switch: Switch | None = None
+        self._loaded: Any = None
+
+    def put_on(self, model: Any) -> Any:
+        """A clone of a ModelPatcher that samples with POA; another POA on it is replaced."""
+        from comfy.patcher_extension import WrappersMP
+
+        clone = take_off(model)
+        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.around_sampling)
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.around_model)
+        return clone
+
+    def around_sampling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Sample with a patcher of our own in the guider, one that has the functions on its weights."""
+        guider = executor.class_obj
+        given = guider.model_patcher
+        switch = vars(given.model).setdefault(KEY, Switch())
+        guider.model_patcher = self._loaded = self._patcher(given, switch)
+        before, self._switch = self._switch, switch
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            for part in (part for parts in self._parts.values() for part in parts):
+                part.release()
+            self._switch = before
+            guider.model_patcher = given
+
+    def _patcher(self, given: Any, switch: Switch) -> Any:
+        """A clone whose patches on pruned layers are in our functions.
+
+        It is held for as long as its weights may be loaded: ComfyUI would otherwise take `given`, with the patches that
+        are ours, for what is loaded. For that reason it must not lead back to `given`.
+        """
+        if any(key in self._parts for patches in given.hook_patches.values() for key in patches):
+            _log.warning("crdiff: a LoRA that is a hook is on pruned layers; they are pruned with it, not before it")
+        clone = given.clone()
+        clone.model_options = given.model_options
+        for kind in list(clone.wrappers):
+            clone.remove_wrappers_with_key(kind, KEY)
+        while clone.parent is not None and clone.parent.parent is not None:
+            clone.parent = clone.parent.parent
+        for key, parts in self._parts.items():
+            clone.add_weight_wrapper(key, Layer(switch, key, parts, clone.patches.pop(key, ())))
+        # The same for the same patches: ComfyUI loads the weights anew for any other.
+        clone.patches_uuid = uuid.uuid5(_NAMESPACE, f"{given.patches_uuid} {self._digest}")
+        return clone
+
+    def around_model(
+        self, executor: Any, x: Any, t: Any, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
+        transformer_options: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Predict with the weights that the step asks for, or with both, and mix."""
+        options = {} if transformer_options is None else transformer_options
+        weight = self._weight(t, options)
+
+        def predict(*, pruned: bool) -> Any:
+            # A UNet takes a ControlNet's tensors out of the lists that it is given.
+            own = {k: list(v) if isinstance(v, list) else v for k, v in control.items()} if control else control
+            return self._predict(executor, pruned, x, t, c_concat, c_crossattn, own, options.copy(), **kwargs)
+
+        if weight in (0, 1):
+            return predict(pruned=weight == 1)
+        return mix(predict(pruned=False), predict(pruned=True), weight)
+
+    def _predict(self, executor: Any, pruned: bool, *args: Any, **kwargs: Any) -> Any:
+        if self._switch is None:
+            raise PoaError(
+                "the model is sampled in a way that POA is not told of",
+                "Use a sampler node that goes through ComfyUI's guiders, as KSampler does.",
+            )
+        switch = self._switch
+        switch.pruned, switch.used = pruned, False
+        try:
+            result = executor(*args, **kwargs)
+        finally:
+            switch.pruned = False
+        if pruned and not switch.used:
+            raise PoaError(
+                f"the layers that {self._where} prunes did not take the pruned weights",
+                "Something on this model skips them or computes them in its own way (EasyCache, a quantised format, "
+                "several GPUs, `--fast cublas_ops`); take it off, or take POA off.",
+            )
+        return result
+
+    def _weight(self, t: Any, options: Mapping[str, Any]) -> float:
+        constant = self._schedule.constant
+        if constant is not None:
+            return constant
+        sigmas = options.get("sample_sigmas")
+        if sigmas is None:
+            raise PoaError("nothing tells which step of sampling this is", "Let POA start at 0 and stop at 1.")
+        return self._schedule.at(fraction(float(t.reshape(-1)[0]), sigmas.tolist()))
+
+
+def take_off(model: Any) -> Any:
+    """A clone of a ModelPatcher without POA."""
+    clone = model.clone()
+    for kind in list(clone.wrappers):
+        clone.remove_wrappers_with_key(kind, KEY)
+    return clone
+
+
+def fraction(sigma: float, sigmas: Sequence[float]) -> float:
+    """How much of the steps between `sigmas` is done at `sigma`; within a step as much as at its beginning."""
+    steps = len(sigmas) - 1
+    if steps < 1:
+        return 0.0
+    if sigmas[0] >= sigmas[-1]:
+        begun = sum(start >= sigma * (1 - _NEAR) for start in sigmas[:-1])
+    else:  # noise is put on
+        begun = sum(start <= sigma * (1 + _NEAR) for start in sigmas[:-1])
+    return max(begun - 1, 0) / steps

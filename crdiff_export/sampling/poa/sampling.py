@@ -1,0 +1,214 @@
+"""POA in diffusers: a UNet or transformer predicts twice with one copy of its weights, and the predictions are mixed.
+
+The model's own hook is torch's, which lets wrappers of others (offloading, compilation) come and go in any order. The
+layers' is a `ModelHook` of diffusers, whose forward takes the pruned weights, made on the spot, when it is told to.
+"""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from crdiff_export.errors import PoaError
+from crdiff_export.sampling.poa import batch, hooks, layers
+from crdiff_export.sampling.poa.hooks import NAME, Side, Switch
+from crdiff_export.sampling.poa.mix import Schedule, mix
+from crdiff_export.sampling.poa.source import Source
+
+MODES = ("sequential", "batched")
+
+
+class Poa:
+    """POA on one model. `schedule` and `mode` may be replaced between images."""
+
+    def __init__(
+        self, pipe: Any, source: Source, schedule: Schedule, mode: str, *, check: bool, keep: bool = False
+    ) -> None:
+        self._pipe = weakref.ref(pipe)  # a model that outlives its pipeline must not keep all of it
+        self.source, self.schedule, self.mode = source, schedule, mode
+        self.model = model_of(pipe)
+        self._layers = layers.find(self.model, source)
+        for path, layer in self._layers.items():
+            hooks.refuse_wrapped(path, layer)
+        self._filled = layers.make_dense(self._layers, source, check=check) if check or source.has_residual else False
+        self._switch = Switch(keep=keep)
+        self._hooks: dict[str, hooks.LayerHook] = {}
+        self._call: tuple[tuple[Any, ...], dict[str, Any], float] = ((), {}, 0.0)
+
+    def install(self) -> None:
+        """Put the hooks on."""
+        parts = self.source.masks.diffusers
+        self._hooks = {name: hooks.attach(layer, self._switch, parts[name][0]) for name, layer in self._layers.items()}
+        self._handles = [
+            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def __reduce_ex__(self, _protocol: Any) -> NoReturn:
+        raise PoaError("a model with POA on cannot be copied or pickled", "Take POA off first: poa.disable.")
+
+    @property
+    def schedule(self) -> Schedule:
+        """When, and with which weight."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        if not isinstance(schedule, Schedule):
+            raise PoaError(f"{schedule!r} is no schedule", "Give poa.Schedule(weight, start, stop).")
+        self._schedule = schedule
+
+    @property
+    def mode(self) -> str:
+        """Two passes one after the other, or one over a doubled batch."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        if mode not in MODES:
+            raise PoaError(f"there is no mode {mode!r}", f"Give {' or '.join(MODES)}.")
+        self._mode = mode
+
+    @property
+    def held(self) -> int:
+        """Bytes held beside the model's own weights, once they have been used.
+
+        Room for its largest pruned layer; with `keep`, all pruned layers. Of a file without thresholds one bit for each
+        pruned weight as well, and of one with moved weights those instead.
+        """
+        return self._switch.held + sum(hook.held for hook in self._hooks.values())
+
+    @property
+    def filled(self) -> bool:
+        """Whether the model's weights are from a residual, and have to be pruned again."""
+        return self._filled
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Take all hooks off, and the residual's weights out; PoaError, and nothing done, where these are not here."""
+        if self._filled and any(layer.weight.is_meta for layer in self._layers.values()):
+            raise PoaError(
+                "the weights that are to be pruned again are offloaded, layer by layer",
+                "Call pipe.remove_all_hooks() first, then poa.disable.",
+            )
+        for handle in self._handles:
+            handle.remove()
+        self._switch.side = Side.DENSE
+        for name, layer in self._layers.items():
+            hooks.detach(layer, self._hooks[name])
+            if self._filled:
+                rule = self.source.masks.diffusers[name][0].rule(layer.weight.dtype)
+                layer.weight.copy_(rule(layer.weight, None))
+        self.source.masks.release()
+
+    def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Decide what the model's own pass is to be."""
+        self._refuse_changes()
+        weight = self._weight(args, kwargs)
+        self._call = args, kwargs, weight
+        if weight in (0, 1):
+            self._switch.side = Side.PRUNED if weight else Side.DENSE
+            return None
+        if self.mode == "batched" and (doubled := batch.double(self.model, args, kwargs)):
+            self._switch.side, self._switch.batch = Side.BOTH, doubled.size
+            return (), doubled.arguments
+        self._switch.side = Side.DENSE
+        return batch.copied(args), batch.copied(kwargs)
+
+    def _after(self, model: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+        """Mix what the model has predicted with the other prediction."""
+        side, self._switch.side = self._switch.side, Side.DENSE
+        (args, kwargs, weight), self._call = self._call, ((), {}, 0.0)
+        if weight in (0, 1) or output is None:  # None: the pass has failed
+            return output
+        if side is Side.BOTH:
+            dense, pruned = _prediction(output).chunk(2)
+            return _with_prediction(output, mix(dense, pruned, weight))
+        self._switch.side = Side.PRUNED
+        try:
+            other = model.forward(*args, **kwargs)
+        finally:
+            self._switch.side = Side.DENSE
+        return _with_prediction(output, mix(_prediction(output), _prediction(other), weight))
+
+    def _refuse_changes(self) -> None:
+        """PoaError for what has been done to the model since, and would make its predictions something else."""
+        if getattr(self.model, "is_cache_enabled", False):
+            raise PoaError(
+                f"{type(self.model).__name__} has a cache on, which would take one of the two passes for the other",
+                "Call its disable_cache(), or poa.disable.",
+            )
+        if hasattr(self.model, "peft_config") and any(getattr(m, "merged", False) for m in self.model.modules()):
+            raise PoaError(
+                "a LoRA was fused, so that the weights are not the base's any more", "Call pipe.unfuse_lora()."
+            )
+
+    def _weight(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+        constant = self.schedule.constant
+        return self.schedule.at(self._fraction(args, kwargs)) if constant is None else constant
+
+    def _fraction(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+        """How much of the scheduler's steps is done at the timestep that the model was given."""
+        scheduler = getattr(self._pipe(), "scheduler", None)
+        given = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        if scheduler is None or given is None or scheduler.timesteps is None:
+            raise PoaError("nothing tells which step of sampling this is", "Enable POA on the pipeline, not its model.")
+        now = float(given.reshape(-1)[0]) if isinstance(given, Tensor) else float(given)
+        if self.source.masks.family.startswith("flux"):  # its pipelines give the timestep as a fraction
+            now *= scheduler.config.num_train_timesteps
+        distances = (scheduler.timesteps.cpu().double() - now).abs()
+        return int(distances.argmin()) / len(distances)
+
+
+def enable(pipe: Any, source: Source, schedule: Schedule, *, mode: str, check: bool, keep: bool = False) -> Poa:
+    """Put POA on a pipeline's model, in place of one that is on it, which stays if the new one is refused."""
+    model = model_of(pipe)
+    old: Poa | None = getattr(model, NAME, None)
+    if old and old.filled:  # what it is held against are the weights as they were loaded
+        disable(pipe)
+    poa = Poa(pipe, source, schedule, mode, check=check, keep=keep)
+    disable(pipe)
+    poa.install()
+    setattr(model, NAME, poa)
+    return poa
+
+
+def disable(pipe: Any) -> None:
+    """Take POA off a pipeline's model."""
+    model = model_of(pipe)
+    poa: Poa | None = getattr(model, NAME, None)
+    if poa:
+        poa.remove()
+        delattr(model, NAME)
+
+
+def take_off(poa: Poa) -> None:
+    """Take this POA off, unless another has taken its place."""
+    if getattr(poa.model, NAME, None) is poa:
+        disable(poa.model)
+
+
+def model_of(pipe: Any) -> nn.Module:
+    """The model that denoises; PoaError for what has none."""
+    if isinstance(pipe, nn.Module):
+        return pipe
+    parts = (getattr(pipe, name, None) for name in ("unet", "transformer"))
+    model = next((part for part in parts if part is not None), None)  # a compiled one has no truth value
+    if not isinstance(model, nn.Module):
+        raise PoaError(f"{type(pipe).__name__} has no UNet and no transformer", "Give a diffusers pipeline, loaded.")
+    return model
+
+
+def _prediction(output: Any) -> Tensor:
+    prediction = output[0]
+    assert isinstance(prediction, Tensor)
+    return prediction
+
+
+def _with_prediction(output: Any, prediction: Tensor) -> Any:
+    """The model's output, a tuple or one of diffusers' records, with another prediction in the first place."""
+    if isinstance(output, tuple):
+        return (prediction, *output[1:])
+    return type(output)(prediction)

@@ -1,0 +1,166 @@
+"""A baked checkpoint read back: what its headers say of it, and the plan and the thresholds that made it."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crdiff_export.errors import VerifyError
+from crdiff_export.formats import dtypes
+from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
+from crdiff_export.formats.crdiff_keys import LAYER_WISE, Stamp
+from crdiff_export.formats.safetensors import show
+from crdiff_export.formats.weight_file import Bytes
+from crdiff_export.models import families
+from crdiff_export.models.recipe import Variant
+from crdiff_export.progress import Progress, Silent
+from crdiff_export.prune import plan
+from crdiff_export.prune.criteria import Decision, Mask
+from crdiff_export.prune.criteria.spec import MAGNITUDES
+from crdiff_export.prune.plan import Plan, Target
+from crdiff_export.prune.threshold import Threshold
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+REPAIR = "Do not use the file; export it again from its base."
+DATA_HASH, FILE_HASH = "crdiff.source.hash_sha256", "crdiff.source.file_sha256"
+NEWER = "Install a newer crdiff."
+
+
+@dataclass(frozen=True, slots=True)
+class BakedCheckpoint:
+    """What an export has left: its files, their common stamp, and the plan and thresholds rebuilt from them.
+
+    The thresholds are one for each of the plan's scopes; what they pruned is not known to them. Where the zeros of the
+    file are the mask, they are those of scopes that were left alone.
+    """
+
+    checkpoint: Checkpoint
+    stamp: Stamp
+    plan: Plan
+    thresholds: tuple[Threshold, ...]
+
+
+def open_baked(path: Path) -> BakedCheckpoint:
+    """Read the headers of a baked file or folder.
+
+    CheckpointError for one that crdiff has not made, VerifyError where headers and layers contradict each other.
+    """
+    checkpoint = open_checkpoint(path)
+    stamp = _stamp(checkpoint)
+    planned = _plan(checkpoint, stamp)
+    return BakedCheckpoint(checkpoint, stamp, planned, _thresholds(planned, stamp))
+
+
+def decision(baked: BakedCheckpoint, progress: Progress | None = None, *, moved: bool = True) -> Decision:
+    """What was decided for a baked checkpoint, as far as it tells: its thresholds, or the masks that its zeros are.
+
+    Zeros are read, a layer at a time. With `moved`, of a file with moved weights those of its pruned layers as well,
+    which are then in memory.
+    """
+    if not baked.stamp.masked:
+        return Decision(baked.thresholds)
+    asked = [(i, t) for i, t in enumerate(baked.plan.targets) if baked.plan.scopes[t.scope].rank]
+    progress = progress or Silent()
+    progress.stage("reading", sum(target.count * target.source.itemsize for _, target in asked))
+    masks: dict[int, Mask] = {}
+    weights: dict[int, NDArray[Any]] = {}
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(contextlib.closing(file.open())) for file in baked.checkpoint.files]
+        for number, target in asked:
+            found = raw(readers[target.file], target)
+            masks[number] = Mask.pack(found == 0)
+            if baked.stamp.moved and moved:
+                weights[number] = found
+            progress.advance(found.nbytes)
+    counts = [0] * len(baked.plan.scopes)
+    for number, mask in masks.items():
+        counts[baked.plan.targets[number].scope] += mask.pruned
+    thresholds = tuple(replace(t, pruned=gone) for t, gone in zip(baked.thresholds, counts, strict=True))
+    return Decision(thresholds, tuple(masks.get(i) for i in range(len(baked.plan.targets))), weights)
+
+
+def raw(reader: Bytes, target: Target) -> "NDArray[Any]":
+    """A target's weights as raw bits, flat; of a moved file, what was written."""
+    import numpy as np
+
+    start, stop = target.span(target.source)
+    data = memoryview(bytearray(stop - start))
+    reader.read_into(start, data)
+    return np.frombuffer(data, f"u{target.source.itemsize}")
+
+
+def _stamp(checkpoint: Checkpoint) -> Stamp:
+    stamps = [Stamp.from_metadata(file.metadata, str(file.path)) for file in checkpoint.files]
+    for file, stamp in zip(checkpoint.files, stamps, strict=True):
+        if _shared(stamp) != _shared(stamps[0]):
+            raise VerifyError(f"{file.path}: its header is of another export than its neighbours'", REPAIR)
+    stamp = stamps[0]
+    if not stamp.masked and stamp.criterion not in MAGNITUDES:
+        raise VerifyError(f"{checkpoint.path}: ranked by {show(stamp.criterion)}, which is not known here", NEWER)
+    if stamp.masked and stamp.criterion in MAGNITUDES:
+        raise VerifyError(
+            f"{checkpoint.path}: crdiff.mask does not go with {stamp.criterion}, which has thresholds", REPAIR
+        )
+    return stamp
+
+
+def _shared(stamp: Stamp) -> dict[str, str]:
+    """All that the files of one export have in common: everything but the hash of each one's source."""
+    keys = stamp.to_metadata()
+    return {key: text for key, text in keys.items() if key not in (DATA_HASH, FILE_HASH)}
+
+
+def _plan(checkpoint: Checkpoint, stamp: Stamp) -> Plan:
+    """The plan that made the file, from its header and its layers."""
+    match = families.detect(checkpoint.shapes)
+    family = match.family
+    for what, said, found in (
+        ("family", stamp.family, family.id),
+        ("layout", stamp.layout, match.layout.name),
+        ("prefix", stamp.prefix, match.prefix),
+        ("ratio", sorted(stamp.groups), sorted(family.groups)),
+        ("targets", stamp.targets, tuple(kind for kind in family.kinds if kind in stamp.targets)),
+    ):
+        if said != found:
+            raise VerifyError(
+                f"{checkpoint.path}: crdiff.{what} is for {_words(said)}, its layers are of {_words(found)}", REPAIR
+            )
+    ratios = {name: group.ratio for name, group in stamp.groups.items()}
+    variant = Variant(stamp.resolution, ratios, stamp.poa_weight, "starting-point", stamp.provenance_source)
+    return plan.make(
+        checkpoint, match, stamp.resolution, variant, stamp.recipe, kinds=stamp.targets, allow_nonfinite=True
+    )
+
+
+def _words(value: str | Sequence[str]) -> str:
+    return show(value if isinstance(value, str) else ", ".join(value)) if value else "none"
+
+
+def _thresholds(planned: Plan, stamp: Stamp) -> tuple[Threshold, ...]:
+    """The header's thresholds, one per scope, after a check that its counts fit the layers."""
+    path, scopes = planned.checkpoint.path, planned.scopes
+    for name in planned.groups:
+        total = sum(scope.count for scope in scopes if scope.group == name)
+        if stamp.groups[name].total != total:
+            raise VerifyError(
+                f"{path}: crdiff.total.{name} is {stamp.groups[name].total}, the layers have {total}", REPAIR
+            )
+    layer_wise = stamp.masked == LAYER_WISE if stamp.masked else stamp.thresholds is not None
+    if layer_wise != (planned.match.family.scope == "layer"):
+        raise VerifyError(f"{path}: crdiff.method is not that of {planned.match.family.title}", REPAIR)
+    if stamp.masked:
+        return tuple(Threshold(None, 0, scope.count) for scope in scopes)
+    values = [stamp.groups[scope.group].threshold for scope in scopes]
+    values = values if stamp.thresholds is None else list(stamp.thresholds)
+    if len(values) != len(scopes):
+        raise VerifyError(f"{path}: crdiff.thresholds has {len(values)} values for {len(scopes)} layers", REPAIR)
+    for scope, value in zip(scopes, values, strict=True):
+        if (value is None) != (scope.rank == 0):
+            raise VerifyError(f"{path}: the threshold of {show(scope.name)} does not go with its ratio", REPAIR)
+    return tuple(
+        Threshold(None if value is None else dtypes.bits(value), 0, scope.count)
+        for scope, value in zip(scopes, values, strict=True)
+    )

@@ -1,0 +1,596 @@
+"""The header: lossless, true to ModelSpec, kind to A1111 and SwarmUI, and as docs/metadata.md says.
+
+The last part reads the tables of that document and derives pruned weights from a header and the dense base with them
+alone, as the author of another loader would.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from crdiff_export import ExportRequest, Size, export
+from crdiff_export.bake import metadata
+from crdiff_export.export import prepare, run
+from crdiff_export.formats import safetensors
+from crdiff_export.formats.crdiff_keys import Stamp
+from crdiff_export.models.recipe import Evidence
+from crdiff_export.progress import Silent
+from crdiff_export.prune.architecture import Architecture
+from crdiff_export.prune.threshold import Threshold
+from tests.support import DOCS, geometry_tables, makers, masking
+
+BASE = "demo.original-unet"
+SIZE = Size(96, 64)
+
+
+def bake(base: Path, output: Path, **request: Any) -> dict[str, str]:
+    """Export a base with ratio 0.3 and give the metadata of the output, or of its first file."""
+    written = export(ExportRequest(str(base), SIZE, output, ratio=request.pop("ratio", 0.3), **request)).written
+    return makers.metadata_of(written.files[0].path)
+
+
+def bake_tiny(folder: Path, table: str, said: Mapping[str, str] | None = None, **request: Any) -> dict[str, str]:
+    """The metadata that an export of a narrow checkpoint gets whose own header says `said`."""
+    return bake(
+        makers.write(folder / "base.safetensors", makers.tiny(table), said), folder / "out.safetensors", **request
+    )
+
+
+Export = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export]:
+    """Base and output of an export of a table's narrow checkpoint."""
+
+    @cache
+    def made(table: str) -> Export:
+        folder = tmp_path_factory.mktemp("export")
+        bake_tiny(folder, table)
+        return folder / "base.safetensors", folder / "out.safetensors"
+
+    return made
+
+
+# ModelSpec.
+
+SPEC = {
+    "demo": "stable-diffusion-v1",
+    "flux-dev": "flux-1-dev",
+    "flux-schnell": "flux-1-schnell",
+    "sd15": "stable-diffusion-v1",
+    "sd21": "",  # by content, see test_architecture.py
+    "sd3-medium": "stable-diffusion-v3-medium",
+    "sd35-large": "stable-diffusion-v3.5-large",
+    "sd35-medium": "stable-diffusion-v3.5-medium",
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
+}
+
+
+@pytest.mark.parametrize("table", geometry_tables.names())
+def test_every_family_gets_the_keys_that_modelspec_wants(table: str, exports: Callable[[str], Export]) -> None:
+    family, layout = table.split(".")
+    base, output = exports(table)
+    said = makers.metadata_of(output)
+    original = "https://github.com/black-forest-labs/flux" if family.startswith("flux") else "sgm"
+    assert {key: text for key, text in said.items() if not key.startswith("crdiff.")} == {
+        "format": "pt",
+        "modelspec.architecture": SPEC[family] or said["modelspec.architecture"],
+        "modelspec.hash_sha256": data_hash(output),
+        "modelspec.implementation": "diffusers" if layout.startswith("diffusers") else original,
+        "modelspec.merged_from": "base",
+        "modelspec.resolution": "96x64",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": "base CR-Diff 96x64",
+    }
+    assert said["crdiff.source.hash_sha256"] == data_hash(base)
+    assert_for_all_loaders(output)
+
+
+def data_hash(path: Path) -> str:
+    """ModelSpec's hash, as its examples/python/example_no_reqs.py works it out."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(length, os.SEEK_CUR)
+        return f"0x{hashlib.sha256(file.read()).hexdigest()}"
+
+
+def assert_for_all_loaders(path: Path, foreign: Sequence[str] = ()) -> None:
+    """What readers of headers demand: A1111 and Forge, SwarmUI, ComfyUI, transformers. `foreign`: the base's keys."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    body = raw[8 : 8 + length]
+    assert body.startswith(b'{"')  # A1111's read_metadata_from_safetensors
+    assert length % 8 == 0
+    assert length < 1 << 20  # ComfyUI's /view_metadata
+    said = json.loads(body)["__metadata__"]
+    assert list(said) == sorted(said)
+    assert [key for key, text in said.items() if text.startswith("{") and key not in foreign] == []
+    width, height = said["modelspec.resolution"].split("x")  # SwarmUI: int.Parse(res.BeforeAndAfter('x'))
+    assert (int(width), int(height)) == (SIZE.width, SIZE.height)
+    assert said["format"] == "pt"
+
+
+KEPT = {
+    "__spacer": "     ",
+    "modelspec.architecture": "stable-diffusion-v1/special",
+    "modelspec.author": "somebody",
+    "modelspec.date": "2024-01-31",
+    "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+    "modelspec.prediction_type": "v",
+    "modelspec.unet_dtype": "fp16",
+    "modelspec.vae_dtype": "bf16,fp32",
+    "note": 'snow ☃, a tab \t, a quote " and a line\nbreak',
+    "sd_merge_recipe": '{"type": "webui"}',
+    "ss_network_args": '{"conv_dim": "4"}',
+    "ss_steps": "",
+    "workflow": ' {"nodes": []}',
+}
+DROPPED = {
+    "modelspec.hash_blake3": "0x00",
+    "modelspec.hash_sha256": "0x11",
+    "sshs_legacy_hash": "abcd",
+    "sshs_model_hash": "ef01",
+    "crdiff.demo": "of another tool of ours",
+}
+REPLACED = {
+    "format": "np",
+    "modelspec.merged_from": "one, two",
+    "modelspec.resolution": "fantasy",
+    "modelspec.sai_model_spec": "1.0.0",
+    "modelspec.title": "Model of Note",
+}
+
+
+def test_metadata_of_the_base_stay(tmp_path: Path) -> None:
+    said = bake_tiny(tmp_path, BASE, {**KEPT, **DROPPED, **REPLACED})
+    assert {key: text for key, text in said.items() if key in KEPT} == KEPT
+    assert {key: text for key, text in said.items() if key in REPLACED} == {
+        "format": "pt",
+        "modelspec.merged_from": "Model of Note",
+        "modelspec.resolution": "96x64",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": "Model of Note CR-Diff 96x64",
+    }
+    assert said["modelspec.hash_sha256"] == data_hash(tmp_path / "out.safetensors")
+    assert not {"modelspec.hash_blake3", "sshs_legacy_hash", "sshs_model_hash", "crdiff.demo"} & set(said)
+    assert_for_all_loaders(tmp_path / "out.safetensors", foreign=[*KEPT])
+
+
+def test_stated_dtypes_go_with_a_cast(tmp_path: Path) -> None:
+    said = bake_tiny(tmp_path, BASE, KEPT, dtype="bf16")
+    assert set(KEPT) - set(said) == {"modelspec.unet_dtype", "modelspec.vae_dtype"}
+    assert said["crdiff.cast"] == "BF16"
+
+
+def test_without_hashes_there_are_none(tmp_path: Path) -> None:
+    said = bake_tiny(tmp_path, BASE, DROPPED, hashing=False)
+    assert not [key for key in said if "hash" in key]
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("demo", "demo"),
+        ("model.v1.5.safetensors", "model.v1.5"),
+        ("old.ckpt", "old"),
+        ("model.safetensors.index.json", "model"),
+        ("a@b.safetensors", "a@b"),
+        (".safetensors", ".safetensors"),
+        ("hf://org/name", "name"),
+        ("hf://org/name@main", "name"),
+        ("hf://org/name/sub/model@1.safetensors", "model@1"),
+    ],
+)
+def test_title_of_a_base_that_has_none(name: str, title: str) -> None:
+    assert metadata._title(name) == title
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("{curly}.safetensors", " {curly} CR-Diff 96x64"), (" {.safetensors", "  { CR-Diff 96x64")],
+    ids=["brace", "space and brace"],
+)
+def test_name_that_begins_like_an_object(name: str, title: str, tmp_path: Path) -> None:
+    base = makers.write(tmp_path / name, makers.tiny(BASE))
+    output = tmp_path / "out.safetensors"
+    said = bake(base, output)
+    assert said["modelspec.title"] == title
+    assert Stamp.from_metadata(said, "file").source_name == name
+    assert_for_all_loaders(output)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems only have names that are text")
+def test_name_that_is_no_text(tmp_path: Path) -> None:
+    base = makers.write(tmp_path / os.fsdecode(b"caf\xe9.safetensors"), makers.tiny(BASE))
+    said = bake(base, tmp_path / "out.safetensors")
+    assert said["crdiff.source.name"] == "caf?.safetensors"
+    assert said["modelspec.title"] == "caf? CR-Diff 96x64"
+
+
+def test_recipe_that_is_no_text(tmp_path: Path) -> None:
+    # JSON may spell half a surrogate pair, and the public code's recipes are JSON.
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny(BASE))
+    planned = prepare(ExportRequest(str(base), SIZE, tmp_path / "out.safetensors")).plan
+    half = "\ud83d, and {no} more"
+    evidence = Evidence(scorer=half, pruned=0.5, dense=0.25, prompts=4, interval=(0.1, 0.4), extra={half: True})
+    variant = replace(planned.variant, prompt=half, source=half, evidence=evidence)
+    none = [Threshold(None, 0, scope.count) for scope in planned.scopes]
+    made = metadata.stamp(
+        replace(planned, variant=variant), none, "magnitude", "base", Architecture("an-id", Size(64, 64))
+    )
+    assert (made.prompt, made.provenance_source) == ("?, and {no} more", "?, and {no} more")
+    assert made.evidence == {
+        "scorer": "?, and {no} more", "pruned": "0.5", "dense": "0.25", "prompts": "4", "interval": "[0.1, 0.4]",
+        "?, and {no} more": "True",
+    }  # fmt: skip
+    assert safetensors.serialise([], made.to_metadata())
+
+
+def test_checkout_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    assert metadata.tool_version() == importlib.metadata.version("crdiff-export")
+    monkeypatch.setattr(metadata, "version", missing)
+    assert metadata.tool_version() == "0+checkout"
+
+
+# docs/metadata.md, by its word.
+
+DOCUMENT = (DOCS / "metadata.md").read_text(encoding="utf-8")
+
+
+def rows(*columns: str) -> Iterator[dict[str, str]]:
+    """The rows of the document's tables that have these columns."""
+    current: list[str] = []
+    for line in DOCUMENT.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if not cells:
+            current = []
+        elif not current:
+            current = cells
+        elif current == list(columns) and not set(line) <= {"|", "-"}:
+            yield dict(zip(columns, cells, strict=True))
+
+
+def code(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+FORMATS = {row["format"]: "|".join(code(row["looks like"])) for row in rows("format", "looks like")}
+KEYS = {code(row["key"])[0]: row for row in rows("key", "present", "format", "meaning")}
+BLOCKS = list(rows("block", "families", "layout", "group", "path"))
+LAYERS = list(rows("block", "layout", "kind", "weight", "parts"))
+
+
+def documented(key: str) -> dict[str, str] | None:
+    """The document's row for a key."""
+    for name, row in KEYS.items():
+        if re.fullmatch(re.escape(name).replace("<group>", r"[a-z]+").replace("<name>", r".+"), key):
+            return row
+    return None
+
+
+def test_document_names_every_key_and_its_format(tmp_path: Path) -> None:
+    evidence = "evidence = { scorer = 'x', pruned = 0.5, dense = 0.25, prompts = 3, interval = [0.1, 0.2] }"
+    (tmp_path / "own.toml").write_text(
+        "[model]\nfamily = 'demo'\ntitle = 'demo'\nnative = '64x64'\n[[variant]]\nresolution = '96x64'\n"
+        "ratios = { down = 0.25, mid = 0, up = 1e-1 }\npoa_weight = 1.5\nprovenance = 'searched'\nsource = 'a test'\n"
+        + evidence
+    )
+    broken = dict(makers.tiny(BASE))
+    name = next(name for name in broken if name.endswith("input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"))
+    dtype, shape, data = broken[name]
+    broken[name] = dtype, shape, b"\x00\x7e" + data[2:]  # a NaN
+    base = makers.write(tmp_path / "broken.safetensors", broken)
+    said = [
+        bake(
+            base,
+            tmp_path / "a.safetensors",
+            recipe=tmp_path / "own.toml",
+            allow_nonfinite=True,
+            dtype="fp32",
+            ratio=None,
+        ),
+        bake_tiny(tmp_path, "sd35-medium.original-transformer"),
+    ]
+    job = prepare(ExportRequest(str(base), SIZE, tmp_path / "hub.safetensors", allow_nonfinite=True))
+    from_hub = replace(job, base=replace(job.base, hashes={base.name: "ab" * 32}))
+    said.append(makers.metadata_of(run(from_hub, Silent()).written.path))
+    masked = masking.base(tmp_path / "masked", "sd15.original")
+    said.append(makers.metadata_of(export(masked.request(tmp_path / "obs.safetensors", "obs")).written.path))
+    assert said[0]["crdiff.threshold.mid"] == "none"
+    assert said[0]["crdiff.nonfinite.down"] == "1"
+    assert said[0]["crdiff.evidence.interval"] == "[0.1, 0.2]"
+    seen = {"crdiff.prompt"}  # an export has no way to choose a recipe's variant for one prompt
+    always = {name for name, row in KEYS.items() if row["present"] == "always"}
+    for keys in said:
+        named = set()
+        for key, text in keys.items():
+            row = documented(key)
+            assert row is not None, key
+            assert re.fullmatch(FORMATS[row["format"]], text, re.DOTALL), key
+            named.add(code(row["key"])[0])
+        assert always <= named
+        seen |= named
+    assert seen == set(KEYS)
+
+
+def test_document_shows_a_real_header(tmp_path: Path) -> None:
+    found = re.search(r"```json\n(.*?)```", DOCUMENT, re.DOTALL)
+    assert found
+    said = makers.metadata_of(export(ExportRequest("demo", SIZE, tmp_path / "demo.safetensors")).written.path)
+    assert said.pop("crdiff.version")
+    assert json.loads(found[1]) == said
+
+
+class Tensor(NamedTuple):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+# File name -> tensors in the order of their bytes.
+Files = dict[str, list[Tensor]]
+
+
+def read(path: Path) -> Files:
+    """All weights at a path: of the file, or of the folder's."""
+    found: Files = {}
+    for file in sorted(path.rglob("*.safetensors"), key=lambda file: file.as_posix()) if path.is_dir() else [path]:
+        raw = file.read_bytes()
+        (length,) = struct.unpack("<Q", raw[:8])
+        entries = json.loads(raw[8 : 8 + length])
+        entries.pop("__metadata__", None)
+        data = raw[8 + length :]
+        placed = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+        found[file.relative_to(path).as_posix()] = [
+            Tensor(name, e["dtype"], tuple(e["shape"]), data[slice(*e["data_offsets"])]) for name, e in placed
+        ]
+    return found
+
+
+TORCH = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def values(tensor: Tensor) -> torch.Tensor:
+    return torch.frombuffer(bytearray(tensor.data), dtype=TORCH[tensor.dtype]).reshape(tensor.shape)
+
+
+def raw(weights: torch.Tensor) -> bytes:
+    return bytes(weights.reshape(-1).view(torch.uint8).numpy())
+
+
+def cast(tensor: Tensor, dtype: str) -> Tensor:
+    if tensor.dtype not in TORCH or not tensor.data:
+        return tensor._replace(dtype=dtype if tensor.dtype in TORCH else tensor.dtype)
+    return Tensor(tensor.name, dtype, tensor.shape, raw(values(tensor).float().to(TORCH[dtype])))
+
+
+class Rule(NamedTuple):
+    """Whose name matches is a target, whole or by parts."""
+
+    name: re.Pattern[str]
+    group: str
+    parts: Sequence[int | None]
+
+
+def rules(said: Mapping[str, str]) -> Iterator[Rule]:
+    """What the document's tables call a target of a file with such a header."""
+    for block in BLOCKS:
+        if said["crdiff.family"] not in block["families"].split(", ") or said["crdiff.layout"] != block["layout"]:
+            continue
+        for layer in LAYERS:
+            fits = block["block"] in layer["block"].split(", ") and block["layout"] in layer["layout"].split(", ")
+            if fits and layer["kind"] in said["crdiff.targets"].split(","):
+                path, weight = code(block["path"])[0], code(layer["weight"])[0]
+                pattern = re.compile(re.escape(said["crdiff.prefix"]) + path + re.escape(weight))
+                parts = [None] if layer["parts"] == "all" else [int(part) for part in layer["parts"].split(", ")]
+                yield Rule(pattern, block["group"], parts)
+
+
+def derive(said: Mapping[str, str], base: Files) -> Files:
+    """The pruned weights, from the header of a pruned file and the dense base."""
+    assert said["crdiff.schema"] == "1"
+    assert said["crdiff.criterion"] in ("magnitude", "uniform")
+    assert "crdiff.mask" not in said
+    queue = json.loads(said["crdiff.thresholds"]) if said["crdiff.method"] == "layer-wise" else None
+    known = list(rules(said))
+    total: dict[str, int] = {}
+    pruned: dict[str, int] = {}
+    derived: Files = {}
+    for file in sorted(base):
+        tensors = [cast(t, said["crdiff.cast"]) if "crdiff.cast" in said else t for t in base[file]]
+        for i, tensor in enumerate(tensors):
+            rule = next((rule for rule in known if rule.name.fullmatch(tensor.name)), None)
+            if rule is None:
+                continue
+            weights, group = values(tensor), rule.group
+            columns = tensor.shape[1]
+            for part in rule.parts:
+                where = weights if part is None else weights[part * columns : (part + 1) * columns]
+                text = queue.pop(0) if queue is not None else said[f"crdiff.threshold.{group}"]
+                total[group] = total.get(group, 0) + where.numel()
+                if text != "none":
+                    small = where.float().abs() <= float.fromhex(text)
+                    where.view(torch.uint8).view(*where.shape, -1)[small] = 0  # all bits of +0.0
+                    pruned[group] = pruned.get(group, 0) + int(small.sum())
+            tensors[i] = tensor._replace(data=raw(weights))
+        derived[file] = tensors
+    assert not queue
+    for group, count in total.items():
+        assert said[f"crdiff.total.{group}"] == str(count)
+        assert said[f"crdiff.pruned.{group}"] == str(pruned.get(group, 0))
+    return derived
+
+
+def assert_derived(base: Path, output: Path) -> None:
+    """Every file of the output is what its own header and the base give."""
+    baked, dense = read(output), read(base)
+    for file in baked:
+        said = makers.metadata_of(output / file if output.is_dir() else output)
+        source = base / file if base.is_dir() else base
+        assert said.get("crdiff.source.hash_sha256") == data_hash(source)
+        derived = derive(said, dense)
+        assert list(derived.values()) == list(baked.values())
+
+
+@pytest.mark.parametrize("table", geometry_tables.names())
+def test_document_gives_the_pruned_weights(table: str, exports: Callable[[str], Export]) -> None:
+    assert_derived(*exports(table))
+
+
+FUSED = [name for name in geometry_tables.names() if "transformer" in name]
+
+
+@pytest.mark.parametrize("table", FUSED)
+def test_document_gives_every_kind_of_target(table: str, tmp_path: Path) -> None:
+    kinds = ("ff", "attn", "attn2") if table.startswith("sd35-medium") else ("ff", "attn")
+    said = bake_tiny(tmp_path, table, targets=kinds)
+    assert said["crdiff.targets"] == ",".join(kinds)
+    assert_derived(tmp_path / "base.safetensors", tmp_path / "out.safetensors")
+
+
+def mixed() -> dict[str, tuple[str, makers.Shape, bytes]]:
+    """Targets of one group in three dtypes, so that the threshold is no number of two of them."""
+    made = [makers.tiny("sd15.original", dtype) for dtype in ("F32", "BF16", "F16")]
+    return {name: made[i % 3 if "attn1" in name else 1][name] for i, name in enumerate(made[0])}
+
+
+CASES: dict[str, tuple[Callable[[], dict[str, tuple[str, makers.Shape, bytes]]], dict[str, Any]]] = {
+    "fp32": (lambda: makers.tiny("sd15.original", "F32"), {}),
+    "fp8 e4m3": (lambda: makers.tiny("sd15.original", "F8_E4M3"), {}),
+    "fp8 e5m2": (lambda: makers.tiny("flux-dev.original-transformer", "F8_E5M2"), {}),
+    "mixed dtypes": (mixed, {}),
+    "fp32 to bf16": (lambda: makers.tiny("sd15.original", "F32"), {"dtype": "bf16"}),
+    "mixed to fp16": (mixed, {"dtype": "fp16"}),
+    "bf16 to fp32": (lambda: makers.tiny("sd3-medium.original-transformer", "BF16"), {"dtype": "fp32"}),
+    "one group": (lambda: makers.tiny("sdxl.original"), {"ratio": None, "ratios": {"down": 0, "mid": 0.5, "up": 0}}),
+    "one kind": (lambda: makers.tiny("sdxl.original"), {"targets": ("ff",)}),
+    "layers too small": (
+        lambda: makers.tiny("sd3-medium.original-transformer"),
+        {"ratio": 0.001, "targets": ("ff", "attn")},
+    ),
+    "prefix": (lambda: makers.tiny("flux-schnell.original-transformer", prefix="model.diffusion_model."), {}),
+    "copy": (
+        lambda: {
+            **makers.tiny(BASE),
+            **makers.tiny(BASE, prefix="model_ema."),
+        },
+        {},
+    ),
+    "backwards": (
+        lambda: dict(reversed(makers.tiny("flux-dev.diffusers-transformer").items())),
+        {"targets": ("attn",)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_document_gives_odd_files(case: str, tmp_path: Path) -> None:
+    make, request = CASES[case]
+    base = makers.write(tmp_path / "base.safetensors", make())
+    bake(base, tmp_path / "out.safetensors", **request)
+    assert_derived(base, tmp_path / "out.safetensors")
+
+
+def test_document_keeps_what_is_not_finite(tmp_path: Path) -> None:
+    tensors = makers.tiny("sd3-medium.original-transformer", "F32")
+    for i, name in enumerate(name for name in tensors if name.endswith(".mlp.fc1.weight")):
+        dtype, shape, data = tensors[name]
+        odd = struct.pack("<4f", math.nan, -math.nan, math.inf, -math.inf)
+        tensors[name] = dtype, shape, data[: 4 * i] + odd + data[4 * i + 16 :]
+    base = makers.write(tmp_path / "base.safetensors", tensors)
+    said = bake(base, tmp_path / "out.safetensors", allow_nonfinite=True)
+    assert said["crdiff.nonfinite.blocks"] == "96"
+    assert_derived(base, tmp_path / "out.safetensors")
+
+
+def test_document_gives_thresholds_in_the_order_of_the_bytes(tmp_path: Path) -> None:
+    """Neither that of the JSON nor that of the blocks."""
+    tensors = makers.tiny("sd3-medium.original-transformer")
+    base = makers.write(tmp_path / "base.safetensors", dict(sorted(tensors.items(), key=lambda item: item[0][::-1])))
+    content = base.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    entries = json.loads(content[8 : 8 + length])
+    body = json.dumps(dict(sorted(entries.items())), separators=(",", ":")).encode()
+    base.write_bytes(makers.frame(body) + content[8 + length :])
+    bake(base, tmp_path / "out.safetensors", targets=("ff", "attn"))
+    assert_derived(base, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("table", ["sdxl.diffusers-unet", "flux-dev.diffusers-transformer"])
+def test_document_gives_shards(table: str, tmp_path: Path) -> None:
+    makers.write_shards(tmp_path / "base", makers.tiny(table), 3)
+    bake(tmp_path / "base", tmp_path / "out")
+    assert len(read(tmp_path / "out")) == 3
+    assert_derived(tmp_path / "base", tmp_path / "out")
+
+
+def masked(said: Mapping[str, str], base: Files, output: Files) -> Files:
+    """The pruned weights by what the document says of masks: from the base, and the zeros of the pruned file."""
+    assert (said["crdiff.schema"], said["crdiff.mask"]) == ("1", "zeros")
+    known = list(rules(said))
+    found: dict[tuple[str, int], tuple[str, list[slice]]] = {}
+    total: dict[str, int] = {}
+    for file, tensors in base.items():
+        for i, tensor in enumerate(tensors):
+            for rule in (rule for rule in known if rule.name.fullmatch(tensor.name)):
+                columns = tensor.shape[1]
+                rows = [slice(None) if p is None else slice(p * columns, (p + 1) * columns) for p in rule.parts]
+                found[file, i] = rule.group, rows
+                total[rule.group] = total.get(rule.group, 0) + sum(values(tensor)[part].numel() for part in rows)
+    derived = {
+        file: [cast(t, said["crdiff.cast"]) if "crdiff.cast" in said else t for t in base[file]] for file in base
+    }
+    pruned = dict.fromkeys(total, 0)
+    for (file, i), (group, rows) in found.items():
+        weights, theirs = values(derived[file][i]), values(output[file][i])
+        for part in rows:
+            count = total[group] if said["crdiff.method"] == "block-wise" else weights[part].numel()
+            if int(count * float(said[f"crdiff.ratio.{group}"])):
+                own, other = weights[part], theirs[part]
+                zeros = (other.view(torch.uint8).view(*other.shape, -1) == 0).all(-1)
+                pruned[group] += int(zeros.sum())
+                if "crdiff.moved" in said:
+                    own[:] = other
+                else:
+                    own.view(torch.uint8).view(*own.shape, -1)[zeros] = 0
+        derived[file][i] = derived[file][i]._replace(data=raw(weights))
+    assert {group: str(count) for group, count in pruned.items()} == {g: said[f"crdiff.pruned.{g}"] for g in total}
+    return derived
+
+
+@pytest.mark.parametrize("table", ["sd15.original", "sd3-medium.original-transformer", "flux-dev.original-transformer"])
+@pytest.mark.parametrize("criterion", ["wanda", "random:compare=row", "obs"])
+def test_document_gives_masked_weights(table: str, criterion: str, tmp_path: Path) -> None:
+    base = masking.base(tmp_path, table)
+    ratios = {"blocks": 0.3} if base.dit else {"down": 0.0, "mid": 0.5, "up": 0.3}
+    cases: list[dict[str, Any]] = [{}, {"dtype": "fp32"}]
+    for number, options in enumerate(cases):
+        request = base.request(tmp_path / f"{number}.safetensors", criterion, ratios=ratios, **options)
+        output = export(request).written.path
+        said = makers.metadata_of(output)
+        assert said["crdiff.source.hash_sha256"] == data_hash(base.path)
+        dense, pruned = read(base.path), read(output)
+        key, other = next(iter(dense)), next(iter(pruned))
+        assert masked(said, dense, {key: pruned[other]})[key] == pruned[other]

@@ -1,0 +1,404 @@
+"""Stages side by side: order, errors, an early end, and no buffer that two of them hold at once."""
+
+import functools
+import itertools
+import random
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+
+from crdiff_export import CrdiffError, ExportRequest, Size, export
+from crdiff_export.bake import stream as weights
+from crdiff_export.bake import write
+from crdiff_export.bake.prefetch import ahead
+from crdiff_export.bake.stream import Chunk, Pruning, Stream
+from crdiff_export.formats.weight_file import SourceFile
+from crdiff_export.prune.criteria import Decision, magnitude
+from crdiff_export.prune.kernels.cpu import CpuKernel
+from tests.support import makers, oracle
+
+T = TypeVar("T")
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    # Nothing is waited for: whoever started a thread must have joined it.
+    assert set(threading.enumerate()) - before == set()
+
+
+class Source:
+    """A generator of numbers that counts what it gave and knows whether it was closed."""
+
+    def __init__(self, stop: int | None = None, error: BaseException | None = None) -> None:
+        self.stop, self.error = stop, error
+        self.given = 0
+        self.closed = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def items(self) -> Generator[int, None, None]:
+        self.thread = threading.current_thread()
+        try:
+            for number in itertools.count() if self.stop is None else range(self.stop):
+                self.given += 1
+                yield number
+            if self.error is not None:
+                raise self.error
+        finally:
+            self.closed.set()
+
+
+def settle(read: Callable[[], int]) -> int:
+    """A number that another thread changes, once it stays the same."""
+    before, now = -1, read()
+    while before != now:
+        time.sleep(0.02)
+        before, now = now, read()
+    return now
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 2, 100])
+def test_items_come_in_order(count: int, depth: int) -> None:
+    source = Source(count)
+    assert list(ahead(source.items(), depth)) == list(range(count))
+    assert source.closed.is_set()
+    assert source.thread is not threading.current_thread()
+
+
+def test_anything_that_can_be_iterated() -> None:
+    assert list(ahead([3, 1, 2])) == [3, 1, 2]
+    assert list(ahead(iter("abc"))) == ["a", "b", "c"]
+    assert list(ahead([None, False, 0])) == [None, False, 0]
+
+
+def test_nothing_starts_before_the_first_item_is_asked_for() -> None:
+    source = Source(3)
+    stream = ahead(source.items())
+    assert source.given == 0
+    stream.close()
+    assert source.given == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_the_producer_is_only_a_few_items_ahead(depth: int) -> None:
+    source = Source()
+    stream = ahead(source.items(), depth)
+    for taken in range(1, 20):
+        next(stream)
+        # One in its hands, `depth` waiting, those that were taken.
+        assert source.given <= taken + depth + 1
+    assert settle(lambda: source.given) == 19 + depth + 1
+    stream.close()
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Broken("x"), KeyboardInterrupt(), SystemExit(3), MemoryError()], ids=repr)
+def test_an_error_of_the_producer_comes_after_its_items(error: BaseException) -> None:
+    source = Source(3, error)
+    taken: list[int] = []
+    with pytest.raises(type(error)) as raised:
+        taken.extend(ahead(source.items()))
+    assert raised.value is error
+    assert source.closed.is_set()
+    frames = [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)]
+    assert frames.index("ahead") < frames.index("items")  # the producer's own lines are in the traceback
+
+
+def test_the_items_before_an_error_are_not_lost() -> None:
+    stream = ahead(Source(3, Broken()).items(), depth=5)
+    assert [next(stream), next(stream), next(stream)] == [0, 1, 2]
+    with pytest.raises(Broken):
+        next(stream)
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_an_error_through_several_stages() -> None:
+    source = Source(3, Broken())
+    with pytest.raises(Broken):
+        list(ahead(x for x in ahead(x for x in ahead(source.items()))))
+    assert source.closed.is_set()
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("taken", [1, 5])
+def test_closing_stops_every_stage(taken: int, stages: int) -> None:
+    source = Source()
+    stream: Generator[int, None, None] = source.items()
+    sources = [stream]
+    for _ in range(stages):
+        stream = ahead(stream)
+        sources.append(stream)
+    for _ in range(taken):
+        next(stream)
+    stream.close()
+    assert source.closed.is_set()
+    assert source.thread is not None
+    assert not source.thread.is_alive()
+    given = source.given
+    time.sleep(0.1)
+    assert source.given == given <= taken + 2 * stages
+
+
+def test_closing_while_the_producer_is_busy_waits_for_it() -> None:
+    busy = threading.Event()
+
+    def slow() -> Generator[int, None, None]:
+        yield 0
+        busy.set()
+        time.sleep(0.2)
+        yield 1
+
+    stream = ahead(slow())
+    next(stream)
+    busy.wait()
+    stream.close()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Broken, GeneratorExit])
+def test_an_error_of_the_consumer_leaves_nothing_running(error: type[BaseException]) -> None:
+    source = Source()
+
+    def consume() -> None:
+        stream = ahead(ahead(source.items()))
+        try:
+            for number in stream:
+                if number == 3:
+                    raise error
+        finally:
+            stream.close()
+
+    with pytest.raises(error):
+        consume()
+    assert source.closed.is_set()
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="Windows signals otherwise")
+def test_ctrl_c_while_the_consumer_waits() -> None:
+    closed = threading.Event()
+
+    def slow() -> Generator[int, None, None]:
+        try:
+            yield 0
+            time.sleep(0.3)
+        finally:
+            closed.set()
+
+    stream = ahead(slow())
+    next(stream)
+    press = threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    press.start()
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert closed.is_set()
+    press.join()
+
+
+def test_an_interrupt_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def interrupted(self: threading.Thread) -> None:
+        start(self)
+        raise KeyboardInterrupt
+
+    source = Source()
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(ahead(source.items()))
+    assert source.closed.is_set()
+
+
+def test_an_interrupt_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(ahead(Source().items()))
+
+
+# The stream of weights
+
+CHUNK = 4096
+UNET = {"down": 0.3, "mid": 0.5, "up": 0.7}
+
+
+class Prepared:
+    """A base of some fifty chunks, what is to be pruned from it for each variant, and the bytes that must come out.
+
+    The second of three variants leaves the base alone.
+    """
+
+    def __init__(self, folder: Path, dtype: str | None = None, variants: int = 1) -> None:
+        tensors = {"odd": ("U8", (3,), b"abc")} | {
+            name: (kind, shape, makers.weights(name, kind, shape))
+            for (name, (_, shape)), kind in zip(
+                makers.narrow("demo.diffusers-unet", 4).items(), itertools.cycle(("F32", "F16", "F8_E5M2"))
+            )
+        }
+        base = makers.write(folder / "base.safetensors", tensors)
+        self.prunings, self.data = [], []
+        for number in range(variants):
+            ratios = {group: (0 if number == 1 else ratio / (1 + number)) for group, ratio in UNET.items()}
+            request = ExportRequest(
+                str(base), Size(512, 512), folder / f"{number}.safetensors", ratios=ratios, dtype=dtype
+            )
+            baked = export(request)
+            self.prunings.append(Pruning(baked.job.plan, Decision(baked.thresholds)))
+            self.data.append(oracle.read(baked.written.path).data)
+
+    def stream(self, kernel: CpuKernel) -> Stream:
+        return Stream(self.prunings, 0, kernel, chunk=CHUNK)
+
+    def part(self, chunk: Chunk) -> bytes:
+        return self.data[chunk.variant][chunk.start : chunk.stop]
+
+
+CASES: dict[str, tuple[str | None, int]] = {
+    "as-it-is": (None, 1), "cast": ("fp16", 1), "three": (None, 3), "three-cast": ("fp16", 3)
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CASES)
+def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return Prepared(tmp_path_factory.mktemp("prepared"), *CASES[request.param])
+
+
+class Watched(CpuKernel):
+    """A kernel that remembers its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.buffers: list[memoryview] = []
+
+    def buffer(self, size: int) -> memoryview:
+        self.buffers.append(super().buffer(size))
+        return self.buffers[-1]
+
+
+def test_a_chunk_stays_as_it_is_while_it_is_held(prepared: Prepared) -> None:
+    """The consumer holds every chunk until all stages before it have run as far ahead as they can."""
+    kernel = Watched()
+    stream = prepared.stream(kernel).chunks()
+    checked = 0
+    for chunk in stream:
+        settle(lambda: sum(int(np.frombuffer(b, np.uint8)[:: CHUNK // 2].sum()) for b in kernel.buffers))
+        assert bytes(chunk.data) == prepared.part(chunk)
+        checked += len(chunk.data)
+        if chunk.start > 22 * CHUNK:
+            break
+    stream.close()
+    assert checked > 10 * CHUNK
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_buffer_is_used_twice_at_a_time(prepared: Prepared, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages dawdle at random; every byte must still be right."""
+    dice = random.Random(seed)
+    naps = [0.0, 0.0, 0.0, 0.001, 0.004][: 3 + seed % 3]
+
+    def dawdle(items: Iterable[T]) -> Generator[T, None, None]:
+        for item in items:
+            time.sleep(dice.choice(naps))
+            yield item
+            time.sleep(dice.choice(naps))
+
+    def slow(items: Iterable[T]) -> Generator[T, None, None]:
+        yield from dawdle(ahead(dawdle(items)))
+
+    monkeypatch.setattr(weights, "ahead", slow)
+    chunks = 0
+    for chunk in prepared.stream(CpuKernel(1)).chunks():
+        assert bytes(chunk.data) == prepared.part(chunk), chunk.start
+        time.sleep(dice.choice(naps))
+        assert bytes(chunk.data) == prepared.part(chunk), chunk.start
+        chunks += 1
+    assert chunks == sum(-(-len(data) // CHUNK) for data in prepared.data)
+
+
+def test_there_are_as_many_buffers_as_chunks_alive(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader fills all buffers while the first chunk is held, and no more than these."""
+    kernel = Watched()
+    filled: list[int] = []
+    fill = Stream._fill
+
+    def counted(self: Stream, chunk: Chunk, source: Any) -> None:
+        filled.append(chunk.start)
+        fill(self, chunk, source)
+
+    monkeypatch.setattr(Stream, "_fill", counted)
+    stream = prepared.stream(kernel).chunks()
+    next(stream)
+    copies = 3 if len(prepared.prunings) > 1 else 0
+    ahead = len(kernel.buffers) - copies
+    # Chunks of one place leave the source's next buffers waiting.
+    assert settle(lambda: len(filled)) == (ahead if not copies else ahead - 2)
+    stream.close()
+
+
+# Whole exports
+
+
+def make(folder: Path) -> ExportRequest:
+    base = makers.write(folder / "base.safetensors", makers.tiny("sd15.diffusers-unet", "F16"))
+    return ExportRequest(str(base), Size(512, 512), folder / "out.safetensors", ratio=0.3, threads=2)
+
+
+class Interrupting:
+    """Progress that ends an export as Ctrl-C would."""
+
+    def __init__(self, stage: str, after: int) -> None:
+        self._at, self._left, self._now = stage, after, ""
+
+    def stage(self, title: str, size: int, unit: str = "bytes") -> None:
+        self._now = title
+
+    def advance(self, size: int) -> None:
+        if self._now == self._at:
+            self._left -= 1
+            if self._left < 0:
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize("stage", ["counting", "writing"])
+def test_an_interrupted_export_leaves_nothing(
+    stage: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "write", functools.partial(write.write, chunk=CHUNK))
+    monkeypatch.setattr(magnitude, "SHARE", 1000)
+    request = make(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        export(request, Interrupting(stage, after))
+    assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
+
+
+@pytest.mark.parametrize("at", [0, 100_000, 600_000])
+def test_a_base_that_cannot_be_read_to_its_end(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It became shorter after its header was read."""
+    monkeypatch.setattr(write, "write", functools.partial(write.write, chunk=CHUNK))
+    monkeypatch.setattr(magnitude, "CHUNK", 1000)
+    request = make(tmp_path)
+    opened = SourceFile.open
+
+    def shorter(self: SourceFile) -> Any:
+        with self.path.open("r+b") as file:
+            file.truncate(self.data_start + at)
+        return opened(self)
+
+    monkeypatch.setattr(SourceFile, "open", shorter)
+    with pytest.raises(CrdiffError, match="shorter"):
+        export(request)
+    assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]

@@ -1,0 +1,415 @@
+"""Temp siblings: gone or moved, never mistaken for somebody's file, never another run's."""
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crdiff_export.bake import staging
+from crdiff_export.bake.staging import clean, publish, staged
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="no flock, no rename over folders")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fill(part: Path, text: str = "new") -> None:
+    if part.is_dir():
+        (part / "inside").mkdir()
+        (part / "inside/file").write_text(text)
+    else:
+        part.write_text(text)
+
+
+def content(target: Path) -> str:
+    return (target / "inside/file" if target.is_dir() else target).read_text()
+
+
+both = pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+
+
+@both
+def test_a_part_is_an_empty_hidden_sibling(tmp_path: Path, folder: bool) -> None:
+    with staged(tmp_path / "o", folder) as part:
+        assert part.parent == tmp_path
+        assert part.name.startswith(".o.")
+        assert part.name.endswith(".crdiff-part")
+        assert part.is_dir() == folder
+        assert list(part.iterdir()) == [] if folder else part.read_bytes() == b""
+
+
+@both
+def test_a_published_part_is_the_target(tmp_path: Path, folder: bool) -> None:
+    with staged(tmp_path / "o", folder) as part:
+        fill(part)
+        assert not (tmp_path / "o").exists()
+        publish(part, tmp_path / "o", replace=False)
+    assert names(tmp_path) == ["o"]
+    assert content(tmp_path / "o") == "new"
+
+
+@both
+@pytest.mark.parametrize("how", [RuntimeError, KeyboardInterrupt, SystemExit, None], ids=str)
+def test_a_part_that_is_not_published_is_gone(tmp_path: Path, folder: bool, how: type[BaseException] | None) -> None:
+    with contextlib.suppress(BaseException), staged(tmp_path / "o", folder) as part:
+        fill(part)
+        if how:
+            raise how
+    assert names(tmp_path) == []
+
+
+@both
+def test_what_is_there_is_replaced_on_demand(tmp_path: Path, folder: bool) -> None:
+    target = tmp_path / "o"
+    if folder:
+        target.mkdir()
+    fill(target, "old")
+    with staged(target, folder) as part:
+        fill(part)
+        assert content(target) == "old"
+        publish(part, target, replace=True)
+        assert content(target) == "new"
+    assert names(tmp_path) == ["o"]
+
+
+@both
+def test_what_came_in_the_meantime_stays(tmp_path: Path, folder: bool) -> None:
+    target = tmp_path / "o"
+    with staged(target, folder) as part:
+        fill(part)
+        if folder:
+            target.mkdir()
+        fill(target, "old")
+        with pytest.raises(FileExistsError) as error:
+            publish(part, target, replace=False)
+    assert error.value.errno == errno.EEXIST
+    assert names(tmp_path) == ["o"]
+    assert content(target) == "old"
+
+
+def test_an_empty_folder_is_nothing(tmp_path: Path) -> None:
+    (tmp_path / "o").mkdir()
+    with staged(tmp_path / "o", folder=True) as part:
+        fill(part)
+        publish(part, tmp_path / "o", replace=False)
+    assert content(tmp_path / "o") == "new"
+
+
+def refusing(number: int) -> Callable[..., None]:
+    def call(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool) -> None:
+    monkeypatch.setattr(os, "link", refusing(errno.EPERM))
+    target = tmp_path / "o"
+    with contextlib.suppress(FileExistsError), staged(target, folder=False) as part:
+        fill(part)
+        if taken:
+            target.write_text("old")
+        publish(part, target, replace=False)
+    assert content(target) == ("old" if taken else "new")
+    assert names(tmp_path) == ["o"]
+
+
+# --- a swap of folders ---
+
+
+@pytest.fixture
+def in_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that cannot exchange two names."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    part, target = tmp_path / ".o.aaaaaaaaaaaa.crdiff-part", tmp_path / "o"
+    for path, text in ((part, "new"), (target, "old")):
+        path.mkdir()
+        fill(path, text)
+    return part, target
+
+
+@posix
+@pytest.mark.usefixtures("in_two_steps")
+def test_two_steps_do_where_one_does_not(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    publish(*folders, replace=True)
+    assert content(folders[1]) == "new"
+    assert names(tmp_path) == ["o"]
+
+
+@posix
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_two_steps_do_where_the_file_system_refuses_one(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Libc:
+        @staticmethod
+        def renameat2(*_: object) -> int:
+            return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Libc)
+    publish(*folders, replace=True)
+    assert content(folders[1]) == "new"
+    assert names(tmp_path) == ["o"]
+
+
+@posix
+@pytest.mark.usefixtures("in_two_steps")
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_failed_step_leaves_the_old_folder(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    part, target = folders
+    calls: list[Path] = []
+    rename = Path.rename
+
+    def failing(self: Path, other: Path) -> Path:
+        calls.append(self)
+        if len(calls) == step:
+            raise OSError(errno.EACCES, "no")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no"):
+        publish(part, target, replace=True)
+    assert content(target) == "old"
+    assert content(part) == "new"
+
+
+@posix
+def test_a_kill_between_the_two_steps_is_mended_by_the_next_run(tmp_path: Path) -> None:
+    (tmp_path / ".o.aaaaaaaaaaaa.crdiff-old").mkdir()
+    fill(tmp_path / ".o.aaaaaaaaaaaa.crdiff-old", "old")
+    (tmp_path / ".o.aaaaaaaaaaaa.crdiff-part").mkdir()
+    clean(tmp_path / "o")
+    assert names(tmp_path) == ["o"]
+    assert content(tmp_path / "o") == "old"
+
+
+def test_a_kill_after_the_two_steps_is_mended_too(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders[1], tmp_path / ".o.aaaaaaaaaaaa.crdiff-old")
+    clean(folders[1])
+    assert names(tmp_path) == ["o"]
+
+
+# --- left-overs and neighbours ---
+
+
+@both
+def test_a_left_over_goes_with_the_next_run(tmp_path: Path, folder: bool) -> None:
+    left = tmp_path / ".o.0123456789ab.crdiff-part"
+    if folder:
+        left.mkdir()
+    fill(left)
+    with staged(tmp_path / "o", folder) as part:
+        assert names(tmp_path) == [part.name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".o.2.0123456789ab.crdiff-part",
+        ".oo.0123456789ab.crdiff-part",
+        ".o.0123456789abc.crdiff-part",
+        ".o.0123456789ab.crdiff-part.txt",
+        "o.0123456789ab.crdiff-part",
+        ".o.0123456789ab.part",
+        "o.txt",
+    ],
+)
+def test_what_is_another_targets_or_nobodys_stays(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    clean(tmp_path / "o")
+    assert names(tmp_path) == [name]
+
+
+def test_a_name_with_what_globs_mean_something_to_is_only_itself(tmp_path: Path) -> None:
+    (tmp_path / ".a.0123456789ab.crdiff-part").touch()
+    (tmp_path / ".[a].0123456789ab.crdiff-part").touch()
+    clean(tmp_path / "[a]")
+    assert names(tmp_path) == [".a.0123456789ab.crdiff-part"]
+
+
+def test_a_long_name_has_a_short_part(tmp_path: Path) -> None:
+    name = "é" * 127  # 254 bytes
+    with staged(tmp_path / name, folder=False) as part:
+        assert len(os.fsencode(part.name)) < 255
+        left = tmp_path / part.name.replace(part.name.split(".")[2], "0" * 12)
+        left.touch()
+        clean(tmp_path / name)
+        assert names(tmp_path) == [part.name]
+        publish(part, tmp_path / name)
+    assert names(tmp_path) == [name]
+
+
+@posix
+@both
+def test_a_living_runs_part_stays(tmp_path: Path, folder: bool) -> None:
+    with staged(tmp_path / "o", folder) as first:
+        fill(first, "first")
+        with staged(tmp_path / "o", folder) as second:
+            fill(second, "second")
+            assert names(tmp_path) == sorted([first.name, second.name])
+            publish(second, tmp_path / "o", replace=True)
+        assert content(first) == "first"
+        publish(first, tmp_path / "o", replace=True)
+    assert names(tmp_path) == ["o"]
+    assert content(tmp_path / "o") == "first"
+
+
+@posix
+@both
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_part_that_another_run_takes_for_a_left_over_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool, when: str
+) -> None:
+    """Between its making and its lock, in both orders that another run's `clean` can come."""
+    locked = staging._locked
+    taken: list[Path] = []
+
+    def late(path: Path) -> int | None:
+        if taken:
+            return locked(path)
+        taken.append(path)
+        if when == "before":
+            staging._remove(path)
+            return locked(path)
+        handle = locked(path)
+        staging._remove(path)
+        return handle
+
+    monkeypatch.setattr(staging, "_locked", late)
+    with staged(tmp_path / "o", folder) as part:
+        assert part != taken[0]
+        assert names(tmp_path) == [part.name]
+        fill(part)
+        publish(part, tmp_path / "o")
+    assert content(tmp_path / "o") == "new"
+
+
+@posix
+def test_a_part_that_another_run_is_about_to_remove_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = staging._locked
+    others: list[int | None] = []
+
+    def contended(path: Path) -> int | None:
+        if not others:
+            others.append(locked(path))
+        return locked(path)
+
+    monkeypatch.setattr(staging, "_locked", contended)
+    with staged(tmp_path / "o", folder=False) as part:
+        fill(part)
+        publish(part, tmp_path / "o")
+    assert content(tmp_path / "o") == "new"
+    assert others[0] is not None
+    os.close(others[0])
+    monkeypatch.undo()
+    clean(tmp_path / "o")
+    assert names(tmp_path) == ["o"]
+
+
+@posix
+@both
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool) -> None:
+    import fcntl
+
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOLCK))
+    left = tmp_path / ".o.0123456789ab.crdiff-part"
+    left.touch()
+    with staged(tmp_path / "o", folder) as part:
+        fill(part)
+        publish(part, tmp_path / "o")
+    assert names(tmp_path) == [left.name, "o"]  # nobody can know whether it is a left-over
+
+
+@both
+def test_a_system_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool) -> None:
+    monkeypatch.setattr(staging, "fcntl", None)
+    (tmp_path / ".o.0123456789ab.crdiff-part").touch()
+    with staged(tmp_path / "o", folder) as part:
+        fill(part)
+        publish(part, tmp_path / "o")
+    assert names(tmp_path) == ["o"]
+
+
+# --- interrupts within the cleaning up ---
+
+
+class Interrupt(BaseException):
+    pass
+
+
+@both
+def test_an_interrupt_while_a_part_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool) -> None:
+    removed = staging._remove
+    calls: list[Path] = []
+
+    def interrupted(path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise Interrupt
+        removed(path)
+
+    monkeypatch.setattr(staging, "_remove", interrupted)
+    with contextlib.suppress(Interrupt), staged(tmp_path / "o", folder) as part:
+        fill(part)
+    assert names(tmp_path) == []
+    assert len(calls) == 2
+
+
+@both
+def test_an_interrupt_while_a_part_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool) -> None:
+    def interrupted(_: Path) -> int | None:
+        raise Interrupt
+
+    monkeypatch.setattr(staging, "_locked", interrupted)
+    with pytest.raises(Interrupt), staged(tmp_path / "o", folder):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", refusing(errno.EINVAL))
+    staging.sync_folder(tmp_path)
+    staging.sync_folder(tmp_path / "none")
+
+
+@contextlib.contextmanager
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The order of moves and syncs."""
+    order: list[str] = []
+    sync, link = os.fsync, os.link
+
+    def noted(name: str, call: Callable[..., None]) -> Callable[..., None]:
+        def do(*args: Any) -> None:
+            order.append(name)
+            call(*args)
+
+        return do
+
+    monkeypatch.setattr(os, "fsync", noted("sync", sync))
+    monkeypatch.setattr(os, "link", noted("link", link))
+    yield order
+
+
+@posix
+def test_a_move_is_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with watched(monkeypatch) as order, staged(tmp_path / "o", folder=False) as part:
+        publish(part, tmp_path / "o", replace=False)
+    assert order == ["link", "sync"]

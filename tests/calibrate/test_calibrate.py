@@ -1,0 +1,869 @@
+"""`crdiff calibrate`: sums against recorded inputs, files that do not depend on how they came to be, and refusals."""
+
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from crdiff_export import Size
+from crdiff_export.bake import staging
+from crdiff_export.calibrate import (
+    CalibrateRequest,
+    calibrate,
+    collect,
+    folder,
+    memory,
+    prepare,
+    runner,
+)
+from crdiff_export.calibrate import setting as names
+from crdiff_export.calibrate.setting import LayerSpec, Room, Setting
+from crdiff_export.cli.calibrate import AmountType
+from crdiff_export.cli.signals import Stopped
+from crdiff_export.errors import CalibrationError, CrdiffError, OptionError
+from crdiff_export.progress import Silent
+from crdiff_export.prune.criteria import calibration
+from crdiff_export.prune.criteria.calibration import STATISTICS, Calibration
+from crdiff_export.prune.layer_names import diffusers_name
+from crdiff_export.sampling import prompts
+from tests.support import DOCS, makers
+from tests.support.calibrating import (
+    NATIVE,
+    PROMPTS,
+    SIZE,
+    Tiny,
+    plan_of,
+    setting,
+    tiny,
+)
+from tests.support.forks import Forks
+from tests.support.isolation import Crdiff, Ran
+
+Line = Callable[[str], Ran]
+
+DEMO = CalibrateRequest("demo", Size(48, 48), ("wanda",), limit=3, steps=2, batch=2, samples=2)
+ALL = ("wanda", "obs", "taylor", "taylor:form=abs", "adverse")
+# Two groups of gradients, of one sample of each of two pictures.
+LITTLE = replace(DEMO, criteria=("taylor",), limit=2, samples=1, layers=30)
+QUICK = "calibrate demo --res 48 --limit 2 --steps 2 --loss-samples 1"
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Stages(Silent):
+    """What was begun; ends with a signal at a given stage and step."""
+
+    def __init__(self, stop: str = "", after: int = 1) -> None:
+        self.titles: list[str] = []
+        self.done: dict[str, int] = defaultdict(int)
+        self.sizes: dict[str, int] = {}
+        self._stop, self._after = stop, after
+
+    def stage(self, title: str, size: int, unit: str = "bytes") -> None:
+        self.titles.append(title)
+        self.sizes[title] = size
+
+    def advance(self, size: int) -> None:
+        title = self.titles[-1]
+        self.done[title] += size
+        if title == self._stop:
+            self._after -= 1
+            if not self._after:
+                raise Stopped(signal.SIGINT)
+
+
+# --- what layers see ---
+
+
+def recorded(made: Tiny, wanted: Setting) -> dict[str, list[tuple[int, np.ndarray[Any, Any]]]]:
+    """Every input of every layer with the step it was seen at, from diffusers alone."""
+    seen: dict[str, list[tuple[int, np.ndarray[Any, Any]]]] = defaultdict(list)
+    number = 0
+
+    def step(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal number
+        number += 1
+        return tensors
+
+    def hook(name: str) -> Any:
+        def after(_module: Any, args: tuple[torch.Tensor], _output: Any) -> None:
+            seen[name].append((number, args[0].double().numpy().reshape(-1, args[0].shape[-1])))
+
+        return after
+
+    handles = [
+        module.register_forward_hook(hook(f"{name}.weight"))
+        for name, module in made.model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    for start in range(0, len(wanted.pairs), wanted.batch):
+        part = wanted.pairs[start : start + wanted.batch]
+        number = 0
+        made.pipe(
+            [prompt for prompt, _ in part], width=SIZE.width, height=SIZE.height, num_inference_steps=wanted.steps,
+            generator=[torch.Generator().manual_seed(seed) for _, seed in part], callback_on_step_end=step,
+        )  # fmt: skip
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+def test_norms_and_products_are_those_of_recorded_inputs(kind: str, tmp_path: Path) -> None:
+    made = tiny(kind, tmp_path)
+    wanted = setting("norm", "gram", count=3, steps=4)
+    made.collect(tmp_path / "c.safetensors", wanted)
+    found = load_file(tmp_path / "c.safetensors")
+    # As OBS-Diff's public code computes them: weights that grow, in reverse.
+    alphas = (0.8 + (1.2 - 0.8) / np.log(4) * np.log(1 + np.arange(4)))[::-1]
+    seen = recorded(made, wanted)
+    layers = {name.partition("/")[2] for name in found}
+    assert len(layers) == len(made.plan.targets)
+    for layer in layers:
+        assert {step for step, _ in seen[layer]} == {0, 1, 2, 3}
+        norm = sum((inputs**2).sum(axis=0) for _, inputs in seen[layer])
+        gram = sum(alphas[step] * inputs.T @ inputs for step, inputs in seen[layer])
+        assert found[f"norm/{layer}"].dtype == torch.float64
+        assert found[f"gram/{layer}"].dtype == torch.float32
+        np.testing.assert_allclose(found[f"norm/{layer}"].numpy(), norm, rtol=1e-9)
+        np.testing.assert_allclose(found[f"gram/{layer}"].numpy(), gram, rtol=1e-4, atol=2e-6 * np.abs(gram).max())
+
+
+def test_inputs_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = tiny("sd15", tmp_path)
+    made.collect(tmp_path / "a.safetensors", setting("norm", "gram"))
+    monkeypatch.setattr(collect, "ROWS", 7)
+    made.collect(tmp_path / "b.safetensors", setting("norm", "gram"))
+    one, other = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-5 * float(tensor.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [(1, [1.2]), (2, [1.2, 0.8]), (4, [1.2, 0.8 + 0.4 * math.log(3) / math.log(4), 1.0, 0.8])],
+)
+def test_weights_of_steps(steps: int, expected: list[float]) -> None:
+    assert [names.step_weight(step, steps) for step in range(steps)] == pytest.approx(expected)
+    # A scheduler that calls back more often than it said.
+    assert names.step_weight(steps + 1, steps) == pytest.approx(expected[-1])
+
+
+def test_a_layer_that_never_runs(tmp_path: Path) -> None:
+    made = tiny("sd15", tmp_path)
+    made.pipe.unet.mid_block.attentions[0].transformer_blocks[0].forward = lambda hidden, **_: hidden
+    with pytest.raises(CalibrationError, match=r"mid_block\S+: the pipeline never runs this layer") as error:
+        made.collect(tmp_path / "c.safetensors", setting("norm"))
+    assert "--targets" in error.value.hint
+
+
+# --- the file ---
+
+
+def test_the_file_says_how_it_was_made(tmp_path: Path) -> None:
+    made = calibrate(replace(DEMO, output=tmp_path / "c.safetensors", negative="grey"))
+    found = Calibration.open(made.path)
+    planned = prepare(replace(DEMO, output=tmp_path / "other.safetensors")).plan
+    assert (found.family, found.base, found.size, found.native) == ("demo", "demo", Size(48, 48), Size(64, 64))
+    assert found.statistics == ("norm",)
+    assert dict(made.facts) == dict(found.facts)
+    assert found.check(planned, ("norm",)) == ()
+    facts = found.facts
+    assert facts["prompts"].startswith("3, sha256 ")
+    assert {name: facts[name] for name in ("seeds", "scheduler", "steps", "guidance", "dtype", "negative")} == {
+        "seeds": "0 to 2", "scheduler": "DDIM", "steps": "2", "guidance": "4", "dtype": "float32", "negative": "grey",
+    }  # fmt: skip
+    assert (facts["torch"], facts["device"]) == (torch.__version__, "cpu")
+    metadata = makers.metadata_of(made.path)
+    assert str(tmp_path) not in json.dumps(metadata)
+    tensors = makers.read(planned.checkpoint.path)
+    for target in planned.targets:
+        data = tensors[target.source.name][2]
+        width = len(data) // target.source.count
+        digest = hashlib.sha256(data[target.start * width : target.stop * width]).hexdigest()
+        name = diffusers_name(planned, target)
+        assert found.layers[name] == digest[:16]
+        assert found.read(name, "norm").shape == (target.source.shape[-1],)
+
+
+def test_every_statistic_has_its_shape(tmp_path: Path) -> None:
+    target = tmp_path / "c.safetensors"
+    made = calibrate(replace(DEMO, criteria=ALL, output=target, limit=1))
+    found = Calibration.open(target)
+    planned = prepare(replace(DEMO, output=tmp_path / "other.safetensors")).plan
+    assert set(made.statistics) >= {"norm", "gram", "gradient", "gradient_abs", "gradient_square", "native_gradient"}
+    assert list(made.statistics) == [name for name in STATISTICS if name in made.statistics]
+    assert found.check(planned, made.statistics) == ()
+    for layer in found.layers:
+        for statistic in made.statistics:
+            found.read(layer, statistic)
+    mean, absolute, square = (
+        found.read(next(iter(found.layers)), name) for name in ("gradient", "gradient_abs", "gradient_square")
+    )
+    assert bool((mean.abs() <= absolute * (1 + 1e-5)).all())
+    assert bool((absolute.square() <= square * (1 + 1e-4)).all())
+
+
+def test_fused_tensors_are_split_by_rows(tmp_path: Path) -> None:
+    """FLUX in the original layout keeps q, k and v in one tensor; each part is hashed alone."""
+    base = makers.write(tmp_path / "flux.safetensors", makers.tiny("flux-dev.original-transformer"))
+    planned = plan_of(base)
+    known = runner.identify(planned, Silent())
+    parts = [layer for layer in known.layers if layer.name.startswith("transformer_blocks.0.attn.to_")]
+    assert {layer.name.split(".")[-2] for layer in parts} >= {"to_q", "to_k", "to_v"}
+    assert len({layer.hash for layer in parts}) == len(parts)
+    assert len(known.layers) == len(planned.targets) == len({layer.name for layer in known.layers})
+
+
+def test_the_hash_of_the_base_is_that_of_its_data(tmp_path: Path) -> None:
+    tensors = makers.tiny("sd15.diffusers-unet")
+    one = runner.identify(plan_of(makers.write(tmp_path / "a.safetensors", tensors)), Silent())
+    data = b"".join(data for _, _, data in tensors.values())
+    assert one.hash == f"0x{hashlib.sha256(data).hexdigest()}"
+    shards = runner.identify(plan_of(makers.write_shards(tmp_path / "s", tensors, 3)), Silent())
+    assert shards.hash != one.hash
+    assert {layer.name: layer.hash for layer in shards.layers} == {layer.name: layer.hash for layer in one.layers}
+
+
+# --- groups, runs, and what they do not change ---
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """All statistics, made in one go and in groups that are as large as can be."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    target = tmp_path_factory.mktemp("whole") / "c.safetensors"
+    calibrate(replace(DEMO, criteria=ALL, output=target, memory=10**12))
+    torch.set_num_threads(usual)
+    return target.read_bytes()
+
+
+@pytest.mark.parametrize("room", [{}, {"layers": 21}, {"memory": 6_000_000}], ids=str)
+def test_groups_change_nothing(room: dict[str, Any], whole: bytes, tmp_path: Path) -> None:
+    target = tmp_path / "c.safetensors"
+    calibrate(replace(DEMO, criteria=ALL, output=target, **room))
+    assert target.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_another_seed_is_another_calibration(whole: bytes, tmp_path: Path) -> None:
+    target = tmp_path / "c.safetensors"
+    calibrate(replace(DEMO, criteria=ALL, output=target, seed=1))
+    assert target.read_bytes() != whole
+
+
+@pytest.mark.parametrize(
+    ("stage", "after"),
+    [("sampling 2/3", 1), ("drawing", 1), ("drawing", 3), ("gradients 1/3", 2), ("native gradients 3/3", 6),
+     ("writing", 2)],
+)  # fmt: skip
+def test_a_run_that_was_stopped_goes_on(stage: str, after: int, whole: bytes, tmp_path: Path) -> None:
+    target = tmp_path / "c.safetensors"
+    request = replace(DEMO, criteria=ALL, output=target, layers=14)
+    first = Stages(stage, after)
+    with pytest.raises(Stopped):
+        calibrate(request, first)
+    assert not target.exists()
+    assert target.with_name("c.safetensors.part").is_dir()
+    second = Stages()
+    made = calibrate(replace(request, layers=20), second)
+    assert target.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [target]
+    done = [title for title in first.titles[1:-1] if title != "drawing"]
+    assert made.resumed == len(done)
+    if "gradients 1/3" in first.titles:
+        assert "drawing" not in second.titles  # its pictures were kept
+    if stage == "drawing" and after == 3:  # the first batch of two was kept
+        assert second.sizes["drawing"] == 2
+    if stage == "writing":
+        assert second.titles == ["hashing", "writing"]
+
+
+def test_a_killed_process_goes_on(drawing: Forks, here: Path) -> None:
+    """SIGKILL between two groups: the same command makes the same bytes as one that nobody killed."""
+    words = shlex.split(f"{QUICK} --criterion wanda --criterion taylor --layers-at-once 14 -o")
+    assert drawing.start(here, *words, "a.safetensors").wait() == 0
+    killed = drawing.start(here, *words, "b.safetensors")
+    part = here / "b.safetensors.part"
+    deadline = time.monotonic() + 300
+    while not (part / "0002.safetensors").exists():
+        assert killed.running, killed.err
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    killed.kill(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (here / "b.safetensors").exists()
+    ran = drawing.start(here, *words, "b.safetensors").end()
+    assert ran.code == 0, ran.err
+    assert "kept from before:" in ran.out
+    assert (here / "b.safetensors").read_bytes() == (here / "a.safetensors").read_bytes()
+    assert sorted(path.name for path in here.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_an_interrupted_command_says_how_it_goes_on(drawing: Forks, here: Path) -> None:
+    run = drawing.start(here, *shlex.split(f"{QUICK} --criterion wanda --layers-at-once 3 -o c.safetensors"))
+    while not (here / "c.safetensors.part" / "0001.safetensors").exists():
+        assert run.running, run.err
+        time.sleep(0.005)
+    run.kill(signal.SIGINT)
+    ran = run.end()
+    assert ran.code == 130
+    assert "crdiff: interrupted; what is finished is kept in c.safetensors.part" in ran.err
+    assert "Run the same command again to go on." in ran.err
+    assert "Traceback" not in ran.err
+
+
+def stopped(target: Path, **changes: Any) -> None:
+    with pytest.raises(Stopped):
+        calibrate(replace(DEMO, output=target, layers=14, **changes), Stages("sampling 2/3"))
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "steps": ({"steps": 3}, "steps 2, now 3"),
+    "seed": ({"seed": 9}, "seeds 0 to 2, now 9 to 11"),
+    "prompts": ({"limit": 2}, "pictures 3, now 2"),
+    "size": ({"size": Size(64, 64)}, "size 48x48, now 64x64"),
+    "criteria": ({"criteria": ("obs",)}, "statistics norm, now gram"),
+    "negative": ({"negative": "fog"}, "negative not given, now fog"),
+    "guidance": ({"guidance": 2.0}, "guidance 4, now 2"),
+    "targets": ({"targets": ("attn",)}, "layers 42, sha256"),
+    "dtype": ({"dtype": "bf16"}, "dtype float32, now bfloat16"),
+    "batch": ({"batch": 3}, "batch 2, now 3"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_settings_are_refused_or_start_over(name: str, tmp_path: Path) -> None:
+    changes, message = CHANGES[name]
+    target = tmp_path / "c.safetensors"
+    stopped(target)
+    part = tmp_path / "c.safetensors.part"
+    before = {path: path.read_bytes() for path in part.iterdir()}
+    other = replace(DEMO, output=target, **changes)
+    with pytest.raises(CalibrationError) as error:
+        calibrate(other)
+    assert error.value.message.startswith(f"{part}: begun with other settings: {message}")
+    assert error.value.hint == (
+        "Give those again to go on, or --force to start over, which deletes c.safetensors.part."
+    )
+    assert {path: path.read_bytes() for path in part.iterdir()} == before
+    made = calibrate(replace(other, force=True))
+    assert (made.resumed, part.exists()) == (0, False)
+
+
+def other_schedule(pipe: Any) -> None:
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, beta_end=0.013)
+
+
+def other_words(pipe: Any) -> None:
+    with torch.no_grad():
+        next(pipe.text_encoder.parameters()).flatten()[0].add_(1)
+
+
+def other_pixels(pipe: Any) -> None:
+    with torch.no_grad():
+        next(pipe.vae.parameters()).flatten()[0].add_(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(other_schedule, "scheduler settings DDIMScheduler sha256:"), (other_words, "other parts sha256:"),
+     (other_pixels, "other parts sha256:")],
+)  # fmt: skip
+def test_another_pipeline_around_the_same_model(change: Callable[[Any], None], message: str, tmp_path: Path) -> None:
+    made, target = tiny("sd15", tmp_path), tmp_path / "c.safetensors"
+    with pytest.raises(Stopped):
+        made.collect(target, setting("norm"), Stages("writing"))
+    change(made.pipe)
+    with pytest.raises(CalibrationError, match=f"begun with other settings: {message}"):
+        made.collect(target, setting("norm"))
+    assert made.collect(target, setting("norm"), replace=True).resumed == 0
+
+
+def test_force_goes_on_where_nothing_changed(tmp_path: Path) -> None:
+    target = tmp_path / "c.safetensors"
+    target.write_bytes(b"old")
+    stopped(target, force=True)
+    assert target.read_bytes() == b"old"
+    assert calibrate(replace(DEMO, output=target, force=True)).resumed == 1
+    assert Calibration.open(target).statistics == ("norm",)
+
+
+def test_a_folder_of_somebody_else_stays(tmp_path: Path) -> None:
+    part = tmp_path / "c.safetensors.part"
+    part.mkdir()
+    (part / "mine.txt").write_text("mine")
+    with pytest.raises(CalibrationError, match=r"c\.safetensors\.part: not a folder that crdiff made") as error:
+        calibrate(replace(DEMO, output=tmp_path / "c.safetensors", force=True))
+    assert "Remove it yourself" in error.value.hint
+    assert (part / "mine.txt").read_text() == "mine"
+
+
+def test_a_folder_that_was_just_begun_is_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "c.safetensors.part").mkdir()
+    assert calibrate(replace(DEMO, output=tmp_path / "c.safetensors")).resumed == 0
+
+
+def test_a_folder_without_its_record(tmp_path: Path) -> None:
+    """Whose deletion was stopped: what is in it is ours by its name, but of what run nothing says."""
+    target, part = tmp_path / "c.safetensors", tmp_path / "c.safetensors.part"
+    request = replace(LITTLE, output=target)
+    with pytest.raises(Stopped):
+        calibrate(request, Stages("gradients 2/2"))
+    (part / "run.json").unlink()
+    assert {path.name for path in part.iterdir()} > {"0001.safetensors", "picture-00000.png"}
+    with pytest.raises(CalibrationError) as error:
+        calibrate(request)
+    assert error.value.message == f"{part}: run.json, which says of what run it is, is gone"
+    assert error.value.hint == "Give --force to start over, which deletes c.safetensors.part, or another -o."
+    (part / "0001.safetensors.bak").write_text("mine")
+    with pytest.raises(CalibrationError, match="not a folder that crdiff made"):
+        calibrate(replace(request, force=True))
+    (part / "0001.safetensors.bak").unlink()
+    made = calibrate(replace(request, force=True))
+    assert (made.resumed, part.exists()) == (0, False)
+
+
+@pytest.mark.parametrize("changes", [{"steps": 3, "force": True}, {}], ids=["starting over", "at the end"])
+def test_the_record_is_deleted_last(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, part = tmp_path / "c.safetensors", tmp_path / "c.safetensors.part"
+    stopped(target)
+    gone: list[str] = []
+    unlink, iterdir = Path.unlink, Path.iterdir
+
+    def noted(path: Path, missing_ok: bool = False) -> None:
+        if path.parent == part and not path.name.startswith("."):
+            gone.append(path.name)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    # Whatever order the file system has them in.
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(iterdir(path), key=lambda one: one.suffix)))
+    calibrate(replace(DEMO, output=target, **changes))
+    assert not part.exists()
+    first = gone[: gone.index("run.json") + 1]
+    assert first[-1] == "run.json"
+    assert "0001.safetensors" in first
+
+
+def test_a_record_that_cannot_be_read(tmp_path: Path) -> None:
+    stopped(tmp_path / "c.safetensors")
+    (tmp_path / "c.safetensors.part" / "run.json").write_text("{")
+    with pytest.raises(CalibrationError, match=r"begun with other settings: run\.json cannot be read"):
+        calibrate(replace(DEMO, output=tmp_path / "c.safetensors"))
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def garbled(_data: bytes) -> bytes:
+    """A picture as large as real ones, whose second piece of data has lost its name: a SyntaxError of Pillow's."""
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)).save(out, "PNG")
+    head, first, rest = out.getvalue().split(b"IDAT", 2)
+    return head + b"IDAT" + first + b"\0\1\2\3" + rest
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("0001.safetensors", cut), ("picture-00000.png", cut), ("picture-00000.png", garbled),
+     ("picture-00000.png", lambda _: b"none")],
+)  # fmt: skip
+def test_a_damaged_file_is_named(name: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    target = tmp_path / "c.safetensors"
+    request = replace(LITTLE, output=target)
+    with pytest.raises(Stopped):
+        calibrate(request, Stages("gradients 2/2"))
+    path = tmp_path / "c.safetensors.part" / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CalibrationError) as error:
+        calibrate(request)
+    assert error.value.message == f"{target}.part: {name} is damaged"
+    assert error.value.hint == "Delete that file; the same command makes it again."
+    (tmp_path / "c.safetensors.part" / name).unlink()
+    calibrate(request)
+
+
+def test_two_runs_do_not_meet(tmp_path: Path) -> None:
+    part = tmp_path / "c.safetensors.part"
+    part.mkdir()
+    handle = os.open(part, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(CalibrationError, match=r"c\.safetensors\.part: another run is at work there") as error:
+            calibrate(replace(DEMO, output=tmp_path / "c.safetensors"))
+    finally:
+        os.close(handle)
+    assert error.value.hint == "Wait for it, or give another -o."
+
+
+def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "c.safetensors"
+    publish = staging.publish
+
+    def full(part: Path, to: Path, *, replace: bool = True) -> None:
+        if to.name == "0002.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        publish(part, to, replace=replace)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "publish", full)
+        with pytest.raises(CalibrationError, match=r"0002\.safetensors: No space left on device") as error:
+            calibrate(replace(DEMO, output=target, layers=14))
+    assert error.value.hint == "Free some space, then run it again; what is finished is kept in c.safetensors.part."
+    assert calibrate(replace(DEMO, output=target)).resumed == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "hint"),
+    [(FileExistsError(errno.EEXIST, "x"), "c: came there in the meantime", "--force"),
+     (PermissionError(errno.EACCES, "Permission denied"), "c: Permission denied", "you may write to")],
+)  # fmt: skip
+def test_what_the_file_system_says(error: OSError, message: str, hint: str) -> None:
+    said = folder.explained(error, Path("c"), Path("c.part"))
+    assert said.message == message
+    assert hint in said.hint
+
+
+def test_what_comes_there_in_the_meantime_stays(tmp_path: Path) -> None:
+    target = tmp_path / "c.safetensors"
+
+    class Meanwhile(Stages):
+        def stage(self, title: str, size: int, unit: str = "bytes") -> None:
+            super().stage(title, size, unit)
+            if title == "writing":
+                target.write_bytes(b"other")
+
+    with pytest.raises(CalibrationError, match="came there in the meantime"):
+        calibrate(replace(DEMO, output=target), Meanwhile())
+    assert target.read_bytes() == b"other"
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_file_that_does_not_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crdiff_export.formats.safetensors.serialise", lambda *_: b"\x02" + bytes(7) + b"{}")
+    with pytest.raises(CalibrationError, match="does not read back as written") as error:
+        calibrate(replace(DEMO, output=tmp_path / "c.safetensors"))
+    assert error.value.hint == "Check the disk, then run it again."
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_a_base_is_read_once_for_many_sizes(tmp_path: Path) -> None:
+    made = tiny("sd15", tmp_path)
+    known = runner.identify(made.plan, Silent())
+    stages = Stages()
+    made.collect(tmp_path / "a.safetensors", setting("norm"), stages, identity=known)
+    assert "hashing" not in stages.titles
+    made.collect(tmp_path / "b.safetensors", setting("norm"))
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_black_pictures_are_pointed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def black(_self: Any, prompts: list[str], *_: Any) -> list[Image.Image]:
+        return [Image.new("RGB", (64, 64))] * len(prompts)
+
+    monkeypatch.setattr("crdiff_export.sampling.session.Session.draw", black)
+    made = calibrate(replace(DEMO, criteria=("taylor",), output=tmp_path / "c.safetensors"))
+    assert made.notes == ("3 pictures are all black: try another --dtype, such as bf16 or fp32",)
+
+
+# --- memory ---
+
+GB = 10**9
+
+
+def system(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+MEMINFO = f"MemTotal: {10**8} kB\nMemAvailable: {2 * 10**7} kB\nHugePages_Total: 0\n"
+LIMITS: dict[str, tuple[dict[str, str], int | None]] = {
+    "nothing": ({}, None),
+    "machine": ({"proc/meminfo": MEMINFO}, 20_480_000_000),
+    "no cgroup has a limit": (
+        {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n", "cgroup/memory.max": "max\n",
+         "cgroup/memory.current": f"{GB}\n"},
+        20_480_000_000,
+    ),
+    "container": (
+        {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n", "cgroup/memory.max": f"{8 * GB}\n",
+         "cgroup/memory.current": f"{3 * GB}\n"},
+        5 * GB,
+    ),
+    "files that were read count as free": (
+        {"proc/self/cgroup": "0::/\n", "cgroup/memory.max": f"{8 * GB}", "cgroup/memory.current": f"{8 * GB}",
+         "cgroup/memory.stat": f"anon 5\ninactive_file {6 * GB}\nactive_file 7\n"},
+        6 * GB,
+    ),
+    "a service, and what it is in": (
+        {"proc/self/cgroup": "0::/a.slice/b.service\n",
+         "cgroup/a.slice/memory.max": f"{4 * GB}", "cgroup/a.slice/memory.current": f"{3 * GB}",
+         "cgroup/a.slice/b.service/memory.max": f"{3 * GB}", "cgroup/a.slice/b.service/memory.current": f"{GB}"},
+        GB,
+    ),
+    "version 1": (
+        {"proc/meminfo": MEMINFO, "proc/self/cgroup": "3:cpu:/x\n4:memory:/x\n0::/\n",
+         "cgroup/memory/memory.limit_in_bytes": f"{2**63 - 4096}", "cgroup/memory/memory.usage_in_bytes": f"{GB}",
+         "cgroup/memory/x/memory.limit_in_bytes": f"{7 * GB}", "cgroup/memory/x/memory.usage_in_bytes": f"{5 * GB}",
+         "cgroup/memory/x/memory.stat": f"inactive_file 5\ntotal_inactive_file {GB}\n"},
+        3 * GB,
+    ),
+    "a container of version 1, which is called otherwise outside": (
+        {"proc/self/cgroup": "4:memory:/docker/abc\n", "cgroup/memory/memory.limit_in_bytes": f"{7 * GB}",
+         "cgroup/memory/memory.usage_in_bytes": f"{5 * GB}"},
+        2 * GB,
+    ),
+    "more than there may be": (
+        {"proc/self/cgroup": "0::/\n", "cgroup/memory.max": f"{GB}", "cgroup/memory.current": f"{2 * GB}"}, 0
+    ),
+    "not what it should be": ({"proc/meminfo": "MemAvailable: much", "proc/self/cgroup": ""}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "host"), LIMITS.values(), ids=LIMITS)
+def test_what_is_free(files: dict[str, str], host: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
+    system(tmp_path, files)
+    assert memory.free(torch.device("cpu")) == (4 * GB if host is None else host)
+    for own in (GB // 2, 100 * GB):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, own=own: (own, 10**12))
+        right = own if host is None else min(own, host)
+        assert memory.free(torch.device("cuda")) == right, "a group is copied to main memory"
+
+
+class OnGpu(torch.nn.Module):
+    """Says that its weight is on a GPU."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        yield SimpleNamespace(device=torch.device("cuda"))
+
+
+def test_a_gpu_is_asked_for_kernels_that_repeat() -> None:
+    cudnn = torch.backends.cudnn
+    before = torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark
+    with runner._repeatable(OnGpu()):
+        assert (torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark) == (1, True, False)
+    assert (torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark) == before
+
+
+# --- the document ---
+
+DOCUMENT = (DOCS / "calibration.md").read_text("utf-8")
+
+
+def test_the_documents_example(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out == "wanda.safetensors 42\n"
+    assert Calibration.open(here / "wanda.safetensors").size == Size(48, 48)
+
+
+def test_the_document_has_every_key_and_statistic() -> None:
+    metadata = set(
+        calibration.header(
+            family="f", base="b", base_hash="0x", size=SIZE, native=NATIVE, statistics=(), layers={}, facts={}
+        )
+    )
+    assert all(f"`{key}`" in DOCUMENT or f"`.{key.rpartition('.')[2]}`" in DOCUMENT for key in metadata)
+    table = re.findall(r"^\| `(\w+)`, ?…? \||^\| `(\w+)` \| float", DOCUMENT, re.MULTILINE)
+    said = {first or second for first, second in table}
+    assert {name for name in STATISTICS if not name.startswith("native_")} <= said
+
+
+# --- groups of layers ---
+
+LAYERS = tuple(LayerSpec(str(i), 10, 20, "") for i in range(7))
+
+
+@pytest.mark.parametrize(
+    ("statistics", "room", "free", "sizes"),
+    [
+        (("norm",), Room(), 10**6, [7]),
+        (("norm",), Room(memory=3 * 160), 0, [3, 3, 1]),
+        (("norm",), Room(), 4 * 160, [2, 2, 2, 1]),
+        (("gram",), Room(memory=2 * 1600), 0, [2, 2, 2, 1]),
+        (("norm", "gram"), Room(memory=1), 0, [1] * 7),
+        (("gradient",), Room(memory=2 * 3 * 800), 0, [2, 2, 2, 1]),
+        (("gradient", "gradient_abs"), Room(layers=4), 10**9, [4, 3]),
+        (("norm",), Room(memory=3 * 160, layers=2), 0, [2, 2, 2, 1]),
+    ],
+    ids=["all", "memory", "half of what is free", "products", "too little", "gradients", "layers", "both"],
+)
+def test_groups_fit(statistics: tuple[str, ...], room: Room, free: int, sizes: list[int]) -> None:
+    found = list(names.groups(LAYERS, statistics, room, free))
+    assert [len(group) for group in found] == sizes
+    assert tuple(layer for group in found for layer in group) == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GB", 4 * 10**9), ("500MB", 5 * 10**8), ("1.5 gb", 15 * 10**8), ("12KB", 12_000), ("1TB", 10**12), ("64", 64),
+     ("64B", 64)],
+)  # fmt: skip
+def test_amounts(text: str, size: int) -> None:
+    assert AmountType().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize("name", ["norms", "", "gradient_cube"])
+def test_there_is_no_such_statistic(name: str) -> None:
+    with pytest.raises(CalibrationError, match=f"there is no statistic {name!r}") as error:
+        setting("norm", name)
+    assert error.value.hint == f"There are: {', '.join(STATISTICS)}."
+
+
+@pytest.mark.parametrize("changes", [{"pairs": ()}, {"batch": 0}, {"samples": 0}], ids=str)
+def test_nothing_to_calibrate_with(changes: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="there is nothing to calibrate with"):
+        Setting(**{"size": SIZE, "native": NATIVE, "statistics": ("norm",), "pairs": ((PROMPTS[0], 0),), **changes})
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def line(crdiff: Crdiff, here: Path) -> Line:
+    return lambda text: crdiff(*shlex.split(text))
+
+
+def test_the_command_shows_facts_and_the_file(line: Line, here: Path) -> None:
+    ran = line(f"{QUICK} --criterion wanda --criterion taylor")
+    assert ran.code == 0, ran.err
+    assert ran.out.splitlines()[-1] == "demo-48x48-calibration.safetensors"
+    assert "statistics:   norm, gradient_square" in ran.out
+    assert "loss samples: 1 of each picture" in ran.out
+    assert "note: norm, gradient_square of 42 layers" in ran.err
+    assert "note: 2 pictures of 2 prompts, on cpu in fp32" in ran.err
+    for stage in ("hashing", "sampling", "drawing", "gradients", "writing"):
+        assert f"\n{stage}: " in f"\n{ran.err}"
+    again = line(f"{QUICK} --criterion wanda")
+    assert again.code == 1
+    assert "demo-48x48-calibration.safetensors: already exists" in again.err
+    assert line(f"{QUICK} --criterion wanda --force").code == 0
+
+
+def test_quiet_and_json(line: Line, here: Path) -> None:
+    (here / "p.txt").write_text("\n".join([*prompts.to_search(2), ""]))
+    ran = line(f"{QUICK} --criterion wanda --prompts p.txt --pictures 2 -o q.safetensors -q")
+    assert (ran.code, ran.out, ran.err) == (0, "q.safetensors\n", "")
+    ran = line(f"{QUICK} --criterion obs:damping=0.1 --seed 5 --targets attn -o j.safetensors --json")
+    assert ran.err == ""
+    said = ran.result
+    assert (said["schema"], said["file"], said["statistics"], said["criteria"]) == (
+        1, "j.safetensors", ["gram"], ["obs:damping=0.1"]
+    )  # fmt: skip
+    assert (said["family"], said["resolution"], said["native"], said["resumed"]) == ("demo", "48x48", "64x64", 0)
+    assert said["facts"]["seeds"] == "5 to 6"
+    assert said["size"] == (here / "j.safetensors").stat().st_size
+    assert Calibration.open(here / "q.safetensors").facts["pictures"] == "4"
+
+
+def test_help_has_examples_and_says_how_to_go_on(line: Line) -> None:
+    ran = line("calibrate -h")
+    assert "crdiff calibrate demo --res 96x64 --criterion wanda -o demo.safetensors" in ran.out
+    assert "goes on with a run that was stopped" in " ".join(ran.out.split())
+    assert "calibrate" in line("-h").out
+
+
+REFUSED = {
+    "no-size": ("calibrate demo --criterion wanda", 2, "Missing option '--res'", "explains it"),
+    "no-criterion": ("calibrate demo --res 48", 2, "Missing option '--criterion'", "explains it"),
+    "magnitude": (
+        f"{QUICK} --criterion magnitude --criterion random", 2, "the criteria need no calibration", "--criterion wanda"
+    ),
+    "misspelt": (f"{QUICK} --criterion wander", 2, "no criterion is called 'wander'", "wanda"),
+    "bad-option": (f"{QUICK} --criterion taylor:form=cube", 2, "form is square or abs, not 'cube'", "taylor"),
+    "bad-memory": (f"{QUICK} --criterion wanda --memory much", 2, "'much' is no amount of memory", "explains it"),
+    "no-memory": (f"{QUICK} --criterion wanda --memory 0", 2, "'0' is no amount of memory", "explains it"),
+    "no-prompts": ("calibrate {sd15} --res 512 --criterion wanda", 2, "there are no prompts", "--prompts FILE"),
+    "no-file": (f"{QUICK} --criterion wanda --prompts none.txt", 2, "none.txt: No such file", "one prompt a line"),
+    "not-a-scene": (f"{QUICK} --criterion wanda --prompts fox.txt", 1, "it does not know fox", "Write it"),
+    "off-grid": ("calibrate demo --res 50 --criterion wanda", 1, "50x50 does not fit", "Use 48x48"),
+    "last-seeds": (f"{QUICK} --criterion wanda --seed 18446744073709551615", 2, "not so many seeds", "smaller --seed"),
+    "no-device": (f"{QUICK} --criterion wanda --device cuda:7", 1, "device cuda:7", "--device"),
+    "no-kind": (f"{QUICK} --criterion wanda --targets ff,conv", 2, "'conv' is no kind of layer", "explains it"),
+    "strange-output": (
+        f"{QUICK} --criterion wanda -o c.toml", 1, "c.toml: a calibration is a safetensors file", "c.toml.safetensors"
+    ),
+    "no-folder": (f"{QUICK} --criterion wanda -o no/c.safetensors", 1, "the folder no does not exist", "Create it"),
+    "a-folder": (f"{QUICK} --criterion wanda -o d.safetensors", 1, "not a regular file", "another place"),
+    "the-base": (
+        "calibrate {sd15} --res 512 --criterion wanda --prompts p.txt --config conf --force -o {sd15}", 1,
+        "that is the base itself", "another place",
+    ),
+    "negative": (
+        "calibrate {flux} --res 512 --criterion wanda --prompts p.txt --negative fog", 2, "takes no negative prompt",
+        "--negative",
+    ),
+    "double": (
+        "calibrate {double} --res 512 --criterion wanda --prompts p.txt --config conf --dtype fp32", 1,
+        "is F64, which cannot be pruned", "first: --dtype is what the pipeline computes in, not the base's.",
+    ),
+    "quantised": (
+        "calibrate {quantised} --res 512 --criterion wanda --prompts p.txt --config conf", 1,
+        "is I8, which cannot be pruned", "export from the checkpoint before it was quantised",
+    ),
+    "baked": ("calibrate {baked} --res 48 --criterion wanda --prompts p.txt", 1, "already pruned by crdiff", "base"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "code", "message", "hint"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused(
+    words: str, code: int, message: str, hint: str, line: Line, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "fox.txt").write_text("two red circles on grey\na red fox\n")
+    (here / "p.txt").write_text("a red fox\n")
+    (here / "d.safetensors").mkdir()
+    (here / "conf").mkdir()
+    (here / "conf" / "model_index.json").write_text("{}")
+    files = {
+        "sd15": makers.write(here / "sd15.safetensors", makers.tiny("sd15.original")),
+        "double": makers.write(here / "double.safetensors", makers.tiny("sd15.original", "F64")),
+        "quantised": makers.write(here / "quantised.safetensors", makers.tiny("sd15.original", "I8")),
+        "flux": makers.write(here / "flux.safetensors", makers.tiny("flux-dev.original-transformer")),
+        "baked": makers.write(here / "baked.safetensors", makers.tiny("demo.diffusers-unet"), {"crdiff.schema": "1"}),
+    }
+    before = set(here.iterdir())
+    ran = line(words.format(**files))
+    assert ran.code == code, ran.err
+    assert message in ran.err
+    assert hint in ran.err
+    assert "Traceback" not in ran.err
+    assert set(here.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"criteria": ()}, "there is no criterion"), ({"samples": 0}, "a number is too small"),
+     ({"seed": -1}, "a number is too small"), ({"memory": 0}, "no memory is no room for a statistic"),
+     ({"prompts": (" ",)}, "a prompt is empty")],
+    ids=str,
+)  # fmt: skip
+def test_a_request_that_cannot_be(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(CrdiffError, match=message):
+        prepare(replace(DEMO, output=tmp_path / "c.safetensors", **changes))

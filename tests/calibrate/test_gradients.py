@@ -1,0 +1,408 @@
+"""Gradients of the training loss: against finite differences, against a plain loop, for every kind of pipeline."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from crdiff_export import CrdiffError, Size
+from crdiff_export.calibrate import gradients, runner
+from crdiff_export.calibrate import setting as names
+from crdiff_export.calibrate.denoise import Denoising
+from crdiff_export.calibrate.setting import GRADIENT, LayerSpec, Pass, Setting
+from crdiff_export.errors import CalibrationError
+from crdiff_export.progress import Silent
+from crdiff_export.sampling.session import Session
+from tests.support.calibrating import (
+    NATIVE,
+    PROMPTS,
+    SIZE,
+    Tiny,
+    plan_of,
+    setting,
+    speaking,
+    tiny,
+)
+from tests.support.tiny_pipelines import KINDS
+
+LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2.weight"
+OTHERS = ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight", LAYER)
+GUIDANCE = 3.5
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def picture(size: Size, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
+    return coarse.resize((size.width, size.height))
+
+
+def measured(pipe: Any, wanted: Setting, layers: tuple[str, ...] = OTHERS, count: int = 1) -> dict[str, torch.Tensor]:
+    """The statistics of some layers, on pictures that nobody drew."""
+    denoising = Denoising(pipe, SIZE, GUIDANCE)
+    latents = denoising.encode([picture(NATIVE, number) for number in range(count)])
+    told = [denoising.embed(prompt) for prompt, _ in wanted.pairs[:count]]
+    examples = [gradients.Example(*pair) for pair in zip(latents, told, strict=True)]
+    modules = {name: denoising.model.get_submodule(name.removesuffix(".weight")) for name in layers}
+    specs = [LayerSpec(name, len(modules[name].weight), modules[name].weight.shape[1], "") for name in layers]
+    step = Pass("gradients", GRADIENT, SIZE)
+    return gradients.measure(denoising, wanted, step, examples, specs, modules, Silent())
+
+
+# --- finite differences ---
+
+
+def test_gradients_are_finite_differences() -> None:
+    """In float64, along random directions: (L(W + hD) - L(W - hD)) / 2h is <g, D>."""
+    pipe = speaking("sd15")
+    pipe.unet.double()
+    pipe.text_encoder.double()
+    wanted = setting(*GRADIENT, count=1, samples=1)
+    found = measured(pipe, wanted)
+    denoising = Denoising(pipe, SIZE, GUIDANCE)
+    (latents,) = denoising.encode([picture(NATIVE)])
+    told = denoising.embed(PROMPTS[0])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(names.noise_seed(7, 0)))
+    ((place,),) = names.times(wanted)
+    for name in OTHERS:
+        weight = denoising.model.get_parameter(name)
+        for seed in range(3):
+            direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            losses = []
+            for step in (1e-4, -1e-4):
+                with torch.no_grad():
+                    weight.add_(step * direction)
+                    losses.append(denoising.loss(latents, told, place, noise).item())
+                    weight.sub_(step * direction)
+            slope = (losses[0] - losses[1]) / 2e-4
+            # Float32 is what a statistic is kept in.
+            scale = float((found[f"gradient_abs/{name}"].double() * direction.abs()).sum())
+            assert float((found[f"gradient/{name}"].double() * direction).sum()) == pytest.approx(
+                slope, abs=1e-6 * scale
+            )
+            assert scale > 0
+
+
+def test_one_weight_at_a_time() -> None:
+    pipe = speaking("sd15")
+    pipe.unet.double()
+    pipe.text_encoder.double()
+    wanted = setting(*GRADIENT, count=1, samples=1)
+    found = measured(pipe, wanted)[f"gradient/{LAYER}"]
+    denoising = Denoising(pipe, SIZE, GUIDANCE)
+    (latents,) = denoising.encode([picture(NATIVE)])
+    told = denoising.embed(PROMPTS[0])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(names.noise_seed(7, 0)))
+    ((place,),) = names.times(wanted)
+    weight = denoising.model.get_parameter(LAYER)
+    for row, column in ((0, 0), (3, 17), (7, 31)):
+        losses = []
+        for step in (1e-4, -1e-4):
+            with torch.no_grad():
+                weight[row, column] += step
+                losses.append(denoising.loss(latents, told, place, noise).item())
+                weight[row, column] -= step
+        assert float(found[row, column]) == pytest.approx((losses[0] - losses[1]) / 2e-4, rel=1e-5)
+
+
+# --- a plain loop, as training scripts are written ---
+
+
+def plain_loss(tiny: Tiny, prompt: str, image: Image.Image, place: float, seed: int) -> torch.Tensor:
+    """The loss of one sample with diffusers' own functions, none of ours."""
+    pipe, width, height = tiny.pipe, image.width, image.height
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        latents = pipe.vae.encode(pixels).latent_dist.mode()
+        latents = (latents - (pipe.vae.config.shift_factor or 0)) * pipe.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+        fresh = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        if tiny.kind in ("sd15", "sdxl"):
+            ddpm = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+            time = torch.tensor([int(place * 1000)])
+            noised = ddpm.add_noise(latents, noise, time)
+            kind = pipe.scheduler.config.prediction_type
+            target = {
+                "epsilon": noise, "sample": latents, "v_prediction": ddpm.get_velocity(latents, noise, time)
+            }[kind]  # fmt: skip
+        else:
+            # The scheduler's table falls from much noise to little.
+            time = fresh.timesteps[len(fresh.timesteps) - 1 - int(place * 1000)][None]
+            noised = fresh.scale_noise(latents, time, noise)
+            target = noise - latents
+    if tiny.kind == "sd15":
+        embeds, _ = pipe.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=True)
+        predicted = pipe.unet(noised, time, embeds).sample
+    elif tiny.kind == "sdxl":
+        embeds, _, pooled, _ = pipe.encode_prompt(prompt)
+        ids = pipe._get_add_time_ids((height, width), (0, 0), (height, width), torch.float32, pooled.shape[-1])
+        told = {"text_embeds": pooled, "time_ids": ids}
+        predicted = pipe.unet(noised, time, embeds, added_cond_kwargs=told).sample
+    elif tiny.kind == "sd3":
+        embeds, _, pooled, _ = pipe.encode_prompt(prompt, None, None)
+        predicted = pipe.transformer(noised, embeds, pooled, time).sample
+    else:
+        embeds, pooled, text_ids = pipe.encode_prompt(prompt)
+        packed = pipe._pack_latents(noised, *noised.shape)
+        ids = pipe._prepare_latent_image_ids(1, height // 16, width // 16, "cpu", torch.float32)
+        predicted = pipe.transformer(
+            packed, embeds, pooled, time / 1000, ids, text_ids, guidance=torch.tensor([GUIDANCE])
+        ).sample
+        predicted = pipe._unpack_latents(predicted, height, width, pipe.vae_scale_factor)
+    return torch.nn.functional.mse_loss(predicted, target)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("sd15", 2), ("sdxl", 1), ("sd3", 1), ("flux", 1)])
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+def test_statistics_are_those_of_a_plain_loop(kind: str, count: int, tmp_path: Path) -> None:
+    made = tiny(kind, tmp_path)
+    wanted = setting(*GRADIENT, *(f"native_{name}" for name in GRADIENT), guidance=GUIDANCE, count=count)
+    made.collect(tmp_path / "c.safetensors", wanted)
+    found = load_file(tmp_path / "c.safetensors")
+    model, pairs = made.model, wanted.pairs
+    style = made.session.style(NATIVE, wanted.steps, wanted.guidance)
+    drawn = made.session.draw([prompt for prompt, _ in pairs], [seed for _, seed in pairs], style)
+    layers = [name.removeprefix("gradient/") for name in found if name.startswith("gradient/")]
+    assert len(layers) == len(made.plan.targets)
+    for prefix, size in (("", SIZE), ("native_", NATIVE)):
+        sums: dict[str, torch.Tensor] = {}
+        for (prompt, seed), image, places in zip(pairs, drawn, names.times(wanted), strict=True):
+            resized = image.resize((size.width, size.height), Image.Resampling.BICUBIC)
+            for number, place in enumerate(places):
+                model.zero_grad()
+                torch.autograd.backward(plain_loss(made, prompt, resized, place, names.noise_seed(seed, number)))
+                for layer in layers:
+                    gradient = model.get_parameter(layer).grad
+                    # A layer whose output nobody uses (SD3's last block) has none.
+                    gradient = torch.zeros_like(model.get_parameter(layer)) if gradient is None else gradient
+                    for name, part in (
+                        ("gradient", gradient), ("gradient_abs", gradient.abs()), ("gradient_square", gradient**2),
+                    ):  # fmt: skip
+                        key = f"{prefix}{name}/{layer}"
+                        sums[key] = sums.get(key, torch.zeros_like(part)) + part / (2 * count)
+        for key, expected in sums.items():
+            torch.testing.assert_close(found[key], expected, rtol=2e-4, atol=2e-5 * float(expected.abs().max()))
+        assert any(float(expected.abs().max()) > 0 for expected in sums.values())
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_every_target(prediction: str, tmp_path: Path) -> None:
+    pipe = speaking("sd15")
+    pipe.scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", prediction_type=prediction)
+    made = Tiny("sd15", pipe, plan_of(KINDS["sd15"].save(pipe, tmp_path)))
+    denoising = Denoising(pipe, NATIVE, GUIDANCE)
+    (latents,) = denoising.encode([picture(NATIVE)])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
+    for place in (0.0, 0.31, 0.999):
+        with torch.no_grad():
+            found = denoising.loss(latents, denoising.embed(PROMPTS[0]), place, noise)
+            expected = plain_loss(made, PROMPTS[0], picture(NATIVE), place, 5)
+        assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sd3_is_told_the_time_of_its_noise(dtype: torch.dtype) -> None:
+    """As its pipeline tells it, in float32: bf16 has 8 bits, and 987.3 would be 988."""
+    pipe = speaking("sd3").to(dtype)
+    told: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def note(_module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
+        told.append((args[0] if args else kwargs["hidden_states"], kwargs["timestep"]))
+
+    pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    denoising = Denoising(pipe, NATIVE, GUIDANCE)
+    (latents,) = denoising.encode([picture(NATIVE)])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
+    embeds = denoising.embed(PROMPTS[0])
+    for place in (0.123, 0.5, 0.9873):
+        with torch.no_grad():
+            denoising.loss(latents, embeds, place, noise)
+        sample, time = told.pop()
+        # As FlowMatchEulerDiscreteScheduler lists them, from much noise to little.
+        right = pipe.scheduler.timesteps[999 - int(place * 1000)]
+        assert (time.dtype, time.tolist()) == (torch.float32, [pytest.approx(right.item(), rel=1e-6)])
+        torch.testing.assert_close(sample, torch.lerp(latents, noise, right.item() / 1000).to(dtype))
+    pipe(PROMPTS[0], height=64, width=64, num_inference_steps=1, output_type="latent")
+    assert told.pop()[1].dtype == torch.float32
+
+
+# --- times and noise ---
+
+
+def test_times_are_spread_evenly() -> None:
+    wanted = Setting(SIZE, NATIVE, GRADIENT, tuple((str(i), i) for i in range(40)), samples=5)
+    found = names.times(wanted)
+    assert len(found) == 40
+    for places in found:
+        assert [int(place * 5) for place in places] == [0, 1, 2, 3, 4]
+    everything = sorted(place for places in found for place in places)
+    gaps = np.diff([0, *everything, 1])
+    assert max(gaps) < 2.7 / len(everything)  # the three-gap theorem: at most the golden ratio's square
+    assert names.times(wanted) == found
+    other = Setting(SIZE, NATIVE, GRADIENT, tuple((str(i), i + 1) for i in range(40)), samples=5)
+    assert names.times(other) != found
+
+
+def test_every_sample_has_its_own_noise() -> None:
+    seeds = {names.noise_seed(seed, number) for seed in range(100) for number in range(10)}
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+# --- what is left as it was, and what does not matter ---
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    pipe = speaking("sd15")
+    pipe.unet.conv_in.weight.requires_grad_(False)
+    before = {name: (p.requires_grad, p.detach().clone()) for name, p in pipe.unet.named_parameters()}
+    measured(pipe, setting(*GRADIENT, count=1))
+    for name, parameter in pipe.unet.named_parameters():
+        assert parameter.requires_grad == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+        assert parameter.grad is None
+    assert not pipe.unet.is_gradient_checkpointing
+
+
+def test_the_vae_works_in_float32_and_goes_back(caplog: pytest.LogCaptureFixture) -> None:
+    pipe, half = speaking("sd15"), speaking("sd15")
+    half.vae.half()
+    with torch.no_grad():
+        for parameter, whole in zip(half.vae.parameters(), pipe.vae.parameters(), strict=True):
+            whole.copy_(parameter.float())
+    found = [Denoising(one, SIZE, GUIDANCE).encode([picture(NATIVE)])[0] for one in (pipe, half)]
+    assert torch.equal(*found)
+    assert half.vae.dtype == torch.float16
+
+
+def test_means_take_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Tensor] = []
+    zeros = torch.zeros
+
+    def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(zeros(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "zeros", recorded)
+    found = measured(speaking("sd15"), setting("gradient", count=1))
+    assert {id(tensor) for tensor in found.values()} <= {id(tensor) for tensor in made}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_near(dtype: torch.dtype) -> None:
+    """In fp16 the loss is multiplied first, or small gradients would be zeros."""
+    whole, half = speaking("sd15"), speaking("sd15")
+    half.unet.to(dtype)
+    half.text_encoder.to(dtype)
+    wanted = setting(*GRADIENT, count=1)
+    expected, found = (measured(pipe, wanted) for pipe in (whole, half))
+    for name in OTHERS:
+        one, other = (sums[f"gradient_abs/{name}"].flatten() for sums in (expected, found))
+        assert float(torch.corrcoef(torch.stack([one, other]))[0, 1]) > 0.98
+        assert bool((other[one > one.median()] > 0).all())
+
+
+def test_a_gradient_too_large_for_fp16_is_taken_again() -> None:
+    pipe = speaking("sd15")
+    pipe.unet.half()
+    pipe.text_encoder.half()
+    denoising = Denoising(pipe, NATIVE, GUIDANCE)
+    (latents,) = denoising.encode([picture(NATIVE)])
+    example = gradients.Example(latents * 30, denoising.embed(PROMPTS[0]))
+    noise = 30 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
+    weight = pipe.unet.get_parameter("conv_out.weight")
+    loss = denoising.loss(example.latents, example.told, 0.5, noise)
+    (raw,) = torch.autograd.grad(loss * gradients.SCALES[0], [weight])
+    assert not raw.isfinite().all()
+    (found,) = gradients._gradients(denoising, example, 0.5, noise, [weight])
+    assert found.isfinite().all()
+    assert found.abs().max() > 0
+
+
+# --- what cannot be ---
+
+
+def _scheduled(pipe: Any, scheduler: Any) -> Any:
+    pipe.scheduler = scheduler
+    return pipe
+
+
+def _img2img(pipe: Any) -> Any:
+    return diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+
+
+def _lcm(pipe: Any) -> Any:
+    pipe.unet = KINDS["sd15"].model.func(768, time_cond_proj_dim=8)  # type: ignore[attr-defined]
+    return pipe
+
+
+def _centred(pipe: Any) -> Any:
+    pipe.vae.register_to_config(latents_mean=[0.0] * 4)
+    return pipe
+
+
+REFUSED = {
+    "img2img": ("sd15", _img2img, "StableDiffusionImg2ImgPipeline: its training loss is not known", "(wanda, obs)"),
+    "edm": (
+        "sd15", lambda pipe: _scheduled(pipe, diffusers.EDMEulerScheduler()),
+        "EDMEulerScheduler: its noise is not known here (epsilon)", "such as DDIM",
+    ),
+    "flow-prediction": (
+        "sd15", lambda pipe: _scheduled(pipe, diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction")),
+        "DPMSolverMultistepScheduler: its noise is not known here (flow_prediction)", "epsilon, v_prediction, sample",
+    ),
+    "no-flow": (
+        "sd3", lambda pipe: _scheduled(pipe, diffusers.DDIMScheduler()), "DDIMScheduler: does not match flows",
+        "FlowMatchEulerDiscreteScheduler",
+    ),
+    "lcm": ("sd15", _lcm, "the model is told its guidance (LCM)", "distilled from"),
+    "centred": ("sd15", _centred, "the VAE centres its latents", "(wanda, obs)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_known_loss_is_refused(name: str) -> None:
+    kind, change, message, hint = REFUSED[name]
+    with pytest.raises(CalibrationError) as error:
+        Denoising(change(speaking(kind)), SIZE, GUIDANCE)
+    assert message in error.value.message
+    assert hint in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"),
+    [(torch.float16, "Give --dtype bf16 or fp32."), (torch.bfloat16, "Give --dtype fp32."),
+     (torch.float32, "The base itself makes such numbers here")],
+)  # fmt: skip
+@pytest.mark.parametrize("statistic", ["norm", "gradient_square"])
+def test_numbers_that_are_not_finite(statistic: str, dtype: torch.dtype, hint: str, tmp_path: Path) -> None:
+    made = tiny("sd15", tmp_path)
+    made.pipe.unet.to(dtype)
+    made.pipe.text_encoder.to(dtype)
+    made.pipe.vae.to(dtype)
+    with torch.no_grad():
+        made.pipe.unet.conv_in.weight[0, 0, 0, 0] = float("inf")
+    with pytest.raises(CalibrationError) as error, np.errstate(invalid="ignore"):
+        Tiny("sd15", made.pipe, made.plan).collect(tmp_path / "c.safetensors", setting(statistic, count=1))
+    name = str(dtype).removeprefix("torch.")
+    assert error.value.message.startswith("down_blocks.0.attentions.0.transformer_blocks.0.")
+    assert error.value.message.endswith(f"its {statistic.replace('_', ' ')} in {name} is not finite")
+    assert hint in error.value.hint
+    assert isinstance(error.value, CrdiffError)
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_a_session_of_another_model(tmp_path: Path) -> None:
+    made = tiny("sd15", tmp_path)
+    other = Session(speaking("sd3"), "sd3-medium")
+    with pytest.raises(CalibrationError, match="SD3Transformer2DModel has no layer down_blocks") as error:
+        runner.collect(other, made.plan, setting("norm"), tmp_path / "c.safetensors", base="x")
+    assert "unfused and unquantised" in error.value.hint
+    assert not (tmp_path / "c.safetensors.part").exists()

@@ -1,0 +1,353 @@
+"""How things look: on terminals of any width, in pipes and logs, with and without colours."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import struct
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from crdiff_export.cli import output
+from crdiff_export.errors import CrdiffError
+from crdiff_export.progress import Progress
+from tests.support.forks import Forks
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+# --- in a pipe ---
+
+
+def test_a_table_in_a_pipe_is_columns_of_text(capsys: pytest.CaptureFixture[str]) -> None:
+    output.table(["name", "count", "why"], [["a", "1,000", "x" * 500], ["模型", "1", ""]], numeric=["count"])
+    assert capsys.readouterr().out.splitlines() == [
+        "name  count  why",
+        "a     1,000  " + "x" * 500,
+        "模型      1",
+    ]
+
+
+def test_an_empty_table_is_its_head(capsys: pytest.CaptureFixture[str]) -> None:
+    output.table(["a", "b"], [])
+    assert capsys.readouterr().out == "a  b\n"
+
+
+def test_texts_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    output.table(["[red]a", ":smile:"], [["[/]", "[bold]"]])
+    output.note("[red]a[/] :smile:")
+    captured = capsys.readouterr()
+    assert captured.out == "[red]a  :smile:\n[/]     [bold]\n"
+    assert captured.err == "note: [red]a[/] :smile:\n"
+
+
+def test_facts_begin_below_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    output.facts({"a": "1", "long name": "2"})
+    output.facts([("a", "1"), ("a", "2")])
+    output.facts({})
+    assert capsys.readouterr().out == "a:         1\nlong name: 2\na: 1\na: 2\n"
+
+
+def test_json_is_one_line_of_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_json({"name": "ü\udcff\n模", "n": 1})
+    text = capsys.readouterr().out
+    assert text.isascii()
+    assert text.count("\n") == 1
+    assert json.loads(text) == {"schema": 1, "name": "ü\udcff\n模", "n": 1}
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("plain ü 模", "plain ü 模"),
+        ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
+        ("two\nlines\r", "two\\nlines\\r"),
+        ("\udcff", "\\udcff"),
+        ("\u202egnp", "\\u202egnp"),
+        ("x" * 5000, "x" * 5000),
+    ],
+    ids=["plain", "escape", "lines", "bytes", "direction", "long"],
+)
+def test_an_error_is_two_lines_whatever_is_in_it(capsys: pytest.CaptureFixture[str], message: str, shown: str) -> None:
+    output.print_error("plan", message, f"Hint: {message}", as_json=False)
+    assert capsys.readouterr().err == f"crdiff: {shown}\n  Hint: {shown}\n"
+    output.print_error("plan", message, "Hint.", as_json=True)
+    error = json.loads(capsys.readouterr().err)
+    assert error == {"schema": 1, "error": {"code": "plan", "message": message, "hint": "Hint."}}
+
+
+def test_an_error_without_a_hint_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_error("interrupted", "interrupted", "", as_json=False)
+    assert capsys.readouterr().err == "crdiff: interrupted\n"
+
+
+class Broken(io.StringIO):
+    """A stdout that cannot be written to."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self._error = error
+
+    def flush(self) -> None:
+        raise self._error
+
+
+def test_a_full_disk_behind_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Broken(OSError(28, "No space left on device")))
+    with pytest.raises(CrdiffError, match="standard output: No space left on device"):
+        output.line("a")
+
+
+def test_a_reader_that_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Broken(BrokenPipeError(32, "Broken pipe")))
+    with pytest.raises(BrokenPipeError):
+        output.line("a")
+
+
+# --- progress where nobody watches ---
+
+
+class Clock:
+    """A time that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(output, "time", made)
+    return made
+
+
+def test_a_stage_is_a_line_when_it_is_over(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with output.progress(quiet=False) as progress:
+        progress.stage("counting", 4_000_000)
+        clock.now += 2
+        progress.advance(4_000_000)
+        assert capsys.readouterr().err == ""
+        progress.stage("writing", 1000)
+        assert capsys.readouterr().err == "counting: 4.00 MB in 2.0 s, 2.00 MB/s\n"
+        progress.advance(1000)
+    assert capsys.readouterr() == ("", "writing: 1.00 KB in 0.0 s\n")
+
+
+def test_a_long_stage_says_now_and_then_how_far_it_is(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with output.progress(quiet=False) as progress:
+        progress.stage("writing", 7_000_000_000)
+        for _ in range(7):
+            clock.now += 10
+            progress.advance(1_000_000_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "writing: 3.00 GB of 7.00 GB",
+        "writing: 6.00 GB of 7.00 GB",
+        "writing: 7.00 GB in 70.0 s, 100.00 MB/s",
+    ]
+
+
+def test_a_stage_may_be_of_other_things_than_bytes(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with output.progress(quiet=False) as progress:
+        progress.stage("drawing", 3000, "passes")
+        for _ in range(3):
+            clock.now += 20
+            progress.advance(1000)
+    assert capsys.readouterr().err.splitlines() == [
+        "drawing: 2,000 passes of 3,000 passes",
+        "drawing: 3,000 passes in 60.0 s, 50.0/s",
+    ]
+
+
+def test_a_stage_of_nothing_is_not_mentioned(capsys: pytest.CaptureFixture[str]) -> None:
+    with output.progress(quiet=False) as progress:
+        progress.stage("counting", 0)
+        progress.stage("writing", 0)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_stage_that_fails_is_not_called_done(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with output.progress(quiet=False) as progress:
+            progress.stage("writing", 10)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    with output.progress(quiet=True) as progress:
+        progress.stage("writing", 10)
+        progress.advance(10)
+    assert capsys.readouterr() == ("", "")
+
+
+def advance(progress: Progress) -> None:
+    for _ in range(1000):
+        progress.advance(1)
+
+
+def test_progress_comes_from_many_threads(capsys: pytest.CaptureFixture[str]) -> None:
+    with output.progress(quiet=False) as progress:
+        progress.stage("counting", 8000)
+        threads = [threading.Thread(target=advance, args=(progress,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert capsys.readouterr().err.startswith("counting: 8.00 KB in")
+
+
+# --- on a terminal ---
+
+terminal = pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+
+
+OnTerminal = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def on_terminal(drawing: Forks, here: Path) -> OnTerminal:
+    """What a crdiff writes to a terminal that is its stdout and stderr, unless one of them is another file."""
+    import fcntl
+    import pty
+    import termios
+
+    def run(
+        *args: str, columns: int = 100, env: Mapping[str, str] | None = None, out: str = "", err: str = ""
+    ) -> tuple[int, str]:
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        name = os.ttyname(theirs)
+        started = drawing.start(here, *args, env={**(env or {})}, stdout=out or name, stderr=err or name)
+        with ThreadPoolExecutor(1) as pool:
+            text = pool.submit(_until_closed, ours)
+            code = started.wait()
+            os.close(theirs)
+        os.close(ours)
+        return code, text.result().decode().replace("\r\n", "\n")
+
+    return run
+
+
+def _until_closed(terminal: int) -> bytes:
+    text = b""
+    with contextlib.suppress(OSError):  # Linux: the other side is closed
+        while more := os.read(terminal, 1 << 16):
+            text += more
+    return text
+
+
+def plain(text: str) -> str:
+    return ESCAPE.sub("", text)
+
+
+@terminal
+def test_bars_have_rate_and_time_left(on_terminal: OnTerminal) -> None:
+    code, text = on_terminal("export", "demo", "--res", "72")
+    assert code == 0
+    shown = plain(text)
+    for stage in ("counting", "writing"):
+        assert re.search(rf"{stage} +━+ [\d.]+/[\d.]+ [kM]B +\S+( [kMG]B/s)? +(-:--:--|\d:\d\d:\d\d)", shown), stage
+    assert re.search(r"2\.5/2\.5 MB +[\d.]+ [kMG]B/s +0:00:00", shown)
+    assert COLOUR.search(text)
+    assert text.index("\x1b[?25l") < text.index("\x1b[?25h")  # the cursor is back
+    assert text.endswith("demo-crdiff-72x72.safetensors\n")
+
+
+@terminal
+def test_bars_count_other_things_than_bytes(on_terminal: OnTerminal) -> None:
+    code, text = on_terminal("preview", "demo", "--res", "48", "--prompt", "a red fox", "--steps", "2")
+    assert code == 0
+    assert re.search(r"drawing +━+ 8/8 passes +[\d.]+/s +(-:--:--|\d:\d\d:\d\d)", plain(text))
+    assert text.endswith("demo-preview-48x48.png\ndemo-preview-48x48.html\n")
+
+
+@terminal
+def test_the_cursor_is_back_after_an_error(on_terminal: OnTerminal) -> None:
+    on_terminal("export", "demo", "--res", "72", "-q", "-o", "o.safetensors")
+    raw = Path("o.safetensors").read_bytes()
+    Path("o.safetensors").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    code, text = on_terminal("verify", "o.safetensors")
+    assert code == 3
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") > 0
+    assert "crdiff: o.safetensors: its bytes hash to 0x" in plain(text)
+
+
+@terminal
+@pytest.mark.parametrize(
+    ("env", "colours", "escapes"),
+    [({}, True, True), ({"NO_COLOR": "1"}, False, True), ({"TERM": "dumb"}, False, False)],
+    ids=["plain", "NO_COLOR", "dumb"],
+)
+def test_colours_and_bars_are_for_those_who_want_them(
+    env: Mapping[str, str], colours: bool, escapes: bool, on_terminal: OnTerminal
+) -> None:
+    _, text = on_terminal("export", "demo", "--res", "72", env=env)
+    _, error = on_terminal("export", "demo", "--res", "7", env=env)
+    assert bool(COLOUR.search(text)) == bool(COLOUR.search(error)) == colours
+    assert bool(ESCAPE.search(text)) == escapes
+    if not escapes:
+        assert "counting: 2.49 MB in" in text
+
+
+@terminal
+@pytest.mark.parametrize(("columns", "env"), [(30, {}), (100, {"COLUMNS": "30"})], ids=["narrow", "COLUMNS"])
+def test_a_narrow_terminal_loses_nothing(columns: int, env: Mapping[str, str], on_terminal: OnTerminal) -> None:
+    code, text = on_terminal("export", "demo", "--res", "64x96", "-o", "o.safetensors", columns=columns, env=env)
+    assert code == 0
+    shown = plain(text)
+    assert "group   ratio    zeroed        of    share   threshold" in shown
+    assert "up        0.3   196,673   655,360   0.3001   0.0250092" in shown
+    _, error = on_terminal("export", "demo", "--res", "64x96", "-o", "o.safetensors", columns=columns, env=env)
+    assert "crdiff: o.safetensors: already exists\n" in plain(error)
+
+
+@terminal
+def test_only_words_are_wrapped(on_terminal: OnTerminal) -> None:
+    _, text = on_terminal("recipes", "list", columns=80)
+    shown = plain(text).splitlines()
+    assert shown[0].split() == ["alias", "model", "native", "ratios", "sizes"]
+    assert any(row.startswith("sdxl-refiner   SDXL refiner     1024x1024   starting-point   ") for row in shown)
+    assert max(len(row) for row in shown) <= 80
+    assert "…" not in text
+
+
+@terminal
+def test_bars_go_to_the_terminal_and_the_result_to_the_pipe(on_terminal: OnTerminal) -> None:
+    _, text = on_terminal("export", "demo", "--res", "72", out="result")
+    assert "counting" in plain(text)
+    assert "demo-crdiff-72x72.safetensors" not in text
+    piped = Path("result").read_text()
+    assert "\x1b" not in piped
+    assert piped.splitlines()[-1] == "demo-crdiff-72x72.safetensors"
+
+
+@terminal
+def test_no_bars_in_a_log_beside_a_terminal(on_terminal: OnTerminal) -> None:
+    _, text = on_terminal("export", "demo", "--res", "72", err="log")
+    assert "counting" not in text
+    assert "─────" in text
+    logged = Path("log").read_text()
+    assert "\x1b" not in logged
+    assert [line.partition(":")[0] for line in logged.splitlines()] == ["note", "counting", "writing"]
+
+
+@terminal
+@pytest.mark.parametrize("option", ["-q", "--json"])
+def test_no_bars_for_machines(option: str, on_terminal: OnTerminal) -> None:
+    code, text = on_terminal("export", "demo", "--res", "72", option)
+    assert code == 0
+    assert "\x1b" not in text
+    assert text.count("\n") == 1

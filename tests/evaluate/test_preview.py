@@ -1,0 +1,522 @@
+"""`crdiff preview`: the pictures are diffusers' bit by bit, the files say how they came about, errors say why."""
+
+import base64
+import importlib.util
+import io
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from crdiff_export import ExportRequest, Size, export
+from crdiff_export.cli.signals import Stopped
+from crdiff_export.errors import PreviewError
+from crdiff_export.evaluate.preview import (
+    Preview,
+    PreviewRequest,
+    prepare,
+    preview,
+    render,
+    wording,
+)
+from crdiff_export.evaluate.preview.wording import Picture
+from crdiff_export.models import demo
+from crdiff_export.progress import Silent
+from crdiff_export.sampling import pipelines, poa, session
+from tests.support import hub_runs, makers
+from tests.support.isolation import Crdiff, Ran
+from tests.support.loopback_hub import LoopbackHub
+
+STEPS = 3
+PROMPTS = ("a red fox", "лиса & <b>snow</b>")
+WEIGHTS = (1.5, 2.5)
+REQUEST = PreviewRequest(
+    "demo",
+    PROMPTS,
+    Size(96, 64),
+    seeds=(0, 5),
+    weights=WEIGHTS,
+    ratio=0.4,
+    steps=STEPS,
+    guidance=3.0,
+    negative="blurry",
+)
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Steps(Silent):
+    """A progress that adds up."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, tuple[int, str]] = {}
+        self.done: dict[str, int] = {}
+
+    def stage(self, title: str, size: int, unit: str = "bytes") -> None:
+        self.stages[title], self.done[title] = (size, unit), 0
+        self._now = title
+
+    def advance(self, size: int) -> None:
+        self.done[self._now] += size
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Preview, Steps]:
+    folder, steps = tmp_path_factory.mktemp("made"), Steps()
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = preview(replace(REQUEST, outputs=(folder / "sheet.png", folder / "page.html")), steps)
+    torch.set_num_threads(usual)
+    return found, steps
+
+
+@pytest.fixture(scope="module")
+def baked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("baked") / "pruned.safetensors"
+    export(ExportRequest("demo", Size(96, 64), target, ratio=0.4))
+    return target
+
+
+def plain(file: Path) -> Any:
+    """A pipeline as somebody opens it who has never heard of crdiff."""
+    import diffusers
+
+    with session.hushed():
+        pipe = diffusers.StableDiffusionPipeline.from_single_file(
+            str(file), config=str(demo.config()), local_files_only=True
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(pipe: Any, prompt: str, seed: int) -> bytes:
+    with session.hushed():
+        image = pipe(
+            prompt, width=96, height=64, num_inference_steps=STEPS, guidance_scale=3.0, negative_prompt="blurry",
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]  # fmt: skip
+    found: bytes = image.tobytes()
+    return found
+
+
+def column(made: Preview, weight: float) -> dict[tuple[str, int], bytes]:
+    return {(p.prompt, p.seed): p.image.tobytes() for p in made.taken.pictures if p.column.weight == weight}
+
+
+# --- the pictures ---
+
+
+def test_rows_are_prompts_and_seeds_and_columns_are_models(made: tuple[Preview, Steps]) -> None:
+    order = [(p.prompt, p.seed, p.column.name) for p in made[0].taken.pictures]
+    names = ("dense", "pruned", "POA 1.5", "POA 2.5")
+    assert order == [(prompt, seed, name) for prompt in PROMPTS for seed in (0, 5) for name in names]
+    assert len({p.image.tobytes() for p in made[0].taken.pictures}) == 16
+
+
+def test_the_dense_pictures_are_those_of_a_plain_pipeline(made: tuple[Preview, Steps]) -> None:
+    pipe = plain(demo.path())
+    for (prompt, seed), image in column(made[0], 0).items():
+        assert image == drawn(pipe, prompt, seed)
+
+
+def test_the_pruned_pictures_are_those_of_the_exported_file(made: tuple[Preview, Steps], baked: Path) -> None:
+    pipe = plain(baked)
+    for (prompt, seed), image in column(made[0], 1).items():
+        assert image == drawn(pipe, prompt, seed)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_the_poa_pictures_are_those_of_two_models_and_the_formula(
+    weight: float, made: tuple[Preview, Steps], baked: Path
+) -> None:
+    pipe, pruned = plain(demo.path()), plain(baked).unet
+    dense = pipe.unet.forward
+
+    def both(*args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        return ((1 - weight) * dense(*args, **kwargs)[0] + weight * pruned(*args, **kwargs)[0],)
+
+    pipe.unet.forward = both
+    for (prompt, seed), image in column(made[0], weight).items():
+        assert image == drawn(pipe, prompt, seed)
+
+
+def test_progress_counts_every_pass(made: tuple[Preview, Steps]) -> None:
+    steps = made[1]
+    assert steps.stages["drawing"] == (4 * STEPS * (1 + 1 + 2 + 2), "passes")
+    assert steps.done["drawing"] == steps.stages["drawing"][0]
+    assert steps.stages["counting"][1] == "bytes"
+
+
+def test_a_baked_file_in_place_of_a_recipe(made: tuple[Preview, Steps], baked: Path, here: Path) -> None:
+    request = replace(REQUEST, ratio=None, size=None, weights=(1.5,), prompts=PROMPTS[:1], baked=baked)
+    found = preview(request)
+    assert found.job.size == Size(96, 64)
+    for weight in (0, 1, 1.5):
+        assert column(found, weight).items() <= column(made[0], weight).items()
+    assert dict(found.facts)["baked file"] == "pruned.safetensors, pruned for 96x64"
+    assert [path.name for path in sorted(here.iterdir())] == ["demo-preview-96x64.html", "demo-preview-96x64.png"]
+
+
+def test_pruned_by_another_criterion_it_is_that_export(made: tuple[Preview, Steps], here: Path) -> None:
+    target = export(
+        ExportRequest("demo", Size(96, 64), here / "random.safetensors", ratio=0.4, criterion="random:seed=3")
+    ).written.path
+    request = replace(REQUEST, weights=(1.0,), prompts=PROMPTS[:1])
+    found = preview(replace(request, criterion="random:seed=3"))
+    assert dict(found.facts)["criterion"] == "random:seed=3"
+    pipe = plain(target)
+    for (prompt, seed), image in column(found, 1).items():
+        assert image == drawn(pipe, prompt, seed)
+    assert column(found, 0).items() <= column(made[0], 0).items()
+    (page,) = [path.read_text("utf-8") for path in found.files if path.suffix == ".html"]
+    images = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^\"]+)", page)]
+    last = [image.text["parameters"].splitlines()[-1] for image in images]  # type: ignore[attr-defined]
+    assert [line.endswith('ratios: 0.4/0.4/0.4, criterion: "random:seed=3"') for line in last] == [False, True] * 2
+    again = preview(replace(request, ratio=None, size=None, baked=target, force=True))
+    assert dict(again.facts)["criterion"] == "random:seed=3"
+    assert column(again, 1) == column(found, 1)
+
+
+def test_a_folder_a_network_alone_and_half_precision(here: Path) -> None:
+    pipe = plain(demo.path())
+    pipe.save_pretrained(here / "demo-pipe")
+    tensors = safetensors.torch.load_file(demo.path())
+    prefix = "model.diffusion_model."
+    unet = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    safetensors.torch.save_file(unet, here / "unet.safetensors", {"format": "pt"})
+    request = PreviewRequest("demo-pipe", PROMPTS[:1], Size(64, 64), steps=1, outputs=(here / "a.png",))
+    folder = preview(request)
+    network = preview(replace(request, base="unet.safetensors", config="demo-pipe", outputs=(here / "b.png",)))
+    whole = preview(replace(request, base="demo", outputs=(here / "c.png",)))
+    assert column(network, 1) == column(whole, 1)
+    assert column(folder, 0) == column(network, 0) == column(whole, 0)
+    half = preview(replace(request, base="demo", dtype="bf16", start=0.5, outputs=(here / "d.png",)))
+    assert column(half, 1) != column(whole, 1)
+    assert dict(half.facts)["drawn on"] == "cpu, bf16"
+    assert dict(half.facts)["POA"] == "from 0.5 to 1 of the steps"
+    with pytest.raises(PreviewError) as error:
+        preview(replace(request, base="unet.safetensors", outputs=(here / "e.png",)))
+    assert "diffusers cannot open it" in error.value.message
+    assert "has to hold all other parts" in error.value.hint
+    assert not (here / "e.png").exists()
+
+
+# --- the files ---
+
+
+def test_the_sheet_has_the_pictures_and_says_what_they_are(made: tuple[Preview, Steps]) -> None:
+    sheet, facts = Image.open(made[0].files[0]), dict(made[0].facts)
+    text = sheet.text["parameters"]  # type: ignore[attr-defined]
+    assert facts["base"] == "demo (demo)"
+    assert facts["size"] == "96x64, native 64x64"
+    assert facts["ratios"] == "down 0.4, mid 0.4, up 0.4: starting point, tuned by nobody (given on the command line)"
+    assert facts["sampling"] == "3 steps of DDIM, guidance 3"
+    assert facts["negative"] == "blurry"
+    assert facts["note"] == (
+        '"a red fox" is no prompt of the demo model: it does not know fox; '
+        'it draws scenes like "a red circle left of a blue square on white"'
+    )
+    assert facts["drawn on"] == "cpu, fp32"
+    for name, said in facts.items():
+        assert f"{name}: {said}" in text
+    assert "row 4: seed 5: лиса & <b>snow</b>" in text
+    assert not re.search(r"improve|better|enhance", text)
+
+
+def test_a_relation_that_the_demo_has_not_learnt_is_told() -> None:
+    said = list(wording.foreign(["two red circles on grey", "a red circle right of a blue square on white"]))
+    assert said == ['the demo model has not learnt what "right of" means, only: left of, above']
+    assert list(wording.foreign(["a red circle left of a blue square on white"])) == []
+
+
+def test_the_page_has_each_picture_with_its_parameters(made: tuple[Preview, Steps]) -> None:
+    page = made[0].files[1].read_text("utf-8")
+    images = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^\"]+)", page)]
+    assert [image.tobytes() for image in images] == [p.image.tobytes() for p in made[0].taken.pictures]
+    prompt, negative, last = images[2].text["parameters"].splitlines()  # type: ignore[attr-defined]
+    assert (prompt, negative) == ("a red fox", "Negative prompt: blurry")
+    said = "Steps: 3, Sampler: DDIM, CFG scale: 3, Seed: 0, Size: 96x64, Model: demo, crdiff: POA 1.5, ratios: "
+    assert last == said + "0.4/0.4/0.4"
+    assert "starting point, tuned by nobody" in page
+
+
+@pytest.mark.parametrize("where", ["drawing", "writing"])
+def test_what_is_stopped_leaves_nothing(where: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_args: object) -> None:
+        raise Stopped(2)
+
+    class Stopping(Silent):
+        def advance(self, size: int) -> None:
+            stop()
+
+    from crdiff_export.evaluate.report import page
+
+    if where == "writing":
+        monkeypatch.setattr(page, "save", stop)
+    request = replace(REQUEST, weights=(), prompts=("a",), seeds=(0,), steps=1, baked=None, ratio=None)
+    job = prepare(request)
+    source = poa.from_recipe(ExportRequest("demo", Size(96, 64)))
+    from crdiff_export.evaluate.preview import draw
+
+    with pytest.raises(Stopped):
+        draw(job, source, Stopping() if where == "drawing" else Silent())
+    assert list(here.iterdir()) == []
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def line(crdiff: Crdiff, shelf: Path, here: Path) -> Callable[[str], Ran]:
+    """Runs `crdiff preview` with a line of arguments; {shelf} is the folder of bases."""
+    return lambda text: crdiff("preview", *shlex.split(text.format(shelf=shelf)))
+
+
+Line = Callable[[str], Ran]
+FOX = "--prompt 'a red fox' --steps 1"
+
+
+def test_the_command_shows_facts_and_files(line: Line, here: Path) -> None:
+    ran = line(f"demo --res 72 {FOX}")
+    assert ran.code == 0
+    told = dict(text.split(":", 1) for text in ran.out.splitlines()[:-2])
+    assert list(told) == ["base", "size", "ratios", "sampling", "note", "drawn on", "made by", "pictures"]
+    assert "searched (crdiff search: " in told["ratios"]
+    assert re.fullmatch(r" 3 \(dense [\d.]+ s, pruned [\d.]+ s, POA 1.2519 [\d.]+ s each\)", told["pictures"])
+    assert ran.out.splitlines()[-2:] == ["demo-preview-72x72.png", "demo-preview-72x72.html"]
+    assert sorted(path.name for path in here.iterdir()) == ["demo-preview-72x72.html", "demo-preview-72x72.png"]
+    notes = ran.err.splitlines()
+    assert notes[0].startswith("note: no variant for 72x72; using the one for ")
+    assert notes[1] == (
+        'note: "a red fox" is no prompt of the demo model: it does not know fox; '
+        'it draws scenes like "a red circle left of a blue square on white"'
+    )
+    assert notes[2] == "note: 3 pictures, 1 row of dense, pruned, POA 1.2519, on cpu in fp32"
+    assert [text.partition(":")[0] for text in notes[3:]] == ["counting", "drawing"]
+    assert re.fullmatch(r"drawing: 4 passes in [\d.]+ s(, [\d.]+/s)?", notes[4])
+
+
+def test_the_command_as_json_with_prompts_from_a_file(line: Line, here: Path) -> None:
+    (here / "prompts.txt").write_text("a red fox\n\n  лиса \n", encoding="utf-8")
+    (here / "o.html").write_text("old")
+    ran = line("demo --res 64 --prompts prompts.txt --seed 3 --steps 1 --poa-weight 1 -o o.html --force --json")
+    assert (ran.code, ran.err) == (0, "")
+    found = ran.result
+    assert found["files"] == ["o.html"]
+    assert found["columns"] == [{"name": "dense", "poa_weight": 0.0}, {"name": "pruned", "poa_weight": 1.0}]
+    assert [(p["column"], p["prompt"], p["seed"]) for p in found["pictures"]] == [
+        ("dense", "a red fox", 3), ("pruned", "a red fox", 3), ("dense", "лиса", 3), ("pruned", "лиса", 3)
+    ]  # fmt: skip
+    assert (found["provenance"], found["ratios"]) == ("searched", {"down": 0.7394, "mid": 0.7556, "up": 0.0522})
+    assert found["criterion"] == "magnitude"
+    assert (found["steps"], found["scheduler"], found["device"], found["dtype"]) == (1, "DDIM", "cpu", "fp32")
+    assert "<!DOCTYPE html>" in (here / "o.html").read_text("utf-8")
+    assert sorted(path.name for path in here.iterdir()) == ["o.html", "prompts.txt"]
+
+
+def test_quiet_leaves_the_paths_alone(line: Line) -> None:
+    assert line(f"demo --res 64 {FOX} -o o.png -q") == Ran(0, "o.png\n", "")
+
+
+SHARDS = "{shelf}/shards/diffusion_pytorch_model.safetensors.index.json --res 64 "
+WRONG = {
+    "no-prompt": ("demo --res 64", 2, "a prompt is empty", "--prompt TEXT"),
+    "empty-prompt": ("demo --res 64 --prompt ' '", 2, "a prompt is empty", "what the pictures are to show"),
+    "no-such-seed": (f"demo --res 64 --seed -1 {FOX}", 2, "a seed is missing or out of range", "from 0 to 184467"),
+    "no-size": (f"demo {FOX}", 2, "there is no size", "--res"),
+    "off-grid": (f"demo --res 97 {FOX}", 1, "97x97 does not fit demo's latent grid", "Use 96x96."),
+    "no-steps": ("demo --res 64 --prompt a --steps 0", 2, "Invalid value for '--steps'", "crdiff preview -h"),
+    "heavy-weight": (f"demo --res 64 {FOX} --poa-weight 11", 2, "Invalid value for '--poa-weight'", "-h"),
+    "backwards": (f"demo --res 64 {FOX} --start 0.6 --stop 0.5", 1, "POA from 0.6 to 0.5", "start < stop"),
+    "no-ratio": (f"demo --res 64 {FOX} --ratio 0", 1, "all ratios are 0", "Give --ratio"),
+    "no-such-base": (f"nowhere.safetensors --res 64 {FOX}", 1, "no such file", "Give a path"),
+    "no-such-list": ("demo --res 64 --prompts no.txt", 2, "no.txt: No such file", "one prompt a line"),
+    "not-text": ("demo --res 64 --prompts {shelf}/sd15.safetensors", 2, "not UTF-8", "Save it as UTF-8"),
+    "strange-output": (f"demo --res 64 {FOX} -o o.jpg", 1, "neither a PNG nor an HTML", "o.jpg.png or o.jpg.html"),
+    "no-folder": (f"demo --res 64 {FOX} -o no/o.png", 1, "the folder no does not exist", "Create it"),
+    "taken": (f"demo --res 64 {FOX} -o taken.png", 1, "taken.png: already exists", "--force"),
+    "a-folder": (f"demo --res 64 {FOX} -o folder.png --force", 1, "not a regular file", "another place"),
+    "huge": ("demo --res 16384 --prompt a", 1, "make a sheet of", "-o NAME.html"),
+    "dit-alone": ("{shelf}/dit.safetensors --res 512 " + FOX, 4, "not in the local cache", "--config"),
+    "shards": (SHARDS + FOX, 1, "is in shards", "one safetensors file"),
+    "half-a-folder": ("{shelf}/pipe/unet --res 64 " + FOX, 1, "it has no model_index.json", "save_pretrained"),
+    "config-of-folder": ("{shelf}/pipe --res 64 --config x " + FOX, 2, "has its own configuration", "Leave --config"),
+    "no-config": (f"demo --res 64 {FOX} --config no/where/at/all", 1, "no folder, and no repo", "--config FOLDER"),
+    "config-is-file": (f"demo --res 64 {FOX} --config taken.png", 1, "no model_index.json", "save_pretrained"),
+    "baked-and-ratio": (f"demo --baked taken.png --ratio 0.3 {FOX}", 2, "--baked has its own ratios", "Leave out"),
+    "baked-and-criterion": (
+        f"demo --baked taken.png --criterion random {FOX}", 2, "--baked is pruned already", "Leave out --criterion"
+    ),
+    "no-calibration": (f"demo --res 64 --criterion wanda {FOX}", 2, "wanda needs a calibration", "--calibration FILE"),
+    "baked-not": (f"demo --baked taken.png {FOX}", 1, "taken.png", ""),
+    "offload-on-cpu": (f"demo --res 64 {FOX} --offload --device cpu", 2, "--offload keeps parts off", "Leave it out"),
+    "lora": ("{shelf}/lora.safetensors --res 64 " + FOX, 1, "LoRA", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_and_what_to_do(name: str, line: Line, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (here / "taken.png").write_text("taken")
+    (here / "folder.png").mkdir()
+    text, code, message, hint = WRONG[name]
+    ran = line(text)
+    assert (ran.code, ran.out) == (code, ""), ran.err
+    *_, what, then = ran.err.splitlines()
+    assert what.startswith("crdiff: ")
+    assert message in what
+    assert hint in then
+    assert sorted(path.name for path in here.iterdir()) == ["folder.png", "taken.png"]
+    assert (here / "taken.png").read_text() == "taken"
+
+
+@pytest.mark.parametrize(
+    ("geometry", "message"),
+    [
+        ("sdxl-refiner.original", "SDXL refiner makes pictures from pictures"),
+        ("sd15.original", "not in the local cache"),
+    ],
+    ids=["refiner", "no-configuration"],
+)
+def test_a_local_file_of_another_model(
+    geometry: str, message: str, here: Path, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    makers.write(here / "base.safetensors", makers.tiny(geometry))
+    ran = line(f"base.safetensors --res 512 {FOX}")
+    assert ran.code in (1, 4)
+    assert message in ran.err
+    if "sd15" in geometry:
+        place = "hf://stable-diffusion-v1-5/stable-diffusion-v1-5"
+        assert f"note: what base.safetensors lacks comes from {place}" in ran.err
+        assert "Or give it with --config: a folder for diffusers" in ran.err
+
+
+def test_a_baked_file_of_another_family(here: Path, shelf: Path, line: Line) -> None:
+    export(ExportRequest(str(shelf / "sd15.safetensors"), Size(512, 512), here / "sd15.safetensors"))
+    ran = line(f"demo --baked sd15.safetensors {FOX}")
+    assert ran.code == 1
+    assert "sd15.safetensors: is of SD1.5, demo is demo" in ran.err
+
+
+def test_a_baked_file_of_another_base(here: Path, line: Line, baked: Path) -> None:
+    tensors = safetensors.torch.load_file(demo.path())
+    safetensors.torch.save_file(
+        {name: value * 1.01 if value.is_floating_point() else value for name, value in tensors.items()},
+        here / "other.safetensors", {"format": "pt"},
+    )  # fmt: skip
+    ran = line(f"other.safetensors --baked {baked} {FOX}")
+    assert ran.code == 1
+    assert re.search(r"the weights of down_blocks\S+ are not those of '?demo'?, which .*pruned.safetensors", ran.err)
+    assert [path.name for path in here.iterdir()] == ["other.safetensors"]
+
+
+def test_a_device_that_is_not_there(line: Line) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("it is there")
+    ran = line(f"demo --res 64 {FOX} --device cuda")
+    assert ran.code == 1
+    assert re.search(r"crdiff: device cuda: .+\n  Leave --device out", ran.err)
+
+
+def test_a_package_that_is_not_there(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(pipelines, "find_spec", lambda name: None if name == "transformers" else find(name))
+    ran = line(f"demo --res 64 {FOX}")
+    assert ran.code == 1
+    assert "transformers is not installed, which pictures need\n  `pip install transformers`." in ran.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_too_little_memory(error: Exception, line: Line, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(render._Camera, "_picture", fail)
+    ran = line(f"demo --res 64 {FOX}")
+    assert ran.code == 1
+    assert ran.err.endswith("crdiff: device cpu: not enough memory\n  Give a smaller --res, or --dtype bf16.\n")
+    assert list(here.iterdir()) == []
+
+
+def test_other_failures_are_bugs_and_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    def fail(*_args: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(render._Camera, "_picture", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        preview(replace(REQUEST, seeds=(0,)))
+
+
+def test_black_pictures_are_pointed_out(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    def black(_self: object, column: Any, prompt: str, seed: int) -> Picture:
+        return Picture(column, prompt, seed, Image.new("RGB", (64, 64)), 0.1)
+
+    monkeypatch.setattr(render._Camera, "_picture", black)
+    ran = line(f"demo --res 72 {FOX}")
+    assert "note: 3 of 3 pictures are all black: try another --dtype, such as bf16 or fp32" in ran.err
+
+
+def test_a_folder_that_asks_for_other_libraries_is_refused(here: Path) -> None:
+    folder = shutil.copytree(demo.config(), here / "config")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace('"diffusers",\n    "DDIM', '"os",\n    "DDIM'))
+    with pytest.raises(PreviewError) as error:
+        prepare(replace(REQUEST, config=str(folder)))
+    assert "model_index.json: scheduler is of the library os" in error.value.message.replace("'", "").replace('"', "")
+
+
+def test_the_libraries_are_left_as_they_were() -> None:
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with session.hushed():
+        assert logging.get_verbosity() > before[0]
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+# --- what comes from the Hub ---
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["whole", "network-alone"])
+def test_what_a_file_lacks_comes_from_the_hub(
+    alone: bool, loopback_hub: LoopbackHub, tmp_path: Path, here: Path
+) -> None:
+    folder, pipe = tmp_path / "pipe", plain(demo.path())
+    pipe.save_pretrained(folder)
+    weights = here / "base.safetensors"
+    if alone:
+        shutil.copyfile(folder / "unet" / "diffusion_pytorch_model.safetensors", weights)
+    else:
+        shutil.copyfile(demo.path(), weights)
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    loopback_hub.add_repo("my/pipe", files)
+    words = shlex.split(f"preview base.safetensors --config my/pipe --res 64 -o o.png {FOX}")
+    ran = hub_runs.run(loopback_hub, tmp_path / "home", here, *words)
+    assert ran.code == 0, ran.err
+    assert ran.out.endswith("o.png\n")
+    assert "note: what base.safetensors lacks comes from hf://my/pipe, unless it is in the local cache" in ran.err
+    (snapshot,) = (tmp_path / "home").rglob("snapshots/*")
+    fetched = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
+    expected = {name for name in files if not name.endswith(".safetensors")}
+    others = {"vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
+    assert fetched == expected | (others if alone else set())

@@ -1,0 +1,230 @@
+"""The contact sheet and the page: every picture where it should be and as it was, every label whole."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crdiff_export.evaluate.report import (
+    Contact,
+    Row,
+    Shot,
+    fonts,
+    page,
+    sheet,
+)
+from crdiff_export.evaluate.report.contact import shown
+from crdiff_export.evaluate.report.sheet import PAPER, Layout, Line
+
+COLUMNS = ("dense", "pruned", "POA 1.5")
+FACTS = (("base", "demo"), ("ratios", "starting point, tuned by nobody (" + "a long story " * 12 + "ends)"))
+LONG = " ".join(f"word{number}" for number in range(120))
+HOSTILE = '<script src="https://example.org/x.js">alert(1)</script> & "quotes" \u202e'
+
+
+def picture(number: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
+    rng = np.random.default_rng(number)
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+def contact(*prompts: str, seeds: tuple[int, ...] = (0, 7), size: tuple[int, int] = (96, 64)) -> Contact:
+    rows = []
+    for i, prompt in enumerate(prompts):
+        for seed in seeds:
+            images = [picture(100 * i + 10 * seed + j, size) for j in range(3)]
+            rows.append(Row(prompt, seed, tuple(Shot(image, f"{prompt}\nSeed: {seed}") for image in images)))
+    return Contact("demo at 96x64", FACTS, COLUMNS, tuple(rows))
+
+
+# --- the sheet ---
+
+
+@pytest.mark.parametrize("size", [(96, 64), (64, 200), (700, 500)], ids=["small", "tall", "large"])
+def test_every_picture_is_in_its_place_bit_by_bit(size: tuple[int, int]) -> None:
+    made = contact("a red fox", "a blue fox", size=size)
+    layout = sheet.lay_out(made)
+    drawn = sheet.draw(made, layout)
+    assert drawn.size == (layout.width, layout.height)
+    for row, places in zip(made.rows, layout.places, strict=True):
+        assert len({y for _, y in places}) == 1
+        for shot, (x, y) in zip(row.shots, places, strict=True):
+            assert drawn.crop((x, y, x + size[0], y + size[1])).tobytes() == shot.image.tobytes()
+    columns = [[x for x, _ in places] for places in layout.places]
+    assert all(column == columns[0] for column in columns)
+    steps = np.diff(columns[0])
+    assert steps.min() == steps.max() > size[0]  # a gap between them
+
+
+def boxes(layout: Layout, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    texts = [(line.x, line.y, line.x + fonts.width(line.text, line.size), line.y + line.size) for line in layout.lines]
+    return [*texts, *((x, y, x + size[0], y + size[1]) for places in layout.places for x, y in places)]
+
+
+@pytest.mark.parametrize("size", [(96, 64), (8, 8), (1024, 64)], ids=["small", "tiny", "wide"])
+def test_nothing_covers_anything_or_leaves_the_sheet(size: tuple[int, int]) -> None:
+    made = contact("a red fox", LONG, "x" * 400, size=size)
+    layout = sheet.lay_out(made)
+    found = boxes(layout, size)
+    for i, (left, top, right, bottom) in enumerate(found):
+        assert left >= 0
+        assert top >= 0
+        assert right <= layout.width
+        assert bottom <= layout.height
+        for other in found[:i]:
+            apart = right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
+            assert apart, (found[i], other)
+
+
+def words(lines: tuple[Line, ...]) -> str:
+    return " ".join(line.text for line in lines)
+
+
+def test_every_label_is_there_whole() -> None:
+    made = contact("a red fox", LONG)
+    layout = sheet.lay_out(made)
+    text = words(layout.lines)
+    for part in (
+        made.title,
+        *COLUMNS,
+        "a red fox",
+        LONG,
+        "seed 0",
+        "seed 7",
+        *(text for pair in FACTS for text in pair),
+    ):
+        assert part in text
+    assert "".join(line.text for line in sheet.lay_out(contact("x" * 400)).lines).count("x" * 400) == 1
+    drawn = sheet.draw(made, layout)
+    for line in layout.lines:
+        box = (line.x, line.y, line.x + fonts.width(line.text, line.size), line.y + round(1.3 * line.size))
+        colours = {colour for _, colour in drawn.crop(box).getcolors(1 << 16) or []}
+        assert colours - {PAPER}, line.text
+
+
+def test_letters_grow_with_the_sheet() -> None:
+    small, large = (sheet.lay_out(contact("a", size=size)).lines[0].size for size in ((96, 64), (1024, 1024)))
+    assert large > 1.5 * small
+
+
+@pytest.mark.parametrize("prompt", ["狐", "лиса", "ثعلب", "🦊", "\udcff", "a\nb\tc\x00\x1b[31m", ""])
+@pytest.mark.parametrize("installed", [True, False], ids=["system-fonts", "none"])
+def test_any_prompt_can_be_drawn(prompt: str, installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not installed:
+        monkeypatch.setattr(fonts, "SYSTEM", ())
+    made = contact(prompt, seeds=(0,))
+    sheet.save(made, tmp_path / "sheet.png")
+    page.save(made, tmp_path / "page.html")
+    (label,) = (line for line in sheet.lay_out(made).lines if line.text == (shown(prompt) or "(no prompt)"))
+    assert label.text.isprintable() or prompt == "ثعلب"
+    text = (tmp_path / "page.html").read_text("utf-8")
+    assert f"<h2>{label.text}</h2>" in text
+
+
+def test_a_font_of_the_system_helps_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fonts.pick("a red fox") == ""
+    monkeypatch.setattr(fonts, "SYSTEM", ())
+    assert fonts.pick("лиса") == ""
+    assert fonts.lacks("лиса")
+    assert not fonts.lacks("a red fox, 1.5")
+
+
+def test_the_png_says_what_is_on_it(tmp_path: Path) -> None:
+    made = contact("a red fox", "狐")
+    sheet.save(made, tmp_path / "sheet.png")
+    text = Image.open(tmp_path / "sheet.png").text  # type: ignore[attr-defined]
+    assert text["Title"] == "demo at 96x64"
+    assert text["Software"] == "crdiff"
+    assert text["parameters"].splitlines() == [
+        "demo at 96x64", *(f"{name}: {said}" for name, said in FACTS), "columns: dense, pruned, POA 1.5",
+        "row 1: seed 0: a red fox", "row 2: seed 7: a red fox", "row 3: seed 0: 狐", "row 4: seed 7: 狐",
+    ]  # fmt: skip
+
+
+# --- the page ---
+
+
+class Parsed(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "title"):
+            self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, Any]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def test_the_page_has_every_picture_bit_by_bit() -> None:
+    made = contact("a red fox", HOSTILE)
+    images = Parsed(page.render(made)).all("img")
+    shots = [(shot, row) for row in made.rows for shot in row.shots]
+    assert len(images) == len(shots) == 12
+    for image, (shot, row) in zip(images, shots, strict=True):
+        kind, _, data = image["src"].partition(",")
+        assert kind == "data:image/png;base64"
+        decoded = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+        assert decoded.tobytes() == shot.image.tobytes()
+        assert decoded.text["parameters"] == shot.parameters  # type: ignore[attr-defined]
+        assert image["alt"].endswith(f"seed {row.seed}: {shown(row.prompt)}")
+        assert (image["width"], image["height"]) == ("96", "64")
+    assert [image["alt"].split(",")[0] for image in images] == list(COLUMNS) * 4
+
+
+def test_the_page_needs_nothing_and_runs_nothing() -> None:
+    found = Parsed(page.render(contact("a red fox", HOSTILE)))
+    assert {tag for tag, _ in found.tags}.isdisjoint(
+        {"script", "link", "iframe", "object", "embed", "a", "form", "base"}
+    )
+    for _, attributes in found.tags:
+        assert not any(name.startswith("on") or name in ("href", "srcset", "style") for name in attributes)
+        assert all(name != "src" or str(text).startswith("data:") for name, text in attributes.items())
+    (policy,) = (meta["content"] for meta in found.all("meta") if "http-equiv" in meta)
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    text = re.sub(
+        r"data:image/png;base64,[^\"]+|<h2>.*</h2>|(alt|aria-label)=\"[^\"]*\"|<span.*?</span>",
+        "",
+        page.render(contact(HOSTILE)),
+    )
+    assert "//" not in text
+    assert "url(" not in text
+    assert "@import" not in text
+
+
+def test_the_page_shows_prompts_as_they_are() -> None:
+    text = page.render(contact("a red fox", HOSTILE))
+    assert "<script" not in text
+    words = Parsed(text).words
+    assert shown(HOSTILE) in words
+    for label in ("demo at 96x64", *COLUMNS, "seed 7", "ratios", FACTS[1][1], "a red fox"):
+        assert label in words
+
+
+def test_every_picture_can_be_made_large_and_small_again() -> None:
+    found = Parsed(page.render(contact("a", "b")))
+    ids = [radio["id"] for radio in found.all("input")]
+    assert len(ids) == len(set(ids)) == 13
+    targets = [label["for"] for label in found.all("label")]
+    assert set(targets) == set(ids)
+    assert targets.count("none") == 12
+    assert "prefers-color-scheme: dark" in page.render(contact("a"))

@@ -1,0 +1,474 @@
+"""CLIPScore, PickScore and the aesthetic predictor: tiny random models, computed again by hand in NumPy."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import load_file
+
+from crdiff_export import hub
+from crdiff_export.errors import HubError, ScorerError
+from crdiff_export.evaluate import scorers
+from crdiff_export.evaluate.scorers import Scorer, aesthetic, clip, weights
+from crdiff_export.evaluate.scorers.weights import Repo
+from tests.support.loopback_hub import LoopbackHub
+
+Array = NDArray[np.float64]
+Factory = Callable[..., Scorer]
+SIDE, PATCH, HEADS = 24, 8, 4
+MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+LETTERS = [chr(i) for i in range(ord("!"), ord("~") + 1)]
+MARKERS = ["<|startoftext|>", "<|endoftext|>"]
+VOCABULARY = {word: i for i, word in enumerate([*LETTERS, *(f"{letter}</w>" for letter in LETTERS), *MARKERS])}
+PROMPTS = ["a red cat", "dog", "a very long prompt " * 30, "", "a red cat"]
+
+
+def write_words(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {
+        "crop_size": {"height": SIDE, "width": SIDE}, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+        "do_rescale": True, "image_mean": MEAN, "image_std": DEVIATION, "resample": 3, "size": {"shortest_edge": SIDE},
+        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
+    }  # fmt: skip
+    words = {"bos_token": MARKERS[0], "eos_token": MARKERS[1], "pad_token": MARKERS[1], "unk_token": MARKERS[1]}
+    tables = {
+        "preprocessor_config.json": pictures,
+        "tokenizer_config.json": {**words, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"},
+        "vocab.json": VOCABULARY,
+    }
+    for name, table in tables.items():
+        (folder / name).write_text(json.dumps(table))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def write_model(folder: Path, seed: int) -> None:
+    """A CLIP of random weights, none of which is 0 or 1."""
+    from transformers import CLIPConfig, CLIPModel
+
+    encoder = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": HEADS, "num_hidden_layers": 2}
+    ends = {"bos_token_id": len(VOCABULARY) - 2, "eos_token_id": len(VOCABULARY) - 1}
+    ends |= {"pad_token_id": len(VOCABULARY) - 1}
+    text = {**encoder, **ends, "vocab_size": len(VOCABULARY), "max_position_embeddings": 77}
+    config = CLIPConfig(
+        text_config=text,
+        vision_config={**encoder, "image_size": SIDE, "patch_size": PATCH},
+        projection_dim=16,
+    )
+    torch.manual_seed(seed)
+    model = CLIPModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if "norm" in name and "weight" in name else 0.0))
+        model.logit_scale.fill_(math.log(20.0))
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repositories, by their ids; the words of PickScore are somewhere else."""
+    folder = tmp_path_factory.mktemp("repos")
+    with weights.hushed():
+        for seed, repo in enumerate((clip.CLIP_L, clip.PICK_SCORE)):
+            write_model(folder / repo.id, seed)
+    for repo in (clip.CLIP_L, clip.CLIP_H):
+        write_words(folder / repo.id)
+    (folder / aesthetic.REPO.id).mkdir(parents=True)
+    torch.save(head_of(16), folder / aesthetic.REPO.id / aesthetic.FILE)
+    return folder
+
+
+def head_of(width: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    found = {}
+    for place, (wide, last) in {0: (1024, width), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}.items():
+        found[f"layers.{place}.weight"] = torch.randn(wide, last, generator=generator) / math.sqrt(last)
+        found[f"layers.{place}.bias"] = torch.randn(wide, generator=generator)
+    return found
+
+
+@pytest.fixture
+def fetch(shelf: Path) -> weights.Fetch:
+    def found(repo: Repo, file: str | None) -> Path:
+        path = shelf / repo.id
+        return path / file if file else path
+
+    return found
+
+
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(3)
+    sizes = [(24, 24), (40, 31), (7, 90), (100, 37), (5, 3)]
+    return [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in sizes]
+
+
+# The same by hand
+
+
+def normalised(x: Array, tensors: dict[str, Array], name: str) -> Array:
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return x * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+
+
+def linear(x: Array, tensors: dict[str, Array], name: str) -> Array:
+    return np.asarray(x @ tensors[f"{name}.weight"].T + tensors.get(f"{name}.bias", 0.0))
+
+
+def encoded(x: Array, tensors: dict[str, Array], name: str, mask: Array) -> Array:
+    for layer in range(2):
+        at = f"{name}.encoder.layers.{layer}"
+        y = normalised(x, tensors, f"{at}.layer_norm1")
+        q, k, v = (linear(y, tensors, f"{at}.self_attn.{which}_proj") for which in "qkv")
+        wide = x.shape[-1] // HEADS
+        seen = []
+        for head in range(HEADS):
+            part = slice(head * wide, (head + 1) * wide)
+            likeness = q[:, part] @ k[:, part].T / math.sqrt(wide) + mask
+            shares = np.exp(likeness - likeness.max(-1, keepdims=True))
+            seen.append(shares / shares.sum(-1, keepdims=True) @ v[:, part])
+        x = x + linear(np.concatenate(seen, -1), tensors, f"{at}.self_attn.out_proj")
+        y = linear(normalised(x, tensors, f"{at}.layer_norm2"), tensors, f"{at}.mlp.fc1")
+        x = x + linear(y / (1 + np.exp(-1.702 * y)), tensors, f"{at}.mlp.fc2")
+    return x
+
+
+def pixels(image: Image.Image) -> Array:
+    width, height = image.size
+    short = min(width, height)
+    size = (SIDE, int(SIDE * height / short)) if width <= height else (int(SIDE * width / short), SIDE)
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - SIDE) // 2, (size[1] - SIDE) // 2
+    values = np.asarray(image.crop((left, top, left + SIDE, top + SIDE)), np.float64) / 255
+    return np.asarray((values - np.array(MEAN)) / np.array(DEVIATION))
+
+
+def image_vector(image: Image.Image, tensors: dict[str, Array]) -> Array:
+    values, rows = pixels(image), range(0, SIDE, PATCH)
+    patches = [values[y : y + PATCH, x : x + PATCH].transpose(2, 0, 1).ravel() for y in rows for x in rows]
+    at = "vision_model.embeddings"
+    kernel = tensors[f"{at}.patch_embedding.weight"].reshape(32, -1)
+    x = np.stack([tensors[f"{at}.class_embedding"], *(np.stack(patches) @ kernel.T)])
+    x = normalised(x + tensors[f"{at}.position_embedding.weight"], tensors, "vision_model.pre_layrnorm")
+    x = encoded(x, tensors, "vision_model", np.zeros((len(x), len(x))))
+    x = linear(normalised(x[0], tensors, "vision_model.post_layernorm"), tensors, "visual_projection")
+    return np.asarray(x / np.linalg.norm(x))
+
+
+def text_vector(prompt: str, tensors: dict[str, Array]) -> Array:
+    words = [[*word[:-1], f"{word[-1]}</w>"] for word in prompt.split()]
+    tokens = [VOCABULARY[token] for word in words for token in word][:75]
+    tokens = [VOCABULARY[MARKERS[0]], *tokens, VOCABULARY[MARKERS[1]]]
+    at = "text_model.embeddings"
+    x = tensors[f"{at}.token_embedding.weight"][tokens] + tensors[f"{at}.position_embedding.weight"][: len(tokens)]
+    x = encoded(x, tensors, "text_model", np.triu(np.full((len(x), len(x)), -np.inf), 1))
+    x = linear(normalised(x[-1], tensors, "text_model.final_layer_norm"), tensors, "text_projection")
+    return np.asarray(x / np.linalg.norm(x))
+
+
+def by_hand(folder: Path, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    tensors = {name: array.astype(np.float64) for name, array in load_file(folder / clip.FILE).items()}
+    return [
+        float(image_vector(image, tensors) @ text_vector(prompt, tensors))
+        for image, prompt in zip(images, prompts, strict=True)
+    ]
+
+
+def values(scorer: Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    return [score.value for score in scorer.score(images, prompts)]
+
+
+def test_clip_score_is_the_cosine(shelf: Path, fetch: weights.Fetch) -> None:
+    scorer = clip.clip_score("cpu", "fp32", fetch)
+    expected = by_hand(shelf / clip.CLIP_L.id, pictures(), PROMPTS)
+    assert len({round(value, 3) for value in expected}) == 5
+    assert min(expected) < 0, "no clamp"
+    assert values(scorer, pictures(), PROMPTS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_pick_score_is_the_logit(shelf: Path, fetch: weights.Fetch) -> None:
+    scorer = clip.pick_score("cpu", "fp32", fetch)
+    expected = [20 * cosine for cosine in by_hand(shelf / clip.PICK_SCORE.id, pictures(), PROMPTS)]
+    assert values(scorer, pictures(), PROMPTS) == pytest.approx(expected, abs=2e-4)
+
+
+def test_pick_score_is_transformers_logits_per_image(shelf: Path, fetch: weights.Fetch) -> None:
+    from transformers import CLIPModel
+
+    image, prompt = pictures()[1], "a red cat"
+    with weights.hushed():
+        model = CLIPModel.from_pretrained(shelf / clip.PICK_SCORE.id).eval()
+    tokens = [*(VOCABULARY[token] for token in ("a</w>", "r", "e", "d</w>", "c", "a", "t</w>"))]
+    ids = torch.tensor([[VOCABULARY[MARKERS[0]], *tokens, VOCABULARY[MARKERS[1]]]])
+    seen = torch.from_numpy(pixels(image)).permute(2, 0, 1)[None].float()
+    with torch.no_grad():
+        logit = float(model(input_ids=ids, pixel_values=seen).logits_per_image)
+    assert values(clip.pick_score("cpu", "fp32", fetch), [image], [prompt]) == pytest.approx([logit], abs=1e-4)
+
+
+def test_the_aesthetic_head(shelf: Path, fetch: weights.Fetch) -> None:
+    scorer = aesthetic.aesthetic("cpu", "fp32", fetch)
+    tensors = {name: array.astype(np.float64) for name, array in load_file(shelf / clip.CLIP_L.id / clip.FILE).items()}
+    head = {name: tensor.double().numpy() for name, tensor in head_of(16).items()}
+    expected = []
+    for image in pictures():
+        x = image_vector(image, tensors)
+        for place in (0, 2, 4, 6, 7):
+            x = linear(x, head, f"layers.{place}")
+        expected.append(float(x[0]))
+    found = values(scorer, pictures(), PROMPTS)
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert found == pytest.approx(values(scorer, pictures(), ["another"] * 5)), "the prompt does not count"
+
+
+def test_the_heads_published_size() -> None:
+    layers = aesthetic.head(768)
+    assert [type(layer).__name__ for layer in layers] == [
+        *("Linear", "Dropout", "Linear", "Dropout", "Linear", "Dropout", "Linear", "Linear")
+    ]
+    assert {name: tuple(value.shape) for name, value in layers.named_parameters()} == {
+        name.removeprefix("layers."): tuple(value.shape) for name, value in head_of(768).items()
+    }
+    assert not layers.training
+
+
+SCORERS = pytest.mark.parametrize(
+    "factory", [clip.clip_score, clip.pick_score, aesthetic.aesthetic], ids=["clip", "pick", "aesthetic"]
+)
+
+
+@SCORERS
+def test_neither_batch_nor_order_matters(
+    fetch: weights.Fetch, monkeypatch: pytest.MonkeyPatch, factory: Factory
+) -> None:
+    scorer = factory("cpu", "fp32", fetch)
+    images, prompts = pictures(), PROMPTS
+    together = values(scorer, images, prompts)
+    alone = [values(scorer, [image], [prompt])[0] for image, prompt in zip(images, prompts, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-4)
+    assert values(scorer, images[::-1], prompts[::-1]) == pytest.approx(together[::-1], abs=1e-4)
+    monkeypatch.setattr(clip, "BATCH", 2)
+    assert values(scorer, images, prompts) == pytest.approx(together, abs=1e-4)
+
+
+@SCORERS
+def test_every_mode_is_seen_as_rgb(fetch: weights.Fetch, factory: Factory) -> None:
+    scorer = factory("cpu", "fp32", fetch)
+    image = pictures()[1]
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    grey = image.convert("L")
+    found = values(scorer, [image, clear, grey, grey.convert("RGB")], ["a cat"] * 4)
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    assert found[2] == pytest.approx(found[3], abs=1e-4)
+    assert abs(found[0] - found[2]) > 1e-3
+
+
+def test_half_precision(fetch: weights.Fetch) -> None:
+    full = values(clip.clip_score("cpu", "fp32", fetch), pictures(), PROMPTS)
+    half = values(clip.clip_score("cpu", "bf16", fetch), pictures(), PROMPTS)
+    assert half != full
+    assert half == pytest.approx(full, abs=0.1)
+
+
+def test_words_beyond_the_longest_do_not_count(fetch: weights.Fetch) -> None:
+    scorer = clip.clip_score("cpu", "fp32", fetch)
+    image = pictures()[1]
+    long = "x" * 75
+    found = values(scorer, [image] * 3, [long, long + "yz", "x" * 74])
+    assert abs(found[0] - found[2]) > 1e-4
+    assert found[1] == pytest.approx(values(scorer, [image], ["x" * 75 + "q" * 500])[0], abs=1e-6)
+
+
+# Where the weights come from
+
+
+def test_the_fingerprints(fetch: weights.Fetch) -> None:
+    records = [factory("cpu", "fp32", fetch).fingerprint() for factory in (clip.clip_score, clip.pick_score)]
+    assert [record["name"] for record in records] == ["clip-score", "pick-score"]
+    assert records[0]["weights"] == "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"
+    assert records[1]["preprocessing"].startswith("laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495")
+    assert records[0]["formula"] != records[1]["formula"]
+    for record in records:
+        assert len(record["sha256"]) == 64
+        assert {"torch", "transformers", "tokenizers", "numpy", "pillow", "device", "dtype"} < set(record)
+        assert all(isinstance(value, str) for value in record.values())
+    head = aesthetic.aesthetic("cpu", "bf16", fetch).fingerprint()
+    assert head["head"] == "trl-lib/ddpo-aesthetic-predictor@e62d0b3d501a41272ad2c7d6454c99aefe8be459"
+    assert head["dtype"] == "bf16"
+    assert head["sha256"] == records[0]["sha256"] != head["head sha256"]
+
+
+def test_load_fetches_from_the_hub(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None, str | None]] = []
+
+    def one(repo: str, file: str, revision: str | None, variant: str | None) -> Path:
+        asked.append((repo, file, revision))
+        return shelf / repo / file
+
+    def small(repo: str, revision: str | None) -> Path:
+        asked.append((repo, None, revision))
+        return shelf / repo
+
+    monkeypatch.setattr(hub, "fetch", one)
+    monkeypatch.setattr(hub, "fetch_parts", small)
+    for name in ("clip-score", "pick-score", "aesthetic"):
+        scorer = scorers.load(name)
+        assert len(scorer.score(pictures(), PROMPTS)) == 5
+        scorer.close()
+    assert set(asked) == {
+        (clip.CLIP_L.id, None, clip.CLIP_L.commit),
+        (clip.CLIP_L.id, "model.safetensors", clip.CLIP_L.commit),
+        (clip.PICK_SCORE.id, None, clip.PICK_SCORE.commit),
+        (clip.PICK_SCORE.id, "model.safetensors", clip.PICK_SCORE.commit),
+        (clip.CLIP_H.id, None, clip.CLIP_H.commit),
+        (aesthetic.REPO.id, "sac+logos+ava1-l14-linearMSE.pth", aesthetic.REPO.commit),
+    }
+    assert all(len(str(commit)) == 40 for _, _, commit in asked)
+
+
+def test_the_real_client_fetches_and_keeps(loopback_hub: LoopbackHub, shelf: Path, tmp_path: Path) -> None:
+    """With a connection, and then without one."""
+    commits = {
+        repo.id: loopback_hub.add_repo(repo.id, {path.name: path.read_bytes() for path in (shelf / repo.id).iterdir()})
+        for repo in (clip.CLIP_L, aesthetic.REPO)
+    }
+    code = f"""
+from huggingface_hub import constants
+from PIL import Image
+from crdiff_export.scorers import aesthetic, clip, load
+from crdiff_export.scorers.weights import Repo
+clip.CLIP_L = aesthetic.CLIP_L = Repo({clip.CLIP_L.id!r}, {commits[clip.CLIP_L.id]!r})
+aesthetic.REPO = Repo({aesthetic.REPO.id!r}, {commits[aesthetic.REPO.id]!r})
+for offline in (False, True):
+    constants.HF_HUB_OFFLINE = offline
+    scorer = load("aesthetic")
+    print(scorer.score([Image.new("RGB", (30, 40), "red")], ["a"])[0].value, scorer.fingerprint()["head sha256"])
+"""
+    environment = {**os.environ, **loopback_hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    first, second = ran.stdout.splitlines()
+    assert first == second
+    head = shelf / aesthetic.REPO.id / aesthetic.FILE
+    assert first.split()[1] == weights.sha256(head)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("clip-score", "--include '*.json' --include '*.txt'"),
+        ("aesthetic", "'sac+logos+ava1-l14-linearMSE.pth'"),
+    ],
+)
+def test_weights_that_are_not_here(monkeypatch: pytest.MonkeyPatch, name: str, wanted: str) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError) as caught:
+        scorers.load(name)
+    repo = clip.CLIP_L if name == "clip-score" else aesthetic.REPO
+    assert caught.value.message.startswith(repo.id)
+    assert caught.value.message.endswith("not in the local cache, and the Hub cannot be reached")
+    assert caught.value.hint == (
+        f"Run `hf download {repo.id} {wanted} --revision {repo.commit}` where there is a connection, "
+        "or unset HF_HUB_OFFLINE; then it is taken from the cache."
+    )
+
+
+def test_other_answers_of_the_hub_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(*_: object) -> Path:
+        raise HubError("gated", "Log in.")
+
+    monkeypatch.setattr(hub, "fetch_parts", gated)
+    with pytest.raises(HubError) as caught:
+        scorers.load("clip-score")
+    assert str(caught.value) == "gated\nLog in."
+
+
+def wrong(act: Callable[[], object]) -> tuple[str, str]:
+    with pytest.raises(ScorerError) as caught:
+        act()
+    return caught.value.message, caught.value.hint
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'transformers'", name=name)
+
+    monkeypatch.setattr(weights, "import_module", nothing)
+    for name in ("clip-score", "pick-score", "image-reward", "aesthetic"):
+        assert wrong(lambda name=name: scorers.load(name)) == (  # type: ignore[misc]
+            "this scorer needs transformers and torch: No module named 'transformers'",
+            "Run `pip install 'crdiff-export[score]'`.",
+        )
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "message", "hint"),
+    [
+        ("cpu", "fp8", "a scorer cannot compute in 'fp8'", "Did you mean fp32? The dtypes are: fp32, fp16, bf16."),
+        ("tpu", "fp32", "device tpu: ", "Use cpu, or a device that torch can reach."),
+        ("cuda:99", "fp32", "device cuda:99: ", "Use cpu, or a device that torch can reach."),
+    ],
+)
+def test_a_place_that_is_none(fetch: weights.Fetch, device: str, dtype: str, message: str, hint: str) -> None:
+    found = wrong(lambda: clip.clip_score(device, dtype, fetch))
+    assert found[0].startswith(message)
+    assert found[1].endswith(hint.partition("? ")[2] or hint)
+
+
+def test_a_clip_with_other_weights(shelf: Path, tmp_path: Path, fetch: weights.Fetch) -> None:
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file
+
+    folder = tmp_path / clip.CLIP_L.id
+    write_words(folder)
+    (folder / "config.json").write_bytes((shelf / clip.CLIP_L.id / "config.json").read_bytes())
+    tensors = load(shelf / clip.CLIP_L.id / clip.FILE)
+    positions = {f"{part}_model.embeddings.position_ids": torch.arange(9)[None] for part in ("text", "vision")}
+    del tensors["visual_projection.weight"]
+
+    def here(repo: Repo, file: str | None) -> Path:
+        return folder / file if file else folder
+
+    save_file({**tensors, **positions, "extra": torch.zeros(2)}, folder / clip.FILE, {"format": "pt"})
+    message, hint = wrong(lambda: clip.clip_score("cpu", "fp32", here))
+    assert message == (
+        f"{clip.CLIP_L}: not the weights that belong here: 1 missing (visual_projection.weight); 1 of no use (extra)"
+    )
+    assert hint == "Delete the file from the cache, and run this again."
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "pickle", "list", "cut"])
+def test_a_head_that_cannot_be_read(shelf: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / aesthetic.FILE
+    whole = (shelf / aesthetic.REPO.id / aesthetic.FILE).read_bytes()
+    if kind in ("pickle", "list"):
+        torch.save([1] if kind == "list" else {"a": Path("x")}, path)
+    else:
+        path.write_bytes({"empty": b"", "text": b"<html>", "cut": whole[:5000]}[kind])
+    message, hint = wrong(lambda: aesthetic.aesthetic("cpu", "fp32", lambda *_: path))
+    assert message.startswith(f"{path}: ")
+    assert hint == "The download did not finish, or it is another file; delete it and run again."
+
+
+def test_a_head_with_other_weights(tmp_path: Path) -> None:
+    path = tmp_path / aesthetic.FILE
+    tensors = head_of(16)
+    tensors["layers.6.bias"] = torch.zeros(3)
+    tensors["layers.9.bias"] = tensors.pop("layers.7.bias")
+    torch.save(tensors, path)
+    message, _ = wrong(lambda: aesthetic.aesthetic("cpu", "fp32", lambda *_: path))
+    assert message == (
+        f"{aesthetic.REPO}/{aesthetic.FILE}: not the weights that belong here: "
+        "1 missing (7.bias); 1 of no use (9.bias); 1 of another shape (6.bias)"
+    )

@@ -1,0 +1,296 @@
+"""The judge of the demo's pictures: near 1 for the truth, low for what is wrong, near 0 for noise, at every size."""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from statistics import mean
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from crdiff_export.errors import CrdiffError
+from crdiff_export.evaluate.scorers import demo_scorer
+from crdiff_export.evaluate.scorers.demo_scorer import Verdict, judge, judge_prompts
+from crdiff_export.models.demo.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    Thing,
+    all_scenes,
+    render_batch,
+    sample,
+)
+
+Picture = NDArray[np.uint8]
+Damage = Callable[[Picture, np.random.Generator], Picture]
+
+ALL = tuple(all_scenes())
+SIZES = [(48, 48), (64, 64), (96, 64), (64, 96), (96, 96), (128, 128), (192, 64), (256, 256)]
+SOME = sample(np.random.default_rng(0), ALL, 60)
+
+
+def name(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def verdicts(scenes: list[Scene], width: int, height: int, damage: Damage | None = None) -> list[Verdict]:
+    rng = np.random.default_rng(2)
+    pictures: Iterator[Picture] = iter(render_batch(scenes, width, height, rng))
+    return [judge(damage(p, rng) if damage else p, s) for p, s in zip(pictures, scenes, strict=True)]
+
+
+def scores(found: list[Verdict]) -> list[float]:
+    return [verdict.score for verdict in found]
+
+
+def rights(found: list[Verdict]) -> float:
+    return mean(verdict.right for verdict in found)
+
+
+def bytes_of(values: NDArray[np.float64]) -> Picture:
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+def blurred(sigma: float) -> Damage:
+    def damage(picture: Picture, _: np.random.Generator) -> Picture:
+        reach = np.arange(-int(3 * sigma) - 1, int(3 * sigma) + 2)
+        kernel = np.exp(-(reach**2) / (2 * sigma**2))
+        kernel /= kernel.sum()
+        values = np.pad(picture.astype(float), ((reach[-1],) * 2, (reach[-1],) * 2, (0, 0)), mode="edge")
+        for axis in (0, 1):
+            windows = np.lib.stride_tricks.sliding_window_view(values, len(kernel), axis=axis)
+            values = windows @ kernel
+        return bytes_of(values)
+
+    return damage
+
+
+def noisy(deviation: float) -> Damage:
+    return lambda picture, rng: bytes_of(picture + rng.normal(0, deviation, picture.shape))
+
+
+def shifted(deviation: float) -> Damage:
+    return lambda picture, rng: bytes_of(picture + rng.normal(0, deviation, 3))
+
+
+def uneven(deviation: float) -> Damage:
+    """Smooth errors, one number for 8x8 pixels, as a decoder makes them."""
+
+    def damage(picture: Picture, rng: np.random.Generator) -> Picture:
+        height, width = picture.shape[:2]
+        coarse = rng.normal(0, deviation, (3, height // 8, width // 8)).astype(np.float32)
+        fine = [np.asarray(Image.fromarray(one).resize((width, height), Image.Resampling.BICUBIC)) for one in coarse]
+        return bytes_of(picture + np.stack(fine, -1).astype(float))
+
+    return damage
+
+
+def jpeg(picture: Picture, _: np.random.Generator) -> Picture:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "jpeg", quality=75)
+    return np.asarray(Image.open(stream))
+
+
+def decoded(picture: Picture, rng: np.random.Generator) -> Picture:
+    for damage in (blurred(0.8), shifted(5), uneven(6), noisy(6)):
+        picture = damage(picture, rng)
+    return picture
+
+
+# The truth.
+
+
+@pytest.mark.parametrize("size", SIZES, ids=name)
+def test_the_truth_is_right(size: tuple[int, int]) -> None:
+    step = 64 if size == (256, 256) else 24
+    found = verdicts(list(ALL[SIZES.index(size) :: step]), *size)
+    assert mean(scores(found)) > 0.995
+    assert min(scores(found)) > 0.95
+    assert rights(found) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES, ids=name)
+def test_the_truth_of_every_scene_is_right(size: tuple[int, int]) -> None:
+    found = verdicts(list(ALL), *size)
+    assert mean(scores(found)) > 0.98
+    assert rights(found) >= 0.99
+
+
+@pytest.mark.parametrize("size", [(48, 48), (64, 64), (96, 64)], ids=name)
+@pytest.mark.parametrize(
+    "damage",
+    [blurred(0.7), blurred(1), jpeg, noisy(10), shifted(8), uneven(10), decoded],
+    ids=["blur 0.7", "blur 1", "JPEG 75", "noise", "another white", "uneven", "all of it"],
+)
+def test_a_decoders_errors_are_forgiven(damage: Damage, size: tuple[int, int]) -> None:
+    found = verdicts(SOME, *size, damage)
+    assert rights(found) >= 0.95
+    assert mean(scores(found)) > 0.95
+
+
+def test_a_part_is_only_there_where_it_was_asked_for() -> None:
+    single, counted, related = (
+        next(scene for scene in ALL if scene.kind == kind) for kind in ("single", "counted", "related")
+    )
+    found = {scene.kind: judge(scene.render(64, 64, 0), scene) for scene in (single, counted, related)}
+    assert {kind: (one.size is None, one.relation is None) for kind, one in found.items()} == {
+        "single": (False, True),
+        "counted": (True, True),
+        "related": (True, False),
+    }
+
+
+def test_prompts_are_judged_as_their_scenes() -> None:
+    pictures = [scene.render(64, 64, 3) for scene in SOME[:5]]
+    assert judge_prompts(pictures, [s.prompt for s in SOME[:5]]) == [
+        judge(picture, scene) for picture, scene in zip(pictures, SOME, strict=False)
+    ]
+    with pytest.raises(CrdiffError, match="it does not know fox"):
+        judge_prompts(pictures[:1], ["a red fox on white"])
+
+
+# What is wrong.
+
+
+def others(scene: Scene) -> Iterator[tuple[str, Scene]]:
+    """What differs from the scene in one thing, and which part must say so."""
+    first = scene.first
+    shape = SHAPES[SHAPES.index(first.shape) - 1]
+    colour = list(COLOURS)[list(COLOURS).index(first.colour) - 1]
+    if scene.second != replace(first, shape=shape):
+        yield "shapes", replace(scene, first=replace(first, shape=shape))
+    if scene.second != replace(first, colour=colour):
+        yield "colours", replace(scene, first=replace(first, colour=colour))
+    yield "background", replace(scene, background=next(b for b in BACKGROUNDS if b != scene.background))
+    if scene.second:
+        for relation in RELATIONS:
+            if relation != scene.relation:
+                yield "relation", replace(scene, relation=relation)
+        yield "count", Scene(scene.background, Thing(first.shape, first.colour, "small"))
+    elif first.size:
+        yield "size", replace(scene, first=replace(first, size="small" if first.size == "large" else "large"))
+        yield "count", replace(scene, first=replace(first, size="", count=2))
+    else:
+        yield "count", replace(scene, first=replace(first, count=5 - first.count))
+        yield "count", replace(scene, first=replace(first, size="small", count=1))
+
+
+@pytest.mark.parametrize("size", [(48, 48), (96, 64), (128, 128)], ids=name)
+def test_one_wrong_attribute_is_wrong(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(4)
+    wrong: dict[str, list[float]] = {}
+    for scene in SOME[:40]:
+        truth = judge(scene.render(*size, rng), scene).score
+        for part, other in others(scene):
+            verdict = judge(other.render(*size, rng), scene)
+            assert not verdict.right, (scene.prompt, other.prompt)
+            assert getattr(verdict, part) < 0.7, (scene.prompt, other.prompt)
+            assert truth - verdict.score > 0.06, (scene.prompt, other.prompt)
+            wrong.setdefault(part, []).append(verdict.score)
+    assert wrong.keys() == {"shapes", "colours", "background", "relation", "count", "size"}
+    assert all(mean(found) < 0.9 for found in wrong.values())
+
+
+def test_attributes_swapped_between_the_things_are_wrong() -> None:
+    scene = Scene.parse("a red circle left of a blue square on white")
+    for prompt in ("a blue circle left of a red square on white", "a blue square left of a red circle on white"):
+        verdict = judge(Scene.parse(prompt).render(64, 64, 0), scene)
+        assert not verdict.right
+        assert verdict.relation == 0 or verdict.shapes == 0
+
+
+def test_one_thing_too_many_is_wrong() -> None:
+    scene = Scene.parse("a red circle left of a blue square on white")
+    wide, more = scene.render(128, 64, 0), Scene.parse("a small green circle on white").render(64, 64, 0)
+    verdict = judge(np.concatenate([wide, more], 1), scene)
+    assert not verdict.right
+    assert verdict.count == 0.5
+    assert verdict.colours == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (96, 64)], ids=name)
+def test_any_other_scene_scores_low(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(5)
+    found = [judge(other.render(*size, rng), scene) for scene, other in pairwise(SOME)]
+    assert mean(scores(found)) < 0.45
+    assert rights(found) == 0
+
+
+NOISES: dict[str, Damage] = {
+    "uniform": lambda picture, rng: rng.integers(0, 256, picture.shape, dtype=np.uint8),
+    "grey": lambda picture, rng: noisy(60)(np.full_like(picture, 128), rng),
+    "smooth": lambda picture, rng: uneven(80)(np.full_like(picture, 128), rng),
+    "two values": lambda picture, rng: np.where(rng.random(picture.shape) < 0.5, 15, 245).astype(np.uint8),
+}
+
+
+@pytest.mark.parametrize("size", SIZES[:-1], ids=name)
+@pytest.mark.parametrize("noise", NOISES)
+def test_noise_scores_next_to_nothing(noise: str, size: tuple[int, int]) -> None:
+    found = verdicts(SOME[:30], *size, NOISES[noise])
+    assert mean(scores(found)) < 0.05
+    assert max(scores(found)) < 0.2
+    assert rights(found) == 0
+
+
+@pytest.mark.parametrize("scene", SOME[:20], ids=lambda scene: scene.prompt)
+def test_an_empty_ground_gets_its_own_part_and_no_more(scene: Scene) -> None:
+    for background, colour in BACKGROUNDS.items():
+        verdict = judge(np.full((64, 96, 3), colour, np.uint8), scene)
+        asked = float(background == scene.background)
+        had = sum(weight for part, weight in demo_scorer.WEIGHTS.items() if getattr(verdict, part) is not None)
+        assert verdict.background == asked
+        assert verdict.score == pytest.approx(asked * demo_scorer.WEIGHTS["background"] / had)
+        assert not verdict.right
+
+
+@pytest.mark.parametrize(
+    ("damage", "amounts"),
+    [(blurred, (0.5, 1, 1.5, 2, 3, 4)), (noisy, (5, 10, 20, 30, 45, 80)), (uneven, (5, 10, 20, 40, 80))],
+    ids=["blur", "noise", "uneven"],
+)
+def test_more_damage_scores_less(damage: Callable[[float], Damage], amounts: tuple[float, ...]) -> None:
+    found = [mean(scores(verdicts(SOME[:30], 64, 64, damage(amount)))) for amount in amounts]
+    assert found == sorted(found, reverse=True)
+    assert found[0] - found[-1] > 0.2
+
+
+def test_specks_are_no_things_but_not_pure() -> None:
+    scene = Scene.parse("two red circles on white")
+    picture = scene.render(64, 64, 0)
+    clean = judge(picture, scene)
+    for x in range(1, 64, 9):
+        picture[1:3, x : x + 2] = COLOURS["blue"]
+    verdict = judge(picture, scene)
+    assert verdict.right
+    assert verdict.count == 1
+    assert verdict.purity < clean.purity - 0.02
+    assert verdict.score < clean.score
+
+
+# How things are found.
+
+
+def test_components_are_those_of_a_flood_fill() -> None:
+    rng = np.random.default_rng(6)
+    for classes in (2, 3, 9):
+        grid = rng.integers(0, classes, (23, 31))
+        found = demo_scorer._components(grid)
+        seen = np.full(grid.shape, -1)
+        for start in np.ndindex(grid.shape):
+            if seen[start] >= 0:
+                continue
+            todo = [start]
+            while todo:
+                y, x = todo.pop()
+                if (0 <= y < 23 and 0 <= x < 31) and seen[y, x] < 0 and grid[y, x] == grid[start]:
+                    seen[y, x] = start[0] * 31 + start[1]
+                    todo += [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
+        pairs = set(zip(found.ravel().tolist(), seen.ravel().tolist(), strict=True))
+        assert len(pairs) == len(np.unique(found)) == len(np.unique(seen))

@@ -1,0 +1,347 @@
+"""What is written for a scorer, and what comes of it: names, functions, sums, the demo's judge."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crdiff_export.errors import CrdiffError, ScorerError
+from crdiff_export.evaluate import scorers
+from crdiff_export.evaluate.scorers import Score, Scorer, demo_scorer, function, spec
+from crdiff_export.evaluate.scorers.score import Checked
+from crdiff_export.models.demo.scenes import EXAMPLE, Scene
+
+Text = tuple[str, str]  # of an error: its message and its hint
+GREY = Image.new("RGB", (8, 8), (128, 128, 128))
+
+SCORERS = """
+from crdiff_export.scorers import Score
+
+def width(images, prompts):
+    return [image.width for image in images]
+
+def letters(images, prompts):
+    return [len(prompt) for prompt in prompts]
+
+def wrong(images, prompts):
+    return [float("nan")] * len(images)
+
+def few(images, prompts):
+    return [1.0]
+
+number = 3
+
+def alone(device):
+    return 7
+
+def nothing(device, dtype):
+    return 7
+
+class Made:
+    opened = []
+    def __init__(self, device, dtype):
+        self.name, self.where, self.closed = "made", (device, dtype), 0
+        Made.opened.append(self)
+    def score(self, images, prompts):
+        return [Score(2.5, {"half": 1.25}) for _ in images]
+    def fingerprint(self):
+        return {"name": "made", "device": self.where[0], "dtype": self.where[1]}
+    def close(self):
+        self.closed += 1
+
+class bag:
+    made = Made
+
+def make(device, dtype):
+    return Made(device, dtype)
+
+def odd(device, dtype):
+    made = Made(device, dtype)
+    made.score = lambda images, prompts: [1.0]
+    return made
+
+def infinite(device, dtype):
+    made = Made(device, dtype)
+    made.score = lambda images, prompts: [Score(1.0, {"half": float("inf")})]
+    return made
+"""
+
+
+@pytest.fixture
+def module(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module of scorers in the current folder."""
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    (here / "mine.py").write_text(SCORERS)
+    return here / "mine.py"
+
+
+def wrong(act: Callable[[], object]) -> Text:
+    with pytest.raises(ScorerError) as caught:
+        act()
+    return caught.value.message, caught.value.hint
+
+
+def values(scorer: Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    return [score.value for score in scorer.score(images, prompts)]
+
+
+# What is written
+
+
+@pytest.mark.parametrize(
+    ("text", "members"),
+    [
+        ("demo", [(1.0, "demo")]),
+        ("2*demo", [(2.0, "demo")]),
+        ("0.5*clip-score+0.5*image-reward", [(0.5, "clip-score"), (0.5, "image-reward")]),
+        (" demo + -0.5 * a.b:c ", [(1.0, "demo"), (-0.5, "a.b:c")]),
+        ("1e-3*demo+aesthetic", [(1e-3, "demo"), (1.0, "aesthetic")]),
+        ("command:score a*b+c:d", [(1.0, "command:score a*b+c:d")]),
+        ("2*demo+.5*command:score --x=1*2+3", [(2.0, "demo"), (0.5, "command:score --x=1*2+3")]),
+        ("2* demo + .5 * command:score a+b ", [(2.0, "demo"), (0.5, "command:score a+b")]),
+    ],
+)
+def test_a_text_is_a_sum(text: str, members: list[tuple[float, str]]) -> None:
+    assert spec.parse(text) == members
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("demo", "demo"),
+        ("mine:width", "mine:width"),
+        ("0.5*clip-score+0.5*mine:width", "0.5*clip-score+0.5*mine:width"),
+        ("command:score", "command:score"),
+        ("command:/home/somebody/bin/python3 /home/somebody/score.py --token hf_abc", "command:python3"),
+        ("command:'/home/some body/my judge' --token=hf_abc", "command:my judge"),
+        ("command:./score", "command:score"),
+        (" command: score a ", "command:score"),
+        ("command:env TOKEN=hf_abc python score.py", "command:env"),
+        ("2*demo+0.5*command:/opt/score demo+2*demo", "2*demo+0.5*command:score"),
+        ("2*demo + .5 * command:/opt/score a+b", "2*demo + .5 * command:score"),
+    ],
+)
+def test_what_others_may_read(text: str, shown: str) -> None:
+    assert spec.public(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("", "'': a scorer is missing", "Write 0.5*clip-score+0.5*image-reward."),
+        ("demo+", "'demo+': a scorer is missing", "Write 0.5*clip-score+0.5*image-reward."),
+        ("2*", "'2*': a scorer is missing", "Write 0.5*clip-score+0.5*image-reward."),
+        ("a*demo", "'a*demo': 'a' is no weight", "A weight is a number other than 0. Write"),
+        ("0*demo", "'0*demo': '0' is no weight", "A weight is a number other than 0. Write"),
+        ("nan*demo", "'nan*demo': 'nan' is no weight", "A weight is a number other than 0. Write"),
+        ("inf*demo", "'inf*demo': 'inf' is no weight", "A weight is a number other than 0. Write"),
+        ("demo+2*demo", "'demo+2*demo': demo is in the sum twice", "Add the two weights."),
+    ],
+)
+def test_a_text_that_is_none(text: str, message: str, hint: str) -> None:
+    found = wrong(lambda: spec.parse(text))
+    assert found[0] == message
+    assert found[1].startswith(hint)
+
+
+def test_an_unknown_name() -> None:
+    known = "clip-score, pick-score, image-reward, aesthetic, demo"
+    assert wrong(lambda: scorers.load("clipscore")) == (
+        "no scorer is called 'clipscore'",
+        f"Did you mean clip-score? The scorers are: {known}; module:function and command:PROGRAM work as well.",
+    )
+
+
+def test_names_and_entry_points(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scorers.names() == ("clip-score", "pick-score", "image-reward", "aesthetic", "demo")
+    monkeypatch.syspath_prepend(module.parent)
+    offered = [
+        EntryPoint("theirs", "mine:make", spec.GROUP),
+        EntryPoint("demo", "mine:make", spec.GROUP),
+        EntryPoint("gone", "mine:gone", spec.GROUP),
+    ]
+    monkeypatch.setattr(spec, "entry_points", lambda group: [one for one in offered if one.group == group])
+    assert scorers.names() == ("clip-score", "pick-score", "image-reward", "aesthetic", "demo", "gone", "theirs")
+    theirs = scorers.load("theirs", "cuda", "fp16")
+    assert theirs.fingerprint() == {"name": "made", "device": "cuda", "dtype": "fp16"}
+    assert scorers.load("demo").fingerprint()["name"] == "demo", "a built-in name is ours"
+    message, hint = wrong(lambda: scorers.load("gone"))
+    assert message == "gone: mine:gone cannot be loaded: module 'mine' has no attribute 'gone'"
+    assert hint == "Install mine:gone again, or whatever it needs."
+
+
+def test_built_in_names_lead_somewhere() -> None:
+    for name, value in spec.BUILT_IN.items():
+        assert callable(EntryPoint(name, value, spec.GROUP).load())
+
+
+def test_nothing_heavy_is_imported_to_begin_with() -> None:
+    heavy = "{'torch', 'numpy', 'transformers', 'PIL', 'huggingface_hub', 'subprocess'}"
+    code = f"import sys, crdiff_export.evaluate.scorers as s; s.names(); print({heavy} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "set()"
+
+
+# Functions
+
+
+def test_a_function(module: Path) -> None:
+    path = list(sys.path)
+    scorer = scorers.load("mine:width")
+    assert sys.path == path
+    assert values(scorer, [GREY, GREY.resize((3, 5))], ["a", "b"]) == [8, 3]
+    record = scorer.fingerprint()
+    assert record["name"] == scorer.name == "mine:width"
+    assert len(record["module"].removeprefix("sha256:")) == 64
+    scorer.close()
+    assert scorer.score([], []) == []
+
+
+def test_the_fingerprint_follows_the_module(module: Path) -> None:
+    before = scorers.load("mine:width").fingerprint()
+    module.write_text(SCORERS + "\n# changed\n")
+    assert scorers.load("mine:width").fingerprint() != before
+
+
+@pytest.mark.parametrize("text", ["mine:make", "mine:bag.made", "mine:Made"])
+def test_a_factory(module: Path, text: str) -> None:
+    scorer = scorers.load(text, "cuda:1", "bf16")
+    assert scorer.score([GREY], ["a"]) == [Score(2.5, {"half": 1.25})]
+    assert scorer.fingerprint() == {"name": "made", "device": "cuda:1", "dtype": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("a-b:c", "'a-b:c' names no function", "Write module:function, as in my_scorers:sharpness."),
+        ("mine:", "'mine:' names no function", "Write module:function, as in my_scorers:sharpness."),
+        ("nowhere:f", "nowhere:f: there is no module 'nowhere'", "Install it here, or run crdiff in the folder"),
+        ("broken:f", "broken:f: cannot be imported: No module named 'missing_thing'", "Install it here, or run"),
+        ("mine:gone", "mine:gone: mine has no 'gone'", "Check the name; it is read from "),
+        (
+            "mine:alone",
+            "mine:alone: takes neither (images, prompts) nor (device, dtype)",
+            "Name its parameters so; the",
+        ),
+        (
+            "math:hypot",
+            "math:hypot: takes neither (images, prompts) nor (device, dtype)",
+            "Name its parameters so; the",
+        ),
+        ("mine:number", "mine:number: is no function", "Name a scoring function, or one that makes a scorer."),
+        (
+            "mine:nothing",
+            "mine:nothing: gives no scorer: int has no name, score, fingerprint, close",
+            "Return a `crdiff_export.evaluate.Scorer`, or call the first parameter of a scoring function `images`.",
+        ),
+    ],
+)
+def test_what_is_no_function(module: Path, text: str, message: str, hint: str) -> None:
+    (module.parent / "broken.py").write_text("import missing_thing\n")
+    found = wrong(lambda: scorers.load(text))
+    assert found[0] == message
+    assert found[1].startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("mine:wrong", "mine:wrong: the score of picture 1 is nan", "Return one finite number for each picture."),
+        ("mine:few", "mine:few: 1 scores for 2 pictures", "Return one score for each picture."),
+        ("mine:odd", "made: its answer is no list of scores", "Return one `Score` for each picture."),
+        ("mine:infinite", "made: half of picture 1 is inf", "A score must be a finite number; with fp16 a model"),
+    ],
+)
+def test_an_answer_that_is_none(module: Path, text: str, message: str, hint: str) -> None:
+    count = 1 if text == "mine:infinite" else 2
+    found = wrong(lambda: scorers.load(text).score([GREY] * count, ["a"] * count))
+    assert found[0] == message
+    assert found[1].startswith(hint)
+
+
+def test_as_many_prompts_as_pictures() -> None:
+    found = wrong(lambda: scorers.load("demo").score([GREY], []))
+    assert found == ("demo: 1 pictures for 0 prompts", "Give one prompt for each picture.")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, True, "1", None, 10**400])
+def test_what_is_no_number(value: Any) -> None:
+    scorer = function.Function("f", lambda images, prompts: [value])
+    assert "the score of picture 1 is" in wrong(lambda: Checked(scorer).score([GREY], ["a"]))[0]
+
+
+# Sums
+
+
+def test_a_sum(module: Path) -> None:
+    scorer = scorers.load("2*mine:width+mine:letters+-0.5*mine:make")
+    first, second = scorer.score([GREY, GREY.resize((3, 5))], ["ab", "abcd"])
+    assert first.value == pytest.approx(2 * 8 + 2 - 1.25)
+    assert second.value == pytest.approx(2 * 3 + 4 - 1.25)
+    assert first.parts == {"mine:width": 8, "mine:letters": 2, "made": 2.5, "made.half": 1.25}
+    record = scorer.fingerprint()
+    assert record["name"] == scorer.name == "2*mine:width+mine:letters+-0.5*mine:make"
+    assert [record[f"{n}.weight"] for n in (1, 2, 3)] == ["2.0", "1.0", "-0.5"]
+    assert record["3.device"] == "cpu"
+
+
+def test_a_sum_closes_its_members(module: Path) -> None:
+    scorer = scorers.load("2*mine:make")
+    scorer.close()
+    assert sys.modules["mine"].Made.opened[-1].closed == 1
+    with pytest.raises(ScorerError):
+        scorers.load("2*mine:make+nobody")
+    assert sys.modules["mine"].Made.opened[-1].closed == 1, "where a later one cannot be opened, too"
+
+
+# The demo's judge
+
+
+def pictures(count: int) -> tuple[list[Image.Image], list[str]]:
+    scene = Scene.parse(EXAMPLE)
+    return [Image.fromarray(scene.render(96, 64, seed)) for seed in range(count)], [scene.prompt] * count
+
+
+def test_the_judge() -> None:
+    images, prompts = pictures(3)
+    images.append(Image.new("RGB", (64, 64)))
+    prompts.append("a large red circle on white")
+    scorer = scorers.load("demo", "cuda", "fp16")
+    found = scorer.score(images, prompts)
+    verdicts = demo_scorer.judge_prompts([np.asarray(image) for image in images], prompts)
+    assert [score.value for score in found] == [verdict.score for verdict in verdicts]
+    assert [score.parts["right"] for score in found] == [1.0, 1.0, 1.0, 0.0]
+    assert set(found[0].parts) == {"right", "background", "count", "colours", "shapes", "relation", "purity"}
+    assert "size" in found[3].parts
+    assert found[0].parts["relation"] == verdicts[0].relation
+    scorer.close()
+
+
+def test_the_judge_sees_rgb() -> None:
+    (image,), prompts = pictures(1)
+    clear = image.convert("RGBA")
+    assert scorers.load("demo").score([clear], prompts) == scorers.load("demo").score([image], prompts)
+
+
+def test_the_judge_knows_its_language_only() -> None:
+    message, hint = wrong(lambda: scorers.load("demo").score([GREY, GREY], [EXAMPLE, "a cat"]))
+    assert message == 'demo: "a cat" is no prompt of the demo model: it does not know cat'
+    assert hint.startswith('Write it like "a red circle left of a blue square on white"')
+
+
+def test_the_judges_fingerprint() -> None:
+    record = scorers.load("demo").fingerprint()
+    assert set(record) == {"name", "judge", "crdiff", "numpy"}
+    assert record == scorers.load("demo").fingerprint()
+
+
+def test_errors_are_crdiffs() -> None:
+    assert issubclass(ScorerError, CrdiffError)
+    assert ScorerError.code == "scorer"

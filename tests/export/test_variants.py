@@ -1,0 +1,307 @@
+"""Several variants of a base from one reading: the same bytes as one export each, and no variant harms another."""
+
+import errno
+import functools
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from crdiff_export import ExportRequest, Size, export
+from crdiff_export.bake import write as bake
+from crdiff_export.bake.direct_writer import Writer
+from crdiff_export.errors import BakeError, PlanError
+from crdiff_export.export import Baked, Job, plan_job, prepare, run_all
+from crdiff_export.formats.safetensors import TensorSpec
+from crdiff_export.formats.weight_file import FileBytes
+from crdiff_export.progress import Silent
+from crdiff_export.prune.criteria import magnitude
+from tests.bake.test_same_bytes import sd3, unet
+from tests.support import makers
+
+UNET: Sequence[Mapping[str, Any]] = (
+    {"ratio": 0.3},
+    {"ratios": {"down": 0.1, "mid": 0.0, "up": 0.7}},
+    {"ratio": 0.0},
+    {"ratio": 0.5, "targets": ("attn",), "poa_weight": 2.0},
+    {"ratio": 0.3, "targets": ("ff",)},
+)
+DIT: Sequence[Mapping[str, Any]] = (
+    {"ratio": 0.3},
+    {"ratio": 0.0},
+    {"ratio": 0.6, "targets": ("attn", "ff")},
+    {"ratio": 0.25, "targets": ("attn",)},
+)
+BASES: Mapping[str, tuple[Callable[[], makers.Tensors], Sequence[Mapping[str, Any]], Mapping[str, Any]]] = {
+    "unet": (unet, UNET, {}),
+    "unet-cast": (unet, UNET, {"dtype": "fp32"}),
+    "unet-unhashed": (unet, UNET, {"hashing": False}),
+    "sd3": (sd3, DIT, {}),
+}
+
+
+def jobs(base: Path, folder: Path, asked: Sequence[Mapping[str, Any]], **same: Any) -> list[Job]:
+    """Planned on one reading of the headers."""
+    folder.mkdir(exist_ok=True)
+    suffix = "" if base.is_dir() else ".safetensors"
+    requests = [
+        ExportRequest(str(base), Size(512, 512), folder / f"{number}{suffix}", **same, **numbers)
+        for number, numbers in enumerate(asked)
+    ]
+    first = prepare(requests[0])
+    return [first, *(plan_job(request, first.base, first.plan.checkpoint) for request in requests[1:])]
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """A file's bytes, or those of every file of a folder."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in files}
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["together", "one-by-one"])
+@pytest.mark.parametrize("name", BASES)
+def test_each_is_what_it_is_alone(name: str, together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, asked, same = BASES[name]
+    monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=8192))
+    base = makers.write(tmp_path / "base.safetensors", make(), {"format": "pt"})
+    outcomes = list(run_all(jobs(base, tmp_path / "many", asked, **same), Silent(), together=together))
+    assert len(outcomes) == len(asked)
+    for number, numbers in enumerate(asked):
+        alone = export(ExportRequest(str(base), Size(512, 512), tmp_path / "alone.safetensors", **same, **numbers))
+        found = outcomes[number]
+        assert isinstance(found, Baked)
+        assert found.thresholds == alone.thresholds
+        assert found.written.path.read_bytes() == (tmp_path / "alone.safetensors").read_bytes(), numbers
+        (tmp_path / "alone.safetensors").unlink()
+    assert {p.name for p in (tmp_path / "many").iterdir()} == {f"{n}.safetensors" for n in range(len(asked))}
+
+
+@pytest.mark.parametrize("kind", ["shards", "pipe"])
+def test_folders(kind: str, shelf: Path, tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = [{"ratio": 0.2}, {"ratio": 0.5}]
+    outcomes = list(run_all(jobs(shelf / kind, tmp_path / "many", asked), Silent()))
+    for number, numbers in enumerate(asked):
+        alone = export(ExportRequest(str(shelf / kind), Size(512, 512), tmp_path / f"alone-{number}", **numbers))
+        found = outcomes[number]
+        assert isinstance(found, Baked)
+        assert len(content(alone.written.path)) > 2
+        assert content(found.written.path) == content(alone.written.path)
+
+
+class Counted:
+    """How many bytes of which passes were read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read = 0
+        read_into = FileBytes.read_into
+
+        def counted(reader: FileBytes, offset: int, target: memoryview) -> None:
+            self.read += len(target)
+            read_into(reader, offset, target)
+
+        monkeypatch.setattr(FileBytes, "read_into", counted)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F32"])
+def test_the_base_is_read_as_for_one(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet", dtype))
+    counted = Counted(monkeypatch)
+    list(run_all(jobs(base, tmp_path / "one", [{"ratio": 0.3}]), Silent()))
+    one, counted.read = counted.read, 0
+    list(run_all(jobs(base, tmp_path / "four", [{"ratio": r} for r in (0.1, 0.2, 0.3, 0.4)]), Silent()))
+    assert counted.read == one
+
+
+def test_one_count_serves_all_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+    seen: list[TensorSpec] = []
+    count = magnitude.Ranking._count
+
+    def noted(self: Any, piece: Any, refine: Any) -> int:
+        seen.append(piece.target.source)
+        return count(self, piece, refine)
+
+    monkeypatch.setattr(magnitude.Ranking, "_count", noted)
+    made = list(run_all(jobs(base, tmp_path / "m", [{"ratio": r / 10} for r in range(8)]), Silent(), together=False))
+    assert len(made) == 8
+    assert len(seen) == len(set(seen)) > 10
+
+
+# --- the Hub's hash of a base ---
+
+
+def test_a_known_hash_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+    known = hashlib.sha256(base.read_bytes()).hexdigest()
+    (job,) = jobs(base, tmp_path / "out", [{"ratio": 0.3}])
+    counted = Counted(monkeypatch)
+    (baked,) = run_all([job], Silent())
+    without, counted.read = counted.read, 0
+    (again,) = run_all(
+        [replace(job, base=replace(job.base, hashes={base.name: known}), target=tmp_path / "known.safetensors")],
+        Silent(),
+    )
+    assert counted.read < without - base.stat().st_size // 2
+    assert isinstance(baked, Baked)
+    assert isinstance(again, Baked)
+    ours, theirs = (makers.metadata_of(made.written.path) for made in (again, baked))
+    assert ours["crdiff.source.file_sha256"] == f"0x{known}"
+    assert "crdiff.source.hash_sha256" not in ours
+    assert "crdiff.source.file_sha256" not in theirs
+    assert ours["modelspec.hash_sha256"] == theirs["modelspec.hash_sha256"]
+    assert makers.read(again.written.path) == makers.read(baked.written.path)
+
+
+def test_only_some_hashes_are_known(tmp_path: Path) -> None:
+    makers.write_shards(tmp_path / "base", makers.tiny("sd15.diffusers-unet"), 3)
+    alone = export(ExportRequest(str(tmp_path / "base"), Size(512, 512), tmp_path / "alone"))
+    (job,) = jobs(tmp_path / "base", tmp_path / "out", [{}])
+    name = job.plan.outputs[1].source.name
+    known = hashlib.sha256((tmp_path / "base" / name).read_bytes()).hexdigest()
+    (baked,) = run_all([replace(job, base=replace(job.base, hashes={name: known}))], Silent())
+    assert isinstance(baked, Baked)
+    for file, other in zip(baked.written.files, alone.written.files, strict=True):
+        assert file.hashes
+        assert other.hashes
+        mine = file.path.relative_to(baked.written.path).as_posix() == name
+        assert file.hashes.source == (None if mine else other.hashes.source)
+        assert file.hashes.source_file == (f"0x{known}" if mine else None)
+        assert file.hashes.output == other.hashes.output
+
+
+# --- what goes wrong with one of them ---
+
+
+@pytest.mark.parametrize("at", [0, 20])
+def test_a_write_that_fails_ends_only_its_own(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=4096))
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+    made = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}, {"ratio": 0.3}])
+    write = Writer.write
+    calls = 0
+
+    def failing(writer: Writer, data: memoryview, offset: int) -> None:
+        nonlocal calls
+        if ".1.safetensors." in writer.path.name:
+            calls += 1
+            if calls > at:
+                raise OSError(errno.EIO, "Input/output error")
+        write(writer, data, offset)
+
+    monkeypatch.setattr(Writer, "write", failing)
+    first, second, third = run_all(made, Silent())
+    assert calls == at + 1  # nothing more is tried
+    assert isinstance(second, BakeError)
+    assert second.message == f"{tmp_path / 'many/1.safetensors'}: Input/output error"
+    assert {p.name for p in (tmp_path / "many").iterdir()} == {"0.safetensors", "2.safetensors"}
+    for outcome, ratio in ((first, 0.1), (third, 0.3)):
+        assert isinstance(outcome, Baked)
+        alone = export(ExportRequest(str(base), Size(512, 512), tmp_path / "a.safetensors", ratio=ratio, force=True))
+        assert outcome.written.path.read_bytes() == alone.written.path.read_bytes()
+
+
+def test_when_all_fail_the_rest_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=4096))
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+    made = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}])
+
+    def failing(writer: Writer, data: memoryview, offset: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Writer, "write", failing)
+    outcomes = list(run_all(made, Silent()))
+    assert [type(outcome) for outcome in outcomes] == [BakeError, BakeError]
+    assert list((tmp_path / "many").iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["_check", "publish"])
+def test_a_last_step_that_fails_ends_only_its_own(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+    made = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}])
+    if step == "publish":
+        made[0].target.write_bytes(b"it came there during the export")
+    else:
+        check, calls = bake._check, []
+
+        def failing(*args: Any) -> None:
+            calls.append(args)
+            if len(calls) == 1:
+                raise BakeError("0: does not open again", "This is a bug; please report it.")
+            check(*args)
+
+        monkeypatch.setattr(bake, "_check", failing)
+    first, second = run_all(made, Silent())
+    assert isinstance(first, BakeError)
+    assert isinstance(second, Baked)
+    left = {p.name for p in (tmp_path / "many").iterdir()}
+    assert left == ({"0.safetensors", "1.safetensors"} if step == "publish" else {"1.safetensors"})
+
+
+def test_a_damaged_base_ends_all(tmp_path: Path) -> None:
+    tensors = makers.tiny("demo.original-unet", "F32")
+    name = next(n for n in tensors if n.endswith("attn1.to_q.weight"))
+    dtype, shape, data = tensors[name]
+    base = makers.write(tmp_path / "base.safetensors", {**tensors, name: (dtype, shape, b"\xff" * len(data))})
+    with pytest.raises(PlanError, match="not finite"):
+        list(run_all(jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}]), Silent()))
+    assert list((tmp_path / "many").iterdir()) == []
+
+
+def test_no_more_than_the_caller_keeps(tmp_path: Path) -> None:
+    """One by one, each may be taken away before the next is written."""
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+    made = jobs(base, tmp_path / "many", [{"ratio": r} for r in (0.1, 0.2, 0.3)])
+    for number, outcome in enumerate(run_all(made, Silent(), together=False)):
+        assert isinstance(outcome, Baked)
+        assert [p.name for p in (tmp_path / "many").iterdir()] == [f"{number}.safetensors"]
+        outcome.written.path.unlink()
+
+
+def test_a_full_disk_is_told_before_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+    made = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}])
+    one = made[0].space.needed
+    full = [replace(job, space=replace(job.space, free=one + one // 2)) for job in made]
+    with pytest.raises(PlanError, match=r"needed, .* free"):
+        list(run_all(full, Silent()))
+    assert list((tmp_path / "many").iterdir()) == []
+
+    def usage(_: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=one + one // 2 - _used(tmp_path / "many"))
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    first, second = run_all(made, Silent(), together=False)
+    assert isinstance(first, Baked)
+    assert isinstance(second, PlanError)
+    assert second.message.endswith("free")
+
+
+def _used(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.iterdir())
+
+
+def test_a_generator_that_is_left_leaves_nothing_running(tmp_path: Path) -> None:
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+    outcomes = run_all(jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}]), Silent(), together=False)
+    next(outcomes)
+    outcomes.close()  # type: ignore[attr-defined]
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("crdiff")]
+    assert [p.name for p in (tmp_path / "many").iterdir()] == ["0.safetensors"]
+
+
+def test_staged_parts_go_when_one_is_interrupted(tmp_path: Path) -> None:
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+
+    class Interrupting(Silent):
+        def advance(self, size: int) -> None:
+            if any(".crdiff-part" in p.name for p in (tmp_path / "many").iterdir()):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run_all(jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}]), Interrupting()))
+    assert list((tmp_path / "many").iterdir()) == []

@@ -1,0 +1,566 @@
+"""Torch pickles: read without torch, byte for byte as torch and safetensors read and write them; code is never run."""
+
+import collections
+import io
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from picklescan.scanner import SafetyLevel, scan_file_path
+from safetensors.torch import save
+from torch import nn
+
+from crdiff_export.errors import CheckpointError
+from crdiff_export.formats import safetensors, torch_zip
+from crdiff_export.formats.checkpoint import open_checkpoint
+from crdiff_export.formats.unpickle import OTHER, UnpickleError, unpickle
+from crdiff_export.formats.weight_file import SourceFile
+from tests.support import hostile
+from tests.support.hostile import (
+    number,
+    numbers,
+    opcodes,
+    state,
+    storage,
+    tensor,
+    text,
+)
+
+if TYPE_CHECKING:
+    from tests.support.isolation import Crdiff
+
+Maker = Callable[[Path], Path]
+AGAIN = "Get the model as .safetensors, or save it again with a current torch."
+DAMAGED = "The file is damaged, or the last download did not finish; fetch it again."
+TRUST = "Get the model as .safetensors; if you trust its origin, convert it with the tool that made it."
+NO_MODEL = "Give a model's checkpoint."
+BARE = "{}: a bare pickle, as torch saved before 1.6; it is not read"
+NO_TORCH = "{}: a zip archive, but not one that torch saves"
+CUT = "{}: a damaged or truncated zip archive"
+BROKEN = "{}: its data.pkl is a damaged pickle"
+UNUSED = "{{}}: its data.pkl uses the pickle opcode {}, which no torch checkpoint needs"
+OUTSIDE = "{}: 'weight' lies outside the bytes that the archive has for it"
+EXPANDED = "{}: 'weight' repeats its weights (an expanded tensor)"
+
+
+def names_code(name: str) -> str:
+    return f"{{}}: holds more than weights: its pickle names '{name}', and code in a checkpoint is not run"
+
+
+def floats(made: bytes) -> Maker:
+    return lambda path: hostile.six_floats(path, made)
+
+
+def data_pkl(made: bytes) -> Maker:
+    return lambda path: hostile.archive(path, made, {"0": bytes(24)})
+
+
+REFUSED: dict[str, tuple[Maker, str, str]] = {
+    # code
+    "code": (hostile.pickled_code, names_code(f"{os.system.__module__}.system"), TRUST),
+    "code-of-protocol-4": (hostile.pickled_code_of_protocol_4, names_code(f"{os.system.__module__}.system"), TRUST),
+    "code-beside-weights": (hostile.pickled_code_beside_weights, names_code("posix.system"), TRUST),
+    "code-without-a-call": (hostile.pickled_code_without_a_call, names_code("builtins.eval"), TRUST),
+    "network": (hostile.pickled_network, names_code("diffusers.models.UNet2DConditionModel"), TRUST),
+    "name-with-controls": (
+        data_pkl(opcodes(b"\x8c\x02\x1b[\x8c\x01\n\x93")), names_code(r"\x1b[.\n"), TRUST,
+    ),
+    "name-endless": (
+        data_pkl(opcodes(b"c" + b"m" * 5000 + b"\nn\n")),
+        names_code("m" * 78 + "…"), TRUST,
+    ),
+    "bare-code": (
+        hostile.bare_pickle_with_code, BARE, AGAIN,
+    ),
+    "bare-pickle": (hostile.bare_pickle, BARE, AGAIN),
+    "legacy-torch": (hostile.legacy_torch, BARE, AGAIN),
+    "torchscript": (hostile.torchscript, "{}: a TorchScript program, and programs are not run", AGAIN),
+    # files of another kind
+    "empty": (hostile.empty, "{}: the file is empty", DAMAGED),
+    "safetensors": (
+        hostile.safetensors_bytes, "{}: a safetensors file under another name", "Rename it to .safetensors.",
+    ),
+    "gguf": (
+        hostile.gguf, "{}: a GGUF file; its weights are quantised and cannot be pruned by magnitude",
+        "Use the fp16 or bf16 checkpoint that it was made from.",
+    ),
+    "git-lfs-pointer": (
+        hostile.git_lfs_pointer, "{}: a Git LFS pointer, not the checkpoint itself",
+        "Fetch the file with `git lfs pull`.",
+    ),
+    "web-page": (
+        hostile.web_page, "{}: a web page, not a checkpoint",
+        "The download saved a login or an error page; fetch the file again.",
+    ),
+    "noise": (hostile.noise, "{}: not a torch checkpoint, which begins with 'PK'", AGAIN),
+    # archives
+    "nested-archive": (hostile.nested_archive, NO_TORCH, AGAIN),
+    "zip-archive": (hostile.zip_archive, NO_TORCH, AGAIN),
+    "two-pickles": (hostile.two_pickles, NO_TORCH, AGAIN),
+    "twice-the-same-file": (hostile.twice_the_same_file, "{}: a zip archive that holds a file twice", DAMAGED),
+    "truncated": (hostile.truncated_archive, CUT, DAMAGED),
+    "damaged": (hostile.damaged_archive, CUT, DAMAGED),
+    "endless-directory": (hostile.endless_directory, CUT, DAMAGED),
+    "compressed-bomb": (
+        hostile.compressed_bomb, "{}: 'model/data.pkl' in it is compressed, which torch never does", AGAIN,
+    ),
+    "compressed-storage": (
+        hostile.compressed_storage, "{}: 'model/data/0' in it is compressed, which torch never does", AGAIN,
+    ),
+    "big-endian": (hostile.big_endian, "{}: saved on a big-endian machine", AGAIN),
+    # pickles
+    "no-pickle": (data_pkl(b"\0"), BROKEN, AGAIN),
+    "nothing": (data_pkl(b""), BROKEN, AGAIN),
+    "no-end": (data_pkl(state(weight=tensor())[:-1]), BROKEN, AGAIN),
+    "cut": (data_pkl(state(weight=tensor())[:60]), BROKEN, AGAIN),
+    "empty-stack": (data_pkl(opcodes(b"0")), BROKEN, AGAIN),
+    "no-mark": (data_pkl(opcodes(b"t")), BROKEN, AGAIN),
+    "below-the-mark": (data_pkl(opcodes(b"N(\x85")), BROKEN, AGAIN),
+    "no-memo": (data_pkl(opcodes(b"j\xff\xff\xff\x7f")), BROKEN, AGAIN),
+    "odd-dict": (data_pkl(opcodes(b"}(NNNu")), BROKEN, AGAIN),
+    "set-on-a-tensor": (data_pkl(state(weight=tensor() + text("a") + b"Ns")), BROKEN, AGAIN),
+    "set-on-a-number": (data_pkl(opcodes(number(7) + text("a") + b"Ns")), BROKEN, AGAIN),
+    "call-of-a-number": (data_pkl(opcodes(number(7) + b")R")), BROKEN, AGAIN),
+    "call-with-a-list": (
+        data_pkl(opcodes(b"ctorch._utils\n_rebuild_tensor_v2\n]R")), BROKEN, AGAIN,
+    ),
+    "call-with-too-few": (
+        data_pkl(opcodes(b"ctorch._utils\n_rebuild_tensor_v2\n)R")), BROKEN, AGAIN,
+    ),
+    "name-of-a-list": (data_pkl(opcodes(b"](" * 5000 + b"N\x93")), BROKEN, AGAIN),
+    "storage-of-a-number": (data_pkl(opcodes(number(1) + b"Q")), BROKEN, AGAIN),
+    "extension": (
+        data_pkl(opcodes(b"\x82\x01")), UNUSED.format("EXT1"), AGAIN,
+    ),
+    "instance": (
+        data_pkl(opcodes(b"(ios\nsystem\n")), UNUSED.format("INST"),
+        AGAIN,
+    ),
+    "bytearray": (
+        data_pkl(opcodes(b"\x96" + struct.pack("<Q", 2) + b"ab")),
+        UNUSED.format("BYTEARRAY8"), AGAIN,
+    ),
+    "endless-text": (
+        data_pkl(opcodes(b"\x8d" + struct.pack("<Q", 2**63))), BROKEN, AGAIN,
+    ),
+    # contents
+    "list": (data_pkl(opcodes(b"]")), "{}: holds no named weights", NO_MODEL),
+    "number": (data_pkl(opcodes(number(1))), "{}: holds no named weights", NO_MODEL),
+    "only-numbers": (data_pkl(state(epoch=number(1))), "{}: holds no tensors", NO_MODEL),
+    "names-that-are-numbers": (data_pkl(opcodes(b"}" + number(1) + tensor() + b"s")), "{}: holds no tensors", NO_MODEL),
+    "lone-surrogate": (
+        floats(b"N" + text("\ud800") + tensor()), r"{}: no safetensors file can hold a tensor called '\ud800'", AGAIN,
+    ),
+    "called-metadata": (
+        data_pkl(state(__metadata__=tensor())),
+        "{}: no safetensors file can hold a tensor called '__metadata__'", AGAIN,
+    ),
+    # tensors
+    "no-bytes": (floats(tensor(storage(key="7"))), "{}: 'weight' has no bytes in the archive", DAMAGED),
+    "key-like-a-path": (
+        floats(tensor(storage(key="../data.pkl"))), "{}: 'weight' has no bytes in the archive", DAMAGED,
+    ),
+    "too-few-bytes": (
+        floats(tensor(storage(count=7))), "{}: 'weight' should have more bytes than the archive has", DAMAGED,
+    ),
+    "too-many-elements": (
+        floats(tensor(shape=(7,), strides=(1,))), OUTSIDE, DAMAGED,
+    ),
+    "offset-outside": (
+        floats(tensor(offset=1)), OUTSIDE, DAMAGED,
+    ),
+    "stride-outside": (
+        floats(tensor(strides=(4, 1))), OUTSIDE, DAMAGED,
+    ),
+    "wide-stride": (
+        floats(tensor(strides=(2**62, 1))), OUTSIDE, DAMAGED,
+    ),
+    "expanded": (
+        floats(tensor(shape=(2**40, 6), strides=(0, 1))), EXPANDED, AGAIN,
+    ),
+    "expanded-scalar": (
+        floats(tensor(shape=(2**62,) * 9, strides=(0,) * 9)), EXPANDED, AGAIN,
+    ),
+    "65-dimensions": (floats(tensor(shape=(1,) * 65, strides=(1,) * 65)), "{}: 'weight' has 65 dimensions", DAMAGED),
+    "negative-offset": (floats(tensor(offset=-1)), BROKEN, AGAIN),
+    "negative-size": (floats(tensor(shape=(-2, 3))), BROKEN, AGAIN),
+    "negative-stride": (floats(tensor(strides=(-3, 1))), BROKEN, AGAIN),
+    "huge-size": (floats(tensor(shape=(2**63, 0))), BROKEN, AGAIN),
+    "size-true": (
+        floats(tensor().replace(numbers(2, 3), b"(\x88" + number(3) + b"t")), BROKEN, AGAIN,
+    ),
+    "sizes-without-strides": (floats(tensor(strides=(1,))), BROKEN, AGAIN),
+    "negative-count": (floats(tensor(storage(count=-1))), BROKEN, AGAIN),
+    "negated": (
+        floats(tensor(tail=b"\x89N}" + text("neg") + b"\x88s")),
+        "{}: its data.pkl holds a tensor whose sign or conjugate is put off", AGAIN,
+    ),
+    "quantised": (floats(tensor(storage("QInt8Storage"))), names_code("torch.QInt8Storage"), TRUST),
+    "complex-double": (
+        floats(tensor(storage("ComplexDoubleStorage"))), names_code("torch.ComplexDoubleStorage"), TRUST,
+    ),
+    "sparse": (
+        data_pkl(state(weight=b"ctorch._utils\n_rebuild_sparse_tensor\n)R")),
+        names_code("torch._utils._rebuild_sparse_tensor"), TRUST,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "what", "hint"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(make: Maker, what: str, hint: str, here: Path) -> None:
+    path = make(here / "model.ckpt")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert (caught.value.message, caught.value.hint) == (what.format(path), hint)
+    assert caught.value.message.isprintable()
+    assert not (here / hostile.MARKER).exists()
+
+
+CODE = {
+    "code": hostile.pickled_code,
+    "protocol-4": hostile.pickled_code_of_protocol_4,
+    "beside-weights": hostile.pickled_code_beside_weights,
+    "bare": hostile.bare_pickle_with_code,
+    "without-a-call": hostile.pickled_code_without_a_call,
+}
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.bin", "MODEL.PTH", "model.safetensors", "model"])
+@pytest.mark.parametrize("make", CODE.values(), ids=CODE)
+def test_code_is_seen_by_a_judge_and_never_run(make: Maker, name: str, here: Path, crdiff: "Crdiff") -> None:
+    path = make(here / name)
+    found = scan_file_path(str(path))
+    assert any(g.safety == SafetyLevel.Dangerous for g in found.globals) or found.scan_err
+    ran = crdiff("inspect", path)
+    assert ran.code == 1
+    assert len(ran.err.splitlines()) == 2
+    assert not (here / hostile.MARKER).exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("builtins", "eval"), ("builtins", "exec"), ("builtins", "getattr"), ("__builtin__", "apply"), ("os", "system"),
+        ("nt", "system"), ("subprocess", "Popen"), ("runpy", "_run_code"), ("pickle", "loads"), ("_pickle", "loads"),
+        ("torch", "load"), ("torch.serialization", "load"), ("torch.hub", "load"),
+        ("torch.storage", "_load_from_bytes"),
+        ("torch._utils", "_rebuild_device_tensor_from_numpy"), ("torch._tensor", "_rebuild_from_type_v2"),
+        ("torch.jit", "load"), ("numpy", "load"), ("numpy.testing._private.utils", "runstring"), ("webbrowser", "open"),
+        ("operator", "attrgetter"), ("functools", "partial"), ("pip", "main"), ("pkgutil", "resolve_name"),
+        ("collections", "OrderedDict.fromkeys"), ("torch._utils._rebuild_tensor_v2", ""), ("", ""), ("torch", "_utils"),
+    ],
+)  # fmt: skip
+def test_names_that_are_not_weights(module: str, name: str) -> None:
+    """What picklescan lists as dangerous, and neighbours of what is allowed."""
+    for made in (
+        opcodes(f"c{module}\n{name}\n".encode() + b")R"),
+        opcodes(
+            b"\x8c" + bytes([len(module)]) + module.encode() + b"\x8c" + bytes([len(name)]) + name.encode() + b"\x93"
+        ),
+    ):
+        with pytest.raises(UnpickleError) as caught:
+            unpickle(made)
+        assert str(caught.value) == f"names {f'{module}.{name}'!r}"
+
+
+def test_the_reader_imports_nothing(tmp_path: Path) -> None:
+    """Neither torch nor anything that the file names."""
+    path = saved(tmp_path, {"a": torch.ones(2)})
+    code = (
+        "import sys; from pathlib import Path; from crdiff_export.formats.checkpoint import open_checkpoint\n"
+        "open_checkpoint(Path(sys.argv[1])); print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, path], check=True, capture_output=True, text=True,
+        cwd=Path(safetensors.__file__).parents[1],
+    )  # fmt: skip
+    assert ran.stdout == "False False\n"
+
+
+# Memory and time.
+
+ENDLESS = "describes more than any checkpoint holds"
+BOMBS = {
+    "lists": ("b']' * N", ENDLESS),
+    "marks": ("b'(' * N", ENDLESS),
+    "tuples": ("b')' + b'\\x85' * N", ENDLESS),
+    "references": ("b']q\\0' + b'h\\0' * (N // 2)", ENDLESS),
+    "doubling": ("b')' + b'q\\0h\\0\\x86' * 1_000_000", ENDLESS),
+    "memo": ("b'Nr\\xff\\xff\\xff\\x7f' * 600_000", "accepted"),
+    "number": ("b'\\x8b' + N.to_bytes(4, 'little') + b'\\x7f' * N", "accepted"),
+    "wide-text": ("b'X' + N.to_bytes(4, 'little') + b'k' * (N - 4) + '\\U0001f600'.encode()", "accepted"),
+    "deep": ("b']' * 900_000 + b'a' * 899_999", "accepted"),
+    "deep-key": ("b'})' + b'\\x85' * 900_000 + b'Ns'", "accepted"),
+}
+CHILD = """
+import resource, time
+from crdiff_export.unpickle import UnpickleError, unpickle
+N = 31 << 20
+raw = b"\\x80\\x02" + {body} + b"."
+resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))
+began = time.process_time()
+try:
+    unpickle(raw)
+    print("accepted")
+except UnpickleError as error:
+    print(error)
+assert time.process_time() - began < 10
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits on memory as Linux keeps them")
+@pytest.mark.parametrize(("body", "result"), BOMBS.values(), ids=BOMBS)
+def test_memory_and_time_are_bounded(body: str, result: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", CHILD.format(body=body)], check=False, capture_output=True, text=True, timeout=60,
+        cwd=Path(safetensors.__file__).parents[1],
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout == f"{result}\n"
+
+
+def test_an_endless_data_pkl_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = hostile.six_floats(tmp_path / "model.ckpt", tensor())
+    monkeypatch.setattr(torch_zip, "MAX_PICKLE", 100)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert caught.value.message == f"{path}: its data.pkl is larger than that of any checkpoint"
+    assert caught.value.hint == AGAIN
+
+
+def test_an_endless_directory_is_not_read(tmp_path: Path) -> None:
+    path = hostile.endless_directory(tmp_path / "model.ckpt")
+    with torch_zip._Clamped(path) as archive:
+        assert len(archive.read(1 << 40)) == torch_zip.MAX_DIRECTORY
+        archive.seek(0)
+        assert len(archive.read()) == torch_zip.MAX_DIRECTORY
+
+
+# What torch saves.
+
+
+def saved(folder: Path, value: Any, name: str = "model.ckpt", **options: Any) -> Path:
+    path = folder / name
+    torch.save(value, path, **options)
+    return path
+
+
+def all_bytes(file: SourceFile) -> bytes:
+    target = bytearray(file.data_size)
+    with closing(file.open()) as source:
+        source.read_into(0, memoryview(target))
+    return bytes(target)
+
+
+def as_safetensors(file: SourceFile) -> bytes:
+    """As one file, its header padded as the library pads it."""
+    body = safetensors.serialise(file.tensors, file.metadata)[8:].rstrip(b" ")
+    body += b" " * (-len(body) % 8)
+    return struct.pack("<Q", len(body)) + body + all_bytes(file)
+
+
+def by_the_library(tensors: dict[str, torch.Tensor]) -> bytes:
+    """The file that safetensors writes of the same tensors."""
+    return save({name: t.detach().contiguous().clone() for name, t in tensors.items()})
+
+
+def numbered(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.arange(int(np.prod(shape)), dtype=torch.float32).reshape(shape).to(dtype)
+
+
+class Described(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+SHARED = numbered(6, 8)
+STATES: dict[str, dict[str, torch.Tensor]] = {
+    "one": {"weight": numbered(3, 4)},
+    "scalar": {"a": torch.tensor(3.0), "b": torch.tensor(7)},
+    "empty": {"a": torch.zeros(0), "b": torch.zeros(0, 5).half(), "c": numbered(2), "d": torch.zeros(3, 0)},
+    "transposed": {"a": numbered(5, 3).t(), "b": numbered(2, 3, 4).permute(2, 0, 1), "c": numbered(7)},
+    "channels-last": {"a": numbered(2, 3, 4, 5).to(memory_format=torch.channels_last)},
+    "slices": {
+        "a": SHARED[:, 2:5], "b": SHARED[1::2], "c": SHARED[:, 3], "d": SHARED[2:4], "e": SHARED[1, 1:3], "f": SHARED,
+    },
+    "bytes-in-columns": {"a": numbered(9, 7, dtype=torch.uint8).t()[1:4]},
+    "doubles-in-columns": {"a": numbered(9, 7, dtype=torch.float64).t()[1:4, ::2]},
+    "size-one": {"a": numbered(4, 1, 3).transpose(0, 1), "b": torch.as_strided(numbered(9), (1, 3), (10**9, 2))},
+    "one-element-of-many": {"a": numbered(1000)[-1:], "b": numbered(1000)[500]},
+    "same-twice": {"a": SHARED, "b": SHARED},
+    "overlapping": {"a": torch.as_strided(numbered(9), (3, 3), (2, 1))},
+    "parameters": {"a": nn.Parameter(numbered(2, 2)), "b": nn.Parameter(numbered(3), requires_grad=False)},
+    "names": {"": numbered(1), "b\n\0": numbered(2), "模型😀": numbered(3), "a" * 1000: numbered(1), "é": numbered(1)},
+    "order-of-names": {name: numbered(1) for name in ("b", "a.10", "a.2", "B", "_", "\uffff", "😀")},
+    "all-dtypes": {
+        str(dtype): numbered(2, 3, dtype=dtype)
+        for dtype in (
+            torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+            torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.int64, torch.int32, torch.int16, torch.int8,
+            torch.uint8, torch.bool, torch.complex64, torch.uint16, torch.uint32, torch.uint64,
+        )
+    },
+    "special-values": {"a": torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-45])},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tensors", STATES.values(), ids=STATES)
+def test_the_same_file_as_the_library_writes(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    (file,) = open_checkpoint(saved(tmp_path, tensors)).files
+    assert as_safetensors(file) == by_the_library(tensors)
+    assert (file.name, file.data_start, dict(file.metadata)) == ("model.safetensors", 0, {})
+
+
+@pytest.mark.parametrize("tensors", STATES.values(), ids=STATES)
+def test_bytes_at_any_place(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    (file,) = open_checkpoint(saved(tmp_path, tensors)).files
+    data, rng = all_bytes(file), random.Random(5)
+    with closing(file.open()) as source:
+        places = [[0, len(data)], [len(data), len(data)]]
+        places += [sorted(rng.choices(range(len(data) + 1), k=2)) for _ in range(150)]
+        for start, stop in places:
+            target = bytearray(b"\xaa" * (stop - start + 2))
+            source.read_into(start, memoryview(target)[1:-1])
+            assert target == b"\xaa" + data[start:stop] + b"\xaa"
+
+
+WEIGHTS = {"a": numbered(2, 3), "b": numbered(4, dtype=torch.float16)}
+WRAPPED: dict[str, Any] = {
+    "plain": WEIGHTS,
+    "views-of-one-storage": {"a": numbered(6).reshape(2, 3), "b": WEIGHTS["b"]},
+    "ordered": collections.OrderedDict(WEIGHTS),
+    "state-dict": {"state_dict": WEIGHTS, "epoch": 7, "lr": 1e-4},
+    "lightning": {"state_dict": WEIGHTS, "optimizer_states": [{"state": {0: {"exp_avg": numbered(9)}}}]},
+    "deep": {"state_dict": {"state_dict": WEIGHTS}},
+    "module": {"module": {"params": WEIGHTS}},
+    "model-state-dict": {"model_state_dict": WEIGHTS, "optimizer": {"a": numbered(3)}},
+    "beside-other-things": {
+        **WEIGHTS, "epoch": 3, "name": "x", "none": None, "list": [numbered(2)], "nested": {"c": numbered(2)},
+        "true": True, "lr": 0.5, "big": 2**200, "bytes": b"xyz", "tuple": (1, "a"), 5: numbered(2),
+        "size": torch.Size([2]), "dtype": torch.float16, "device": torch.device("cuda:1"), "numpy": np.float64(3.0),
+        "array": np.arange(3),
+        "set": {1, 2}, "complex": 1j, "counter": collections.Counter("aa"), "empty": {}, "memory": bytearray(b"x"),
+        "default": collections.defaultdict(dict, {"x": 1}), "state": numbered(2).numpy().dtype,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("value", WRAPPED.values(), ids=WRAPPED)
+def test_weights_are_found_in_what_trainers_save(value: Any, protocol: int, tmp_path: Path) -> None:
+    if protocol == 5 and isinstance(value, dict) and "memory" in value:
+        value = {key: item for key, item in value.items() if key not in ("memory", "array")}
+    (file,) = open_checkpoint(saved(tmp_path, value, pickle_protocol=protocol)).files
+    assert as_safetensors(file) == by_the_library(WEIGHTS)
+
+
+def test_a_network_with_buffers(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Conv2d(2, 2, 3))
+    path = saved(tmp_path, {"state_dict": network.state_dict()})
+    (file,) = open_checkpoint(path).files
+    assert as_safetensors(file) == by_the_library(network.state_dict())
+
+
+def test_the_first_stable_diffusion_names_a_callback(tmp_path: Path) -> None:
+    """Which torch does not read without being told to trust it; here it stays a name."""
+    callbacks = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n"
+    scalar = b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\n" + text("f8") + b"\x89\x88\x87R(K\x03" + text("<")
+    scalar += (
+        b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tbc_codecs\nencode\n"
+        + text("abcdefgh")
+        + text("latin1")
+        + b"\x86R\x86R"
+    )
+    weights = b"}" + text("weight") + tensor() + b"s"
+    made = state(callbacks=b"}" + callbacks + b"}" + text("best") + scalar + b"ss", state_dict=weights)
+    storages = {"0": np.arange(6, dtype="<f4").tobytes()}
+    path = hostile.archive(tmp_path / "model.ckpt", made, storages, extra={"model/version": b"3\n"})
+    (file,) = open_checkpoint(path).files
+    assert as_safetensors(file) == by_the_library({"weight": numbered(2, 3)})
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+
+
+def test_tensors_of_a_class_of_their_own_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"a": numbered(2).as_subclass(Described)})
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert "names 'torch._tensor._rebuild_from_type_v2'" in caught.value.message
+
+
+def test_files_from_before_torch_1_6_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, WEIGHTS, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert caught.value.message == f"{path}: a bare pickle, as torch saved before 1.6; it is not read"
+    assert caught.value.hint == AGAIN
+
+
+def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.script(nn.Linear(2, 2)).save(path)  # type: ignore[no-untyped-call,unused-ignore]
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert caught.value.message == f"{path}: a TorchScript program, and programs are not run"
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.pth", "model.bin", "MODEL.CKPT", "v1.5-pruned.ckpt"])
+def test_names_of_pickles(name: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(saved(tmp_path, WEIGHTS, name))
+    assert (checkpoint.kind, checkpoint.stem) == ("file", name.rpartition(".")[0])
+    assert checkpoint.files[0].name == f"{checkpoint.stem}.safetensors"
+
+
+def test_a_checkpoint_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"a": numbered(1000)})
+    (file,) = open_checkpoint(path).files
+    with closing(file.open()) as source:
+        os.truncate(path, 2000)
+        with pytest.raises(CheckpointError) as caught:
+            source.read_into(0, memoryview(bytearray(4000)))
+    assert caught.value.message == f"{path}: the file became shorter while it was read"
+    assert caught.value.hint
+
+
+def test_scattered_weights_are_read_by_rows(tmp_path: Path) -> None:
+    """Each read copies the rows that it is in, not the tensor."""
+    import tracemalloc
+
+    path = saved(tmp_path, {"a": numbered(4096, 1024).t()})
+    (file,) = open_checkpoint(path).files
+    target = memoryview(bytearray(1 << 16))
+    with closing(file.open()) as source:
+        source.read_into(0, target)
+        tracemalloc.start()
+        source.read_into(5 << 20, target)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 1 << 18
+    expected = numbered(4096, 1024).t().contiguous().numpy().tobytes()
+    assert target == expected[5 << 20 : (5 << 20) + len(target)]
+
+
+def test_torch_reads_the_same_values() -> None:
+    """The whole value, against torch's own restricted reader."""
+    value = {"a": [1, 2.5, "x", None, True, (1, (2,))], "b": {"c": -(2**70)}, "d": [[], {}, ()]}
+    raw = io.BytesIO()
+    torch.save(value, raw)
+    with zipfile.ZipFile(raw) as archive:
+        assert unpickle(archive.read("archive/data.pkl")) == value
+
+
+def test_what_is_beside_the_weights_stays_closed() -> None:
+    assert unpickle(opcodes(b"cbuiltins\nset\n]\x85R")) is OTHER
+    assert unpickle(opcodes(b"ccollections\ndefaultdict\ncbuiltins\ndict\n\x85R" + text("a") + b"Ns")) is OTHER

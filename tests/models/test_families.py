@@ -1,0 +1,629 @@
+"""Each family is found in every layout and behind every prefix, its targets are the method's; all else is refused."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import pytest
+
+from crdiff_export.errors import FamilyError
+from crdiff_export.models.families import (
+    Layer,
+    Layout,
+    Match,
+    all_families,
+    by_id,
+    detect,
+    quantisation,
+)
+from tests.support import geometry_tables
+
+Shapes = dict[str, tuple[int, ...]]
+
+BUNDLE = "model.diffusion_model."
+PREFIXES = ("model.diffusion_model.", "model.model.", "net.", "model.", "diffusion_model.", "unet.", "transformer.", "")
+TABLES = geometry_tables.names()
+UNETS = [table for table in TABLES if table.startswith(("sd15.", "sd21.", "sdxl", "demo."))]
+DITS = [table for table in TABLES if table not in UNETS]
+
+
+def load(table: str) -> Shapes:
+    return {name: shape for name, (_, shape) in geometry_tables.load(table).items()}
+
+
+def model(table: str) -> Shapes:
+    """The UNet or transformer alone, without prefix."""
+    shapes = load(table)
+    bundled = {name.removeprefix(BUNDLE): shape for name, shape in shapes.items() if name.startswith(BUNDLE)}
+    return bundled or shapes
+
+
+def prefixed(shapes: Shapes, prefix: str) -> Shapes:
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def family_of(table: str) -> str:
+    return table.partition(".")[0]
+
+
+def layout_of(table: str) -> Layout:
+    kind = table.partition(".")[2]
+    return next(layout for layout in by_id(family_of(table)).layouts if kind.startswith(layout.name))
+
+
+def summary(match: Match) -> tuple[str, str, str, bool, int]:
+    return match.family.id, match.layout.name, match.prefix, match.inpainting, match.ema_tensors
+
+
+def layer_shape(layer: Layer, shapes: Shapes) -> tuple[int, ...]:
+    rows, columns = shapes[layer.tensor]
+    return (rows, columns) if layer.part is None else (columns, columns)
+
+
+def refusal(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    with pytest.raises(FamilyError) as caught:
+        detect(shapes)
+    assert "\n" not in caught.value.message
+    assert caught.value.hint
+    return caught.value.message
+
+
+# --- every family, layout and prefix is recognised
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_detects_as_it_is(table: str) -> None:
+    family, layout = family_of(table), layout_of(table).name
+    prefix = BUNDLE if any(name.startswith(BUNDLE) for name in load(table)) else ""
+    assert summary(detect(load(table))) == (family, layout, prefix, False, 0)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES, ids=lambda prefix: prefix or "none")
+@pytest.mark.parametrize("table", TABLES)
+def test_detects_behind_prefix(table: str, prefix: str) -> None:
+    """The model alone, and with the rest of its bundle."""
+    expected = (family_of(table), layout_of(table).name, prefix, False, 0)
+    alone = prefixed(model(table), prefix)
+    rest = {name: shape for name, shape in load(table).items() if not name.startswith(BUNDLE)}
+    assert summary(detect(alone)) == expected
+    if len(rest) < len(load(table)):
+        assert summary(detect(rest | alone)) == expected
+
+
+def test_every_family_and_layout_has_a_table() -> None:
+    tables = {(family_of(table), layout_of(table).name) for table in TABLES}
+    assert tables == {(family.id, layout.name) for family in all_families() for layout in family.layouts}
+
+
+def test_order_of_names_is_irrelevant() -> None:
+    assert summary(detect(dict(reversed(load("sdxl.original").items())))) == ("sdxl", "original", BUNDLE, False, 0)
+
+
+# --- the targets are the method's: counts from its rule in words, on names alone
+
+
+def unet_rule(shapes: Shapes) -> dict[str, tuple[int, int]]:
+    """Group -> tensors, weights: those of linear and conv layers with attn or ff in their path, and without attn2."""
+    groups = {"input_blocks": "down", "middle_block": "mid", "output_blocks": "up"}
+    groups |= {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
+    tensors, weights = Counter[str](), Counter[str]()
+    for name, shape in shapes.items():
+        path, _, leaf = name.rpartition(".")
+        group = groups.get(name.partition(".")[0])
+        if group and leaf == "weight" and len(shape) > 1 and ("attn" in path or "ff" in path) and "attn2" not in path:
+            tensors[group] += 1
+            weights[group] += prod(shape)
+    return {group: (tensors[group], weights[group]) for group in ("down", "mid", "up")}
+
+
+@pytest.mark.parametrize("table", UNETS)
+def test_unet_targets_follow_the_rule(table: str) -> None:
+    shapes, layers = model(table), layout_of(table).layers
+    ours = {
+        group: (len(some), sum(prod(layer_shape(layer, shapes)) for layer in some))
+        for group in ("down", "mid", "up")
+        for some in [[layer for layer in layers if layer.group == group]]
+    }
+    assert ours == unet_rule(shapes)
+    assert len({layer.tensor for layer in layers}) == len(layers)
+
+
+@pytest.mark.parametrize("table", ["sdxl.original", "sdxl.diffusers-unet"])
+def test_sdxl_has_the_published_counts(table: str) -> None:
+    shapes, layers = model(table), layout_of(table).layers
+    weights = Counter[str]()
+    for layer in layers:
+        weights[layer.group] += prod(shapes[layer.tensor])
+    assert len(layers) == 420
+    assert {group: round(number / 1e6, 1) for group, number in weights.items()} == {
+        "down": 550.5,
+        "mid": 262.1,
+        "up": 825.8,
+    }
+
+
+DIT_RULES = {
+    "diffusers": {
+        "ff": (r"transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)\.weight", 1),
+        "attn": (r"(single_)?transformer_blocks\.\d+\.attn\.to_(q|k|v|out\.0)\.weight", 1),
+        "attn2": (r"transformer_blocks\.\d+\.attn2\.to_(q|k|v|out\.0)\.weight", 1),
+    },
+    "original": {
+        "ff": (r"joint_blocks\.\d+\.x_block\.mlp\.fc[12]\.weight|double_blocks\.\d+\.img_mlp\.[02]\.weight", 1),
+        "attn": (
+            r"(joint_blocks\.\d+\.x_block\.attn|double_blocks\.\d+\.img_attn)\.(qkv|proj)\.weight|.*linear1\.weight",
+            3,
+        ),
+        "attn2": (r"joint_blocks\.\d+\.x_block\.attn2\.(qkv|proj)\.weight", 3),
+    },
+}
+
+
+@pytest.mark.parametrize("table", DITS)
+def test_dit_targets_follow_the_rule(table: str) -> None:
+    shapes, layout = model(table), layout_of(table)
+    expected: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    for kind, (pattern, parts) in DIT_RULES[layout.name].items():
+        for rows, columns in (shape for name, shape in shapes.items() if re.fullmatch(pattern, name)):
+            fused = parts > 1 and rows > columns
+            expected[kind, (columns if fused else rows, columns)] += parts if fused else 1
+    assert Counter((layer.kind, layer_shape(layer, shapes)) for layer in layout.layers) == expected
+    assert {layer.group for layer in layout.layers} == {"blocks"}
+
+
+@pytest.mark.parametrize(
+    ("family", "counts"),
+    [
+        ("sd15", {"attn": 64, "ff": 32}),
+        ("sd21", {"attn": 64, "ff": 32}),
+        ("sdxl", {"attn": 280, "ff": 140}),
+        ("sdxl-refiner", {"attn": 176, "ff": 88}),
+        ("demo", {"attn": 28, "ff": 14}),
+        ("sd3-medium", {"attn": 96, "ff": 48}),
+        ("sd35-medium", {"attn": 96, "ff": 48, "attn2": 52}),
+        ("sd35-large", {"attn": 152, "ff": 76}),
+        ("flux-dev", {"attn": 190, "ff": 38}),
+        ("flux-schnell", {"attn": 190, "ff": 38}),
+    ],
+)
+def test_number_of_layers(family: str, counts: dict[str, int]) -> None:
+    for layout in by_id(family).layouts:
+        assert Counter(layer.kind for layer in layout.layers) == counts
+        assert len({(layer.tensor, layer.part) for layer in layout.layers}) == len(layout.layers)
+
+
+@pytest.mark.parametrize("family", all_families(), ids=lambda family: family.id)
+def test_layouts_agree_layer_by_layer(family: Any) -> None:
+    tables = {layout_of(table).name: model(table) for table in TABLES if family_of(table) == family.id}
+    views = [
+        [(layer.group, layer.kind, layer_shape(layer, tables[layout.name])) for layer in layout.layers]
+        for layout in family.layouts
+    ]
+    assert views[0] == views[1]
+
+
+@pytest.mark.parametrize("family", all_families(), ids=lambda family: family.id)
+def test_records_are_consistent(family: Any) -> None:
+    assert set(family.default_kinds) <= set(family.kinds)
+    assert [layout.name for layout in family.layouts] == ["original", "diffusers"]
+    assert all(side % family.grid == 0 for side in family.native)
+    for layout in family.layouts:
+        assert {layer.group for layer in layout.layers} == set(family.groups)
+        assert {layer.kind for layer in layout.layers} == set(family.kinds)
+        assert all(layer.tensor.endswith(".weight") for layer in layout.layers)
+
+
+# --- and so says diffusers: its modules, and its converters from the original layout
+
+SD = {"sample_size": 64, "layers_per_block": 2}
+CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
+
+
+def unet_config(levels: str, widths: tuple[int, ...], depths: int | tuple[int, ...], context: int, **more: Any) -> Any:
+    """The config of a UNet; `levels` has an x for a level with attention and a dot for one without."""
+    kinds = [CROSS if level == "x" else PLAIN for level in levels]
+    return SD | {
+        "down_block_types": tuple(kind[0] for kind in kinds),
+        "up_block_types": tuple(kind[1] for kind in reversed(kinds)),
+        "block_out_channels": widths,
+        "transformer_layers_per_block": depths,
+        "cross_attention_dim": context,
+        **more,
+    }
+
+
+def dit_config(blocks: int, norm: str | None, dual: int) -> Any:
+    sizes = {"num_layers": blocks, "num_attention_heads": blocks, "caption_projection_dim": 64 * blocks}
+    return sizes | {"qk_norm": norm, "dual_attention_layers": tuple(range(dual)), "pooled_projection_dim": 2048}
+
+
+LINEAR = {"use_linear_projection": True}
+CLASSES = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd15": ("UNet2DConditionModel", unet_config("xxx.", (320, 640, 1280, 1280), 1, 768)),
+    "sd21": ("UNet2DConditionModel", unet_config("xxx.", (320, 640, 1280, 1280), 1, 1024, **LINEAR)),
+    "sdxl": (
+        "UNet2DConditionModel",
+        unet_config(
+            ".xx", (320, 640, 1280), (1, 2, 10), 2048, **LINEAR, **CLASSES, projection_class_embeddings_input_dim=2816
+        ),
+    ),
+    "sdxl-refiner": (
+        "UNet2DConditionModel",
+        unet_config(
+            ".xx.", (384, 768, 1536, 1536), 4, 1280, **LINEAR, **CLASSES, projection_class_embeddings_input_dim=2560
+        ),
+    ),
+    "demo": ("UNet2DConditionModel", unet_config("xx", (64, 128), 1, 64, layers_per_block=1)),
+    "sd3-medium": ("SD3Transformer2DModel", dit_config(24, None, 0)),
+    "sd35-medium": ("SD3Transformer2DModel", dit_config(24, "rms_norm", 13)),
+    "sd35-large": ("SD3Transformer2DModel", dit_config(38, "rms_norm", 0)),
+    "flux-dev": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+    "flux-schnell": ("FluxTransformer2DModel", {"guidance_embeds": False}),
+}
+REFERENCE_ENDINGS = tuple(
+    f"{attn}.{leaf}" for attn in ("attn1", "attn2") for leaf in ("to_q", "to_k", "to_v", "to_out.0")
+)
+REFERENCE_ENDINGS += ("ff.net.0.proj", "ff.net.2")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_default_targets_are_those_of_the_reference(family: str) -> None:
+    """The public code's `prune_by_ratio` (UNets) and `prune_magnitude` (transformers), on diffusers modules."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    class_name, config = CONFIGS[family]
+    with torch.device("meta"):
+        net = getattr(diffusers, class_name)(**config)
+    expected = {}
+    for path, module in net.named_modules():
+        if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            continue
+        if class_name.startswith("UNet"):
+            group = path.split("_")[0]
+            chosen = group in {"down", "mid", "up"} and ("attn" in path or "ff" in path) and "attn2" not in path
+        else:
+            group, chosen = "blocks", path.endswith(REFERENCE_ENDINGS)
+        if chosen:
+            expected[f"{path}.weight"] = group, tuple(module.weight.shape)
+    match = detect({name: tuple(tensor.shape) for name, tensor in net.state_dict().items()})
+    shapes = model(next(table for table in TABLES if table.startswith(f"{family}.diffusers")))
+    layers = [layer for layer in match.layout.layers if layer.kind in match.family.default_kinds]
+    assert summary(match) == (family, "diffusers", "", False, 0)
+    assert {layer.tensor: (layer.group, shapes[layer.tensor]) for layer in layers} == expected
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_diffusers_converts_each_layer_to_its_twin(family: str) -> None:
+    """Every row of the original carries the number of its tensor and part; the converter carries the numbers over."""
+    torch = pytest.importorskip("torch")
+    single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
+    original, twin = by_id(family).layouts
+    shapes = model(next(table for table in TABLES if table.startswith(f"{family}.original")))
+    number = {name: 10 * i for i, name in enumerate(shapes)}
+    tensors = {name: torch.full((shape[0],), number[name]) for name, shape in shapes.items()}
+    for layer in original.layers:
+        if layer.part is not None:
+            width = shapes[layer.tensor][1]
+            tensors[layer.tensor][layer.part * width :][:width] += layer.part
+    if family.startswith("sd3"):
+        converted = single_file.convert_sd3_transformer_checkpoint_to_diffusers(tensors)
+    elif family.startswith("flux"):
+        converted = single_file.convert_flux_transformer_checkpoint_to_diffusers(tensors)
+    else:
+        config = {"class_embed_type": None, "addition_embed_type": None} | CONFIGS[family][1]
+        bundle = {BUNDLE + name: tensor for name, tensor in tensors.items()}
+        converted = single_file.convert_ldm_unet_checkpoint(bundle, config)
+    for ours, theirs in zip(original.layers, twin.layers, strict=True):
+        assert converted[theirs.tensor].unique().tolist() == [number[ours.tensor] + (ours.part or 0)]
+
+
+# --- what else is noticed
+
+
+@pytest.mark.parametrize(
+    ("table", "first", "channels"),
+    [
+        ("sd15.original", "input_blocks.0.0.weight", 9),
+        ("sd15.diffusers-unet", "conv_in.weight", 9),
+        ("sdxl.original", "input_blocks.0.0.weight", 9),
+        ("sdxl.diffusers-unet", "conv_in.weight", 9),
+        ("flux-dev.original-transformer", "img_in.weight", 384),
+        ("flux-dev.diffusers-transformer", "x_embedder.weight", 384),
+    ],
+)
+def test_inpainting_is_noticed(table: str, first: str, channels: int) -> None:
+    shapes = model(table)
+    rows, _, *kernel = shapes[first]
+    shapes[first] = (rows, channels, *kernel)
+    assert summary(detect(shapes)) == (family_of(table), layout_of(table).name, "", True, 0)
+
+
+@pytest.mark.parametrize("shape", [(), (9,)], ids=str)
+def test_odd_first_convolution_is_no_inpainting(shape: tuple[int, ...]) -> None:
+    assert not detect(model("sd15.original") | {"input_blocks.0.0.weight": shape}).inpainting
+
+
+def ema_copy(dots: str) -> Shapes:
+    """LDM's `LitEma` takes the dots out of the names; some trainers leave them in."""
+    return {
+        f"model_ema.{name.replace('.', dots)}": shape
+        for name, shape in prefixed(model("sd15.original"), "diffusion_model.").items()
+    }
+
+
+@pytest.mark.parametrize("dots", ["", "."], ids=["without-dots", "with-dots"])
+def test_ema_copy_is_counted_and_never_a_target(dots: str) -> None:
+    copy = ema_copy(dots)
+    assert summary(detect(load("sd15.original") | copy)) == ("sd15", "original", BUNDLE, False, len(copy))
+    assert summary(detect(model("sd15.original") | copy)) == ("sd15", "original", "", False, len(copy))
+    assert "named like one of theirs" in refusal(copy)
+
+
+def test_widths_are_free() -> None:
+    narrow = {name: tuple(max(1, side // 16) for side in shape) for name, shape in model("sdxl.original").items()}
+    narrow["input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"] = (40, 2048)
+    assert detect(narrow).family.id == "sdxl"
+
+
+# --- what is refused, and in which words
+
+
+def test_smaller_sdxl_names_the_nearest_and_what_it_lacks() -> None:
+    """As SSD-1B: four blocks of each ten, and no attention in the middle."""
+    gone = re.compile(r"transformer_blocks\.[4-9]\.|middle_block\.1\.")
+    shapes = {name: shape for name, shape in model("sdxl.original").items() if not gone.search(name)}
+    there = sum(tensors for tensors, _ in unet_rule(shapes).values())
+    message = refusal(prefixed(shapes, BUNDLE))
+    assert there == 6 * (2 * 2 + 2 * 4 + 3 * 4 + 3 * 2)
+    assert (
+        f"nearest is SDXL (original layout, prefix 'model.diffusion_model.'): {there} of 420 target tensors" in message
+    )
+    assert "missing input_blocks.7.1.transformer_blocks.4.attn1.to_q.weight, " in message
+    assert f"and {420 - there - 3} more" in message
+
+
+def test_one_missing_tensor_is_named() -> None:
+    shapes = model("flux-dev.diffusers-transformer")
+    del shapes["transformer_blocks.18.ff.net.2.weight"]
+    place = "FLUX.1 dev (diffusers layout, prefix 'transformer.')"
+    message = refusal(prefixed(shapes, "transformer."))
+    assert f"{place}: 227 of 228 target tensors found, missing transformer_blocks.18.ff.net.2.weight" in message
+
+
+@pytest.mark.parametrize(
+    ("table", "last", "nearest", "extra"),
+    [
+        (
+            "sd35-large.original-transformer",
+            "joint_blocks.37.",
+            "SD3.5-large",
+            "joint_blocks.38.x_block.attn.qkv.weight",
+        ),
+        (
+            "sd35-large.diffusers-transformer",
+            "transformer_blocks.37.",
+            "SD3.5-large",
+            "transformer_blocks.38.attn.to_q.weight",
+        ),
+        ("flux-dev.original-transformer", "single_blocks.37.", "FLUX.1 dev", "single_blocks.38.linear1.weight"),
+        (
+            "sdxl.original",
+            "output_blocks.5.1.transformer_blocks.1.",
+            "SDXL",
+            "output_blocks.5.1.transformer_blocks.38.attn1.to_q.weight",
+        ),
+    ],
+)
+def test_one_block_too_many_is_named(table: str, last: str, nearest: str, extra: str) -> None:
+    shapes = model(table)
+    further = re.sub(r"\d+\.$", "38.", last)
+    shapes |= {name.replace(last, further): shape for name, shape in shapes.items() if name.startswith(last)}
+    message = refusal(shapes)
+    assert f"nearest is {nearest} (" in message
+    assert f"and {nearest} has no {extra}" in message
+
+
+def test_video_models_built_on_sd21_are_refused() -> None:
+    """Stable Video Diffusion has the layers of SD2.1 and as many again over time, which the rule would prune too."""
+    shapes = model("sd21.original")
+    again = {name.replace("transformer_blocks", "time_stack"): shape for name, shape in shapes.items()}
+    assert " has no input_blocks.1.1.time_stack.0.attn1.to_q.weight, " in refusal(shapes | again)
+
+
+@pytest.mark.parametrize("table", ["sd15.original", "sd15.diffusers-unet"])
+def test_wrong_context_size_is_named_with_those_of_the_candidates(table: str) -> None:
+    shapes = model(table)
+    key = next(name for name in shapes if name.endswith("attn2.to_k.weight"))
+    shapes[key] = (320, 512)
+    assert f"context size 512 at {key}, SD1.5 has 768, SD2.1 has 1024" in refusal(shapes)
+    del shapes[key]
+    assert f"there is no {key}, SD1.5 has one, SD2.1 has one" in refusal(shapes)
+    assert f"context size none at {key}, SD1.5 has 768" in refusal(shapes | {key: (320,)})
+
+
+def test_chroma_is_not_flux() -> None:
+    shapes = model("flux-schnell.original-transformer") | {"distilled_guidance_layer.in_proj.weight": (5120, 64)}
+    message = refusal(shapes)
+    assert "there is a distilled_guidance_layer.in_proj.weight, FLUX.1 schnell has none" in message
+    assert "there is no guidance_in.in_layer.weight, FLUX.1 dev has one" in message
+
+
+def test_second_attention_that_stops_early_is_no_sd3() -> None:
+    shapes = model("sd35-medium.original-transformer")
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith("joint_blocks.12.x_block.attn2.")}
+    assert "there is a joint_blocks.0.x_block.attn2.qkv.weight, SD3-medium has none" in refusal(shapes)
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "shape", "words"),
+    [
+        ("sdxl.original", "middle_block.1.transformer_blocks.0.attn1.to_q.weight", (1280,), "[rows, columns]"),
+        ("sdxl.original", "middle_block.1.transformer_blocks.0.attn1.to_q.weight", (1280, 1280, 1), "[rows, columns]"),
+        ("sdxl.original", "middle_block.1.transformer_blocks.0.attn1.to_q.weight", (), "[rows, columns]"),
+        ("sd3-medium.original-transformer", "joint_blocks.3.x_block.attn.qkv.weight", (0, 0), "[rows, columns]"),
+        (
+            "sd3-medium.original-transformer",
+            "joint_blocks.3.x_block.attn.qkv.weight",
+            (4700, 1536),
+            "blocks of 1536 rows",
+        ),
+        (
+            "flux-dev.original-transformer",
+            "single_blocks.3.linear1.weight",
+            (6144, 3072),
+            "3 or more blocks of 3072 rows",
+        ),
+    ],
+)
+def test_target_of_odd_shape_is_named(table: str, key: str, shape: tuple[int, ...], words: str) -> None:
+    message = refusal(model(table) | {key: shape})
+    assert f"{key} has shape {list(shape)}" in message
+    assert words in message
+
+
+def those(table: str, start: str) -> list[str]:
+    return [name.removeprefix(start) for name in load(table) if name.startswith(start)]
+
+
+LORA = "this is a LoRA, not a checkpoint"
+OTHERS = {
+    "kohya-lora": ([f"lora_unet_down_blocks_{i}_attentions_0.lora_up.weight" for i in range(9)], LORA),
+    "peft-lora": ([f"transformer.transformer_blocks.{i}.attn.to_q.lora_A.weight" for i in range(9)], LORA),
+    "diffusers-lora": ([f"unet.down_blocks.{i}.attn1.processor.to_q_lora.up.weight" for i in range(9)], LORA),
+    "lycoris": ([f"lycoris_x_{i}.lokr_w1" for i in range(9)], LORA),
+    "vae-original": (those("sd15.original", "first_stage_model."), "this is a VAE"),
+    "vae-in-bundle": (
+        [f"first_stage_model.{name}" for name in those("sd15.original", "first_stage_model.")],
+        "this is a VAE",
+    ),
+    "vae-diffusers": ([f"decoder.up_blocks.{i}.resnets.0.conv1.weight" for i in range(4)], "this is a VAE"),
+    "clip": (those("sd15.original", "cond_stage_model.transformer."), "this is a text encoder"),
+    "two-encoders": (those("sdxl.original", "conditioner.embedders."), "this is a text encoder"),
+    "t5": ([f"encoder.block.{i}.layer.0.SelfAttention.q.weight" for i in range(24)], "this is a text encoder"),
+    "llama": ([f"model.layers.{i}.self_attn.q_proj.weight" for i in range(9)], "this is a language model"),
+    "controlnet": ([f"control_model.input_blocks.{i}.0.bias" for i in range(9)], "this is a ControlNet"),
+    "embedding": (["emb_params"], "none of 1 tensors is named like one of theirs, e.g. emb_params"),
+    "nothing": ([], "the file has no tensors"),
+}
+
+
+@pytest.mark.parametrize(("names", "words"), OTHERS.values(), ids=OTHERS)
+def test_other_files_are_called_what_they_are(names: list[str], words: str) -> None:
+    message = refusal(dict.fromkeys(names, (1, 1)))
+    assert message.startswith(f"no known model family: {words}")
+
+
+HOSTILE = {
+    "empty": "",
+    "escape": "\x1b[31mred\x07",
+    "newline": "two\nlines",
+    "bidi": "\u202egnp.exe",
+    "surrogate": "\ud800",
+    "long": "x" * 100_000,
+    "zeros": "\x00" * 100_000,
+}
+
+
+@pytest.mark.parametrize("pattern", ["{}", "input_blocks.{}.attn1.to_q.weight"], ids=["unlike", "alike"])
+@pytest.mark.parametrize("key", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_names_are_harmless(key: str, pattern: str) -> None:
+    alone = {pattern.format(key): (1, 1)}
+    beside = {name: shape for name, shape in model("sd15.original").items() if "middle_block" not in name} | alone
+    for message in (refusal(alone), refusal(beside)):
+        assert message.isprintable()
+        assert message.isascii()
+        assert len(message) < 1500
+
+
+@pytest.mark.parametrize("key", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_names_beside_a_model_are_let_be(key: str) -> None:
+    assert detect(model("sd15.original") | {key: ()}).family.id == "sd15"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{}",
+        "model.diffusion_model.{}.attn1.to_q.weight",
+        "model.diffusion_model.middle_block.1.transformer_blocks.{}.ff.net.2.weight",
+    ],
+    ids=["garbage", "alike", "blocks"],
+)
+def test_a_hundred_thousand_names_take_no_time(pattern: str) -> None:
+    shapes = {pattern.format(i): (1, 1) for i in range(100_000)}
+    start = time.perf_counter()
+    refusal(shapes)
+    assert time.perf_counter() - start < 1  # 0.01 to 0.2 s on two cores
+
+
+def test_hint_lists_the_supported_families() -> None:
+    with pytest.raises(FamilyError) as caught:
+        detect({"x": (1,)})
+    assert all(family.title in caught.value.hint for family in all_families() if family.id != "demo")
+
+
+# --- looking a family up
+
+
+def test_by_id_finds_each() -> None:
+    assert [by_id(family.id) for family in all_families()] == list(all_families())
+
+
+@pytest.mark.parametrize(
+    ("family_id", "question"), [("sd-xl", "Did you mean sdxl? "), ("flux_dev", "Did you mean flux-dev? "), ("", "")]
+)
+def test_by_id_suggests(family_id: str, question: str) -> None:
+    with pytest.raises(FamilyError) as caught:
+        by_id(family_id)
+    assert caught.value.message == f"no model family is called {family_id!r}"
+    assert caught.value.hint.startswith(f"{question}The families are: sd15, sd21, sdxl, ")
+
+
+# --- quantised checkpoints
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["scaled_fp8"], "scaled fp8 (scaled_fp8)"),
+        (["model.diffusion_model.scaled_fp8"], "scaled fp8 (model.diffusion_model.scaled_fp8)"),
+        (["a.weight", "a.scale_weight"], "scaled fp8 (a.scale_weight)"),
+        (["a.weight", "a.weight_scale"], "scaled fp8 (a.weight_scale)"),
+        (["a.weight", "a.comfy_quant"], "a ComfyUI quantisation (a.comfy_quant)"),
+        (
+            ["a.weight", "a.weight.quant_state.bitsandbytes__nf4"],
+            "bitsandbytes nf4 (a.weight.quant_state.bitsandbytes__nf4)",
+        ),
+        (
+            ["a.weight", "a.weight.quant_state.bitsandbytes__fp4"],
+            "bitsandbytes fp4 (a.weight.quant_state.bitsandbytes__fp4)",
+        ),
+        (["a.weight", "a.weight.quant_map"], "bitsandbytes (a.weight.quant_map)"),
+        (["a.weight", "a.weight.absmax"], "bitsandbytes (a.weight.absmax)"),
+        (["a.weight", "a.SCB"], "bitsandbytes int8 (a.SCB)"),
+        (["a.scale", "a.weight"], "SDNQ (a.scale)"),
+        (["a.weight", "a.scale", "a.zero_point"], "SDNQ (a.scale)"),
+        (["a.qweight", "a.qzeros", "a.scales"], "GPTQ or AWQ (a.qweight)"),
+        (["b.qweight", "a.qweight"], "GPTQ or AWQ (a.qweight)"),
+        (["\x1b.qweight"], "GPTQ or AWQ ('\\x1b.qweight')"),
+        (["double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.qkv.weight"], None),
+        (["logit_scale", "a.scale_shift_table", "a.layer_scale", "weight"], None),
+        ([], None),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_quantisation(names: list[str], expected: str | None) -> None:
+    assert quantisation(iter(names), {"format": "pt"}) == expected
+
+
+def test_quantisation_in_the_metadata() -> None:
+    metadata = {"_quantization_metadata": "{}"}
+    assert quantisation([], metadata) == "a ComfyUI quantisation (metadata _quantization_metadata)"
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_plain_checkpoints_are_not_quantised(table: str) -> None:
+    assert quantisation(load(table), {}) is None

@@ -1,0 +1,1009 @@
+"""Recipes: what may stand in one, which variant a size gets, and what a user reads when something is wrong."""
+
+import dataclasses
+import json
+import math
+import random
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from crdiff_export.errors import RecipeError
+from crdiff_export.formats.text import nearest
+from crdiff_export.models import families, recipe_files
+from crdiff_export.models.families import Kind
+from crdiff_export.models.recipe import TARGETS, Evidence, Recipe, Variant, check_groups, choose, override
+from crdiff_export.models.recipe_files import (
+    aliases,
+    builtin,
+    builtin_path,
+    by_alias,
+    load,
+    unknown_alias_hint,
+)
+from crdiff_export.models.recipe_toml import EVIDENCE_KEYS, dump, parse
+from crdiff_export.sizes import MAX_SIDE, Size, check_grid
+
+UNET = ("down", "mid", "up")
+MODEL = """
+[model]
+family = "sdxl"
+title = "SDXL"
+native = "1024x1024"
+"""
+VARIANT = """
+[[variant]]
+resolution = "400x560"
+ratios = { down = 0.3, mid = 0.2, up = 0.1 }
+poa_weight = 1.5
+provenance = "starting-point"
+source = "a test"
+"""
+EVIDENCE = """
+[variant.evidence]
+scorer = "ImageReward"
+pruned = 0.5
+"""
+
+
+def variant(size: str = "512x512", *, prompt: str | None = None, share: float = 0.3) -> Variant:
+    return Variant(Size.parse(size), dict.fromkeys(UNET, share), 1.5, "starting-point", "a test", prompt=prompt)
+
+
+def recipe(*variants: Variant) -> Recipe:
+    return Recipe("sdxl", "SDXL", Size(1024, 1024), None, None, variants, "own.toml")
+
+
+def changed(old: str, new: str, text: str = MODEL + VARIANT) -> str:
+    assert text.count(old) == 1
+    return text.replace(old, new)
+
+
+def message(error: pytest.ExceptionInfo[RecipeError]) -> str:
+    assert "\n" not in error.value.message
+    assert error.value.hint
+    return error.value.message
+
+
+# --- the built-in recipes ---
+
+
+def test_there_is_one_recipe_per_family_under_its_id() -> None:
+    assert aliases() == tuple(sorted(family.id for family in families.all_families()))
+    assert [(made.name, made.family) for made in builtin()] == [(f"{alias}.toml", alias) for alias in aliases()]
+
+
+@pytest.mark.parametrize("made", builtin(), ids=lambda made: made.family)
+def test_a_builtin_recipe_fits_its_family_and_claims_nothing(made: Recipe) -> None:
+    family = families.by_id(made.family)
+    assert (made.title, (made.native.width, made.native.height)) == (family.title, family.native)
+    assert made.variants
+    for each in made.variants:
+        assert (each.prompt, each.targets) == (None, None)
+        if made.family == "demo":  # the one that could be measured, with what docs/demo.md says
+            assert each.evidence
+            assert (each.evidence.scorer, each.evidence.prompts) == ("demo", 162)
+            assert each.evidence.interval
+        else:
+            assert each.evidence is None
+        if each.provenance == "searched":
+            assert made.family == "demo"
+            assert each.source.startswith("crdiff search: tpe, seed 42, ")
+        else:
+            assert each.provenance == "starting-point"
+            assert "CR-Diff public code" in each.source
+            assert each.ratios == dict.fromkeys(family.groups, 0.3)
+            assert each.poa_weight == 1.5
+        check_groups(each, family.groups, made.name)
+        check_grid(each.resolution, family.grid, family.title)
+
+
+@pytest.mark.parametrize("alias", aliases())
+def test_a_builtin_recipe_opens_with_what_its_numbers_are_worth(alias: str) -> None:
+    first = (builtin_path() / f"{alias}.toml").read_text("utf-8").splitlines()[0]
+    assert first.startswith("# ")
+    worth = (
+        "ratios that were searched for, and what they do." if alias == "demo" else "starting points, not tuned values."
+    )
+    assert first.endswith(f": {worth}")
+
+
+def test_only_the_demo_has_no_file_on_the_hub() -> None:
+    assert [made.family for made in builtin() if made.repo is None or made.file is None] == ["demo"]
+
+
+def test_the_paper_sizes_are_there() -> None:
+    for alias in ("sd15", "sd21", "sdxl"):
+        made = by_alias(alias)
+        assert made is not None
+        assert {"400x560", "480x360"} <= {str(each.resolution) for each in made.variants}
+
+
+@pytest.mark.parametrize("name", ["SDXL", "sdxl.toml", "../recipes/sdxl", "", "a/b", "sd1.5", "*"])
+def test_what_is_no_alias_is_none(name: str) -> None:
+    assert by_alias(name) is None
+
+
+def test_an_unknown_alias_is_answered_with_the_nearest_and_all() -> None:
+    assert unknown_alias_hint("SDLX") == f"Did you mean sdxl? The built-in recipes are: {', '.join(aliases())}."
+    assert unknown_alias_hint("?") == f"The built-in recipes are: {', '.join(aliases())}."
+
+
+def test_recipes_inside_the_package_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site" / "crdiff_export"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(recipe_files, "__file__", str(package / "recipe_files.py"))
+    with pytest.raises(RecipeError, match="built-in recipes are missing"):
+        builtin_path()
+    (tmp_path / "site" / "recipes").mkdir()
+    assert builtin_path() == tmp_path / "site" / "recipes"
+    (package / "recipes").mkdir()
+    assert builtin_path() == package / "recipes"
+
+
+def test_targets_are_the_kinds_that_families_know() -> None:
+    assert set(TARGETS) == set(get_args(Kind))
+
+
+def test_importing_recipes_is_cheap() -> None:
+    code = "import sys, crdiff_export.models.recipe_files; print(*({m.split('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "numba", "click", "rich", "huggingface_hub"} & set(loaded)
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("2048", Size(2048, 2048)),
+        ("400x560", Size(400, 560)),
+        (" 400 X 560 ", Size(400, 560)),
+        ("400\u00d7560", Size(400, 560)),
+        ("0064", Size(64, 64)),
+        ("1", Size(1, 1)),
+        (str(MAX_SIDE), Size(MAX_SIDE, MAX_SIDE)),
+    ],
+)
+def test_size(text: str, size: Size) -> None:
+    assert Size.parse(text) == size
+    assert Size.parse(str(size)) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "'' is not a size"),
+        ("x", "'x' is not a size"),
+        ("400x", "'400x' is not a size"),
+        ("400x560x3", "'400x560x3' is not a size"),
+        ("-400", "'-400' is not a size"),
+        ("4.5", "'4.5' is not a size"),
+        ("1e3", "'1e3' is not a size"),
+        ("\u0664\u0660\u0660", "'\u0664\u0660\u0660' is not a size"),
+        ("400\nx560\x1b", r"'400\nx560\x1b' is not a size"),
+        ("9" * 5000, f"'{'9' * 40}' is not a size"),
+        ("0", "0x0 is not a usable size"),
+        ("512x0", "512x0 is not a usable size"),
+        ("16385", "16385x16385 is not a usable size"),
+        ("999999999x8", "999999999x8 is not a usable size"),
+    ],
+)
+def test_what_is_no_size_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        Size.parse(text)
+    assert message(error) == problem
+
+
+@pytest.mark.parametrize(
+    ("target", "grid", "use"),
+    [("401x560", 8, "400x560"), ("404x564", 16, "400x560"), ("408x568", 16, "416x576"), ("1x3", 8, "8x8")],
+)
+def test_a_size_off_the_latent_grid_is_answered_with_the_nearest(target: str, grid: int, use: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        check_grid(Size.parse(target), grid, "SDXL")
+    assert message(error) == f"{target} does not fit SDXL's latent grid (multiples of {grid})"
+    assert error.value.hint == f"Use {use}."
+    check_grid(Size.parse(use), grid, "SDXL")
+
+
+@given(st.integers(1, MAX_SIDE), st.integers(1, MAX_SIDE), st.sampled_from([8, 16]))
+def test_the_size_to_use_is_valid_and_less_than_a_step_away(width: int, height: int, grid: int) -> None:
+    try:
+        check_grid(Size(width, height), grid, "SDXL")
+    except RecipeError as error:
+        use = Size.parse(error.hint.removeprefix("Use ").removesuffix("."))
+        check_grid(use, grid, "SDXL")
+        assert max(abs(use.width - width), abs(use.height - height)) < grid
+    else:
+        assert width % grid == height % grid == 0
+
+
+# --- reading ---
+
+
+def test_a_recipe_reads_as_written() -> None:
+    text = changed("[[variant]]", 'repo = "o/n"\nfile = "a/b.safetensors"\n[[variant]]\ntargets = ["ff"]\nprompt = "p"')
+    text += EVIDENCE + 'prompts = 16\ndense = 0\ninterval = [0.1, 1]\nsteps = 30\nsampler = "euler"\nheld_out = true\n'
+    assert parse(text, "own.toml") == Recipe(
+        family="sdxl",
+        title="SDXL",
+        native=Size(1024, 1024),
+        repo="o/n",
+        file="a/b.safetensors",
+        variants=(
+            Variant(
+                resolution=Size(400, 560),
+                ratios={"down": 0.3, "mid": 0.2, "up": 0.1},
+                poa_weight=1.5,
+                provenance="starting-point",
+                source="a test",
+                targets=("ff",),
+                prompt="p",
+                evidence=Evidence(
+                    scorer="ImageReward",
+                    pruned=0.5,
+                    dense=0.0,
+                    prompts=16,
+                    interval=(0.1, 1.0),
+                    extra={"steps": 30, "sampler": "euler", "held_out": True},
+                ),
+            ),
+        ),
+        name="own.toml",
+    )
+
+
+def test_a_recipe_may_have_no_variants() -> None:
+    assert parse(MODEL, "own.toml").variants == ()
+
+
+def test_one_size_may_have_a_variant_per_prompt() -> None:
+    text = MODEL + VARIANT + VARIANT + 'prompt = "a"\n' + VARIANT + 'prompt = "b"\n'
+    assert [each.prompt for each in parse(text, "own.toml").variants] == [None, "a", "b"]
+
+
+def test_evidence_may_have_keys_like_those_it_uses() -> None:
+    (each,) = parse(MODEL + VARIANT + EVIDENCE + "prompts = 16\nprompts_2 = 4", "own.toml").variants
+    assert each.evidence == Evidence("ImageReward", 0.5, prompts=16, extra={"prompts_2": 4})
+
+
+@pytest.mark.parametrize("provenance", ["searched", "published"])
+def test_measured_numbers_are_read_with_their_evidence(provenance: str) -> None:
+    (each,) = parse(changed("starting-point", provenance) + EVIDENCE, "own.toml").variants
+    assert (each.provenance, each.evidence) == (provenance, Evidence("ImageReward", 0.5))
+
+
+BROKEN = {
+    "empty": ("", "own.toml: model is missing"),
+    "syntax": ("[model]\nfamily = \n", "own.toml: line 2, column 10: Invalid value"),
+    "open string": ('[model]\nfamily = "', "own.toml: end of document: "),
+    "key twice": (changed('title = "SDXL"', 'title = "SDXL"\ntitle = "SDXL"'), "own.toml: line 5, column 15: "),
+    "deep": ("a = " + "[" * 100_000, "own.toml: "),
+    "digits": (f"a = {'9' * 5000}", "own.toml: "),
+    "model list": ("model = [1]", "own.toml: model is an array, must be a table"),
+    "unknown table": (MODEL + "[variants]\n", "own.toml: variants is not a key of a recipe"),
+    "unknown model key": (changed("title", "tittle"), "own.toml: model.tittle is not a key of a recipe"),
+    "no family": (changed('family = "sdxl"', ""), "own.toml: model.family is missing"),
+    "no title": (changed('title = "SDXL"', ""), "own.toml: model.title is missing"),
+    "no native": (changed('native = "1024x1024"', ""), "own.toml: model.native is missing"),
+    "blank title": (changed('"SDXL"', '" "'), "own.toml: model.title is ' ', must be a text"),
+    "family of a path": (changed('"sdxl"', '"../sdxl"'), "own.toml: model.family is '../sdxl', must be a family id"),
+    "native off": (changed('"1024x1024"', '"1024x"'), "own.toml: model.native: '1024x' is not a size"),
+    "native number": (changed('"1024x1024"', "1024"), "own.toml: model.native is 1024, must be a text"),
+    "repo url": (
+        MODEL + 'repo = "https://hf.co/o/n"',
+        "own.toml: model.repo is 'https://hf.co/o/n', must be the id of a Hub repository",
+    ),
+    "file alone": (MODEL + 'file = "a"', "own.toml: model.file is 'a', must be the path of a file in repo"),
+    "file above": (
+        MODEL + 'repo = "o/n"\nfile = "../a"',
+        "own.toml: model.file is '../a', must be the path of a file in repo",
+    ),
+    "file of windows": (
+        MODEL + 'repo = "o/n"\nfile = "a\\\\b"',
+        r"own.toml: model.file is 'a\\b', must be the path of a file in repo",
+    ),
+    "long text": (
+        changed('"sdxl"', f'"{"x " * 99}"'),
+        f"own.toml: model.family is '{'x ' * 28}x...', must be a family id",
+    ),
+    "file at root": (
+        MODEL + 'repo = "o/n"\nfile = "/a"',
+        "own.toml: model.file is '/a', must be the path of a file in repo",
+    ),
+    "one variant table": (
+        changed("[[variant]]", "[variant]"),
+        "own.toml: variant is a table, must be an array of tables",
+    ),
+    "variant list": ("variant = [1]\n" + MODEL, "own.toml: variant is an array, must be an array of tables"),
+    "no resolution": (changed('resolution = "400x560"', ""), "own.toml: variant 1: resolution is missing"),
+    "bad resolution": (changed("400x560", "400 by 560"), "own.toml: variant 1: resolution: '400 by 560' is not a size"),
+    "resolution too large": (
+        changed("400x560", "400x99999"),
+        "own.toml: variant 1 (400x99999): resolution: 400x99999 ",
+    ),
+    "resolution table": (
+        changed('"400x560"', "{ w = 1 }"),
+        "own.toml: variant 1: resolution is a table, must be a text",
+    ),
+    "unknown key": (
+        changed("poa_weight", "poa_wieght"),
+        "own.toml: variant 1 (400x560): poa_wieght is not a key of a recipe",
+    ),
+    "unprintable key": (
+        changed("poa_weight", '"\\u001b[31m"'),
+        r"own.toml: variant 1 (400x560): '\x1b[31m' is not a key of a recipe",
+    ),
+    "no ratios": (
+        changed("ratios = { down = 0.3, mid = 0.2, up = 0.1 }", ""),
+        "own.toml: variant 1 (400x560): ratios is missing",
+    ),
+    "empty ratios": (
+        changed("{ down = 0.3, mid = 0.2, up = 0.1 }", "{}"),
+        "own.toml: variant 1 (400x560): ratios is empty",
+    ),
+    "one ratio": (
+        changed("{ down = 0.3, mid = 0.2, up = 0.1 }", "0.3"),
+        "own.toml: variant 1 (400x560): ratios is 0.3, must be a table",
+    ),
+    "ratio above": (
+        changed("mid = 0.2", "mid = 1.2"),
+        "own.toml: variant 1 (400x560): ratios.mid is 1.2, must be 0 <= ratio < 1",
+    ),
+    "ratio one": (
+        changed("mid = 0.2", "mid = 1"),
+        "own.toml: variant 1 (400x560): ratios.mid is 1.0, must be 0 <= ratio < 1",
+    ),
+    "ratio below": (
+        changed("mid = 0.2", "mid = -0.1"),
+        "own.toml: variant 1 (400x560): ratios.mid is -0.1, must be 0 <= ratio < 1",
+    ),
+    "ratio nan": (
+        changed("mid = 0.2", "mid = nan"),
+        "own.toml: variant 1 (400x560): ratios.mid is nan, must be a finite number",
+    ),
+    "ratio text": (
+        changed("mid = 0.2", 'mid = "a"'),
+        "own.toml: variant 1 (400x560): ratios.mid is 'a', must be a finite number",
+    ),
+    "ratio true": (
+        changed("mid = 0.2", "mid = true"),
+        "own.toml: variant 1 (400x560): ratios.mid is true, must be a finite number",
+    ),
+    "no weight": (changed("poa_weight = 1.5", ""), "own.toml: variant 1 (400x560): poa_weight is missing"),
+    "weight inf": (changed("1.5", "inf"), "own.toml: variant 1 (400x560): poa_weight is inf, must be a finite number"),
+    "weight below": (
+        changed("1.5", "-1"),
+        "own.toml: variant 1 (400x560): poa_weight is -1.0, must be 0 <= weight <= 10",
+    ),
+    "weight above": (
+        changed("1.5", "15"),
+        "own.toml: variant 1 (400x560): poa_weight is 15.0, must be 0 <= weight <= 10",
+    ),
+    "weight date": (
+        changed("1.5", "2026-01-01"),
+        "own.toml: variant 1 (400x560): poa_weight is 2026-01-01, must be a finite number",
+    ),
+    "weight of 20000 bits": (
+        changed("1.5", "0x" + "f" * 5000),
+        "own.toml: variant 1 (400x560): poa_weight is a huge integer, must be a finite number",
+    ),
+    "provenance": (
+        changed("starting-point", "tuned"),
+        "own.toml: variant 1 (400x560): provenance is 'tuned', must be one of starting-point, searched, published",
+    ),
+    "searched, no evidence": (
+        changed("starting-point", "searched"),
+        "own.toml: variant 1 (400x560): provenance is 'searched', but there is no evidence",
+    ),
+    "published, no evidence": (
+        changed("starting-point", "published"),
+        "own.toml: variant 1 (400x560): provenance is 'published', but there is no evidence",
+    ),
+    "no source": (changed('source = "a test"', ""), "own.toml: variant 1 (400x560): source is missing"),
+    "long source": (
+        changed('"a test"', f'["{"s" * 99}"]'),
+        "own.toml: variant 1 (400x560): source is an array, must be a text",
+    ),
+    "targets text": (
+        MODEL + VARIANT + 'targets = "ff"',
+        "own.toml: variant 1 (400x560): targets is 'ff', must be an array of texts",
+    ),
+    "targets none": (
+        MODEL + VARIANT + "targets = []",
+        "own.toml: variant 1 (400x560): targets is an array, must be an array of",
+    ),
+    "targets unknown": (
+        MODEL + VARIANT + 'targets = ["ff", "mlp"]',
+        "own.toml: variant 1 (400x560): targets must be some of attn, ff, attn2, each once",
+    ),
+    "targets twice": (
+        MODEL + VARIANT + 'targets = ["ff", "ff"]',
+        "own.toml: variant 1 (400x560): targets must be some of attn, ff, attn2, each once",
+    ),
+    "prompt empty": (MODEL + VARIANT + 'prompt = ""', "own.toml: variant 1 (400x560): prompt is '', must be a text"),
+    "third variant": (
+        MODEL + VARIANT + 'prompt = "a"' + VARIANT + 'prompt = "b"' + VARIANT + "x = 1",
+        "own.toml: variant 3 (400x560): x is not a key of a recipe",
+    ),
+    "same size": (MODEL + VARIANT + VARIANT, "own.toml: variant 2 (400x560) is for the size and prompt of variant 1"),
+    "same size, otherwise written": (
+        MODEL + VARIANT + changed("400x560", "0400 x 560", VARIANT),
+        "own.toml: variant 2 (400x560) is for the size and prompt of variant 1",
+    ),
+    "evidence text": (
+        MODEL + VARIANT + 'evidence = "seen"',
+        "own.toml: variant 1 (400x560): evidence is 'seen', must be a table",
+    ),
+    "no scorer": (
+        changed('scorer = "ImageReward"', "", MODEL + VARIANT + EVIDENCE),
+        "own.toml: variant 1 (400x560): evidence.scorer is missing",
+    ),
+    "no score": (
+        changed("pruned = 0.5", "", MODEL + VARIANT + EVIDENCE),
+        "own.toml: variant 1 (400x560): evidence.pruned is missing",
+    ),
+    "misspelt evidence": (
+        MODEL + VARIANT + EVIDENCE + "promts = 16",
+        "own.toml: variant 1 (400x560): evidence.promts looks like prompts",
+    ),
+    "evidence list": (
+        MODEL + VARIANT + EVIDENCE + "seeds = [1]",
+        "own.toml: variant 1 (400x560): evidence.seeds is an array, must be a text, a number, true or false",
+    ),
+    "evidence nan": (
+        MODEL + VARIANT + EVIDENCE + "noise = nan",
+        "own.toml: variant 1 (400x560): evidence.noise is nan, must be a finite number",
+    ),
+    "evidence huge": (
+        MODEL + VARIANT + EVIDENCE + f"seed = {2**63}",
+        f"own.toml: variant 1 (400x560): evidence.seed is {2**63}, must be a text, a number, true or false",
+    ),
+    "prompts zero": (
+        MODEL + VARIANT + EVIDENCE + "prompts = 0",
+        "own.toml: variant 1 (400x560): evidence.prompts is 0, must be a whole number from 1",
+    ),
+    "prompts huge": (
+        MODEL + VARIANT + EVIDENCE + f"prompts = {2**63}",
+        f"own.toml: variant 1 (400x560): evidence.prompts is {2**63}, must be a whole number from 1",
+    ),
+    "prompts half": (
+        MODEL + VARIANT + EVIDENCE + "prompts = 1.5",
+        "own.toml: variant 1 (400x560): evidence.prompts is 1.5, must be a whole number from 1",
+    ),
+    "prompts true": (
+        MODEL + VARIANT + EVIDENCE + "prompts = true",
+        "own.toml: variant 1 (400x560): evidence.prompts is true, must be a whole number from 1",
+    ),
+    "interval of one": (
+        MODEL + VARIANT + EVIDENCE + "interval = [1]",
+        "own.toml: variant 1 (400x560): evidence.interval is an array, must be an array of two numbers",
+    ),
+    "interval of texts": (
+        MODEL + VARIANT + EVIDENCE + 'interval = [1, "2"]',
+        "own.toml: variant 1 (400x560): evidence.interval is '2', must be a finite number",
+    ),
+    "interval reversed": (
+        MODEL + VARIANT + EVIDENCE + "interval = [2, 1]",
+        "own.toml: variant 1 (400x560): evidence.interval ends before it begins",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "problem"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_recipe_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        parse(text, "own.toml")
+    assert message(error).startswith(problem)
+    assert message(error) == problem or problem.endswith((" ", "Invalid value", "an array of"))
+    assert len(message(error)) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        (
+            changed("poa_weight", "poa_wieght"),
+            "Did you mean poa_weight? The keys are: resolution, ratios, poa_weight, ",
+        ),
+        (changed("poa_weight", "w"), "The keys are: resolution, ratios, poa_weight, "),
+        (changed("poa_weight = 1.5", ""), "Write poa_weight = 1.5."),
+        (changed("mid = 0.2", "mid = true"), "Write mid = 0.3."),
+        (changed("mid = 0.2", "mid = 1.2"), "0.3 sets 30 % of the weights to zero, 0 none."),
+        (changed('"400x560"', "1"), 'Write resolution = "400x560".'),
+        (changed("starting-point", "searched"), 'Write provenance = "starting-point", or add [variant.evidence] with '),
+    ],
+)
+def test_the_hint_says_what_to_write(text: str, hint: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        parse(text, "own.toml")
+    assert error.value.hint.startswith(hint)
+
+
+# --- files ---
+
+
+def test_a_file_is_read_under_its_own_name(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + (MODEL + VARIANT).replace("\n", "\r\n").encode())
+    assert load(path) == load(str(path)) == parse(MODEL + VARIANT, "own.toml")
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path / "own.toml")
+    assert message(error) == f"{tmp_path / 'own.toml'}: no such recipe file"
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path)
+    assert message(error) == f"{tmp_path}: a folder, not a recipe file"
+
+
+def test_a_file_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(MODEL)
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path / "own.toml" / "more.toml")
+    assert message(error).startswith(f"{tmp_path / 'own.toml' / 'more.toml'}: ")
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_bytes(b'[model]\ntitle = "\xe4"')
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path / "own.toml")
+    assert message(error) == f"{tmp_path / 'own.toml'}: not UTF-8 at byte 17"
+
+
+def test_a_checkpoint_in_place_of_a_recipe_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(RecipeError) as error:
+        load(path)
+    assert message(error) == f"{path}: more than 1 MiB"
+
+
+def test_a_recipe_of_exactly_one_mebibyte_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text((MODEL + VARIANT + "#").ljust(1 << 20, "."))
+    assert load(path) == parse(MODEL + VARIANT, "own.toml")
+
+
+# --- writing ---
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+sizes = st.builds(Size, st.integers(1, MAX_SIDE), st.integers(1, MAX_SIDE))
+extra_keys = st.text(st.characters(exclude_categories=["Cs"])).filter(
+    lambda key: key not in EVIDENCE_KEYS and nearest(key, EVIDENCE_KEYS, cutoff=0.8) is None
+)
+evidences = st.builds(
+    Evidence,
+    scorer=texts,
+    pruned=numbers,
+    dense=st.none() | numbers,
+    prompts=st.none() | st.integers(1, 2**63 - 1),
+    interval=st.none() | st.tuples(numbers, numbers).map(lambda pair: (min(pair), max(pair))),
+    extra=st.dictionaries(extra_keys, texts | numbers | st.booleans() | st.integers(-(2**63), 2**63 - 1), max_size=3),
+)
+variants = st.builds(
+    Variant,
+    resolution=sizes,
+    ratios=st.dictionaries(texts, st.floats(0, 1, exclude_max=True), min_size=1, max_size=3),
+    poa_weight=st.floats(0, 10),
+    provenance=st.sampled_from(["starting-point", "searched", "published"]),
+    source=texts,
+    targets=st.none() | st.lists(st.sampled_from(TARGETS), unique=True, min_size=1).map(tuple),
+    prompt=st.none() | texts,
+    evidence=evidences,
+)
+recipes = st.builds(
+    Recipe,
+    family=st.sampled_from(["sdxl", "sd3-medium", "x.1"]),
+    title=texts,
+    native=sizes,
+    repo=st.just("owner/name.1"),
+    file=st.none() | st.just("a/b c.safetensors"),
+    variants=st.lists(variants, max_size=3, unique_by=lambda each: (each.resolution, each.prompt)).map(tuple),
+    name=st.just("own.toml"),
+)
+
+
+@settings(max_examples=150)
+@given(recipes)
+def test_what_is_written_reads_back_equal(made: Recipe) -> None:
+    text = dump(made)
+    assert parse(text, made.name) == made
+    assert dump(parse(text, made.name)) == text
+    assert parse(text.encode().decode(), made.name) == made
+
+
+@pytest.mark.parametrize("made", builtin(), ids=lambda made: made.family)
+def test_a_builtin_recipe_is_written_as_it_stands_but_for_comments_and_order(made: Recipe) -> None:
+    assert tomllib.loads(dump(made)) == tomllib.loads((builtin_path() / made.name).read_text("utf-8"))
+
+
+def test_the_written_form() -> None:
+    each = dataclasses.replace(
+        variant("400x560"),
+        prompt='say "hi"\\\n\x00\x7f\u2028é',
+        evidence=Evidence("ImageReward", 0.5, interval=(0.1, 1.0), extra={"a b": 1}),
+    )
+    assert dump(recipe(each)) == (
+        '[model]\nfamily = "sdxl"\ntitle = "SDXL"\nnative = "1024x1024"\n\n'
+        '[[variant]]\nresolution = "400x560"\nratios = { down = 0.3, mid = 0.3, up = 0.3 }\npoa_weight = 1.5\n'
+        'prompt = "say \\"hi\\"\\\\\\u000a\\u0000\\u007f\u2028é"\nprovenance = "starting-point"\nsource = "a test"\n\n'
+        '[variant.evidence]\nscorer = "ImageReward"\npruned = 0.5\ninterval = [0.1, 1.0]\n"a b" = 1\n'
+    )
+
+
+@settings(max_examples=200)
+@given(
+    st.text(max_size=60)
+    | st.sampled_from([MODEL, VARIANT, EVIDENCE]).flatmap(lambda part: st.text(max_size=5).map(part.__add__))
+)
+def test_no_text_raises_anything_but_a_recipe_error(text: str) -> None:
+    for read in (parse, recipe_files.from_public_config):
+        try:
+            read(text, "own.toml")
+        except RecipeError as error:
+            problem = error.message
+        else:
+            continue
+        assert problem.startswith("own.toml: ")
+
+
+# --- the public code's config.json ---
+
+
+def public(**changes: object) -> str:
+    document: dict[str, object] = {
+        "model_config": {"name": "sdxl", "width": 400, "height": 560},
+        "best_avg_score": 0.735,
+        "best_global_params_ratio": {"down_ratio": 0.41, "up_ratio": 0.22, "mid_ratio": 0.33},
+    }
+    return json.dumps({key: value for key, value in (document | changes).items() if value is not ...})
+
+
+def test_a_public_config_becomes_a_searched_recipe(tmp_path: Path) -> None:
+    (tmp_path / "config.JSON").write_text(public())
+    made = load(tmp_path / "config.JSON")
+    assert (made.family, made.title, made.native, made.name) == ("sdxl", "SDXL", Size(1024, 1024), "config.JSON")
+    assert (made.repo, made.file) == (None, None)
+    assert made.variants == (
+        Variant(
+            resolution=Size(400, 560),
+            ratios={"down": 0.41, "mid": 0.33, "up": 0.22},
+            poa_weight=1.5,
+            provenance="searched",
+            source="the ratio search of the CR-Diff public code, which never scores the dense model",
+            evidence=Evidence("ImageReward", 0.735, extra={"model": "sdxl"}),
+        ),
+    )
+    assert parse(dump(made), made.name) == made
+
+
+@pytest.mark.parametrize(
+    "ratios",
+    [
+        {"down": 0.41, "mid": 0.33, "up": 0.22},
+        {"up_blocks": 0.22, "mid_block": 0.33, "down_blocks": 0.41},
+        {"up_ratio": 0.22, "mid_ratio": 0.33, "down_ratio": 0.41},
+        [0.41, 0.22, 0.33],
+    ],
+)
+def test_the_ratios_of_a_public_config_in_every_spelling(ratios: object) -> None:
+    (each,) = recipe_files.from_public_config(public(best_global_params_ratio=ratios), "config.json").variants
+    assert each.ratios == {"down": 0.41, "mid": 0.33, "up": 0.22}
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "family", "model"),
+    [
+        ("sd1.5", None, "sd15", "sd1.5"),
+        ("sd2.1", None, "sd21", "sd2.1"),
+        ("SD15", None, "sd15", "SD15"),
+        (None, "runwayml/stable-diffusion-v1-5", "sd15", "runwayml/stable-diffusion-v1-5"),
+        (None, "stabilityai/stable-diffusion-2-1", "sd21", "stabilityai/stable-diffusion-2-1"),
+        (None, "stabilityai/stable-diffusion-xl-base-1.0", "sdxl", "stabilityai/stable-diffusion-xl-base-1.0"),
+        ("mine", "/home/me/secret/sd_xl_refiner_1.0.safetensors", "sdxl-refiner", "sd_xl_refiner_1.0.safetensors"),
+        ("mine", "C:\\models\\v1-5-pruned.safetensors", "sd15", "v1-5-pruned.safetensors"),
+        ("sdxl", "/home/me/v2-1/", "sdxl", "v2-1"),
+        ("sdxl", "/", "sdxl", "sdxl"),
+    ],
+)
+def test_the_family_of_a_public_config(name: str | None, path: str | None, family: str, model: str) -> None:
+    config = {"name": name, "model_path": path, "width": 512, "height": 512}
+    made = recipe_files.from_public_config(public(model_config=config), "config.json")
+    (each,) = made.variants
+    assert (made.family, each.evidence) == (family, Evidence("ImageReward", 0.735, extra={"model": model}))
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("sd3", "sd3-medium"),
+        ("stabilityai/stable-diffusion-3-medium-diffusers", "sd3-medium"),
+        ("stabilityai/stable-diffusion-3.5-medium", "sd35-medium"),
+        ("stabilityai/stable-diffusion-3.5-large-turbo", "sd35-large"),
+        ("flux", "flux-dev"),
+        ("black-forest-labs/FLUX.1-schnell", "flux-schnell"),
+    ],
+)
+def test_the_shared_ratio_of_a_transformer(name: str, family: str) -> None:
+    config = {"name": name, "width": 512, "height": 512}
+    text = public(model_config=config, best_global_params_sd3={"shared_ratio": 0.25})
+    made = recipe_files.from_public_config(text, "config.json")
+    assert (made.family, made.variants[0].ratios) == (family, {"blocks": 0.25})
+
+
+BROKEN_PUBLIC = {
+    "syntax": (
+        "{",
+        "config.json: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+    ),
+    "deep": ("[" * 100_000, "config.json: not JSON: "),
+    "list": ("[1]", "config.json: model_config is missing"),
+    "null": ("null", "config.json: model_config is missing"),
+    "no model": (public(model_config=...), "config.json: model_config is missing"),
+    "no name": (public(model_config={"width": 8, "height": 8}), "config.json: model_config.name is missing"),
+    "unknown name": (
+        public(model_config={"name": "pony", "width": 8, "height": 8}),
+        "config.json: model_config.name is 'pony', no family known here",
+    ),
+    "sd3.5 of no size": (
+        public(model_config={"name": "sd3.5", "width": 8, "height": 8}),
+        "config.json: model_config.name is 'sd3.5', no family known here",
+    ),
+    "a family far up the path": (
+        public(model_config={"model_path": "/sdxl/mine/pony", "width": 8, "height": 8}),
+        "config.json: model_config.model_path is '/sdxl/mine/pony', no family known here",
+    ),
+    "name list": (
+        public(model_config={"name": [], "width": 8, "height": 8}),
+        "config.json: model_config.name is an array, must be a text",
+    ),
+    "lone surrogate": (
+        public(model_config={"name": "sdxl\ud800", "width": 8, "height": 8}),
+        r"config.json: model_config.name is 'sdxl\ud800', must be a text",
+    ),
+    "no width": (public(model_config={"name": "sdxl", "height": 8}), "config.json: model_config.width is missing"),
+    "width text": (
+        public(model_config={"name": "sdxl", "width": "512", "height": 8}),
+        "config.json: model_config.width is '512', must be a whole number from 1",
+    ),
+    "width too large": (
+        public(model_config={"name": "sdxl", "width": 20000, "height": 8}),
+        "config.json (20000x8): resolution: 20000x8 is not a usable size",
+    ),
+    "no score": (public(best_avg_score=...), "config.json: best_avg_score is missing"),
+    "score null": (public(best_avg_score=None), "config.json: best_avg_score is null, must be a finite number"),
+    "score nan": (public(best_avg_score=math.nan), "config.json: best_avg_score is nan, must be a finite number"),
+    "all failed": (public(best_avg_score=-2.0), "config.json: best_avg_score is -2, so every run failed"),
+    "thresholds": (public(pruning_method="magnitude"), "config.json: pruning_method is 'magnitude'"),
+    "no ratios": (public(best_global_params_ratio=...), "config.json: best_global_params_ratio is missing"),
+    "two ratios": (
+        public(best_global_params_ratio=[0.1, 0.2]),
+        "config.json: best_global_params_ratio is an array, must be a table",
+    ),
+    "no mid": (
+        public(best_global_params_ratio={"down": 0.1, "up": 0.1}),
+        "config.json: best_global_params_ratio.mid_ratio is missing",
+    ),
+    "mid twice": (
+        public(best_global_params_ratio={"down": 0.1, "up": 0.1, "mid": 0.1, "mid_block": 0.2}),
+        "config.json: best_global_params_ratio.mid is one of two ratios for mid",
+    ),
+    "other group": (
+        public(best_global_params_ratio={"down": 0.1, "up": 0.1, "mid": 0.1, "middle": 0.2}),
+        "config.json: best_global_params_ratio.middle is none of its ratios",
+    ),
+    "ratio above": (
+        public(best_global_params_ratio=[0.1, 0.2, 1]),
+        "config.json (400x560): ratios.mid is 1.0, must be 0 <= ratio < 1",
+    ),
+    "transformer without shared ratio": (
+        public(model_config={"name": "flux", "width": 8, "height": 8}),
+        "config.json: best_global_params_sd3 is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "problem"), BROKEN_PUBLIC.values(), ids=BROKEN_PUBLIC)
+def test_a_broken_public_config_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        recipe_files.from_public_config(text, "config.json")
+    assert message(error) == problem or (problem.endswith(" ") and message(error).startswith(problem))
+
+
+# --- choosing ---
+
+
+def test_the_exact_size_is_chosen_without_a_note() -> None:
+    choice = choose(recipe(variant("512x512"), variant("400x560")), Size(400, 560))
+    assert (choice.variant.resolution, choice.exact, choice.note) == (Size(400, 560), True, None)
+
+
+def test_a_size_without_a_variant_takes_the_nearest_and_says_so() -> None:
+    choice = choose(recipe(variant("2048x2048"), variant("512x512")), Size(640, 640))
+    assert (choice.variant.resolution, choice.exact) == (Size(512, 512), False)
+    assert choice.note == "no variant for 640x640; using the one for 512x512 (starting point)"
+
+
+def test_the_note_tells_a_searched_variant_from_a_starting_point() -> None:
+    searched = dataclasses.replace(variant(), provenance="searched", evidence=Evidence("ImageReward", 0.5))
+    assert choose(recipe(searched), Size(64, 64)).note == "no variant for 64x64; using the one for 512x512 (searched)"
+
+
+@pytest.mark.parametrize(
+    ("target", "sizes", "chosen"),
+    [
+        ("1024", ["512", "2048"], "512"),  # as far down as up: the smaller width
+        ("24", ["8", "72"], "8"),  # the same, though the last digit of the logarithms says otherwise
+        ("512", ["512x768", "768x512"], "512x768"),  # as far to portrait as to landscape
+        ("512x896", ["512x768", "768x768"], "512x768"),
+        ("900x500", ["512x768", "768x512"], "768x512"),
+        ("600x400", ["600x800", "300x200"], "600x800"),  # hypot(ln 2, ln 2) against ln 4
+        ("16384", ["1", "8192"], "8192"),
+    ],
+)
+def test_nearest(target: str, sizes: list[str], chosen: str) -> None:
+    made = [variant(size) for size in sizes]
+    for order in (made, made[::-1]):
+        assert choose(recipe(*order), Size.parse(target)).variant.resolution == Size.parse(chosen)
+
+
+def oracle(size: Size, target: Size) -> float:
+    """The distance from its definition, squared: areas and aspects as exact fractions, one logarithm each."""
+    area = math.log(size.width * size.height / (target.width * target.height))
+    aspect = math.log(size.width * target.height / (size.height * target.width))
+    return area * area + aspect * aspect
+
+
+@given(st.lists(sizes, min_size=1, max_size=6, unique=True), sizes, st.randoms(use_true_random=False))
+def test_choosing_is_nearest_total_and_blind_to_order(made: list[Size], target: Size, chance: random.Random) -> None:
+    choice = choose(recipe(*[variant(str(size)) for size in made]), target)
+    assert choice.variant.resolution in made
+    assert oracle(choice.variant.resolution, target) <= min(oracle(size, target) for size in made) + 1e-6
+    assert choice.exact == (choice.note is None) == (target in made)
+    chance.shuffle(made)
+    assert choose(recipe(*[variant(str(size)) for size in made]), target) == choice
+
+
+@given(sizes, sizes)
+def test_turning_every_picture_by_a_quarter_turns_the_choice(one: Size, target: Size) -> None:
+    def turned(size: Size) -> Size:
+        return Size(size.height, size.width)
+
+    other = Size(777, 333)
+    assume(abs(oracle(one, target) - oracle(other, target)) > 1e-6)
+    upright = choose(recipe(variant(str(one)), variant(str(other))), target)
+    lying = choose(recipe(variant(str(turned(one))), variant(str(turned(other)))), turned(target))
+    assert lying.variant.resolution == turned(upright.variant.resolution)
+
+
+def test_a_prompt_takes_its_own_variant_and_no_other_prompt_does() -> None:
+    made = recipe(variant(share=0.1), variant(prompt="a cat", share=0.2), variant("640", prompt="a dog", share=0.5))
+    assert choose(made, Size(512, 512)).variant.ratios["mid"] == 0.1
+    assert choose(made, Size(640, 640)).variant.ratios["mid"] == 0.1
+    own = choose(made, Size(512, 512), prompt="a cat")
+    assert (own.variant.ratios["mid"], own.exact, own.note) == (0.2, True, None)
+    other = choose(made, Size(512, 512), prompt="a fox")
+    assert (other.variant.ratios["mid"], other.exact) == (0.1, False)
+    assert other.note == "no variant for 512x512 and this prompt; using the one for 512x512 (starting point)"
+
+
+@pytest.mark.parametrize(
+    ("variants", "problem"),
+    [((), "own.toml has no variant"), ((variant(prompt="a cat"),), "own.toml has no variant for any prompt")],
+)
+def test_a_recipe_without_a_fitting_variant_is_refused(variants: tuple[Variant, ...], problem: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        choose(recipe(*variants), Size(1024, 1024))
+    assert message(error) == problem
+    assert error.value.hint == (
+        "Add a [[variant]] without a prompt, or take one of its prompts: crdiff export --prompt."
+        if variants else "Add a [[variant]] for 1024x1024 to it, or give the ratios on the command line."
+    )  # fmt: skip
+
+
+# --- the user's own numbers ---
+
+SEARCHED = dataclasses.replace(
+    variant(prompt="a cat"), provenance="searched", source="a search", evidence=Evidence("ImageReward", 0.5)
+)
+
+
+def test_nothing_given_changes_nothing() -> None:
+    assert override(SEARCHED, UNET) is SEARCHED
+
+
+def test_one_ratio_for_all_groups() -> None:
+    made = override(SEARCHED, UNET, ratio=0.5)
+    assert made.ratios == {"down": 0.5, "mid": 0.5, "up": 0.5}
+    assert (made.provenance, made.source) == ("starting-point", "given on the command line")
+    assert (made.evidence, made.prompt) == (None, None)
+    assert (made.resolution, made.poa_weight) == (SEARCHED.resolution, SEARCHED.poa_weight)
+
+
+def test_a_single_ratio_given_ends_the_whole_claim() -> None:
+    made = override(SEARCHED, UNET, per_group={"mid": 0})
+    assert made.ratios == {"down": 0.3, "mid": 0, "up": 0.3}
+    assert (made.provenance, made.evidence) == ("starting-point", None)
+
+
+def test_a_group_of_its_own_wins_over_the_ratio_for_all() -> None:
+    assert override(SEARCHED, UNET, ratio=0.5, per_group={"up": 0.1}).ratios == {"down": 0.5, "mid": 0.5, "up": 0.1}
+
+
+def test_a_full_set_needs_nothing_of_the_variant() -> None:
+    assert override(SEARCHED, ("blocks",), ratio=0.5).ratios == {"blocks": 0.5}
+
+
+def test_the_poa_weight_leaves_the_ratios_where_they_come_from() -> None:
+    made = override(SEARCHED, UNET, poa_weight=2)
+    assert (made.poa_weight, made.provenance, made.evidence) == (2, "searched", SEARCHED.evidence)
+    assert made.source == "a search; POA weight given on the command line"
+    assert override(SEARCHED, UNET, ratio=0.5, poa_weight=2).source == "given on the command line"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "per_group", "poa_weight", "problem"),
+    [
+        (1.0, {}, None, "the ratio of down is 1.0, must be 0 <= ratio < 1"),
+        (None, {"mid": -0.1}, None, "the ratio of mid is -0.1, must be 0 <= ratio < 1"),
+        (None, {"mid": math.nan}, None, "the ratio of mid is nan, must be 0 <= ratio < 1"),
+        (None, {"midd": 0.1}, None, "this model has no group 'midd' to prune"),
+        (None, {}, math.inf, "the POA weight is inf, must be 0 <= weight <= 10"),
+        (None, {}, math.nan, "the POA weight is nan, must be 0 <= weight <= 10"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(
+    ratio: float | None, per_group: dict[str, float], poa_weight: float | None, problem: str
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        override(SEARCHED, UNET, ratio, per_group, poa_weight)
+    assert message(error) == problem
+
+
+def test_an_unknown_group_is_answered_with_the_nearest() -> None:
+    with pytest.raises(RecipeError) as error:
+        override(SEARCHED, UNET, per_group={"midd": 0.1})
+    assert error.value.hint == "Did you mean mid? The groups are: down, mid, up. --ratio is for all of them."
+
+
+def test_part_of_a_set_needs_a_variant_for_these_groups() -> None:
+    with pytest.raises(RecipeError) as error:
+        override(SEARCHED, ("blocks", "more"), per_group={"blocks": 0.5})
+    assert message(error) == "the variant for 512x512: ratios.down is for a group that this model does not have"
+
+
+@pytest.mark.parametrize(
+    ("groups", "problem", "hint"),
+    [
+        (("blocks",), "own.toml: ratios.down is for a group that this model does not have", "The groups are: blocks."),
+        (
+            ("down", "mid"),
+            "own.toml: ratios.up is for a group that this model does not have",
+            "The groups are: down, mid.",
+        ),
+        (
+            ("down", "mid", "up", "out"),
+            "own.toml: ratios.out is missing",
+            "Write ratios = { down = 0.3, mid = 0.3, up = 0.3, out = 0.3 }.",
+        ),
+    ],
+)
+def test_ratios_are_one_for_each_group(groups: tuple[str, ...], problem: str, hint: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        check_groups(variant(), groups, "own.toml")
+    assert (message(error), error.value.hint) == (problem, hint)

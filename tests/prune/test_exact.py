@@ -1,0 +1,456 @@
+"""An export's bytes, thresholds and counts against the oracle, for every model and dtype and for hostile content."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from crdiff_export import CrdiffError, ExportRequest, Size, export
+from crdiff_export.errors import PlanError
+from tests.support import geometry_tables, makers, oracle
+from tests.support.makers import Shape, Tensors
+
+DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+UNET_RATIOS = {"down": 0.13, "mid": 0.42, "up": 0.77}
+DIT_RATIOS = {"blocks": 0.37}
+DEMO = "demo.diffusers-unet"
+# The parts of the public code that say what it prunes (lib/prune_unet.py, lib/prune_dit.py).
+REFERENCE_GROUPS = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
+REFERENCE_TAILS = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
+
+
+def is_dit(table: str) -> bool:
+    return table.startswith(("sd3-", "sd35-", "flux-"))
+
+
+def default_kinds(table: str) -> tuple[str, ...]:
+    if table.startswith("sd35-medium"):
+        return "ff", "attn2"
+    return ("ff",) if is_dit(table) else ("attn", "ff")
+
+
+def bake(base: Path, ratios: Mapping[str, float], **asked: object) -> Path:
+    output = base.with_name("out.safetensors")
+    request = ExportRequest(str(base), Size(512, 512), output, ratios=ratios, force=True, **asked)  # type: ignore[arg-type]
+    export(request)
+    return output
+
+
+def check(folder: Path, tensors: Tensors, ratios: Mapping[str, float] = UNET_RATIOS, **asked: object) -> Path:
+    """Bake a UNet and hold it against the oracle."""
+    base = makers.write(folder / "base.safetensors", tensors)
+    output = bake(base, ratios, **asked)
+    oracle.hold(base, output, oracle.expect([tensors], ratios, ("attn", "ff")))
+    return output
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("table", geometry_tables.names())
+def test_every_model_in_every_dtype(table: str, dtype: str, tmp_path: Path) -> None:
+    tensors = makers.tiny(table, dtype)
+    ratios = DIT_RATIOS if is_dit(table) else UNET_RATIOS
+    base = makers.write(tmp_path / "base.safetensors", tensors)
+    output = bake(base, ratios)
+    expected = oracle.expect([tensors], ratios, default_kinds(table), dit=is_dit(table))
+    assert expected.slices
+    assert all(expected.pruned.values())
+    oracle.hold(base, output, expected)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("table", ["sd15.diffusers-unet", "sdxl.diffusers-unet", "sd35-medium.diffusers-transformer"])
+def test_the_public_code_gives_the_same_but_for_the_sign_of_zero(table: str, dtype: str, tmp_path: Path) -> None:
+    tensors = makers.tiny(table, dtype)
+    ratios = DIT_RATIOS if is_dit(table) else UNET_RATIOS
+    baked = makers.read(bake(makers.write(tmp_path / "base.safetensors", tensors), ratios))
+    reference = prune_dit(tensors, 0.37) if is_dit(table) else prune_unet(tensors, ratios)
+    assert baked.keys() == tensors.keys()
+    for name, (_, _, data) in baked.items():
+        if name not in reference:
+            assert data == tensors[name][2], name
+            continue
+        theirs = bits(reference[name])
+        negative_zero = theirs == theirs.dtype.type(1 << (theirs.itemsize * 8 - 1))
+        assert data == np.where(negative_zero, 0, theirs).astype(theirs.dtype).tobytes(), name
+
+
+def as_torch(tensors: Tensors, name: str) -> torch.Tensor:
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    dtype, shape, data = tensors[name]
+    return torch.frombuffer(bytearray(data), dtype=kinds[dtype]).reshape(shape)
+
+
+def bits(tensor: torch.Tensor) -> NDArray[np.unsignedinteger]:
+    found: NDArray[np.unsignedinteger] = tensor.view(torch.uint8).numpy().view(f"<u{tensor.element_size()}")
+    return found.reshape(-1)
+
+
+def prune_unet(tensors: Tensors, ratios: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """`prune_by_ratio` of the public code: one kthvalue over all of a group, then a product with the mask."""
+    pruned: dict[str, torch.Tensor] = {}
+    for start, group in REFERENCE_GROUPS.items():
+        layers = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+        layers = [n for n in layers if n.startswith(start) and ("attn" in n or "ff" in n) and "attn2" not in n]
+        own = {f"{n}.weight": as_torch(tensors, f"{n}.weight") for n in layers}
+        every = torch.cat([w.abs().flatten() for w in own.values()])
+        threshold = torch.kthvalue(every, int(every.numel() * ratios[group])).values
+        pruned |= {name: w.mul_(w.abs() > threshold) for name, w in own.items()}
+    return pruned
+
+
+def prune_dit(tensors: Tensors, ratio: float) -> dict[str, torch.Tensor]:
+    """`prune_magnitude` of the public code: a kthvalue for each layer."""
+    pruned = {}
+    for name in tensors:
+        layer = name.removesuffix(".weight")
+        if layer == name or not layer.endswith(REFERENCE_TAILS):
+            continue
+        weight = as_torch(tensors, name)
+        threshold = torch.kthvalue(weight.abs().flatten(), int(weight.numel() * ratio)).values
+        pruned[name] = weight.mul_(weight.abs() > threshold)
+    return pruned
+
+
+# Hostile content
+
+
+def patterns(magnitudes: NDArray[np.int64], dtype: str, rng: np.random.Generator) -> bytes:
+    """Magnitude patterns with random signs."""
+    size = oracle.FORMATS[dtype].size
+    sign = rng.integers(0, 2, len(magnitudes)) << (size * 8 - 1)
+    return (magnitudes | sign).astype(f"<u{size}").tobytes()
+
+
+def ties(rng: np.random.Generator, dtype: str, count: int) -> NDArray[np.int64]:
+    """Five magnitudes, neighbours among them."""
+    middle = oracle.FORMATS[dtype].finite // 2
+    return rng.choice(np.array([1, middle - 1, middle, middle + 1, middle + 3]), count)
+
+
+def all_equal(rng: np.random.Generator, dtype: str, count: int) -> NDArray[np.int64]:
+    return np.full(count, oracle.FORMATS[dtype].finite // 3)
+
+
+def zeros(rng: np.random.Generator, dtype: str, count: int) -> NDArray[np.int64]:
+    return np.zeros(count, np.int64)
+
+
+def mostly_zero(rng: np.random.Generator, dtype: str, count: int) -> NDArray[np.int64]:
+    """As a checkpoint that was pruned before: fewer weights are left than the ratios ask to prune."""
+    return rng.integers(0, oracle.FORMATS[dtype].finite, count) * (rng.random(count) < 0.3)
+
+
+def subnormal(rng: np.random.Generator, dtype: str, count: int) -> NDArray[np.int64]:
+    return rng.integers(0, (1 << oracle.FORMATS[dtype].mantissa) + 2, count)
+
+
+def anything(rng: np.random.Generator, dtype: str, count: int) -> NDArray[np.int64]:
+    return rng.integers(0, oracle.FORMATS[dtype].finite, count)
+
+
+def largest(rng: np.random.Generator, dtype: str, count: int) -> NDArray[np.int64]:
+    return oracle.FORMATS[dtype].finite - 1 - rng.integers(0, 3, count)
+
+
+def carries(rng: np.random.Generator, dtype: str, count: int) -> NDArray[np.int64]:
+    """Around multiples of 2**15, where the two levels of a float32 histogram meet."""
+    step = min(1 << 15, oracle.FORMATS[dtype].finite // 4)
+    return step * rng.integers(1, 4, count) + rng.integers(-2, 3, count)
+
+
+Fill = Callable[[np.random.Generator, str, int], NDArray[np.int64]]
+FILLS: tuple[Fill, ...] = (ties, all_equal, zeros, mostly_zero, subnormal, anything, largest, carries)
+
+
+def demo(fill: Fill, dtypes: Sequence[str], seed: int = 0) -> dict[str, tuple[str, Shape, bytes]]:
+    """The demo UNet with `fill` in every float tensor; tensors get the dtypes by turns."""
+    rng = np.random.default_rng(seed)
+    made = {}
+    for number, (name, (own, shape)) in enumerate(makers.narrow(DEMO, 4).items()):
+        dtype = dtypes[number % len(dtypes)] if own in oracle.FORMATS else own
+        made[name] = dtype, shape, patterns(fill(rng, dtype, int(np.prod(shape))), dtype, rng)
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fill", FILLS, ids=lambda fill: fill.__name__)
+def test_hostile_weights(fill: Fill, dtype: str, tmp_path: Path) -> None:
+    check(tmp_path, demo(fill, [dtype]))
+
+
+@pytest.mark.parametrize("fill", FILLS, ids=lambda fill: fill.__name__)
+@pytest.mark.parametrize("turn", range(len(DTYPES)))
+def test_mixed_dtypes_share_one_threshold(fill: Fill, turn: int, tmp_path: Path) -> None:
+    check(tmp_path, demo(fill, DTYPES[turn:] + DTYPES[:turn], seed=turn))
+
+
+def counts(tensors: Tensors) -> dict[str, int]:
+    return oracle.expect([tensors], dict.fromkeys(UNET_RATIOS, 0.0), ("attn", "ff")).total
+
+
+# Of each group's count n: the ratio, and the k that it must give.
+RANKS: Mapping[str, tuple[Callable[[int], float], Callable[[int], int]]] = {
+    "zero": (lambda n: 0.0, lambda n: 0),
+    "a-half": (lambda n: 0.5 / n, lambda n: 0),
+    "just-below-one": (lambda n: float(np.nextafter(1 / n, 0)), lambda n: int(n * float(np.nextafter(1 / n, 0)))),
+    "one": (lambda n: 1.0 / n, lambda n: int(n * (1.0 / n))),
+    "one-and-a-half": (lambda n: 1.5 / n, lambda n: 1),
+    "most": (lambda n: 0.999, lambda n: int(n * 0.999)),
+    "all-but-one": (lambda n: float(np.nextafter(1.0, 0)), lambda n: n - 1),
+}
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "F8_E4M3"])
+@pytest.mark.parametrize("rank", RANKS)
+def test_extreme_ratios(rank: str, dtype: str, tmp_path: Path) -> None:
+    tensors = demo(anything, [dtype])
+    ratio, k = RANKS[rank]
+    ratios = {group: ratio(n) for group, n in counts(tensors).items()}
+    output = check(tmp_path, tensors, ratios)
+    said = oracle.read(output).metadata
+    for group, n in counts(tensors).items():
+        assert (said[f"crdiff.threshold.{group}"] == "none") == (k(n) == 0)
+        assert int(said[f"crdiff.pruned.{group}"]) >= k(n)
+
+
+def test_a_group_with_ratio_0_keeps_its_negative_zeros(tmp_path: Path) -> None:
+    tensors = demo(zeros, ["F16"])
+    output = check(tmp_path, tensors, {"down": 0.5, "mid": 0.0, "up": 0.5})
+    baked = makers.read(output)
+    mid = next(name for name in tensors if name.startswith("mid_block") and name.endswith("attn1.to_q.weight"))
+    assert baked[mid] == tensors[mid]
+    assert b"\x00\x80" in baked[mid][2]
+
+
+def test_one_ratio_for_all_groups(tmp_path: Path) -> None:
+    tensors = demo(anything, ["F16"])
+    base = makers.write(tmp_path / "base.safetensors", tensors)
+    output = bake(base, {}, ratio=0.3)
+    oracle.hold(base, output, oracle.expect([tensors], dict.fromkeys(UNET_RATIOS, 0.3), ("attn", "ff")))
+
+
+def spoil(tensors: dict[str, tuple[str, Shape, bytes]], share: float) -> list[str]:
+    """Put infinities and NaN of all kinds into the targets; their names."""
+    rng = np.random.default_rng(5)
+    names = []
+    for piece in oracle.expect([tensors], dict.fromkeys(UNET_RATIOS, 0.0), ("attn", "ff")).slices:
+        dtype, shape, data = tensors[piece.tensor]
+        form = oracle.FORMATS[dtype]
+        raw = np.frombuffer(data, f"<u{form.size}").astype(np.int64)
+        lost = rng.random(len(raw)) < share
+        width = form.size * 8 - 1
+        spoiled = rng.integers(form.finite, 1 << width, int(lost.sum())) | (rng.integers(0, 2, lost.sum()) << width)
+        spoiled[::3] = form.finite  # infinity, or the only NaN
+        raw[lost] = spoiled
+        tensors[piece.tensor] = dtype, shape, raw.astype(f"<u{form.size}").tobytes()
+        names += [piece.tensor] if lost.any() else []
+    return names
+
+
+@pytest.mark.parametrize("share", [0.01, 0.6, 1.0], ids=["few", "more-than-the-ratio-keeps", "all"])
+@pytest.mark.parametrize("dtypes", [[dtype] for dtype in DTYPES] + [list(DTYPES)], ids="-".join)
+def test_weights_that_are_no_numbers_stay_where_that_is_allowed(
+    dtypes: list[str], share: float, tmp_path: Path
+) -> None:
+    tensors = demo(anything, dtypes)
+    spoil(tensors, share)
+    output = check(tmp_path, tensors, {"down": 0.1, "mid": 0.5, "up": 0.9}, allow_nonfinite=True)
+    assert int(oracle.read(output).metadata["crdiff.nonfinite.mid"]) > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_that_are_no_numbers_are_refused_by_name(dtype: str, tmp_path: Path) -> None:
+    tensors = demo(anything, [dtype])
+    names = spoil(tensors, 0.001)
+    assert len(names) > 3
+    base = makers.write(tmp_path / "base.safetensors", tensors)
+    with pytest.raises(PlanError) as refusal:
+        bake(base, UNET_RATIOS)
+    for name in sorted(names)[:3]:
+        assert name in str(refusal.value)
+    assert f"and {len(names) - 3} more" in str(refusal.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
+
+
+def test_what_is_no_number_elsewhere_is_none_of_our_business(tmp_path: Path) -> None:
+    tensors = demo(anything, ["F16"])
+    tensors["conv_in.bias"] = ("F16", (8,), np.array([np.inf, -np.inf, *[np.nan] * 6], "<f2").tobytes())
+    check(tmp_path, tensors)
+
+
+# Places
+
+
+def between(tensors: Tensors, odd: int) -> dict[str, tuple[str, Shape, bytes]]:
+    """The tensors with others of an odd length, scalars and empty ones between them, so that targets lie anywhere."""
+    made: dict[str, tuple[str, Shape, bytes]] = {"first.scalar": ("F32", (), b"\x01\x02\x03\x04")}
+    for number, (name, tensor) in enumerate(tensors.items()):
+        made[f"odd.{number}"] = "U8", (odd,), bytes(range(1, odd + 1))
+        made[f"empty.{number}"] = "F16", (0, 4), b""
+        made[name] = tensor
+    return made
+
+
+@pytest.mark.parametrize("odd", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtypes", [["F16"], ["F32"], ["BF16"], ["F8_E5M2"], list(DTYPES)], ids="-".join)
+def test_weights_at_any_place(dtypes: list[str], odd: int, tmp_path: Path) -> None:
+    tensors = between(demo(anything, dtypes), odd)
+    starts = {entry.start % 4 for entry in oracle.read(makers.write(tmp_path / "x.safetensors", tensors)).entries}
+    assert starts & {1, 3} or odd == 2
+    check(tmp_path, tensors)
+
+
+def test_a_header_in_another_order_than_the_bytes(tmp_path: Path) -> None:
+    tensors = between(demo(anything, list(DTYPES)), 3)
+    base = makers.write(tmp_path / "base.safetensors", tensors)
+    content = oracle.read(base)
+    shuffled = [content.entries[i] for i in np.random.default_rng(1).permutation(len(content.entries))]
+    entries = {e.name: {"dtype": e.dtype, "shape": e.shape, "data_offsets": [e.start, e.stop]} for e in shuffled}
+    base.write_bytes(makers.frame(json.dumps(entries).encode()) + content.data)
+    output = bake(base, UNET_RATIOS)
+    oracle.hold(base, output, oracle.expect([tensors], UNET_RATIOS, ("attn", "ff")))
+    assert [e.name for e in oracle.read(output).entries] == [e.name for e in shuffled]
+
+
+def test_shards_and_one_without_a_single_byte(tmp_path: Path) -> None:
+    tensors = demo(anything, list(DTYPES))
+    names = list(tensors)
+    half = len(names) // 2
+    parts: list[dict[str, tuple[str, Shape, bytes]]] = [
+        {name: tensors[name] for name in names[half:]},
+        {"empty": ("F16", (0, 3), b"")},
+        {name: tensors[name] for name in names[:half]},
+    ]
+    folder = tmp_path / "base"
+    folder.mkdir()
+    shards = [f"m-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    for shard, part in zip(shards, parts, strict=True):
+        makers.write(folder / shard, part, {"format": "pt"})
+    weight_map = {name: shard for shard, part in zip(shards, parts, strict=True) for name in part}
+    index = folder / "m.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    export(ExportRequest(str(index), Size(512, 512), tmp_path / "out", ratios=UNET_RATIOS))
+    expected = oracle.expect(parts, UNET_RATIOS, ("attn", "ff"))
+    for number, shard in enumerate(shards):
+        oracle.hold(folder / shard, tmp_path / "out" / shard, expected, number)
+        said = oracle.read(tmp_path / "out" / shard).metadata
+        assert said["crdiff.source.hash_sha256"] == oracle.sha256(folder / shard)
+        assert said["modelspec.hash_sha256"] == oracle.sha256(tmp_path / "out" / shard)
+
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "model.", "net.", "model.model.", "transformer.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("table", ["demo.diffusers-unet", "demo.original-unet", "flux-schnell.diffusers-transformer"])
+def test_prefixes(table: str, prefix: str, tmp_path: Path) -> None:
+    plain = {name.removeprefix("model.diffusion_model."): t for name, t in makers.tiny(table, "F16").items()}
+    tensors = {prefix + name: tensor for name, tensor in plain.items()}
+    ratios = DIT_RATIOS if is_dit(table) else UNET_RATIOS
+    base = makers.write(tmp_path / "base.safetensors", tensors)
+    output = bake(base, ratios)
+    oracle.hold(base, output, oracle.expect([tensors], ratios, default_kinds(table), dit=is_dit(table)))
+    assert oracle.read(output).metadata["crdiff.prefix"] == prefix
+
+
+def test_an_averaged_copy_stays_as_it_is(tmp_path: Path) -> None:
+    tensors = makers.tiny("demo.original-unet", "F16", seed=1)
+    copy = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": tensor for name, tensor in tensors.items()}
+    copy |= {f"model_ema.{name}": tensor for name, tensor in tensors.items()}
+    check(tmp_path, {**copy, **tensors})
+
+
+# Targets
+
+TARGETS = [
+    (table, kinds)
+    for table in geometry_tables.names()
+    if is_dit(table) and not table.startswith(("flux-schnell", "sd35-large"))
+    for kinds in (("attn",), ("ff",), ("attn", "ff"), ("attn2",), ("ff", "attn", "attn2"))
+    if "attn2" not in kinds or table.startswith("sd35-medium")
+]
+
+
+@pytest.mark.parametrize(("table", "kinds"), TARGETS, ids=lambda x: x if isinstance(x, str) else "+".join(x))
+def test_targets_of_transformers(table: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
+    tensors = makers.tiny(table)
+    base = makers.write(tmp_path / "base.safetensors", tensors)
+    output = bake(base, DIT_RATIOS, targets=kinds)
+    expected = oracle.expect([tensors], DIT_RATIOS, kinds, dit=True)
+    oracle.hold(base, output, expected)
+    if kinds == ("attn",) and table.startswith("flux-dev.original"):
+        linear1 = [piece for piece in expected.slices if piece.tensor.endswith("single_blocks.7.linear1.weight")]
+        assert len({expected.thresholds[expected.slices.index(piece)] for piece in linear1}) == 3
+
+
+@pytest.mark.parametrize("kinds", [("attn",), ("ff",)], ids="+".join)
+def test_targets_of_unets(kinds: tuple[str, ...], tmp_path: Path) -> None:
+    tensors = makers.tiny("sd15.original", "F16")
+    base = makers.write(tmp_path / "base.safetensors", tensors)
+    output = bake(base, UNET_RATIOS, targets=kinds)
+    oracle.hold(base, output, oracle.expect([tensors], UNET_RATIOS, kinds))
+
+
+@pytest.mark.parametrize("dtypes", [["F32"], ["BF16", "F8_E4M3", "F32"]], ids="-".join)
+def test_row_slices_of_mixed_dtypes_at_odd_places(dtypes: list[str], tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    tensors: dict[str, tuple[str, Shape, bytes]] = {"odd": ("U8", (3,), b"abc")}
+    for number, (name, (_, shape)) in enumerate(makers.narrow("sd3-medium.original-transformer").items()):
+        dtype = dtypes[number % len(dtypes)]
+        tensors[name] = dtype, shape, patterns(ties(rng, dtype, int(np.prod(shape))), dtype, rng)
+    base = makers.write(tmp_path / "base.safetensors", tensors)
+    output = bake(base, {"blocks": 0.6}, targets=("attn", "ff"))
+    oracle.hold(base, output, oracle.expect([tensors], {"blocks": 0.6}, ("attn", "ff"), dit=True))
+
+
+def test_an_untouched_layer_says_none(tmp_path: Path) -> None:
+    tensors = makers.tiny("sd3-medium.diffusers-transformer")
+    base = makers.write(tmp_path / "base.safetensors", tensors)
+    layers = oracle.expect([tensors], {"blocks": 0.0}, ("attn", "ff"), dit=True).slices
+    # Enough for one weight of the largest layers, for none of the smaller.
+    ratios = {"blocks": 1.0 / max(layer.stop - layer.start for layer in layers)}
+    output = bake(base, ratios, targets=("attn", "ff"))
+    oracle.hold(base, output, oracle.expect([tensors], ratios, ("attn", "ff"), dit=True))
+    assert {"none"} < set(json.loads(oracle.read(output).metadata["crdiff.thresholds"]))
+
+
+# Anything
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    fill=st.sampled_from(FILLS),
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=1, max_size=7),
+    ratios=st.fixed_dictionaries({group: st.floats(0, 0.9999) for group in UNET_RATIOS}),
+    odd=st.integers(1, 9),
+    seed=st.integers(0, 1 << 30),
+    threads=st.integers(1, 3),
+    hashing=st.booleans(),
+)
+def test_any_file(
+    fill: Fill,
+    dtypes: list[str],
+    ratios: dict[str, float],
+    odd: int,
+    seed: int,
+    threads: int,
+    hashing: bool,
+    tmp_path: Path,
+) -> None:
+    tensors = between(demo(fill, dtypes, seed), odd)
+    check(tmp_path, tensors, ratios, threads=threads, hashing=hashing)
+
+
+def test_a_refusal_leaves_what_was_there(tmp_path: Path) -> None:
+    tensors = demo(anything, ["F16"])
+    spoil(tensors, 0.01)
+    (tmp_path / "out.safetensors").write_bytes(b"old")
+    with pytest.raises(CrdiffError):
+        bake(makers.write(tmp_path / "base.safetensors", tensors), UNET_RATIOS)
+    assert (tmp_path / "out.safetensors").read_bytes() == b"old"

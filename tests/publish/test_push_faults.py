@@ -1,0 +1,455 @@
+"""Pushes on a bad day: a Hub that is busy, slow, raced for or wrong, connections that break, and processes that end."""
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import errors
+
+from crdiff_export.errors import HubError
+from crdiff_export.hub.daemon_threads import aside, each
+from crdiff_export.hub.repository import AT_ONCE
+from crdiff_export.hub.retry import patiently
+from tests.hub.test_bases import answer
+from tests.support import hub_runs
+from tests.support.hub_runs import CLIENTS, Client
+from tests.support.loopback_hub import READ_TOKEN, WRITE_TOKEN, LoopbackHub
+from tests.support.publishing import Clients
+from tests.support.pushing import (
+    NAME,
+    PULL,
+    REPO,
+    TITLE,
+    Desk,
+    Made,
+    changed,
+    digest,
+    refused,
+)
+
+UNDONE = "Run it again; what has been transferred is kept."
+NOT_THAT = "Change what it refuses, then run it again."
+XET = "Run it again; what has been transferred is kept, and HF_HUB_DISABLE_XET=1 takes another way."
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made.below(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Clients | None) -> Desk:
+    return Desk(loopback_hub, tmp_path, clients)
+
+
+# --- a Hub that is out of order for a while ---
+
+# The requests that fail once each. What the client does not try again costs one of our own tries.
+OUTAGES: dict[str, tuple[str, ...]] = {
+    "on the way there": (
+        "GET .*/auth-check/write", "POST /api/repos/create", "GET .*/revision/main", "GET .*/tree/", "/preupload/",
+        "/objects/batch", "PUT /lfs/", "/info/lfs/verify", "/commit/main", "GET .*/refs",
+    ),
+    "card and tag": (
+        "GET .*/resolve/.*/README.md", "/validate-yaml", "/paths-info/", "/tag/",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("where", OUTAGES)
+def test_an_outage_passes(where: str, client: Client, desk: Desk, made: Made) -> None:
+    if where == "card and tag":
+        desk.hub.add_repo(REPO, {"README.md": b"# Mine\n"})
+    for number, match in enumerate(OUTAGES[where]):
+        desk.hub.fail(match, status=(503, 502, 500, 504)[number % 4])
+    ran = desk.push(made.one, REPO, "--tag", "v1", client=client, hurry=True)
+    assert ran.code == 0, ran.err
+    assert all(fault.times == 0 for fault in desk.hub.faults._faults)
+    assert "no commit was made" not in ran.out
+    assert desk.titles()[0] == TITLE
+    assert len(desk.titles()) == (2 if where == "card and tag" else 1)
+    assert desk.hub.repo(REPO).tags == {"v1": desk.head()}
+    assert desk.is_whole(made.one)
+    assert [one.received for one in desk.hub.uploads] == [made.one.stat().st_size]
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [({"Retry-After": "7"}, 7.0), ({"RateLimit": '"api";r=0;t=9', "Retry-After": "1"}, 9.0)],
+    ids=["Retry-After", "rate limit"],
+)
+def test_a_busy_hub_says_when(headers: dict[str, str], seconds: float, desk: Desk, made: Made) -> None:
+    desk.hub.add_repo(REPO)
+    desk.hub.fail("/commit/", status=429, headers=headers)
+    assert desk.push(made.one, hurry=True).code == 0
+    assert [one for one in hub_runs.slept(desk.home) if one >= 0.5] == [seconds]
+    assert (desk.titles(), len(desk.hub.uploads)) == ([TITLE], 1)
+
+
+GROWING = [1.0, 2.0, 4.0, 8.0]
+WAITS: dict[str, tuple[Callable[[], BaseException], list[float]]] = {
+    "503": (lambda: answer("HfHubHTTPError", 503), GROWING),
+    "429": (lambda: answer("HfHubHTTPError", 429), GROWING),
+    "in a while": (lambda: answer("HfHubHTTPError", 503, {"Retry-After": "7"}), [7.0] * 4),
+    "at once": (lambda: answer("HfHubHTTPError", 503, {"Retry-After": "0"}), [0.0] * 4),
+    "on a date": (lambda: answer("HfHubHTTPError", 429, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}), GROWING),
+    "some are left": (lambda: answer("HfHubHTTPError", 429, {"RateLimit": '"api";r=3;t=9'}), GROWING),
+    "in an hour": (lambda: answer("HfHubHTTPError", 429, {"Retry-After": "3600"}), []),
+    "never": (lambda: answer("HfHubHTTPError", 429, {"Retry-After": "9" * 400}), GROWING),
+    "raced": (lambda: answer("HfHubHTTPError", 412), [0.0] * 4),
+    "400": (lambda: answer("HfHubHTTPError", 400), []),
+    "broken": (lambda: ConnectionResetError("reset"), GROWING),
+    "late": (lambda: TimeoutError("late"), GROWING),
+    "hf_xet": (lambda: ConnectionError("Network error"), []),
+    "offline": (lambda: errors.OfflineModeIsEnabled("offline"), []),
+    "ours": (lambda: HubError("a", "b"), []),
+}
+
+
+@pytest.mark.parametrize("kind", WAITS)
+@pytest.mark.parametrize("explained", [False, True])
+def test_what_may_pass_is_waited_for(kind: str, *, explained: bool) -> None:
+    make, waits = WAITS[kind]
+    slept: list[float] = []
+
+    def act() -> None:
+        if explained:
+            raise HubError("a", "b") from make()
+        raise make()
+
+    with pytest.raises((HubError, OSError)):
+        patiently(act, slept.append)
+    assert slept == waits
+
+
+def test_work_aside() -> None:
+    assert aside(lambda: 5) == 5
+    assert each(lambda n: n * n, range(50), 4) == [n * n for n in range(50)]
+    assert each(str, [], 4) == []
+    with pytest.raises(ZeroDivisionError):
+        aside(lambda: 1 // 0)
+    done: list[int] = []
+
+    def act(n: int) -> int:
+        done.append(n)
+        return 1 // (n - 3)
+
+    with pytest.raises(ZeroDivisionError):
+        each(act, range(1000), 2)
+    assert len(done) < 1000
+    # Nothing waits for it: a program that uses the package can be interrupted, too.
+    assert aside(lambda: threading.current_thread().daemon)
+
+
+LFS_ERROR = f"Encountered error for file with OID {'a' * 64}: `too large"
+# What always fails, the answer, the code and the end of what is said, and how often it is asked for.
+NEVER: dict[str, tuple[str, dict[str, Any], str, str, int]] = {
+    "busy": ("/commit/", {"status": 429, "headers": {"Retry-After": "1"}}, "the Hub answered 429",
+             "Wait 1 s, then run it again.", 5),
+    "busy for an hour": ("/commit/", {"status": 429, "headers": {"Retry-After": "3600"}}, "the Hub answered 429",
+                         "Wait 3600 s, then run it again.", 1),
+    "broken": ("/commit/", {"status": 500}, "the Hub answered 500", UNDONE, 5),
+    "closed": ("auth-check", {"status": 503}, "the Hub answered 503", UNDONE, 5),
+    "raced": ("/commit/", {"status": 412}, "the Hub answered 412", NOT_THAT, 5),
+    "storage": ("PUT /lfs/", {"status": 503}, "the upload failed", XET, 6),
+    "full": ("/commit/", {"status": 402, "headers": {"X-Error-Message": "Private  storage limit reached"}},
+             "the Hub answered 402: Private storage limit reached", NOT_THAT, 1),
+    "refused": ("/commit/", {"status": 403}, "the Hub answered 403",
+                "The token may not write there: give one that may, or --create-pr to propose the change.", 1),
+    "logged out": ("/commit/", {"status": 401}, "the Hub answered 401",
+                   "Run `hf auth login`, or set HF_TOKEN to a token that is valid and may write there.", 1),
+    "a page": ("/commit/", {"status": 200, "body": b"<html>Log in</html>"}, "somebody else answers in place of the Hub",
+               "Check HF_ENDPOINT, and whether the network wants you to log in.", 1),
+    "a page at once": ("/revision/", {"status": 200, "body": b"<html>Log in</html>"},
+                       "somebody else answers in place of the Hub",
+                       "Check HF_ENDPOINT, and whether the network wants you to log in.", 1),
+    "a card": ("/validate-yaml", {"status": 400, "body": {"errors": [{"message": "no\nlicense"}], "warnings": []}},
+               "the Hub refuses the card: no license", "Mend the front matter of README.md, then run it again.", 1),
+    "a file": ("/objects/batch", {"status": 200, "body": {"objects": [
+                   {"oid": "a" * 64, "size": 5, "error": {"code": 422, "message": "too large"}}]}},
+               f"the Hub refuses the upload: LFS batch API returned errors: {LFS_ERROR}", "Run it again.", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NEVER)
+def test_what_does_not_pass_is_said(kind: str, desk: Desk, made: Made) -> None:
+    match, answer, message, hint, times = NEVER[kind]
+    desk.hub.add_repo(REPO)
+    desk.hub.fail(match, times=99, **answer)
+    client: Client = "oldest" if kind in ("a card", "a file", "busy") else "installed"
+    ran = desk.push(made.one, hurry=times > 1, client=client)
+    refused(ran, 4, f"{REPO}: {message}", hint)
+    assert sum(99 - fault.times for fault in desk.hub.faults._faults) == times
+    assert (desk.titles(), len(desk.hub.uploads)) == ([], int(match == "/commit/"))
+
+
+def test_an_error_is_one_object(desk: Desk, made: Made) -> None:
+    desk.hub.add_repo(REPO)
+    desk.hub.fail("/commit/", times=99, status=500)
+    ran = desk.push(made.one, REPO, "--json", hurry=True)
+    assert (ran.code, ran.out) == (4, "")
+    assert ran.error == {"code": "hub", "message": f"{REPO}: the Hub answered 500", "hint": UNDONE}
+    ran = desk.push(made.one, REPO, "--json", env={"HF_HUB_OFFLINE": "1"})
+    said = {"code": "hub", "message": f"{REPO}: the Hub is off: HF_HUB_OFFLINE is set", "hint": "Unset HF_HUB_OFFLINE."}
+    assert (ran.code, ran.out, ran.error) == (4, "", said)
+
+
+def test_a_bare_result_has_nothing_of_the_clients_troubles(desk: Desk, made: Made) -> None:
+    """It logs every request that it sends again, to signed addresses as well."""
+    desk.hub.add_repo(REPO)
+    for match in ("/preupload/", "PUT /lfs/"):
+        desk.hub.fail(match)
+    ran = desk.push(made.one, REPO, "--json", hurry=True)
+    assert (ran.code, ran.err, ran.result["changed"]) == (0, "", True)
+
+
+def test_what_the_hub_says_of_a_card_is_a_note(desk: Desk, made: Made) -> None:
+    desk.hub.add_repo(REPO)
+    warnings = [{"message": "no licence,\nplease"}, {"message": "no tags"}]
+    desk.hub.fail("/validate-yaml", status=200, body={"errors": [], "warnings": warnings})
+    ran = desk.push(made.one)
+    assert ran.code == 0
+    assert ran.err.splitlines()[-1] == "note: README.md: no licence, please; no tags"
+    assert "Warning" not in ran.err
+
+
+# --- connections that break ---
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "in parts"])
+def test_a_connection_breaks_in_the_middle(client: Client, parts: bool, desk: Desk, made: Made) -> None:
+    size = made.one.stat().st_size
+    if parts:
+        desk.hub.state.part_size = size // 2 + 1
+    desk.hub.add_repo(REPO)
+    desk.hub.drop("PUT /lfs/.*2$" if parts else "PUT /lfs/", after_bytes=1000)
+    ran = desk.push(made.one, hurry=True, client=client)
+    assert ran.code == 0, ran.err
+    assert desk.is_whole(made.one)
+    assert sum(one.received for one in desk.hub.uploads) in range(size, size + 300_000)
+    assert len(desk.hub.uploads) == (3 if parts else 2)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("given", [[], ["--create-pr"]], ids=["main", "pull request"])
+def test_an_answer_is_lost(client: Client, given: list[str], desk: Desk, made: Made) -> None:
+    """The commit is there: nothing is done again, and it is ours."""
+    desk.hub.add_repo(REPO)
+    desk.hub.drop("auth-check")
+    desk.hub.drop_answer("/commit/")
+    ran = desk.push(made.one, REPO, *given, "--json", hurry=True, client=client)
+    assert ran.code == 0
+    assert ran.result["changed"] is True
+    revision = "refs/pr/1" if given else "main"
+    assert ran.result["revision"] == revision
+    assert desk.titles(REPO, revision) == [PULL if given else TITLE]
+    assert len(desk.hub.repo(REPO).pull_requests) == len(given)
+    assert bool(ran.result["pull_request"]) == bool(given)
+    assert (desk.count("/commit/"), len(desk.hub.uploads)) == (1, 1)
+
+
+def test_nobody_answers(desk: Desk, made: Made) -> None:
+    ran = desk.push(made.one, hurry=True, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    refused(ran, 4, f"{REPO}: the Hub cannot be reached", "Check the connection, then run it again.")
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_hub_without_xet_is_explained(client: Client, desk: Desk, made: Made) -> None:
+    desk.hub.add_repo(REPO)
+    ran = desk.push(made.one, xet=True, client=client)
+    refused(ran, 4, f"{REPO}: the Hub's Xet storage does not answer", XET)
+    assert desk.titles() == []
+    assert desk.count("xet-write-token") == 1
+
+
+# --- others who commit at the same time ---
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_somebody_commits_in_between(client: Client, desk: Desk, made: Made) -> None:
+    desk.hub.add_repo(REPO, {"README.md": b"# Mine\n", "x.txt": b"x"})
+    theirs = {"README.md": b"---\nlicense: mit\n---\n# Mine, and more\n", "x.txt": None, "y.txt": b"y"}
+    desk.hub.before("/commit/", lambda: desk.hub.commit(REPO, theirs))
+    ran = desk.push(made.one, REPO, "--json", client=client)
+    assert (ran.code, ran.result["changed"]) == (0, True)
+    assert desk.titles() == [TITLE, "A commit by somebody else", "Add files"]
+    assert desk.names() == {"README.md", "y.txt", NAME}
+    card = desk.hub.read(REPO, "README.md")
+    assert card.startswith(b"---\nlicense: mit\n")
+    assert b"# Mine, and more\n" in card
+    assert b"| [one" in card
+    assert (len(desk.hub.uploads), desk.count("/objects/batch")) == (1, 1)
+    newest, second, *_ = desk.hub.repo(REPO).log()
+    assert changed(newest, second) == {NAME, "README.md"}
+
+
+def test_a_commit_is_being_made(desk: Desk, made: Made) -> None:
+    desk.hub.add_repo(REPO)
+    desk.hub.fail("/commit/", status=409, times=2)
+    ran = desk.push(made.one)
+    assert (ran.code, desk.titles(), len(desk.hub.uploads)) == (0, [TITLE], 1)
+    assert desk.count("/commit/") == 3
+
+
+def test_somebody_takes_it_away_again(desk: Desk, made: Made) -> None:
+    """After the commit, and before it was looked at."""
+    desk.hub.add_repo(REPO)
+    desk.hub.before("/paths-info/", lambda: desk.hub.commit(REPO, {NAME: None}))
+    desk.hub.fail("/paths-info/")
+    ran = desk.push(made.one, REPO, "--json", hurry=True)
+    assert (ran.code, ran.result["changed"]) == (0, True)
+    assert desk.titles() == [TITLE, "A commit by somebody else", TITLE]
+    assert desk.is_whole(made.one)
+
+
+def test_somebody_pushes_the_same_first(desk: Desk, made: Made) -> None:
+    desk.hub.add_repo(REPO)
+    desk.hub.before("/commit/", lambda: desk.hub.commit(REPO, {NAME: made.one}))
+    ran = desk.push(made.one, REPO, "--json")
+    assert (ran.code, ran.result["changed"], ran.result["commit"]) == (0, False, desk.head())
+    assert desk.titles() == ["A commit by somebody else"]
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_the_hub_holds_something_else(client: Client, desk: Desk, made: Made) -> None:
+    """Whether it says so after the commit or in the beginning."""
+    desk.hub.lie_about_sha(NAME)
+    for _ in range(2):
+        ran = desk.push(made.one, client=client)
+        what = f"{REPO}/{NAME}: sent {digest(made.one)}, the Hub holds {'0' * 64} at {desk.head()[:10]}"
+        refused(ran, 3, what, "Do not use what is there; delete it on the Hub, then push again.")
+    assert desk.titles() == [TITLE]
+
+
+def test_three_at_a_time(desk: Desk, made: Made) -> None:
+    """Into a repository that none of them finds: all are there, and all are in the card."""
+    names = [f"{number}.safetensors" for number in range(3)]
+    started = [desk.start(made.one, REPO, "--path-in-repo", name, "--json") for name in names]
+    rans = [hub_runs.finish(process) for process in started]
+    assert [(ran.code, ran.err) for ran in rans] == [(0, "")] * 3
+    assert [ran.result["changed"] for ran in rans] == [True] * 3
+    assert desk.names() == {*names, "README.md"}
+    assert sorted(desk.titles()) == [f"Upload {name} with crdiff" for name in names]
+    assert desk.hub.read(REPO, "README.md").count(b"| [") == 3
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_file_changes_on_the_way(client: Client, desk: Desk, made: Made, tmp_path: Path) -> None:
+    desk.hub.add_repo(REPO)
+    path = tmp_path / NAME
+    shutil.copy(made.one, path)
+    desk.hub.before("/preupload/", lambda: shutil.copy(made.other, path))
+    ran = desk.push(path, client=client)
+    assert (ran.code, ran.out) == (3, "")
+    assert f"{REPO}/{NAME}: sent {digest(made.one)}, the Hub holds {digest(made.other)} at" in ran.err
+
+
+# --- processes that end ---
+
+Held = Callable[[LoopbackHub], Any]
+HOLDS: dict[str, Held] = {
+    "in the middle": lambda hub: hub.hold("PUT /lfs/", after_bytes=50_000),
+    "in a later part": lambda hub: hub.hold("PUT /lfs/.*2$", after_bytes=50_000),
+    "before the commit": lambda hub: hub.hold("/commit/"),
+    "after the commit": lambda hub: hub.hold("/commit/", answer=True),
+    "over Xet": lambda hub: hub.hold("xet-write-token"),
+}
+
+
+def held(desk: Desk, path: Path, hold: Any, *args: object, **how: Any) -> subprocess.Popen[str]:
+    """A push that waits for the Hub at a certain place."""
+    process = desk.start(path, REPO, *args, **how)
+    if not hold.reached.wait(30):
+        process.kill()
+        raise AssertionError(process.communicate())
+    return process
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal")
+@pytest.mark.parametrize(
+    ("where", "given", "client"),
+    [
+        ("in the middle", [], "installed"),
+        ("in a later part", [], "oldest"),
+        ("before the commit", ["--create-pr"], "oldest"),
+        ("after the commit", [], "installed"),
+        ("after the commit", ["--create-pr"], "installed"),
+        ("after the commit", ["--revision", "side"], "oldest"),
+        ("over Xet", [], "installed"),
+    ],
+)
+def test_a_second_run_does_what_a_kill_left(
+    where: str, given: list[str], client: Client, made: Made, tmp_path: Path
+) -> None:
+    with LoopbackHub(tmp_path / "xet" if where == "over Xet" else None) as hub:
+        desk = Desk(hub, tmp_path)
+        hub.add_repo(REPO, {"README.md": b"# Mine\n"})
+        if where == "in a later part":
+            hub.state.part_size = made.one.stat().st_size // 2 + 1
+        token = READ_TOKEN if "--create-pr" in given else WRITE_TOKEN
+        how: Mapping[str, Any] = {"client": client, "token": token, "xet": where == "over Xet"}
+        hold = HOLDS[where](hub)
+        process = held(desk, made.one, hold, *given, **how)
+        process.kill()
+        process.communicate()
+        (hold.release if where == "after the commit" else hold.drop)()
+        ran = desk.push(made.one, REPO, *given, "--json", **how)
+        assert ran.code == 0
+        revision = {"--create-pr": "refs/pr/1", "--revision": "side"}.get(given[0] if given else "", "main")
+        assert (ran.result["revision"], ran.result["changed"]) == (revision, where != "after the commit")
+        assert desk.titles(REPO, revision) == [PULL if "--create-pr" in given else TITLE, "Add files"]
+        assert desk.is_whole(made.one, REPO, revision)
+        assert b"| [one" in hub.read(REPO, "README.md", revision)
+        assert len(hub.repo(REPO).pull_requests) == ("--create-pr" in given)
+        if where != "in the middle":
+            assert len(hub.uploads) <= 4
+        assert not hub.violations
+
+
+SIGNALS: dict[str, tuple[str, Client, int]] = {
+    "SIGTERM in the middle": ("in the middle", "installed", signal.SIGTERM),
+    "SIGINT in the middle": ("in the middle", "oldest", signal.SIGINT),
+    "SIGTERM in a folder": ("folder", "oldest", signal.SIGTERM),
+    "SIGINT in a folder": ("folder", "installed", signal.SIGINT),
+    "SIGTERM over Xet": ("over Xet", "oldest", signal.SIGTERM),
+    "SIGINT over Xet": ("over Xet", "installed", signal.SIGINT),
+    "SIGTERM at a header": ("header", "installed", signal.SIGTERM),
+    "SIGINT at the commit": ("after the commit", "oldest", signal.SIGINT),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signals")
+@pytest.mark.parametrize("case", SIGNALS)
+def test_a_signal_ends_it_at_once(case: str, made: Made, tmp_path: Path) -> None:
+    """Even while the Hub does not answer, and while the client's own threads are at work."""
+    where, client, signum = SIGNALS[case]
+    with LoopbackHub(tmp_path / "xet" if where == "over Xet" else None) as hub:
+        desk = Desk(hub, tmp_path)
+        hub.add_repo(REPO, {f"{n}.safetensors": made.other for n in range(9)} if where == "header" else {})
+        if where == "header":  # all that are asked for at once
+            hold = [hub.hold("GET .*/resolve/.*safetensors") for _ in range(AT_ONCE)][-1]
+        else:
+            hold = HOLDS.get(where, HOLDS["in the middle"])(hub)
+        process = held(desk, made.pipe if where == "folder" else made.one, hold, client=client, xet=where == "over Xet")
+        process.send_signal(signum)
+        ran = hub_runs.finish(process, patience=10)
+        word = "interrupted" if signum == signal.SIGINT else "terminated"
+        assert (ran.code, ran.out) == (128 + signum, "")
+        assert ran.err.splitlines()[1:] == [f"crdiff: {word}; nothing half-done was left behind"]
+        assert not hub.violations
+
+
+def test_a_signal_as_json(desk: Desk, made: Made) -> None:
+    desk.hub.add_repo(REPO)
+    process = held(desk, made.one, desk.hub.hold("/commit/"), "--json")
+    process.send_signal(signal.SIGTERM)
+    ran = hub_runs.finish(process, patience=10)
+    assert (ran.code, ran.error["code"]) == (143, "terminated")

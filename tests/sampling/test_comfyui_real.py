@@ -1,0 +1,225 @@
+"""The nodes in a real ComfyUI. `COMFYUI_PATH` names a checkout, `COMFYUI_PYTHON` its Python, if that is not ours."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from crdiff_export import ExportRequest, Size, export
+from crdiff_export.calibrate import CalibrateRequest, calibrate
+from crdiff_export.models import demo
+from crdiff_export.sampling import poa
+from crdiff_export.sampling.comfyui.install import install
+from tests.support import SUPPORT
+
+COMFYUI = os.environ.get("COMFYUI_PATH")
+pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PATH names no ComfyUI")
+
+WEIGHT, WEIGHTS = 1.7, (0.5, 1.7, 3.0)
+TIMESTEPS = [999, 749, 499, 249]
+RATIO = 0.4
+SIZE = Size(96, 64)
+MASKS = ("random:seed=3", "wanda", "obs")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `comfyui_check.py` finds."""
+    assert COMFYUI
+    work = tmp_path_factory.mktemp("comfyui")
+    for folder in ("custom_nodes", "comfy", "checkpoints", "masks"):
+        (work / folder).mkdir()
+    install(work)
+    base = work / "checkpoints" / "demo.safetensors"
+    base.write_bytes(demo.path().read_bytes())
+    (work / "unet.json").write_bytes((demo.config() / "unet" / "config.json").read_bytes())
+    baked = bake(base, base.with_name("baked.safetensors"), poa_weight=1.5)
+    scaled = {k: v * 1.5 if "attn1" in k else v for k, v in safetensors.torch.load_file(base).items()}
+    safetensors.torch.save_file(scaled, base.with_name("other.safetensors"))
+    safetensors.torch.save_file(lora(), work / "lora.safetensors")
+    masked = masks(base, work / "masks")
+    safetensors.torch.save_file(reference(base, baked, masked), work / "reference.safetensors")
+    script = SUPPORT / "comfyui_check.py"
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    ran = subprocess.run([python, str(script), COMFYUI, str(work)], check=False, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def bake(base: Path, output: Path, **options: Any) -> Path:
+    return export(ExportRequest(str(base), SIZE, output, ratio=RATIO, **options)).written.path
+
+
+def masks(base: Path, folder: Path) -> list[Path]:
+    """Files that were not pruned by magnitude; and one that has its residual in it."""
+    request = CalibrateRequest("demo", SIZE, ("wanda", "obs"), folder.parent / "seen.safetensors", limit=2, steps=2)
+    seen = calibrate(request).path
+    made = []
+    for criterion in MASKS:
+        calibration = None if criterion == MASKS[0] else seen
+        output = folder / f"{criterion.partition(':')[0]}.safetensors"
+        made.append(bake(base, output, criterion=criterion, calibration=calibration))
+    bake(base, folder / "embedded.safetensors", criterion=MASKS[0], residual="embed")
+    return made
+
+
+def lora() -> dict[str, Tensor]:
+    """Rank 4, on two pruned layers and on one that is not."""
+    torch.manual_seed(5)
+    made = {}
+    block = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
+    for name, (rows, columns) in {"attn1_to_q": (64, 64), "ff_net_2": (64, 256), "attn2_to_k": (64, 64)}.items():
+        made[f"{block}{name}.lora_up.weight"] = torch.randn(rows, 4)
+        made[f"{block}{name}.lora_down.weight"] = torch.randn(4, columns) / 10
+        made[f"{block}{name}.alpha"] = torch.tensor(4.0)
+    return made
+
+
+def opened(path: Path) -> Any:
+    """A checkpoint's UNet, by diffusers."""
+    config = str(demo.config())
+    return UNet2DConditionModel.from_single_file(
+        str(path), config=config, subfolder="unet", local_files_only=True, torch_dtype=torch.float32
+    )
+
+
+def reference(base: Path, baked: Path, masked: list[Path]) -> dict[str, Tensor]:
+    """What diffusers makes of the same noise: Euler steps with guidance 2."""
+    unet = opened(base)
+    torch.manual_seed(0)
+    given = {"noise": torch.randn(1, 4, 8, 12), "cond": torch.randn(1, 77, 64), "uncond": torch.randn(1, 77, 64)}
+    sigmas = schedule()
+    made = {**given, "sigmas": sigmas, "dense": euler(unet, given, sigmas)}
+    with poa.enabled(unet, baked, WEIGHT):
+        made["poa"] = euler(unet, given, sigmas)
+    made["part"] = euler(unet, given, sigmas, {1: baked, 2: baked})
+    for path in masked:
+        # Of two UNets, with nothing of ours.
+        pruned = opened(path)
+        for weight in WEIGHTS:
+            made[f"{path.stem} {weight}"] = euler(two(unet, pruned, dict.fromkeys(TIMESTEPS, weight)), given, sigmas)
+        inside = dict.fromkeys(TIMESTEPS, 0.0) | dict.fromkeys(TIMESTEPS[1:3], WEIGHT)
+        made[f"{path.stem} part"] = euler(two(unet, pruned, inside), given, sigmas)
+    return {name: tensor.contiguous() for name, tensor in made.items()}
+
+
+def two(dense: Any, pruned: Any, weights: Mapping[int, float]) -> Any:
+    """The formula, of two models."""
+
+    def predict(x: Tensor, timestep: int, context: Tensor) -> Any:
+        w = weights[timestep]
+        first, second = (unet(x, timestep, context).sample for unet in (dense, pruned))
+        return SimpleNamespace(sample=(1 - w) * first + w * second)
+
+    return predict
+
+
+def schedule() -> Tensor:
+    """The sigmas of SD1's timesteps."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    kept = torch.cumprod(1 - betas, 0)
+    every = ((1 - kept) / kept) ** 0.5
+    return torch.cat((every[TIMESTEPS], every.new_zeros(1))).float()
+
+
+@torch.no_grad()
+def euler(unet: Any, given: dict[str, Tensor], sigmas: Tensor, only: dict[int, Path] | None = None) -> Tensor:
+    """Sample; with `only` POA is on at these steps."""
+    x = given["noise"] * (1 + sigmas[0] ** 2) ** 0.5
+    for step, timestep in enumerate(TIMESTEPS):
+        if only and step in only:
+            poa.enable(unet, only[step], WEIGHT)
+        scaled = x / (1 + sigmas[step] ** 2) ** 0.5
+        cond, uncond = (unet(scaled, timestep, given[name]).sample for name in ("cond", "uncond"))
+        noise = uncond + 2.0 * (cond - uncond)
+        x = x + noise * (sigmas[step + 1] - sigmas[step])
+        poa.disable(unet) if only else None
+    return x / 0.18215  # as ComfyUI gives latents back
+
+
+# Different kernels and orders of sums; what is the same in the same way is equal bit by bit.
+CLOSE = 1e-4
+
+
+def test_the_node_loads(results: dict[str, Any]) -> None:
+    assert results["loaded"] is True
+
+
+def test_like_diffusers(results: dict[str, Any]) -> None:
+    apart = {name: far for name, far in results.items() if name.startswith("diffusers ")}
+    assert len(apart) == 3 + len(MASKS) * (len(WEIGHTS) + 1)
+    assert max(apart.values()) < CLOSE, apart
+
+
+def test_it_does_something(results: dict[str, Any]) -> None:
+    moves = {name: far for name, far in results.items() if name.endswith(" moves the result")}
+    assert len(moves) == 2 + len(MASKS)
+    assert min(moves.values()) > 0.001, moves
+
+
+def test_like_two_models(results: dict[str, Any]) -> None:
+    """With one model in memory just what two models with these weights give, bit by bit; and nothing is left behind."""
+    apart = ("diffusers", "moves", "rounded")
+    same = {k: v for k, v in results.items() if isinstance(v, float) and not any(word in k for word in apart)}
+    assert len(same) > 250
+    assert {name: value for name, value in same.items() if value} == {}
+
+
+def test_a_lora_is_rounded_as_with_little_memory(results: dict[str, Any]) -> None:
+    """ComfyUI would add it in float32 and round the weights, where there is memory for them."""
+    rounded = {name: value for name, value in results.items() if "rounded" in name}
+    assert len(rounded) == 3 * (1 + len(MASKS))
+    assert max(value for name, value in rounded.items() if name.startswith("float16")) < 0.001
+    assert max(rounded.values()) < 0.1
+
+
+ANOTHER = "are not those of 'demo.safetensors'"
+PRUNED = "holds the pruned weights of"
+SPARSE = "prunes are zero in the model already"
+ERRORS = {
+    "pruned model": PRUNED,
+    "other model": ANOTHER,
+    "two fit": "2 of ComfyUI's models were made from the loaded one by crdiff: again.safetensors, baked.safetensors",
+    "none fits": "none of ComfyUI's models was made from the loaded one",
+    "pruned model, found": PRUNED,
+    "not baked": "not made by crdiff",
+    "no file": "gone.safetensors: is not among ComfyUI's models",
+    "bad start": "Give fractions with 0 <= start < stop <= 1.",
+    "no guider": "Use a sampler node",
+    "random.safetensors, pruned model": PRUNED,
+    "wanda.safetensors, pruned model": PRUNED,
+    "obs.safetensors, pruned model": PRUNED,
+    "embedded.safetensors, pruned model": ", which `crdiff restore` makes from it, and choose the baked file",
+    "random.safetensors, other model": ANOTHER,
+    "wanda.safetensors, other model": ANOTHER,
+    "obs.safetensors, other model": ANOTHER,
+    "embedded.safetensors, other model": ANOTHER,
+    "random.safetensors, pruned by magnitude": ANOTHER,
+    "wanda.safetensors, pruned by magnitude": ANOTHER,
+    "obs.safetensors, pruned by magnitude": SPARSE,
+    "several fit": "4 of ComfyUI's models were made from the loaded one by crdiff: baked.safetensors, embedded.",
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(results: dict[str, Any], name: str) -> None:
+    assert ERRORS[name] in results[name]
+
+
+def test_information(results: dict[str, Any]) -> None:
+    assert "baked.safetensors" in results["choices"]
+    assert "demo.safetensors" not in results["choices"]
+    assert "POA weight: 1.5" in results["info"]
+    assert "tuned by nobody" in results["info"]

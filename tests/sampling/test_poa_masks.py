@@ -1,0 +1,180 @@
+"""What the masks of POA say of weights in memory, against files, converters that are not ours, and brute force."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers.loaders import single_file_utils as converters
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+from crdiff_export import ExportRequest, Size, export
+from crdiff_export.errors import PoaError
+from crdiff_export.formats import dtypes as floats
+from crdiff_export.sampling.poa import Schedule, from_baked, mix
+from crdiff_export.sampling.poa.masks import Cut, Part, dtypes, holds, prune
+from tests.support import makers
+
+PREFIX = "model.diffusion_model."
+
+
+def unet_config(table: str) -> dict[str, Any]:
+    levels = 3 if table == "sdxl" else 4
+    types = ["CrossAttnDownBlock2D"] * levels
+    added = {"class_embed_type": None, "addition_embed_type": "text_time"} if "sdxl" in table else {}
+    return {
+        "layers_per_block": 2,
+        "down_block_types": types,
+        "up_block_types": types,
+        "class_embed_type": None,
+        **added,
+    }
+
+
+def converted(table: str, path: Path) -> dict[str, torch.Tensor]:
+    """The weights by diffusers' names, as diffusers converts them."""
+    weights = safetensors.torch.load_file(path)
+    if table.startswith("sd3"):
+        found = converters.convert_sd3_transformer_checkpoint_to_diffusers(weights)
+    else:
+        found = converters.convert_ldm_unet_checkpoint(weights, unet_config(table))
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("table", "targets"),
+    [
+        ("sd15.original", None), ("sd21.original", None), ("sdxl.original", None), ("sdxl-refiner.original", None),
+        ("sd3-medium.original-transformer", ("ff", "attn")),
+        ("sd35-medium.original-transformer", ("ff", "attn", "attn2")),
+        ("sd35-large.original-transformer", None),
+    ],
+)  # fmt: skip
+def test_they_fit_what_diffusers_makes_of_an_original_file(
+    table: str, targets: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    """Base and baked file, converted by diffusers: pruned by the masks, the first is the second."""
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny(table, "F32"))
+    output = export(ExportRequest(str(base), Size(512, 512), tmp_path / "out.safetensors", ratio=0.4, targets=targets))
+    masks = from_baked(output.written.path).masks
+    dense, pruned = converted(table, base), converted(table, output.written.path)
+    changed = {name for name in dense if not torch.equal(dense[name], pruned[name])}
+    assert changed == masks.diffusers.keys()
+    for name, cuts in masks.diffusers.items():
+        assert torch.equal(prune(dense[name], cuts), pruned[name]), name
+
+
+@pytest.mark.parametrize(
+    "table", ["sd15.original", "sdxl.original", "sd35-medium.original-transformer", "flux-dev.original-transformer"]
+)
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_they_fit_the_original_layout(table: str, dtype: str, tmp_path: Path) -> None:
+    """Fused tensors included, whose parts have thresholds of their own."""
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny(table, dtype))
+    kinds = ("ff", "attn") if "transformer" in table else None
+    output = export(ExportRequest(str(base), Size(512, 512), tmp_path / "out.safetensors", ratio=0.4, targets=kinds))
+    masks = from_baked(output.written.path).masks
+    dense, pruned = safetensors.torch.load_file(base), safetensors.torch.load_file(output.written.path)
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in dense) else ""
+    for name, weight in dense.items():
+        cuts = masks.original.get(name.removeprefix(prefix), ())
+        assert torch.equal(prune(weight, cuts) if cuts else weight, pruned[name]), name
+
+
+def whole(part: Part) -> Part:
+    """A cut of a fused weight's part as one of a weight of its own."""
+    assert isinstance(part, Cut)
+    return replace(part, start=0, stop=part.stop - part.start)
+
+
+def test_either_layout_of_flux_gives_the_same_masks(tmp_path: Path) -> None:
+    """The names and parts of FLUX.1 in diffusers, written down again."""
+    tensors = makers.tiny("flux-dev.original-transformer", "F32")
+    base = makers.write(tmp_path / "base.safetensors", tensors)
+    output = export(ExportRequest(str(base), Size(512, 512), tmp_path / "out.safetensors", ratio=0.4,
+                                  targets=("ff", "attn")))  # fmt: skip
+    masks = from_baked(output.written.path).masks
+    expected: dict[str, Part] = {}
+    for i in range(19):
+        block, single = f"double_blocks.{i}.img_", f"transformer_blocks.{i}."
+        qkv = masks.original[f"{block}attn.qkv.weight"]
+        expected |= {f"{single}attn.to_{x}.weight": whole(cut) for x, cut in zip("qkv", qkv, strict=True)}
+        expected[f"{single}attn.to_out.0.weight"] = whole(masks.original[f"{block}attn.proj.weight"][0])
+        expected[f"{single}ff.net.0.proj.weight"] = whole(masks.original[f"{block}mlp.0.weight"][0])
+        expected[f"{single}ff.net.2.weight"] = whole(masks.original[f"{block}mlp.2.weight"][0])
+    for i in range(38):
+        parts = masks.original[f"single_blocks.{i}.linear1.weight"]
+        own = f"single_transformer_blocks.{i}.attn.to_"
+        expected |= {f"{own}{x}.weight": whole(cut) for x, cut in zip("qkv", parts, strict=True)}
+    assert {name: cuts[0] for name, cuts in masks.diffusers.items()} == expected
+
+
+LOADED = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@st.composite
+def rankings(draw: st.DrawFn) -> tuple[str, int]:
+    """A dtype and a magnitude of it."""
+    dtype = draw(st.sampled_from(sorted(floats.FORMATS)))
+    pattern = draw(st.integers(0, floats.FORMATS[dtype].first_nonfinite - 1))
+    return dtype, pattern if dtype == "F32" else int(floats.scale(dtype)[pattern])
+
+
+@given(rankings(), st.sampled_from(LOADED), st.lists(st.floats(width=32, allow_nan=False), max_size=8))
+def test_a_limit_goes_with_the_rounding_of_a_cast(
+    ranking: tuple[str, int], loaded: torch.dtype, values: list[float]
+) -> None:
+    """Cast to fewer bits, the threshold is cast along; with more bits, what rounds to at most the threshold goes."""
+    dtype, bits = ranking
+    cut, threshold = Cut(0, 1, bits, dtype), torch.tensor(floats.value(bits))
+    assume(threshold.to(loaded).isfinite())
+    assume(dtype == "F32" or floats.scale(dtype)[floats.limit(dtype, bits) + 1] < floats.INFINITY)  # the largest of all
+    limit = cut.limit(loaded)
+    assert torch.tensor(limit, dtype=loaded).item() == limit
+    around = [torch.nextafter(torch.tensor(limit), torch.tensor(to)) for to in (-math.inf, math.inf)]
+    weights = torch.tensor([float(threshold), limit, *map(float, around), *values, *(v / 1e30 for v in values)])
+    weights = weights.to(loaded)
+    weights = weights[weights.isfinite()]
+    seen = weights.float().to(dtypes()[dtype]).float() if holds(loaded, dtype) else weights.float()
+    bound = threshold if holds(loaded, dtype) else threshold.to(loaded).float()
+    kept = weights[(seen.abs() > bound) | ~seen.isfinite()]
+    found = prune(weights, (replace(cut, stop=len(weights)),))
+    assert torch.equal(found[found != 0], kept)
+
+
+def test_what_is_pruned_is_positive_zero_and_what_is_not_finite_stays() -> None:
+    weights = torch.tensor([0.5, -0.5, -0.0, math.nan, math.inf, -math.inf, 0.75, -0.5000001])
+    found = prune(weights, (Cut(0, 8, floats.bits(0.5), "F32"),))
+    assert found.view(torch.int32).tolist()[:3] == [0, 0, 0]
+    assert found[3].isnan()
+    assert found[4:].tolist() == weights[4:].tolist()
+
+
+@given(st.floats(-4, 4), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+def test_the_mix_is_the_formula(weight: float, dtype: torch.dtype) -> None:
+    dense, pruned = torch.randn(2, 64).to(dtype)
+    expected = ((1 - weight) * dense.float() + weight * pruned.float()).to(dtype)
+    found = mix(dense, pruned, weight)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+
+
+def test_the_ends_of_the_mix_are_the_predictions_themselves() -> None:
+    dense, pruned = nn.Parameter(torch.tensor([math.inf, 1.0])), torch.tensor([2.0, math.nan])
+    assert mix(dense, pruned, 0) is dense
+    assert mix(dense, pruned, 1) is pruned
+
+
+def test_a_schedule() -> None:
+    assert Schedule(1.5).constant == 1.5
+    assert Schedule(1.5, stop=0.5).constant is None
+    half = Schedule(lambda fraction: 2 * fraction, 0.25, 0.75)
+    assert [half.at(step / 8) for step in range(8)] == [0, 0, 0.5, 0.75, 1.0, 1.25, 0, 0]
+    with pytest.raises(PoaError, match="the POA weight is 'two'"):
+        Schedule(lambda _: "two").at(0)  # type: ignore[arg-type, return-value]

@@ -1,0 +1,335 @@
+"""`crdiff search`: what people see, what is refused, and that nothing that is finished is ever lost."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+
+from crdiff_export import cli
+from crdiff_export.cli.search import _again
+from crdiff_export.cli.search import search as command
+from crdiff_export.search import engine
+from crdiff_export.search.engine import Finished
+from tests.support import makers
+from tests.support.forks import Forks
+from tests.support.isolation import Crdiff, Ran
+
+Line = Callable[[str], Ran]
+
+LISTED = "Search for ratios."
+QUICK = "--res 48 --limit 4 --held-out-limit 8 --steps 1 --batch 2 --no-native"
+# A scorer that, at one of its calls, does what a user or a machine may do: the picture's brightness is the score.
+JUDGE = """
+import os, signal
+calls = 0
+def score(images, prompts):
+    global calls
+    calls += 1
+    if calls == int(os.environ.get("AT", 0)):
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+    return [sum(image.convert("L").tobytes()) / 1e5 + 1e-9 * len(prompt) for image, prompt in zip(images, prompts)]
+"""
+RUN = f"from crdiff_export import commands; commands.COMMANDS['search'] = {LISTED!r}; commands.main()"
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def line(crdiff: Crdiff, here: Path, monkeypatch: pytest.MonkeyPatch) -> Line:
+    monkeypatch.setitem(cli.COMMANDS, "search", LISTED)
+    return lambda text: crdiff(*shlex.split(text))
+
+
+@pytest.fixture
+def judge(here: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """A scorer of this test's own: modules are imported once."""
+    name = f"judge_{abs(hash(request.node.name))}"
+    (here / f"{name}.py").write_text(JUDGE)
+    yield_name = f"{name}:score"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return yield_name
+
+
+def told(journal: Path, name: str = "demo-48x48") -> list[tuple[object, ...]]:
+    """A search's history apart from who made it and when."""
+    with engine.load_study(journal, name) as study:
+        found: tuple[Finished, ...] = engine.history(study)
+    return [(one.place, one.state, one.candidate, one.value, dict(one.scores)) for one in found]
+
+
+# --- what people see ---
+
+
+def test_lines_facts_table_and_files(line: Line, here: Path) -> None:
+    ran = line(f"search demo {QUICK} --trials 3 -o a.toml -o a.html --pictures-of-best best.png")
+    assert ran.code == 0, ran.err
+    err = ran.err.splitlines()
+    assert "note: a trial is 4 pictures of 4 prompts, the check 8 of 8; on cpu in fp32" in err
+    trials = [text for text in err if text.startswith("trial ")]
+    assert [text.split(":")[0] for text in trials] == ["trial 0", "trial 1", "trial 2"]
+    assert trials[0].startswith("trial 0: dense: 0.")
+    assert trials[1].startswith("trial 1: down 0.839, mid 0.654, up 0.316: 0.")
+    assert all(" of 3 over, best 0." in text for text in trials)
+    out = ran.out.splitlines()
+    assert out[0].split() == ["base:", "demo", "(demo)", "at", "48x48"]
+    assert (here / "a.journal").exists()
+    written = [name for name in ("a.toml", "a.html", "best.png") if (here / name).exists()]
+    assert out[-len(written) :] == written
+    assert out[-len(written) - 1].startswith("on 8 held-out prompts, " if "a.toml" in written else "the dense model")
+
+
+def test_recipe_is_valid_exports_and_publishes_its_evidence(line: Line, here: Path, judge: str) -> None:
+    """Brightness likes pruning here: what was found is the best by a scorer that knows nothing."""
+    ran = line(f"search demo {QUICK} --scorer {judge} --trials 4 --method sobol --json")
+    assert ran.code == 0, ran.err
+    said = ran.result
+    assert (said["schema"], said["study"], said["storage"]) == (1, "demo-48x48", "demo-48x48.journal")
+    assert [trial["place"] for trial in said["trials"]] == [0, 1, 2, 3]
+    assert said["trials"][said["best"]]["score"] == max(t["score"] for t in said["trials"] if t["score"] is not None)
+    assert said["verdict"] in ("better", "no difference shown"), said["conclusion"]
+    assert said["files"] == ["demo-48x48.toml"]
+    (size,) = said["check"]["sizes"]
+    assert [model["model"] for model in size["models"]] == ["dense", "pruned"]
+    assert len(said["check"]["pairs"]) == 8
+    assert line("recipes validate demo-48x48.toml").code == 0
+    assert line("export demo --res 48 --recipe demo-48x48.toml -o o.safetensors").code == 0
+    shown = line("inspect o.safetensors").out
+    assert "searched (crdiff search: sobol, seed 42, the best of 4 trials" in shown
+    assert "method sobol" in shown
+
+
+def test_a_search_with_another_criterion_says_so_to_the_end(line: Line, here: Path, judge: str) -> None:
+    """Its trials are not another criterion's, its recipe is; an export with another one does not call it searched."""
+    asked = f"search demo {QUICK} --scorer {judge} --trials 3 --method sobol --json -o r.toml"
+    ran = line(f"{asked} --criterion random:seed=1,compare=block")
+    assert ran.code == 0, ran.err
+    assert ran.result["verdict"] in ("better", "no difference shown"), ran.result["conclusion"]
+    other = line(f"{asked} --criterion random:seed=2 --force")
+    assert (other.code, other.out) == (1, "")
+    assert other.error["message"].endswith("criterion was random:seed=1, now random:seed=2")
+    plain = line(f"{asked} --force")
+    assert "criterion was random:seed=1" in plain.error["message"], plain.error
+    assert line("export demo --res 48 --recipe r.toml --criterion random:seed=1 -o own.safetensors").code == 0
+    own = line("inspect own.safetensors --metadata --json").result["metadata"]
+    assert (own["crdiff.provenance"], own["crdiff.evidence.criterion"]) == ("searched", "random:seed=1")
+    assert " with random:seed=1, " in own["crdiff.provenance.source"]
+    assert line("export demo --res 48 --recipe r.toml -o plain.safetensors").code == 0
+    without = line("inspect plain.safetensors --metadata --json").result["metadata"]
+    assert without["crdiff.provenance"] == "starting-point"
+    assert without["crdiff.provenance.source"].endswith("; found with random:seed=1")
+    assert not any(key.startswith("crdiff.evidence") for key in without)
+
+
+def test_uniform_is_nothing_to_search(line: Line) -> None:
+    ran = line(f"search demo {QUICK} --criterion uniform --json")
+    assert ran.code == 2
+    assert ran.error["message"] == "a search finds a ratio for each group, uniform has one for all"
+    assert "crdiff evaluate" in ran.error["hint"]
+
+
+def test_quiet_is_the_files_alone(line: Line, here: Path, judge: str) -> None:
+    ran = line(f"search demo {QUICK} --scorer {judge} --trials 3 -q")
+    assert (ran.code, ran.out, ran.err) == (0, "demo-48x48.toml\n", "")
+
+
+def test_a_worker_leaves_the_check_to_others(line: Line, here: Path) -> None:
+    ran = line(f"search demo {QUICK} --trials 3 -o a.toml --worker")
+    assert ran.code == 0, ran.err
+    assert "this worker checked nothing" in ran.out
+    assert [path.name for path in here.iterdir()] == ["a.journal"]
+    before = told(here / "a.journal")
+    assert line(f"search demo {QUICK} --trials 3 -o a.toml").code == 0
+    assert told(here / "a.journal") == before
+
+
+def test_the_best_being_dense_is_said(line: Line, here: Path) -> None:
+    ran = line(f"search demo {QUICK} --trials 3 --high 1e-9 -o a.toml")
+    assert ran.code == 0, ran.err
+    assert ran.out.splitlines()[-1] == (
+        "the dense model scored highest of 3 trials: there is nothing to recommend, and no recipe was written"
+    )
+    assert not (here / "a.toml").exists()
+    said = line(f"search demo {QUICK} --trials 3 --high 1e-9 -o a.toml --json").result
+    assert (said["verdict"], said["ratios"], said["check"], said["files"]) == ("dense is best", None, None, [])
+
+
+# --- that it goes on ---
+
+
+@pytest.mark.parametrize("number", [3, 8], ids=["second-trial", "last-trial"])
+def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(
+    number: int, line: Line, here: Path, judge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = f"search demo {QUICK} --scorer {judge} --trials 4 --method anneal --poa-range 1 2"
+    monkeypatch.setenv("SIGNAL", "SIGINT")
+    monkeypatch.setenv("AT", str(number))
+    ran = line(f"{words} -o a.toml")
+    assert ran.code == 130
+    over = (number - 1) // 2
+    kept = "1 finished trial" if over == 1 else f"{over} finished trials"
+    message, hint = ran.err.splitlines()[-2:]
+    assert message == f"crdiff: interrupted; {kept} kept in a.journal"
+    assert hint.startswith("  To go on: crdiff search demo --res 48x48 ")
+    assert [place for place, *_ in told(here / "a.journal")] == list(range(over))
+    monkeypatch.setenv("AT", "0")
+    ran = line(hint.removeprefix("  To go on: crdiff "))
+    assert ran.code == 0, ran.err
+    assert line(f"{words} -o b.toml").code == 0
+    assert told(here / "a.journal") == told(here / "b.journal")
+
+
+def test_ctrl_c_in_json(line: Line, here: Path, judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIGNAL", "SIGINT")
+    monkeypatch.setenv("AT", "3")
+    ran = line(f"search demo {QUICK} --scorer {judge} --trials 4 --json")
+    assert ran.code == 130
+    assert ran.error["code"] == "interrupted"
+    assert ran.error["hint"].startswith("To go on: crdiff search demo --res 48x48 ")
+
+
+def test_killed_and_started_again_it_is_as_if_it_had_not_been(
+    line: Line, here: Path, judge: str, drawing: Forks
+) -> None:
+    words = f"search demo {QUICK} --scorer {judge} --trials 5 --method anneal"
+    ran = drawing.start(here, *shlex.split(f"{words} -o a.toml"), env={"SIGNAL": "SIGKILL", "AT": "6"}).end()
+    assert ran.code == -signal.SIGKILL, ran.err
+    assert len(told(here / "a.journal")) == 2
+    again = line(f"{words} -o a.toml")
+    assert again.code == 0, again.err
+    assert "trial 2: its worker died" in again.err
+    assert line(f"{words} -o b.toml").code == 0
+    assert told(here / "a.journal") == told(here / "b.journal")
+    assert (here / "a.toml").read_bytes() == (here / "b.toml").read_bytes()
+
+
+def test_more_trials_go_on_where_it_ended(line: Line, here: Path) -> None:
+    assert line(f"search demo {QUICK} --trials 2 -o a.toml --worker").code == 0
+    before = told(here / "a.journal")
+    ran = line(f"search demo {QUICK} --trials 4 -o a.toml --worker")
+    assert told(here / "a.journal")[:2] == before
+    assert [text.split(":")[0] for text in ran.err.splitlines() if text.startswith("trial")] == ["trial 2", "trial 3"]
+
+
+def test_the_command_that_goes_on_has_no_password() -> None:
+    words = "sdxl --res 512 --storage postgresql://me:s3cret@host/db?password=s3cret --poa-range 1 2 --targets attn,ff"
+    with click.Context(click.Group(), info_name="crdiff") as parent:
+        context = command.make_context("search", [*shlex.split(words), "--no-early-stop", "-o", "a b.toml"], parent)
+        text = _again(context, "postgresql://me:***@host/db")
+    assert "s3cret" not in text
+    assert sorted(shlex.split(text)) == sorted(
+        ["crdiff", "search", "sdxl", "--res", "512x512", "--storage", "postgresql://me:***@host/db", "--poa-range",
+         "1.0", "2.0", "--targets", "attn,ff", "--no-early-stop", "--output", "a b.toml"]
+    )  # fmt: skip
+
+
+# --- what is refused ---
+
+REFUSED = {
+    "no-size": ("search demo", 2, "Missing option '--res'", ""),
+    "no-scorer": ("search {sd15} --res 512 --prompt x", 2, "there is no scorer", "image-reward"),
+    "no-such-scorer": ("search demo --res 48 --scorer beauty", 1, "no scorer is called 'beauty'", "aesthetic"),
+    "no-prompts": ("search {sd15} --res 512 --scorer aesthetic", 2, "there are no prompts", "--prompts FILE"),
+    "one-prompt": ("search demo --res 48 --prompts one.txt", 2, "leaves none for the check", "--held-out FILE"),
+    "no-such-file": ("search demo --res 48 --prompts no.txt", 2, "no.txt: No such file", "one prompt a line"),
+    "seen-prompts": (
+        "search demo --res 48 --prompts two.txt --held-out one.txt", 2, "1 held-out prompts are among", "never saw",
+    ),
+    "two-kinds": ("search demo --res 48 --prompt x --prompts two.txt", 2, "one prompt alone", "Leave out --prompts"),
+    "limit-of-one": ("search demo --res 48 --prompt x --limit 2", 2, "a single prompt has no limit", "--pictures"),
+    "empty-prompt": ("search demo --res 48 --prompt ' '", 2, "a prompt is empty", "what the pictures"),
+    "too-many": ("search demo --res 48 --limit 1000", 2, "prompts that it was not trained on, 1000", "--limit"),
+    "off-grid": ("search demo --res 50", 1, "50x50 does not fit", "Use 48x48"),
+    "paper": ("search demo --res 48 --paper --method tpe", 2, "--paper has its own method", "Leave out --method"),
+    "empty-box": ("search demo --res 48 --low 0.5 --high 0.2", 1, "from 0.5 to 0.2 cannot be searched", "0 to 0.9"),
+    "weight-0": ("search demo --res 48 --poa-range 0 2", 2, "a POA weight of 0 is the dense model", "1 2.5"),
+    "no-method": ("search demo --res 48 --method guess", 2, "'guess' is not one of", ""),
+    "one-trial": ("search demo --res 48 --trials 1", 2, "1 is not in the range", ""),
+    "strange-output": ("search demo --res 48 -o a.jpg", 1, "neither a recipe (TOML)", "a.jpg.toml"),
+    "two-recipes": ("search demo --res 48 -o a.toml -o b.toml", 2, "a search makes one recipe", "one .toml"),
+    "same-name": ("search demo --res 48 -o a.png --pictures-of-best a.png", 2, "a.png: named twice", "another name"),
+    "exists": ("search demo --res 48 -o taken.toml", 1, "taken.toml: already exists", "--force"),
+    "no-folder": ("search demo --res 48 -o no/a.toml", 1, "the folder no does not exist", "Create it"),
+    "no-journal": ("search demo --res 48 --storage two.txt", 1, "not the name of a search's journal", ".journal"),
+    "sqlite": ("search demo --res 48 --storage sqlite:///a.db", 1, "cannot be kept in sqlite", "postgresql://"),
+    "not-a-journal": ("search demo --res 48 --storage odd.journal", 1, "no journal of a search", "left as it is"),
+    "no-server": (
+        "search demo --res 48 --storage postgresql://me:s3cret@127.0.0.1:9/x", 1, "postgresql://me:***@127.0.0.1:9/x",
+        "run the same command once more",
+    ),
+    "not-a-scene": ("search demo --res 48 --prompt fox --pictures 2 --steps 1", 1, "it does not know fox", "Write it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "code", "message", "hint"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused(words: str, code: int, message: str, hint: str, line: Line, here: Path) -> None:
+    (here / "one.txt").write_text("a large red circle on white\n")
+    (here / "two.txt").write_text("a large red circle on white\ntwo red circles on white\n")
+    (here / "taken.toml").write_text("")
+    (here / "odd.journal").write_text("what is this?\n")
+    sd15 = makers.write(here / "sd15.safetensors", makers.tiny("sd15.original"))
+    before = {path.name for path in here.iterdir()}
+    ran = line(words.format(sd15=sd15))
+    assert ran.code == code, ran.err
+    assert message in ran.err
+    assert hint in ran.err
+    assert "Traceback" not in ran.err
+    assert "s3cret" not in ran.err + ran.out
+    assert {path.name for path in here.iterdir()} == before
+
+
+def test_other_settings_are_refused_with_their_names(line: Line, here: Path) -> None:
+    words = "search demo --res 48 --limit 4 --batch 2 -o a.toml --worker --trials 2"
+    assert line(f"{words} --steps 1").code == 0
+    ran = line(f"{words} --steps 2 --noise 9")
+    assert ran.code == 1
+    assert "the search 'demo-48x48' cannot go on with other settings: prompts and seeds was " in ran.err
+    assert "; steps was 1, now 2" in ran.err
+    assert "Repeat what it was begun with, or give the new search another name." in ran.err
+    early = line(f"{words} --steps 1 --seed 5")
+    assert "search seed was 42, now 5" in early.err
+    assert "hashing" not in early.err  # before a weight is read
+    assert line(f"{words} --steps 2 --study other").code == 0
+
+
+def test_help_imports_neither_torch_nor_optuna() -> None:
+    code = f"""{RUN.removesuffix("commands.main()")}
+import sys
+try:
+    commands.main(["search", "--help"])
+except SystemExit as end:
+    assert end.code == 0
+print(sorted({{"torch", "optuna", "numpy", "scipy", "diffusers", "matplotlib"}} & sys.modules.keys()))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
+    assert "--pictures-of-best" in ran.stdout
+
+
+def test_a_terminal_has_a_bar_of_trials(monkeypatch: pytest.MonkeyPatch, line: Line, here: Path) -> None:
+    pty = pytest.importorskip("pty")
+    code = f"{RUN.removesuffix('commands.main()')}commands.main({shlex.split(f'search demo {QUICK} --trials 3')!r})"
+    reader, writer = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=writer, env={**os.environ, "COLUMNS": "120"}
+    )
+    os.close(writer)
+    seen = b""
+    try:
+        while data := os.read(reader, 65536):
+            seen += data
+    except OSError:  # Linux's way to say that nobody writes any more
+        pass
+    os.close(reader)
+    assert process.wait(600) == 0
+    text = seen.decode()
+    assert "trial 2" in text
+    assert "2 of 3 over, best 0." in text
+    assert "trial 1: down" not in text
+    assert "\n" not in text[text.index("0 of 3 over") : text.index("3 of 3 over")]

@@ -1,0 +1,463 @@
+"""A search for ratios on a real pipeline: what a trial measures, what is checked, and what may be said of it."""
+
+import io
+import json
+import re
+import warnings
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crdiff_export import ExportRequest, Size, export
+from crdiff_export.errors import CrdiffError, SearchError
+from crdiff_export.evaluate.findings import DENSE
+from crdiff_export.evaluate.scorers import Score
+from crdiff_export.evaluate.scorers.demo_scorer import judge
+from crdiff_export.models import demo, recipe_files, recipe_toml
+from crdiff_export.models.demo import scenes
+from crdiff_export.progress import Silent
+from crdiff_export.sampling import poa, prompts
+from crdiff_export.search import check as checking
+from crdiff_export.search import (
+    engine,
+    files,
+    page,
+    pairs,
+    plot,
+    report_text,
+    setting,
+)
+from crdiff_export.search.engine import Candidate
+from crdiff_export.search.tuning import (
+    Found,
+    SearchRequest,
+    Standing,
+    Unwatched,
+    finish,
+    prepare,
+    tune,
+    work,
+)
+
+SIZE = Size(48, 48)
+STEPS = 1
+REQUEST = SearchRequest("demo", SIZE, limit=6, held_out_limit=8, trials=5, steps=STEPS, batch=6, early_stop=False)
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("search")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Found:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = tune(replace(REQUEST, outputs=(folder / "a.toml",), sheet=folder / "sheet.html"))
+    torch.set_num_threads(usual)
+    return made
+
+
+# --- what a trial measures ---
+
+
+def drawn(file: Path, some: pairs.Some, source: Path | None = None, weight: float = 1.0) -> list[float]:
+    """The judge's scores of what diffusers draws of a file, with POA where a baked file says of what."""
+    import diffusers
+
+    with warnings.catch_warnings(action="ignore"):
+        pipe = diffusers.StableDiffusionPipeline.from_single_file(
+            str(file), config=str(demo.config()), local_files_only=True
+        )
+    pipe.set_progress_bar_config(disable=True)
+    if source:
+        poa.enable(pipe, source, weight)
+    images = pipe(
+        [prompt for prompt, _ in some], width=SIZE.width, height=SIZE.height, num_inference_steps=STEPS,
+        guidance_scale=demo.GUIDANCE, generator=[torch.Generator().manual_seed(seed) for _, seed in some],
+    ).images  # fmt: skip
+    return [
+        judge(np.asarray(image), scenes.Scene.parse(prompt)).score
+        for image, (prompt, _) in zip(images, some, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("place", [0, 1, 3], ids=["dense", "recipe", "tried"])
+def test_a_trial_scores_what_diffusers_draws_of_a_baked_file(place: int, found: Found, tmp_path: Path) -> None:
+    trial = found.trials[place]
+    file = demo.path()
+    if place:
+        ratios = trial.candidate.by_group
+        file = export(ExportRequest("demo", SIZE, tmp_path / "o.safetensors", ratios=ratios)).written.path
+    scores = drawn(file, found.job.pairs.search)
+    assert [trial.scores[pair] for pair in range(6)] == pytest.approx(scores, abs=1e-9)
+    assert trial.value == pytest.approx(np.mean(scores), abs=1e-9)
+    assert (trial.scores == found.trials[0].scores) == (place == 0)
+
+
+def test_poa_weight_is_searched_and_measured(tmp_path: Path) -> None:
+    request = replace(REQUEST, poa_range=(1.2, 2.5), trials=3, held_out_limit=2, native=False)
+    made = tune(replace(request, outputs=(tmp_path / "p.toml",)))
+    trial = made.trials[2]
+    weight = trial.candidate.poa_weight
+    assert weight
+    assert made.trials[1].candidate.poa_weight == 2.4365  # the recipe's
+    assert 1.2 <= weight <= 2.5
+    ratios = trial.candidate.by_group
+    baked = export(ExportRequest("demo", SIZE, tmp_path / "o.safetensors", ratios=ratios)).written.path
+    scores = drawn(demo.path(), made.job.pairs.search, baked, weight)
+    assert [trial.scores[pair] for pair in range(6)] == pytest.approx(scores, abs=1e-9)
+    if not made.best.candidate.dense:
+        assert made.variant
+        assert made.variant.evidence
+        assert made.variant.poa_weight == pytest.approx(made.best.candidate.poa_weight, abs=1e-4)
+        assert made.variant.evidence.extra["poa"] == pytest.approx(made.finding.mean.value, rel=1e-4)  # type: ignore[union-attr]
+
+
+def test_first_come_the_dense_model_and_the_recipe(found: Found) -> None:
+    assert [one.place for one in found.trials] == [0, 1, 2, 3, 4]
+    assert found.trials[0].candidate.dense
+    assert found.trials[1].candidate == Candidate.of({"down": 0.839, "mid": 0.6537, "up": 0.3155})
+    assert found.best.value == max(one.value for one in found.trials if one.value is not None)
+
+
+def test_ratios_that_prune_nothing_are_the_dense_model(tmp_path: Path) -> None:
+    """Not a weight of so small a share: equal scores, and of equal ones the dense model's is the best."""
+    made = tune(replace(REQUEST, low=0.0, high=1e-9, trials=3, outputs=(tmp_path / "a.toml", tmp_path / "a.svg")))
+    assert len({one.value for one in made.trials}) == 1
+    assert made.verdict == "dense is best"
+    assert made.files == (tmp_path / "a.svg",)
+    assert "no recipe was written" in report_text.conclusion(made)
+    assert not (tmp_path / "a.toml").exists()
+    assert "the recipe's variant lies outside what is searched; trial 1 is the nearest point within" in made.job.notes
+
+
+def test_weights_are_compared_until_they_are_those_that_were_counted(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial that failed the comparison is tried again, and fails it again."""
+    from crdiff_export.sampling.session import Session
+
+    style = Session.style
+
+    def spoiled(self: Session, *args: Any) -> Any:
+        with torch.no_grad():
+            self.pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.add_(0.5)
+        return style(self, *args)
+
+    monkeypatch.setattr(Session, "style", spoiled)
+    with pytest.raises(CrdiffError, match="mid_block"):
+        tune(replace(REQUEST, trials=3))
+    with engine.load_study("demo-48x48.journal", "demo-48x48") as study:
+        assert [(one.state, one.attempts) for one in engine.history(study)] == [("complete", 1), ("failed", 3)]
+
+
+def test_memory_that_is_too_small_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from crdiff_export.sampling.session import Session
+
+    def draw(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(Session, "draw", draw)
+    with pytest.raises(CrdiffError, match="device cpu: not enough memory") as caught:
+        tune(REQUEST)
+    assert "--batch" in caught.value.hint
+
+
+def test_there_is_one_pipeline_at_a_time(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check opens the base when the search's is gone."""
+    from crdiff_export.sampling import session as drawing
+
+    opened: list[weakref.ref[Any]] = []
+    opens = drawing._open
+
+    def noted(*args: Any) -> Any:
+        assert not [ref for ref in opened if ref() is not None]
+        pipe = opens(*args)
+        opened.append(weakref.ref(pipe.unet))
+        return pipe
+
+    monkeypatch.setattr(drawing, "_open", noted)
+    made = work(prepare(replace(REQUEST, trials=2, native=False)), Silent(), Unwatched())
+    finish(replace(made, best=made.trials[1]), Silent())
+    assert len(opened) == 2
+
+
+def test_everything_that_scores_depend_on_is_in_the_fingerprint(found: Found, folder: Path) -> None:
+    with engine.load_study(folder / "a.journal", "demo-48x48") as study:
+        prints = dict(study.fingerprint)
+    assert {key: prints[key] for key in ("family", "size", "steps", "negative", "dtype", "device", "batch")} == {
+        "family": "demo", "size": "48x48", "steps": "1", "negative": "none", "dtype": "fp32", "device": "cpu",
+        "batch": "6",
+    }  # fmt: skip
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", prints["base"])
+    assert {"scorer judge", "scheduler", "prompts and seeds", "other parts", "guidance", "targets"} <= prints.keys()
+    assert {"crdiff", "diffusers", "torch", "transformers"} <= prints.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"steps": 2}, "steps was 1, now 2"),
+        ({"noise": 1}, "prompts and seeds was"),
+        ({"seed": 1}, "search seed was 42, now 1"),
+        ({"limit": 5}, "pairs was 6, now 5"),
+        ({"method": "sobol"}, "method was tpe, now sobol"),
+        ({"guidance": 1.5}, "guidance was 4.0, now 1.5"),
+        ({"negative": "a blue circle"}, "negative was none, now a blue circle"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_other_settings_are_refused(change: dict[str, Any], told: str, found: Found, folder: Path) -> None:
+    request = replace(REQUEST, outputs=(folder / "a.toml",), force=True, **change)
+    with pytest.raises(SearchError, match="cannot go on with other settings") as caught:
+        tune(request)
+    assert told in caught.value.message
+    assert "another name" in caught.value.hint
+
+
+def test_the_same_again_tries_nothing_twice(found: Found, folder: Path) -> None:
+    again = tune(replace(REQUEST, outputs=(folder / "a.toml",), force=True, native=False))
+    assert [(one.place, one.number, one.value) for one in again.trials] == [
+        (one.place, one.number, one.value) for one in found.trials
+    ]
+    assert again.verdict == found.verdict
+
+
+# --- what is checked, and said ---
+
+
+def test_the_check_is_of_other_prompts_and_noise(found: Found) -> None:
+    chosen = found.job.pairs
+    assert [prompt for prompt, _ in chosen.search] == list(prompts.to_search(6))
+    assert [prompt for prompt, _ in chosen.check] == list(prompts.held_out(8))
+    seeds = [seed for _, seed in (*chosen.search, *chosen.check)]
+    assert seeds == list(range(14))
+
+
+def test_what_is_checked_is_what_the_recipe_says(found: Found, folder: Path, tmp_path: Path) -> None:
+    """An export of the recipe draws the pictures of the check, and its header carries what they showed."""
+    assert found.evaluation
+    assert found.variant
+    assert found.subject
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(recipe_toml.dump(checking.recipe(found)))
+    baked = export(ExportRequest("demo", SIZE, tmp_path / "o.safetensors", recipe=recipe))
+    pruned = next(one for one in found.evaluation.drawn if one.subject == found.subject and one.weight == 1)
+    for part in (slice(0, 6), slice(6, 8)):  # as many at once as the check draws
+        expected = drawn(baked.written.path, found.evaluation.pairs[part])
+        assert [score.value for score in pruned.scores[part]] == pytest.approx(expected, abs=1e-9)
+    assert all(len(str(ratio)) <= 6 for ratio in found.variant.ratios.values())
+    metadata = _metadata(baked.written.path)
+    assert metadata["crdiff.provenance"] == "searched"
+    assert metadata["crdiff.evidence.method"] == "tpe"
+    assert metadata["crdiff.evidence.trials"] == "5"
+    assert metadata["crdiff.poa.weight"] == "1.0"
+    assert json.loads(metadata["crdiff.evidence.interval"]) == list(found.variant.evidence.interval)  # type: ignore[union-attr,arg-type]
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return dict(file.metadata())
+
+
+def test_native_size_is_looked_at(found: Found) -> None:
+    assert found.evaluation
+    assert [str(subject.size) for subject in found.evaluation.subjects] == ["48x48", "64x64"]
+
+
+def judged(found: Found, gain: float, count: int = 8) -> Found:
+    """The same with made-up scores in the check: the pruned model's are the dense one's and `gain`."""
+    made = found.evaluation
+    assert made
+    noise = np.random.default_rng(0).normal(0, 1, count)
+    models = tuple(
+        replace(
+            one,
+            scores=tuple(Score(float(v)) for v in noise + (0 if one.weight == DENSE else gain)),
+            images=one.images[:count],
+        )
+        for one in made.drawn
+    )
+    return replace(found, evaluation=replace(made, drawn=models, pairs=made.pairs[:count]))
+
+
+@pytest.mark.parametrize(
+    ("gain", "count", "verdict", "written"),
+    [(0.5, 8, "better", True), (-0.5, 8, "worse", False), (0.0, 8, "no difference shown", True),
+     (0.5, 4, "too few to say", True)],
+    ids=["better", "worse", "no-difference", "too-few"],
+)  # fmt: skip
+def test_words_and_recipe_follow_the_interval(
+    gain: float, count: int, verdict: str, written: bool, found: Found, tmp_path: Path
+) -> None:
+    request = replace(found.job.request, sheet=None)
+    outputs = (tmp_path / "a.toml", tmp_path / "a.html")
+    made = judged(replace(found, job=replace(found.job, request=request, outputs=outputs)), gain, count)
+    assert made.verdict == verdict
+    assert (made.recipe is not None) == written
+    assert [path.name for path in files.write(made).files] == (["a.toml"] if written else []) + ["a.html"]
+    text = report_text.conclusion(made) + re.sub(r"base64,[^\"]*", "", page.render(made))
+    assert ("better" in text) == (verdict == "better")
+    assert ("worse" in text) == (verdict == "worse")
+    assert ("no recipe was written" in text) == (not written)
+
+
+def test_the_recipe_says_where_its_numbers_come_from(found: Found) -> None:
+    made = checking.recipe(found)
+    (variant,) = made.variants
+    assert recipe_toml.parse(recipe_toml.dump(made), made.name) == made
+    assert (variant.provenance, variant.poa_weight, variant.prompt, made.repo) == ("searched", 1.0, None, None)
+    assert variant.source.startswith("crdiff search: tpe, seed 42, the best of 5 trials (number ")
+    assert variant.source.endswith("by demo of the pruned model alone, 6 pictures")
+    evidence = variant.evidence
+    assert evidence
+    assert (evidence.scorer, evidence.prompts, evidence.extra["searched_pairs"]) == ("demo", 8, 6)
+    assert evidence.extra["pairs_sha256"] != evidence.extra["searched_pairs_sha256"]
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_plot_is_the_same_each_time(kind: str, found: Found) -> None:
+    made = plot.draw(found, kind)
+    assert made == plot.draw(found, kind)
+    if kind == "png":
+        assert min(Image.open(io.BytesIO(made)).size) > 300
+    else:
+        words = ("trial", "best so far", "dense", "ratio of down", "ratio of mid", "ratio of up")
+        assert all(word in made.decode() for word in words)
+
+
+def test_best_so_far_never_falls(found: Found) -> None:
+    course = [value for _, value in plot.best_so_far(found.trials)]
+    assert course == sorted(course)
+    assert course[-1] == found.best.value
+
+
+def test_page_needs_nothing_else(found: Found) -> None:
+    text = page.render(found)
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", text)
+    assert "<script" not in text
+    assert text.count("data:image/png") == 2 * 8 * 2
+
+
+def test_sheet_has_dense_beside_the_best(found: Found, folder: Path) -> None:
+    text = (folder / "sheet.html").read_text()
+    assert text.count("data:image/png") == 8 * 2
+    assert ">dense<" in text
+    assert ">pruned<" in text
+
+
+def test_how_far_it_is(found: Found) -> None:
+    standing = Standing("a.journal", 5, 12, found.best, found.dense, 7300, 0)
+    text = report_text.progressed(standing)
+    assert text == f"5 of 12 over, best {found.best.value:.4f}, dense {found.dense.value:.4f}, 2 h 02 min left"
+    assert report_text.progressed(replace(standing, trials=None, best=None, dense=None, left=None)) == "5 over"
+    assert [report_text.duration(seconds) for seconds in (12, 90, 3600)] == ["12 s", "2 min", "1 h 00 min"]
+
+
+# --- what is asked for ---
+
+LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
+
+
+@pytest.mark.parametrize(
+    ("change", "searched", "checked"),
+    [
+        ({"prompts": LETTERS[:24]}, LETTERS[:16], LETTERS[16:24]),
+        ({"prompts": LETTERS[:24], "limit": 2}, LETTERS[:2], LETTERS[16:24]),
+        ({"prompts": ("a", "b", "a")}, ("a",), ("b",)),
+        ({"prompts": LETTERS[:2], "held_out": LETTERS[2:]}, LETTERS[:2], LETTERS[2:]),
+        ({"prompts": LETTERS[:2], "held_out": LETTERS[2:], "held_out_limit": 9}, LETTERS[:2], LETTERS[2:11]),
+    ],
+    ids=["thirds", "limit", "each-once", "held-out", "held-out-limit"],
+)
+def test_some_prompts_are_kept_for_the_check(change: Any, searched: Any, checked: Any) -> None:
+    chosen = pairs.choose(SearchRequest("sdxl", SIZE, noise=5, **change))
+    assert tuple(prompt for prompt, _ in chosen.search) == searched
+    assert tuple(prompt for prompt, _ in chosen.check) == checked
+    seeds = [seed for _, seed in (*chosen.search, *chosen.check)]
+    assert seeds == list(range(5, 5 + len(seeds)))
+    assert bool(chosen.notes) == (len(checked) < 8)
+
+
+def test_one_prompt_has_other_noise_in_the_check() -> None:
+    chosen = pairs.choose(SearchRequest("sdxl", SIZE, prompt="a fox", pictures=9))
+    assert chosen.search == tuple(("a fox", seed) for seed in range(9))
+    assert chosen.check == tuple(("a fox", seed) for seed in range(9, 18))
+    assert chosen.pictures == 9
+    assert not chosen.notes
+    (note,) = pairs.choose(SearchRequest("sdxl", SIZE, prompt="a fox", pictures=3)).notes
+    assert note.startswith("3 held-out pictures: an interval takes 8")
+
+
+def test_a_search_for_one_prompt_is_a_variant_for_it(here: Path) -> None:
+    prompt = scenes.EXAMPLE
+    request = replace(REQUEST, limit=None, held_out_limit=None, prompt=prompt, pictures=3, trials=2, native=False)
+    made = tune(request)
+    assert made.job.study == "demo-48x48-a-red-circle-left-of-a-blue-square-on-wh"
+    assert (here / f"{made.job.study}.journal").exists()
+    assert made.verdict in ("too few to say", "dense is best")
+    tried = replace(made, best=made.trials[1])
+    assert checking.settled(tried).variant.prompt == prompt
+    made = checking.checked(tried, Silent())
+    assert made.verdict == "too few to say"
+    assert report_text.conclusion(made).startswith("on 3 held-out pictures, too few for an interval")
+    target = here / "one.toml"
+    files.write(replace(made, job=replace(made.job, outputs=(target,))))
+    (variant,) = recipe_files.load(target).variants
+    assert (variant.prompt, variant.provenance) == (prompt, "searched")
+
+
+def test_the_paper_has_its_own_box_and_method(here: Path) -> None:
+    job = prepare(replace(REQUEST, paper=True, trials=None))
+    space, method = job.setup.space, job.setup.method
+    assert (space.low, space.high, method.name, method.seed) == (0.1, 0.8, "anneal", 42)
+    assert job.budget.trials == setting.PAPER_TRIALS
+    assert any("0.8, a number in ImageReward's units" in note for note in job.notes)
+
+
+def test_a_number_of_trials_a_time_or_both() -> None:
+    def asked(**change: Any) -> tuple[int | None, float | None]:
+        budget = setting.budget(SearchRequest("demo", SIZE, **change))
+        return budget.trials, budget.seconds
+
+    assert asked() == (60, None)
+    assert asked(hours=2.0) == (None, 7200)
+    assert asked(hours=0.5, trials=9) == (9, 1800)
+
+
+def test_targets_and_places_of_files(here: Path) -> None:
+    job = prepare(replace(REQUEST, targets=("ff",)))
+    assert job.plan.kinds == ("ff",)
+    assert (job.storage, job.study) == ("demo-48x48.journal", "demo-48x48")
+    assert [path.name for path in job.outputs] == ["demo-48x48.toml"]
+    other = prepare(replace(REQUEST, outputs=(here / "x.html",), study="mine"))
+    assert (other.storage, other.study) == (str(here / "x.journal"), "mine")
+    assert not list(here.iterdir())
+
+
+def test_too_little_time_is_an_error_and_keeps_the_trial(here: Path) -> None:
+    """The dense model's trial is another worker's, who is at it."""
+    from crdiff_export.search import objective
+    from crdiff_export.search.lease import Worker
+    from crdiff_export.search.ledger import Claim
+
+    job = prepare(replace(REQUEST, trials=None, hours=1e-6))
+    with (
+        objective.opened(job, objective.read(job, Silent()), lambda: None) as judge,
+        engine.open_study(job.storage, job.study, job.setup, judge.fingerprint()) as study,
+    ):
+        study.ledger.claim(Claim(0, job.setup.space.dense), Worker("elsewhere:1:x", "elsewhere"), 600)
+    with pytest.raises(CrdiffError, match="the dense model's trial is not over yet"):
+        tune(replace(REQUEST, trials=None, hours=1e-6))

@@ -1,0 +1,122 @@
+"""Runs command lines in forks of a process that has loaded everything, so that a hundred kills cost no start-up.
+
+`python fork_server.py MODULE...` loads what an export needs and these modules, reads jobs from stdin, one JSON object a
+line, and answers each with its process id, then with its exit code. A job may have more in its environment, and a hook:
+a call that, the nth time, sends a signal to its own process or waits for a file.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def serve() -> None:
+    """Until stdin ends."""
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
+    warm()
+    say("ready")
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            run(job)
+        say(child)
+        _, status = os.waitpid(child, 0)
+        say(os.waitstatus_to_exitcode(status))
+
+
+def warm() -> None:
+    """Load all that an export loads, from its command down, and leave signals as they were."""
+    from crdiff_export.cli import main
+
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),  # what is said to the client is said there
+        contextlib.suppress(SystemExit),
+    ):
+        main(["export", "demo", "--res", "64", "-qo", f"{folder}/warm.safetensors"])
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def say(word: object) -> None:
+    sys.stdout.write(f"{word}\n")
+    sys.stdout.flush()
+
+
+def run(job: dict[str, Any]) -> None:
+    """In the child; never returns."""
+    from crdiff_export.cli import main
+
+    code: Any = 99
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # not Python's exception
+    try:
+        os.environ.update(job["env"])
+        os.chdir(job["cwd"])
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            handle = os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(handle, number)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=os.isatty(1))  # as in a process that begins there
+        if job["limit"] is not None:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+        sys.platform = job["platform"] or sys.platform
+        if job["hook"]:
+            hook(**job["hook"])
+        main(job["args"])
+    except SystemExit as end:
+        code = end.code
+    except BaseException:  # noqa: BLE001  a fork must not go on in its parent's loop
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def hook(call: str, nth: int, do: int | str, *, after: bool) -> None:
+    """Let the nth call of a function send signal `do` to this process, or wait for the file `do`."""
+    module_name, _, name = call.rpartition(".")
+    module = importlib.import_module(module_name)
+    original: Callable[..., Any] = getattr(module, name)
+    calls = 0
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == nth and not after:
+            act(do)
+        result = original(*args, **kwargs)
+        if calls == nth and after:
+            act(do)
+        return result
+
+    setattr(module, name, hooked)
+
+
+def act(do: int | str) -> None:
+    if isinstance(do, int):
+        os.kill(os.getpid(), do)
+        return
+    signal.alarm(60)
+    Path(f"{do}.reached").touch()
+    while not Path(do).exists():
+        time.sleep(0.005)
+    signal.alarm(0)
+
+
+if __name__ == "__main__":
+    serve()

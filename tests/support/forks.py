@@ -1,0 +1,102 @@
+"""Command lines in forks of a process that has loaded what they need (`fork_server.py`)."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.isolation import Ran
+
+# What commands that draw load, which takes seconds; nothing of it starts a thread, and no fork has any other's.
+DRAWING = (
+    "crdiff_export.calibrate",
+    "crdiff_export.evaluate",
+    "crdiff_export.evaluate.preview",
+    "crdiff_export.search.engine",
+    "crdiff_export.search.tuning",
+    "diffusers.loaders.single_file",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "optuna",
+)
+
+
+@dataclass
+class Run:
+    """A command that is going on in a fork."""
+
+    server: "subprocess.Popen[str]"
+    pid: int
+    err_file: Path
+
+    def kill(self, signum: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it was faster
+            os.kill(self.pid, signum)
+
+    @property
+    def running(self) -> bool:
+        """The server waits for it as soon as it has ended, and then there is no such process."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def wait(self) -> int:
+        assert self.server.stdout
+        return int(self.server.stdout.readline())
+
+    def end(self) -> Ran:
+        """What it has done, when it ends; its code is -N if the signal N ended it."""
+        code = self.wait()
+        return Ran(code, self.err_file.with_name("out").read_text("utf-8"), self.err_file.read_text("utf-8"))
+
+    @property
+    def err(self) -> list[str]:
+        return self.err_file.read_text().splitlines()
+
+
+class Forks:
+    """A fork server that has loaded what an export needs, and some modules. One run at a time."""
+
+    def __init__(self, *modules: str, script: str = "fork_server.py") -> None:
+        if not hasattr(os, "fork"):
+            pytest.skip("there are no forks here")
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name(script), *modules],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline().strip()
+
+    def start(self, cwd: Path, *args: object, **options: Any) -> Run:
+        """Begin a command; `hook`, `limit` (bytes of any file), `platform` and `env` are as the server says."""
+        logs = cwd.parent / f"logs-{self.process.pid}"
+        logs.mkdir(exist_ok=True)
+        job = {
+            "args": [str(arg) for arg in args], "cwd": str(cwd),
+            "stdout": str(logs / "out"), "stderr": str(logs / "err"),
+            "hook": None, "limit": None, "platform": None, "env": {}, **options,
+        }  # fmt: skip
+        assert self.process.stdin
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        return Run(self.process, int(self._line()), logs / "err")
+
+    def run(self, cwd: Path, *args: object, **options: Any) -> tuple[int, list[str]]:
+        started = self.start(cwd, *args, **options)
+        return started.wait(), started.err
+
+    def close(self) -> None:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()

@@ -1,0 +1,288 @@
+"""A Hugging Face Hub on loopback, strict about what clients send; fixtures `loopback_hub` and `xet_hub`.
+
+    loopback_hub.add_repo("org/base", {"model.safetensors": path, "README.md": b"---\\nlicense: mit\\n---\\n"})
+    subprocess.run([...], env={**os.environ, **loopback_hub.environment(tmp_path / "home")})
+    assert [commit.title for commit in loopback_hub.repo("tester/new").log()] == ["Upload", "initial commit"]
+
+What no client of the real Hub may do is refused and noted in `violations`, and the fixture fails the test for it; a
+test that provokes such a thing clears the list.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from tests.support.loopback.reading import READING
+from tests.support.loopback.routes import Routes
+from tests.support.loopback.state import State, Upload
+from tests.support.loopback.store import Account, Content, Gated, Repo
+from tests.support.loopback.talking import TALKING
+from tests.support.loopback.trusting import TRUSTING
+from tests.support.loopback.wire import (
+    Answer,
+    Asked,
+    Dropped,
+    Faults,
+    Hold,
+    Interruption,
+    Listener,
+    Request,
+    as_json,
+)
+from tests.support.loopback.writing import WRITING, move
+
+USER = "tester"
+ORG = "studio"  # an organization of theirs
+WRITE_TOKEN = "hf_write" + "W" * 26
+READ_TOKEN = "hf_read" + "R" * 27
+REPO_TOKEN = "hf_repo" + "S" * 27  # `scope` says what it may write to
+EXPIRED_TOKEN = "hf_expired" + "E" * 24
+STRANGER_TOKEN = "hf_stranger" + "O" * 23  # another user's
+SCOPED_REPO = f"{USER}/scoped"
+
+ACCOUNTS = {
+    WRITE_TOKEN: Account(USER, "write", frozenset({ORG})),
+    READ_TOKEN: Account(USER, "read", frozenset({ORG})),
+    REPO_TOKEN: Account(USER, "repo", frozenset({ORG}), frozenset({SCOPED_REPO})),
+    EXPIRED_TOKEN: Account(USER, "expired"),
+    STRANGER_TOKEN: Account("stranger", "write"),
+}
+
+
+class LoopbackHub:
+    """The Hub, from a test's side. Its server runs inside a `with` block."""
+
+    def __init__(self, xet: Path | None = None) -> None:
+        """With a folder for Xet's storage, clients upload there; without, the Hub is one that has no Xet."""
+        self.state = State(ACCOUNTS, xet)
+        self.faults = Faults()
+        self.requests: list[Asked] = []
+        self.violations: list[str] = []
+        self.host = ""
+        self._stack = ExitStack()
+        self._routes = Routes([*READING, *WRITING, *TALKING, *TRUSTING])
+
+    def __enter__(self) -> Self:
+        listener = Listener(self)
+        self.host = f"127.0.0.1:{listener.server_address[1]}"
+        self.state.url = f"http://{self.host}"
+        self._stack.callback(self.state.end)
+        self._stack.enter_context(listener.open())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    # --- what is there ---
+
+    @property
+    def url(self) -> str:
+        return self.state.url
+
+    @property
+    def uploads(self) -> list[Upload]:
+        """One for every PUT of a large file or a part of one, with the number of bytes that came."""
+        return self.state.uploads
+
+    @property
+    def part_size(self) -> int:
+        """Larger files have to come in parts of this many bytes."""
+        return self.state.part_size
+
+    @part_size.setter
+    def part_size(self, size: int) -> None:
+        self.state.part_size = size
+
+    @property
+    def page_size(self) -> int:
+        """How many entries of a tree, commits or discussions come in one answer."""
+        return self.state.page_size
+
+    @page_size.setter
+    def page_size(self, size: int) -> None:
+        self.state.page_size = size
+
+    def environment(self, home: Path, *, token: str | None = WRITE_TOKEN, xet: bool = False) -> dict[str, str]:
+        """What leads a client here and keeps what it writes below `home`; to be put over the environment's own."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_XET_CACHE": str(home / "xet"),
+            "XDG_CACHE_HOME": str(home / "cache"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_XET": "0" if xet else "1",
+            "HF_TOKEN": token or "",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+
+    def repo(self, repo_id: str) -> Repo:
+        """A repository as it is now; later changes do not show. KeyError where there is none."""
+        with self.state.lock:
+            found = copy.copy(self.state.repos[repo_id])
+            for name in ("branches", "tags", "pulls", "commits", "objects"):
+                setattr(found, name, dict(getattr(found, name)))
+            found.discussions = copy.deepcopy(found.discussions)
+        return found
+
+    def repos(self) -> list[str]:
+        with self.state.lock:
+            return sorted(self.state.repos)
+
+    def read(self, repo_id: str, path: str, revision: str = "main") -> bytes:
+        """A file's bytes; KeyError where there is no such file."""
+        return self.repo(repo_id).files(revision)[path].content.read()
+
+    # --- what others do ---
+
+    def add_repo(
+        self,
+        repo_id: str,
+        files: Mapping[str, bytes | Path] | None = None,
+        *,
+        private: bool = False,
+        gated: Gated = False,
+        access: tuple[str, ...] = (),
+        sha256: Mapping[str, str] | None = None,
+        xet: bool = False,
+    ) -> str:
+        """Make a repository with one commit of these files, and say the commit's name.
+
+        A file that is given as a path is not read before somebody asks for it, nor for its sha256 if that is given.
+        `access` are users whom a gated repository lets in. With `xet`, large files are on Xet.
+        """
+        with self.state.lock:
+            repo = self.state.repos[repo_id] = Repo(repo_id, private=private, gated=gated)
+            repo.access.update(access)
+            return self.commit(repo_id, files, "Add files", sha256=sha256, xet=xet) if files else repo.branches["main"]
+
+    def commit(
+        self,
+        repo_id: str,
+        files: Mapping[str, bytes | Path | None],
+        message: str = "A commit by somebody else",
+        *,
+        revision: str = "main",
+        author: str = "somebody",
+        sha256: Mapping[str, str] | None = None,
+        xet: bool = False,
+    ) -> str:
+        """Commit these files on top of a branch or a pull request, or take those away that are None."""
+        with self.state.lock:
+            repo = self.state.repos[repo_id]
+            head = self.state.commit_of(repo, revision)
+            changed = dict(head.files)
+            for path, source in files.items():
+                changed.pop(path, None)
+                if source is not None:
+                    content = Content(source, sha256=(sha256 or {}).get(path))
+                    changed[path] = repo.entry(path, content, head, self.state.xet if xet else None)
+            oid = repo.add(head.oid, message, changed, author=author)
+            move(repo, revision, oid)
+            return oid
+
+    def scope(self, *repo_ids: str) -> None:
+        """Let REPO_TOKEN write to these repositories, and to no other."""
+        self.state.accounts[REPO_TOKEN] = Account(USER, "repo", frozenset({ORG}), frozenset(repo_ids))
+
+    # --- what goes wrong; `match` is a pattern found in "METHOD /path?query" ---
+
+    def fail(
+        self,
+        match: str,
+        *,
+        status: int = 503,
+        times: int = 1,
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+    ) -> None:
+        """Answer the next requests that match with an error, and do nothing of what they ask for."""
+        told = {"error": "the Hub is out of order"} if body is None else body
+        answer = Answer(status, told) if isinstance(told, bytes) else as_json(told, status)
+        answer.headers.update(headers or {})
+
+        def act(request: Request) -> None:
+            request.body.drain()
+            raise Interruption(answer)
+
+        self.faults.add(match, times, act)
+
+    def drop(self, match: str, *, times: int = 1, after_bytes: int = 0) -> None:
+        """Close the connection when so much of the request's body has come."""
+
+        def gone() -> None:
+            raise Dropped
+
+        self.faults.add(match, times, lambda request: request.body.stop_at(after_bytes, gone))
+
+    def drop_answer(self, match: str, *, times: int = 1) -> None:
+        """Do what the request asks for, then close the connection in place of an answer."""
+
+        def act(request: Request) -> None:
+            raise Dropped
+
+        self.faults.add(match, times, act, "end")
+
+    def hold(self, match: str, *, after_bytes: int = 0, answer: bool = False) -> Hold:
+        """Let the next request that matches wait, when so much of its body has come or when only the answer is left."""
+        hold = self.faults.hold()
+        if answer:
+            self.faults.add(match, 1, lambda request: hold.wait(), "end")
+        else:
+            self.faults.add(match, 1, lambda request: request.body.stop_at(after_bytes, hold.wait))
+        return hold
+
+    def before(self, match: str, act: Callable[[], object], *, times: int = 1) -> None:
+        """Call something before the next request that matches is looked at."""
+        self.faults.add(match, times, lambda request: _ignored(act()), "before")
+
+    def lie_about_sha(self, path: str, sha256: str = "0" * 64) -> None:
+        """Let listings give a large file another sha256 than it has."""
+        self.state.lies[path] = sha256
+
+    # --- the server's side ---
+
+    def handle(self, request: Request) -> Answer:
+        route = self._routes.find(request)
+        if not request.path.startswith(("/lfs/", "/api/complete_multipart", "/oauth/", "/runner/")):
+            request.account = self.state.authenticate(request)
+        if not route.locked:
+            return route.act(self.state, request)
+        request.body.read()
+        with self.state.lock:
+            return route.act(self.state, request)
+
+    def record(self, request: Request, status: int) -> None:
+        self.requests.append(Asked(request.method, request.target, status, request.headers))
+
+    def violate(self, where: str, message: str) -> None:
+        self.violations.append(f"{where}: {message}")
+
+
+def _ignored(value: object) -> None:
+    pass
+
+
+def served(xet: Path | None = None) -> Iterator[LoopbackHub]:
+    """A Hub for one test, which fails if a client has done what none may do."""
+    with LoopbackHub(xet) as hub:
+        yield hub
+    assert not hub.violations
+
+
+@pytest.fixture
+def loopback_hub() -> Iterator[LoopbackHub]:
+    """A Hub without Xet."""
+    yield from served()
+
+
+@pytest.fixture
+def xet_hub(tmp_path: Path) -> Iterator[LoopbackHub]:
+    """A Hub whose large files go to Xet's storage in a folder."""
+    yield from served(tmp_path / "xet-storage")

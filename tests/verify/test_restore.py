@@ -1,0 +1,455 @@
+"""Restoring: what is said and done, and every file that is refused, with nothing left behind."""
+
+import hashlib
+import os
+import shlex
+import shutil
+import struct
+import tracemalloc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crdiff_export import CrdiffError, ExportRequest, Size, export
+from crdiff_export.bake.direct_writer import Writer
+from crdiff_export.errors import BakeError, CheckpointError, PlanError, VerifyError
+from crdiff_export.formats import hashing
+from crdiff_export.formats.weight_file import FileBytes
+from crdiff_export.progress import Silent
+from crdiff_export.verify.inspect import inspect
+from crdiff_export.verify.restore import restore
+from crdiff_export.verify.verify import verify
+from tests.support import DOCS, makers
+from tests.support.isolation import Crdiff, Ran
+
+TABLE = "demo.original-unet"
+BLOCK = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0."
+TARGET, OTHER = BLOCK + "attn1.to_q.weight", BLOCK + "attn2.to_q.weight"
+VALUES, HEAD = "zz_crdiff.residual", "zz_crdiff.header"
+Change = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return makers.write(tmp_path_factory.mktemp("base") / "base.safetensors", makers.tiny(TABLE), {"note": "kept"})
+
+
+def bake(base: Path, folder: Path, way: str, **asked: Any) -> Path:
+    asked.setdefault("ratio", 0.3)
+    return export(ExportRequest(str(base), Size(96, 64), folder / "o.safetensors", residual=way, **asked)).written.path
+
+
+def rewrite(path: Path, tensors: Mapping[str, Any] | None = None, **said: str | None) -> None:
+    """Save a file as another tool would: all tensors, some metadata changed or, with None, removed."""
+    found = makers.read(path) if tensors is None else tensors
+    metadata = {**makers.metadata_of(path), **{key.replace("__", "."): text for key, text in said.items()}}
+    makers.write(path, found, {key: text for key, text in metadata.items() if text is not None})
+
+
+def rehashed(path: Path, key: str = "modelspec.hash_sha256") -> None:
+    """Put the hash of a file's bytes into its header, as somebody would who means to deceive."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    rewrite(path, None, **{key: f"0x{hashlib.sha256(raw[8 + length :]).hexdigest()}"})
+
+
+def flip(path: Path, name: str, byte: int = 0) -> None:
+    """One other bit in a tensor."""
+    raw = bytearray(path.read_bytes())
+    (length,) = struct.unpack("<Q", raw[:8])
+    raw[8 + length + makers.entries_of(path)[name]["data_offsets"][0] + byte] ^= 0x10
+    path.write_bytes(raw)
+
+
+def zero(path: Path, name: str) -> None:
+    """One weight more that is zero."""
+    tensors = makers.read(path)
+    dtype, shape, data = tensors[name]
+    place = next(i for i in range(0, len(data), 2) if data[i : i + 2] != b"\0\0")
+    rewrite(path, {**tensors, name: (dtype, shape, data[:place] + b"\0\0" + data[place + 2 :])})
+
+
+def drop(path: Path, name: str) -> None:
+    rewrite(path, {n: t for n, t in makers.read(path).items() if n != name})
+
+
+def reorder(path: Path) -> None:
+    tensors = makers.read(path)
+    rewrite(path, {VALUES: tensors.pop(VALUES), **tensors})
+
+
+def other_head(path: Path) -> None:
+    """The header of another file of the same length."""
+    tensors = makers.read(path)
+    dtype, shape, data = tensors[HEAD]
+    rewrite(path, {**tensors, HEAD: (dtype, shape, data.replace(b"attn2.to_q", b"attn2.to_x"))})
+    rehashed(path)
+
+
+def no_head(path: Path) -> None:
+    tensors = makers.read(path)
+    dtype, shape, data = tensors[HEAD]
+    rewrite(path, {**tensors, HEAD: (dtype, shape, bytes(len(data)))})
+    rehashed(path)
+
+
+def fewer_values(path: Path) -> None:
+    tensors = makers.read(path)
+    dtype, (size,), data = tensors[VALUES]
+    rewrite(path, {**tensors, VALUES: (dtype, (size - 2,), data[2:])})
+    rehashed(path)
+
+
+def more_values(path: Path) -> None:
+    tensors = makers.read(path)
+    dtype, (size,), data = tensors[VALUES]
+    rewrite(path, {**tensors, VALUES: (dtype, (size + 2,), data + b"ab")})
+    rehashed(path)
+
+
+def wrong_value(path: Path) -> None:
+    flip(path, VALUES)
+    rehashed(path)
+
+
+def side(change: Change) -> Change:
+    return lambda path: change(path.with_suffix(".crdiff-residual"))
+
+
+def unlinked(path: Path) -> None:
+    path.unlink()
+
+
+def of_another(path: Path) -> None:
+    """The sidecar of an export with another ratio."""
+    folder = path.parent / "another"
+    folder.mkdir()
+    bake(path.parent / "base.safetensors", folder, "sidecar", ratio=0.4)
+    (folder / "o.crdiff-residual").replace(path.with_suffix(".crdiff-residual"))
+    (folder / "o.safetensors").unlink()
+    folder.rmdir()
+
+
+def a_model(path: Path) -> None:
+    makers.write(path, makers.tiny(TABLE))
+
+
+def stripped(path: Path) -> None:
+    makers.write(path, makers.read(path))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def deceive(path: Path) -> None:
+    flip(path, VALUES)
+    rehashed(path, "crdiff.residual.hash_sha256")
+
+
+MERGED = "It was merged, altered or damaged, and cannot be restored. Use the base itself; `crdiff inspect` names it."
+CHANGED = "It was changed since. Use the base itself; `crdiff inspect` names it."
+PUT = "Put the right one there. Use the base itself; `crdiff inspect` names it."
+# The way, what is changed, the error, its message (a part) and its hint.
+REFUSED: Mapping[str, tuple[str, Change, type[CrdiffError], str, str]] = {
+    "none": ("none", lambda _: None, PlanError, "has no residual (crdiff.residual is none)",
+             "Use the base itself, 'base.safetensors'."),
+    "weight changed": ("embed", lambda p: flip(p, OTHER), VerifyError, "its header says '0x", MERGED),
+    "target changed": ("embed", lambda p: flip(p, TARGET), VerifyError, "its bytes hash to 0x", MERGED),
+    "zero more": ("embed", lambda p: zero(p, TARGET), VerifyError, "its bytes hash to 0x", MERGED),
+    "value changed": ("embed", lambda p: flip(p, VALUES), VerifyError, "its bytes hash to 0x", MERGED),
+    "header changed": ("embed", lambda p: flip(p, HEAD, 40), VerifyError, "", ""),
+    "saved in another order": ("embed", reorder, VerifyError, "its residual is not where crdiff puts it", CHANGED),
+    "residual dropped": ("embed", lambda p: drop(p, VALUES), VerifyError,
+                         "has no tensor zz_crdiff.residual, its header says that it embeds one",
+                         "Another tool has left it out. Use the base itself; `crdiff inspect` names it."),
+    "metadata dropped": ("embed", stripped, CheckpointError, "not made by crdiff",
+                         "`crdiff export` makes such files; `crdiff inspect` shows what this one is."),
+    "hash dropped": ("embed", lambda p: rewrite(p, modelspec__hash_sha256=None), VerifyError,
+                     "its header has no modelspec.hash_sha256, so nothing tells whether it is whole",
+                     "Use the base itself; `crdiff inspect` names it."),
+    "base's hash dropped": ("embed", lambda p: rewrite(p, crdiff__source__hash_sha256=None), VerifyError,
+                            "its header has no crdiff.source.hash_sha256, so nothing can prove what is restored",
+                            "It was changed since; export it again from its base."),
+    "of a later version": ("embed", lambda p: rewrite(p, crdiff__residual="elsewhere"), VerifyError,
+                           "crdiff.residual is 'elsewhere', which is not known here", "Install a newer crdiff."),
+    "header of other tensors": ("embed", other_head, VerifyError, "the header in zz_crdiff.header is of other tensors",
+                                CHANGED),
+    "header that is none": ("embed", no_head, VerifyError, "the header in zz_crdiff.header is none", CHANGED),
+    "fewer values": ("embed", fewer_values, VerifyError, "more of its weights are zero than its residual of", MERGED),
+    "more values": ("embed", more_values, VerifyError, "fewer of its weights are zero than its residual of", MERGED),
+    "wrong value": ("embed", wrong_value, VerifyError, "what it restores hashes to 0x",
+                    "Its header or its sidecar was changed; use the base itself."),
+    "no sidecar": ("sidecar", side(unlinked), CheckpointError, "no such file, where the residual of o.safetensors",
+                   "Put it there. Use the base itself; `crdiff inspect` names it."),
+    "sidecar of another": ("sidecar", of_another, VerifyError, "belongs to a file that hashes to '0x", PUT),
+    "sidecar that is none": ("sidecar", side(a_model), VerifyError, "not a residual (no crdiff.residual.of in", PUT),
+    "sidecar that is empty": ("sidecar", side(empty), CheckpointError,
+                              "the file is empty", ""),
+    "sidecar changed": ("sidecar", side(lambda p: flip(p, VALUES)), VerifyError, "its bytes hash to 0x", MERGED),
+    "sidecar deceives": (
+        "sidecar",
+        side(deceive),
+        VerifyError, "what it restores hashes to 0x", "Its header or its sidecar was changed; use the base itself.",
+    ),
+    "sidecar without values": ("sidecar", side(lambda p: drop(p, VALUES)), VerifyError,
+                               "its residual is not where crdiff puts it", CHANGED),
+    "weight changed beside a sidecar": ("sidecar", lambda p: flip(p, OTHER), VerifyError, "its bytes hash to", MERGED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_file_is_refused(case: str, base: Path, tmp_path: Path, crdiff: Crdiff) -> None:
+    way, change, kind, message, hint = REFUSED[case]
+    (tmp_path / "base.safetensors").hardlink_to(base)
+    output = bake(tmp_path / "base.safetensors", tmp_path, way)
+    change(output)
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(CrdiffError) as caught:
+        restore(output, tmp_path / "back.safetensors")
+    assert type(caught.value) is kind
+    assert message in caught.value.message
+    assert caught.value.message.startswith(str(output.with_suffix("")))
+    assert hint in ("", caught.value.hint)
+    ran = crdiff("restore", output, "-o", tmp_path / "back.safetensors", "--json")
+    assert (ran.code, ran.error["message"]) == (kind.exit_code, caught.value.message)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_the_residual_itself_is_refused(base: Path, tmp_path: Path) -> None:
+    bake(base, tmp_path, "sidecar")
+    with pytest.raises(CheckpointError, match="a residual, not the file that it belongs to"):
+        restore(tmp_path / "o.crdiff-residual", tmp_path / "back.safetensors")
+
+
+PLACES: Mapping[str, tuple[str, bool, str]] = {
+    "exists": ("there.safetensors", False, "already exists"),
+    "itself": ("o.safetensors", True, "that is the baked file itself"),
+    "folder": (".", True, "not a name for the output"),
+    "suffix": ("back.ckpt", False, "the output is a safetensors file"),
+    "nowhere": ("no/back.safetensors", False, "does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_a_place_is_refused(case: str, base: Path, tmp_path: Path) -> None:
+    name, force, message = PLACES[case]
+    output = bake(base, tmp_path, "embed")
+    (tmp_path / "there.safetensors").write_text("mine")
+    with pytest.raises(PlanError, match=message):
+        restore(output, tmp_path / name if name != "." else Path("/"), force=force)
+    assert (tmp_path / "there.safetensors").read_text() == "mine"
+
+
+def test_force_replaces(base: Path, tmp_path: Path) -> None:
+    output = bake(base, tmp_path, "embed")
+    (tmp_path / "there.safetensors").write_text("mine")
+    assert restore(output, tmp_path / "there.safetensors", force=True).path.read_bytes() == base.read_bytes()
+
+
+def test_a_full_disk_is_told_before(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = bake(base, tmp_path, "embed")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(PlanError, match=r"needed, 1.00 KB free"):
+        restore(output, tmp_path / "back.safetensors")
+
+
+def test_a_write_that_fails_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = bake(base, tmp_path, "embed")
+
+    def failing(writer: Writer, data: memoryview, offset: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Writer, "write", failing)
+    with pytest.raises(BakeError, match="nothing was left behind"):
+        restore(output, tmp_path / "back.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["o.safetensors"]
+
+
+def test_an_interrupt_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    output = bake(base, tmp_path, "embed")
+
+    class Interrupting(Silent):
+        def advance(self, size: int) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        restore(output, tmp_path / "back.safetensors", Interrupting())
+    assert [path.name for path in tmp_path.iterdir()] == ["o.safetensors"]
+
+
+def test_a_file_that_changes_meanwhile_is_not_trusted(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = bake(base, tmp_path, "embed")
+    finish = Writer.finish
+
+    def touched(writer: Writer, size: int) -> None:
+        os.utime(output, ns=(1, 1))
+        finish(writer, size)
+
+    monkeypatch.setattr(Writer, "finish", touched)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        restore(output, tmp_path / "back.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["o.safetensors"]
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "PIECE", 1 << 16)
+    path = makers.write(tmp_path / "base.safetensors", makers.tiny("sdxl.original"))
+    output = bake(path, tmp_path, "embed")
+    restore(output, tmp_path / "back.safetensors", chunk=1 << 16)
+    tracemalloc.start()
+    try:
+        restore(output, tmp_path / "back.safetensors", force=True, chunk=1 << 16)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert output.stat().st_size > 12_000_000
+    assert peak < 2 * 2_500 * 2_000 + 20 * (1 << 16)  # two headers of 2500 tensors, as Python objects
+
+
+def test_the_baked_file_is_read_twice_and_no_more(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once to hash it and once to restore it."""
+    output, read = bake(base, tmp_path, "embed"), 0
+    read_into = FileBytes.read_into
+
+    def counted(reader: FileBytes, offset: int, target: memoryview) -> None:
+        nonlocal read
+        read += len(target)
+        read_into(reader, offset, target)
+
+    monkeypatch.setattr(FileBytes, "read_into", counted)
+    restore(output, tmp_path / "back.safetensors")
+    assert read < 2.2 * output.stat().st_size
+
+
+# The command.
+
+
+Line = Callable[[str], Ran]
+
+
+@pytest.fixture
+def line(crdiff: Crdiff, here: Path) -> Line:
+    return lambda text: crdiff(*shlex.split(text))
+
+
+def test_the_command_says_what_it_gave_back(line: Line, here: Path) -> None:
+    line("export demo --res 96x64 --residual embed -o o.safetensors")
+    ran = line("restore o.safetensors -o base.safetensors")
+    said = makers.metadata_of(here / "o.safetensors")["crdiff.source.hash_sha256"]
+    assert (ran.code, ran.out) == (0, "base.safetensors\n")
+    assert ran.err.splitlines()[-1] == f"note: base.safetensors: the base's file, bit by bit ({said})"
+    assert line("restore o.safetensors -o quiet.safetensors -q") == Ran(0, "quiet.safetensors\n", "")
+    size = (here / "base.safetensors").stat().st_size
+    assert line("restore o.safetensors -o base.safetensors --force --json").result == {
+        "schema": 1, "output": "base.safetensors", "bytes": size, "whole": True,
+        "files": [{"path": "base.safetensors", "bytes": size, "hash_sha256": said, "whole": True}],
+    }  # fmt: skip
+
+
+def test_export_tells_of_it(line: Line, here: Path) -> None:
+    ran = line("export demo --res 96x64 --residual sidecar -o o.safetensors --json")
+    assert ran.result["residual"] == "sidecar"
+    assert ran.result["files"][0]["sidecar"] == "o.crdiff-residual"
+    assert ran.result["bytes"] == sum(path.stat().st_size for path in here.iterdir())
+    plan = line("export demo --res 96x64 --residual embed --dry-run --json").result
+    assert plan["residual"] == "embed"
+    assert 0 < plan["residual_bytes"] < plan["disk_needed"] - plan["bytes"]
+    text = line("export demo --res 96x64 --residual sidecar --dry-run").out
+    assert "residual:    about " in text
+    assert " in a sidecar\n" in text
+    assert "residual:" not in line("export demo --res 96x64 --dry-run").out
+
+
+def test_inspect_tells_of_it(base: Path, tmp_path: Path) -> None:
+    embedded = bake(base, tmp_path, "embed")
+    assert (inspect(embedded).residual or "").startswith("embedded, ")
+    assert inspect(embedded).match
+    embedded.unlink()
+    beside = bake(base, tmp_path, "sidecar")
+    assert (inspect(beside).residual or "").startswith("in a sidecar, ")
+    side = inspect(tmp_path / "o.crdiff-residual")
+    assert side.residual == (
+        f"the sidecar of a file whose tensors hash to {makers.metadata_of(beside)['modelspec.hash_sha256']}"
+    )
+    assert ("crdiff", "not made by crdiff") not in list(side.facts())
+    (tmp_path / "o.crdiff-residual").unlink()
+    assert inspect(beside).residual == "in a sidecar, but there is no o.crdiff-residual"
+
+
+# Verification.
+
+
+@pytest.mark.parametrize("way", ["embed", "sidecar"])
+def test_verify_holds(way: str, base: Path, tmp_path: Path) -> None:
+    output = bake(base, tmp_path, way)
+    said = {"embed": "embedded", "sidecar": "sidecar"}[way]
+    assert verify(output, None, Silent()).residual == said
+    assert verify(output, str(base), Silent()).residual == said
+
+
+def test_verify_without_the_sidecar(base: Path, tmp_path: Path, line: Line) -> None:
+    output = bake(base, tmp_path, "sidecar")
+    (tmp_path / "o.crdiff-residual").unlink()
+    assert verify(output, str(base), Silent()).residual == "missing"
+    said = "note: its residual is in a sidecar that is not beside it, and was not checked"
+    assert line(f"verify {output}").err.splitlines()[-1] == said
+
+
+# The way, what is changed, the message without and with the base.
+UNTRUE: Mapping[str, tuple[str, Change, str, str]] = {
+    "wrong value": ("embed", wrong_value, "", "zz_crdiff.residual is not what was pruned away from the base"),
+    "fewer values": ("embed", fewer_values, "", "zz_crdiff.residual is not what was pruned away from the base"),
+    "more values": ("embed", more_values, "", "zz_crdiff.residual is not what was pruned away from the base"),
+    "other header": ("embed", other_head, "", "zz_crdiff.header is not what was pruned away from the base"),
+    "no values": ("embed", lambda p: drop(p, VALUES), "its bytes hash to", ""),
+    "sidecar changed": ("sidecar", side(lambda p: flip(p, VALUES)), "its bytes hash to", ""),
+    "sidecar of another": ("sidecar", of_another, "belongs to a file that hashes to", ""),
+}
+
+
+@pytest.mark.parametrize("case", UNTRUE)
+def test_verify_fails(case: str, base: Path, tmp_path: Path) -> None:
+    way, change, without, against = UNTRUE[case]
+    (tmp_path / "base.safetensors").hardlink_to(base)
+    output = bake(tmp_path / "base.safetensors", tmp_path, way)
+    change(output)
+    if without:
+        with pytest.raises(VerifyError, match=without):
+            verify(output, None, Silent())
+    else:
+        verify(output, None, Silent())
+        with pytest.raises(VerifyError, match=against):
+            verify(output, str(base), Silent())
+
+
+def test_the_specification_restores_it(base: Path, tmp_path: Path) -> None:
+    """docs/metadata.md, section Residual, step by step, with names from its own tables."""
+    text = (DOCS / "metadata.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Residual\n")[2].partition("\n## ")[0]
+    names = [row.split("`")[1] for row in section.splitlines() if row.startswith("| `zz_")]
+    keys = [row.split("`")[1] for row in section.splitlines() if row.startswith("| `crdiff.")]
+    assert names == [VALUES, HEAD]
+    output = bake(base, tmp_path, "sidecar")
+    kept = output.with_suffix(".crdiff-residual")
+    assert sorted(makers.metadata_of(kept)) == sorted(keys)
+    tensors = makers.read(kept)
+    values, restored = tensors[names[0]][2], tensors[names[1]][2]
+    for name, (dtype, _, data) in makers.read(output).items():
+        is_target = ".attn1.to_" in name or ".ff.net." in name
+        if is_target and name.endswith(".weight"):
+            assert dtype == "F16"
+            found = [data[i : i + 2] for i in range(0, len(data), 2)]
+            for i, weight in enumerate(found):
+                if weight == b"\0\0":
+                    found[i], values = values[:2], values[2:]
+            restored += b"".join(found)
+        else:
+            restored += data
+    assert not values
+    assert restored == base.read_bytes()
