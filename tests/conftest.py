@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support import messages
 from tests.support.isolation import NOWHERE, Crdiff, NetworkUsed, Ran, is_local
 
 if TYPE_CHECKING:
@@ -45,6 +46,31 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import WorkStealingScheduling  # type: ignore[import-untyped]
 
     return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--golden` updates tests/golden/messages.txt; see tests/support/messages.py."""
+    parser.addoption("--golden", choices=["add", "rewrite"], help="update the golden texts of errors")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Texts that are not golden yet fail no test while the golden file is being updated."""
+    messages.updating = bool(config.getoption("golden"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Collect the texts that a worker's tests have seen."""
+    messages.seen.update(getattr(node, "workeroutput", {}).get("messages", ()))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the texts to the process that started the workers, which writes the golden file."""
+    output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["messages"] = sorted(messages.seen)
+    elif messages.updating:
+        messages.update(messages.seen, keep=session.config.getoption("golden") == "add")
 
 
 def pytest_collection_finish() -> None:
