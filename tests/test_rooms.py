@@ -4,18 +4,15 @@ import ast
 import inspect
 import socket
 from collections.abc import Iterator
-from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-import crdiff_export
 from crdiff_export import errors
 from tests.support.isolation import NetworkUsed
+from tests.support.source_code import FILES, PACKAGE, imports, parsed, relative, room
 
-PACKAGE = Path(crdiff_export.__file__).parent
-FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import itself and the rooms in lower rows; `publish` stands beside the rooms that run models.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
@@ -92,43 +89,8 @@ TO_UNTIE = {
 }
 
 
-def room(path: Path) -> str:
-    """The file or folder at the top of the package that a module is in."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
 def row(name: str) -> int:
     return next(number for number, names in enumerate(ROWS) if name in names)
-
-
-def typing_only(tree: ast.Module) -> set[ast.AST]:
-    blocks = (n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
-    return {inner for block in blocks for inner in ast.walk(block)}
-
-
-@cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-@cache
-def imports(path: Path, *, top: bool = False, types: bool = False) -> tuple[str, ...]:
-    """Every name that a module imports; with `top` not those in functions, with `types` those for types alone, too."""
-    return tuple(_imports(path, top=top, types=types))
-
-
-def _imports(path: Path, *, top: bool, types: bool) -> Iterator[str]:
-    tree = parsed(path)
-    skipped = set() if types else typing_only(tree)
-    for node in tree.body if top else ast.walk(tree):
-        if node in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
-            assert node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def rooms(path: Path) -> set[str]:
@@ -137,10 +99,6 @@ def rooms(path: Path) -> set[str]:
     taken = {inside for package, *rest in names if package == PACKAGE.name for inside in rest[:1]}
     # `from crdiff_export import export` names the function of the public API, whose home is the room of that name.
     return {name if name != "poa" else "sampling" for name in taken} - {room(path)}
-
-
-def relative(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix()
 
 
 def dotted(path: Path) -> str:
