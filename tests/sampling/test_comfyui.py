@@ -20,7 +20,7 @@ from crdiff_export.sampling.comfyui.patch import Layer, Switch, fraction
 from crdiff_export.verify.reopen import BakedCheckpoint, open_baked
 from tests.support import masking
 from tests.support.isolation import Crdiff
-from tests.test_rooms import FILES, imports
+from tests.support.source_code import FILES, imports
 
 Weights = dict[str, torch.Tensor]
 
