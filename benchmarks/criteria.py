@@ -18,7 +18,8 @@ from crdiff_export.errors import CrdiffError
 from crdiff_export.export import ExportRequest, plan_variant
 from crdiff_export.hub import bases
 from crdiff_export.progress import Silent
-from crdiff_export.prune import criteria, criterion_choice, kernels
+from crdiff_export.prune import kernels
+from crdiff_export.prune.criterion_choice import CriterionChoice
 
 CALIBRATED = ("wanda", "taylor", "adverse", "obs")
 FREE = ("magnitude", "random")
@@ -62,10 +63,10 @@ def peak(device: str) -> float:
 def decide(base: str, size: Size, spec: str, calibration: Path | None, device: str) -> float:
     """Seconds for what goes, of all targets at 0.3."""
     request = ExportRequest(base, size, ratio=0.3, criterion=spec, calibration=calibration)
-    plan = plan_variant(request, bases.locate(base).open(None))
-    found = criterion_choice.Asked.of(spec, calibration).calibration
+    criterion = CriterionChoice.of(spec, calibration)
+    plan = plan_variant(request, bases.locate(base).open(None), criterion)
     began = time.perf_counter()
-    criteria.rank([plan], spec, kernels.load("cpu"), Silent(), calibration=found, device=device).decide(plan)
+    criterion.rank([plan], kernels.load("cpu"), Silent(), device).decide(plan)
     return time.perf_counter() - began
 
 

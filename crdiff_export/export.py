@@ -21,6 +21,7 @@ from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import architecture, criterion_choice, kernels, plan
 from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.criteria.calibration import NARROWER
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Output, Plan, TooWideError
 from crdiff_export.prune.threshold import Threshold
 from crdiff_export.sizes import Size, check_grid
@@ -60,11 +61,12 @@ class ExportRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A request that nothing stands against: what `--dry-run` shows."""
+class ExportJob:
+    """A request that has been checked and planned: what `--dry-run` shows."""
 
     request: ExportRequest
     base: bases.Base
+    criterion: CriterionChoice
     plan: Plan
     target: Path
     space: destination.Space
@@ -74,34 +76,37 @@ class Job:
 class Baked:
     """A finished export. `notes` are what only the weights have shown; what was known before, the plan notes."""
 
-    job: Job
+    job: ExportJob
     thresholds: tuple[Threshold, ...]
     stamp: Stamp
     written: write.Written
     notes: tuple[str, ...] = ()
 
 
-def prepare(request: ExportRequest) -> Job:
+def prepare(request: ExportRequest) -> ExportJob:
     """Find the base, read its headers, and plan; any refusal comes from here, before a weight is read."""
-    residual.check_request(request.residual, hashing=request.hashing)
-    _asked(request)
+    criterion = _criterion(request)
+    residual.check_request(request.residual, criterion, hashing=request.hashing)
     base = bases.locate(request.base, request.variant)
-    return plan_job(request, base, base.open(request.variant))
+    return plan_job(request, base, base.open(request.variant), criterion)
 
 
-def plan_job(request: ExportRequest, base: bases.Base, checkpoint: Checkpoint) -> Job:
+def plan_job(
+    request: ExportRequest, base: bases.Base, checkpoint: Checkpoint, criterion: CriterionChoice | None = None
+) -> ExportJob:
     """What `prepare` does for a base whose headers have been read."""
-    planned = plan_variant(request, checkpoint)
+    criterion = criterion or _criterion(request)
+    planned = plan_variant(request, checkpoint, criterion)
     target = destination.place(planned, request.output, base.stem, request.residual, force=request.force)
-    return Job(request, base, planned, target, destination.space(planned, target, request.residual))
+    return ExportJob(request, base, criterion, planned, target, destination.space(planned, target, request.residual))
 
 
-def plan_variant(request: ExportRequest, checkpoint: Checkpoint, asked: criterion_choice.Asked | None = None) -> Plan:
+def plan_variant(request: ExportRequest, checkpoint: Checkpoint, criterion: CriterionChoice | None = None) -> Plan:
     """What to prune, from headers and the recipe alone: the checkpoint's headers, and the calibration's.
 
-    `asked` is the request's criterion, where it has been found already.
+    `criterion` is the request's, resolved; None resolves it here.
     """
-    asked = asked or _asked(request)
+    criterion = criterion or _criterion(request)
     match = plan.recognise(checkpoint)
     variant, recipe_name, notes = _choose(request, match)
     try:
@@ -111,15 +116,15 @@ def plan_variant(request: ExportRequest, checkpoint: Checkpoint, asked: criterio
             allow_nonfinite=request.allow_nonfinite, notes=notes,
         )  # fmt: skip
     except TooWideError as error:
-        if asked.calibration:  # which there is none of what it is after a cast
+        if criterion.calibration:  # which there is none of what it is after a cast
             raise PlanError(error.message, NARROWER) from error
         raise
     residual.check_plan(planned, request.residual)
-    return asked.plan(planned)
+    return criterion.plan(planned)
 
 
-def _asked(request: ExportRequest) -> criterion_choice.Asked:
-    return criterion_choice.Asked.of(request.criterion, request.calibration, request.residual)
+def _criterion(request: ExportRequest) -> CriterionChoice:
+    return CriterionChoice.of(request.criterion, request.calibration)
 
 
 def export(request: ExportRequest, progress: Progress | None = None) -> Baked:
@@ -130,7 +135,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> Baked:
     return run(prepare(request), progress or Silent())
 
 
-def run(job: Job, progress: Progress) -> Baked:
+def run(job: ExportJob, progress: Progress) -> Baked:
     """Do what was planned: rank the weights to find those that go, then write."""
     (outcome,) = run_all((job,), progress)
     if isinstance(outcome, CrdiffError):
@@ -138,12 +143,12 @@ def run(job: Job, progress: Progress) -> Baked:
     return outcome
 
 
-def run_all(jobs: Sequence[Job], progress: Progress, *, together: bool = True) -> Iterator[Baked | CrdiffError]:
+def run_all(jobs: Sequence[ExportJob], progress: Progress, *, together: bool = True) -> Iterator[Baked | CrdiffError]:
     """Run jobs for one checkpoint that differ in size, numbers and output alone: it is ranked and hashed once.
 
     Together they are written from one reading, too, unless a criterion moves weights, which would all have to be in
-    memory. Else each is written when it is asked for, so that the disk has to
-    hold no more than the caller keeps. What is wrong with the base is raised, with one output yielded in its place.
+    memory. Else each is written when it is asked for, so that the disk has to hold no more than the caller keeps. What
+    is wrong with the base is raised, with one output yielded in its place.
     """
     first = jobs[0]
     if together:
@@ -151,17 +156,17 @@ def run_all(jobs: Sequence[Job], progress: Progress, *, together: bool = True) -
     plans = [job.plan for job in jobs]
     with SourceHashes(plans, _known(jobs)) if first.request.hashing else nullcontext() as hashes:
         kernel = kernels.load(first.request.device, first.request.threads)
-        asked = _asked(first.request)
-        calibrated = asked.calibrated(progress)
-        ranked = asked.rank(plans, kernel, progress, first.request.device)
+        criterion = first.criterion
+        calibrated = criterion.calibrated(progress)
+        ranked = criterion.rank(plans, kernel, progress, first.request.device)
         model = architecture.find(first.plan)
-        for batch in [jobs] if together and not asked.loaded.moves else [[job] for job in jobs]:
+        for batch in [jobs] if together and not criterion.moves else [[job] for job in jobs]:
             decided = [(job, ranked.decide(job.plan, progress)) for job in batch]
-            made = [_Making.of(job, decision, asked.name, calibrated, model) for job, decision in decided]
+            made = [_Making.of(job, decision, criterion.name, calibrated, model) for job, decision in decided]
             yield from _write(made, kernel, progress, hashes)
 
 
-def _known(jobs: Sequence[Job]) -> Mapping[str, str]:
+def _known(jobs: Sequence[ExportJob]) -> Mapping[str, str]:
     """The hashes of whole files that need not be computed. A pickle is never restored as a whole, only its tensors."""
     pickled = any(file.tensors_of for file in jobs[0].plan.checkpoint.files)
     kept = any(job.request.residual != residual.NONE for job in jobs)
@@ -185,14 +190,14 @@ def _write(
 class _Making:
     """A job of which is known what goes."""
 
-    job: Job
+    job: ExportJob
     stamp: Stamp
     order: write.Order
 
     @classmethod
     def of(
         cls,
-        job: Job,
+        job: ExportJob,
         decision: Decision,
         criterion: str,
         calibrated: Calibrated | None,
@@ -244,4 +249,4 @@ def _choose(request: ExportRequest, match: Match) -> tuple[Variant, str, tuple[s
     return variant, found.name, (choice.note,) if choice.note and not given else ()
 
 
-__all__ = ["Baked", "Checkpoint", "ExportRequest", "Job", "export", "prepare", "run", "run_all"]
+__all__ = ["Baked", "Checkpoint", "ExportJob", "ExportRequest", "export", "prepare", "run", "run_all"]

@@ -84,7 +84,6 @@ NEVER = {
 TO_UNTIE = {
     ("bake/residual.py", "verify"),
     ("bake/residual_writer.py", "verify"),
-    ("prune/criterion_choice.py", "bake"),
     ("hub/repository.py", "publish"),
 }
 

@@ -19,6 +19,7 @@ from crdiff_export.formats.hashing import hash_data
 from crdiff_export.formats.safetensors import TensorSpec, show
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.progress import Progress
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan, Target
 from crdiff_export.verify.reopen import NEWER, BakedCheckpoint
 
@@ -54,14 +55,24 @@ class Kept:
     size: int
 
 
-def check_request(residual: str, *, hashing: bool) -> None:
-    """OptionError for what no base can be exported with."""
+def check_request(residual: str, criterion: CriterionChoice, *, hashing: bool) -> None:
+    """Refuse options that exclude each other for any base.
+
+    Raises:
+        OptionError: The residual is unknown, or does not go with the criterion or with an export without hashes.
+    """
     if residual not in WAYS:
         raise OptionError(f"--residual {residual}: no way to keep one", f"Give one of: {', '.join(WAYS)}.")
     if residual != NONE and not hashing:
         raise OptionError(
             f"--residual {residual} and --no-hash do not go together",
             "A residual is bound to its weights by hash; leave one of the two out.",
+        )
+    if residual != NONE and criterion.moves:
+        raise OptionError(
+            f"--residual {residual} and {criterion.name} do not go together: weights that stay are moved, too, and a "
+            "residual holds only those that go",
+            "Leave --residual out, or move none (obs:compensate=off).",
         )
 
 

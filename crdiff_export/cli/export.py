@@ -26,10 +26,10 @@ from crdiff_export.cli.options import (
 from crdiff_export.cli.push import describe, show, transfer
 from crdiff_export.cli.signals import Stopper
 from crdiff_export.errors import OptionError
-from crdiff_export.export import Baked, ExportRequest, Job, prepare, run
+from crdiff_export.export import Baked, ExportJob, ExportRequest, prepare, run
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.formats.text import amount
-from crdiff_export.prune.criterion_choice import MAGNITUDE, Asked
+from crdiff_export.prune.criterion_choice import MAGNITUDE
 from crdiff_export.publish.commit import Pushed
 from crdiff_export.publish.request import PushRequest, check_request
 from crdiff_export.publish.request import prepare as check_destination
@@ -152,7 +152,7 @@ def _destination(pushing: PushRequest, request: ExportRequest, *, silent: bool) 
     return check_destination(pushing, source, name)
 
 
-def _show_plan(job: Job, pushing: PushRequest | None, *, as_json: bool, quiet: bool) -> None:
+def _show_plan(job: ExportJob, pushing: PushRequest | None, *, as_json: bool, quiet: bool) -> None:
     from crdiff_export.cli import output
 
     plan = job.plan
@@ -193,36 +193,36 @@ def _show_plan(job: Job, pushing: PushRequest | None, *, as_json: bool, quiet: b
         output.line(str(job.target))
 
 
-def _ranked(job: Job) -> dict[str, str | None]:
+def _ranked(job: ExportJob) -> dict[str, str | None]:
     request = job.request
     calibration = str(request.calibration) if request.calibration else None
-    return {"criterion": Asked.of(request.criterion, request.calibration).name, "calibration": calibration}
+    return {"criterion": job.criterion.name, "calibration": calibration}
 
 
-def _by(job: Job) -> str:
+def _by(job: ExportJob) -> str:
     """What decides which weights go."""
-    asked = Asked.of(job.request.criterion, job.request.calibration)
+    criterion = job.criterion
     scope = job.plan.match.family.scope
-    if not asked.masks:
-        return f"with a threshold for each {scope}" + (f" ({asked.name})" if asked.name != MAGNITUDE else "")
-    within = scope if asked.loaded.compare == "block" else asked.loaded.compare
-    moved = ", which moves what stays" if asked.loaded.moves else ""
+    if not criterion.masks:
+        return f"with a threshold for each {scope}" + (f" ({criterion.name})" if criterion.name != MAGNITUDE else "")
+    within = scope if criterion.loaded.compare == "block" else criterion.loaded.compare
+    moved = ", which moves what stays" if criterion.moves else ""
     made = f" and {job.request.calibration}" if job.request.calibration else ""
-    return f"with a mask by {asked.name}{made}, compared within each {within}{moved}"
+    return f"with a mask by {criterion.name}{made}, compared within each {within}{moved}"
 
 
-def _residual_size(job: Job) -> int:
+def _residual_size(job: ExportJob) -> int:
     """About how much a residual will be; ties with a threshold can make it more."""
     plan = job.plan
     return 0 if job.request.residual == NONE else expected(plan, [scope.rank for scope in plan.scopes])
 
 
-def _residual_facts(job: Job) -> Mapping[str, str]:
+def _residual_facts(job: ExportJob) -> Mapping[str, str]:
     where = {"embed": "in the file itself", "sidecar": "in a sidecar"}.get(job.request.residual)
     return {"residual": f"about {amount(_residual_size(job))} {where}"} if where else {}
 
 
-def _planned_groups(job: Job) -> dict[str, dict[str, Any]]:
+def _planned_groups(job: ExportJob) -> dict[str, dict[str, Any]]:
     plan = job.plan
     return {
         name: {
@@ -276,6 +276,6 @@ def _show_result(baked: Baked, sent: tuple[Upload, Pushed] | None, *, as_json: b
         show(*sent, as_json=False, quiet=quiet)
 
 
-def _choice(job: Job) -> Mapping[str, str]:
+def _choice(job: ExportJob) -> Mapping[str, str]:
     variant = job.plan.variant
     return {"pruned for": str(job.plan.size), "ratios": provenance(variant.provenance, variant.source)}

@@ -18,6 +18,7 @@ from crdiff_export.models import recipe
 from crdiff_export.models.demo.scenes import Scene
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import criterion_choice
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sampling import drawing_setup, pipelines, poa, prompts, request_checks
 from crdiff_export.sampling.drawing_setup import Easel
@@ -63,7 +64,7 @@ class Job:
     request: EvaluateRequest
     easel: Easel
     plan: Plan
-    asked: criterion_choice.Asked
+    criterion: CriterionChoice
     subjects: tuple[Subject, ...]
     pairs: tuple[tuple[str, int], ...]
     batch: int
@@ -113,7 +114,7 @@ def prepare(request: EvaluateRequest) -> Job:
         raise OptionError("there is no scorer", f"Give --scorer: {known}, module:function or command:PROGRAM.")
     if not (request.prompts or demo):
         raise OptionError("there are no prompts", "Give --prompts FILE, one a line, or --prompt TEXT.")
-    asked = criterion_choice.Asked.of(request.criterion, request.calibration)
+    criterion = CriterionChoice.of(request.criterion, request.calibration)
     found = drawing_setup.find(request)
     planned = [
         drawing_setup.planned(
@@ -122,7 +123,7 @@ def prepare(request: EvaluateRequest) -> Job:
                 request.base, size, recipe=request.recipe, ratio=request.ratio, ratios=request.ratios,
                 criterion=request.criterion, calibration=request.calibration, variant=request.variant, force=True,
             ),
-            asked,
+            criterion,
         )
         for size in dict.fromkeys(request.sizes)
     ]  # fmt: skip
@@ -147,15 +148,15 @@ def prepare(request: EvaluateRequest) -> Job:
     of_fid = against.notes(len(pairs)) if against else ()
     notes = tuple(dict.fromkeys((*(note for one in planned for note in one.notes), *of_fid)))
     return Job(
-        request, set_up, planned[0], asked, subjects, pairs, batch, scorer, scorer_device, outputs, notes, against
+        request, set_up, planned[0], criterion, subjects, pairs, batch, scorer, scorer_device, outputs, notes, against
     )
 
 
 def count(job: Job, progress: Progress) -> poa.Counted:
     """Read the weights, once for all sizes, and find the thresholds."""
     plans = [subject.plan for subject in job.subjects]
-    job.asked.calibrated(progress)  # whose hash is told in the end
-    counted = poa.Counted(plans, job.easel.base.name, progress, asked=job.asked, device=job.easel.device)
+    job.criterion.calibrated(progress)  # whose hash is told in the end
+    counted = poa.Counted(plans, job.easel.base.name, progress, criterion=job.criterion, device=job.easel.device)
     for subject in job.subjects:
         if len(subject.drawn) > 1:
             counted.source(subject.plan)  # what has to be read again for it is read here

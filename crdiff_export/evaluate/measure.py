@@ -32,7 +32,7 @@ ADVICE = "a smaller --batch, or --scorer-device cpu"
 def take(job: "Job", counted: poa.Counted, progress: Progress) -> Evaluation:
     """Every picture and its score; a CrdiffError where the pipeline or the scorer cannot be opened, or fails."""
     request, family = job.request, job.plan.match.family.id
-    easel, asked = job.easel, job.asked
+    easel, criterion = job.easel, job.criterion
     scorer = scorers.load(job.scorer, job.scorer_device)
     try:
         fingerprint = scorer.fingerprint()
@@ -55,8 +55,8 @@ def take(job: "Job", counted: poa.Counted, progress: Progress) -> Evaluation:
             facts,
             notes,
             meter.record(len(job.pairs)) if meter else None,
-            asked.name,
-            asked.calibration.hash if asked.calibration else None,
+            criterion.name,
+            criterion.calibration.hash if criterion.calibration else None,
         )
     finally:
         scorer.close()
@@ -160,7 +160,7 @@ def _packed(image: Any) -> bytes:
 
 def _facts(job: "Job", style: Style, scheduler: str) -> Iterator[tuple[str, str]]:
     """What everybody who sees the numbers should know."""
-    request, easel, asked = job.request, job.easel, job.asked
+    request, easel, criterion = job.request, job.easel, job.criterion
     yield "base", f"{easel.base.name} ({job.plan.match.family.title}), native {easel.native}"
     yield "scorer", scorers.public(job.scorer)
     prompts = len({prompt for prompt, _ in job.pairs})
@@ -172,8 +172,11 @@ def _facts(job: "Job", style: Style, scheduler: str) -> Iterator[tuple[str, str]
                 f"ratios for {subject.of}",
                 f"{ratios}: {provenance(subject.variant.provenance, subject.variant.source)}",
             )
-    if asked.name != criterion_choice.MAGNITUDE:
-        yield "criterion", asked.name + (f", calibrated at {asked.calibration.size}" if asked.calibration else "")
+    if criterion.name != criterion_choice.MAGNITUDE:
+        yield (
+            "criterion",
+            criterion.name + (f", calibrated at {criterion.calibration.size}" if criterion.calibration else ""),
+        )
     yield "sampling", f"{style.steps} steps of {scheduler}, guidance {style.guidance:g}"
     if style.negative:
         yield "negative", style.negative

@@ -1,4 +1,4 @@
-"""What a request asks for of a criterion: refused at once where that cannot be, and what it makes of a plan."""
+"""The criterion that a request names, resolved once: which weights go, and how it changes a recipe's plan."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from crdiff_export.bake import residual
 from crdiff_export.errors import OptionError
 from crdiff_export.formats.crdiff_keys import Calibrated
 from crdiff_export.models.recipe import Variant
@@ -22,15 +21,24 @@ UNIFORM = "uniform"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A criterion, and the calibration that it ranks by, where it needs one."""
+class CriterionChoice:
+    """A criterion together with the open calibration that it ranks by, if it needs one."""
 
     loaded: Loaded
     calibration: Calibration | None = None
 
     @classmethod
-    def of(cls, criterion: str, calibration: Path | None, keep: str = residual.NONE) -> Self:
-        """Find them; OptionError for what does not go together, CalibrationError for a file that is no calibration."""
+    def of(cls, criterion: str, calibration: Path | None) -> Self:
+        """Load a criterion and open its calibration.
+
+        Args:
+            criterion: The criterion as a user writes it, such as `wanda:compare=row`.
+            calibration: The file with its statistics; None for a criterion that needs none.
+
+        Raises:
+            OptionError: The criterion is unknown, or the calibration is missing or not needed.
+            CalibrationError: The file is not a calibration.
+        """
         loaded = criteria.load(criterion)
         if loaded.statistics and calibration is None:
             raise OptionError(
@@ -41,12 +49,6 @@ class Asked:
                 f"{loaded.spec} needs no calibration",
                 "Leave --calibration out, or choose a criterion that ranks by one, such as wanda.",
             )
-        if loaded.moves and keep != residual.NONE:
-            raise OptionError(
-                f"--residual {keep} and {loaded.spec} do not go together: weights that stay are moved, too, and a "
-                "residual holds only those that go",
-                "Leave --residual out, or move none (obs:compensate=off).",
-            )
         return cls(loaded, None if calibration is None else Calibration.open(calibration))
 
     @property
@@ -56,8 +58,13 @@ class Asked:
 
     @property
     def masks(self) -> bool:
-        """Whether it has masks, and no thresholds."""
+        """Whether it decides by masks; magnitude and uniform decide by thresholds."""
         return self.loaded.criterion is not None
+
+    @property
+    def moves(self) -> bool:
+        """Whether it changes weights that stay, to make up for those that go."""
+        return self.loaded.moves
 
     def plan(self, planned: Plan) -> Plan:
         """The plan that it makes of a recipe's, with its notes; CalibrationError where the calibration is no help."""
@@ -70,7 +77,7 @@ class Asked:
 
     def rank(self, plans: Sequence[Plan], kernel: Kernel, progress: Progress, device: str) -> Ranked:
         """Rank the weights of plans that share their checkpoint and cast."""
-        return criteria.rank(plans, self.name, kernel, progress, calibration=self.calibration, device=device)
+        return criteria.rank(plans, self.loaded, kernel, progress, calibration=self.calibration, device=device)
 
     def calibrated(self, progress: Progress) -> Calibrated | None:
         """What headers say of the calibration, which is read for its hash."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from crdiff_export.bake.destination import companions_size
 from crdiff_export.errors import CrdiffError, HubError, PlanError
-from crdiff_export.export import Baked, Job, plan_job, run_all
+from crdiff_export.export import Baked, ExportJob, plan_job, run_all
 from crdiff_export.hub import bases, repository
 from crdiff_export.progress import Progress
 from crdiff_export.publish import licence, target
@@ -110,7 +110,7 @@ class _Publishing:
         return item.failed(found) if isinstance(found, CrdiffError) and item.action in ("make", "send") else item
 
     def _made(self, reading: Reading, items: Sequence[Item]) -> Iterator[Outcome]:
-        jobs: list[tuple[Item, Job]] = []
+        jobs: list[tuple[Item, ExportJob]] = []
         try:
             assert reading.looked
             with self._talking():

@@ -17,7 +17,7 @@ from crdiff_export.hub import bases, repository
 from crdiff_export.hub.bases import Looked
 from crdiff_export.hub.repository import RemoteFile
 from crdiff_export.progress import Progress, Silent
-from crdiff_export.prune import criterion_choice
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
 from crdiff_export.publish import plan_file
 from crdiff_export.publish.plan_file import Entry, Matrix
@@ -283,7 +283,7 @@ class _Hashes:
     @cached_property
     def ranked(self) -> tuple[str, Calibrated | None]:
         """The criterion as headers spell it, and what they say of the calibration."""
-        asked = criterion_choice.Asked.of(self.criterion, self.calibration)
+        asked = CriterionChoice.of(self.criterion, self.calibration)
         if asked.calibration is None:
             return asked.name, None
         with self.watching() as progress:

@@ -8,7 +8,8 @@ from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.dtypes import FORMATS
 from crdiff_export.hub import bases
 from crdiff_export.models.families import Match
-from crdiff_export.prune import architecture, criterion_choice
+from crdiff_export.prune import architecture
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan, TooWideError, recognise
 from crdiff_export.sampling import pipelines, request_checks
 from crdiff_export.sampling.pipelines import Opening
@@ -45,10 +46,10 @@ def find(request: DrawingRequest) -> Found:
     return Found(base, checkpoint, match)
 
 
-def planned(found: Found, request: ExportRequest, asked: criterion_choice.Asked | None = None) -> Plan:
+def planned(found: Found, request: ExportRequest, criterion: CriterionChoice | None = None) -> Plan:
     """The plan of an export of a base that is drawn with; PlanError where it could be pruned only after a cast."""
     try:
-        return plan_variant(request, found.checkpoint, asked)
+        return plan_variant(request, found.checkpoint, criterion)
     except TooWideError as error:
         hint = f"Save it as {', '.join(FORMATS)} first: --dtype is what the pipeline computes in, not the base's."
         raise PlanError(error.message, hint) from error

@@ -45,8 +45,8 @@ def checked(found: Found, progress: Progress) -> Found:
     )  # fmt: skip
     made = measure.take(
         evaluate.Job(
-            asked, job.easel, planned, job.asked, subjects, job.pairs.check, job.batch, job.scorer, job.scorer_device,
-            outputs=(), notes=job.notes,
+            asked, job.easel, planned, job.criterion, subjects, job.pairs.check, job.batch, job.scorer,
+            job.scorer_device, outputs=(), notes=job.notes,
         ),
         found.counted,
         progress,

@@ -35,8 +35,8 @@ class Read:
 def read(job: "Job", progress: Progress) -> Read:
     """Hash and count a base's weights."""
     easel = job.easel
-    job.asked.calibrated(progress)  # whose hash the fingerprint has
-    counted = poa.Counted([job.plan], easel.base.name, progress, asked=job.asked, device=easel.device)
+    job.criterion.calibrated(progress)  # whose hash the fingerprint has
+    counted = poa.Counted([job.plan], easel.base.name, progress, criterion=job.criterion, device=easel.device)
     found = Read(_base(job, progress), counted)
     progress.stage("opening", 0)  # so that its time is not taken for that of the counting
     return found
@@ -146,10 +146,13 @@ def fingerprint(job: "Job", base: str, pipeline: Session, scorer: scorers.Scorer
 
 
 def _criterion(job: "Job") -> dict[str, str]:
-    asked = job.asked
-    if asked.name == criterion_choice.MAGNITUDE:
+    criterion = job.criterion
+    if criterion.name == criterion_choice.MAGNITUDE:
         return {}  # which searches of earlier versions have not said
-    return {"criterion": asked.name, **({"calibration": asked.calibration.hash} if asked.calibration else {})}
+    return {
+        "criterion": criterion.name,
+        **({"calibration": criterion.calibration.hash} if criterion.calibration else {}),
+    }
 
 
 def _base(job: "Job", progress: Progress) -> str:

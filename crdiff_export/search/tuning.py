@@ -16,6 +16,7 @@ from crdiff_export.models import recipe
 from crdiff_export.models.demo.scenes import Scene
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import criterion_choice
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sampling import drawing_setup, pipelines, request_checks
 from crdiff_export.sampling.drawing_setup import Easel
@@ -81,7 +82,7 @@ class Job:
     request: SearchRequest
     easel: Easel
     plan: Plan
-    asked: criterion_choice.Asked
+    criterion: CriterionChoice
     pairs: Pairs
     setup: "Setup"
     budget: "Budget"
@@ -128,7 +129,7 @@ def prepare(request: SearchRequest) -> Job:
     budget = setting.budget(request)
     scorer = _scorer(request)
     pipelines.check_packages(offload=False)
-    asked = criterion_choice.Asked.of(request.criterion, request.calibration)
+    criterion = CriterionChoice.of(request.criterion, request.calibration)
     base = drawing_setup.find(request)
     planned = drawing_setup.planned(
         base,
@@ -136,7 +137,7 @@ def prepare(request: SearchRequest) -> Job:
             request.base, request.size, recipe=request.recipe, targets=request.targets, criterion=request.criterion,
             calibration=request.calibration, variant=request.variant, force=True,
         ),
-        asked,
+        criterion,
     )  # fmt: skip
     chosen = pairs.choose(request)
     _check_pairs(chosen, scorer)
@@ -152,8 +153,8 @@ def prepare(request: SearchRequest) -> Job:
     batch = request.batch or session.usual_batch(base.match.family.id, set_up.device)
     notes = tuple(dict.fromkeys((*planned.notes, *said, *chosen.notes)))
     return Job(
-        request, set_up, planned, asked, chosen, setup, budget, storage, study, batch, scorer, scorer_device, outputs,
-        notes,
+        request, set_up, planned, criterion, chosen, setup, budget, storage, study, batch, scorer, scorer_device,
+        outputs, notes,
     )  # fmt: skip
 
 

@@ -20,8 +20,9 @@ from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.hub import bases
 from crdiff_export.models import families
 from crdiff_export.progress import Progress, Silent
-from crdiff_export.prune import criterion_choice, kernels, plan
+from crdiff_export.prune import kernels, plan
 from crdiff_export.prune.criteria import Decision
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Output, Plan
 from crdiff_export.verify.reopen import (
     DATA_HASH,
@@ -48,14 +49,14 @@ _OTHER: Final = "The file was made from another base; `crdiff inspect` names it.
 def check_base(
     baked: BakedCheckpoint,
     base: str,
-    asked: criterion_choice.Asked | None,
+    criterion: CriterionChoice | None,
     kept: Sequence[Kept],
     device: str,
     progress: Progress,
 ) -> Path:
-    """Export the base again, by `asked`, into a comparison instead of a file; where the base lies.
+    """Export the base again, by `criterion`, into a comparison instead of a file; where the base lies.
 
-    Without `asked` the file's own zeros are taken for the mask, and moved weights are not looked at.
+    Without `criterion` the file's own zeros are taken for the mask, and moved weights are not looked at.
     """
     planned, stamp = baked.plan, baked.stamp
     again = _again(baked, base)
@@ -63,8 +64,8 @@ def check_base(
     kernel = kernels.load(device)
     # Without what has decided, the file's own zeros have: all else has to be the base's.
     decided = decision(baked, progress, moved=False)
-    if asked:
-        derived = asked.rank([again], kernel, progress, device).decide(again, progress)
+    if criterion:
+        derived = criterion.rank([again], kernel, progress, device).decide(again, progress)
         _compare_decisions(baked, again, derived, decided)
         decided = derived
         _check_moved(baked, again, derived)

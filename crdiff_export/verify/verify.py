@@ -15,7 +15,8 @@ from crdiff_export.formats.hashing import hash_data
 from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.progress import Progress
-from crdiff_export.prune import criteria, criterion_choice
+from crdiff_export.prune import criteria
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan, Scope, Target
 from crdiff_export.prune.threshold import Threshold
 from crdiff_export.verify.compare_base import check_base, refuse_sparse
@@ -58,7 +59,7 @@ def verify(
         )
     baked = open_baked(path)
     stamp, planned = baked.stamp, baked.plan
-    asked = _asked(baked, calibration, progress) if base else None
+    criterion = _asked(baked, calibration, progress) if base else None
     refuse_sparse(baked.checkpoint)
     _check_weights(baked, progress)
     hashed = _check_hashes(planned, progress)
@@ -67,12 +68,12 @@ def verify(
     weights = sum(scope.count for scope in planned.scopes)
     if not base:
         return Verified(path, stamp, weights, hashed, None, said)
-    origin = check_base(baked, base, asked, kept, device, progress)
-    against: Against = "all" if asked else "others" if stamp.moved else "zeros"
+    origin = check_base(baked, base, criterion, kept, device, progress)
+    against: Against = "all" if criterion else "others" if stamp.moved else "zeros"
     return Verified(path, stamp, weights, hashed, origin, said, against)
 
 
-def _asked(baked: BakedCheckpoint, calibration: Path | None, progress: Progress) -> criterion_choice.Asked | None:
+def _asked(baked: BakedCheckpoint, calibration: Path | None, progress: Progress) -> CriterionChoice | None:
     """The criterion to decide by again; None where that takes a calibration, which is not given.
 
     OptionError and CalibrationError for a calibration that is not this file's.
@@ -87,15 +88,15 @@ def _asked(baked: BakedCheckpoint, calibration: Path | None, progress: Progress)
         raise OptionError(
             f"{path}: was made without a calibration ({show(stamp.criterion)})", "Leave --calibration out."
         )
-    asked = criterion_choice.Asked.of(stamp.criterion, calibration)
-    found = asked.calibrated(progress)
+    criterion = CriterionChoice.of(stamp.criterion, calibration)
+    found = criterion.calibrated(progress)
     if found and stamp.calibrated and found.hash != stamp.calibrated.hash:
         raise VerifyError(
             f"{calibration}: hashes to {found.hash}, crdiff.calibration.file_sha256 of {path.name} is "
             f"{stamp.calibrated.hash}",
             "Give the calibration that the file was made with.",
         )
-    return asked
+    return criterion
 
 
 def _known(criterion: str) -> criteria.Loaded | None:

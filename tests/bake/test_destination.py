@@ -11,14 +11,14 @@ import pytest
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.bake.destination import HEADER_GROWTH, Space, check_space
 from crdiff_export.errors import PlanError
-from crdiff_export.export import Job, prepare
+from crdiff_export.export import ExportJob, prepare
 from crdiff_export.models import demo
 from tests.support import makers
 
 SHARDS = "shards/diffusion_pytorch_model.safetensors.index.json"
 
 
-def job(base: object, output: Path | None = None, *, force: bool = False) -> Job:
+def job(base: object, output: Path | None = None, *, force: bool = False) -> ExportJob:
     return prepare(ExportRequest(str(base), Size(512, 512), output, force=force, hashing=False))
 
 

@@ -178,7 +178,9 @@ def test_a_missing_statistic(tmp_path: Path, plan: Plan) -> None:
     hint = "Calibrate again for this criterion."
     message = f"{path}: has no gradient, it has norm, gram"
     assert refusal(lambda: opened.check(plan, ("norm", "gradient"))) == (message, hint)
-    ranked = refusal(lambda: criteria.rank([plan], "adverse", kernels.load("cpu", 1), Silent(), calibration=opened))
+    ranked = refusal(
+        lambda: criteria.rank([plan], criteria.load("adverse"), kernels.load("cpu", 1), Silent(), calibration=opened)
+    )
     assert ranked == (message, hint)
     none = write_calibration(path, plan, found, {"statistics": ""})
     assert refusal(lambda: Calibration.open(none).check(plan, ("norm",)))[0] == f"{path}: has no norm, it has nothing"
@@ -208,7 +210,7 @@ def test_a_layer_of_a_group_that_is_left_alone_may_be_missing(tmp_path: Path) ->
     found = {n: each for n, each in criteria_makers.calibrated(plan).items() if not n.startswith("down_blocks")}
     opened = Calibration.open(write_calibration(tmp_path / "c.safetensors", plan, found))
     assert opened.check(plan, ("norm",)) == ()
-    ranked = criteria.rank([plan], "wanda", kernels.load("cpu", 1), Silent(), calibration=opened)
+    ranked = criteria.rank([plan], criteria.load("wanda"), kernels.load("cpu", 1), Silent(), calibration=opened)
     assert [t.pruned > 0 for t in ranked.decide(plan).thresholds] == [False, True, True]
     other = criteria_makers.with_ratio(plan, 0.1)
     name = next(n for n in criteria_makers.names(plan) if n.startswith("down_blocks"))
@@ -257,7 +259,9 @@ def test_numbers_that_are_none(tmp_path: Path, plan: Plan, kind: str, spec: str,
     opened = Calibration.open(path)
     expected = f"{path}: 2 numbers of {kind}/{name} are not finite", AGAIN
     assert refusal(lambda: opened.read(name, kind)) == expected
-    ranked = refusal(lambda: criteria.rank([plan], spec, kernels.load("cpu", 1), Silent(), calibration=opened))
+    ranked = refusal(
+        lambda: criteria.rank([plan], criteria.load(spec), kernels.load("cpu", 1), Silent(), calibration=opened)
+    )
     assert ranked == expected
 
 
@@ -267,19 +271,19 @@ def test_another_bases_weights(tmp_path: Path, plan: Plan) -> None:
     opened, kernel = Calibration.open(path), kernels.load("cpu", 1)
     name = criteria_makers.names(plan)[0]
     message = f"{path}: was made of another base: {name} has other weights"
-    ranked = refusal(lambda: criteria.rank([other], "wanda", kernel, Silent(), calibration=opened))
+    ranked = refusal(lambda: criteria.rank([other], criteria.load("wanda"), kernel, Silent(), calibration=opened))
     assert ranked == (message, OWN)
-    criteria.rank([other], "random", kernel, Silent(), calibration=opened)  # which does not use it
+    criteria.rank([other], criteria.load("random"), kernel, Silent(), calibration=opened)  # which does not use it
     fewer = dict(list(criteria_makers.digests(plan).items())[1:])
     path = made(path, plan, {"layers": json.dumps(fewer)})
     opened = Calibration.open(path)
-    ranked = refusal(lambda: criteria.rank([plan], "wanda", kernel, Silent(), calibration=opened))
+    ranked = refusal(lambda: criteria.rank([plan], criteria.load("wanda"), kernel, Silent(), calibration=opened))
     assert ranked == (f"{path}: has nothing of {name}", OWN)
 
 
 def test_no_calibration_where_one_is_needed(plan: Plan) -> None:
     kernel = kernels.load("cpu", 1)
-    assert refusal(lambda: criteria.rank([plan], "obs:damping=0.1", kernel, Silent()), OptionError) == (
+    assert refusal(lambda: criteria.rank([plan], criteria.load("obs:damping=0.1"), kernel, Silent()), OptionError) == (
         "obs:damping=0.1 needs a calibration",
         "Give --calibration FILE, made for this base and this size.",
     )

@@ -20,8 +20,9 @@ from crdiff_export.export import Baked, plan_variant, prepare, run_all
 from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.models.recipe import Evidence
 from crdiff_export.progress import Silent
-from crdiff_export.prune import criteria, criterion_choice, kernels
+from crdiff_export.prune import criteria, kernels
 from crdiff_export.prune.criteria import Calibration
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.publish import report
 from crdiff_export.publish.run import publish
 from crdiff_export.publish.worklist import PublishRequest, survey
@@ -170,7 +171,7 @@ def decided(base: Base, criterion: str) -> tuple[Any, Any]:
     request = base.request(Path("unused.safetensors"), criterion)
     planned = plan_variant(request, open_checkpoint(base.path))
     calibration = Calibration.open(base.calibration)
-    ranked = criteria.rank([planned], criterion, kernels.load("cpu"), Silent(), calibration=calibration)
+    ranked = criteria.rank([planned], criteria.load(criterion), kernels.load("cpu"), Silent(), calibration=calibration)
     return planned, ranked.decide(planned)
 
 
@@ -495,7 +496,7 @@ def test_what_a_criterion_does_not_move_is_not_excused(
 
 def test_evidence_of_another_calibration_is_none(exports: Callable[..., tuple[Base, Path]], tmp_path: Path) -> None:
     base, _ = exports("wanda")
-    asked = criterion_choice.Asked.of("wanda", base.calibration)
+    asked = CriterionChoice.of("wanda", base.calibration)
     assert asked.calibration
 
     def judged(**extra: str) -> tuple[str, str, bool]:

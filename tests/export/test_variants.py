@@ -16,7 +16,7 @@ from crdiff_export import ExportRequest, Size, export
 from crdiff_export.bake import write as bake
 from crdiff_export.bake.direct_writer import Writer
 from crdiff_export.errors import BakeError, PlanError
-from crdiff_export.export import Baked, Job, plan_job, prepare, run_all
+from crdiff_export.export import Baked, ExportJob, plan_job, prepare, run_all
 from crdiff_export.formats.safetensors import TensorSpec
 from crdiff_export.formats.weight_file import FileBytes
 from crdiff_export.progress import Silent
@@ -45,7 +45,7 @@ BASES: Mapping[str, tuple[Callable[[], makers.Tensors], Sequence[Mapping[str, An
 }
 
 
-def jobs(base: Path, folder: Path, asked: Sequence[Mapping[str, Any]], **same: Any) -> list[Job]:
+def jobs(base: Path, folder: Path, asked: Sequence[Mapping[str, Any]], **same: Any) -> list[ExportJob]:
     """Planned on one reading of the headers."""
     folder.mkdir(exist_ok=True)
     suffix = "" if base.is_dir() else ".safetensors"

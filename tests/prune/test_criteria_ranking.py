@@ -323,7 +323,7 @@ def test_weights_are_ranked_as_they_will_be_written(tmp_path: Path) -> None:
 def test_magnitudes_have_thresholds(tmp_path: Path, text: str, dtype: str) -> None:
     plans = [planned(tmp_path / "b.safetensors", makers.tiny(UNET, dtype), ratio) for ratio in (0.2, 0.6)]
     kernel = kernels.load("cpu", 1)
-    ranking = criteria.rank(plans, text, kernel, Silent())
+    ranking = criteria.rank(plans, criteria.load(text), kernel, Silent())
     other = with_ratio(plans[0], 0.31)
     (right,) = magnitude.thresholds([other], kernel, Silent())
     assert [ranking.decide(plan).thresholds for plan in plans] == list(magnitude.thresholds(plans, kernel, Silent()))
@@ -335,7 +335,7 @@ def test_random_prunes_what_is_asked_for(tmp_path: Path) -> None:
     plan = planned(tmp_path / "b.safetensors", makers.tiny(UNET), 0.3)
     kernel = kernels.load("cpu", 1)
     first, again, other = (
-        criteria.rank([plan], text, kernel, Silent()).decide(plan)
+        criteria.rank([plan], criteria.load(text), kernel, Silent()).decide(plan)
         for text in ("random", "random:seed=0", "random:seed=1")
     )
     assert [t.pruned for t in first.thresholds] == [scope.rank for scope in plan.scopes]
@@ -729,7 +729,8 @@ def test_scores_of_another_shape(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there(tmp_path: Path, device: str) -> None:
     plan = planned(tmp_path / "b.safetensors", makers.tiny(UNET), 0.3)
     message, hint = refusal(
-        lambda: criteria.rank([plan], "random", kernels.load("cpu", 1), Silent(), device=device), PlanError
+        lambda: criteria.rank([plan], criteria.load("random"), kernels.load("cpu", 1), Silent(), device=device),
+        PlanError,
     )
     assert message.startswith(f"device {device}: ")
     assert hint == "Leave --device out to compute the scores on the CPU, where their last bits may differ."

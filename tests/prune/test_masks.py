@@ -208,7 +208,7 @@ def test_variants_of_every_kind_come_from_one_reading(chunk: int, tmp_path: Path
     """Thresholds, masks, moved weights, another set of masks, and one that leaves everything."""
     path = base(tmp_path, "sd15.original", ("F16",))
     plan, nothing = planned(path), planned(path, ratio=0)
-    by_threshold = criteria.rank([plan], "magnitude", kernel, Silent()).decide(plan)
+    by_threshold = criteria.rank([plan], criteria.load("magnitude"), kernel, Silent()).decide(plan)
     left = Decision(tuple(Threshold(None, 0, scope.count) for scope in nothing.scopes), (None,) * len(nothing.targets))
     decisions = [by_threshold, decided(plan, 4), decided(plan, 5, moved=True), left, decided(plan, 6)]
     plans = [plan, plan, plan, nothing, plan]

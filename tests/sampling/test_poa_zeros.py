@@ -24,7 +24,7 @@ from crdiff_export.formats.crdiff_keys import Stamp
 from crdiff_export.models import demo
 from crdiff_export.progress import Silent
 from crdiff_export.prune.criteria import Decision, Mask
-from crdiff_export.prune.criterion_choice import Asked
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.threshold import Threshold
 from crdiff_export.sampling import poa
 from crdiff_export.sampling.comfyui import match
@@ -230,10 +230,10 @@ def test_a_recipe_and_a_ranking_give_what_an_export_does(criterion: str, made: M
     expected = kind.run(pipe)
     poa.enable(pipe, poa.from_recipe(made.request(criterion)), W)
     assert torch.equal(kind.run(pipe), expected)
-    ranked = Asked.of(criterion, None if "random" in criterion else made.calibration)
+    ranked = CriterionChoice.of(criterion, None if "random" in criterion else made.calibration)
     plan = plan_variant(made.request(criterion), open_checkpoint(made.base))
     other = plan_variant(made.request(criterion, ratio=0.1), open_checkpoint(made.base))
-    counted = poa.Counted([plan], "base", Silent(), asked=ranked, device="cpu")
+    counted = poa.Counted([plan], "base", Silent(), criterion=ranked, device="cpu")
     for asked in (other, plan, other):
         poa.enable(pipe, counted.source(asked, W))
         assert torch.equal(kind.run(pipe), expected) == (asked is plan)
@@ -250,7 +250,7 @@ def test_a_ranking_without_more_is_magnitude(sd15: Made) -> None:
 def test_what_a_source_holds_goes_with_it(sd15: Made) -> None:
     plan = plan_variant(sd15.request("obs"), open_checkpoint(sd15.base))
     for criterion in ("obs", "wanda"):
-        counted = poa.Counted([plan], "base", asked=Asked.of(criterion, sd15.calibration))
+        counted = poa.Counted([plan], "base", criterion=CriterionChoice.of(criterion, sd15.calibration))
         source = counted.source(plan)
         poa.enable(sd15.pipe, source, W)
         SD15.run(sd15.pipe)

@@ -11,6 +11,7 @@ from crdiff_export.export import ExportRequest
 from crdiff_export.models import recipe
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import criterion_choice
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sampling import drawing_setup, pipelines, poa, request_checks
 from crdiff_export.sampling.drawing_setup import Easel
@@ -84,7 +85,7 @@ def prepare(request: PreviewRequest) -> Job:
     """Find the base, read its headers and plan; any refusal comes from here, before a weight is read."""
     _check(request)
     pipelines.check_packages(offload=request.offload)
-    asked = None if request.baked else criterion_choice.Asked.of(request.criterion, request.calibration)
+    criterion = None if request.baked else CriterionChoice.of(request.criterion, request.calibration)
     found = drawing_setup.find(request)
     family = found.match.family
     baked = open_baked(request.baked.expanduser()) if request.baked else None
@@ -93,7 +94,7 @@ def prepare(request: PreviewRequest) -> Job:
             f"{request.baked}: is of {baked.plan.match.family.title}, {request.base} is {family.title}",
             "Give the base that the file was made from; `crdiff inspect` names it.",
         )
-    planned = baked.plan if baked else drawing_setup.planned(found, _pruning(request), asked)
+    planned = baked.plan if baked else drawing_setup.planned(found, _pruning(request), criterion)
     size = request.size or planned.size
     check_grid(size, family.grid, family.title)
     columns = wording.columns(request.weights or (planned.variant.poa_weight,))

@@ -112,7 +112,7 @@ def load(text: str) -> Loaded:
 
 def rank(
     plans: Sequence[Plan],
-    spec: str,
+    loaded: Loaded,
     kernel: Kernel,
     progress: Progress,
     *,
@@ -125,7 +125,6 @@ def rank(
     calibration and there is none; CalibrationError for one of another base, or that lacks something; PlanError for
     weights that are not finite, unless the plans allow them.
     """
-    loaded = load(spec)
     if loaded.criterion is None:
         from crdiff_export.prune.criteria import magnitude
 

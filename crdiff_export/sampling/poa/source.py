@@ -14,8 +14,9 @@ from crdiff_export.export import ExportRequest, plan_variant
 from crdiff_export.formats.hashing import hash_data, hash_file
 from crdiff_export.hub import bases
 from crdiff_export.progress import Progress, Silent
-from crdiff_export.prune import criteria, criterion_choice, kernels
+from crdiff_export.prune import criteria, kernels
 from crdiff_export.prune.criteria import magnitude
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan, with_ratios
 from crdiff_export.sampling.poa.masks import Masks
 from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH, BakedCheckpoint, decision, open_baked
@@ -67,17 +68,17 @@ def from_recipe(request: ExportRequest, progress: Progress | None = None) -> Sou
     if request.dtype:
         raise PoaError(f"a cast to {request.dtype} is not for POA", "Load the model in that dtype instead.")
     base = bases.locate(request.base, request.variant)
-    plan = plan_variant(request, base.open(request.variant))
+    criterion, shown = CriterionChoice.of(request.criterion, request.calibration), progress or Silent()
+    plan = plan_variant(request, base.open(request.variant), criterion)
     kernel = kernels.load(request.device, request.threads)
-    asked, shown = criterion_choice.Asked.of(request.criterion, request.calibration), progress or Silent()
-    decided = asked.rank([plan], kernel, shown, request.device).decide(plan, shown)
+    decided = criterion.rank([plan], kernel, shown, request.device).decide(plan, shown)
     return Source(Masks.of(plan, decided), plan, plan.variant.poa_weight, base.name, notes=decided.notes)
 
 
 class Counted:
     """A base whose weights have been ranked once, which gives the source of any ratios by a look-up.
 
-    What goes is what an export with the criterion that is `asked` prunes, which is magnitude by default. The plans, of
+    What goes is what an export with `criterion`, which is magnitude by default, prunes. The plans, of
     one checkpoint, say which layers may be pruned; their ratios do not matter. `device` is torch's, for criteria with
     scores.
     """
@@ -88,7 +89,7 @@ class Counted:
         base: str,
         progress: Progress | None = None,
         *,
-        asked: criterion_choice.Asked | None = None,
+        criterion: CriterionChoice | None = None,
         device: str = "cpu",
     ) -> None:
         self._base = base
@@ -96,8 +97,8 @@ class Counted:
         every = [with_ratios(plan, {group: plan.ratio(group) or 0.5 for group in plan.groups}) for plan in plans]
         kernel, shown = kernels.load("cpu", None), progress or Silent()
         self._ranked: criteria.Ranked
-        if asked and asked.masks:
-            self._ranked = asked.rank(every, kernel, shown, device)
+        if criterion and criterion.masks:
+            self._ranked = criterion.rank(every, kernel, shown, device)
         else:  # thresholds are looked up, where their ratios are known
             self._ranked = magnitude.Ranked(every, kernel, shown, refined=False)
 
