@@ -56,7 +56,6 @@ ONLY_IN = {
     "torch": {"prune", "sampling", "evaluate", "calibrate"},
     "numba": {"prune"},
     "diffusers": {"sampling"},
-    "transformers": {"sampling", "evaluate"},
     "PIL": {"evaluate", "search", "calibrate"},
     "matplotlib": {"evaluate", "search"},
     "optuna": {"search"},

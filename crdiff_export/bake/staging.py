@@ -12,12 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from crdiff_export.errors import BakeError
+from crdiff_export.formats import file_lock
 from crdiff_export.progress import Progress
-
-try:
-    import fcntl
-except ImportError:  # Windows, where an open file cannot be deleted and so needs no lock
-    fcntl = None  # type: ignore[assignment]
 
 _PART = ".crdiff-part"
 _OLD = ".crdiff-old"
@@ -36,11 +32,11 @@ def staged(target: Path, folder: bool) -> Iterator[Path]:
     Siblings that a killed run left are removed first; those of a run that is still going are not.
     """
     clean(target)
-    part, lock = _name(target), None
+    part, handle = _name(target), None
     try:
         while True:
             try:
-                lock = _create(part, folder)
+                handle = _create(part, folder)
                 break
             except BlockingIOError:
                 part = _name(target)
@@ -52,8 +48,8 @@ def staged(target: Path, folder: bool) -> Iterator[Path]:
             _remove(part)
             raise
         finally:
-            if lock is not None:
-                os.close(lock)
+            if handle is not None:
+                os.close(handle)
 
 
 def publish(part: Path, target: Path, *, replace: bool = True) -> None:
@@ -185,7 +181,7 @@ def clean(target: Path) -> None:
             _remove(old) if target.exists() else old.replace(target)
     for part in target.parent.glob(f".{name}.????????????{_PART}"):
         with contextlib.suppress(OSError):
-            handle = _locked(part)
+            handle = file_lock.lock(part)
             try:
                 _remove(part)
             finally:
@@ -200,7 +196,7 @@ def _create(part: Path, folder: bool) -> int | None:
     """
     part.mkdir() if folder else part.touch(exist_ok=False)
     try:
-        handle = _locked(part)
+        handle = file_lock.lock(part)
     except FileNotFoundError as error:
         raise BlockingIOError from error
     except BlockingIOError:
@@ -210,19 +206,6 @@ def _create(part: Path, folder: bool) -> int | None:
     if handle is not None and not (part.exists() and os.path.samestat(os.fstat(handle), part.stat())):
         os.close(handle)
         raise BlockingIOError
-    return handle
-
-
-def _locked(path: Path) -> int | None:
-    """An open handle with the lock; BlockingIOError where a living process has it, None on Windows."""
-    if fcntl is None:
-        return None  # removing a file that is open fails there
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise
     return handle
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from crdiff_export.bake import staging
 from crdiff_export.errors import CalibrationError, CheckpointError, PlanError
-from crdiff_export.formats import safetensors
+from crdiff_export.formats import file_lock, safetensors
 from crdiff_export.formats.checkpoint import read_file
 from crdiff_export.formats.hashing import PIECE
 from crdiff_export.formats.safetensors import TensorSpec
@@ -27,11 +27,6 @@ from crdiff_export.prune.plan import Plan
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 SUFFIX: Final = ".safetensors"
 _RUN: Final = "run.json"
@@ -167,24 +162,24 @@ def begun(target: Path, run: Mapping[str, str], *, force: bool) -> Iterator[Fold
     CalibrationError where it is of another run, unless `force` gives that up, and where another process is at work.
     """
     path = target.with_name(f"{target.name}.part")
-    handle = None
-    try:
-        path.mkdir(exist_ok=True)
-        handle = _locked(path)
-        _begin(path, run, force=force)
-    except OSError as error:
-        if handle is not None:
-            os.close(handle)
-        raise explained(error, path, path) from error
-    except BaseException:
-        if handle is not None:
-            os.close(handle)
-        raise
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            path.mkdir(exist_ok=True)
+            if (handle := _lock(path)) is not None:
+                held.callback(os.close, handle)
+            _begin(path, run, force=force)
+        except OSError as error:
+            raise explained(error, path, path) from error
         yield Folder(path)
-    finally:
-        if handle is not None:
-            os.close(handle)
+
+
+def _lock(path: Path) -> int | None:
+    try:
+        return file_lock.lock(path)
+    except BlockingIOError as error:
+        raise CalibrationError(f"{path}: another run is at work there", "Wait for it, or give another -o.") from error
+    except OSError:  # a file system without locks
+        return None
 
 
 def _begin(path: Path, run: Mapping[str, str], *, force: bool) -> None:
@@ -234,22 +229,6 @@ def _difference(record: Path, run: Mapping[str, str]) -> str | None:
 def _shown(value: object) -> str:
     text = "not given" if value is None else str(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-def _locked(path: Path) -> int | None:
-    """An open handle with the folder's lock; CalibrationError where a living process has it, None without locks."""
-    if fcntl is None:
-        return None
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise CalibrationError(f"{path}: another run is at work there", "Wait for it, or give another -o.") from error
-    except OSError:  # a file system without locks
-        os.close(handle)
-        return None
-    return handle
 
 
 def _copy(path: Path, start: int, size: int, out: Any, progress: Progress) -> None:

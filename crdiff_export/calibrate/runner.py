@@ -21,6 +21,7 @@ from crdiff_export.calibrate.folder import Folder, begun
 from crdiff_export.calibrate.setting import Calibrated, LayerSpec, Pass, Room, Setting
 from crdiff_export.errors import CalibrationError
 from crdiff_export.formats.hashing import hash_data
+from crdiff_export.formats.text import printable
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune.criteria import calibration
 from crdiff_export.prune.layer_names import diffusers_name
@@ -28,7 +29,6 @@ from crdiff_export.prune.plan import Plan, Target
 from crdiff_export.sampling import fingerprint
 from crdiff_export.sampling.poa.sampling import model_of
 from crdiff_export.sampling.session import Session, Style
-from crdiff_export.verify.inspect import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -36,7 +36,7 @@ def inspect(file: Path, *, metadata: bool, json: bool, quiet: bool) -> None:  # 
 
 def _show_metadata(metadata: Mapping[str, str]) -> None:
     from crdiff_export.cli import output
-    from crdiff_export.verify.inspect import printable
+    from crdiff_export.formats.text import printable
 
     output.line("")
     for key, text in sorted(metadata.items()):

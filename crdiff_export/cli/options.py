@@ -11,11 +11,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from crdiff_export.errors import CrdiffError, OptionError
+from crdiff_export.formats.text_file import read_text_file
 from crdiff_export.models.recipe import MAX_POA_WEIGHT, TARGETS
 from crdiff_export.sizes import Size
-
-# A prompt is a sentence or a page; a file of them is no checkpoint.
-MAX_BYTES = 1 << 20
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -214,17 +212,9 @@ def push_options(command: Command) -> Command:
 
 def listed_prompts(path: Path) -> tuple[str, ...]:
     """The prompts in a file, one a line; OptionError where it is no such file."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise OptionError(f"{path}: {error.strerror}", "Give --prompts a text file with one prompt a line.") from error
-    except UnicodeDecodeError as error:
-        raise OptionError(f"{path}: not UTF-8 at byte {error.start}", "Save it as UTF-8 text.") from error
-    if len(data) > MAX_BYTES:
-        raise OptionError(f"{path}: more than 1 MiB", "Give --prompts a text file with one prompt a line.")
+    hint = "Give --prompts a text file with one prompt a line."
+    text = read_text_file(path, "prompts", hint, OptionError)
     found = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not found:
-        raise OptionError(f"{path}: has no prompt", "Give --prompts a text file with one prompt a line.")
+        raise OptionError(f"{path}: has no prompt", hint)
     return found

@@ -28,7 +28,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from crdiff_export.errors import CrdiffError
-from crdiff_export.formats.text import amount
+from crdiff_export.formats.text import amount, printable
 from crdiff_export.progress import Progress, Silent
 
 SCHEMA = 1
@@ -92,9 +92,9 @@ def print_error(code: str, message: str, hint: str, *, as_json: bool) -> None:
         print(json.dumps({"schema": SCHEMA, "error": error}), file=sys.stderr)
         return
     console = _console(sys.stderr)
-    console.print(f"crdiff: {_visible(message)}", style="bold red", soft_wrap=True)
+    console.print(f"crdiff: {printable(message, limit=None)}", style="bold red", soft_wrap=True)
     if hint:
-        console.print(f"  {_visible(hint)}", soft_wrap=True)
+        console.print(f"  {printable(hint, limit=None)}", soft_wrap=True)
 
 
 def print_problems(code: str, message: str, hint: str, problems: Sequence[CrdiffError], *, as_json: bool) -> None:
@@ -111,7 +111,7 @@ def print_problems(code: str, message: str, hint: str, problems: Sequence[Crdiff
 
 def note(text: str) -> None:
     """Something worth knowing, on stderr."""
-    _console(sys.stderr).print(f"note: {_visible(text)}", soft_wrap=True)
+    _console(sys.stderr).print(f"note: {printable(text, limit=None)}", soft_wrap=True)
 
 
 def _console(stream: IO[str], like: IO[str] | None = None) -> Console:
@@ -123,11 +123,6 @@ def _console(stream: IO[str], like: IO[str] | None = None) -> Console:
         file=stream, force_terminal=terminal or None, width=None if terminal else ENDLESS,
         color_system=None if plain else "auto", highlight=False, emoji=False, markup=False,
     )  # fmt: skip
-
-
-def _visible(text: str) -> str:
-    """A message in one line, with escapes for what a terminal would take as a command: names in files hold anything."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 class Shown(Progress, Protocol):

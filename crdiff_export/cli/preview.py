@@ -28,6 +28,7 @@ from crdiff_export.evaluate.preview import (
     prepare,
 )
 from crdiff_export.evaluate.preview.wording import criterion_of, ratios_of, standing
+from crdiff_export.formats.text import plural
 
 FRACTION = click.FloatRange(0, 1)
 
@@ -113,7 +114,7 @@ def _announce(job: Job) -> None:
     rows, names = job.pictures // len(job.columns), ", ".join(column.name for column in job.columns)
     place = f"on {job.easel.device} in {job.easel.dtype}"
     announce_drawing(
-        job.easel, *job.notes, f"{_counted(job.pictures, 'picture')}, {_counted(rows, 'row')} of {names}, {place}"
+        job.easel, *job.notes, f"{plural(job.pictures, 'picture')}, {plural(rows, 'row')} of {names}, {place}"
     )
 
 
@@ -122,10 +123,6 @@ def _times(made: Preview) -> str:
     seconds = {c: [p.seconds for p in made.taken.pictures if p.column == c] for c in columns}
     each = ", ".join(f"{column.name} {sum(times) / len(times):.1f} s" for column, times in seconds.items())
     return f"{len(made.taken.pictures)} ({each} each)"
-
-
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _as_json(made: Preview) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def show(recipe: str, *, toml: bool, json: bool, quiet: bool) -> None:  # noqa: 
 
 def _show(recipe: Recipe) -> None:
     from crdiff_export.cli import output
-    from crdiff_export.verify.inspect import printable, provenance
+    from crdiff_export.formats.text import printable
+    from crdiff_export.verify.inspect import provenance
 
     base = f"hf://{recipe.repo}{f'/{recipe.file}' if recipe.file else ''}" if recipe.repo else None
     standings = [printable(provenance(v.provenance, v.source)) for v in recipe.variants]

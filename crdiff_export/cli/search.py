@@ -35,6 +35,7 @@ from crdiff_export.cli.signals import Stopped, Stopper
 from crdiff_export.errors import SearchError
 from crdiff_export.evaluate import scorers
 from crdiff_export.evaluate.findings import Evaluation
+from crdiff_export.formats.text import plural
 from crdiff_export.search import report_text
 from crdiff_export.search.engine import METHODS
 from crdiff_export.search.tuning import (
@@ -223,7 +224,7 @@ def _interrupted(stop: Stopped, standing: Standing, command: str) -> SearchError
         exit_code = stop.exit_code
         code = stop.word
 
-    kept = report_text.counted(standing.over, "finished trial")
+    kept = plural(standing.over, "finished trial")
     return Interrupted(f"{stop.word}; {kept} kept in {standing.where}", f"To go on: {command}")
 
 
@@ -253,7 +254,7 @@ def _spelled(param: click.Parameter, value: Any) -> list[str]:
 
 def _announce(job: Job) -> None:
     searched, checked = (len({prompt for prompt, _ in pairs}) for pairs in (job.pairs.search, job.pairs.check))
-    pictures = f"{len(job.pairs.search)} pictures of {report_text.counted(searched, 'prompt')}"
+    pictures = f"{len(job.pairs.search)} pictures of {plural(searched, 'prompt')}"
     check = f"{len(job.pairs.check)} of {checked}" if job.request.prompt is None else f"{len(job.pairs.check)} others"
     place = f"on {job.easel.device} in {job.easel.dtype}"
     announce_drawing(job.easel, *job.notes, f"a trial is {pictures}, the check {check}; {place}")

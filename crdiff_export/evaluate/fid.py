@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 from crdiff_export.errors import OptionError
 from crdiff_export.evaluate.frechet import Moments, Reference
 from crdiff_export.evaluate.scorers import inception
+from crdiff_export.formats.text import printable
 from crdiff_export.progress import Progress
 from crdiff_export.sizes import Size
-from crdiff_export.verify.inspect import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from crdiff_export.bake.metadata import tool_version
 from crdiff_export.evaluate import fid, scorers
 from crdiff_export.evaluate.findings import DENSE, PRUNED, Drawn, Evaluation, Subject
+from crdiff_export.formats.text import printable
 from crdiff_export.progress import Progress
 from crdiff_export.prune import criterion_choice
 from crdiff_export.sampling import poa
 from crdiff_export.sampling.session import Place, Session, Style, session
 from crdiff_export.sizes import Size
-from crdiff_export.verify.inspect import printable, provenance
+from crdiff_export.verify.inspect import provenance
 
 if TYPE_CHECKING:
     from PIL.Image import Image

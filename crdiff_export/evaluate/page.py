@@ -9,7 +9,7 @@ from PIL import Image
 from crdiff_export.evaluate import plot, report_text
 from crdiff_export.evaluate.findings import Evaluation, Subject
 from crdiff_export.evaluate.report import Contact, Row, Shot, page
-from crdiff_export.verify.inspect import printable
+from crdiff_export.formats.text import printable
 
 SHOWN = 8
 

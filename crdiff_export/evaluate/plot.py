@@ -4,7 +4,7 @@ import io
 from typing import Any, Final
 
 from crdiff_export.evaluate.findings import Evaluation, Finding, Subject
-from crdiff_export.verify.inspect import printable
+from crdiff_export.formats.text import printable
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 COLOURS: Final = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")

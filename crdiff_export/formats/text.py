@@ -1,4 +1,4 @@
-"""Text for people: numbers of bytes, and guesses for a mistyped word."""
+"""Text for people: amounts of bytes, plurals, printable lines, and guesses for a mistyped word."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,6 +12,29 @@ def amount(size: float) -> str:
         if size >= step:
             return f"{size / step:.2f} {unit}"
     return f"{size:.0f} bytes"
+
+
+def plural(number: int, noun: str) -> str:
+    """A number with its noun, such as `1 prompt` and `2 prompts`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def printable(text: str, limit: int | None = 200) -> str:
+    """Text from a file as one line that is safe on a terminal: control characters and line breaks are escaped.
+
+    Args:
+        text: Any text, half surrogate pairs included.
+        limit: The number of characters to keep, or None for all; the length of a cut text follows in brackets.
+
+    Returns:
+        One line of printable characters.
+
+    """
+    if limit is not None and len(text) > limit:
+        text = f"{text[:limit]}… ({len(text)} characters)"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -8,10 +8,9 @@ from typing import Final
 
 from crdiff_export.errors import RecipeError
 from crdiff_export.formats.text import did_you_mean
+from crdiff_export.formats.text_file import read_text_file
 from crdiff_export.models.recipe import Recipe
 from crdiff_export.models.recipe_toml import Table, parse, parse_variant, shown
-
-MAX_BYTES: Final = 1 << 20
 
 
 def builtin_path() -> Path:
@@ -46,21 +45,8 @@ def unknown_alias_hint(name: str) -> str:
 def load(path: str | Path) -> Recipe:
     """Read a recipe's TOML, or the .json file that the public code's search leaves."""
     path = Path(path)
-    if path.is_dir():
-        raise RecipeError(f"{path}: a folder, not a recipe file", "Name one .toml file in it.")
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except FileNotFoundError as error:
-        raise RecipeError(f"{path}: no such recipe file", "`crdiff recipes list` shows the built-in ones.") from error
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}", "Name a file that you can read.") from error
-    if len(data) > MAX_BYTES:
-        raise RecipeError(f"{path}: more than 1 MiB", "A recipe is a short text; is this the checkpoint?")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 at byte {error.start}", "Save it as UTF-8 text.") from error
+    hint = "Name a recipe in TOML; `crdiff recipes list` shows the built-in ones."
+    text = read_text_file(path, "recipe", hint, RecipeError)
     return from_public_config(text, path.name) if path.suffix.lower() == ".json" else parse(text, path.name)
 
 

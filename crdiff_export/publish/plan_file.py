@@ -12,10 +12,10 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Final
 
 from crdiff_export.errors import CrdiffError, MatrixError
-from crdiff_export.formats.text import did_you_mean
+from crdiff_export.formats.text import did_you_mean, printable
+from crdiff_export.formats.text_file import read_text_file
 from crdiff_export.models import families
 from crdiff_export.models.recipe import check_groups, choose
 from crdiff_export.models.recipe_toml import shown
@@ -31,10 +31,9 @@ from crdiff_export.publish.plan_keys import (
     Said,
     read,
 )
-from crdiff_export.publish.toml_lines import KeyPath, Problems, printable
+from crdiff_export.publish.toml_lines import KeyPath, Problems
 from crdiff_export.sizes import Size, check_grid
 
-MAX_BYTES: Final = 1 << 20
 # git's rules for a branch or tag, as far as anybody follows them, and for a path those of every system.
 _REF = re.compile(r"(?!.*(\.\.|//|/\.|\.lock(/|$)))\w([\w./+-]{0,198}[\w+-])?")
 _PART = r'[^/\\:*?"<>|\x00-\x1f\x7f-\x9f]{0,199}[^/\\:*?"<>|\x00-\x1f\x7f-\x9f. ]'
@@ -99,28 +98,11 @@ class Matrix:
 def load(path: Path) -> Matrix:
     """Read a plan file; MatrixError has all that is wrong with it."""
     try:
-        text = _text(path)
+        text = read_text_file(path, "plan", "Name one TOML file.", CrdiffError)
     except CrdiffError as error:
-        problem = CrdiffError(printable(error.message), error.hint)
+        problem = CrdiffError(printable(error.message, 400), error.hint)
         raise MatrixError(printable(path.name or str(path)), [problem]) from error
     return parse(text, path.name, path.parent)
-
-
-def _text(path: Path) -> str:
-    try:
-        if path.is_dir():
-            raise CrdiffError(f"{path}: a folder, not a plan file", "Name one .toml file in it.")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise CrdiffError(f"{path}: more than 1 MiB", "A plan is a short text; is this a checkpoint?")
-        return data.decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise CrdiffError(f"{path}: no such plan file", "Check the path.") from error
-    except OSError as error:
-        raise CrdiffError(f"{path}: {error.strerror}", "Name a file that you can read.") from error
-    except UnicodeDecodeError as error:
-        raise CrdiffError(f"{path}: not UTF-8 at byte {error.start}", "Save it as UTF-8 text.") from error
 
 
 def parse(text: str, name: str, folder: Path) -> Matrix:
@@ -144,7 +126,8 @@ def parse(text: str, name: str, folder: Path) -> Matrix:
 def _syntax(name: str, error: str) -> CrdiffError:
     place = re.fullmatch(r"(.*) \(at line (\d+), (column \d+)\)", error, re.DOTALL)
     problem = f"{name}:{place[2]}: {place[1]}, {place[3]}" if place else f"{name}: {error}"
-    return CrdiffError(printable(problem), "A plan is TOML: one key = value in a line, texts in quotes, no key twice.")
+    hint = "A plan is TOML: one key = value in a line, texts in quotes, no key twice."
+    return CrdiffError(printable(problem, 400), hint)
 
 
 def _base(

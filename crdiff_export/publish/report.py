@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from crdiff_export.errors import CrdiffError
-from crdiff_export.formats.text import amount
+from crdiff_export.formats.text import amount, printable
 from crdiff_export.publish.run import Outcome
 from crdiff_export.publish.worklist import Item, Survey
-from crdiff_export.verify.inspect import printable
 
 # A repository, a tag, and the commit that has it or why it has not.
 Tagged = tuple[str, str, str | CrdiffError]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from crdiff_export.errors import CrdiffError
+from crdiff_export.formats.text import printable
 
 KeyPath = tuple[str | int, ...]
 
@@ -161,8 +162,8 @@ class Problems:
     def add(self, at: KeyPath | int, problem: str, hint: str, kind: str | None = None) -> None:
         """Keep a problem at a key, or on a line."""
         line = at if isinstance(at, int) else self.line(at)
-        message = printable(f"{self.name}:{line}: {problem}" if line else f"{self.name}: {problem}")
-        self.found.setdefault((at, kind) if kind else message, (line, CrdiffError(message, printable(hint))))
+        message = printable(f"{self.name}:{line}: {problem}" if line else f"{self.name}: {problem}", 400)
+        self.found.setdefault((at, kind) if kind else message, (line, CrdiffError(message, printable(hint, 400))))
 
     @contextmanager
     def catching(self, at: KeyPath, what: str = "") -> Iterator[None]:
@@ -175,9 +176,3 @@ class Problems:
     def in_order(self) -> list[CrdiffError]:
         """All of them, by line."""
         return [error for _, error in sorted(self.found.values(), key=lambda found: found[0])]
-
-
-def printable(text: str) -> str:
-    """A text as one line that a terminal can show."""
-    text = text if len(text) <= 400 else f"{text[:397]}..."
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

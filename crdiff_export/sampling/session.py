@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from crdiff_export.errors import OptionError, PlanError, PreviewError
+from crdiff_export.formats.text import printable
 from crdiff_export.models import demo
 from crdiff_export.models.families.pipelines import BUNDLED, Pipeline
 from crdiff_export.sampling.pipelines import Opening
 from crdiff_export.sampling.poa.sampling import model_of
+from crdiff_export.sampling.quiet import quiet_libraries
 from crdiff_export.sizes import Size
-from crdiff_export.verify.inspect import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,7 +116,7 @@ def usual_batch(family: str, device: str) -> int:
 def session(opening: Opening, family: str, place: Place, name: str) -> Iterator[Session]:
     """Open a base; PreviewError where diffusers cannot, or where the memory is too small for it or for what follows."""
     folder = str(opening.here())
-    with hushed(), _threads(place.threads), _enough_memory(place):
+    with quiet_libraries("diffusers", "transformers"), _threads(place.threads), _enough_memory(place):
         pipe = _open(opening, folder, DTYPES[place.dtype], name)
         pipe.set_progress_bar_config(disable=True)
         if place.offload:
@@ -188,28 +188,6 @@ def _weights(opening: Opening) -> Any:
 
     found, prefix = load_file(opening.path), opening.prefix
     return {known + name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
-
-
-@contextlib.contextmanager
-def hushed() -> Iterator[None]:
-    """Without what diffusers and transformers tell people who program with them, and without their bars."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from diffusers.utils import logging as of_diffusers
-        from transformers.utils import logging as of_transformers
-
-        libraries = (of_diffusers, of_transformers)
-        before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-        try:
-            for library in libraries:
-                library.set_verbosity(library.CRITICAL)
-                library.disable_progress_bar()
-            yield
-        finally:
-            for library, (verbosity, bars) in zip(libraries, before, strict=True):
-                library.set_verbosity(verbosity)
-                if bars:
-                    library.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from crdiff_export import evaluate
 from crdiff_export.evaluate import evidence, scorers
 from crdiff_export.evaluate.findings import Subject
+from crdiff_export.formats.text import printable
 from crdiff_export.hub import bases
 from crdiff_export.models import recipe_files
 from crdiff_export.models.recipe import Evidence, Recipe, Scalar, Variant
@@ -17,7 +18,6 @@ from crdiff_export.prune.criteria.spec import Spec
 from crdiff_export.prune.criterion_choice import MAGNITUDE
 from crdiff_export.prune.plan import Plan, with_ratios
 from crdiff_export.search.found import Found
-from crdiff_export.verify.inspect import printable
 
 if TYPE_CHECKING:
     from crdiff_export.search.tuning import Job

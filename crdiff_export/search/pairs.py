@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from crdiff_export.errors import OptionError
 from crdiff_export.evaluate.statistics import FEWEST
+from crdiff_export.formats.text import plural
 from crdiff_export.hub.bases import BUILT_IN
 from crdiff_export.sampling import prompts
 
@@ -83,5 +84,5 @@ def _drawn(texts: Sequence[str], pictures: int, seed: int) -> Some:
 def _few(count: int, thing: str) -> tuple[str, ...]:
     if count >= FEWEST:
         return ()
-    few = f"{count} {thing}{'' if count == 1 else 's'}"
+    few = f"{plural(count, thing)}"
     return (f"{few}: an interval takes {FEWEST}, so the check cannot show whether the ratios found do any good",)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from crdiff_export.evaluate import scorers
+from crdiff_export.formats.text import printable
 from crdiff_export.search.board import Finished, estimate
 from crdiff_export.search.found import Found
 from crdiff_export.search.space import WEIGHT
-from crdiff_export.verify.inspect import printable
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 COLOURS: Final = {"complete": "#0072B2", "pruned": "#999999", "best": "#D55E00", "dense": "#555555"}

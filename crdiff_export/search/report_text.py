@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 from crdiff_export.evaluate import scorers
+from crdiff_export.formats.text import plural, printable
 from crdiff_export.search.found import Found, Standing
 from crdiff_export.search.space import Candidate
-from crdiff_export.verify.inspect import printable
 
 if TYPE_CHECKING:
     from crdiff_export.search.engine import Event
@@ -37,7 +37,7 @@ def trial(event: "Event", standing: Standing) -> str | None:
 
 def resumed(standing: Standing) -> str | None:
     """What to say to whoever comes to a search that has begun."""
-    return f"going on with {counted(standing.over, 'finished trial')} in {standing.where}" if standing.over else None
+    return f"going on with {plural(standing.over, 'finished trial')} in {standing.where}" if standing.over else None
 
 
 def progressed(standing: Standing) -> str:
@@ -61,11 +61,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def counted(number: int, thing: str) -> str:
-    """A number of things."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
 def facts(found: Found) -> tuple[tuple[str, str], ...]:
     """What everybody who sees the result should know."""
     job = found.job
@@ -76,13 +71,13 @@ def facts(found: Found) -> tuple[tuple[str, str], ...]:
     box = f"ratios {space.low:g} to {space.high:g}"
     weights = ", POA weights {:g} to {:g}".format(*space.weights) if space.weights else ", the pruned model alone"
     prompts = len({prompt for prompt, _ in job.pairs.search})
-    pictures = counted(len(job.pairs.search), "picture")
+    pictures = plural(len(job.pairs.search), "picture")
     of_check = dict(found.evaluation.facts) if found.evaluation else {}
     return (
         ("base", f"{printable(job.easel.base.name)} ({job.plan.match.family.title}) at {job.request.size}"),
         ("search", f"{method.name}, seed {method.seed}, {box}{weights}"),
         ("trials", f"{len(states)}{stopped}{failed}, kept in {found.where}"),
-        ("judged by", f"{printable(scorers.public(job.scorer))}, {pictures} of {counted(prompts, 'prompt')}"),
+        ("judged by", f"{printable(scorers.public(job.scorer))}, {pictures} of {plural(prompts, 'prompt')}"),
         ("dense", f"{found.dense.value:.4f} in the search"),
         ("best", f"{found.best.value:.4f} in the search, trial {found.best.place}: {spelled(found.best.candidate)}"),
         *((("check", f"held out: {of_check['pictures']}"),) if "pictures" in of_check else ()),
@@ -94,7 +89,7 @@ def facts(found: Found) -> tuple[tuple[str, str], ...]:
 def conclusion(found: Found) -> str:
     """The one sentence that matters."""
     if found.verdict == "dense is best":
-        of = counted(len(found.trials), "trial")
+        of = plural(len(found.trials), "trial")
         return f"the dense model scored highest of {of}: there is nothing to recommend, and no recipe was written"
     if not (found.finding and found.finding.difference):
         return "this worker checked nothing; whoever ends the search without --worker does"
@@ -114,4 +109,4 @@ def _where(found: Found) -> str:
     pairs = found.job.pairs.check
     prompts = len({prompt for prompt, _ in pairs})
     one = found.job.request.prompt is not None
-    return f"on {counted(len(pairs), 'held-out picture') if one else counted(prompts, 'held-out prompt')}"
+    return f"on {plural(len(pairs), 'held-out picture') if one else plural(prompts, 'held-out prompt')}"

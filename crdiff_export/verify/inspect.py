@@ -10,7 +10,7 @@ from crdiff_export.bake import residual
 from crdiff_export.errors import FamilyError
 from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.formats.crdiff_keys import LAYER_WISE, Stamp, is_baked
-from crdiff_export.formats.text import amount
+from crdiff_export.formats.text import amount, printable
 from crdiff_export.models import families
 from crdiff_export.models.families import Match
 from crdiff_export.prune.plan import quantisation
@@ -179,12 +179,6 @@ def _base_hash(stamp: Stamp) -> str:
 def provenance(standing: str, source: str) -> str:
     """Where ratios come from, in a line that says of those nobody tuned that nobody has."""
     return f"{'starting point, tuned by nobody' if standing == 'starting-point' else standing} ({source})"
-
-
-def printable(text: str, limit: int = 200) -> str:
-    """A file's text, fit for one line of a terminal: as it is where it can be, with escapes where it must be."""
-    short = text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
-    return short if short.isprintable() else ascii(short)
 
 
 def _stamped_groups(stamp: Stamp) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ import pytest
 
 from crdiff_export.bake import staging
 from crdiff_export.bake.staging import clean, publish, staged
+from crdiff_export.formats import file_lock
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="no flock, no rename over folders")
 
@@ -277,7 +278,7 @@ def test_a_part_that_another_run_takes_for_a_left_over_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool, when: str
 ) -> None:
     """Between its making and its lock, in both orders that another run's `clean` can come."""
-    locked = staging._locked
+    locked = file_lock.lock
     taken: list[Path] = []
 
     def late(path: Path) -> int | None:
@@ -291,7 +292,7 @@ def test_a_part_that_another_run_takes_for_a_left_over_is_made_again(
         staging._remove(path)
         return handle
 
-    monkeypatch.setattr(staging, "_locked", late)
+    monkeypatch.setattr(file_lock, "lock", late)
     with staged(tmp_path / "o", folder) as part:
         assert part != taken[0]
         assert names(tmp_path) == [part.name]
@@ -304,7 +305,7 @@ def test_a_part_that_another_run_takes_for_a_left_over_is_made_again(
 def test_a_part_that_another_run_is_about_to_remove_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    locked = staging._locked
+    locked = file_lock.lock
     others: list[int | None] = []
 
     def contended(path: Path) -> int | None:
@@ -312,7 +313,7 @@ def test_a_part_that_another_run_is_about_to_remove_is_made_again(
             others.append(locked(path))
         return locked(path)
 
-    monkeypatch.setattr(staging, "_locked", contended)
+    monkeypatch.setattr(file_lock, "lock", contended)
     with staged(tmp_path / "o", folder=False) as part:
         fill(part)
         publish(part, tmp_path / "o")
@@ -340,7 +341,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @both
 def test_a_system_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool) -> None:
-    monkeypatch.setattr(staging, "fcntl", None)
+    monkeypatch.setattr(file_lock, "fcntl", None)
     (tmp_path / ".o.0123456789ab.crdiff-part").touch()
     with staged(tmp_path / "o", folder) as part:
         fill(part)
@@ -378,7 +379,7 @@ def test_an_interrupt_while_a_part_is_made(tmp_path: Path, monkeypatch: pytest.M
     def interrupted(_: Path) -> int | None:
         raise Interrupt
 
-    monkeypatch.setattr(staging, "_locked", interrupted)
+    monkeypatch.setattr(file_lock, "lock", interrupted)
     with pytest.raises(Interrupt), staged(tmp_path / "o", folder):
         pass
     assert names(tmp_path) == []

@@ -30,7 +30,8 @@ from crdiff_export.evaluate.preview import (
 from crdiff_export.evaluate.preview.wording import Picture
 from crdiff_export.models import demo
 from crdiff_export.progress import Silent
-from crdiff_export.sampling import pipelines, poa, session
+from crdiff_export.sampling import pipelines, poa
+from crdiff_export.sampling.quiet import quiet_libraries
 from tests.support import hub_runs, makers
 from tests.support.isolation import Crdiff, Ran
 from tests.support.loopback_hub import LoopbackHub
@@ -90,7 +91,7 @@ def plain(file: Path) -> Any:
     """A pipeline as somebody opens it who has never heard of crdiff."""
     import diffusers
 
-    with session.hushed():
+    with quiet_libraries("diffusers", "transformers"):
         pipe = diffusers.StableDiffusionPipeline.from_single_file(
             str(file), config=str(demo.config()), local_files_only=True
         )
@@ -99,7 +100,7 @@ def plain(file: Path) -> Any:
 
 
 def drawn(pipe: Any, prompt: str, seed: int) -> bytes:
-    with session.hushed():
+    with quiet_libraries("diffusers", "transformers"):
         image = pipe(
             prompt, width=96, height=64, num_inference_steps=STEPS, guidance_scale=3.0, negative_prompt="blurry",
             generator=torch.Generator().manual_seed(seed),
@@ -489,7 +490,7 @@ def test_the_libraries_are_left_as_they_were() -> None:
     from diffusers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with session.hushed():
+    with quiet_libraries("diffusers", "transformers"):
         assert logging.get_verbosity() > before[0]
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 

@@ -77,7 +77,7 @@ def write_model(folder: Path, seed: int) -> None:
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repositories, by their ids; the words of PickScore are somewhere else."""
     folder = tmp_path_factory.mktemp("repos")
-    with weights.hushed():
+    with weights.quiet():
         for seed, repo in enumerate((clip.CLIP_L, clip.PICK_SCORE)):
             write_model(folder / repo.id, seed)
     for repo in (clip.CLIP_L, clip.CLIP_H):
@@ -204,7 +204,7 @@ def test_pick_score_is_transformers_logits_per_image(shelf: Path, fetch: weights
     from transformers import CLIPModel
 
     image, prompt = pictures()[1], "a red cat"
-    with weights.hushed():
+    with weights.quiet():
         model = CLIPModel.from_pretrained(shelf / clip.PICK_SCORE.id).eval()
     tokens = [*(VOCABULARY[token] for token in ("a</w>", "r", "e", "d</w>", "c", "a", "t</w>"))]
     ids = torch.tensor([[VOCABULARY[MARKERS[0]], *tokens, VOCABULARY[MARKERS[1]]]])

@@ -534,7 +534,6 @@ def test_hostile_names_are_harmless(key: str, pattern: str) -> None:
     beside = {name: shape for name, shape in model("sd15.original").items() if "middle_block" not in name} | alone
     for message in (refusal(alone), refusal(beside)):
         assert message.isprintable()
-        assert message.isascii()
         assert len(message) < 1500
 
 
@@ -608,7 +607,7 @@ def test_by_id_suggests(family_id: str, question: str) -> None:
         (["a.weight", "a.scale", "a.zero_point"], "SDNQ (a.scale)"),
         (["a.qweight", "a.qzeros", "a.scales"], "GPTQ or AWQ (a.qweight)"),
         (["b.qweight", "a.qweight"], "GPTQ or AWQ (a.qweight)"),
-        (["\x1b.qweight"], "GPTQ or AWQ ('\\x1b.qweight')"),
+        (["\x1b.qweight"], r"GPTQ or AWQ (\x1b.qweight)"),
         (["double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_attn.qkv.weight"], None),
         (["logit_scale", "a.scale_shift_table", "a.layer_scale", "weight"], None),
         ([], None),

@@ -138,7 +138,7 @@ def test_an_unknown_alias_is_answered_with_the_nearest_and_all() -> None:
 def test_recipes_inside_the_package_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "site" / "crdiff_export"
     package.mkdir(parents=True)
-    monkeypatch.setattr(recipe_files, "__file__", str(package / "recipe_files.py"))
+    monkeypatch.setattr(recipe_files, "__file__", str(package / "models" / "recipe_files.py"))
     with pytest.raises(RecipeError, match="built-in recipes are missing"):
         builtin_path()
     (tmp_path / "site" / "recipes").mkdir()
@@ -569,7 +569,7 @@ def test_a_checkpoint_in_place_of_a_recipe_is_refused_unread(tmp_path: Path) -> 
         file.truncate(1 << 40)
     with pytest.raises(RecipeError) as error:
         load(path)
-    assert message(error) == f"{path}: more than 1 MiB"
+    assert message(error) == f"{path}: more than 1 MiB, too large for a recipe file"
 
 
 def test_a_recipe_of_exactly_one_mebibyte_is_read(tmp_path: Path) -> None:

@@ -327,7 +327,7 @@ ADDED = {
     'name = "{width:04}"': ("4: name has '{width:04}', which stands for nothing", "Did you mean {width}? "),
     'name = "a}"': ("4: name has a } alone", "Write }} for the brace itself, or {size} for the size."),
     'name = "{dtype}"': ("4: name has {dtype}, but there is no dtype", 'Write dtype = "fp16", or leave {dtype} out.'),
-    'recipe = "no.toml"': (f"4: recipe: {NOWHERE / 'no.toml'}: no such recipe file", "`crdiff recipes list` shows"),
+    'recipe = "no.toml"': (f"4: recipe: {NOWHERE / 'no.toml'}: no such recipe file", "Name a recipe in TOML"),
     f'recipe = "{"a" * 300}"': ("4: recipe", ""),
     '[[base.variant]]\nsize = "64"\nratio = 1': ("6: ratio is 1.0, must be 0 <= ratio < 1", "0.3 sets 30 %"),
     '[[base.variant]]\nsize = "64"\npoa_weight = 11': ("6: poa_weight is 11.0, must be 0 <= ", "1 is the pruned"),
@@ -545,7 +545,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     assert unread(path / "more.toml").startswith(f"{path / 'more.toml'}: ")
     with path.open("wb") as file:
         file.truncate(1 << 40)
-    assert unread(path) == f"{path}: more than 1 MiB"
+    assert unread(path) == f"{path}: more than 1 MiB, too large for a plan file"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such names")

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from crdiff_export.errors import CrdiffError
-from crdiff_export.publish.toml_lines import MAX_DEPTH, KeyPath, Problems, lines, printable
+from crdiff_export.publish.toml_lines import MAX_DEPTH, KeyPath, Problems, lines
 
 
 def found(text: str) -> dict[KeyPath, int]:
@@ -316,8 +316,3 @@ def test_problems_are_kept_once_and_by_line() -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(KeyError), Problems("plan.toml", {}).catching(()):
         raise KeyError
-
-
-def test_what_a_terminal_cannot_show_is_spelt() -> None:
-    assert printable("a\n\x1b[31m\u2028é") == r"a\n\x1b[31m\u2028é"
-    assert printable("x" * 1000) == "x" * 397 + "..."

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from crdiff_export.bake.metadata import tool_version
 from crdiff_export.errors import CrdiffError
 from crdiff_export.evaluate.report import Contact, Row, Shot
+from crdiff_export.formats.text import printable
 from crdiff_export.models.demo.scenes import EXAMPLE, LEARNT, Scene
 from crdiff_export.prune.criteria.spec import Spec
 from crdiff_export.prune.criterion_choice import MAGNITUDE
-from crdiff_export.verify.inspect import printable, provenance
+from crdiff_export.verify.inspect import provenance
 
 if TYPE_CHECKING:
     from PIL.Image import Image

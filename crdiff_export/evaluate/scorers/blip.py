@@ -87,7 +87,7 @@ def network(config: Mapping[str, Any], vision: Vision) -> "torch.nn.ModuleDict":
     from torch import nn
 
     library = weights.transformers()
-    with weights.hushed():
+    with weights.quiet():
         seen = library.BlipVisionConfig(
             hidden_size=vision.width,
             intermediate_size=4 * vision.width,

@@ -33,7 +33,7 @@ class Clip:
         self._device, self._dtype = weights.place(device, dtype)
         folder, file = fetch(repo, None), fetch(repo, FILE)
         small = folder if words == repo else fetch(words, None)
-        with weights.hushed():
+        with weights.quiet():
             # PIL's way also where torchvision is installed, whose numbers are a little different.
             pictures = getattr(library, "CLIPImageProcessorPil", None) or library.CLIPImageProcessor
             self._pictures = pictures.from_pretrained(small, local_files_only=True)

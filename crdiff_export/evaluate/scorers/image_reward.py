@@ -117,7 +117,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _tokenizer(folder: Path, config: dict[str, Any]) -> Any:
     """BERT's, with the two words that BLIP adds at its end; the model's table has to end with them."""
     library = weights.transformers()
-    with weights.hushed():
+    with weights.quiet():
         words = library.BertTokenizerFast.from_pretrained(folder, local_files_only=True)
         words.add_special_tokens({"bos_token": "[DEC]"})
         words.add_special_tokens({"additional_special_tokens": ["[ENC]"]})

@@ -5,8 +5,7 @@ Every repository is pinned to a commit, so that a score of today can be had agai
 """
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -89,23 +88,12 @@ def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
     return torch.device(device), getattr(torch, DTYPES[dtype])
 
 
-@contextlib.contextmanager
-def hushed() -> Iterator[None]:
-    """Without what transformers tells people who program with it, and without its bars."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        transformers()
-        from transformers.utils import logging
+def quiet() -> contextlib.AbstractContextManager[None]:
+    """Silence transformers inside the block; ScorerError where it is not installed."""
+    from crdiff_export.sampling.quiet import quiet_libraries
 
-        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        try:
-            logging.set_verbosity(logging.CRITICAL)
-            logging.disable_progress_bar()
-            yield
-        finally:
-            logging.set_verbosity(verbosity)
-            if bars:
-                logging.enable_progress_bar()
+    transformers()
+    return quiet_libraries("transformers")
 
 
 def read_pickle(path: Path) -> "dict[str, Tensor]":

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from crdiff_export.errors import FamilyError
+from crdiff_export.formats.text import printable
 from crdiff_export.models.families.catalogue import all_families
 from crdiff_export.models.families.fit import Fit, Shapes, holds
 from crdiff_export.models.families.model import Mark
@@ -36,12 +37,6 @@ def explain(fits: Sequence[Fit], shapes: Shapes) -> FamilyError:
         reason = _wrong_names(nearest, shapes)
     titles = ", ".join(family.title for family in all_families() if family.id != "demo")
     return FamilyError(reason, f"Supported, in the original and the diffusers layout, finetunes included: {titles}.")
-
-
-def show(key: str) -> str:
-    """A tensor's name, safe to print: a name from a file may hold anything."""
-    short = key if len(key) <= _LONGEST else f"{key[:_LONGEST]}..."
-    return short if short.isprintable() and short else ascii(short)
 
 
 def _wrong_names(fit: Fit, shapes: Shapes) -> str:
@@ -84,7 +79,7 @@ def _something_else(shapes: Shapes) -> str:
     sample = names[:: 1 + len(names) // _SAMPLE]
     for sentence, parts in _OTHERS.items():
         if 2 * sum(any(part in name for part in parts) for name in sample) > len(sample):
-            return f"no known model family: {sentence}, e.g. {show(names[0])}"
+            return f"no known model family: {sentence}, e.g. {printable(names[0], _LONGEST)}"
     return f"no known model family: none of {len(names)} tensors is named like one of theirs, e.g. {_some(names)}"
 
 
@@ -94,5 +89,5 @@ def _place(fit: Fit) -> str:
 
 def _some(keys: Sequence[str]) -> str:
     """The first few names of many."""
-    shown = ", ".join(map(show, keys[:_SHOWN]))
+    shown = ", ".join(printable(key, _LONGEST) for key in keys[:_SHOWN])
     return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more"

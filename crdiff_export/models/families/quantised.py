@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from crdiff_export.models.families.explain import show
+from crdiff_export.formats.text import printable
 
 # What quantisers put beside or in place of a weight: ComfyUI (scaled fp8, mixed precision), bitsandbytes, GPTQ and AWQ.
 _TAILS = {
@@ -30,8 +30,8 @@ def quantisation(names: Iterable[str], metadata: Mapping[str, str]) -> str | Non
     names, tails = frozenset(names), tuple(_TAILS)
     for name in sorted(name for name in names if name.endswith((*tails, ".scale"))):
         if name.endswith(tails):
-            return next(f"{title} ({show(name)})" for tail, title in _TAILS.items() if name.endswith(tail))
+            return next(f"{title} ({printable(name)})" for tail, title in _TAILS.items() if name.endswith(tail))
         # SDNQ keeps X.scale beside X.weight; the norms of FLUX have a scale too, but no weight.
         if name.endswith(".scale") and f"{name.removesuffix('.scale')}.weight" in names:
-            return f"SDNQ ({show(name)})"
+            return f"SDNQ ({printable(name)})"
     return None
