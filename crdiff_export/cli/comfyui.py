@@ -4,9 +4,11 @@ from pathlib import Path
 
 import click
 
-from crdiff_export.cli.options import Group, examples, output_options
+from crdiff_export.cli.command import Group, command, examples, option, option_group
+from crdiff_export.cli.options import FILE
+from crdiff_export.cli.output import Output, Result
 
-PATH = click.argument("path", type=click.Path(path_type=Path))
+path_argument = click.argument("path", type=FILE)
 
 
 @click.group(cls=Group, epilog=examples("crdiff comfyui install ~/ComfyUI", "crdiff comfyui uninstall ~/ComfyUI"))
@@ -14,51 +16,47 @@ def comfyui() -> None:
     """Add the nodes "CR-Diff POA" and "CR-Diff Info" to a ComfyUI, or take them out again."""
 
 
-@comfyui.command(
+@command(
+    "crdiff comfyui install ~/ComfyUI",
+    "crdiff comfyui install ~/ComfyUI --link",
+    group=comfyui,
     short_help="Add the nodes to a ComfyUI.",
-    epilog=examples("crdiff comfyui install ~/ComfyUI", "crdiff comfyui install ~/ComfyUI --link"),
 )
-@PATH
-@click.option("--link", is_flag=True, help="Use the crdiff that is installed here, instead of a copy.")
-@click.option("--force", is_flag=True, help="Rename a folder custom_nodes/crdiff that somebody else put there.")
-@output_options
-def install(path: Path, *, link: bool, force: bool, json: bool, quiet: bool) -> None:
+@path_argument
+@option_group(
+    "Output",
+    option("--link", "Use the crdiff that is installed here, instead of a copy."),
+    option("--force", "Rename a folder custom_nodes/crdiff that somebody else put there."),
+)
+def install(_out: Output, path: Path, *, link: bool, force: bool) -> Result:
     """Write custom_nodes/crdiff in the ComfyUI at PATH, or bring it up to date.
 
     ComfyUI's own Python needs nothing installed for it; it must be 3.11 or newer.
     """
-    from crdiff_export.cli import output
-    from crdiff_export.sampling.comfyui import install as installer
+    from crdiff_export.sampling.comfyui.install import install as run
 
-    done = installer.install(path, link=link, force=force)
-    if json:
-        output.print_json({
+    done = run(path, link=link, force=force)
+    return Result(
+        {
             "installed": str(done.folder), "version": done.version, "linked": str(done.linked) if done.linked else None,
             "replaced": done.replaced, "aside": str(done.aside) if done.aside else None,
-        })  # fmt: skip
-        return
-    output.line(str(done.folder))
-    if quiet:
-        return
-    if done.aside:
-        output.note(f"what was there is now {done.aside}")
-    if done.replaced:
-        output.note(f"version {done.replaced} is replaced by {done.version}")
-    output.note("restart ComfyUI; the nodes are under model_patches/crdiff")
+        },
+        [str(done.folder)],
+        notes=[
+            *([f"what was there is now {done.aside}"] if done.aside else []),
+            *([f"version {done.replaced} is replaced by {done.version}"] if done.replaced else []),
+            "restart ComfyUI; the nodes are under model_patches/crdiff",
+        ],
+    )  # fmt: skip
 
 
-@comfyui.command(short_help="Take the nodes out of a ComfyUI.", epilog=examples("crdiff comfyui uninstall ~/ComfyUI"))
-@PATH
-@output_options
-def uninstall(path: Path, *, json: bool, quiet: bool) -> None:
+@command("crdiff comfyui uninstall ~/ComfyUI", group=comfyui, short_help="Take the nodes out of a ComfyUI.")
+@path_argument
+def uninstall(_out: Output, path: Path) -> Result:
     """Remove what `crdiff comfyui install` wrote, and nothing else."""
-    from crdiff_export.cli import output
-    from crdiff_export.sampling.comfyui import install as installer
+    from crdiff_export.sampling.comfyui.install import uninstall as run
 
-    removed = installer.uninstall(path)
-    if json:
-        output.print_json({"removed": str(removed.folder) if removed else None})
-    elif removed:
-        output.line(str(removed.folder))
-    elif not quiet:
-        output.note(f"{path}: the nodes are not installed")
+    removed = run(path)
+    folder = [str(removed.folder)] if removed else []
+    notes = [] if removed else [f"{path}: the nodes are not installed"]
+    return Result({"removed": folder[0] if folder else None}, folder, notes=notes)

@@ -1,171 +1,112 @@
 """`crdiff evaluate`."""
 
-from pathlib import Path
 from typing import Any
 
-import click
-
-from crdiff_export.cli.drawing import (
-    announce_drawing,
-    batch_option,
+from crdiff_export.cli import options
+from crdiff_export.cli.command import command, option, option_group
+from crdiff_export.cli.drawing_options import (
+    batch,
     drawing_options,
-    quiet_parts,
-    scorer_device_option,
-    scorer_option,
+    pictures,
+    place_of,
+    prepare_drawing,
+    prompt_options,
+    scorer_options,
 )
-from crdiff_export.cli.findings import finding_json
-from crdiff_export.cli.options import (
-    POA_WEIGHT,
-    SizeType,
-    announce,
-    by_group,
-    complete_alias,
-    criterion_options,
-    examples,
-    listed_prompts,
-    output_options,
-    ratio_options,
-)
-from crdiff_export.cli.signals import Stopper
-from crdiff_export.evaluate import (
-    EvaluateRequest,
-    Evaluation,
-    Job,
-    Subject,
-    count,
-    prepare,
-    run,
-    write,
-)
+from crdiff_export.cli.evaluation_json import pairs_json, subject_json
+from crdiff_export.cli.output import Facts, Output, Result, Table
+from crdiff_export.evaluate import EvaluateRequest, Evaluation, Job, count, prepare, run, write
 from crdiff_export.evaluate.scorers import inception
 
 
-@click.command(
-    epilog=examples(
-        "crdiff evaluate demo --res 96x64 --limit 16",
-        "crdiff evaluate sdxl --res 512 --prompts prompts.txt --scorer image-reward -o sdxl-512.html",
-        "crdiff evaluate sdxl --res 512 --recipe mine.toml --prompts prompts.txt --scorer clip-score -o found.toml",
-    )
+@command(
+    "crdiff evaluate demo --res 96x64 --limit 16",
+    "crdiff evaluate sdxl --res 512 --prompts prompts.txt --scorer image-reward -o sdxl-512.html",
+    "crdiff evaluate sdxl --res 512 --recipe mine.toml --prompts prompts.txt --scorer clip-score -o found.toml",
 )
-@click.argument("base", shell_complete=complete_alias)
-@click.option(
-    "--res", "sizes", type=SizeType(), multiple=True, help="The size to draw and to prune for; may be given again."
+@options.base_argument
+@option_group(
+    "Size",
+    option("--res", "The size to draw and to prune for; may be given again.", options.SIZE, "sizes", multiple=True),
+    option("--native/--no-native", "Look at the native size, too: does it hurt there? Default: yes.", default=True),
 )
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to draw; may be given several times.")
-@click.option(
-    "--prompts", "listed", type=click.Path(path_type=Path), metavar="FILE",
-    help="Prompts, one a line, that nobody tuned on. Default for the demo model: scenes that it was never shown.",
-)  # fmt: skip
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N prompts.")
-@click.option(
-    "--pictures", type=click.IntRange(1, 10_000), default=1, metavar="N", show_default=True,
-    help="Pictures of each prompt, each from its own noise.",
-)  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="The first picture's seed. Default: 0.")
-@scorer_option
-@click.option(
-    "--poa-weight", "weights", type=POA_WEIGHT, multiple=True, metavar="W",
-    help="POA with this weight; may be given several times. Default: the recipe's.",
-)  # fmt: skip
-@click.option("--recipe", type=click.Path(path_type=Path), help="A recipe instead of the built-in one (.toml, .json).")
-@ratio_options
-@click.option(
-    "--native/--no-native", default=True, help="Look at the native size, too: does it hurt there? Default: yes."
+@prompt_options(
+    "Prompts, one a line, that nobody tuned on. Default for the demo model: scenes that it was never shown.",
+    option("--prompt TEXT", "What to draw; may be given several times.", dest="prompts", multiple=True),
+    pictures,
 )
-@criterion_options
+@options.ratio_options
+@options.criterion_options
+@option_group(
+    "POA",
+    option("--poa-weight W", "POA with this weight; may be given several times. Default: the recipe's.",
+           options.POA_WEIGHT, "weights", multiple=True),
+)  # fmt: skip
 @drawing_options
-@batch_option
-@scorer_device_option
-@click.option(
-    "--fid", metavar="DIR|dense",
-    help="Also an FID of each model's pictures, against those in a folder or the dense model's at the native size.",
+@option_group("Drawing", batch)
+@scorer_options
+@option_group(
+    "Scoring",
+    option("--fid DIR|dense", "Also an FID of each model's pictures, against those in a folder or the dense model's at "
+           "the native size."),
+    option("--fid-weights FILE", "FID's Inception network. Default: torch's cache, into which it is fetched once.",
+           options.FILE),
 )  # fmt: skip
-@click.option(
-    "--fid-weights", type=click.Path(path_type=Path), metavar="FILE",
-    help="FID's Inception network. Default: torch's cache, into which it is fetched once.",
+@option_group(
+    "Output",
+    option("-o, --output FILE", "A page (.html), a plot (.png, .svg), or a recipe with the evidence (.toml); may be "
+           "given several times.", options.FILE, "outputs", multiple=True),
+    options.force,
 )  # fmt: skip
-@click.option(
-    "-o", "--output", "outputs", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
-    help="A page (.html), a plot (.png, .svg), or a recipe with the evidence (.toml); may be given several times.",
-)  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace outputs that exist.")
-@output_options
-@click.pass_obj
 def evaluate(
-    stopper: Stopper, /, base: str, prompts: tuple[str, ...], listed: Path | None, scorer: str | None, *,
-    down: float | None, mid: float | None, up: float | None, json: bool, quiet: bool, **options: Any,
+    out: Output, base: str, prompts: tuple[str, ...], listed: tuple[str, ...], *, down: float | None,
+    mid: float | None, up: float | None, **settings: Any,
 ) -> None:  # fmt: skip
     """Score what BASE, its pruned model and POA make of the same prompts and noise, and say what the scores show.
 
     Differences are paired, picture by picture, and come with 95 % intervals; a model is called better or worse only
     where its interval does not reach 0. Nothing but the outputs is written. BASE is what `crdiff preview` takes.
     """
-    from crdiff_export.cli import output
-
-    request = EvaluateRequest(
-        base=base,
-        prompts=(*prompts, *(listed_prompts(listed) if listed else ())),
-        scorer=scorer,
-        ratios=by_group(down, mid, up),
-        **options,
-    )
-    silent = quiet or json
-    announce(base, quiet=silent)
-    job = prepare(request)
-    if not silent:
-        _announce(job)
-    quiet_parts(job.easel, quiet=silent)
-    with output.progress(quiet=silent) as shown:
-        with stopper.watch(shown) as progress:
+    ratios = options.ratios_by_group(down, mid, up)
+    request = EvaluateRequest(base=base, prompts=prompts + listed, ratios=ratios, **settings)
+    job = prepare_drawing(out, request, prepare, _describe)
+    with out.progress() as display:
+        with out.stopper.watch(display) as progress:
             counted = count(job, progress)
-        found = run(job, counted, shown)
-    if json:
-        output.print_json(_as_json(job, found))
-    else:
-        _show(found, quiet=quiet)  # first of all, for it took long
-    write(job, found)
-    for path in () if json else job.outputs:
-        output.line(str(path))
+        evaluation = run(job, counted, display)
+    out.show(_result(job, evaluation))  # before anything is written, for it took long
+    write(job, evaluation)
+    out.print(str(path) for path in job.outputs)
 
 
-def _announce(job: Job) -> None:
+def _describe(job: Job) -> list[str]:
     prompts = len({prompt for prompt, _ in job.pairs})
     fetched = job.fid and not job.fid.weights and (url := inception.absent())
-    announce_drawing(
-        job.easel,
-        *job.notes,
-        f"{job.pictures} pictures of {prompts} prompts, on {job.easel.device} in {job.easel.dtype}",
-        *((f"FID's network, 91 MiB, comes from {url}",) if fetched else ()),
-    )
+    return [
+        f"{job.pictures} pictures of {prompts} prompts, {place_of(job)}",
+        *([f"FID's network, 91 MiB, comes from {url}"] if fetched else []),
+    ]
 
 
-def _show(found: Evaluation, *, quiet: bool) -> None:
-    from crdiff_export.cli import output
+def _result(job: Job, evaluation: Evaluation) -> Result:
     from crdiff_export.evaluate import report_text
 
-    if not quiet:
-        for text in found.notes:
-            output.note(text)
-        output.facts(found.facts)
-        output.line("")
-    columns, rows = report_text.table(found)
-    output.table(columns, rows, report_text.NUMERIC)
+    table = Table(*report_text.table(evaluation), report_text.NUMERIC)
+    return Result(_as_json(job, evaluation), [Facts(evaluation.facts), "", table], bare=[table], notes=evaluation.notes)
 
 
-def _as_json(job: Job, found: Evaluation) -> dict[str, Any]:
+def _as_json(job: Job, evaluation: Evaluation) -> dict[str, Any]:
+    sizes = [
+        subject_json(evaluation, subject) | {
+            "ratios_for": str(subject.of), "ratios": dict(subject.ratios),
+            "provenance": subject.variant.provenance, "ratios_from": subject.variant.source,
+        }
+        for subject in evaluation.subjects
+    ]  # fmt: skip
     return {
-        "base": found.base, "family": found.family, "native": str(found.native), "scorer": found.scorer,
-        "scorer_fingerprint": dict(found.fingerprint), "facts": dict(found.facts), "notes": [*job.notes, *found.notes],
-        "fid": dict(found.fid) if found.fid else None,
-        "pairs": [{"prompt": prompt, "seed": seed} for prompt, seed in found.pairs],
-        "sizes": [_subject_json(found, subject) for subject in found.subjects],
+        "base": evaluation.base, "family": evaluation.family, "native": str(evaluation.native),
+        "scorer": evaluation.scorer, "scorer_fingerprint": dict(evaluation.fingerprint),
+        "facts": dict(evaluation.facts), "notes": [*job.notes, *evaluation.notes],
+        "fid": dict(evaluation.fid) if evaluation.fid else None, "pairs": pairs_json(evaluation), "sizes": sizes,
         "files": [str(path) for path in job.outputs],
-    }  # fmt: skip
-
-
-def _subject_json(found: Evaluation, subject: Subject) -> dict[str, Any]:
-    return {
-        "resolution": str(subject.size), "ratios_for": str(subject.of), "ratios": dict(subject.ratios),
-        "provenance": subject.variant.provenance, "ratios_from": subject.variant.source,
-        "models": [finding_json(finding) for finding in found.of(subject)],
     }  # fmt: skip

@@ -1,43 +1,27 @@
 """`crdiff inspect`."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
-import click
+from crdiff_export.cli.command import command, option, option_group
+from crdiff_export.cli.options import file_argument
+from crdiff_export.cli.output import Block, Facts, Output, Result, Table
 
-from crdiff_export.cli.options import examples, output_options
 
-
-@click.command(
-    epilog=examples("crdiff inspect sdxl-2048.safetensors", "crdiff inspect model.safetensors --json | jq .family")
-)
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--metadata", is_flag=True, help="All metadata of the header as well.")
-@output_options
-def inspect(file: Path, *, metadata: bool, json: bool, quiet: bool) -> None:  # noqa: ARG001  all of it is the result
-    """Show what FILE is (family, layout, dtypes, sizes) and, if crdiff made it, what was pruned and on whose word.
+@command("crdiff inspect sdxl-2048.safetensors", "crdiff inspect model.safetensors --json | jq .family")
+@file_argument
+@option_group("Output", option("--metadata", "All metadata of the header as well."))
+def inspect(_out: Output, file: Path, *, metadata: bool) -> Result:
+    """Show what FILE is (family, layout, dtypes, sizes) and, if crdiff made it, what was pruned and why so.
 
     Reads headers only. FILE may be any checkpoint or diffusers folder, pruned or not.
     """
-    from crdiff_export.cli import output
-    from crdiff_export.verify.inspect import inspect as look
-
-    found = look(file)
-    if json:
-        output.print_json(found.as_json() | ({"metadata": dict(found.metadata)} if metadata else {}))
-        return
-    output.facts(tuple(found.facts()))
-    if found.rows:
-        output.line("")
-        output.table(found.columns, found.rows, numeric=found.columns[1:])
-    if metadata:
-        _show_metadata(found.metadata)
-
-
-def _show_metadata(metadata: Mapping[str, str]) -> None:
-    from crdiff_export.cli import output
     from crdiff_export.formats.text import printable
+    from crdiff_export.verify.inspect import inspect as run
 
-    output.line("")
-    for key, text in sorted(metadata.items()):
-        output.line(f"{printable(key)}: {printable(text)}")
+    found = run(file)
+    text: list[Block] = [Facts(found.facts())]
+    if found.rows:
+        text += ["", Table(found.columns, found.rows, found.columns[1:])]
+    if metadata:
+        text += ["", *(f"{printable(key)}: {printable(value)}" for key, value in sorted(found.metadata.items()))]
+    return Result(found.as_json() | ({"metadata": dict(found.metadata)} if metadata else {}), text)

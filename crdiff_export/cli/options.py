@@ -1,220 +1,154 @@
-"""What several commands share: types of options, their completion, and a group that knows a misspelt command."""
+"""What several commands share: types of options, options under their headings, and completion."""
 
-import os
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from crdiff_export.cli.command import OptionMaker, option, option_group
 from crdiff_export.errors import CrdiffError, OptionError
 from crdiff_export.formats.text_file import read_text_file
 from crdiff_export.models.recipe import MAX_POA_WEIGHT, TARGETS
 from crdiff_export.sizes import Size
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-class Group(click.Group):
-    """Answers a misspelt command with the nearest one."""
+class ParsedType(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.5 on
+    """The type of an option whose text a function reads; what that refuses is a usage error."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """The command that the first argument names."""
-        names = self.list_commands(ctx)
-        if args and args[0] not in names and not args[0].startswith("-"):
-            from difflib import get_close_matches
-
-            close = get_close_matches(args[0], names, n=1)
-            meant = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(names)}."
-            raise click.UsageError(f"No such command {args[0]!r}. {meant}", ctx)
-        return super().resolve_command(ctx, args)
-
-
-class SizeType(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.5 on
-    """`N` or `WxH` in pixels."""
-
-    name = "size"
+    def __init__(self, metavar: str, parse: Callable[[str], Any], offered: Sequence[str] = ()) -> None:
+        self.name = metavar
+        self._parse = parse
+        self._offered = offered
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """How --help calls it."""
-        return "N|WxH"
+        """Name the value in --help."""
+        return self.name
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Size:
-        """A Size; a usage error for any other text."""
-        if isinstance(value, Size):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read a text; any other value has been read before."""
+        if not isinstance(value, str):
             return value
         try:
-            return Size.parse(value)
+            return self._parse(value)
         except CrdiffError as error:
             self.fail(f"{error.message}. {error.hint}", param, ctx)
 
-
-class KindsType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Kinds of layers with commas between them."""
-
-    name = "kinds"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """How --help calls it."""
-        return "KINDS"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """The kinds; a usage error for one that no model has."""
-        if isinstance(value, tuple):
-            return value
-        kinds = tuple(kind.strip() for kind in value.split(",") if kind.strip())
-        unknown = next((kind for kind in kinds if kind not in TARGETS), None)
-        if unknown is not None or not kinds:
-            wrong = "nothing is named" if unknown is None else f"{unknown!r} is no kind of layer"
-            self.fail(f"{wrong}. Give some of {', '.join(TARGETS)}, with commas between them.", param, ctx)
-        return kinds
-
-
-class DeviceType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """A torch device, or `auto`. Whether this machine has it shows when it is used."""
-
-    name = "device"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """How --help calls it."""
-        return "DEVICE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The device; a usage error for any other text."""
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", value):
-            self.fail(f"{value!r} is no device. Give auto, cpu, cuda, cuda:N or mps.", param, ctx)
-        return str(value)
-
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Those that a shell offers."""
-        return [CompletionItem(name) for name in ("auto", "cpu", "cuda", "mps") if name.startswith(incomplete)]
+        """Offer some values to a shell."""
+        return [CompletionItem(name) for name in self._offered if name.startswith(incomplete)]
 
 
+def _parse_targets(text: str) -> tuple[str, ...]:
+    kinds = tuple(kind.strip() for kind in text.split(",") if kind.strip())
+    unknown = next((kind for kind in kinds if kind not in TARGETS), None)
+    if unknown is not None or not kinds:
+        wrong = "nothing is named" if unknown is None else f"{unknown!r} is no kind of layer"
+        raise OptionError(wrong, f"Give some of {', '.join(TARGETS)}, with commas between them.")
+    return kinds
+
+
+def _parse_device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", text):
+        raise OptionError(f"{text!r} is no device", "Give auto, cpu, cuda, cuda:N or mps.")
+    return text
+
+
+def parse_bytes(text: str) -> int:
+    """Read a number of bytes, as in `4GB` or `500MB`; OptionError for any other text."""
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([KMGT]?B)?\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * BYTE_UNITS[(match[2] or "B").upper()]) if match else 0
+    if size < 1:
+        raise OptionError(f"{text!r} is no amount of memory", "Write it as 4GB or 500MB.")
+    return size
+
+
+SIZE = ParsedType("N|WxH", Size.parse)
+TARGET_KINDS = ParsedType("KINDS", _parse_targets)
+# Whether this machine has the device shows when it is used.
+DEVICE = ParsedType("DEVICE", _parse_device, ("auto", "cpu", "cuda", "mps"))
+BYTES = ParsedType("BYTES", parse_bytes)
+FILE = click.Path(path_type=Path)
 RATIO = click.FloatRange(0, 1, max_open=True)
 POA_WEIGHT = click.FloatRange(0, MAX_POA_WEIGHT)
+COUNT = click.IntRange(1)
 
 
-def complete_alias(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """The built-in recipes, whose names stand for their bases, and files."""
+def complete_base(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer the built-in recipes, whose names stand for their bases, and files."""
     from crdiff_export.models.recipe_files import aliases
 
     names = [CompletionItem(alias) for alias in aliases() if alias.startswith(incomplete)]
     return [*names, CompletionItem(incomplete, type="file")]
 
 
-def announce(base: str, *, quiet: bool) -> None:
-    """Say that a base may have to be fetched first, and keep the Hub client's bars to a terminal that wants them."""
-    from crdiff_export.cli import output
-    from crdiff_export.hub import bases
-
-    if place := bases.remote(base):
-        quiet_client(quiet=quiet)
-        if not quiet:
-            output.note(f"{place} comes from the Hub, unless it is in the local cache")
-
-
-def quiet_client(*, quiet: bool) -> None:
-    """Keep the Hub client's bars to a terminal that wants them, and its warnings to people, before it is imported."""
-    if quiet or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if quiet:
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-
-
-def examples(*lines: str) -> str:
-    """The end of a command's --help."""
-    title = "Example" if len(lines) == 1 else "Examples"
-    return "\n".join(("\b", f"{title}:", *(f"  {line}" for line in lines)))
-
-
-def output_options(command: Command) -> Command:
-    """--json and -q."""
-    as_json = click.option("--json", is_flag=True, help="One JSON object on stdout, or on stderr if it fails.")
-    quiet = click.option("-q", "--quiet", is_flag=True, help="The bare result: no progress, no notes, no explanations.")
-    return quiet(as_json(command))
-
-
-def ratio_options(command: Command) -> Command:
-    """Ratios instead of the recipe's; `by_group` takes those of single groups."""
-    for option in reversed((
-        click.option("--ratio", type=RATIO, metavar="R", help="Share of every group's weights to set to zero."),
-        click.option("--down", type=RATIO, metavar="R",
-                     help="Share for the down blocks of a UNet; wins over --ratio."),
-        click.option("--mid", type=RATIO, metavar="R", help="Share for its mid block; wins over --ratio."),
-        click.option("--up", type=RATIO, metavar="R", help="Share for its up blocks; wins over --ratio."),
-    )):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def by_group(down: float | None, mid: float | None, up: float | None) -> dict[str, float]:
-    """The ratios that were given for single groups."""
-    return {group: ratio for group, ratio in (("down", down), ("mid", mid), ("up", up)) if ratio is not None}
-
-
-device_option = click.option(
-    "--device", type=DeviceType(), default="auto", show_default=True,
-    help="Where weights are counted and zeroed: auto, cpu, cuda, cuda:N or mps. The result does not depend on it.",
-)  # fmt: skip
-
-
-def criterion_options(command: Command) -> Command:
-    """How weights are ranked, and by what."""
-    criterion = click.option(
-        "--criterion", metavar="NAME[:OPTION=VALUE,…]", default="magnitude", show_default=True,
-        shell_complete=complete_criterion,
-        help="How weights are ranked: magnitude, uniform (the same ratio everywhere), random, wanda, taylor, obs or "
-        "adverse (docs/criteria.md).",
-    )  # fmt: skip
-    calibration = click.option(
-        "--calibration", type=click.Path(path_type=Path), metavar="FILE",
-        help="What crdiff calibrate has made for this base and size, where the criterion ranks by that.",
-    )  # fmt: skip
-    return criterion(calibration(command))
-
-
 def complete_criterion(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """The criteria that there are."""
+    """Offer the criteria that are installed."""
     from crdiff_export.prune.criteria.spec import names
 
     return [CompletionItem(name) for name in names() if name.startswith(incomplete)]
 
 
-# Their defaults; another value asks for a push.
-PUSH_OPTIONS = {
-    "path": None, "revision": None, "create_pr": False, "message": None, "tag": None, "private": None,
-    "base_model": None, "relation": "finetune",
-}  # fmt: skip
+base_argument = click.argument("base", shell_complete=complete_base)
+file_argument = click.argument("file", type=FILE)
+force = option("--force", "Replace outputs that exist.")
+recipe = option("--recipe FILE", "A recipe instead of the built-in one (.toml, .json).", FILE)
+targets = option("--targets", "Layers to prune, such as attn,ff. Default: the recipe's, or the family's.", TARGET_KINDS)
+variant = option("--variant NAME", "Weights to take from a folder that has several, such as fp16.")
+threads = option("--threads N", "Threads on the CPU. Default: all cores.", COUNT)
+device = option("--device", "Where weights are counted and zeroed: auto, cpu, cuda, cuda:N or mps. The result does not "
+                "depend on it.", DEVICE, default="auto", show_default=True)  # fmt: skip
+ratio_options = option_group(
+    "Ratios",
+    recipe,
+    option("--ratio R", "Share of every group's weights to set to zero.", RATIO),
+    option("--down R", "Share for the down blocks of a UNet; wins over --ratio.", RATIO),
+    option("--mid R", "Share for its mid block; wins over --ratio.", RATIO),
+    option("--up R", "Share for its up blocks; wins over --ratio.", RATIO),
+)
+criterion_options = option_group(
+    "Criterion",
+    option("--criterion NAME[:OPTION=VALUE,…]", "How weights are ranked: magnitude, uniform (the same ratio "
+           "everywhere), random, wanda, taylor, obs or adverse (docs/criteria.md).", default="magnitude",
+           show_default=True, shell_complete=complete_criterion),
+    option("--calibration FILE", "What crdiff calibrate has made for this base and size, where the criterion ranks by "
+           "that.", FILE),
+)  # fmt: skip
+push_options = option_group(
+    "Hub",
+    option("--path-in-repo PATH", "Where in the repository. Default: the file's name; of a folder the root.",
+           dest="path"),
+    option("--revision BRANCH", "Branch to commit to, made if it is not there. Default: main."),
+    option("--create-pr", "Open a pull request; a second run continues it."),
+    option("--message TEXT", "Message of the commit, title of the pull request."),
+    option("--tag NAME", "Tag the commit; a tag that exists elsewhere is not moved."),
+    option("--private/--public", "Visibility of a repository that has to be created. Default: private if the base is "
+           "gated or its licence is unknown or other.", default=None),
+    option("--base-model ORG/NAME", "The base on the Hub, where it was a local file."),
+    option("--relation", "base_model_relation of a new card; the Hub knows no word for pruned.",
+           click.Choice(["finetune", "quantized", "merge", "adapter"]), default="finetune", show_default=True),
+)  # fmt: skip
 
 
-def push_options(command: Command) -> Command:
-    """How a push goes."""
-    for option in reversed((
-        click.option("--path-in-repo", "path", metavar="PATH",
-                     help="Where in the repository. Default: the file's name; of a folder the root."),
-        click.option("--revision", metavar="BRANCH",
-                     help="Branch to commit to, made if it is not there. Default: main."),
-        click.option("--create-pr", is_flag=True, help="Open a pull request; a second run continues it."),
-        click.option("--message", metavar="TEXT", help="Message of the commit, title of the pull request."),
-        click.option("--tag", metavar="NAME", help="Tag the commit; a tag that exists elsewhere is not moved."),
-        click.option("--private/--public", "private", default=None, help="Visibility of a repository that has to be "
-                     "created. Default: private if the base is gated or its licence is unknown or other."),
-        click.option("--base-model", metavar="ORG/NAME", help="The base on the Hub, where it was a local file."),
-        click.option("--relation", type=click.Choice(["finetune", "quantized", "merge", "adapter"]), default="finetune",
-                     show_default=True, help="base_model_relation of a new card; the Hub knows no word for pruned."),
-    )):  # fmt: skip
-        command = option(command)
-    return command
+def ratios_by_group(down: float | None, mid: float | None, up: float | None) -> dict[str, float]:
+    """Collect the ratios that were given for single groups."""
+    return {group: ratio for group, ratio in (("down", down), ("mid", mid), ("up", up)) if ratio is not None}
 
 
-def listed_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts in a file, one a line; OptionError where it is no such file."""
+def prompts(name: str, help_text: str, dest: str) -> OptionMaker:
+    """Describe an option that names a file of prompts; its value is the prompts."""
+    return option(name, help_text, FILE, dest, callback=lambda _ctx, _param, path: read_prompts(path) if path else ())
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Read a file with one prompt a line; OptionError where it is no such file."""
     hint = "Give --prompts a text file with one prompt a line."
     text = read_text_file(path, "prompts", hint, OptionError)
-    found = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not found:
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not lines:
         raise OptionError(f"{path}: has no prompt", hint)
-    return found
+    return lines

@@ -1,254 +1,199 @@
-"""What people see: results on stdout, progress, notes and errors on stderr. The only module that imports rich."""
+"""What people see: results on stdout; notes, progress and errors on stderr. `--json` and `-q` are decided here."""
 
-import io
 import json
 import os
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import IO, Any, Literal, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any
 
-from rich import box
-from rich.cells import cell_len
-from rich.console import Console
-from rich.measure import Measurement
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.progress import Progress as Bars
-from rich.table import Column, Table
-from rich.text import Text
-
+from crdiff_export.cli.signals import Stopper
 from crdiff_export.errors import CrdiffError
-from crdiff_export.formats.text import amount, printable
-from crdiff_export.progress import Progress, Silent
+from crdiff_export.formats.text import printable
+from crdiff_export.progress import Progress
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from crdiff_export.cli.progress_display import ProgressDisplay
 
 SCHEMA = 1
-# Where nobody watches, a stage that takes long says how far it is this often, in seconds.
-HEARTBEAT = 30.0
-# A log has no width: nothing in it is to be wrapped or cut.
-ENDLESS = 1 << 16
 
 
-def line(text: str) -> None:
-    """One line of a result on stdout."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise CrdiffError(
-            f"standard output: {error.strerror}", "Free some space, or send the output elsewhere."
-        ) from error
+@dataclass(frozen=True)
+class Facts:
+    """Named texts, shown one a line; the texts begin below each other."""
+
+    pairs: Mapping[str, str] | Iterable[tuple[str, str]]
 
 
-def facts(named: Mapping[str, str] | Sequence[tuple[str, str]]) -> None:
-    """Lines of a result, each with a name; the texts begin below each other."""
-    pairs = list(named.items() if isinstance(named, Mapping) else named)
-    width = max((len(name) for name, _ in pairs), default=0) + 2
-    for name, text in pairs:
-        line(f"{name + ':':<{width}}{text}")
+@dataclass(frozen=True)
+class Table:
+    """Rows of texts. Only the last column may be wrapped on a narrow terminal, unless it is numeric."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numeric: Sequence[str] = ()
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[str] = ()) -> None:
-    """A table on stdout: lined on a terminal, columns of plain text elsewhere.
+Block = str | Facts | Table
 
-    No cell is cut; if the terminal is too narrow, only the last column is wrapped, unless it is numeric.
+
+@dataclass(frozen=True)
+class Result:
+    """What a command has done: an object for --json, blocks of text for people, and those that -q leaves.
+
+    `bare` is None where -q leaves all of the text. `notes` go to stderr, before the text.
     """
-    terminal = sys.stdout.isatty()
-    drawn = Table(box=box.SIMPLE if terminal else None, pad_edge=False, show_edge=False)
-    for place, column in enumerate(columns):
-        rigid = column in numeric or column != columns[-1]
-        width = max(cell_len(text) for text in (column, *(row[place] for row in rows))) if rigid else None
-        justify: Literal["right", "left"] = "right" if column in numeric else "left"
-        drawn.add_column(column, justify=justify, no_wrap=rigid, min_width=width)
-    for row in rows:
-        drawn.add_row(*row)
-    text = io.StringIO()
-    console = _console(text, like=sys.stdout)
-    needed = Measurement.get(console, console.options.update(width=ENDLESS), drawn).minimum
-    console.print(drawn, width=max(console.width, needed) if terminal else ENDLESS, crop=False)
-    for row_text in text.getvalue().splitlines():
-        line(row_text.rstrip())
+
+    json: Mapping[str, Any]
+    text: Sequence[Block]
+    bare: Sequence[Block] | None = None
+    notes: Sequence[str] = ()
+    exit_code: int = 0
+
+    def followed_by(self, other: "Result", key: str) -> "Result":
+        """Add the result of a second step; `key` is its place in the JSON object."""
+        bare = [*(self.bare or self.text), *(other.bare or other.text)]
+        return Result({key: other.json, **self.json}, [*self.text, *other.text], bare, [*self.notes, *other.notes])
 
 
-def print_json(value: Mapping[str, Any]) -> None:
-    """One object on one line, in ASCII: a file's name may be any bytes."""
-    line(json.dumps({"schema": SCHEMA, **value}, allow_nan=False))
+class Output:
+    """Where a command's results, notes and progress go."""
+
+    def __init__(self, stopper: Stopper, *, as_json: bool, quiet: bool) -> None:
+        self.stopper = stopper
+        self.as_json = as_json
+        self.silent = as_json or quiet
+        self._quiet = quiet
+
+    def show(self, result: Result) -> None:
+        """Show a result, once in every run."""
+        if self.as_json:
+            # In ASCII: a file's name may be any bytes.
+            _print(json.dumps({"schema": SCHEMA, **result.json}, allow_nan=False))
+            return
+        self.notes(result.notes)
+        self.print(result.text if result.bare is None or not self._quiet else result.bare)
+
+    def print(self, blocks: Iterable[Block]) -> None:
+        """Print what belongs to a result that has been shown, unless that was JSON."""
+        for block in () if self.as_json else blocks:
+            for line in _lines(block):
+                _print(line)
+
+    def notes(self, texts: Iterable[str]) -> None:
+        """Print what is worth knowing on stderr, unless it is to be silent."""
+        for text in () if self.silent else texts:
+            print(f"note: {printable(text, limit=None)}", file=sys.stderr, flush=True)
+
+    def log(self, text: str) -> None:
+        """Print a line of progress on stderr, unless it is to be silent."""
+        if not self.silent:
+            print(text, file=sys.stderr, flush=True)
+
+    def error(self, error: CrdiffError, prefix: str = "") -> None:
+        """Print one of several errors, unless the result is JSON and holds it."""
+        if not self.as_json:
+            print_error(error.code, prefix + error.message, error.hint)
+
+    @contextmanager
+    def progress(self) -> Iterator["ProgressDisplay"]:
+        """Show the progress of work in one thread: bars on a terminal, lines elsewhere, nothing if silent."""
+        from crdiff_export.cli import progress_display
+
+        with progress_display.choose(silent=self.silent) as display:
+            yield display
+
+    @contextmanager
+    def threads_progress(self) -> Iterator[Progress]:
+        """Show the progress of work in several threads, which a signal ends at the next step that is reported."""
+        with self.progress() as display, self.stopper.watch(display) as progress:
+            yield progress
+
+    def quiet_hub_client(self) -> None:
+        """Keep the Hub client's bars to a terminal that wants them, and its warnings to people; before its import."""
+        if self.silent or not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if self.silent:
+            os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+    def announce_base(self, base: str) -> None:
+        """Note that a base may have to be fetched from the Hub first."""
+        from crdiff_export.hub import bases
+
+        if source := bases.remote(base):
+            self.quiet_hub_client()
+            self.notes([f"{source} comes from the Hub, unless it is in the local cache"])
 
 
-def print_error(code: str, message: str, hint: str, *, as_json: bool) -> None:
-    """What is wrong and what to do, on stderr."""
+def print_error(
+    code: str, message: str, hint: str, problems: Sequence[CrdiffError] = (), *, as_json: bool = False
+) -> None:
+    """Print on stderr what is wrong and what to do; of several problems each one first.
+
+    Args:
+        code: The kind of error, for --json.
+        message: What is wrong.
+        hint: What to do about it; may be empty.
+        problems: What has been wrong in all places, if the error only counts them.
+        as_json: Print one JSON object instead of text.
+
+    """
     if as_json:
-        error = {"code": code, "message": message, "hint": hint}
-        print(json.dumps({"schema": SCHEMA, "error": error}), file=sys.stderr)
-        return
-    console = _console(sys.stderr)
-    console.print(f"crdiff: {printable(message, limit=None)}", style="bold red", soft_wrap=True)
-    if hint:
-        console.print(f"  {printable(hint, limit=None)}", soft_wrap=True)
-
-
-def print_problems(code: str, message: str, hint: str, problems: Sequence[CrdiffError], *, as_json: bool) -> None:
-    """Everything that is wrong at once, each with what to do, on stderr."""
-    if as_json:
-        found = [{"message": problem.message, "hint": problem.hint} for problem in problems]
-        error = {"code": code, "message": message, "hint": hint, "problems": found}
+        error: dict[str, Any] = {"code": code, "message": message, "hint": hint}
+        if problems:
+            error["problems"] = [{"message": problem.message, "hint": problem.hint} for problem in problems]
         print(json.dumps({"schema": SCHEMA, "error": error}), file=sys.stderr)
         return
     for problem in problems:
-        print_error(code, problem.message, problem.hint, as_json=False)
-    print_error(code, message, hint, as_json=False)
+        print_error(problem.code, problem.message, problem.hint)
+    first = f"crdiff: {printable(message, limit=None)}"
+    print(f"\x1b[1;31m{first}\x1b[0m" if _coloured(sys.stderr) else first, file=sys.stderr)
+    if hint:
+        print(f"  {printable(hint, limit=None)}", file=sys.stderr)
 
 
-def note(text: str) -> None:
-    """Something worth knowing, on stderr."""
-    _console(sys.stderr).print(f"note: {printable(text, limit=None)}", soft_wrap=True)
+def _print(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        message = f"standard output: {error.strerror}"
+        raise CrdiffError(message, "Free some space, or send the output elsewhere.") from error
 
 
-def _console(stream: IO[str], like: IO[str] | None = None) -> Console:
-    """A console that writes to `stream` and takes it for a terminal where `like` is one."""
-    terminal = (like or stream).isatty()
-    # Without colours there are no bold letters either: somebody who asks for none wants plain text.
-    plain = bool(os.environ.get("NO_COLOR")) or not (terminal or os.environ.get("FORCE_COLOR"))
-    return Console(
-        file=stream, force_terminal=terminal or None, width=None if terminal else ENDLESS,
-        color_system=None if plain else "auto", highlight=False, emoji=False, markup=False,
-    )  # fmt: skip
+def _lines(block: Block) -> Iterator[str]:
+    if isinstance(block, str):
+        yield block
+    elif isinstance(block, Facts):
+        pairs = list(block.pairs.items() if isinstance(block.pairs, Mapping) else block.pairs)
+        width = max((len(name) for name, _ in pairs), default=0) + 2
+        yield from (f"{name + ':':<{width}}{text}" for name, text in pairs)
+    elif sys.stdout.isatty():
+        from crdiff_export.cli import terminal
 
-
-class Shown(Progress, Protocol):
-    """A progress that somebody sees."""
-
-    def paused(self) -> AbstractContextManager[None]:
-        """Leave the terminal to somebody else for a while."""
-        ...
-
-
-class _Unseen(Silent):
-    def paused(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
-@contextmanager
-def progress(*, quiet: bool) -> Iterator[Shown]:
-    """Bars with rate and time left on a terminal, a line for every stage elsewhere, nothing if quiet."""
-    if quiet:
-        yield _Unseen()
-    elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-        whole = Column(no_wrap=True)
-        bars = Bars(
-            TextColumn("{task.description:<10}", table_column=whole), BarColumn(), _Done(table_column=whole),
-            _Rate(table_column=whole), TimeRemainingColumn(table_column=whole),
-            console=_console(sys.stderr),
-        )  # fmt: skip
-        with bars:
-            yield _Drawn(bars)
+        yield from terminal.table_lines(block)
     else:
-        lines = _Lines()
-        yield lines
-        lines.close()
+        yield from _plain_table(block)
 
 
-def sent(size: int, where: str, seconds: float) -> None:
-    """An upload is over. On a terminal the Hub's client has drawn bars of its own."""
-    rate = f", {amount(size / seconds)}/s" if seconds > 0.1 else ""
-    print(f"sending: {amount(size)} to {where} in {seconds:.1f} s{rate}", file=sys.stderr, flush=True)
+def _plain_table(table: Table) -> Iterator[str]:
+    """Columns of text with two spaces between them, however long the lines become."""
+    from rich.cells import cell_len
+
+    rows = [table.columns, *table.rows]
+    widths = [max(cell_len(row[number]) for row in rows) for number in range(len(table.columns))]
+    for row in rows:
+        cells = []
+        for column, text, width in zip(table.columns, row, widths, strict=True):
+            space = " " * (width - cell_len(text))
+            cells.append(space + text if column in table.numeric else text + space)
+        yield "  ".join(cells).rstrip()
 
 
-class _Done(DownloadColumn):
-    """How much of a stage is done, in its unit."""
-
-    def render(self, task: Task) -> Text:
-        if task.fields["unit"] == "bytes":
-            return super().render(task)
-        return Text(f"{task.completed:.0f}/{task.total or 0:.0f} {task.fields['unit']}", style="progress.download")
-
-
-class _Rate(TransferSpeedColumn):
-    """How fast it goes, in its unit."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        if speed is None or task.fields["unit"] == "bytes":
-            return super().render(task)
-        return Text(f"{speed:.1f}/s", style="progress.data.speed")
-
-
-class _Drawn:
-    def __init__(self, bars: Bars) -> None:
-        self._bars = bars
-        self._task: TaskID | None = None
-
-    def stage(self, title: str, size: int, unit: str = "bytes") -> None:
-        if self._task is not None:
-            self._bars.update(self._task, completed=self._bars.tasks[self._task].total)
-        self._task = self._bars.add_task(title, total=size, unit=unit) if size else None
-
-    def advance(self, size: int) -> None:
-        if self._task is not None:
-            self._bars.advance(self._task, size)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self._bars.stop()
-        for task in self._bars.task_ids:  # what is done would be drawn once more
-            self._bars.remove_task(task)
-        self._task = None
-        try:
-            yield
-        finally:
-            self._bars.start()
-
-
-class _Lines:
-    """A line when a stage ends, and now and then within a long one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._title: str | None = None
-        self._unit = "bytes"
-        self._size = self._done = 0
-        self._began = self._spoke = time.monotonic()
-
-    def stage(self, title: str, size: int, unit: str = "bytes") -> None:
-        self.close()
-        with self._lock:
-            self._title, self._size, self._done, self._unit = title, size, 0, unit
-            self._began = self._spoke = time.monotonic()
-
-    def advance(self, size: int) -> None:
-        with self._lock:
-            self._done += size
-            if time.monotonic() - self._spoke >= HEARTBEAT:
-                self._spoke = time.monotonic()
-                self._say(f"{_counted(self._done, self._unit)} of {_counted(self._size, self._unit)}")
-
-    def close(self) -> None:
-        with self._lock:
-            if self._title is not None and self._size:
-                seconds = time.monotonic() - self._began
-                speed = self._done / max(seconds, 0.1)
-                rate = f", {amount(speed) if self._unit == 'bytes' else f'{speed:.1f}'}/s" if seconds > 0.1 else ""
-                self._say(f"{_counted(self._done, self._unit)} in {seconds:.1f} s{rate}")
-            self._title = None
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self.close()
-        yield
-
-    def _say(self, text: str) -> None:
-        print(f"{self._title}: {text}", file=sys.stderr, flush=True)
-
-
-def _counted(number: int, unit: str) -> str:
-    return amount(number) if unit == "bytes" else f"{number:,} {unit}"
+def _coloured(stream: IO[str]) -> bool:
+    """Whether a stream takes colours: a terminal that knows them, or FORCE_COLOR; never with NO_COLOR."""
+    terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+    return not os.environ.get("NO_COLOR") and (terminal or bool(os.environ.get("FORCE_COLOR")))

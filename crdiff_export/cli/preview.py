@@ -1,121 +1,84 @@
 """`crdiff preview`."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from crdiff_export.cli.drawing import announce_drawing, drawing_options, quiet_parts
-from crdiff_export.cli.options import (
-    POA_WEIGHT,
-    SizeType,
-    announce,
-    by_group,
-    complete_alias,
-    criterion_options,
-    examples,
-    listed_prompts,
-    output_options,
-    ratio_options,
-)
-from crdiff_export.cli.signals import Stopper
-from crdiff_export.evaluate.preview import (
-    Job,
-    Preview,
-    PreviewRequest,
-    draw,
-    measure,
-    prepare,
-)
+from crdiff_export.cli import options
+from crdiff_export.cli.command import command, option, option_group
+from crdiff_export.cli.drawing_options import drawing_options, place_of, prepare_drawing
+from crdiff_export.cli.output import Facts, Output, Result
+from crdiff_export.evaluate.preview import Job, Preview, PreviewRequest, draw, measure, prepare
 from crdiff_export.evaluate.preview.wording import criterion_of, ratios_of, standing
 from crdiff_export.formats.text import plural
 
 FRACTION = click.FloatRange(0, 1)
 
 
-@click.command(
-    epilog=examples(
-        'crdiff preview demo --res 96x64 --prompt "a red circle left of a blue square on white"',
-        'crdiff preview sdxl --res 512 --prompt "a red fox" --seed 1 --seed 2 --poa-weight 1.5 --poa-weight 2',
-        "crdiff preview sdxl --baked sdxl-512.safetensors --prompts prompts.txt -o sheet.png",
-    )
+@command(
+    'crdiff preview demo --res 96x64 --prompt "a red circle left of a blue square on white"',
+    'crdiff preview sdxl --res 512 --prompt "a red fox" --seed 1 --seed 2 --poa-weight 1.5 --poa-weight 2',
+    "crdiff preview sdxl --baked sdxl-512.safetensors --prompts prompts.txt -o sheet.png",
 )
-@click.argument("base", shell_complete=complete_alias)
-@click.option(
-    "--res", "size", type=SizeType(), help="The size to draw and to prune for. Default with --baked: the file's."
+@options.base_argument
+@option_group(
+    "Size",
+    option("--res", "The size to draw and to prune for. Default with --baked: the file's.", options.SIZE, "size"),
 )
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to draw; may be given several times.")
-@click.option("--prompts", "listed", type=click.Path(path_type=Path), metavar="FILE", help="Prompts, one a line.")
-@click.option(
-    "--seed", "seeds", type=int, multiple=True, default=(0,), metavar="N",
-    help="Seed of the noise, the same for all pictures of a row; may be given several times. Default: 0.",
+@option_group(
+    "Prompts",
+    option("--prompt TEXT", "What to draw; may be given several times.", dest="prompts", multiple=True),
+    options.prompts("--prompts FILE", "Prompts, one a line.", "listed"),
+    option("--seed N", "Seed of the noise, the same for all pictures of a row; may be given several times. Default: 0.",
+           int, "seeds", multiple=True, default=(0,)),
 )  # fmt: skip
-@click.option(
-    "--poa-weight", "weights", type=POA_WEIGHT, multiple=True, metavar="W",
-    help="A column with this POA weight; may be given several times. Default: the recipe's.",
+@options.ratio_options
+@option_group(
+    "Ratios",
+    option("--baked FILE", "Prune as this exported file is pruned, instead of by a recipe; BASE is what it was made "
+           "from.", options.FILE),
 )  # fmt: skip
-@click.option("--start", type=FRACTION, default=0.0, metavar="F", help="Fraction of the steps at which POA begins.")
-@click.option("--stop", type=FRACTION, default=1.0, metavar="F", help="Fraction at which it ends; dense outside.")
-@click.option("--recipe", type=click.Path(path_type=Path), help="A recipe instead of the built-in one (.toml, .json).")
-@ratio_options
-@criterion_options
-@click.option(
-    "--baked", type=click.Path(path_type=Path), metavar="FILE",
-    help="Prune as this exported file is pruned, instead of by a recipe; BASE is what it was made from.",
+@options.criterion_options
+@option_group(
+    "POA",
+    option("--poa-weight W", "A column with this POA weight; may be given several times. Default: the recipe's.",
+           options.POA_WEIGHT, "weights", multiple=True),
+    option("--start F", "Fraction of the steps at which POA begins.", FRACTION, default=0.0),
+    option("--stop F", "Fraction at which it ends; dense outside.", FRACTION, default=1.0),
 )  # fmt: skip
 @drawing_options
-@click.option("--offload", is_flag=True, help="For small GPUs: keep idle parts in main memory, decode in tiles.")
-@click.option(
-    "-o", "--output", "outputs", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
-    help="A .png sheet or an .html page; may be given twice. Default: both, as STEM-preview-WxH in the current folder.",
+@option_group("Drawing", option("--offload", "For small GPUs: keep idle parts in main memory, decode in tiles."))
+@option_group(
+    "Output",
+    option("-o, --output FILE", "A .png sheet or an .html page; may be given twice. Default: both, as "
+           "STEM-preview-WxH in the current folder.", options.FILE, "outputs", multiple=True),
+    options.force,
 )  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace outputs that exist.")
-@output_options
-@click.pass_obj
 def preview(
-    stopper: Stopper, /, base: str, prompts: tuple[str, ...], listed: Path | None, *,
-    down: float | None, mid: float | None, up: float | None, json: bool, quiet: bool, **options: Any,
-) -> None:  # fmt: skip
+    out: Output, base: str, prompts: tuple[str, ...], listed: tuple[str, ...], *, down: float | None,
+    mid: float | None, up: float | None, **settings: Any,
+) -> Result:  # fmt: skip
     """Draw what BASE, its pruned model and POA make of the same prompts and noise, side by side on one sheet.
 
     Nothing else is written: ratios come from the recipe, and one copy of the weights serves all columns. BASE is what
     `crdiff export` takes, with all of its parts: a safetensors checkpoint, a diffusers folder, a Hub id or an alias.
     """
-    from crdiff_export.cli import output
-
-    request = PreviewRequest(
-        base=base,
-        prompts=(*prompts, *(listed_prompts(listed) if listed else ())),
-        ratios=by_group(down, mid, up),
-        **options,
-    )
-    silent = quiet or json
-    announce(base, quiet=silent)
-    job = prepare(request)
-    if not silent:
-        _announce(job)
-    quiet_parts(job.easel, quiet=silent)
-    with output.progress(quiet=silent) as shown:
-        with stopper.watch(shown) as progress:
+    ratios = options.ratios_by_group(down, mid, up)
+    request = PreviewRequest(base=base, prompts=prompts + listed, ratios=ratios, **settings)
+    job = prepare_drawing(out, request, prepare, _describe)
+    with out.progress() as display:
+        with out.stopper.watch(display) as progress:
             source = measure(job, progress)
-        made = draw(job, source, shown)
-    if json:
-        output.print_json(_as_json(made))
-        return
-    if not quiet:
-        for text in made.notes:
-            output.note(text)
-        output.facts((*made.facts, ("pictures", _times(made))))
-    for path in made.files:
-        output.line(str(path))
-
-
-def _announce(job: Job) -> None:
-    rows, names = job.pictures // len(job.columns), ", ".join(column.name for column in job.columns)
-    place = f"on {job.easel.device} in {job.easel.dtype}"
-    announce_drawing(
-        job.easel, *job.notes, f"{plural(job.pictures, 'picture')}, {plural(rows, 'row')} of {names}, {place}"
+        made = draw(job, source, display)
+    files = [str(path) for path in made.files]
+    return Result(
+        _as_json(made), [Facts((*made.facts, ("pictures", _times(made)))), *files], bare=files, notes=made.notes
     )
+
+
+def _describe(job: Job) -> list[str]:
+    rows, names = job.pictures // len(job.columns), ", ".join(column.name for column in job.columns)
+    return [f"{plural(job.pictures, 'picture')}, {plural(rows, 'row')} of {names}, {place_of(job)}"]
 
 
 def _times(made: Preview) -> str:

@@ -1,4 +1,4 @@
-"""`crdiff push`."""
+"""`crdiff push`, and how `crdiff export --push` pushes."""
 
 import shlex
 import time
@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
-from crdiff_export.cli.options import examples, output_options, push_options, quiet_client
-from crdiff_export.cli.signals import Stopper
+from crdiff_export.cli.command import command
+from crdiff_export.cli.options import file_argument, push_options
+from crdiff_export.cli.output import Facts, Output, Result
+from crdiff_export.cli.progress_display import rate_text
 from crdiff_export.errors import HubError
 from crdiff_export.formats.text import amount
 from crdiff_export.publish.commit import Pushed
@@ -26,41 +28,33 @@ from crdiff_export.publish.target import Destination
 from crdiff_export.publish.upload import Upload
 
 
-@click.command(
-    epilog=examples(
-        "crdiff push sdxl-2048.safetensors my-org/sdxl-crdiff",
-        "crdiff push sdxl-2048.safetensors my-org/sdxl-crdiff --tag v1 --public",
-        "crdiff push sdxl-2048.safetensors their-org/sdxl --create-pr",
-    )
+@command(
+    "crdiff push sdxl-2048.safetensors my-org/sdxl-crdiff",
+    "crdiff push sdxl-2048.safetensors my-org/sdxl-crdiff --tag v1 --public",
+    "crdiff push sdxl-2048.safetensors their-org/sdxl --create-pr",
 )
-@click.argument("file", type=click.Path(path_type=Path))
+@file_argument
 @click.argument("repo")
 @push_options
-@output_options
-@click.pass_obj
-def push(stopper: Stopper, /, file: Path, repo: str, *, json: bool, quiet: bool, **options: Any) -> None:
+def push(out: Output, file: Path, repo: str, **settings: Any) -> Result:
     """Push FILE, a baked checkpoint or folder, to the Hub repository REPO (ORG/NAME), and keep its model card.
 
     Write access is checked first. The commit holds the file and the card; an existing card keeps everything but our
     part. What the Hub then holds is compared by hash. Nothing is committed if it has the file already.
     """
-    request = PushRequest(repo, **options)
+    request = PushRequest(repo, **settings)
     check_request(request)
-    quiet_client(quiet=quiet or json)
+    out.quiet_hub_client()
     base = source_name(file)
     place(request, file)
-    destination = prepare(request, base, file.name)
-    upload, pushed = transfer(request, file, destination, stopper, quiet=quiet or json)
-    show(upload, pushed, as_json=json, quiet=quiet)
+    return push_result(*transfer(out, request, file, prepare(request, base, file.name)))
 
 
 def transfer(
-    request: PushRequest, path: Path, destination: Destination, stopper: Stopper, *, quiet: bool, checked: bool = False
+    out: Output, request: PushRequest, path: Path, destination: Destination, *, checked: bool = False
 ) -> tuple[Upload, Pushed]:
-    """Hash and send what is at a path, with progress; `checked` where its bytes have just been written."""
-    from crdiff_export.cli import output
-
-    with output.progress(quiet=quiet) as shown, stopper.watch(shown) as progress:
+    """Hash and send what is at a path, with progress; `checked` if its bytes have just been written."""
+    with out.threads_progress() as progress:
         upload = collect(request, path, progress, checked=checked)
     began = time.monotonic()
     try:
@@ -70,14 +64,19 @@ def transfer(
             raise
         again = f"`crdiff push {shlex.quote(str(path))} {request.repo}` is enough"
         raise HubError(error.message, f"{error.hint} As {path} is made, {again}.") from error
-    if pushed.changed and not quiet:
-        output.sent(upload.size, pushed.repo, time.monotonic() - began)
+    if pushed.changed:
+        log_upload(out, upload.size, pushed.repo, time.monotonic() - began)
     return upload, pushed
 
 
-def describe(upload: Upload, pushed: Pushed) -> dict[str, Any]:
-    """A push for machines."""
-    return {
+def log_upload(out: Output, size: int, where: str, seconds: float) -> None:
+    """Say that an upload is over; on a terminal the Hub's client has drawn bars of its own."""
+    out.log(f"sending: {amount(size)} to {where} in {rate_text(size, seconds)}")
+
+
+def push_result(upload: Upload, pushed: Pushed) -> Result:
+    """Describe a push; the last line is the address that will always lead to these bytes."""
+    found = {
         "repo": pushed.repo, "revision": pushed.revision, "commit": pushed.commit, "changed": pushed.changed,
         "tag": upload.tag, "pull_request": pushed.pull_request,
         "files": [
@@ -86,26 +85,13 @@ def describe(upload: Upload, pushed: Pushed) -> dict[str, Any]:
         ],
         "notes": list(pushed.notes),
     }  # fmt: skip
-
-
-def show(upload: Upload, pushed: Pushed, *, as_json: bool, quiet: bool) -> None:
-    """What has come of a push; the last line is the address that will always lead to these bytes."""
-    from crdiff_export.cli import output
-
-    if as_json:
-        output.print_json(describe(upload, pushed))
-        return
-    if not quiet:
-        for note in pushed.notes:
-            output.note(note)
-        output.facts(tuple(_facts(upload, pushed)))
-    output.line(pushed.url)
+    return Result(found, [Facts(_facts(upload, pushed)), pushed.url], bare=[pushed.url], notes=pushed.notes)
 
 
 def _facts(upload: Upload, pushed: Pushed) -> Iterator[tuple[str, str]]:
     yield "repository", f"{pushed.repo} ({pushed.revision})"
-    held = "" if pushed.changed else ", which holds it already: no commit was made"
-    yield "commit", f"{pushed.commit}{held}"
+    unchanged = "" if pushed.changed else ", which holds it already: no commit was made"
+    yield "commit", f"{pushed.commit}{unchanged}"
     if pushed.pull_request:
         yield "pull request", pushed.pull_request
     if upload.tag:

@@ -37,7 +37,7 @@ from crdiff_export.calibrate import (
 )
 from crdiff_export.calibrate import setting as names
 from crdiff_export.calibrate.setting import LayerSpec, Room, Setting
-from crdiff_export.cli.calibrate import AmountType
+from crdiff_export.cli.options import BYTES
 from crdiff_export.cli.signals import Stopped
 from crdiff_export.errors import CalibrationError, CrdiffError, OptionError
 from crdiff_export.progress import Silent
@@ -727,7 +727,7 @@ def test_groups_fit(statistics: tuple[str, ...], room: Room, free: int, sizes: l
      ("64B", 64)],
 )  # fmt: skip
 def test_amounts(text: str, size: int) -> None:
-    assert AmountType().convert(text, None, None) == size
+    assert BYTES.convert(text, None, None) == size
 
 
 @pytest.mark.parametrize("name", ["norms", "", "gradient_cube"])

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from crdiff_export.cli import output
+from crdiff_export.cli import progress_display
+from crdiff_export.cli.output import Facts, Output, Result, Table, print_error
+from crdiff_export.cli.signals import Stopper
 from crdiff_export.errors import CrdiffError
 from crdiff_export.progress import Progress
 from tests.support.forks import Forks
@@ -23,40 +25,58 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
+def output(*, as_json: bool = False, quiet: bool = False) -> Output:
+    return Output(Stopper(), as_json=as_json, quiet=quiet)
+
+
 # --- in a pipe ---
 
 
 def test_a_table_in_a_pipe_is_columns_of_text(capsys: pytest.CaptureFixture[str]) -> None:
-    output.table(["name", "count", "why"], [["a", "1,000", "x" * 500], ["模型", "1", ""]], numeric=["count"])
+    rows = [["a", "1,000", "x" * 500], ["模型", "1", ""]]
+    output().print([Table(["name", "count", "why"], rows, numeric=["count"]), Table(["a", "b"], [])])
     assert capsys.readouterr().out.splitlines() == [
         "name  count  why",
         "a     1,000  " + "x" * 500,
         "模型      1",
+        "a  b",
     ]
 
 
-def test_an_empty_table_is_its_head(capsys: pytest.CaptureFixture[str]) -> None:
-    output.table(["a", "b"], [])
-    assert capsys.readouterr().out == "a  b\n"
-
-
 def test_texts_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    output.table(["[red]a", ":smile:"], [["[/]", "[bold]"]])
-    output.note("[red]a[/] :smile:")
+    output().print([Table(["[red]a", ":smile:"], [["[/]", "[bold]"]])])
+    output().notes(["[red]a[/] :smile:"])
     captured = capsys.readouterr()
     assert captured.out == "[red]a  :smile:\n[/]     [bold]\n"
     assert captured.err == "note: [red]a[/] :smile:\n"
 
 
 def test_facts_begin_below_each_other(capsys: pytest.CaptureFixture[str]) -> None:
-    output.facts({"a": "1", "long name": "2"})
-    output.facts([("a", "1"), ("a", "2")])
-    output.facts({})
+    output().print([Facts({"a": "1", "long name": "2"}), Facts([("a", "1"), ("a", "2")]), Facts({})])
     assert capsys.readouterr().out == "a:         1\nlong name: 2\na: 1\na: 2\n"
 
 
+@pytest.mark.parametrize(
+    ("settings", "out", "err"),
+    [
+        ({}, "some text\nthe/path\nmore\n", "note: a note\n"),
+        ({"quiet": True}, "the/path\nmore\n", ""),
+        ({"as_json": True}, '{"schema": 1, "n": 1}\n', ""),
+        ({"as_json": True, "quiet": True}, '{"schema": 1, "n": 1}\n', ""),
+    ],
+    ids=["people", "quiet", "json", "both"],
+)
+def test_a_result_has_three_forms(
+    settings: dict[str, bool], out: str, err: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = output(**settings)
+    shown.show(Result({"n": 1}, ["some text", "the/path"], bare=["the/path"], notes=["a note"]))
+    shown.print(["more"])
+    assert capsys.readouterr() == (out, err)
+
+
 def test_json_is_one_line_of_ascii(capsys: pytest.CaptureFixture[str]) -> None:
-    output.print_json({"name": "ü\udcff\n模", "n": 1})
+    output(as_json=True).show(Result({"name": "ü\udcff\n模", "n": 1}, []))
     text = capsys.readouterr().out
     assert text.isascii()
     assert text.count("\n") == 1
@@ -76,15 +96,15 @@ def test_json_is_one_line_of_ascii(capsys: pytest.CaptureFixture[str]) -> None:
     ids=["plain", "escape", "lines", "bytes", "direction", "long"],
 )
 def test_an_error_is_two_lines_whatever_is_in_it(capsys: pytest.CaptureFixture[str], message: str, shown: str) -> None:
-    output.print_error("plan", message, f"Hint: {message}", as_json=False)
+    print_error("plan", message, f"Hint: {message}")
     assert capsys.readouterr().err == f"crdiff: {shown}\n  Hint: {shown}\n"
-    output.print_error("plan", message, "Hint.", as_json=True)
+    print_error("plan", message, "Hint.", as_json=True)
     error = json.loads(capsys.readouterr().err)
     assert error == {"schema": 1, "error": {"code": "plan", "message": message, "hint": "Hint."}}
 
 
 def test_an_error_without_a_hint_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    output.print_error("interrupted", "interrupted", "", as_json=False)
+    print_error("interrupted", "interrupted", "")
     assert capsys.readouterr().err == "crdiff: interrupted\n"
 
 
@@ -102,13 +122,13 @@ class Broken(io.StringIO):
 def test_a_full_disk_behind_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", Broken(OSError(28, "No space left on device")))
     with pytest.raises(CrdiffError, match="standard output: No space left on device"):
-        output.line("a")
+        output().print(["a"])
 
 
 def test_a_reader_that_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", Broken(BrokenPipeError(32, "Broken pipe")))
     with pytest.raises(BrokenPipeError):
-        output.line("a")
+        output().print(["a"])
 
 
 # --- progress where nobody watches ---
@@ -127,12 +147,12 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(output, "time", made)
+    monkeypatch.setattr(progress_display, "time", made)
     return made
 
 
 def test_a_stage_is_a_line_when_it_is_over(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with output.progress(quiet=False) as progress:
+    with output().progress() as progress:
         progress.stage("counting", 4_000_000)
         clock.now += 2
         progress.advance(4_000_000)
@@ -144,7 +164,7 @@ def test_a_stage_is_a_line_when_it_is_over(clock: Clock, capsys: pytest.CaptureF
 
 
 def test_a_long_stage_says_now_and_then_how_far_it_is(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with output.progress(quiet=False) as progress:
+    with output().progress() as progress:
         progress.stage("writing", 7_000_000_000)
         for _ in range(7):
             clock.now += 10
@@ -157,7 +177,7 @@ def test_a_long_stage_says_now_and_then_how_far_it_is(clock: Clock, capsys: pyte
 
 
 def test_a_stage_may_be_of_other_things_than_bytes(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with output.progress(quiet=False) as progress:
+    with output().progress() as progress:
         progress.stage("drawing", 3000, "passes")
         for _ in range(3):
             clock.now += 20
@@ -169,7 +189,7 @@ def test_a_stage_may_be_of_other_things_than_bytes(clock: Clock, capsys: pytest.
 
 
 def test_a_stage_of_nothing_is_not_mentioned(capsys: pytest.CaptureFixture[str]) -> None:
-    with output.progress(quiet=False) as progress:
+    with output().progress() as progress:
         progress.stage("counting", 0)
         progress.stage("writing", 0)
     assert capsys.readouterr() == ("", "")
@@ -177,7 +197,7 @@ def test_a_stage_of_nothing_is_not_mentioned(capsys: pytest.CaptureFixture[str])
 
 def test_a_stage_that_fails_is_not_called_done(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
-        with output.progress(quiet=False) as progress:
+        with output().progress() as progress:
             progress.stage("writing", 10)
             raise ZeroDivisionError
 
@@ -187,7 +207,7 @@ def test_a_stage_that_fails_is_not_called_done(capsys: pytest.CaptureFixture[str
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
-    with output.progress(quiet=True) as progress:
+    with output(quiet=True).progress() as progress:
         progress.stage("writing", 10)
         progress.advance(10)
     assert capsys.readouterr() == ("", "")
@@ -199,7 +219,7 @@ def advance(progress: Progress) -> None:
 
 
 def test_progress_comes_from_many_threads(capsys: pytest.CaptureFixture[str]) -> None:
-    with output.progress(quiet=False) as progress:
+    with output().progress() as progress:
         progress.stage("counting", 8000)
         threads = [threading.Thread(target=advance, args=(progress,)) for _ in range(8)]
         for thread in threads:

@@ -1,0 +1,35 @@
+"""Results of an evaluation for --json."""
+
+from typing import Any
+
+from crdiff_export.evaluate.findings import Evaluation, Finding, Subject
+from crdiff_export.evaluate.statistics import Estimate
+
+
+def pairs_json(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Give the prompts, each with the seed of its noise."""
+    return [{"prompt": prompt, "seed": seed} for prompt, seed in evaluation.pairs]
+
+
+def subject_json(evaluation: Evaluation, subject: Subject) -> dict[str, Any]:
+    """Give the models at one size with their scores."""
+    return {
+        "resolution": str(subject.size), "models": [_finding_json(finding) for finding in evaluation.of(subject)],
+    }  # fmt: skip
+
+
+def _finding_json(finding: Finding) -> dict[str, Any]:
+    drawn = finding.drawn
+    return {
+        "model": drawn.name, "poa_weight": drawn.weight, "score": _estimate_json(finding.mean),
+        "minus_dense": _estimate_json(finding.difference), "right": _estimate_json(finding.right), "fid": drawn.fid,
+        "parts": dict(finding.parts), "verdict": finding.difference.verdict if finding.difference else None,
+        "scores": [score.value for score in drawn.scores], "seconds": round(drawn.seconds, 3),
+    }  # fmt: skip
+
+
+def _estimate_json(estimate: Estimate | None) -> dict[str, float | None] | None:
+    if not estimate:
+        return None
+    low, high = (estimate.low, estimate.high) if estimate.bounded else (None, None)
+    return {"value": estimate.value, "low": low, "high": high}
