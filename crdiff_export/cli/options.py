@@ -147,7 +147,7 @@ def prompts(name: str, help_text: str, dest: str) -> OptionMaker:
 def read_prompts(path: Path) -> tuple[str, ...]:
     """Read a file with one prompt a line; OptionError where it is no such file."""
     hint = "Give --prompts a text file with one prompt a line."
-    text = read_text_file(path, "prompts", hint, OptionError)
+    text = read_text_file(path, "prompt", hint, OptionError)
     lines = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not lines:
         raise OptionError(f"{path}: has no prompt", hint)

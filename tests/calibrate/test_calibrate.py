@@ -801,7 +801,7 @@ REFUSED = {
     "bad-memory": (f"{QUICK} --criterion wanda --memory much", 2, "'much' is no amount of memory", "explains it"),
     "no-memory": (f"{QUICK} --criterion wanda --memory 0", 2, "'0' is no amount of memory", "explains it"),
     "no-prompts": ("calibrate {sd15} --res 512 --criterion wanda", 2, "there are no prompts", "--prompts FILE"),
-    "no-file": (f"{QUICK} --criterion wanda --prompts none.txt", 2, "none.txt: No such file", "one prompt a line"),
+    "no-file": (f"{QUICK} --criterion wanda --prompts none.txt", 2, "no such prompt file", "one prompt a line"),
     "not-a-scene": (f"{QUICK} --criterion wanda --prompts fox.txt", 1, "it does not know fox", "Write it"),
     "off-grid": ("calibrate demo --res 50 --criterion wanda", 1, "50x50 does not fit", "Use 48x48"),
     "last-seeds": (f"{QUICK} --criterion wanda --seed 18446744073709551615", 2, "not so many seeds", "smaller --seed"),

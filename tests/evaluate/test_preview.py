@@ -340,7 +340,7 @@ WRONG = {
     "backwards": (f"demo --res 64 {FOX} --start 0.6 --stop 0.5", 1, "POA from 0.6 to 0.5", "start < stop"),
     "no-ratio": (f"demo --res 64 {FOX} --ratio 0", 1, "all ratios are 0", "Give --ratio"),
     "no-such-base": (f"nowhere.safetensors --res 64 {FOX}", 1, "no such file", "Give a path"),
-    "no-such-list": ("demo --res 64 --prompts no.txt", 2, "no.txt: No such file", "one prompt a line"),
+    "no-such-list": ("demo --res 64 --prompts no.txt", 2, "no.txt: no such prompt file", "one prompt a line"),
     "not-text": ("demo --res 64 --prompts {shelf}/sd15.safetensors", 2, "not UTF-8", "Save it as UTF-8"),
     "strange-output": (f"demo --res 64 {FOX} -o o.jpg", 1, "neither a PNG nor an HTML", "o.jpg.png or o.jpg.html"),
     "no-folder": (f"demo --res 64 {FOX} -o no/o.png", 1, "the folder no does not exist", "Create it"),

@@ -231,7 +231,7 @@ REFUSED = {
     "no-such-scorer": ("search demo --res 48 --scorer beauty", 1, "no scorer is called 'beauty'", "aesthetic"),
     "no-prompts": ("search {sd15} --res 512 --scorer aesthetic", 2, "there are no prompts", "--prompts FILE"),
     "one-prompt": ("search demo --res 48 --prompts one.txt", 2, "leaves none for the check", "--held-out FILE"),
-    "no-such-file": ("search demo --res 48 --prompts no.txt", 2, "no.txt: No such file", "one prompt a line"),
+    "no-such-file": ("search demo --res 48 --prompts no.txt", 2, "no.txt: no such prompt file", "one prompt a line"),
     "seen-prompts": (
         "search demo --res 48 --prompts two.txt --held-out one.txt", 2, "1 held-out prompts are among", "never saw",
     ),
