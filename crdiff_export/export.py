@@ -11,7 +11,7 @@ from crdiff_export.bake.source_hashes import SourceHashes
 from crdiff_export.bake.stream import Pruning
 from crdiff_export.errors import CrdiffError, PlanError, RecipeError
 from crdiff_export.formats.checkpoint import Checkpoint
-from crdiff_export.formats.crdiff_keys import Calibrated, Stamp
+from crdiff_export.formats.crdiff_keys import CalibrationStamp, Stamp
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.hub import bases
 from crdiff_export.models import recipe, recipe_files
@@ -200,7 +200,7 @@ class _Making:
         job: ExportJob,
         decision: Decision,
         criterion: str,
-        calibrated: Calibrated | None,
+        calibrated: CalibrationStamp | None,
         model: architecture.Architecture,
     ) -> Self:
         planned = job.plan

@@ -13,7 +13,7 @@ from crdiff_export.formats.crdiff_keys import (
     BLOCK_WISE,
     LAYER_WISE,
     PREFIX,
-    Calibrated,
+    CalibrationStamp,
     GroupStamp,
     Stamp,
     safe,
@@ -38,7 +38,7 @@ class Hashes:
 
 
 def intended(
-    plan: Plan, criterion: str, source_name: str, residual: str = "none", calibrated: Calibrated | None = None
+    plan: Plan, criterion: str, source_name: str, residual: str = "none", calibrated: CalibrationStamp | None = None
 ) -> Stamp:
     """What is known of an export's headers before a weight is read: all that was asked for, and nothing that was found.
 
@@ -78,7 +78,7 @@ def stamp(
     residual: str = "none",
     masked: bool = False,
     moved: bool = False,
-    calibrated: Calibrated | None = None,
+    calibrated: CalibrationStamp | None = None,
 ) -> Stamp:
     """What the headers of an export's files say, except for the hashes, which are each file's own.
 

@@ -1,7 +1,7 @@
-"""A checkpoint on disk as one value: its files, its tensors, and where their bytes are. Only headers are read.
+"""A checkpoint on disk as one value: its files, their tensors, and where the bytes are. Only headers are read.
 
-`open_checkpoint` takes one safetensors file, an index of shards, a folder of a diffusers pipeline or of one component,
-or a `.ckpt`. Names, folders and variants follow diffusers (`_add_variant`, `WEIGHTS_INDEX_NAME`).
+`open_checkpoint` accepts a safetensors file, an index of shards, a folder of a diffusers pipeline or of one component,
+and a `.ckpt`. Names, folders and variants follow diffusers (`_add_variant`, `WEIGHTS_INDEX_NAME`).
 """
 
 import os
@@ -27,7 +27,15 @@ MAX_INDEX_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base: `files` hold what is pruned, `companions` are copied as they are (index, configs, other components)."""
+    """A base.
+
+    Attributes:
+        path: The file or folder that was opened.
+        kind: One file, shards with an index, or a diffusers folder.
+        files: The files of weights that are pruned.
+        companions: Files that an export copies unchanged: index, configurations, other components.
+        notes: What the user should know, such as files that are not in the output.
+    """
 
     path: Path
     kind: Kind
@@ -37,7 +45,7 @@ class Checkpoint:
 
     @property
     def stem(self) -> str:
-        """The name that outputs are called after."""
+        """The name that default output names begin with."""
         if self.kind == "folder":
             return self.path.resolve().name or "model"
         name = self.path.name.removesuffix(".index.json")
@@ -45,28 +53,39 @@ class Checkpoint:
 
     @property
     def home(self) -> Path:
-        """The folder that the names of files and companions start from."""
+        """The folder that the names of files and companions are relative to."""
         return self.path if self.kind == "folder" else self.path.parent
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape by its name."""
+        """The shape of every tensor, by name."""
         return {t.name: t.shape for f in self.files for t in f.tensors}
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The metadata of the first file; shards carry the same or none."""
+        """The metadata of the first file; shards have the same or none."""
         return self.files[0].metadata
 
     def tensors(self) -> Iterator[tuple[int, TensorSpec]]:
-        """Every tensor with the number of its file, files by name, tensors by place."""
+        """Yield every tensor with the number of its file, in the order of files and bytes."""
         for number, file in enumerate(self.files):
             for tensor in file.by_offset:
                 yield number, tensor
 
 
 def open_checkpoint(path: Path, variant: str | None = None) -> Checkpoint:
-    """Read the headers of a checkpoint; CheckpointError names the file, the key and what is wrong with them."""
+    """Read the headers of a checkpoint.
+
+    Args:
+        path: A file, an index of shards, or a folder.
+        variant: The variant of the weights in a diffusers folder, such as `fp16`; by default the plain ones.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, unreadable or damaged. The message names the file and the key.
+    """
     try:
         if path.is_dir():
             return _open_folder(path, variant)
@@ -89,7 +108,7 @@ def open_checkpoint(path: Path, variant: str | None = None) -> Checkpoint:
 
 
 def read_file(path: Path, name: str) -> SourceFile:
-    """One safetensors file's header, checked; `name` is what messages and outputs call it."""
+    """Read and check the header of one safetensors file; `name` is its path inside the checkpoint."""
     info = check_regular(path)
     with path.open("rb") as file:
         start = file.read(sniff.SIZE)
@@ -98,8 +117,8 @@ def read_file(path: Path, name: str) -> SourceFile:
         size = safetensors.length(start[:8], info.st_size, str(path))
         file.seek(8)
         raw = file.read(size)
-    found = safetensors.parse(raw, info.st_size, str(path))
-    return SourceFile(path, name, found.tensors, found.metadata, found.data_start, info)
+    header = safetensors.parse(raw, info.st_size, str(path))
+    return SourceFile(path, name, header.tensors, header.metadata, header.data_start, info)
 
 
 def _open_index(path: Path) -> Checkpoint:
@@ -108,7 +127,7 @@ def _open_index(path: Path) -> Checkpoint:
 
 
 def _read_shards(root: Path, index: PurePosixPath) -> tuple[SourceFile, ...]:
-    """The shards of an index at `index` below `root`, each key in the shard that the index names."""
+    """Read the shards of the index `root / index`, and check that each tensor is in the shard that the index names."""
     weight_map = read_index(root / index)
     shards = sorted(set(weight_map.values()))
     files = []
@@ -137,7 +156,17 @@ def _read_shards(root: Path, index: PurePosixPath) -> tuple[SourceFile, ...]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Which shard, a file beside the index, holds each tensor; CheckpointError for an index that is none."""
+    """Read an index of shards.
+
+    Args:
+        path: The index.
+
+    Returns:
+        The name of the shard of each tensor; shards are files in the folder of the index.
+
+    Raises:
+        CheckpointError: The file is not an index of shards, or names a file outside of its folder.
+    """
     damaged = "The index is damaged or is not one of a sharded checkpoint; fetch it again."
     if check_regular(path).st_size > MAX_INDEX_BYTES:
         raise CheckpointError(f"{path}: larger than any index of shards", damaged)
@@ -148,7 +177,7 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map", damaged)
     for key, shard in weight_map.items():
-        # A plain name only: an index must not lead out of its own folder. C:name is a path on Windows.
+        # A plain file name: an index must not lead out of its folder. C:name is a path on Windows.
         named = isinstance(shard, str) and re.fullmatch(r"[^/\\:]{1,200}\.safetensors", shard)
         if not named or not shard.isprintable():
             raise CheckpointError(
@@ -162,7 +191,7 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
     home = PurePosixPath(component) if component else PurePosixPath()
     choices = _weights(path / home)
     indexes = [] if choices or component else sorted(path.glob("*.safetensors.index*.json"))
-    if len(indexes) == 1:  # shards of another name, as an export of such an index leaves them
+    if len(indexes) == 1:  # shards of another name, which an export of such an index writes
         return _open_index(indexes[0])
     if not choices:
         raise CheckpointError(
@@ -178,11 +207,11 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
     others = sorted(set(choices) - {chosen})
     notes = [f"the {name or 'plain'} weights beside them are not in the output" for name in others]
     companions, links = _companions(path, home)
-    kept = [c for c in companions if not (c.parent == home and c.name in left_out)]
+    copied = [c for c in companions if not (c.parent == home and c.name in left_out)]
     if choices[chosen].endswith(".json"):
-        kept.append(home / choices[chosen])
+        copied.append(home / choices[chosen])
     notes += [f"{link} is a link to a folder and is not in the output" for link in links]
-    return Checkpoint(path, "folder", files, tuple(sorted(kept)), tuple(notes))
+    return Checkpoint(path, "folder", files, tuple(sorted(copied)), tuple(notes))
 
 
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>[\w-]+?))?\.safetensors")
@@ -193,14 +222,14 @@ _SHARD = re.compile(r"\d{5}-of-\d{5}")
 
 
 def _weights(folder: Path) -> dict[str, str]:
-    """Variant ('' for none) to the file of weights, or to the index where they are sharded."""
-    found: dict[str, str] = {}
+    """Map each variant ('' for the plain weights) to its file of weights, or to its index where they are sharded."""
+    by_variant: dict[str, str] = {}
     for name in sorted(entry.name for entry in folder.iterdir()):
         if match := INDEX_NAME.fullmatch(name):
-            found[match["variant"] or ""] = name
+            by_variant[match["variant"] or ""] = name
         elif (match := _WEIGHTS.fullmatch(name)) and not _SHARD.search(name):
-            found.setdefault(match["variant"] or "", name)
-    return found
+            by_variant.setdefault(match["variant"] or "", name)
+    return by_variant
 
 
 def _weight_files(folder: Path) -> set[str]:
@@ -217,7 +246,7 @@ def _choose(choices: Mapping[str, str], variant: str | None, folder: Path) -> st
 
 
 def _companions(root: Path, home: PurePosixPath) -> tuple[list[PurePosixPath], list[str]]:
-    """Every file below `root`, and the links to folders, which are not followed (a link may lead in a circle).
+    """List every file below `root`, and the links to folders, which are not followed because they can form a circle.
 
     Only `home`, the folder that is pruned, may be a link itself.
     """
@@ -230,9 +259,7 @@ def _companions(root: Path, home: PurePosixPath) -> tuple[list[PurePosixPath], l
         folders[:] = sorted(f for f in folders if f not in linked and f not in (".git", ".cache"))
         for name in sorted(names):
             if not (here / name).exists() and (here / name).is_symlink():
-                raise CheckpointError(
-                    f"{here / name}: a link to nothing", "Remove it, or fetch what it should lead to."
-                )
+                raise CheckpointError(f"{here / name}: a broken link", "Remove it, or fetch what it should lead to.")
             check_regular(here / name)
             files.append(PurePosixPath((here / name).relative_to(root).as_posix()))
     return files, links

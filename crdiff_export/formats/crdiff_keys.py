@@ -1,7 +1,7 @@
-"""What a baked file says of its making: the `crdiff.*` keys of its header as values, and back again.
+"""The `crdiff.*` keys in the header of a baked file, as typed values, written and parsed.
 
-docs/metadata.md specifies them. All values are strings and none starts with '{': A1111 would read such a value as a
-dict and then fail to save the file again (its `read_metadata_from_safetensors`).
+docs/metadata.md specifies them. All values are strings and none starts with '{': A1111 would parse such a value as a
+dict and then fail to save the file (its `read_metadata_from_safetensors`).
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from crdiff_export.sizes import Size
 
 SCHEMA = "1"
 PAPER = "arXiv:2604.05524"
-# What `crdiff.mask` says, where there is no threshold: the zeros of the file are what was pruned.
+# The value of `crdiff.mask` where no threshold exists: the zeros of the file are the mask.
 ZEROS = "zeros"
 BLOCK_WISE = "block-wise"
 LAYER_WISE = "layer-wise"
@@ -27,19 +27,19 @@ PREFIX = "crdiff."
 RESIDUALS = ("none", "embedded", "sidecar")
 HASH = re.compile(r"0x[0-9a-f]{64}")
 _GROUP = re.compile(r"crdiff\.(?:ratio|pruned|total)\.(.+)", re.DOTALL)
-_ASKED = re.compile(
+_REQUEST_KEYS = re.compile(
     r"crdiff\.(schema|criterion|family|targets|ratio\..*|resolution\.target|poa\.weight|recipe|provenance.*"
     r"|cast|prompt|evidence\..*|residual|source\.\w+_sha256|calibration\.file_sha256)",
     re.DOTALL,
 )
-# What Python writes a float as (`repr`), and as hex (`float.hex`).
+# A float as Python writes it: `repr` and `float.hex`.
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-][0-9]{1,3})?")
 _HEX_FLOAT = re.compile(r"0x[01]\.[0-9a-f]+p[+-][0-9]{1,3}")
 
 
 @dataclass(frozen=True, slots=True)
-class Calibrated:
-    """The calibration that weights were ranked by: the hash of its file, and the size that it was made at."""
+class CalibrationStamp:
+    """The calibration that the weights were ranked by: the SHA-256 of its file, and the size that it was made at."""
 
     hash: str
     size: Size
@@ -47,8 +47,16 @@ class Calibrated:
 
 @dataclass(frozen=True, slots=True)
 class GroupStamp:
-    """One group of a baked file: what was asked for and what was done. `threshold` None where thresholds are per layer
-    or there are none, and where the group was left alone."""
+    """One group of a baked file: the requested ratio and the result.
+
+    Attributes:
+        ratio: The requested share of pruned weights.
+        pruned: Weights that were set to zero.
+        total: Weights of the group.
+        threshold: The largest pruned magnitude; None where thresholds are per layer, where the file has a mask instead,
+            and where nothing was pruned.
+        nonfinite: Weights that are infinite or not a number.
+    """
 
     ratio: float
     pruned: int
@@ -59,10 +67,13 @@ class GroupStamp:
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """The `crdiff.*` keys as values. `thresholds` are per layer, in target order; None leaves a layer alone.
+    """The `crdiff.*` keys as values.
 
-    `masked` is the method of a file that has no thresholds, because something else than |w| has decided; None for one
-    that has some. `moved`: weights that stay were changed as well.
+    Attributes:
+        thresholds: Per layer, in target order; None for a layer where nothing was pruned.
+        masked: The method of a file that has a mask instead of thresholds, because its criterion is not the magnitude;
+            None for a file with thresholds.
+        moved: Whether weights that were not pruned were changed as well.
     """
 
     family: str
@@ -81,7 +92,7 @@ class Stamp:
     thresholds: tuple[float | None, ...] | None = None
     masked: str | None = None
     moved: bool = False
-    calibrated: Calibrated | None = None
+    calibrated: CalibrationStamp | None = None
     source_hash: str | None = None
     source_file_hash: str | None = None
     cast: str | None = None
@@ -91,7 +102,7 @@ class Stamp:
     version: str = ""
 
     def to_metadata(self) -> dict[str, str]:
-        """The keys as they stand in the header."""
+        """Return the keys and values of the header."""
         keys = {
             "schema": SCHEMA,
             "version": self.version,
@@ -132,28 +143,39 @@ class Stamp:
         keys |= {f"evidence.{key}": text for key, text in self.evidence.items()}
         return {PREFIX + key: safe(text) for key, text in keys.items()}
 
-    def asked(self) -> dict[str, str]:
-        """The keys that decide what a file holds: base, numbers, schema.
+    def request_keys(self) -> dict[str, str]:
+        """Return the keys that determine the content of the file: base, numbers, schema.
 
-        Neither the tool's version nor what the base was called is among them, nor anything found in the weights.
+        The tool's version, the name of the base and the results (counts, thresholds) are not among them.
         """
-        return {key: text for key, text in self.to_metadata().items() if _ASKED.fullmatch(key)}
+        return {key: text for key, text in self.to_metadata().items() if _REQUEST_KEYS.fullmatch(key)}
 
     def digest(self) -> str | None:
-        """SHA-256 as hex of what decides a file's content; None if the hash of its base is not known."""
+        """Return the SHA-256 of `request_keys` as hex, or None if the hash of the base is unknown."""
         if not (self.source_hash or self.source_file_hash):
             return None
-        return hashlib.sha256(json.dumps(self.asked(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.request_keys(), sort_keys=True).encode()).hexdigest()
 
     @property
     def compare(self) -> str:
-        """What weights were compared with, as the criterion says it: those of their `block`, or of their `row`."""
+        """The weights that each weight was compared with, by the criterion's option: its `block`, or its `row`."""
         options = self.criterion.partition(":")[2].split(",")
         return next((text.removeprefix("compare=") for text in options if text.startswith("compare=")), "block")
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], where: str) -> "Stamp":
-        """Read the keys back; CheckpointError for a header that is not ours or not as the specification says."""
+        """Parse the keys.
+
+        Args:
+            metadata: The header's metadata.
+            where: The file, for messages.
+
+        Returns:
+            The values.
+
+        Raises:
+            CheckpointError: crdiff did not make the file, or a key is not as docs/metadata.md specifies it.
+        """
         keys = _Keys(metadata, where)
         method, masked = keys.one_of("method", (BLOCK_WISE, LAYER_WISE)), keys.masked()
         thresholds = keys.thresholds() if method == LAYER_WISE and not masked else None
@@ -187,12 +209,12 @@ class Stamp:
 
 
 def is_baked(metadata: Mapping[str, str]) -> bool:
-    """Whether the header is one of ours."""
+    """Whether crdiff made the file with this metadata."""
     return PREFIX + "schema" in metadata
 
 
 class _Keys:
-    """Our keys of one header, each read with its place in the message if it is not what it should be."""
+    """The `crdiff.*` keys of one header; each method checks and converts one of them."""
 
     def __init__(self, metadata: Mapping[str, str], where: str) -> None:
         self._metadata, self._where = metadata, where
@@ -277,13 +299,13 @@ class _Keys:
     def moved(self) -> bool:
         return self.optional("moved") is not None and self.one_of("moved", ("true",)) == "true"
 
-    def calibrated(self) -> Calibrated | None:
+    def calibrated(self) -> CalibrationStamp | None:
         digest = self.hash("calibration.file_sha256")
         if digest is None and self.optional("calibration.size") is None:
             return None
         if digest is None:
             self._refuse("calibration.file_sha256", "is missing")
-        return Calibrated(digest, self.size("calibration.size"))
+        return CalibrationStamp(digest, self.size("calibration.size"))
 
     def thresholds(self) -> tuple[float | None, ...]:
         try:
@@ -310,7 +332,7 @@ class _Keys:
 
 
 def safe(text: str) -> str:
-    """Text that does not start with '{': a space goes before one that would, and reading takes it away."""
+    """Put a space before a text that starts with '{', which no value may; parsing removes it."""
     return " " + text if text.lstrip(" ").startswith("{") else text
 
 

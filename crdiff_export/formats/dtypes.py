@@ -1,7 +1,7 @@
-"""The float formats that can be pruned, seen as bits.
+"""The float dtypes that can be pruned, as bit patterns.
 
-The magnitude of a float orders like its bits without the sign. Every magnitude of the half and quarter formats is also
-a float32, so float32 magnitude bits are the one scale on which weights of any of these dtypes compare exactly.
+Magnitudes of floats have the order of their bit patterns without the sign bit. Every magnitude of a 16 or 8 bit dtype
+is also a float32, so the float32 pattern of a magnitude is a scale on which weights of all dtypes compare exactly.
 """
 
 import struct
@@ -14,14 +14,20 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# IEEE 754 binary32: the first magnitude that is not a finite number (infinity), and the last that is.
+# IEEE 754 binary32: the pattern of infinity, and of the largest finite magnitude.
 INFINITY = 0x7F80_0000
 LARGEST = INFINITY - 1
 
 
 @dataclass(frozen=True, slots=True)
 class FloatFormat:
-    """A safetensors float dtype: `width` in bits, and the first magnitude pattern that is no finite number."""
+    """A safetensors float dtype.
+
+    Attributes:
+        dtype: Its safetensors name.
+        width: Bits of an element.
+        first_nonfinite: The smallest magnitude pattern that is infinite or not a number.
+    """
 
     dtype: str
     width: int
@@ -29,12 +35,12 @@ class FloatFormat:
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element."""
+        """Bytes of one element."""
         return self.width // 8
 
     @property
     def mask(self) -> int:
-        """The bits of the magnitude."""
+        """The bits of a pattern that hold the magnitude, all but the sign."""
         return (1 << (self.width - 1)) - 1
 
 
@@ -50,13 +56,20 @@ FORMATS: Mapping[str, FloatFormat] = {
     )
 }
 
-# What `--dtype` calls them.
+# The values of `--dtype`, and their safetensors names.
 DTYPES: Mapping[str, str] = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 
 
 @cache
 def scale(dtype: str) -> "NDArray[np.uint32]":
-    """The float32 magnitude bits of every magnitude of a format of at most 16 bits, ascending."""
+    """Convert every magnitude of a narrow dtype to float32.
+
+    Args:
+        dtype: A safetensors dtype of at most 16 bits.
+
+    Returns:
+        uint32 [2 ** (width - 1)]: the float32 pattern of each magnitude pattern, ascending.
+    """
     import numpy as np
 
     patterns = np.arange(1 << (FORMATS[dtype].width - 1), dtype=np.uint32)
@@ -70,24 +83,32 @@ def scale(dtype: str) -> "NDArray[np.uint32]":
         return values.astype(np.float32).view(np.uint32)
     # E5M2 is the upper half of binary16
     half = (patterns << np.uint32(8 if dtype == "F8_E5M2" else 0)).astype(np.uint16).view(np.float16)
-    with np.errstate(invalid="ignore"):  # some processors complain of a NaN that signals
+    with np.errstate(invalid="ignore"):  # some processors warn of a signalling NaN
         return half.astype(np.float32).view(np.uint32)
 
 
 def limit(dtype: str, bits: int) -> int:
-    """The largest magnitude pattern of `dtype` that is at most the float32 magnitude `bits`."""
+    """Convert a float32 limit to a narrow dtype.
+
+    Args:
+        dtype: A safetensors dtype.
+        bits: A float32 magnitude pattern.
+
+    Returns:
+        The largest magnitude pattern of `dtype` that is at most `bits`.
+    """
     if dtype == "F32":
         return bits
     return int(scale(dtype).searchsorted(bits, side="right")) - 1
 
 
 def value(bits: int) -> float:
-    """The number that float32 magnitude `bits` stand for."""
+    """Return the number with this float32 magnitude pattern."""
     (number,) = struct.unpack("<f", struct.pack("<I", bits))
     return float(number)
 
 
 def bits(value: float) -> int:
-    """The float32 magnitude bits of a number that is exactly a float32."""
+    """Return the float32 magnitude pattern of a number that a float32 holds exactly."""
     (pattern,) = struct.unpack("<I", struct.pack("<f", abs(value)))
     return int(pattern)

@@ -16,36 +16,45 @@ PIECE = 8 << 20
 
 
 class Stopped(Exception):
-    """Nobody wants the hash any more."""
+    """The hash was cancelled."""
 
 
 def hash_data(file: SourceFile, progress: Progress) -> str:
-    """SHA-256 of a file's data section as hex."""
+    """Return the SHA-256 of a file's data section (ModelSpec 1.0.1, `hash_sha256`) as hex."""
     digest = hashlib.sha256()
     feed(digest, file, 0, file.data_size, threading.Event(), progress)
     return digest.hexdigest()
 
 
 def hash_file(path: Path, progress: Progress) -> str:
-    """SHA-256 of a whole file as hex, as `sha256sum` and the Hub give it."""
+    """Return the SHA-256 of a whole file as hex, as `sha256sum` and the Hub give it."""
     return hash_from(path, (0,), progress)[0]
 
 
 def git_id(path: Path) -> str:
-    """git's id of a small file's content (gitformat-loose: SHA-1 of `blob SIZE`, a zero byte and the content)."""
+    """Return git's id of a small file (gitformat-loose: SHA-1 of `blob SIZE`, a zero byte and the content) as hex."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def hash_from(path: Path, starts: Sequence[int], progress: Progress) -> list[str]:
-    """The SHA-256 of a file from each of several places to its end, as hex, from one reading."""
+    """Hash a file from several offsets to its end, in one reading.
+
+    Args:
+        path: The file.
+        starts: Byte offsets.
+        progress: Told of every byte read.
+
+    Returns:
+        One SHA-256 for each offset, as hex.
+    """
     digests = [hashlib.sha256() for _ in starts]
-    buffer, place = memoryview(bytearray(PIECE)), 0
+    buffer, position = memoryview(bytearray(PIECE)), 0
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
             for digest, start in zip(digests, starts, strict=True):
-                digest.update(buffer[min(max(start - place, 0), size) : size])
-            place += size
+                digest.update(buffer[min(max(start - position, 0), size) : size])
+            position += size
             progress.advance(size)
     return [digest.hexdigest() for digest in digests]
 
@@ -53,17 +62,29 @@ def hash_from(path: Path, starts: Sequence[int], progress: Progress) -> list[str
 def feed(
     digest: "_Hash", file: SourceFile, start: int, stop: int, stopped: threading.Event, progress: Progress | None = None
 ) -> None:
-    """Hash data bytes `start:stop` of a file."""
+    """Add bytes `start:stop` of a file's data section to a hash.
+
+    Args:
+        digest: The hash to update.
+        file: The file.
+        start: The first byte of the data section.
+        stop: The end of the bytes.
+        stopped: Cancels the work when it is set.
+        progress: Told of every byte read.
+
+    Raises:
+        Stopped: `stopped` was set.
+    """
     if start == stop:
         return
     buffer = memoryview(bytearray(min(PIECE, stop - start)))
     reader = file.open()
     try:
-        for place in range(start, stop, PIECE):
+        for position in range(start, stop, PIECE):
             if stopped.is_set():
                 raise Stopped
-            part = buffer[: min(PIECE, stop - place)]
-            reader.read_into(place, part)
+            part = buffer[: min(PIECE, stop - position)]
+            reader.read_into(position, part)
             digest.update(part)
             if progress:
                 progress.advance(len(part))

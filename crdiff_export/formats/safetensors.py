@@ -1,7 +1,7 @@
-"""The safetensors header, read with every invariant of the format checked, and always written the same.
+"""The safetensors header: parsed with every rule of the format checked, and written deterministically.
 
 Format: https://github.com/huggingface/safetensors#format. A file is an 8-byte little-endian length, that many bytes
-of JSON, then the tensors' bytes without holes. Nothing here opens a file.
+of JSON, and the data section, which is the tensors' bytes without gaps. This module opens no file.
 """
 
 import json
@@ -17,15 +17,15 @@ from crdiff_export.formats.strict_json import MalformedError, parse_object, show
 __all__ = ["BITS", "MAX_BYTES", "METADATA", "Header", "TensorSpec", "length", "parse", "serialise", "show"]
 
 METADATA = "__metadata__"
-# The tensors begin on a page, so that a file can be written past the system's cache and mapped as it lies on the disk.
+# The data section begins on a page, so that it can be written without the page cache and mapped into memory.
 ALIGNMENT = 4096
 # safetensors/src/tensor.rs: MAX_HEADER_SIZE
 MAX_BYTES = 100_000_000
-# What NumPy can hold; torch allows no more where it computes.
+# NumPy's limit; torch has the same one for most operations.
 MAX_DIMENSIONS = 64
 _KEYS = ("dtype", "shape", "data_offsets")
 
-# safetensors/src/tensor.rs: Dtype and its bitsize. Files are written in the reverse of this order.
+# Bits of an element (safetensors/src/tensor.rs, `Dtype`). The library sorts tensors in the reverse of this order.
 BITS: Mapping[str, int] = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -37,7 +37,7 @@ BITS: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor's name, safetensors dtype, shape, and its bytes `start:end` in the data section of its file."""
+    """A tensor's name, safetensors dtype, shape, and its bytes `start:end` of the data section."""
 
     name: str
     dtype: str
@@ -52,7 +52,7 @@ class TensorSpec:
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element; only for dtypes of whole bytes."""
+        """Bytes of one element; only for dtypes of whole bytes."""
         return BITS[self.dtype] // 8
 
     @property
@@ -63,7 +63,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a safetensors file says of itself; tensors in the order of the JSON, which need not be that of the bytes."""
+    """A parsed header. Tensors have the order of the JSON, which can differ from that of the bytes."""
 
     tensors: tuple[TensorSpec, ...]
     metadata: Mapping[str, str]
@@ -76,7 +76,19 @@ class Header:
 
 
 def length(prefix: bytes, file_size: int, where: str) -> int:
-    """The header's length in bytes from a file's first eight; CheckpointError where the file cannot hold it."""
+    """Read the length of a header.
+
+    Args:
+        prefix: The first eight bytes of the file.
+        file_size: Bytes of the file.
+        where: The file, for messages.
+
+    Returns:
+        Bytes of the header's JSON.
+
+    Raises:
+        CheckpointError: The file cannot hold such a header.
+    """
     if file_size == 0:
         _refuse(where, "the file is empty")
     if len(prefix) < 8:
@@ -94,10 +106,18 @@ def length(prefix: bytes, file_size: int, where: str) -> int:
 
 
 def parse(raw: bytes, file_size: int, where: str) -> Header:
-    """Read a header's JSON bytes (without the length) and hold it against the size of its file.
+    """Parse a header and check it against the size of its file. Memory and time are bounded by the length of `raw`.
 
-    Raises CheckpointError, with the file and the key, for anything that the format does not allow; any other
-    exception is a bug. Memory and time are bounded by the length of `raw`.
+    Args:
+        raw: The header's JSON, without the length before it.
+        file_size: Bytes of the file.
+        where: The file, for messages.
+
+    Returns:
+        The header.
+
+    Raises:
+        CheckpointError: The header breaks a rule of the format. The message names the file and the key.
     """
     entries = _load(raw, where)
     metadata = _metadata(entries.pop(METADATA, {}), where)
@@ -108,11 +128,17 @@ def parse(raw: bytes, file_size: int, where: str) -> Header:
 
 
 def serialise(tensors: Iterable[TensorSpec], metadata: Mapping[str, str], room: int = 0) -> bytes:
-    """The length and the JSON of a header: metadata first with sorted keys, tensors as given, padded to whole pages.
+    """Write a header: metadata first with sorted keys, tensors in the given order, padded to whole pages.
 
-    It gets no shorter than `room`, which is whole pages.
+    The result does not depend on the run or the machine (safetensors#584: the library's key order is random).
 
-    Nothing in it depends on the run or the machine (safetensors#584: the stock writer's key order is random).
+    Args:
+        tensors: The tensors.
+        metadata: The metadata; left out if empty.
+        room: The least number of bytes of the result, a multiple of `ALIGNMENT`.
+
+    Returns:
+        The length and the JSON.
     """
     entries: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
     for t in tensors:
@@ -147,7 +173,7 @@ def _tensor(name: str, entry: Any, where: str) -> TensorSpec:
     if missing:
         _refuse(where, f"tensor {show(name)} has no {missing[0]}")
     if len(entry) > len(_KEYS):
-        # The format has no other key; one that a later version adds would be lost on the way to the output.
+        # The format has no other key. One that a later version adds would be lost in the output.
         _refuse(where, f"tensor {show(name)} has the unknown key {show(next(k for k in entry if k not in _KEYS))}")
     dtype, shape, offsets = (entry[key] for key in _KEYS)
     if not isinstance(dtype, str) or dtype not in BITS:
@@ -162,12 +188,12 @@ def _tensor(name: str, entry: Any, where: str) -> TensorSpec:
 
 
 def _is_sizes(value: Any) -> bool:
-    # type() and not isinstance(): True is an int to Python, but no size.
+    # type() and not isinstance(): True is an int in Python, but not a size.
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def _check_layout(tensors: tuple[TensorSpec, ...], available: int, where: str) -> None:
-    """Every byte of the data section belongs to exactly one tensor, and each tensor has the bytes its shape needs."""
+    """Check that each byte belongs to exactly one tensor, and that each tensor has the bytes that its shape needs."""
     position = 0
     for t in sorted(tensors, key=lambda t: (t.start, t.end)):
         if problem := _misfit(t):
@@ -189,7 +215,10 @@ def _check_layout(tensors: tuple[TensorSpec, ...], available: int, where: str) -
 
 
 def _misfit(tensor: TensorSpec) -> str | None:
-    """What is wrong between a tensor's shape and its bytes. A product beyond 64 bits is, even if a zero follows."""
+    """Return what is wrong between a tensor's shape and its bytes, or None.
+
+    A product of sizes beyond 64 bits is wrong even if a later size is zero.
+    """
     bits = 1
     for factor in (*tensor.shape, BITS[tensor.dtype]):
         bits *= factor

@@ -1,11 +1,11 @@
-"""What a file is that has a checkpoint's name but not its content, told from its first bytes."""
+"""Detect files that only look like checkpoints, from their first bytes."""
 
 import codecs
 from pathlib import Path
 
 from crdiff_export.errors import CheckpointError
 
-# How many bytes `refuse_other` wants to see.
+# The number of first bytes that `refuse_other` needs.
 SIZE = 64
 _PICKLES = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 
@@ -21,9 +21,16 @@ def is_pickle(start: bytes) -> bool:
 
 
 def refuse_other(start: bytes, path: Path) -> None:
-    """CheckpointError for a file that begins like a known thing; nothing for one that begins like none.
+    """Refuse a file of a known other kind; return for a file of no known kind.
 
-    Any of these bytes may also be the length of a safetensors header: ask `is_safetensors` first.
+    A safetensors file can begin with the same bytes, so check `is_safetensors` first.
+
+    Args:
+        start: The first bytes of the file, `SIZE` of them if it has so many.
+        path: The file, for messages.
+
+    Raises:
+        CheckpointError: The file is a GGUF file, a pickle, a Git LFS pointer, a web page or a text.
     """
     if start.startswith(b"GGUF"):
         raise CheckpointError(

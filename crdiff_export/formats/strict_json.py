@@ -1,23 +1,31 @@
-"""JSON out of files that nobody vouches for: no key twice, no number that is none, bounded in memory and time."""
+"""Parse untrusted JSON: no duplicate keys, no NaN, bounded memory and time."""
 
 import json
 from typing import Any, NoReturn
 
-# Brackets, colons and commas bound what the parser can build, so they are counted before it runs. A tensor takes some
-# 14 in a header and 2 in an index, and the largest published checkpoints have some 10 000 tensors.
+# The number of brackets, colons and commas bounds the number of objects that the parser makes, so they are counted
+# first. A tensor takes about 14 of them in a header and 2 in an index; published checkpoints have up to 10,000 tensors.
 MAX_MARKS = 2_000_000
-# Text beyond ASCII takes up to four times its bytes, and is held twice.
+# Text beyond ASCII takes up to four times its bytes in memory, twice.
 MAX_WIDE = 32 << 20
 
 
 class MalformedError(ValueError):
-    """What is wrong with a document, to be read after its name: `the header` + `is not JSON`."""
+    """A malformed document. The message follows the document's name, as in `the header` + `is not JSON`."""
 
 
 def parse_object(raw: bytes, *, fractions: bool = False) -> dict[str, Any]:
-    """The object that `raw` spells, or MalformedError; numbers are whole and short unless `fractions` may be there.
+    """Parse a JSON object. Whatever is accepted, the parser of the safetensors library (serde_json) accepts as well.
 
-    Everything that it accepts the JSON of the safetensors library (serde_json) accepts as well.
+    Args:
+        raw: UTF-8 text.
+        fractions: Whether numbers may have a fraction or an exponent; otherwise they are integers of up to 20 digits.
+
+    Returns:
+        The object, with text as keys.
+
+    Raises:
+        MalformedError: The text is not such an object, or describes more than any checkpoint holds.
     """
     if sum(map(raw.count, (b"{", b"[", b":", b","))) > MAX_MARKS:
         raise MalformedError("describes more tensors than any checkpoint has")
@@ -43,7 +51,7 @@ def parse_object(raw: bytes, *, fractions: bool = False) -> dict[str, Any]:
 
 
 def show(value: object, limit: int = 80) -> str:
-    """A value from a file, fit for one line of a terminal: printable, short; text is quoted, deep things are named."""
+    """Return a value from a file as short printable text for a message: text is quoted, nested values are named."""
     if isinstance(value, list):
         items = [_show_one(item, 24) for item in value[:9]] + ["…"] * (len(value) > 9)
         return f"[{', '.join(items)}]"
@@ -51,7 +59,7 @@ def show(value: object, limit: int = 80) -> str:
 
 
 def is_text(value: str) -> bool:
-    """Whether UTF-8 can hold it: JSON and pickles can spell half of a surrogate pair, which is no character."""
+    """Whether UTF-8 can encode the text: JSON and pickles can contain half of a surrogate pair."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -69,21 +77,21 @@ def _show_one(value: object, limit: int) -> str:
 
 
 def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The same where no text can be spelt that is none: most headers have a thousand objects, and all are like that."""
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else _object(pairs)
+    """Check duplicate keys only, which is enough where the document has no escapes and so no half surrogate pairs."""
+    entries = dict(pairs)
+    return entries if len(entries) == len(pairs) else _object(pairs)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in entries:
             raise MalformedError(f"has the key {show(key)} twice")
         for text in (key, value):
             if isinstance(text, str) and not is_text(text):
                 raise MalformedError(f"has text that is not Unicode: {show(text)}")
-        found[key] = value
-    return found
+        entries[key] = value
+    return entries
 
 
 def _integer(digits: str) -> int:

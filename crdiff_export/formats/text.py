@@ -7,7 +7,7 @@ _STEPS = (("GB", 10**9), ("MB", 10**6), ("KB", 10**3))
 
 
 def amount(size: float) -> str:
-    """A number of bytes in the unit that suits it, in thousands as disks and the Hub count them."""
+    """Return a number of bytes in the unit that suits it, in powers of 1000 as disks and the Hub count."""
     for unit, step in _STEPS:
         if size >= step:
             return f"{size / step:.2f} {unit}"
@@ -38,11 +38,29 @@ def printable(text: str, limit: int | None = 200) -> str:
 
 
 def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The one of `words` that `word` probably means."""
+    """Return the word that was probably meant.
+
+    Args:
+        word: A mistyped word.
+        words: The valid words.
+        cutoff: How alike they must be, from 0 to 1 (`difflib.get_close_matches`).
+
+    Returns:
+        The nearest valid word, or None if none is near.
+    """
     return next(iter(difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(word: str, words: tuple[str, ...], plural: str) -> str:
-    """The hint for a word that is none of `words`."""
+    """Return the hint for an unknown word: the nearest valid one, and all of them.
+
+    Args:
+        word: The unknown word.
+        words: The valid words.
+        plural: What the words are, such as `groups`.
+
+    Returns:
+        One or two sentences.
+    """
     guess = nearest(word, words)
     return (f"Did you mean {guess}? " if guess else "") + f"The {plural} are: {', '.join(words)}."

@@ -1,6 +1,6 @@
-"""Torch pickles (`.ckpt`, `.pt`, `.pth`, `.bin`) as the safetensors file they would make, without torch.
+"""Torch checkpoints (`.ckpt`, `.pt`, `.pth`, `.bin`), presented as safetensors files, without torch.
 
-Since torch 1.6 such a file is a zip archive that is not compressed: `NAME/data.pkl` describes the tensors, and each
+Since torch 1.6 such a file is an uncompressed zip archive: `NAME/data.pkl` describes the tensors, and each
 `NAME/data/KEY` holds the bytes of one storage. https://github.com/pytorch/pytorch/blob/main/torch/serialization.py
 """
 
@@ -20,19 +20,19 @@ from crdiff_export.formats.strict_json import is_text
 from crdiff_export.formats.unpickle import ForeignError, StridedTensor, UnpickleError, unpickle
 from crdiff_export.formats.weight_file import Bytes, FileBytes, SourceFile
 
-# Stable Diffusion with its EMA has 0.4 MB.
+# Stable Diffusion with its EMA weights has 0.4 MB.
 MAX_PICKLE = 32 << 20
-# An archive's list of files; ten thousand storages need 1 MB.
+# The archive's list of files; 10,000 storages need 1 MB.
 MAX_DIRECTORY = 8 << 20
-# What trainers wrap a model's weights in, from the outside in.
+# Keys under which trainers nest a model's weights, from the outside in.
 _WRAPPERS = ("state_dict", "model_state_dict", "module", "params")
 _AGAIN = "Get the model as .safetensors, or save it again with a current torch."
 _DAMAGED = "The file is damaged, or the last download did not finish; fetch it again."
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """A tensor's bytes in the archive: `size` of them from `start` on, or wherever `strides` (in bytes) lead."""
+class _ArchiveTensor:
+    """A tensor in the archive: `size` bytes from byte `start` on, or scattered by `strides` (in bytes)."""
 
     start: int
     size: int
@@ -41,35 +41,42 @@ class _Place:
     strides: tuple[int, ...] | None = None
 
 
-# The files of an archive by their names below its one folder, as (first byte, size).
+# The archive's files: name inside its only folder -> (first byte, size).
 _Entries = Mapping[str, tuple[int, int]]
 
 
 def open_pickle(path: Path) -> SourceFile:
-    """A pickle's tensors, placed as the safetensors library would place them; CheckpointError for anything but weights.
+    """Read the tensors of a torch checkpoint, in the order of the safetensors library. Nothing in the file is executed.
 
-    Nothing in the file is executed, whatever it names.
+    Args:
+        path: The file.
+
+    Returns:
+        A file of weights that reads like a safetensors file.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds something else than weights.
     """
     info = path.stat()
     with path.open("rb") as file:
-        _check_kind(file.read(sniff.SIZE), path)
+        _refuse_other_kinds(file.read(sniff.SIZE), path)
     with _Clamped(path) as archive:
         entries = _entries(archive, path)
-        found = _tensors(_value(archive, entries, path), path)
+        tensors = _tensors(_value(archive, entries, path), path)
     order = list(BITS)
-    names = sorted(found, key=lambda name: (-order.index(found[name].dtype), name))
-    specs, places, position = [], [], 0
+    names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
+    specs, sources, position = [], [], 0
     for name in names:
-        tensor = found[name]
-        place = _place(tensor, entries, f"{path}: {show(name)}")
-        specs.append(TensorSpec(name, tensor.dtype, tensor.shape, position, position + place.size))
-        places.append(place)
-        position += place.size
-    tensors = _PickledTensors(path, tuple(spec.start for spec in specs), tuple(places))
-    return SourceFile(path, path.with_suffix(".safetensors").name, tuple(specs), {}, 0, info, tensors)
+        tensor = tensors[name]
+        located = _locate(tensor, entries, f"{path}: {show(name)}")
+        specs.append(TensorSpec(name, tensor.dtype, tensor.shape, position, position + located.size))
+        sources.append(located)
+        position += located.size
+    reader = _PickledTensors(path, tuple(spec.start for spec in specs), tuple(sources))
+    return SourceFile(path, path.with_suffix(".safetensors").name, tuple(specs), {}, 0, info, reader)
 
 
-def _check_kind(start: bytes, path: Path) -> None:
+def _refuse_other_kinds(start: bytes, path: Path) -> None:
     if start.startswith(b"PK"):
         return
     if not start:
@@ -83,7 +90,7 @@ def _check_kind(start: bytes, path: Path) -> None:
 
 
 class _Clamped(io.FileIO):
-    """A file of which nobody can read more at once than an archive's directory may have; zipfile reads it whole."""
+    """A file whose reads are limited to the size of an archive's directory, which zipfile reads whole."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         return super().read(MAX_DIRECTORY if size is None or size < 0 else min(size, MAX_DIRECTORY)) or b""
@@ -112,7 +119,7 @@ def _entries(archive: io.FileIO, path: Path) -> _Entries:
 
 
 def _content(archive: io.FileIO, entry: zipfile.ZipInfo, archive_size: int, path: Path) -> tuple[int, int]:
-    """Where a file's bytes lie, after its own header of 30 bytes, a name and an extra field."""
+    """Return the first byte and the size of a file in the archive; its header is 30 bytes, name and extra field."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
         raise CheckpointError(f"{path}: {show(entry.filename)} in it is compressed, which torch never does", _AGAIN)
     archive.seek(entry.header_offset)
@@ -159,16 +166,16 @@ def _tensors(value: object, path: Path) -> dict[str, StridedTensor]:
         value = inner
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds no named weights", "Give a model's checkpoint.")
-    found = {name: tensor for name, tensor in value.items() if isinstance(tensor, StridedTensor)}
-    if not found:
+    tensors = {name: tensor for name, tensor in value.items() if isinstance(tensor, StridedTensor)}
+    if not tensors:
         raise CheckpointError(f"{path}: holds no tensors", "Give a model's checkpoint.")
-    if name := next((name for name in found if name == METADATA or not is_text(name)), None):
+    if name := next((name for name in tensors if name == METADATA or not is_text(name)), None):
         raise CheckpointError(f"{path}: no safetensors file can hold a tensor called {show(name)}", _AGAIN)
-    return found
+    return tensors
 
 
-def _place(tensor: StridedTensor, entries: _Entries, where: str) -> _Place:
-    """Where a tensor's bytes are; CheckpointError if they are not all there."""
+def _locate(tensor: StridedTensor, entries: _Entries, where: str) -> _ArchiveTensor:
+    """Locate a tensor's bytes, and check that the archive has all of them."""
     storage, itemsize = tensor.storage, BITS[tensor.dtype] // 8
     entry = entries.get(f"data/{storage.key}")
     if entry is None:
@@ -180,7 +187,7 @@ def _place(tensor: StridedTensor, entries: _Entries, where: str) -> _Place:
         raise CheckpointError(f"{where} should have more bytes than the archive has", _DAMAGED)
     count = math.prod(tensor.shape)
     if not count:
-        return _Place(start, 0, itemsize, tensor.shape)
+        return _ArchiveTensor(start, 0, itemsize, tensor.shape)
     axes = [(size, stride) for size, stride in zip(tensor.shape, tensor.strides, strict=True) if size > 1]
     last = tensor.offset + sum((size - 1) * stride for size, stride in axes)
     if (last + 1) * itemsize > available:
@@ -190,8 +197,8 @@ def _place(tensor: StridedTensor, entries: _Entries, where: str) -> _Place:
     start += tensor.offset * itemsize
     sizes = tuple(size for size, _ in axes)
     if _is_contiguous(axes):
-        return _Place(start, count * itemsize, itemsize, sizes)
-    return _Place(start, count * itemsize, itemsize, sizes, tuple(stride * itemsize for _, stride in axes))
+        return _ArchiveTensor(start, count * itemsize, itemsize, sizes)
+    return _ArchiveTensor(start, count * itemsize, itemsize, sizes, tuple(stride * itemsize for _, stride in axes))
 
 
 def _is_contiguous(axes: Sequence[tuple[int, int]]) -> bool:
@@ -207,14 +214,14 @@ def _is_contiguous(axes: Sequence[tuple[int, int]]) -> bool:
 class _PickledTensors:
     path: Path
     starts: tuple[int, ...]
-    places: tuple[_Place, ...]
+    tensors: tuple[_ArchiveTensor, ...]
 
     def open(self) -> Bytes:
         return _PickledBytes(self)
 
 
 class _PickledBytes:
-    """Reads tensors as if they lay one behind the other."""
+    """Reads the tensors as one data section."""
 
     def __init__(self, source: _PickledTensors) -> None:
         self._source = source
@@ -223,13 +230,13 @@ class _PickledBytes:
     def read_into(self, offset: int, target: memoryview) -> None:
         done, index = 0, bisect_right(self._source.starts, offset) - 1
         while done < len(target):
-            place = self._source.places[index]
+            tensor = self._source.tensors[index]
             inside = offset + done - self._source.starts[index]
-            part = target[done : done + place.size - inside]
-            if place.strides is None:
-                self._file.read_into(place.start + inside, part)
+            part = target[done : done + tensor.size - inside]
+            if tensor.strides is None:
+                self._file.read_into(tensor.start + inside, part)
             else:
-                _gather(self._source.path, place, place.strides, inside, part)
+                _gather(self._source.path, tensor, tensor.strides, inside, part)
             done += len(part)
             index += 1
 
@@ -237,16 +244,16 @@ class _PickledBytes:
         self._file.close()
 
 
-def _gather(path: Path, place: _Place, strides: tuple[int, ...], offset: int, target: memoryview) -> None:
-    """Bytes from `offset` on of a tensor that lies scattered in the file; only the rows that they are in are copied."""
+def _gather(path: Path, tensor: _ArchiveTensor, strides: tuple[int, ...], offset: int, target: memoryview) -> None:
+    """Copy bytes of a scattered tensor from `offset` on; only the rows that hold them are read."""
     import numpy as np
 
-    row = place.size // place.shape[0]
+    row = tensor.size // tensor.shape[0]
     first, stop = offset // row, -(-(offset + len(target)) // row)
-    start = place.start + first * strides[0]
-    shape = (stop - first, *place.shape[1:])
-    span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + place.itemsize
+    start = tensor.start + first * strides[0]
+    shape = (stop - first, *tensor.shape[1:])
+    span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + tensor.itemsize
     mapped = np.memmap(path, np.uint8, "r", start, (span,))
-    rows = np.lib.stride_tricks.as_strided(mapped.view(f"<u{place.itemsize}"), shape, strides)
+    rows = np.lib.stride_tricks.as_strided(mapped.view(f"<u{tensor.itemsize}"), shape, strides)
     inside = offset - first * row
     target[:] = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data[inside : inside + len(target)]

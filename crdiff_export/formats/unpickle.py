@@ -1,7 +1,8 @@
-"""What a torch checkpoint's pickle describes, as inert data: nothing that it names is imported or called.
+"""A reader for the pickle of a torch checkpoint that yields inert data: no name in it is imported or called.
 
-`torch.load(weights_only=True)` is meant to do the same. It ran code before torch 2.6 (CVE-2025-32434), corrupted
-memory before 2.10 (CVE-2026-24747), and refuses the first Stable Diffusion for a Lightning callback's name.
+`torch.load(weights_only=True)` has the same purpose. It ran code before torch 2.6 (CVE-2025-32434), corrupted memory
+before 2.10 (CVE-2026-24747), and refuses the first Stable Diffusion because of the name of a Lightning callback.
+Python's own Unpickler is not used because it allocates memory for any memo index: nine bytes of input took 4.1 GB.
 Opcodes: https://github.com/python/cpython/blob/main/Lib/pickletools.py. Calls: torch/_utils.py, torch/serialization.py.
 """
 
@@ -23,19 +24,19 @@ class UnpickleError(Exception):
 
 
 class ForeignError(UnpickleError):
-    """A pickle that names something which is neither weights nor known to be harmless beside them."""
+    """A pickle that names a class or function which is not known to be harmless."""
 
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A class or function by its full name, never the thing itself."""
+    """The full name of a class or function."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """The bytes under one key of the archive: `count` elements of `dtype`, or plain bytes where it is None."""
+    """The bytes under one key of the archive: `count` elements of `dtype`, or bytes if it is None."""
 
     key: str
     dtype: str | None
@@ -44,7 +45,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class StridedTensor:
-    """A view of a storage, offset and strides in elements; `dtype` as safetensors calls it."""
+    """A view of a storage; offset and strides count elements, `dtype` is the safetensors name."""
 
     storage: Storage
     dtype: str
@@ -54,12 +55,12 @@ class StridedTensor:
 
 
 class Other:
-    """Anything that is beside the weights: it is carried along and never looked into."""
+    """Any other value; it is kept on the stack and never inspected."""
 
 
 OTHER = Other()
 
-# torch/storage.py: _dtype_to_storage_type_map, and safetensors' names for those dtypes that it has.
+# torch/storage.py, `_dtype_to_storage_type_map`, with the safetensors names of the dtypes.
 _STORAGES = {
     "torch.DoubleStorage": "F64", "torch.FloatStorage": "F32", "torch.HalfStorage": "F16",
     "torch.BFloat16Storage": "BF16", "torch.LongStorage": "I64", "torch.IntStorage": "I32", "torch.ShortStorage": "I16",
@@ -72,7 +73,7 @@ _DTYPES = {
     "torch.uint16": "U16", "torch.uint32": "U32", "torch.uint64": "U64",
 }  # fmt: skip
 _ORDERED_DICT = "collections.OrderedDict"
-# What trainers leave beside the weights. The first Stable Diffusion names the callback and NumPy's scalars.
+# Names that trainers store beside the weights. The first Stable Diffusion has the callback and NumPy scalars.
 _HARMLESS = frozenset({
     "torch.Size", "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter", "torch.float16", "torch.float32",
     "torch.bfloat16", "torch.float64", "torch.int64", "torch.int32", "torch.serialization._get_layout",
@@ -94,20 +95,27 @@ _CONSTANTS: Mapping[str, Any] = {
 
 
 def unpickle(raw: bytes) -> object:
-    """The value of a pickle, of dicts by text, lists, tuples, numbers, text, StridedTensors and Others.
+    """Read a pickle. Memory and time are bounded by MAX_OPCODES and the length of `raw`.
 
-    UnpickleError for anything damaged, ForeignError for a name that is not known to be harmless. Memory and time are
-    bounded by MAX_OPCODES and the length of `raw`.
+    Args:
+        raw: The pickle.
+
+    Returns:
+        A value made of dicts with text as keys, lists, tuples, numbers, text, StridedTensor and Other.
+
+    Raises:
+        UnpickleError: The pickle is damaged or describes more than any checkpoint holds.
+        ForeignError: It names a class or function that is not known to be harmless.
     """
     machine = _Machine()
     try:
-        with warnings.catch_warnings(action="ignore"):  # genops undoes escapes in names, and complains of odd ones
+        with warnings.catch_warnings(action="ignore"):  # genops warns of odd escapes in names
             for opcode, argument, _ in islice(pickletools.genops(raw), MAX_OPCODES):
                 if opcode.name == "STOP":
                     return machine.pop()[0]
                 machine.step(opcode.name, argument)
     except (ValueError, LookupError, TypeError) as error:
-        # What genops raises for bytes that are no pickle, and Python for a stack that does not hold what it should.
+        # genops raises ValueError for bytes that are not a pickle; the others come from a stack with wrong values.
         raise UnpickleError("is a damaged pickle") from error
     raise UnpickleError("describes more than any checkpoint holds")
 
@@ -131,7 +139,7 @@ class _Machine:
             raise UnpickleError(f"uses the pickle opcode {opcode}, which no torch checkpoint needs")
 
     def pop(self, count: int = 1) -> list[Any]:
-        """The last `count` values; TypeError where a mark or the bottom lies among them."""
+        """Take the last `count` values; TypeError if a mark or the bottom of the stack is among them."""
         start = len(self.stack) - count
         if start < (self.marks[-1] if self.marks else 0):
             raise TypeError
@@ -146,7 +154,7 @@ class _Machine:
         return values
 
     def fill(self, values: list[Any]) -> None:
-        """Append to the list, or set in the dict, that is now on top. Keys other than text cannot name a weight."""
+        """Add values to the list or dict on top of the stack; keys that are not text name no weight and are dropped."""
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(values)
@@ -217,7 +225,7 @@ def _call(function: Any, arguments: Any) -> object:
 
 
 def _storage(identity: Any) -> Storage:
-    """What torch calls a storage: ('storage', class, key, device, count)."""
+    """Read a persistent id of torch: ('storage', class, key, device, count)."""
     if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
         raise TypeError
     _, kind, key, _, count = identity[:5]

@@ -1,4 +1,4 @@
-"""One file of weights: what its header said, and its bytes when they are needed."""
+"""One file of weights: its parsed header, and readers of its data section."""
 
 import os
 import stat
@@ -13,30 +13,37 @@ from crdiff_export.formats.safetensors import TensorSpec
 
 
 class Bytes(Protocol):
-    """The bytes of a data section, to be read at any place. Not for use by two threads at once."""
+    """A reader of a data section. Use one for each thread."""
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        """Fill `target` with the bytes from `offset` on; CheckpointError if the file ends before."""
+        """Fill `target` with the bytes from `offset` on; a file that ends before raises CheckpointError."""
         ...
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Close the file."""
         ...
 
 
 class Tensors(Protocol):
-    """Tensors that lie elsewhere than in a safetensors file (a pickle), as the bytes such a file would have."""
+    """Tensors of another file format (a pickle), readable as the data section that a safetensors file would have."""
 
     def open(self) -> Bytes:
-        """A reader of its own for each thread."""
+        """Open a new reader."""
         ...
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of weights. `name` is its path below the checkpoint, and so below the output, with '/' between parts.
+    """One file of weights.
 
-    `info` is None for a file that is elsewhere and of which only the header is known: it can be planned, but not read.
+    Attributes:
+        path: The file.
+        name: Its path inside the checkpoint, which is also its path inside the output, with '/' between the parts.
+        tensors: Its tensors, in the order of the header.
+        metadata: The header's metadata.
+        data_start: Bytes before the data section.
+        info: The file's size and times when its header was read; None for a remote file, which can only be planned.
+        tensors_of: The reader's source where the file is not in the safetensors format.
     """
 
     path: Path
@@ -59,7 +66,7 @@ class SourceFile:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether most of the file is a hole, so that its weights are not really there."""
+        """Whether most of the file is a hole, as in checkpoints that are made for tests of geometry only."""
         if self.info is None:
             return False
         # Windows has no st_blocks; there a file counts as stored in full.
@@ -67,11 +74,15 @@ class SourceFile:
         return bool(self.data_size > 1 << 20 and stored < self.data_size // 2)
 
     def open(self) -> Bytes:
-        """A reader of the data section, one for each thread."""
+        """Open a reader of the data section, one for each thread."""
         return self.tensors_of.open() if self.tensors_of else FileBytes(self.path, self.data_start)
 
     def check_unchanged(self) -> None:
-        """CheckpointError if the file is another than when its header was read, as not every pass saw the same."""
+        """Check that the file is the one whose header was read, so that all passes saw the same bytes.
+
+        Raises:
+            CheckpointError: The file was changed or replaced.
+        """
         then, now = self.info, check_regular(self.path)
         if then is None or (now.st_size, now.st_mtime_ns, now.st_ino) != (then.st_size, then.st_mtime_ns, then.st_ino):
             raise CheckpointError(
@@ -81,7 +92,7 @@ class SourceFile:
 
 
 class FileBytes:
-    """The bytes of a file from `start` on."""
+    """A reader of a file whose data section begins at byte `start`."""
 
     def __init__(self, path: Path, start: int) -> None:
         self._path, self._start = path, start
@@ -115,7 +126,17 @@ class FileBytes:
 
 
 def check_regular(path: Path) -> os.stat_result:
-    """A file's facts; CheckpointError for a folder, and for a pipe or device, where reading may never end."""
+    """Return a file's size and times.
+
+    Args:
+        path: An existing path.
+
+    Returns:
+        The result of `stat`.
+
+    Raises:
+        CheckpointError: The path is a folder, or a pipe or device, where reading may never end.
+    """
     info = path.stat()
     if stat.S_ISDIR(info.st_mode):
         raise CheckpointError(f"{path}: a folder, where a file should be", "Put the file itself there.")

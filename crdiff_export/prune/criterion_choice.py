@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from crdiff_export.errors import OptionError
-from crdiff_export.formats.crdiff_keys import Calibrated
+from crdiff_export.formats.crdiff_keys import CalibrationStamp
 from crdiff_export.models.recipe import Variant
 from crdiff_export.progress import Progress
 from crdiff_export.prune import criteria
@@ -79,13 +79,13 @@ class CriterionChoice:
         """Rank the weights of plans that share their checkpoint and cast."""
         return criteria.rank(plans, self.loaded, kernel, progress, calibration=self.calibration, device=device)
 
-    def calibrated(self, progress: Progress) -> Calibrated | None:
+    def calibrated(self, progress: Progress) -> CalibrationStamp | None:
         """What headers say of the calibration, which is read for its hash."""
         found = self.calibration
         if found is None:
             return None
         progress.stage("hashing", found.nbytes)
-        return Calibrated(found.hashed(progress), found.size)
+        return CalibrationStamp(found.hashed(progress), found.size)
 
 
 def _evened(planned: Plan) -> Plan:

@@ -11,7 +11,7 @@ from crdiff_export.bake import metadata
 from crdiff_export.errors import CheckpointError, CrdiffError, HubError, OptionError, PlanError
 from crdiff_export.export import ExportRequest, plan_variant
 from crdiff_export.formats.checkpoint import open_checkpoint
-from crdiff_export.formats.crdiff_keys import PREFIX, Calibrated, Stamp, is_baked
+from crdiff_export.formats.crdiff_keys import PREFIX, CalibrationStamp, Stamp, is_baked
 from crdiff_export.formats.hashing import git_id, hash_data, hash_file
 from crdiff_export.hub import bases, repository
 from crdiff_export.hub.bases import Looked
@@ -242,7 +242,7 @@ def _equal(wanted: Sequence[Stamp], found: Sequence[Stamp]) -> bool:
 
 def _difference(wanted: Sequence[Stamp], found: Sequence[Stamp]) -> str:
     """Why what was found is not what is wanted."""
-    ours, theirs = wanted[0].asked(), found[0].asked()
+    ours, theirs = wanted[0].request_keys(), found[0].request_keys()
     changed = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
     keys = sorted(changed, key=lambda key: (key.startswith(_WHENCE), key))
     if not keys:
@@ -281,7 +281,7 @@ class _Hashes:
     computed: dict[int, str] = field(default_factory=dict)
 
     @cached_property
-    def ranked(self) -> tuple[str, Calibrated | None]:
+    def ranked(self) -> tuple[str, CalibrationStamp | None]:
         """The criterion as headers spell it, and what they say of the calibration."""
         asked = CriterionChoice.of(self.criterion, self.calibration)
         if asked.calibration is None:

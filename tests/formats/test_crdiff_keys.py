@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from crdiff_export.errors import CheckpointError
 from crdiff_export.formats import crdiff_keys, safetensors
-from crdiff_export.formats.crdiff_keys import Calibrated, GroupStamp, Stamp
+from crdiff_export.formats.crdiff_keys import CalibrationStamp, GroupStamp, Stamp
 from crdiff_export.sizes import Size
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -56,7 +56,7 @@ def stamped(draw: st.DrawFn) -> Stamp:
         thresholds=tuple(draw(st.lists(THRESHOLDS))) if per_layer and not masked else None,
         masked=("layer-wise" if per_layer else "block-wise") if masked else None,
         moved=masked and draw(st.booleans()),
-        calibrated=draw(st.none() | st.builds(Calibrated, HASHES, SIZES)),
+        calibrated=draw(st.none() | st.builds(CalibrationStamp, HASHES, SIZES)),
         source_hash=draw(st.none() | HASHES),
         cast=draw(st.sampled_from([None, "F16", "BF16", "F32"])),
         prompt=draw(st.none() | TEXT),
@@ -153,7 +153,7 @@ def test_keys_are_read_as_the_specification_says() -> None:
 def test_the_keys_of_a_mask() -> None:
     made = Stamp.from_metadata(MASKED, "file")
     assert (made.masked, made.moved, made.thresholds) == ("layer-wise", True, None)
-    assert made.calibrated == Calibrated("0x" + "ab" * 32, Size(512, 384))
+    assert made.calibrated == CalibrationStamp("0x" + "ab" * 32, Size(512, 384))
     assert made.compare == "row"
     assert made.groups == {"blocks": GroupStamp(ratio=0.3, pruned=31, total=100)}
     block = Stamp.from_metadata({**BLOCK_WISE, "crdiff.moved": "true"}, "file")
@@ -162,11 +162,11 @@ def test_the_keys_of_a_mask() -> None:
 
 def test_what_ranks_decides_a_files_content() -> None:
     made = replace(Stamp.from_metadata(MASKED, "file"), source_hash="0x" + "12" * 32)
-    other = replace(made, calibrated=Calibrated("0x" + "cd" * 32, Size(512, 384)))
-    bigger = replace(made, calibrated=Calibrated("0x" + "ab" * 32, Size(1024, 1024)))
+    other = replace(made, calibrated=CalibrationStamp("0x" + "cd" * 32, Size(512, 384)))
+    bigger = replace(made, calibrated=CalibrationStamp("0x" + "ab" * 32, Size(1024, 1024)))
     assert made.digest() not in (None, other.digest(), replace(made, criterion="wanda").digest())
     assert made.digest() == bigger.digest(), "the data have the hash"
-    assert made.asked()["crdiff.calibration.file_sha256"] == "0x" + "ab" * 32
+    assert made.request_keys()["crdiff.calibration.file_sha256"] == "0x" + "ab" * 32
 
 
 def test_unknown_keys_are_for_a_later_reader() -> None:

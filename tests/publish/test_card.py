@@ -20,7 +20,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from crdiff_export.errors import CardError
-from crdiff_export.formats.crdiff_keys import Calibrated, GroupStamp
+from crdiff_export.formats.crdiff_keys import CalibrationStamp, GroupStamp
 from crdiff_export.publish.card import BaseModel, Card, Row, render
 from crdiff_export.sizes import Size
 from tests.support import SUPPORT
@@ -624,7 +624,7 @@ def test_where_the_dense_weights_are() -> None:
 
 # --- other criteria than magnitude ---
 
-CALIBRATED = Calibrated("0x" + "ab" * 32, Size(512, 512))
+CALIBRATED = CalibrationStamp("0x" + "ab" * 32, Size(512, 512))
 
 
 def masked(path: str = "wanda.safetensors", **changes: Any) -> Row:
