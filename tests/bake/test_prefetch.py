@@ -153,18 +153,22 @@ def test_closing_stops_every_stage(taken: int, stages: int) -> None:
 
 
 def test_closing_while_the_producer_is_busy_waits_for_it() -> None:
-    busy = threading.Event()
+    busy, closed = threading.Event(), threading.Event()
 
     def slow() -> Generator[int, None, None]:
-        yield 0
-        busy.set()
-        time.sleep(0.2)
-        yield 1
+        try:
+            yield 0
+            busy.set()
+            time.sleep(0.2)
+            yield 1
+        finally:
+            closed.set()
 
     stream = ahead(slow())
     next(stream)
     busy.wait()
     stream.close()
+    assert closed.is_set()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Broken, GeneratorExit])
