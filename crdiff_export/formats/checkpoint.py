@@ -108,7 +108,18 @@ def open_checkpoint(path: Path, variant: str | None = None) -> Checkpoint:
 
 
 def read_file(path: Path, name: str) -> SourceFile:
-    """Read and check the header of one safetensors file; `name` is its path inside the checkpoint."""
+    """Read and check the header of one safetensors file.
+
+    Args:
+        path: The file.
+        name: Its path inside the checkpoint, with '/' between the parts.
+
+    Returns:
+        The file with its tensors.
+
+    Raises:
+        CheckpointError: The file is damaged or of another kind.
+    """
     info = check_regular(path)
     with path.open("rb") as file:
         start = file.read(sniff.SIZE)

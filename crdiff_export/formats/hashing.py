@@ -20,14 +20,30 @@ class Stopped(Exception):
 
 
 def hash_data(file: SourceFile, progress: Progress) -> str:
-    """Return the SHA-256 of a file's data section (ModelSpec 1.0.1, `hash_sha256`) as hex."""
+    """Hash a file's data section (ModelSpec 1.0.1, `hash_sha256`).
+
+    Args:
+        file: The file.
+        progress: Told of every byte read.
+
+    Returns:
+        SHA-256 as hex.
+    """
     digest = hashlib.sha256()
     feed(digest, file, 0, file.data_size, threading.Event(), progress)
     return digest.hexdigest()
 
 
 def hash_file(path: Path, progress: Progress) -> str:
-    """Return the SHA-256 of a whole file as hex, as `sha256sum` and the Hub give it."""
+    """Hash a whole file, as `sha256sum` and the Hub do.
+
+    Args:
+        path: The file.
+        progress: Told of every byte read.
+
+    Returns:
+        SHA-256 as hex.
+    """
     return hash_from(path, (0,), progress)[0]
 
 

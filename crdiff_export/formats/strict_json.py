@@ -51,7 +51,15 @@ def parse_object(raw: bytes, *, fractions: bool = False) -> dict[str, Any]:
 
 
 def show(value: object, limit: int = 80) -> str:
-    """Return a value from a file as short printable text for a message: text is quoted, nested values are named."""
+    """Show a value from a file in a message, as short printable text.
+
+    Args:
+        value: A value that JSON can hold.
+        limit: The number of characters to show of a text.
+
+    Returns:
+        Quoted text, a number, or the items of a list; a nested value is only named.
+    """
     if isinstance(value, list):
         items = [_show_one(item, 24) for item in value[:9]] + ["…"] * (len(value) > 9)
         return f"[{', '.join(items)}]"

@@ -15,7 +15,15 @@ def amount(size: float) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """A number with its noun, such as `1 prompt` and `2 prompts`."""
+    """Write a number with its noun.
+
+    Args:
+        number: How many.
+        noun: The singular of a noun whose plural ends in s.
+
+    Returns:
+        Text such as `1 prompt` or `2 prompts`.
+    """
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

@@ -16,7 +16,15 @@ class Bytes(Protocol):
     """A reader of a data section. Use one for each thread."""
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        """Fill `target` with the bytes from `offset` on; a file that ends before raises CheckpointError."""
+        """Read bytes of the data section.
+
+        Args:
+            offset: The first byte.
+            target: The buffer to fill.
+
+        Raises:
+            CheckpointError: The file ends before, or cannot be read.
+        """
         ...
 
     def close(self) -> None:

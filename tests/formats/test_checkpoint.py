@@ -215,11 +215,11 @@ NO_PARTS: dict[str, tuple[Maker, str, str]] = {
         hostile.companion_made_of(hostile.pipe), "{}/vae/notes.txt: a pipe, device or socket, not a file", NO_FILE,
     ),
     "companion-in-a-circle": (
-        hostile.companion_made_of(hostile.link_in_a_circle), "{}/vae/notes.txt: a link to nothing",
+        hostile.companion_made_of(hostile.link_in_a_circle), "{}/vae/notes.txt: a broken link",
         "Remove it, or fetch what it should lead to.",
     ),
     "companion-leads-nowhere": (
-        hostile.companion_made_of(hostile.link_to_nothing), "{}/vae/notes.txt: a link to nothing",
+        hostile.companion_made_of(hostile.link_to_nothing), "{}/vae/notes.txt: a broken link",
         "Remove it, or fetch what it should lead to.",
     ),
 }  # fmt: skip

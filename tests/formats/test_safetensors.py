@@ -5,7 +5,6 @@ import re
 import struct
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from crdiff_export.errors import CheckpointError
 from crdiff_export.formats import safetensors
 from crdiff_export.formats.safetensors import BITS, TensorSpec
-from tests.support import hostile
+from tests.support import ROOT, hostile
 
 DAMAGED = "The file is damaged or is not a safetensors checkpoint; fetch it again from its source."
 GOOD = '{"dtype":"F16","shape":[2],"data_offsets":[0,4]}'
@@ -321,15 +320,15 @@ BOUNDED = {
 }  # fmt: skip
 CHILD = """
 import resource, sys, time
-from crdiff_export import header
+from crdiff_export.formats import safetensors
 from crdiff_export.errors import CheckpointError
 N = 99_000_000
 raw = ({body})
 resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))
 began = time.process_time()
 try:
-    header.length(len(raw).to_bytes(8, "little"), 8 + len(raw), "f")
-    header.parse(raw, 8 + len(raw), "f")
+    safetensors.length(len(raw).to_bytes(8, "little"), 8 + len(raw), "f")
+    safetensors.parse(raw, 8 + len(raw), "f")
     print("accepted")
 except CheckpointError as error:
     print(error.message)
@@ -342,7 +341,7 @@ assert time.process_time() - began < 10
 def test_memory_and_time_are_bounded(body: str, result: str) -> None:
     child = subprocess.run(
         [sys.executable, "-X", "utf8", "-c", CHILD.format(body=body)],
-        check=False, capture_output=True, encoding="utf-8", timeout=60, cwd=Path(safetensors.__file__).parents[1],
+        check=False, capture_output=True, encoding="utf-8", timeout=60, cwd=ROOT,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-2000:]
     assert child.stdout == f"{result}\n"

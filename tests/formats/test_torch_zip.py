@@ -27,7 +27,7 @@ from crdiff_export.formats import safetensors, torch_zip
 from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.formats.unpickle import OTHER, UnpickleError, unpickle
 from crdiff_export.formats.weight_file import SourceFile
-from tests.support import hostile
+from tests.support import ROOT, hostile
 from tests.support.hostile import (
     number,
     numbers,
@@ -284,7 +284,7 @@ def test_the_reader_imports_nothing(tmp_path: Path) -> None:
     )
     ran = subprocess.run(
         [sys.executable, "-c", code, path], check=True, capture_output=True, text=True,
-        cwd=Path(safetensors.__file__).parents[1],
+        cwd=ROOT,
     )  # fmt: skip
     assert ran.stdout == "False False\n"
 
@@ -306,7 +306,7 @@ BOMBS = {
 }
 CHILD = """
 import resource, time
-from crdiff_export.unpickle import UnpickleError, unpickle
+from crdiff_export.formats.unpickle import UnpickleError, unpickle
 N = 31 << 20
 raw = b"\\x80\\x02" + {body} + b"."
 resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))
@@ -325,7 +325,7 @@ assert time.process_time() - began < 10
 def test_memory_and_time_are_bounded(body: str, result: str) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", CHILD.format(body=body)], check=False, capture_output=True, text=True, timeout=60,
-        cwd=Path(safetensors.__file__).parents[1],
+        cwd=ROOT,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert ran.stdout == f"{result}\n"

@@ -209,8 +209,8 @@ def test_loops_compile_without_a_cache() -> None:
 
 
 RUN = """
-from crdiff_export import kernels
-from crdiff_export.kernels import cpu
+from crdiff_export.prune import kernels
+from crdiff_export.prune.kernels import cpu
 counts = kernels.counters(128)
 cpu.CpuKernel(1).count(memoryview(bytes(range(256))), "F8_E4M3", counts)
 print(int(counts.sum()), type(cpu._count.__wrapped__._cache).__name__)
@@ -237,10 +237,10 @@ def test_a_folder_that_is_full(code: int) -> None:
 
 
 def test_a_machine_without_any_folder_to_cache_in(tmp_path: Path) -> None:
-    package = Path(kernels.__file__).parents[1]
+    package = Path(kernels.__file__).parents[2]
     shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     # Files stand where numba would make folders: a read-only installation, to root as well.
-    (tmp_path / package.name / "kernels" / "__pycache__").write_text("")
+    (tmp_path / package.name / "prune" / "kernels" / "__pycache__").write_text("")
     home = tmp_path / "home"
     home.write_text("")
     environment = {key: text for key, text in os.environ.items() if not key.startswith("NUMBA")}
