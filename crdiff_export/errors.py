@@ -1,11 +1,14 @@
-"""The errors a user can cause; anything else that is raised is a bug and keeps its traceback."""
+"""Errors that a user can cause or see; any other exception is a bug and keeps its traceback.
+
+`code` is the error's name in JSON, `exit_code` that of the command line.
+"""
 
 from collections.abc import Sequence
 from typing import ClassVar
 
 
 class CrdiffError(Exception):
-    """What is wrong, in one line with the file and the key, and in one more line what to do about it."""
+    """An error for people: `message` says what is wrong, with file and key; `hint` says what to do about it."""
 
     exit_code: ClassVar[int] = 1
     code: ClassVar[str] = "failed"
@@ -20,82 +23,82 @@ class CrdiffError(Exception):
 
 
 class CheckpointError(CrdiffError):
-    """A file that cannot be read as a checkpoint."""
+    """A file cannot be read as a checkpoint."""
 
     code = "checkpoint"
 
 
 class FamilyError(CrdiffError):
-    """A checkpoint whose layers no known model family has."""
+    """A checkpoint has the layers of no known model family."""
 
     code = "family"
 
 
 class RecipeError(CrdiffError):
-    """A recipe file, an alias or a size that cannot be used."""
+    """A recipe file, an alias or a size cannot be used."""
 
     code = "recipe"
 
 
 class OptionError(RecipeError):
-    """An option that does not go with the base: the command line is what is wrong."""
+    """An option is wrong, or does not go with the base or with another option."""
 
     exit_code = 2
     code = "usage"
 
 
 class PlanError(CrdiffError):
-    """A request that names, shapes or flags alone show to be impossible."""
+    """A request is impossible, which names, shapes and options alone show."""
 
     code = "plan"
 
 
 class BakeError(CrdiffError):
-    """A write that did not reach its target; the target is as it was."""
+    """A write failed; the target is as it was."""
 
     code = "bake"
 
 
 class VerifyError(CrdiffError):
-    """A file that does not hold what its header says."""
+    """A file does not hold what its header says."""
 
     exit_code = 3
     code = "verify"
 
 
 class HubError(CrdiffError):
-    """The Hub did not answer, or answered no."""
+    """The Hub did not answer, or refused."""
 
     exit_code = 4
     code = "hub"
 
 
 class PoaError(CrdiffError):
-    """A model, a file or a number that POA cannot be done with."""
+    """POA is impossible with this model, file or number."""
 
     code = "poa"
 
 
 class PreviewError(CrdiffError):
-    """Pictures that cannot be made: a model that cannot be opened, a machine that is too small."""
+    """Pictures cannot be drawn: the model cannot be opened, or the machine is too small."""
 
     code = "preview"
 
 
 class CardError(CrdiffError):
-    """A model card whose front matter or marked section cannot be edited safely."""
+    """A model card's front matter or managed section cannot be edited safely."""
 
     code = "card"
 
 
 class ScorerError(CrdiffError):
-    """A scorer that cannot be found, opened or asked, or an answer of one that is no score."""
+    """A scorer cannot be found, opened or run, or does not return a score."""
 
     code = "scorer"
 
 
 class MatrixError(CrdiffError):
-    """A plan file with one or more problems, all of them found before anything runs."""
+    """A plan file has one or more problems; all of them are listed before anything runs."""
 
     code = "matrix"
 
@@ -106,12 +109,12 @@ class MatrixError(CrdiffError):
 
 
 class SearchError(CrdiffError):
-    """A search that cannot begin, go on or be read: its storage, its settings, or what it is asked to try."""
+    """A search cannot begin, go on or be read, because of its storage, its settings or its space."""
 
     code = "search"
 
 
 class CalibrationError(CrdiffError):
-    """A calibration that cannot be made or read, or that is of another base than the one it is used with."""
+    """A calibration cannot be made or read, or is of another base than the one it is used with."""
 
     code = "calibration"

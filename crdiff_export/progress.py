@@ -1,4 +1,4 @@
-"""How a long job tells whoever watches it how far it is. The core calls it; `ui` draws it."""
+"""The protocol by which a long job reports how far it is. The core calls it; the command line shows it."""
 
 from typing import Protocol
 
@@ -7,19 +7,26 @@ class Progress(Protocol):
     """A watcher of a job that goes through stages of a known size."""
 
     def stage(self, title: str, size: int, unit: str = "bytes") -> None:
-        """A stage of `size` bytes, or whatever else `unit` names, begins; the one before it is over."""
+        """Begin a stage, which ends the one before it.
+
+        Args:
+            title: What is done in it, such as `counting`.
+            size: How much there is to do; 0 for a stage that is not worth showing.
+            unit: What `size` counts.
+
+        """
         ...
 
     def advance(self, size: int) -> None:
-        """`size` more of the stage is done. Called from any thread."""
+        """Report that `size` more of the stage is done. Any thread may call it."""
         ...
 
 
 class Silent:
-    """Nobody watches."""
+    """A progress that nobody sees."""
 
     def stage(self, title: str, size: int, unit: str = "bytes") -> None:
-        """Say nothing."""
+        pass
 
     def advance(self, size: int) -> None:
-        """Say nothing."""
+        pass

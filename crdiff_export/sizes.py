@@ -18,7 +18,12 @@ class Size:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `2048`, a square, or `400x560`."""
+        """Read `2048`, a square, or `400x560`.
+
+        Raises:
+            RecipeError: The text is no size, or a side is 0 or larger than MAX_SIDE.
+
+        """
         match = re.fullmatch(r"\s*([0-9]{1,9})(?:\s*[xX\u00d7]\s*([0-9]{1,9}))?\s*", text)
         if not match:
             hint = "Write one side, as in 2048, or width x height, as in 400x560."
@@ -33,7 +38,17 @@ class Size:
 
 
 def check_grid(target: Size, grid: int, title: str) -> None:
-    """Refuse a size that the model's latents cannot have."""
+    """Refuse a size that the model's latents cannot have.
+
+    Args:
+        target: The size that is wanted.
+        grid: Pixels of which each side must be a multiple.
+        title: The model family's name, for the message.
+
+    Raises:
+        RecipeError: A side is no multiple of the grid; the hint names the nearest size that fits.
+
+    """
     fit = Size(*(max(1, (side + grid // 2) // grid) * grid for side in (target.width, target.height)))
     if fit != target:
         raise RecipeError(f"{target} does not fit {title}'s latent grid (multiples of {grid})", f"Use {fit}.")

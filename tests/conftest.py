@@ -1,4 +1,4 @@
-"""What every test gets: no network, caches of its own, and no settings of whoever runs it."""
+"""What every test gets: no network, caches of its own, and none of the user's settings."""
 
 import contextlib
 import gc
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["tests.support.loopback_hub"]
 
-# Several test processes with several threads each would wait for each other: torch then takes minutes for seconds.
+# Several test processes with several threads each wait for each other, and torch then takes minutes for seconds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A machine that is busy with something else makes no test wrong.
+# A busy machine must not fail a test.
 settings.register_profile("crdiff", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("crdiff")
 
@@ -36,25 +36,25 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than cores for `-n auto`: tests of signals, servers and disks wait a tenth of their time."""
+    """Use one worker more than there are cores: tests of signals, servers and disks wait a tenth of their time."""
     return (os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Neighbouring tests go to one process, which makes what a module shares once: `--dist load` deals them out."""
+    """Give neighbouring tests to one process, which makes what a module shares only once."""
     from xdist.scheduler import WorkStealingScheduling  # type: ignore[import-untyped]
 
     return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--golden` updates tests/golden/messages.txt; see tests/support/messages.py."""
+    """Add `--golden`, which updates tests/golden/messages.txt; see tests/support/messages.py."""
     parser.addoption("--golden", choices=["add", "rewrite"], help="update the golden texts of errors")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Texts that are not golden yet fail no test while the golden file is being updated."""
+    """Let texts pass that are not golden yet, while the golden file is being updated."""
     messages.updating = bool(config.getoption("golden"))
 
 
@@ -74,13 +74,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is there by now stays; to look through it for garbage again and again takes time."""
+    """Spare the garbage collector what has been imported by now, as it stays."""
     gc.freeze()
 
 
 def _guarded(method: Callable[..., Any], place: int) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        # A name that is looked up comes as the host alone.
+        # For a look-up of a name the argument is the host alone.
         address = args[place] if isinstance(args[place], tuple) or place > 0 else (args[place] or "",)
         if not is_local(address):
             raise NetworkUsed(f"a test reached for {address}")
@@ -91,7 +91,7 @@ def _guarded(method: Callable[..., Any], place: int) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Caches below pytest's own folder, shared by all tests, and a Hub that is not there."""
+    """Caches below pytest's own folder, shared by all tests, and a Hub that does not answer."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:
@@ -130,7 +130,7 @@ def _sendto(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_arrive() -> None:
-    """A shell starts what runs in its background with Ctrl-C ignored, and so everything that starts from there."""
+    """Signals end processes even where a shell runs the tests in its background, and so ignores Ctrl-C."""
     for signum in SIGNALS:
         usual = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
         if signal.getsignal(signum) is signal.SIG_IGN:
@@ -159,7 +159,7 @@ def crdiff(capfd: pytest.CaptureFixture[str]) -> Iterator[Crdiff]:
         except SystemExit as end:
             code = end.code
         finally:
-            with contextlib.suppress(AttributeError):  # click has put something in its place
+            with contextlib.suppress(AttributeError):  # click may have replaced it
                 sys.stdout.flush()
         assert isinstance(code, int)
         out, err = capfd.readouterr()
@@ -173,7 +173,7 @@ def crdiff(capfd: pytest.CaptureFixture[str]) -> Iterator[Crdiff]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Sums in another order differ in their last bits."""
+    """One thread of torch: sums in another order differ in their last bits."""
     import torch
 
     usual = torch.get_num_threads()
@@ -205,7 +205,7 @@ def clients() -> Iterator["Clients | None"]:
 
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one base of every kind, and files that are none. Not to be changed by a test."""
+    """A folder with one base of every kind, and files that are no base. No test may change it."""
     from tests.support import makers
 
     folder = tmp_path_factory.mktemp("shelf")

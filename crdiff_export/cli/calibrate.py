@@ -7,16 +7,8 @@ from typing import Any
 import click
 
 from crdiff_export.calibrate import Calibrated, CalibrateRequest, Job, prepare, run
-from crdiff_export.cli import options
+from crdiff_export.cli import drawing, options
 from crdiff_export.cli.command import command, option, option_group
-from crdiff_export.cli.drawing_options import (
-    batch,
-    drawing_options,
-    pictures,
-    place_of,
-    prepare_drawing,
-    prompt_options,
-)
 from crdiff_export.cli.output import Facts, Output, Result
 from crdiff_export.cli.signals import Stopped
 from crdiff_export.formats.text import amount
@@ -40,13 +32,13 @@ from crdiff_export.formats.text import amount
     option("--loss-samples N", "For criteria with gradients: time steps, each with noise, of every picture.",
            click.IntRange(1, 10_000), "samples", default=4, show_default=True),
 )  # fmt: skip
-@prompt_options(
+@drawing.prompt_options(
     "Prompts to draw, one a line. Default for the demo model: 16 scenes that it was never shown.",
-    pictures,
+    drawing.pictures,
     limit=" Default for demo: 16.",
 )
-@drawing_options
-@option_group("Drawing", batch)
+@drawing.options
+@option_group("Drawing", drawing.batch)
 @option_group(
     "Memory",
     option("--memory", "For what is collected of a group of layers at once. Default: half of what is free.",
@@ -67,7 +59,7 @@ def calibrate(out: Output, base: str, listed: tuple[str, ...], **settings: Any) 
     by the file, for any ratios, without running the model. BASE is what `crdiff preview` takes.
     """
     request = CalibrateRequest(base=base, prompts=listed, **settings)
-    job = prepare_drawing(out, request, prepare, _describe)
+    job = drawing.prepare(out, request, prepare, _describe)
     with _resumable(job), out.progress() as display:
         out.stopper.check()
         calibrated = run(job, display)
@@ -92,7 +84,7 @@ def _describe(job: Job) -> list[str]:
     pairs = job.setting.pairs
     return [
         f"{', '.join(job.setting.statistics)} of {len(job.plan.targets)} layers",
-        f"{len(pairs)} pictures of {len({prompt for prompt, _ in pairs})} prompts, {place_of(job)}",
+        f"{len(pairs)} pictures of {len({prompt for prompt, _ in pairs})} prompts, {drawing.device_text(job)}",
     ]
 
 

@@ -2,17 +2,8 @@
 
 from typing import Any
 
-from crdiff_export.cli import options
+from crdiff_export.cli import drawing, options
 from crdiff_export.cli.command import command, option, option_group
-from crdiff_export.cli.drawing_options import (
-    batch,
-    drawing_options,
-    pictures,
-    place_of,
-    prepare_drawing,
-    prompt_options,
-    scorer_options,
-)
 from crdiff_export.cli.evaluation_json import pairs_json, subject_json
 from crdiff_export.cli.output import Facts, Output, Result, Table
 from crdiff_export.evaluate import EvaluateRequest, Evaluation, Job, count, prepare, run, write
@@ -30,10 +21,10 @@ from crdiff_export.evaluate.scorers import inception
     option("--res", "The size to draw and to prune for; may be given again.", options.SIZE, "sizes", multiple=True),
     option("--native/--no-native", "Look at the native size, too: does it hurt there? Default: yes.", default=True),
 )
-@prompt_options(
+@drawing.prompt_options(
     "Prompts, one a line, that nobody tuned on. Default for the demo model: scenes that it was never shown.",
     option("--prompt TEXT", "What to draw; may be given several times.", dest="prompts", multiple=True),
-    pictures,
+    drawing.pictures,
 )
 @options.ratio_options
 @options.criterion_options
@@ -42,9 +33,9 @@ from crdiff_export.evaluate.scorers import inception
     option("--poa-weight W", "POA with this weight; may be given several times. Default: the recipe's.",
            options.POA_WEIGHT, "weights", multiple=True),
 )  # fmt: skip
-@drawing_options
-@option_group("Drawing", batch)
-@scorer_options
+@drawing.options
+@option_group("Drawing", drawing.batch)
+@drawing.scorer_options
 @option_group(
     "Scoring",
     option("--fid DIR|dense", "Also an FID of each model's pictures, against those in a folder or the dense model's at "
@@ -69,7 +60,7 @@ def evaluate(
     """
     ratios = options.ratios_by_group(down, mid, up)
     request = EvaluateRequest(base=base, prompts=prompts + listed, ratios=ratios, **settings)
-    job = prepare_drawing(out, request, prepare, _describe)
+    job = drawing.prepare(out, request, prepare, _describe)
     with out.progress() as display:
         with out.stopper.watch(display) as progress:
             counted = count(job, progress)
@@ -83,7 +74,7 @@ def _describe(job: Job) -> list[str]:
     prompts = len({prompt for prompt, _ in job.pairs})
     fetched = job.fid and not job.fid.weights and (url := inception.absent())
     return [
-        f"{job.pictures} pictures of {prompts} prompts, {place_of(job)}",
+        f"{job.pictures} pictures of {prompts} prompts, {drawing.device_text(job)}",
         *([f"FID's network, 91 MiB, comes from {url}"] if fetched else []),
     ]
 

@@ -139,7 +139,7 @@ def ratios_by_group(down: float | None, mid: float | None, up: float | None) -> 
     return {group: ratio for group, ratio in (("down", down), ("mid", mid), ("up", up)) if ratio is not None}
 
 
-def prompts(name: str, help_text: str, dest: str) -> OptionMaker:
+def prompts_file(name: str, help_text: str, dest: str) -> OptionMaker:
     """Describe an option that names a file of prompts; its value is the prompts."""
     return option(name, help_text, FILE, dest, callback=lambda _ctx, _param, path: read_prompts(path) if path else ())
 

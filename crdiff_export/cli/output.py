@@ -6,14 +6,13 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from crdiff_export.cli.signals import Stopper
 from crdiff_export.errors import CrdiffError
 from crdiff_export.formats.text import printable
 from crdiff_export.progress import Progress
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from crdiff_export.cli.progress_display import ProgressDisplay
 

@@ -4,9 +4,8 @@ from typing import Any
 
 import click
 
-from crdiff_export.cli import options
+from crdiff_export.cli import drawing, options
 from crdiff_export.cli.command import command, option, option_group
-from crdiff_export.cli.drawing_options import drawing_options, place_of, prepare_drawing
 from crdiff_export.cli.output import Facts, Output, Result
 from crdiff_export.evaluate.preview import Job, Preview, PreviewRequest, draw, measure, prepare
 from crdiff_export.evaluate.preview.wording import criterion_of, ratios_of, standing
@@ -28,7 +27,7 @@ FRACTION = click.FloatRange(0, 1)
 @option_group(
     "Prompts",
     option("--prompt TEXT", "What to draw; may be given several times.", dest="prompts", multiple=True),
-    options.prompts("--prompts FILE", "Prompts, one a line.", "listed"),
+    options.prompts_file("--prompts FILE", "Prompts, one a line.", "listed"),
     option("--seed N", "Seed of the noise, the same for all pictures of a row; may be given several times. Default: 0.",
            int, "seeds", multiple=True, default=(0,)),
 )  # fmt: skip
@@ -46,7 +45,7 @@ FRACTION = click.FloatRange(0, 1)
     option("--start F", "Fraction of the steps at which POA begins.", FRACTION, default=0.0),
     option("--stop F", "Fraction at which it ends; dense outside.", FRACTION, default=1.0),
 )  # fmt: skip
-@drawing_options
+@drawing.options
 @option_group("Drawing", option("--offload", "For small GPUs: keep idle parts in main memory, decode in tiles."))
 @option_group(
     "Output",
@@ -65,7 +64,7 @@ def preview(
     """
     ratios = options.ratios_by_group(down, mid, up)
     request = PreviewRequest(base=base, prompts=prompts + listed, ratios=ratios, **settings)
-    job = prepare_drawing(out, request, prepare, _describe)
+    job = drawing.prepare(out, request, prepare, _describe)
     with out.progress() as display:
         with out.stopper.watch(display) as progress:
             source = measure(job, progress)
@@ -78,7 +77,7 @@ def preview(
 
 def _describe(job: Job) -> list[str]:
     rows, names = job.pictures // len(job.columns), ", ".join(column.name for column in job.columns)
-    return [f"{plural(job.pictures, 'picture')}, {plural(rows, 'row')} of {names}, {place_of(job)}"]
+    return [f"{plural(job.pictures, 'picture')}, {plural(rows, 'row')} of {names}, {drawing.device_text(job)}"]
 
 
 def _times(made: Preview) -> str:

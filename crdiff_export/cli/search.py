@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from crdiff_export.cli import options
+from crdiff_export.cli import drawing, options
 from crdiff_export.cli.command import Invocation, command, option, option_group
-from crdiff_export.cli.drawing_options import (
-    batch,
-    drawing_options,
-    place_of,
-    prepare_drawing,
-    prompt_options,
-    scorer_options,
-)
 from crdiff_export.cli.evaluation_json import pairs_json, subject_json
 from crdiff_export.cli.output import Block, Facts, Output, Result, Table
 from crdiff_export.cli.signals import Stopped
@@ -42,10 +34,10 @@ if TYPE_CHECKING:
 )
 @options.base_argument
 @option_group("Size", option("--res", "The size to find ratios for.", options.SIZE, "size", required=True))
-@prompt_options(
+@drawing.prompt_options(
     "Prompts to search by, one a line. Default for the demo model: scenes that it was never shown.",
-    options.prompts("--held-out FILE", "Prompts for the check, one a line, none of --prompts. Default: the last third "
-                    "of those; demo: other scenes.", "held_out"),
+    options.prompts_file("--held-out FILE", "Prompts for the check, one a line, none of --prompts. Default: the last "
+                         "third of those; demo: other scenes.", "held_out"),
     option("--prompt TEXT", "Search for this prompt alone, by many pictures of it."),
     option("--held-out-limit N", "Only the first N prompts of the check.", options.COUNT),
     option("--pictures N", "Pictures of each prompt, each from its own noise. Default: 1; with --prompt 16, and as "
@@ -76,9 +68,9 @@ if TYPE_CHECKING:
     option("--worker", "Only work on the search: no check, no outputs."),
 )  # fmt: skip
 @options.criterion_options
-@drawing_options
-@option_group("Drawing", batch)
-@scorer_options
+@drawing.options
+@option_group("Drawing", drawing.batch)
+@drawing.scorer_options
 @option_group(
     "Output",
     option("-o, --output FILE", "The recipe (.toml), a page (.html), a plot (.png, .svg); may be given several times. "
@@ -95,7 +87,7 @@ def search(out: Output, listed: tuple[str, ...], **settings: Any) -> Result:
     says so. Where the dense model is best, there is no recipe. BASE is what `crdiff preview` takes.
     """
     request = SearchRequest(prompts=listed, **settings)
-    job = prepare_drawing(out, request, prepare, _describe)
+    job = drawing.prepare(out, request, prepare, _describe)
     with out.progress() as display, _resumable(request) as standings:
         with _Watching(out, display, standings) as watch, out.stopper.watch(display) as progress:
             found = work(job, progress, watch)
@@ -180,7 +172,7 @@ def _describe(job: Job) -> list[str]:
     searched, checked = (len({prompt for prompt, _ in pairs}) for pairs in (job.pairs.search, job.pairs.check))
     pictures = f"{len(job.pairs.search)} pictures of {plural(searched, 'prompt')}"
     check = f"{len(job.pairs.check)} of {checked}" if job.request.prompt is None else f"{len(job.pairs.check)} others"
-    return [f"a trial is {pictures}, the check {check}; {place_of(job)}"]
+    return [f"a trial is {pictures}, the check {check}; {drawing.device_text(job)}"]
 
 
 def _text(found: Found) -> list[Block]:

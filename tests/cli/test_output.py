@@ -8,6 +8,7 @@ import re
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -238,7 +239,7 @@ OnTerminal = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def on_terminal(drawing: Forks, here: Path) -> OnTerminal:
+def on_terminal(forks: Forks, here: Path) -> OnTerminal:
     """What a crdiff writes to a terminal that is its stdout and stderr, unless one of them is another file."""
     import fcntl
     import pty
@@ -250,7 +251,7 @@ def on_terminal(drawing: Forks, here: Path) -> OnTerminal:
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         name = os.ttyname(theirs)
-        started = drawing.start(here, *args, env={**(env or {})}, stdout=out or name, stderr=err or name)
+        started = forks.start(here, *args, env={**(env or {})}, stdout=out or name, stderr=err or name)
         with ThreadPoolExecutor(1) as pool:
             text = pool.submit(_until_closed, ours)
             code = started.wait()
@@ -286,18 +287,28 @@ def test_bars_have_rate_and_time_left(on_terminal: OnTerminal) -> None:
     assert text.endswith("demo-crdiff-72x72.safetensors\n")
 
 
-@terminal
-def test_bars_count_other_things_than_bytes(on_terminal: OnTerminal) -> None:
-    code, text = on_terminal("preview", "demo", "--res", "48", "--prompt", "a red fox", "--steps", "2")
-    assert code == 0
-    assert re.search(r"drawing +━+ 8/8 passes +[\d.]+/s +(-:--:--|\d:\d\d:\d\d)", plain(text))
-    assert text.endswith("demo-preview-48x48.png\ndemo-preview-48x48.html\n")
+class Terminal(io.StringIO):
+    """A stderr that takes itself for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bars_count_other_things_than_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "100")
+    with output().progress() as progress:
+        progress.stage("drawing", 8, "passes")
+        for _ in range(4):
+            progress.advance(2)
+            time.sleep(0.01)  # a rate needs two moments
+    assert isinstance(sys.stderr, Terminal)
+    assert re.search(r"drawing +━+ 8/8 passes +[\d.]+/s +\d:\d\d:\d\d", plain(sys.stderr.getvalue()))
 
 
 @terminal
-def test_the_cursor_is_back_after_an_error(on_terminal: OnTerminal) -> None:
-    on_terminal("export", "demo", "--res", "72", "-q", "-o", "o.safetensors")
-    raw = Path("o.safetensors").read_bytes()
+def test_the_cursor_is_back_after_an_error(on_terminal: OnTerminal, baked: Path) -> None:
+    raw = baked.read_bytes()
     Path("o.safetensors").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     code, text = on_terminal("verify", "o.safetensors")
     assert code == 3

@@ -1,8 +1,8 @@
-"""Runs command lines in forks of a process that has loaded everything, so that a hundred kills cost no start-up.
+"""A server that runs command lines in forks of a process that has loaded everything, which spares their start-up.
 
-`python fork_server.py MODULE...` loads what an export needs and these modules, reads jobs from stdin, one JSON object a
-line, and answers each with its process id, then with its exit code. A job may have more in its environment, and a hook:
-a call that, the nth time, sends a signal to its own process or waits for a file.
+`python fork_server.py MODULE...` loads what an export needs and these modules. It reads jobs from stdin, one JSON
+object a line, and answers each with its process id, and then with its exit code. A job may add environment variables,
+and a hook: the nth call of a function sends a signal to its own process, or waits for a file.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any
 
 
 def serve() -> None:
-    """Until stdin ends."""
+    """Run jobs until stdin ends."""
     for module in sys.argv[1:]:
         importlib.import_module(module)
     warm()
@@ -36,14 +36,14 @@ def serve() -> None:
 
 
 def warm() -> None:
-    """Load all that an export loads, from its command down, and leave signals as they were."""
+    """Load all that an export loads, and leave signals as they were."""
     from crdiff_export.cli import main
 
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with (
         tempfile.TemporaryDirectory() as folder,
         Path(os.devnull).open("w") as nowhere,
-        contextlib.redirect_stdout(nowhere),  # what is said to the client is said there
+        contextlib.redirect_stdout(nowhere),  # stdout is the way to the client
         contextlib.suppress(SystemExit),
     ):
         main(["export", "demo", "--res", "64", "-qo", f"{folder}/warm.safetensors"])
@@ -57,7 +57,7 @@ def say(word: object) -> None:
 
 
 def run(job: dict[str, Any]) -> None:
-    """In the child; never returns."""
+    """Run a job in the child; never returns."""
     from crdiff_export.cli import main
 
     code: Any = 99

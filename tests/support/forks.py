@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.isolation import Ran
 
-# What commands that draw load, which takes seconds; nothing of it starts a thread, and no fork has any other's.
+# What commands that draw load, which takes seconds. None of it starts a thread, which a fork would not have.
 DRAWING = (
     "crdiff_export.calibrate",
     "crdiff_export.evaluate",
@@ -35,12 +35,12 @@ class Run:
     err_file: Path
 
     def kill(self, signum: int) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it was faster
+        with contextlib.suppress(ProcessLookupError):  # it has ended by now
             os.kill(self.pid, signum)
 
     @property
     def running(self) -> bool:
-        """The server waits for it as soon as it has ended, and then there is no such process."""
+        """Whether its process is there; the server waits for it as soon as it has ended."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -52,7 +52,7 @@ class Run:
         return int(self.server.stdout.readline())
 
     def end(self) -> Ran:
-        """What it has done, when it ends; its code is -N if the signal N ended it."""
+        """Wait for its end, and give what it did; the code is -N if signal N ended it."""
         code = self.wait()
         return Ran(code, self.err_file.with_name("out").read_text("utf-8"), self.err_file.read_text("utf-8"))
 

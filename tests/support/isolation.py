@@ -1,4 +1,4 @@
-"""What a command line run in a test gives, and the rule that no test reaches beyond this machine."""
+"""What a command line gives in a test, and the rule that no test reaches beyond this machine."""
 
 import ipaddress
 import json
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# Nobody listens there: a subprocess, which no fixture reaches, gets an error instead of the Hub.
+# An address where nobody listens: a subprocess, which no fixture reaches, gets an error instead of the Hub.
 NOWHERE = "http://127.0.0.1:9"
 
 

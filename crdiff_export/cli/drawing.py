@@ -5,32 +5,32 @@ from typing import Protocol, TypeVar
 
 import click
 
-from crdiff_export.cli import options
 from crdiff_export.cli.command import Decorator, OptionMaker, option, option_group
+from crdiff_export.cli.options import COUNT, DEVICE, prompts_file, variant
 from crdiff_export.cli.output import Output
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.sampling.drawing_setup import Easel
 from crdiff_export.sampling.request_checks import DrawingRequest
 
-batch = option("--batch N", "Pictures to draw at once. Default: 4 on a GPU; demo: 16.", options.COUNT)
+batch = option("--batch N", "Pictures to draw at once. Default: 4 on a GPU; demo: 16.", COUNT)
 pictures = option("--pictures N", "Pictures of each prompt, each from its own noise.", click.IntRange(1, 10_000),
                   default=1, show_default=True)  # fmt: skip
 scorer_options = option_group(
     "Scoring",
     option("--scorer NAME|module:function|command:…", "What says how good a picture is, or a sum such as "
            "0.5*clip-score+0.5*aesthetic. Default for demo: its judge."),
-    option("--scorer-device", "Where to score. Default: where pictures are drawn.", options.DEVICE),
+    option("--scorer-device", "Where to score. Default: where pictures are drawn.", DEVICE),
 )  # fmt: skip
-drawing_options = option_group(
+options = option_group(
     "Drawing",
     option("--steps N", "Steps of sampling. Default: 25; schnell: 4.", click.IntRange(1, 1000)),
     option("--guidance G", "Guidance scale. Default: diffusers'; demo: 4.", click.FloatRange(0, 100)),
     option("--negative TEXT", "Negative prompt."),
-    option("--device", "Where to draw: auto takes a GPU.", options.DEVICE, default="auto", show_default=True),
+    option("--device", "Where to draw: auto takes a GPU.", DEVICE, default="auto", show_default=True),
     option("--dtype", "Default: fp16 or bf16 on a GPU, fp32 on a CPU.", click.Choice(list(DTYPES))),
     option("--config DIR|ORG/NAME", "For a single file: a folder for diffusers with the model's configuration, or a "
            "repository on the Hub."),
-    options.variant,
+    variant,
 )  # fmt: skip
 
 
@@ -49,9 +49,9 @@ def prompt_options(prompts: str, *more: OptionMaker, limit: str = "", seed: str 
     """
     return option_group(
         "Prompts",
-        options.prompts("--prompts FILE", prompts, "listed"),
+        prompts_file("--prompts FILE", prompts, "listed"),
         *more,
-        option("--limit N", f"Only the first N prompts.{limit}", options.COUNT),
+        option("--limit N", f"Only the first N prompts.{limit}", COUNT),
         option(seed, "The first picture's seed. Default: 0.", click.IntRange(0), default=0),
     )
 
@@ -74,23 +74,23 @@ Request = TypeVar("Request", bound=DrawingRequest)
 Job = TypeVar("Job", bound=DrawingJob)
 
 
-def prepare_drawing(
-    out: Output, request: Request, prepare: Callable[[Request], Job], describe: Callable[[Job], Iterable[str]]
+def prepare(
+    out: Output, request: Request, check: Callable[[Request], Job], describe: Callable[[Job], Iterable[str]]
 ) -> Job:
     """Check a request, and note what a user should know before the first picture.
 
     Args:
         out: Where the notes go.
         request: What is wanted of which base.
-        prepare: Checks it; a base may be fetched from the Hub for that.
+        check: Checks it; a base may be fetched from the Hub for that.
         describe: Says what will be done, in notes.
 
     Returns:
-        What `prepare` returns.
+        What `check` returns.
 
     """
     out.announce_base(request.base)
-    job = prepare(request)
+    job = check(request)
     out.notes([*job.notes, *describe(job)])
     if source := job.easel.opening.remote:
         out.quiet_hub_client()
@@ -98,6 +98,6 @@ def prepare_drawing(
     return job
 
 
-def place_of(job: DrawingJob) -> str:
+def device_text(job: DrawingJob) -> str:
     """Name the device and the dtype that pictures are drawn with."""
     return f"on {job.easel.device} in {job.easel.dtype}"
