@@ -22,12 +22,12 @@ from pathlib import Path
 import pytest
 
 from crdiff_export import errors
-from tests.support.source_code import FILES, PACKAGE, imports, parsed, relative, room
+from tests.support.source_code import FILES, PACKAGE, parsed, relative, room
 
 # Rooms whose docstrings do not pass yet; each entry goes when its room passes.
 TO_DOCUMENT = {
-    *("bake", "calibrate", "evaluate", "export", "hub", "models", "progress", "prune", "publish"),
-    *("sampling", "search", "sizes", "verify"),
+    *("bake", "calibrate", "evaluate", "export", "hub", "models", "prune", "publish"),
+    *("sampling", "search", "verify"),
 }
 ERRORS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
 SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Shape|Example|Examples|Note|Source|Attributes):", re.MULTILINE)
@@ -37,44 +37,43 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @cache
 def shared_names() -> frozenset[str]:
-    """Full names of everything that a room lists in `__all__` or that a module of another room imports."""
-    names = set()
+    """Full names of everything that a room lists in `__all__`, or that a module of another room imports or uses."""
+    names: set[str] = set()
     for path in FILES:
-        mine = room(path)
-        for name in imports(path, types=True):
-            parts = name.split(".")
-            if parts[0] == PACKAGE.name and parts[1:2] != [mine]:
-                names.add(name)
+        uses = {
+            node: node.value.id
+            for node in ast.walk(parsed(path))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        }
+        for name, full in imported(path):
+            if full.split(".")[0] == PACKAGE.name and full.split(".")[1:2] != [room(path)]:
+                names |= {full, *(f"{full}.{node.attr}" for node, used in uses.items() if used == name)}
         if path.name == "__init__.py":
-            exported = next((node for node in parsed(path).body if _is_all(node)), None)
-            listed = ast.literal_eval(exported.value) if isinstance(exported, ast.Assign) else ()
-            sources = {name.rpartition(".")[2]: name for name in imports(path, types=True)}
-            names |= {sources[name] for name in listed if name in sources}
+            names |= {full for name, full in imported(path) if name in exported(path)}
     return frozenset(names)
 
 
-def _is_all(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+def imported(path: Path) -> Iterator[tuple[str, str]]:
+    """What a module imports from others: the name that it has there, and the full name."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def shared_modules() -> set[str]:
-    """Modules that another room imports whole: all of their public names are shared."""
-    return {name for name in shared_names() if _file(name) is not None}
-
-
-def _file(name: str) -> Path | None:
-    path = PACKAGE.parent.joinpath(*name.split("."))
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file in FILES), None)
+def exported(path: Path) -> list[str]:
+    """The names in `__all__`."""
+    for node in parsed(path).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names: list[str] = ast.literal_eval(node.value)
+            return names
+    return []
 
 
 def shared_functions(path: Path) -> Iterator[tuple[str, Function]]:
     """Functions of a module, and public methods of its classes, that other rooms use."""
     module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-    whole = module in shared_modules()
     for node in parsed(path).body:
-        if not isinstance(node, Function | ast.ClassDef) or node.name.startswith("_"):
-            continue
-        if not (whole and _used(node.name)) and f"{module}.{node.name}" not in shared_names():
+        if not isinstance(node, Function | ast.ClassDef) or f"{module}.{node.name}" not in shared_names():
             continue
         if isinstance(node, Function):
             yield node.name, node
@@ -82,16 +81,6 @@ def shared_functions(path: Path) -> Iterator[tuple[str, Function]]:
         for method in node.body:
             if isinstance(method, Function) and not method.name.startswith("_"):
                 yield f"{node.name}.{method.name}", method
-
-
-@cache
-def _attributes() -> frozenset[str]:
-    return frozenset(n.attr for path in FILES for n in ast.walk(parsed(path)) if isinstance(n, ast.Attribute))
-
-
-def _used(name: str) -> bool:
-    """Whether some module of the package uses a name as an attribute: `module.name`."""
-    return name in _attributes()
 
 
 def parameters(function: Function) -> list[str]:
