@@ -132,12 +132,12 @@ def measure(asked: Asked, size: str, criterion: str, which: str) -> str:
     )  # fmt: skip
     said = {
         "ratios": dict(found.subjects[0].ratios), "pairs": len(found.pairs),
-        "scores": {one.drawn.name: [score.value for score in one.drawn.scores] for one in found.findings},
-        "right": {one.drawn.name: one.right and one.right.value for one in found.findings},
+        "scores": {one.model.name: [score.value for score in one.model.scores] for one in found.findings},
+        "right": {one.model.name: one.right and one.right.value for one in found.findings},
         "facts": found.facts,
     }  # fmt: skip
     path.write_text(json.dumps(said))
-    told = ", ".join(f"{f.drawn.name} {f.mean.value:.4f}" for f in found.findings)
+    told = ", ".join(f"{f.model.name} {f.mean.value:.4f}" for f in found.findings)
     return f"{path.name}: {told}"
 
 

@@ -33,7 +33,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
 # Rooms that run models; publishing must work where none of their libraries is installed.
 RUN_MODELS = ("search", "evaluate", "calibrate", "sampling")
 HEAVY = {
-    *("numpy", "numba", "torch", "safetensors", "huggingface_hub", "diffusers", "transformers", "matplotlib"),
+    *("numpy", "numba", "torch", "safetensors", "huggingface_hub", "diffusers", "transformers", "matplotlib", "jinja2"),
     *("optuna", "scipy", "cmaes", "sqlalchemy", "psycopg", "torch_fidelity"),
 }
 # Modules that are themselves imported inside functions, and so may import heavy libraries at their top.
@@ -45,7 +45,7 @@ LOADED_LATE = (
     *(f"sampling/poa/{name}" for name in ("sampling", "hooks", "layers", "batch")),
     *("sampling/session",),
     *(f"calibrate/{name}" for name in ("collect", "denoise", "gradients", "runner")),
-    *("evaluate/measure", "evaluate/preview/render"),
+    *("evaluate/render", "evaluate/preview/render"),
     *(f"evaluate/scorers/{name}" for name in ("aesthetic", "blip", "clip", "demo_scorer", "image_reward", "weights")),
     *(f"search/{name}" for name in ("journal", "ledger", "pruning", "study")),
 )
@@ -56,7 +56,8 @@ ONLY_IN = {
     "torch": {"prune", "sampling", "evaluate", "calibrate"},
     "numba": {"prune"},
     "diffusers": {"sampling"},
-    "PIL": {"evaluate", "search", "calibrate"},
+    "PIL": {"evaluate", "calibrate"},
+    "jinja2": {"evaluate"},
     "matplotlib": {"evaluate", "search"},
     "optuna": {"search"},
     "scipy": {"search"},

@@ -6,7 +6,7 @@ from crdiff_export.cli import drawing, options
 from crdiff_export.cli.command import command, option, option_group
 from crdiff_export.cli.evaluation_json import pairs_json, subject_json
 from crdiff_export.cli.output import Facts, Output, Result, Table
-from crdiff_export.evaluate import EvaluateRequest, Evaluation, Job, count, prepare, run, write
+from crdiff_export.evaluate import EvaluateJob, EvaluateRequest, Evaluation, draw, measure, prepare, write
 from crdiff_export.evaluate.scorers import inception
 
 
@@ -63,14 +63,14 @@ def evaluate(
     job = drawing.prepare(out, request, prepare, _describe)
     with out.progress() as display:
         with out.stopper.watch(display) as progress:
-            counted = count(job, progress)
-        evaluation = run(job, counted, display)
+            counted = measure(job, progress)
+        evaluation = draw(job, counted, display)
     out.show(_result(job, evaluation))  # before anything is written, for it took long
     write(job, evaluation)
     out.print(str(path) for path in job.outputs)
 
 
-def _describe(job: Job) -> list[str]:
+def _describe(job: EvaluateJob) -> list[str]:
     prompts = len({prompt for prompt, _ in job.pairs})
     fetched = job.fid and not job.fid.weights and (url := inception.absent())
     return [
@@ -79,17 +79,17 @@ def _describe(job: Job) -> list[str]:
     ]
 
 
-def _result(job: Job, evaluation: Evaluation) -> Result:
+def _result(job: EvaluateJob, evaluation: Evaluation) -> Result:
     from crdiff_export.evaluate import report_text
 
     table = Table(*report_text.table(evaluation), report_text.NUMERIC)
     return Result(_as_json(job, evaluation), [Facts(evaluation.facts), "", table], bare=[table], notes=evaluation.notes)
 
 
-def _as_json(job: Job, evaluation: Evaluation) -> dict[str, Any]:
+def _as_json(job: EvaluateJob, evaluation: Evaluation) -> dict[str, Any]:
     sizes = [
         subject_json(evaluation, subject) | {
-            "ratios_for": str(subject.of), "ratios": dict(subject.ratios),
+            "ratios_for": str(subject.ratios_for), "ratios": subject.ratios,
             "provenance": subject.variant.provenance, "ratios_from": subject.variant.source,
         }
         for subject in evaluation.subjects

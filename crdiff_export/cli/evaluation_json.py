@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from crdiff_export.evaluate.findings import Evaluation, Finding, Subject
+from crdiff_export.evaluate.results import Evaluation, Finding, Subject
 from crdiff_export.evaluate.statistics import Estimate
 
 
@@ -19,12 +19,12 @@ def subject_json(evaluation: Evaluation, subject: Subject) -> dict[str, Any]:
 
 
 def _finding_json(finding: Finding) -> dict[str, Any]:
-    drawn = finding.drawn
+    model = finding.model
     return {
-        "model": drawn.name, "poa_weight": drawn.weight, "score": _estimate_json(finding.mean),
-        "minus_dense": _estimate_json(finding.difference), "right": _estimate_json(finding.right), "fid": drawn.fid,
+        "model": model.name, "poa_weight": model.weight, "score": _estimate_json(finding.mean),
+        "minus_dense": _estimate_json(finding.difference), "right": _estimate_json(finding.right), "fid": model.fid,
         "parts": dict(finding.parts), "verdict": finding.difference.verdict if finding.difference else None,
-        "scores": [score.value for score in drawn.scores], "seconds": round(drawn.seconds, 3),
+        "scores": [score.value for score in model.scores], "seconds": round(model.seconds, 3),
     }  # fmt: skip
 
 

@@ -7,8 +7,8 @@ import click
 from crdiff_export.cli import drawing, options
 from crdiff_export.cli.command import command, option, option_group
 from crdiff_export.cli.output import Facts, Output, Result
-from crdiff_export.evaluate.preview import Job, Preview, PreviewRequest, draw, measure, prepare
-from crdiff_export.evaluate.preview.wording import criterion_of, ratios_of, standing
+from crdiff_export.evaluate.comparison import model_name
+from crdiff_export.evaluate.preview import Preview, PreviewJob, PreviewRequest, draw, measure, prepare, write
 from crdiff_export.formats.text import plural
 
 FRACTION = click.FloatRange(0, 1)
@@ -68,40 +68,38 @@ def preview(
     with out.progress() as display:
         with out.stopper.watch(display) as progress:
             source = measure(job, progress)
-        made = draw(job, source, display)
+        made = write(draw(job, source, display))
     files = [str(path) for path in made.files]
     return Result(
         _as_json(made), [Facts((*made.facts, ("pictures", _times(made)))), *files], bare=files, notes=made.notes
     )
 
 
-def _describe(job: Job) -> list[str]:
-    rows, names = job.pictures // len(job.columns), ", ".join(column.name for column in job.columns)
-    return [f"{plural(job.pictures, 'picture')}, {plural(rows, 'row')} of {names}, {drawing.device_text(job)}"]
+def _describe(job: PreviewJob) -> list[str]:
+    rows, pictures = plural(job.rows, "row"), plural(job.rows * len(job.weights), "picture")
+    return [f"{pictures}, {rows} of {', '.join(job.columns)}, {drawing.device_text(job)}"]
 
 
 def _times(made: Preview) -> str:
-    columns = made.job.columns
-    seconds = {c: [p.seconds for p in made.taken.pictures if p.column == c] for c in columns}
-    each = ", ".join(f"{column.name} {sum(times) / len(times):.1f} s" for column, times in seconds.items())
-    return f"{len(made.taken.pictures)} ({each} each)"
+    seconds = {w: [p.seconds for p in made.pictures if p.weight == w] for w in made.job.weights}
+    each = ", ".join(f"{model_name(weight)} {sum(times) / len(times):.1f} s" for weight, times in seconds.items())
+    return f"{len(made.pictures)} ({each} each)"
 
 
 def _as_json(made: Preview) -> dict[str, Any]:
-    job, taken = made.job, made.taken
-    provenance = job.baked.stamp.provenance if job.baked else job.plan.variant.provenance
+    job = made.job
     return {
         "files": [str(path) for path in made.files], "base": job.easel.base.name, "family": job.plan.match.family.id,
-        "resolution": str(job.size), "native": str(job.easel.native), "ratios": ratios_of(job),
-        "provenance": provenance, "ratios_from": standing(job),
-        "criterion": criterion_of(job), "baked": str(job.request.baked) if job.request.baked else None,
-        "columns": [{"name": column.name, "poa_weight": column.weight} for column in job.columns],
-        "poa_start": job.request.start, "poa_stop": job.request.stop, "steps": taken.steps,
-        "guidance": taken.guidance, "scheduler": taken.scheduler, "negative": job.request.negative,
+        "resolution": str(job.size), "native": str(job.easel.native), "ratios": job.ratios,
+        "provenance": job.provenance, "ratios_from": job.ratios_from,
+        "criterion": job.criterion, "baked": str(job.request.baked) if job.request.baked else None,
+        "columns": [{"name": model_name(weight), "poa_weight": weight} for weight in job.weights],
+        "poa_start": job.request.start, "poa_stop": job.request.stop, "steps": made.steps,
+        "guidance": made.guidance, "scheduler": made.scheduler, "negative": job.request.negative,
         "device": job.easel.device, "dtype": job.easel.dtype,
         "pictures": [
-            {"column": p.column.name, "prompt": p.prompt, "seed": p.seed, "seconds": round(p.seconds, 3)}
-            for p in taken.pictures
+            {"column": model_name(p.weight), "prompt": p.prompt, "seed": p.seed, "seconds": round(p.seconds, 3)}
+            for p in made.pictures
         ],
         "notes": [*job.notes, *made.notes],
     }  # fmt: skip

@@ -14,7 +14,7 @@ from crdiff_export.cli.evaluation_json import pairs_json, subject_json
 from crdiff_export.cli.output import Block, Facts, Output, Result, Table
 from crdiff_export.cli.signals import Stopped
 from crdiff_export.evaluate import scorers
-from crdiff_export.evaluate.findings import Evaluation
+from crdiff_export.evaluate.results import Evaluation
 from crdiff_export.formats.text import plural
 from crdiff_export.search import report_text
 from crdiff_export.search.engine import METHODS

@@ -1,11 +1,12 @@
-"""What was measured of a variant, as a recipe carries it."""
+"""The evidence that a recipe carries: what was measured of a variant."""
 
 import hashlib
 from dataclasses import replace
 from importlib.metadata import version
 
 from crdiff_export.bake.metadata import tool_version
-from crdiff_export.evaluate.findings import DENSE, PRUNED, Evaluation, Subject
+from crdiff_export.evaluate.comparison import DENSE, PRUNED
+from crdiff_export.evaluate.results import Evaluation, Subject
 from crdiff_export.evaluate.statistics import Estimate
 from crdiff_export.models.recipe import Evidence, Scalar, Variant
 from crdiff_export.prune.criterion_choice import MAGNITUDE
@@ -13,62 +14,72 @@ from crdiff_export.prune.criterion_choice import MAGNITUDE
 DIGITS = 6  # significant ones
 
 
-def variant(found: Evaluation, subject: Subject) -> Variant:
-    """The subject's variant for its size, with the evidence; where its ratios come from stays what it was.
+def variant(evaluation: Evaluation, subject: Subject) -> Variant:
+    """Make the variant for a subject's size, with its evidence.
 
-    Those of another size are a starting point for this one, whoever tuned them there.
+    Args:
+        evaluation: The evaluation.
+        subject: The subject that was drawn.
+
+    Returns:
+        The subject's variant. Ratios that were tuned for another size are only a starting point for this one.
     """
     known = subject.variant
-    if subject.borrowed:
-        known = replace(
-            known, provenance="starting-point", evidence=None, source=f"{known.source}; those for {known.resolution}"
-        )
-    return replace(known, resolution=subject.of, evidence=measured(found, subject) or known.evidence)
+    if subject.is_borrowed:
+        source = f"{known.source}; those for {known.resolution}"
+        known = replace(known, provenance="starting-point", evidence=None, source=source)
+    return replace(known, resolution=subject.ratios_for, evidence=measured(evaluation, subject) or known.evidence)
 
 
-def measured(found: Evaluation, subject: Subject) -> Evidence | None:
-    """Means of the dense and the pruned model, and the interval of their difference; None where nothing is pruned.
+def measured(evaluation: Evaluation, subject: Subject) -> Evidence | None:
+    """Return what was measured of a subject.
 
-    The same of POA at the variant's weight, if that was drawn, is in `extra`.
+    Args:
+        evaluation: The evaluation.
+        subject: The subject that was drawn.
+
+    Returns:
+        The means of the dense and the pruned model, the interval of their difference, and in `extra` the same of POA
+        at the variant's weight, if that was drawn. None if nothing was pruned.
     """
-    by_weight = {finding.drawn.weight: finding for finding in found.of(subject)}
+    by_weight = {finding.model.weight: finding for finding in evaluation.of(subject)}
     if PRUNED not in by_weight:
         return None
     pruned = by_weight[PRUNED]
     assert pruned.difference
     # An interval over the pictures of one prompt says nothing about others.
-    claims = len(found.prompts) > 1 or subject.variant.prompt is not None
+    is_general = len(evaluation.prompts) > 1 or subject.variant.prompt is not None
     extra: dict[str, Scalar] = {}
     amplified = by_weight.get(subject.variant.poa_weight)
     if amplified and amplified.difference and amplified is not pruned:
         extra["poa"] = _rounded(amplified.mean.value)
-        if claims and (ends := _ends(amplified.difference)):
+        if is_general and (ends := _interval(amplified.difference)):
             extra |= {"poa_low": ends[0], "poa_high": ends[1]}
-    prompts = "\n".join(f"{prompt}\t{seed}" for prompt, seed in found.pairs)
-    if found.criterion != MAGNITUDE:
-        extra["criterion"] = found.criterion
-    if found.calibration:
-        extra["calibration"] = found.calibration
+    if evaluation.criterion != MAGNITUDE:
+        extra["criterion"] = evaluation.criterion
+    if evaluation.calibration:
+        extra["calibration"] = evaluation.calibration
+    pairs = "\n".join(f"{prompt}\t{seed}" for prompt, seed in evaluation.pairs)
     extra |= {
-        "pictures": len(found.pairs),
-        "pairs_sha256": hashlib.sha256(prompts.encode()).hexdigest()[:16],
+        "pictures": len(evaluation.pairs),
+        "pairs_sha256": hashlib.sha256(pairs.encode()).hexdigest()[:16],
         "crdiff": tool_version(),
         "diffusers": version("diffusers"),
         "torch": version("torch"),
     }
     return Evidence(
-        scorer=found.scorer,
+        scorer=evaluation.scorer,
         pruned=_rounded(pruned.mean.value),
         dense=_rounded(by_weight[DENSE].mean.value),
-        prompts=len(found.prompts),
-        interval=_ends(pruned.difference) if claims else None,
+        prompts=len(evaluation.prompts),
+        interval=_interval(pruned.difference) if is_general else None,
         extra=extra,
     )
 
 
-def _ends(estimate: Estimate) -> tuple[float, float] | None:
+def _interval(estimate: Estimate) -> tuple[float, float] | None:
     return (_rounded(estimate.low), _rounded(estimate.high)) if estimate.bounded else None
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}") + 0.0  # which is never -0.0
+    return float(f"{value:.{DIGITS}g}") + 0.0  # turns -0.0 into 0.0

@@ -1,7 +1,7 @@
-"""FID: how far a model's pictures are, as a set, from those of a reference. It is told, and nothing follows from it.
+"""FID: how far a model's pictures are, as a set, from those of a reference. It is shown, and nothing follows from it.
 
-One number for a whole set has no picture to be paired with, is too large for small sets, and by an amount that depends
-on the model: so there is no interval, and no verdict.
+FID is one number for a whole set. It has no picture to be paired with, and for small sets it is too large by an amount
+that depends on the model; so there is no interval and no verdict.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from crdiff_export.errors import OptionError
-from crdiff_export.evaluate.frechet import Moments, Reference
+from crdiff_export.evaluate.frechet import Moments, ReferenceMoments
 from crdiff_export.evaluate.scorers import inception
 from crdiff_export.formats.text import printable
 from crdiff_export.progress import Progress
@@ -22,17 +22,17 @@ from crdiff_export.sizes import Size
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DENSE: Final = "dense"
-# src: `samples_find_ext` of torch-fidelity; as there, folders in a folder are not looked into.
-KINDS: Final = (".png", ".jpg", ".jpeg")
+DENSE_REFERENCE: Final = "dense"
+# src: `samples_find_ext` of torch-fidelity, which does not look into folders inside the folder, either.
+SUFFIXES: Final = (".png", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True, slots=True)
-class Against:
-    """What FID is to be taken against: the `files` of a folder, or with none what the dense model draws at its size.
+class FidReference:
+    """What an FID is taken against: the `files` of a folder, or without files what the dense model draws.
 
-    `name` is fit for others to read: of a folder's path only the last part. `weights` is the network's file, where it
-    is not to come from the cache.
+    `name` may be published: of a folder's path it has only the last part. `weights` is the file of the network, where
+    it is not to come from the cache.
     """
 
     name: str
@@ -41,18 +41,18 @@ class Against:
     weights: Path | None = None
 
     @property
-    def drawn(self) -> bool:
-        """Whether the reference has to be drawn."""
+    def is_drawn(self) -> bool:
+        """Whether the dense model has to draw the reference."""
         return not self.files
 
-    def fact(self, native: Size) -> str:
-        """What the number is, for people."""
-        own = f"of the dense model at {native}, of the same prompts from other noise"
-        whose = own if self.drawn else f"in {printable(self.name)}"
-        return f"against {self.pictures} pictures {whose}, by {inception.NAME}; 0 for sets that are alike"
+    def describe(self, native: Size) -> str:
+        """Say what the number means."""
+        drawn = f"of the dense model at {native}, of the same prompts from other noise"
+        where = drawn if self.is_drawn else f"in {printable(self.name)}"
+        return f"against {self.pictures} pictures {where}, by {inception.NAME}; 0 for sets that are alike"
 
     def notes(self, pictures: int) -> Iterator[str]:
-        """What to know before the number is believed."""
+        """Yield what to know before one believes the FID of a set of `pictures`."""
         if (fewest := min(pictures, self.pictures)) < inception.FEATURES:
             yield (
                 f"FID of {fewest} pictures: of less than {inception.FEATURES}, the number of features, a covariance is "
@@ -63,104 +63,133 @@ class Against:
             yield "FID: some of the reference are JPEG files, and what that leaves in a picture counts as well"
 
 
-def choose(asked: str | None, weights: Path | None, pictures: int) -> Against | None:
-    """What was asked for, if anything; a CrdiffError where it is not there, or too little for a covariance."""
-    if asked is None:
+def choose(source: str | None, weights: Path | None, pictures: int) -> FidReference | None:
+    """Choose the reference.
+
+    Args:
+        source: A folder of pictures, "dense", or None for no FID.
+        weights: The file of the network; None takes it from torch's cache.
+        pictures: How many pictures each model draws.
+
+    Returns:
+        The reference, or None for no FID.
+
+    Raises:
+        OptionError: There is no such folder, or there are too few pictures for a covariance.
+        ScorerError: torch-fidelity or the file of the network is missing.
+    """
+    if source is None:
         if weights:
             raise OptionError("--fid-weights without --fid", "Say what to take the FID against, or leave it out.")
         return None
     inception.check(weights)
-    folder = None if asked == DENSE else Path(asked).expanduser()
-    files = _listed(folder) if folder else ()
-    found = Against(folder.resolve().name if folder else DENSE, files, len(files) if folder else pictures, weights)
-    if min(pictures, found.pictures) < 2:
+    if source == DENSE_REFERENCE:
+        reference = FidReference(DENSE_REFERENCE, (), pictures, weights)
+    else:
+        folder = Path(source).expanduser()
+        files = _picture_files(folder)
+        reference = FidReference(folder.resolve().name, files, len(files), weights)
+    if min(pictures, reference.pictures) < 2:
         raise OptionError("FID of a single picture, which has no covariance", "It takes some thousands of either set.")
-    return found
+    return reference
 
 
-class Meter:
-    """Takes the FID of one set of pictures after the other against the same reference."""
+class FidMeter:
+    """Measures the FID of one set of pictures after the other against the same reference."""
 
-    def __init__(self, asked: Against, network: inception.Inception) -> None:
-        self.asked = asked
+    def __init__(self, reference: FidReference, network: inception.Inception) -> None:
+        self._reference = reference
         self._network = network
-        self._reference: Reference | None = None
+        self._moments: ReferenceMoments | None = None
         self._hash: str | None = None
 
-    def start(self) -> Moments:
-        """Of a set that nothing is in yet."""
+    def moments(self) -> Moments:
+        """Return the moments of an empty set."""
         return Moments(inception.FEATURES)
 
-    def see(self, moments: Moments, images: "Iterable[Image]") -> None:
-        """Some more pictures of a set."""
+    def add(self, moments: Moments, images: "Iterable[Image]") -> None:
+        """Add pictures to a set."""
         for rows in self._network.features(images):
             moments.add(rows)
 
-    def refer(self, moments: Moments) -> None:
-        """From here on this is the reference."""
-        self._reference = Reference.of(moments)
+    def set_reference(self, batches: "Iterable[Iterable[Image]]") -> None:
+        """Take these pictures as the reference."""
+        moments = self.moments()
+        for images in batches:
+            self.add(moments, images)
+        self._moments = ReferenceMoments.of(moments)
 
-    def read(self, progress: Progress) -> None:
-        """Take the folder's pictures for the reference; OptionError for a damaged one."""
-        progress.stage("reference", len(self.asked.files), "pictures")
-        digest, moments = hashlib.sha256(), self.start()
+    def read_reference(self, progress: Progress) -> None:
+        """Take the folder's pictures as the reference; OptionError for a damaged one."""
+        files = self._reference.files
+        progress.stage("reference", len(files), "pictures")
+        digest = hashlib.sha256()
 
-        def pictures() -> "Iterator[Image]":
-            for path in self.asked.files:
-                image, data_hash = _opened(path)
-                digest.update(data_hash)
+        def images() -> "Iterator[Image]":
+            for path in files:
+                image, file_hash = _read(path)
+                digest.update(file_hash)
                 yield image
                 progress.advance(1)
 
-        self.see(moments, pictures())
+        self.set_reference([images()])
         self._hash = digest.hexdigest()
-        self.refer(moments)
 
     def distance(self, moments: Moments) -> float:
-        """The FID of a set."""
-        assert self._reference
-        return self._reference.distance(moments)
+        """Return the FID of a set."""
+        assert self._moments
+        return self._moments.distance(moments)
 
     def record(self, pictures: int) -> dict[str, Any]:
-        """What the numbers are of, for a program."""
+        """Return what the numbers depend on, for JSON."""
         return {
-            "reference": self.asked.name, "reference_pictures": self.asked.pictures, "reference_sha256": self._hash,
-            "pictures": pictures, "features": self._network.fingerprint(),
+            "reference": self._reference.name, "reference_pictures": self._reference.pictures,
+            "reference_sha256": self._hash, "pictures": pictures, "features": self._network.fingerprint(),
         }  # fmt: skip
 
 
-def opened(asked: Against | None, device: str, progress: Progress) -> Meter | None:
-    """A meter with its network and, if that is a folder, its reference; None where there is nothing to take."""
-    if asked is None:
+def open_meter(reference: FidReference | None, device: str, progress: Progress) -> FidMeter | None:
+    """Open the network and, if the reference is a folder, read it.
+
+    Args:
+        reference: The reference that was chosen.
+        device: The device of the network, as torch names it.
+        progress: Is told how many pictures of a folder have been read.
+
+    Returns:
+        The meter, or None where no FID is wanted.
+
+    Raises:
+        CrdiffError: The network or a picture cannot be opened.
+    """
+    if reference is None:
         return None
-    meter = Meter(asked, inception.load(device, asked.weights))
-    if not asked.drawn:
-        meter.read(progress)
+    meter = FidMeter(reference, inception.load(device, reference.weights))
+    if not reference.is_drawn:
+        meter.read_reference(progress)
     return meter
 
 
-def _listed(folder: Path) -> tuple[Path, ...]:
+def _picture_files(folder: Path) -> tuple[Path, ...]:
     try:
-        found = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in KINDS and path.is_file()))
+        files = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()))
     except OSError as error:
-        raise OptionError(
-            f"{folder}: {error.strerror}", "Give --fid a folder of PNG or JPEG pictures, or the word dense."
-        ) from error
-    if not found:
-        raise OptionError(f"{folder}: has no picture", f"FID takes what ends in {', '.join(KINDS)}.")
-    return found
+        hint = "Give --fid a folder of PNG or JPEG pictures, or the word dense."
+        raise OptionError(f"{folder}: {error.strerror}", hint) from error
+    if not files:
+        raise OptionError(f"{folder}: has no picture", f"FID takes what ends in {', '.join(SUFFIXES)}.")
+    return files
 
 
-def _opened(path: Path) -> "tuple[Image, bytes]":
-    """A picture in RGB, and the hash of its file."""
+def _read(path: Path) -> "tuple[Image, bytes]":
+    """Read a picture as RGB, and the hash of its file."""
     from PIL import Image
 
     try:
         data = path.read_bytes()
-        with warnings.catch_warnings(action="ignore"):  # of a picture that is very large, or has odd metadata
+        with warnings.catch_warnings(action="ignore"):  # about a very large picture, or odd metadata
             image = Image.open(io.BytesIO(data)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OptionError(
-            f"{path}: cannot be read as a picture: {printable(str(error))}", "Mend it, or take it out of the folder."
-        ) from error
+        message = f"{path}: cannot be read as a picture: {printable(str(error))}"
+        raise OptionError(message, "Mend it, or take it out of the folder.") from error
     return image, hashlib.sha256(data).digest()

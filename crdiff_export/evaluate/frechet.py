@@ -1,4 +1,4 @@
-"""The Fréchet distance of two sets of rows, each taken for a normal distribution: only numpy, and no row is kept."""
+"""The Fréchet distance of two sets of rows, each taken for a normal distribution: with numpy alone, and no row kept."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Moments:
-    """The mean and the covariance of rows that come some at a time, in memory that does not grow."""
+    """The mean [width] and the covariance [width, width] of rows that come in parts, in memory that does not grow."""
 
     def __init__(self, width: int) -> None:
         import numpy as np
@@ -21,10 +21,13 @@ class Moments:
         self._scatter: Grid = np.zeros((width, width))
 
     def add(self, rows: "Grid") -> None:
-        """Count some more rows.
+        """Add rows.
 
         src: Chan, Golub and LeVeque 1983, The American Statistician 37(3): the sums about each part's own mean are
         added, and a term for how far apart the two means are.
+
+        Args:
+            rows: [count, width], float64.
         """
         mean = rows.mean(0)
         centred, apart, total = rows - mean, mean - self.mean, self.count + len(rows)
@@ -35,31 +38,30 @@ class Moments:
 
     @property
     def covariance(self) -> "Grid":
-        """The unbiased one, as `numpy.cov` has it; of two rows at least."""
+        """The unbiased covariance, as `numpy.cov` has it; there must be two rows at least."""
         assert self.count > 1
         return self._scatter / (self.count - 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reference:
-    """What sets are compared with. Its covariance is R Rᵀ, where R is `root`, with as many columns as that has rank."""
+class ReferenceMoments:
+    """The set that others are compared with. Its covariance is R Rᵀ, where R is `root` [width, rank]."""
 
-    count: int
     mean: "Grid"
     root: "Grid"
 
     @classmethod
-    def of(cls, moments: Moments) -> "Reference":
-        """The set with these moments."""
+    def of(cls, moments: Moments) -> "ReferenceMoments":
+        """Take the root of a set's covariance."""
         import numpy as np
 
         values, vectors = np.linalg.eigh(moments.covariance)
-        # What rounding leaves of a value that is 0 is no direction; numpy.linalg.matrix_rank draws the line there, too.
+        # Smaller values are what rounding leaves of 0; numpy.linalg.matrix_rank draws the line there, too.
         real = values > values[-1] * len(values) * np.finfo(np.float64).eps
-        return cls(moments.count, moments.mean, vectors[:, real] * np.sqrt(values[real]))
+        return cls(moments.mean, vectors[:, real] * np.sqrt(values[real]))
 
     def distance(self, other: Moments) -> float:
-        """|m₁ - m₂|² + tr(C₁ + C₂ - 2 (C₁ C₂)^½), which is the square of a distance and is what an FID is.
+        """Return |m₁ - m₂|² + tr(C₁ + C₂ - 2 (C₁ C₂)^½), which is the square of a distance and is called the FID.
 
         src: Dowson and Landau 1982, Journal of Multivariate Analysis 12(3), eq. 4; Heusel et al. 2017, NeurIPS, eq. 6.
         The trace of the root is the sum of the roots of C₁ C₂'s eigenvalues, and with C₁ = R Rᵀ those other than 0 are

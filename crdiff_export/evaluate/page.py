@@ -1,65 +1,60 @@
-"""An evaluation as one HTML page: numbers, plot, and the pictures where the models differ most; nothing elsewhere."""
+"""The HTML page of an evaluation: numbers, plot, and the pictures where the models differ most."""
 
 import io
 from collections.abc import Iterator
-from html import escape
+from typing import Final
 
 from PIL import Image
 
 from crdiff_export.evaluate import plot, report_text
-from crdiff_export.evaluate.findings import Evaluation, Subject
-from crdiff_export.evaluate.report import Contact, Row, Shot, page
+from crdiff_export.evaluate.comparison import Facts
+from crdiff_export.evaluate.report import ContactSheet, SheetPicture, SheetRow, page
+from crdiff_export.evaluate.report.page import PageSection
+from crdiff_export.evaluate.results import Evaluation, Subject
 from crdiff_export.formats.text import printable
 
-SHOWN = 8
+# Pictures of each subject.
+SHOWN: Final = 8
 
 
-def render(found: Evaluation) -> str:
-    """The page."""
-    body = "".join((*_table(found), *_plot(found), *_pictures(found)))
-    title = f"{printable(found.base)}: dense, pruned and POA"
-    small = max((max(s.size.width, s.size.height) for s in found.subjects), default=0) <= page.SMALL
-    facts = (*found.facts, *(("note", printable(text, limit=1000)) for text in found.notes))
-    return page.frame(title, facts, body, small=small)
+def render(evaluation: Evaluation) -> str:
+    """Render the page."""
+    notes = [("note", printable(text, limit=1000)) for text in evaluation.notes]
+    title = f"{printable(evaluation.base)}: dense, pruned and POA"
+    return page.render(title, (*evaluation.facts, *notes), list(_sections(evaluation)))
 
 
-def _table(found: Evaluation) -> Iterator[str]:
-    columns, lines = report_text.table(found)
-    yield "<section><h2>Scores</h2><table class=numbers><tr>"
-    yield from (f"<th scope=col>{escape(name)}</th>" for name in columns)
-    yield "</tr>"
-    for row in lines:
-        yield f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
-    yield "</table></section>"
+def differences(evaluation: Evaluation, subject: Subject, title: str, facts: Facts = ()) -> ContactSheet:
+    """Make a sheet of the pictures where pruning changes the score most.
 
+    Args:
+        evaluation: The evaluation.
+        subject: The size and the ratios.
+        title: What stands above the pictures.
+        facts: Facts for the sheet.
 
-def _plot(found: Evaluation) -> Iterator[str]:
-    svg = plot.draw(found, "svg").decode()
-    yield f"<section><h2>Score against size</h2>{svg[svg.index('<svg') :]}</section>"
-
-
-def _pictures(found: Evaluation) -> Iterator[str]:
-    number = 0
-    for subject in found.subjects:
-        contact = _contact(found, subject)
-        if contact.rows:
-            yield f"<section><h2>{escape(contact.title)}</h2></section>"
-            yield page.rows(contact, number)
-            number += sum(len(row.shots) for row in contact.rows)
-
-
-def _contact(found: Evaluation, subject: Subject) -> Contact:
-    """The rows where pruning changes the score most, for the worse first, then for the better."""
-    findings = found.of(subject)
+    Returns:
+        A row for each picture: those that pruning made worst come first, those it made best last.
+    """
+    models = [finding.model for finding in evaluation.of(subject)]
     rows = []
-    for place in found.most_different(subject, SHOWN):
-        prompt, seed = found.pairs[place]
-        shots = tuple(Shot(_opened(finding.drawn.images[place])) for finding in findings)
-        scores = ", ".join(f"{f.drawn.name} {f.drawn.scores[place].value:.4g}" for f in findings)
-        rows.append(Row(f"{prompt} ({scores})", seed, shots))
-    title = f"{report_text.where(found, subject)}: where the models differ most"
-    return Contact(title, (), tuple(finding.drawn.name for finding in findings), tuple(rows))
+    for index in evaluation.most_different(subject, SHOWN):
+        prompt, seed = evaluation.pairs[index]
+        scores = ", ".join(f"{model.name} {model.scores[index].value:.4g}" for model in models)
+        pictures = tuple(SheetPicture(_image(model.images[index])) for model in models)
+        rows.append(SheetRow(f"{prompt} ({scores})", seed, pictures))
+    return ContactSheet(title, facts, tuple(model.name for model in models), tuple(rows))
 
 
-def _opened(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
+def _sections(evaluation: Evaluation) -> Iterator[PageSection]:
+    yield PageSection("Scores", table=report_text.table(evaluation))
+    yield PageSection("Score against size", plot=plot.render(evaluation, "svg"))
+    for subject in evaluation.subjects:
+        title = f"{report_text.where(evaluation, subject)}: where the models differ most"
+        sheet = differences(evaluation, subject, title)
+        if sheet.rows:
+            yield PageSection(title, sheet=sheet)
+
+
+def _image(png: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(png)).convert("RGB")

@@ -4,21 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Grid = NDArray[np.float64]
-
-LEVEL: Final = 0.95
 RESAMPLES: Final = 10_000
-# Ours: resamples of fewer say little about what else might have been drawn.
+# Our choice: resamples of fewer say little about what else might have been drawn.
 FEWEST: Final = 8
-# Six that all go one way are what an exact sign test needs at 5 %.
+# Our choice: an exact sign test needs six changes that all go one way to show anything at 5 %.
 CHANGED: Final = 6
-# The standard normal distribution's quantile for a two-sided interval of that level.
+# The standard normal distribution's quantile for a two-sided interval of 95 %.
 _Z: Final = 1.959963984540054
 
 Verdict = Literal["better", "worse", "no difference shown", "too few to say"]
@@ -26,7 +19,7 @@ Verdict = Literal["better", "worse", "no difference shown", "too few to say"]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A number that was measured, and the ends of its 95 % interval, infinite where there were too few for one."""
+    """A measured number and the ends of its 95 % interval, which are infinite where there were too few samples."""
 
     value: float
     low: float
@@ -46,11 +39,17 @@ class Estimate:
 
 
 def mean(scores: Sequence[Sequence[float]]) -> Estimate:
-    """The mean of scores [prompt][picture], as an estimate of that over all such prompts.
+    """Estimate the mean score over all prompts of a kind.
 
-    The interval is an expanded percentile bootstrap (Hesterberg 2015, The American Statistician 69(4)) that draws
+    The interval is an expanded percentile bootstrap (Hesterberg 2015, The American Statistician 69(4)). It draws
     prompts, each with all of its pictures, since pictures of one prompt are no independent evidence; of a single prompt
-    it draws pictures. Of fewer than `FEWEST` of either there is none. Its resamples are the same each time.
+    it draws pictures. The resamples are the same each time.
+
+    Args:
+        scores: [prompt][picture], with the same number of pictures for each prompt.
+
+    Returns:
+        The mean; it has no interval for fewer than `FEWEST` prompts, or pictures of a single prompt.
     """
     import numpy as np
 
@@ -59,7 +58,7 @@ def mean(scores: Sequence[Sequence[float]]) -> Estimate:
     value = float(grid.mean())
     if len(units) < FEWEST:
         return Estimate(value, -math.inf, math.inf)
-    rng, rows = np.random.default_rng(0), max(1, 10**6 // len(units))  # so many at once: memory does not grow
+    rng, rows = np.random.default_rng(0), max(1, 10**6 // len(units))  # in parts, so that memory does not grow
     means = [
         units[rng.integers(len(units), size=(min(rows, RESAMPLES - done), len(units)))].mean(1)
         for done in range(0, RESAMPLES, rows)
@@ -70,31 +69,38 @@ def mean(scores: Sequence[Sequence[float]]) -> Estimate:
 
 
 def _tail(count: int) -> float:
-    """The share of resamples beyond either end, less than of many: resamples of few vary less than new samples would.
+    """Return the share of resamples beyond either end.
 
-    Student's quantile is the series of Abramowitz and Stegun, 26.7.5.
+    It is smaller for few samples, whose resamples vary less than new samples would. Student's quantile is the series of
+    Abramowitz and Stegun, 26.7.5.
     """
     free = count - 1
     student = _Z + (_Z**3 + _Z) / (4 * free) + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * free**2)
     return NormalDist().cdf(-student * math.sqrt(count / free))
 
 
-def difference(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> Estimate:
-    """The mean of `one` less that of `other`, of the same prompts and noise picture by picture.
+def difference(scores: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> Estimate:
+    """Estimate the mean of `scores` less that of `others`.
 
-    Where fewer than `CHANGED` differ at all the interval reaches to 0, whatever resamples of them say.
+    Args:
+        scores: [prompt][picture].
+        others: The same prompts and noise, picture by picture.
+
+    Returns:
+        The mean difference. Where fewer than `CHANGED` differ at all its interval reaches to 0, whatever the resamples
+        say.
     """
     import numpy as np
 
-    grid = np.asarray(one, np.float64) - np.asarray(other, np.float64)
-    found = mean(grid.tolist())
+    grid = np.asarray(scores, np.float64) - np.asarray(others, np.float64)
+    estimate = mean(grid.tolist())
     if np.count_nonzero(grid.mean(1) if len(grid) > 1 else grid) < CHANGED:
-        return Estimate(found.value, min(found.low, 0.0), max(found.high, 0.0))
-    return found
+        return Estimate(estimate.value, min(estimate.low, 0.0), max(estimate.high, 0.0))
+    return estimate
 
 
 def share(hits: int, total: int) -> Estimate:
-    """A share of pictures with its score interval (Wilson 1927), which is sound near 0 and 1 as well."""
+    """Estimate a share of pictures by its score interval (Wilson 1927), which is sound near 0 and 1, too."""
     part = hits / total
     spread = _Z * math.sqrt(part * (1 - part) / total + _Z**2 / (4 * total**2))
     middle, scale = part + _Z**2 / (2 * total), 1 + _Z**2 / total

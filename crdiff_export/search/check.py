@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from crdiff_export import evaluate
 from crdiff_export.evaluate import evidence, scorers
-from crdiff_export.evaluate.findings import Subject
+from crdiff_export.evaluate.results import Subject
 from crdiff_export.formats.text import printable
 from crdiff_export.hub import bases
 from crdiff_export.models import recipe_files
@@ -32,8 +32,6 @@ def count(found: Found) -> None:
 
 def checked(found: Found, progress: Progress) -> Found:
     """The same with its check, and the variant that was checked."""
-    from crdiff_export.evaluate import measure
-
     gc.collect()  # the search's pipeline, whose modules and hooks hold each other; there may be no room for two
     job = found.job
     planned = settled(found)
@@ -43,8 +41,8 @@ def checked(found: Found, progress: Progress) -> Found:
         request.base, (request.size,), scorer=job.scorer, pictures=job.pairs.pictures, seed=job.pairs.check[0][1],
         steps=request.steps, guidance=request.guidance, negative=request.negative, scorer_device=job.scorer_device,
     )  # fmt: skip
-    made = measure.take(
-        evaluate.Job(
+    made = evaluate.draw(
+        evaluate.EvaluateJob(
             asked, job.easel, planned, job.criterion, subjects, job.pairs.check, job.batch, job.scorer,
             job.scorer_device, outputs=(), notes=job.notes,
         ),

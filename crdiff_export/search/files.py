@@ -3,12 +3,11 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from crdiff_export.errors import OptionError
-from crdiff_export.evaluate.report import outputs
+from crdiff_export.evaluate.report import outputs, plots
 from crdiff_export.models import recipe_toml
 from crdiff_export.search.found import Found
 
@@ -44,8 +43,7 @@ def check(request: "SearchRequest", name: str) -> tuple[Path, ...]:
     found = outputs.check(asked, KINDS, what, force=request.force)
     if sum(path.suffix.lower() == RECIPE for path in found) > 1:
         raise OptionError("a search makes one recipe", "Give -o one .toml file.")
-    if any(path.suffix.lower() != RECIPE for path in found) and find_spec("matplotlib") is None:
-        raise OptionError("matplotlib is not installed, which plots need", '`pip install "crdiff-export[search]"`.')
+    plots.check_matplotlib(found)
     if request.sheet:
         sheet = outputs.check((request.sheet,), SHEETS, "neither a PNG nor an HTML file", force=request.force)
         if set(sheet) & set(found):
@@ -59,19 +57,16 @@ def write(found: Found) -> Found:
     recipe = found.recipe
     paths = [path for path in found.job.outputs if recipe or path.suffix.lower() != RECIPE]
 
-    def save(part: Path, kind: str) -> None:
-        if kind == RECIPE:
-            assert recipe
-            part.write_text(recipe_toml.dump(recipe), encoding="utf-8")
-            return
-        from crdiff_export.search import page, plot
+    from crdiff_export.search import page, plot
 
-        if kind == ".html":
-            part.write_text(page.render(found), encoding="utf-8")
-        else:
-            part.write_bytes(plot.draw(found, kind.removeprefix(".")))
-
-    outputs.write(paths, save, replace=request.force)
+    makers: outputs.Makers = {
+        ".html": lambda: page.render(found),
+        ".png": lambda: plot.draw(found, "png"),
+        ".svg": lambda: plot.draw(found, "svg"),
+    }
+    if recipe:
+        makers = {RECIPE: lambda: recipe_toml.dump(recipe), **makers}
+    outputs.write(paths, makers, replace=request.force)
     if request.sheet and found.evaluation and not request.worker:
         _write_sheet(found, [request.sheet], replace=request.force)
         paths.append(request.sheet)
@@ -83,8 +78,5 @@ def _write_sheet(found: Found, paths: Sequence[Path], *, replace: bool) -> None:
     from crdiff_export.search import pictures
 
     contact = pictures.contact(found, found.job.request.size)
-
-    def save(part: Path, kind: str) -> None:
-        (sheet if kind == ".png" else page).save(contact, part)
-
-    outputs.write(paths, save, replace=replace)
+    makers: outputs.Makers = {".png": lambda: sheet.render(contact), ".html": lambda: page.render_sheet(contact)}
+    outputs.write(paths, makers, replace=replace)

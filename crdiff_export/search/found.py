@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from crdiff_export.evaluate.findings import Evaluation, Finding, Subject
+from crdiff_export.evaluate.results import Evaluation, Finding, Subject
 from crdiff_export.evaluate.statistics import Verdict
 from crdiff_export.models.recipe import Recipe, Variant
 from crdiff_export.sampling import poa
@@ -69,7 +69,7 @@ class Found:
         if not (self.evaluation and self.subject):
             return None
         weight = self.subject.variant.poa_weight
-        return next(one for one in self.evaluation.of(self.subject) if one.drawn.weight == weight)
+        return next(one for one in self.evaluation.of(self.subject) if one.model.weight == weight)
 
     @property
     def verdict(self) -> Verdict | Literal["dense is best", "not checked"]:

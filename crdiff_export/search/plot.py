@@ -1,44 +1,37 @@
 """A search as one picture: every trial and the best so far, and the score against each coordinate."""
 
-import io
 from collections.abc import Sequence
 from typing import Any, Final
 
 from crdiff_export.evaluate import scorers
+from crdiff_export.evaluate.report import plots
 from crdiff_export.formats.text import printable
 from crdiff_export.search.board import Finished, estimate
 from crdiff_export.search.found import Found
 from crdiff_export.search.space import WEIGHT
 
-# Okabe and Ito's colours, which people with any colour vision tell apart.
-COLOURS: Final = {"complete": "#0072B2", "pruned": "#999999", "best": "#D55E00", "dense": "#555555"}
-_SETTINGS: Final[Any] = {
-    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "crdiff",
-    "svg.fonttype": "none", "axes.grid": True, "axes.grid.axis": "y", "grid.alpha": 0.3,
-}  # fmt: skip
+COLOURS: Final = {"complete": plots.BLUE, "pruned": "#999999", "best": plots.ORANGE, "dense": plots.GREY}
 
 
 def draw(found: Found, kind: str) -> bytes:
     """A PNG or SVG file; the same bytes for the same trials."""
-    import matplotlib as mpl
+    return plots.render(lambda: _figure(found), kind)
+
+
+def _figure(found: Found) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     names = found.job.setup.space.names
-    with mpl.rc_context(_SETTINGS):
-        figure: Any = Figure(figsize=(7.5, 5.6), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=(1.2, 1))
-        course = above.subplots()
-        _course(course, found)
-        course.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for place, (panel, name) in enumerate(
-            zip(below.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True)
-        ):
-            _against(panel, found, place, name)
-        stream = io.BytesIO()
-        empty = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-        figure.savefig(stream, format=kind, dpi=150, metadata=empty)
-    return stream.getvalue()
+    figure: Any = Figure(figsize=(7.5, 5.6), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.2, 1))
+    course = above.subplots()
+    _course(course, found)
+    course.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels = below.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for place, (panel, name) in enumerate(zip(panels, names, strict=True)):
+        _against(panel, found, place, name)
+    return figure
 
 
 def _course(axes: Any, found: Found) -> None:

@@ -93,7 +93,7 @@ def conclusion(found: Found) -> str:
         return f"the dense model scored highest of {of}: there is nothing to recommend, and no recipe was written"
     if not (found.finding and found.finding.difference):
         return "this worker checked nothing; whoever ends the search without --worker does"
-    name, change = found.finding.drawn.name, found.finding.difference
+    name, change = found.finding.model.name, found.finding.difference
     ends = f", 95 % {change.low:+.3f} to {change.high:+.3f}"
     where = _where(found)
     if change.verdict == "better":

@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 
 from crdiff_export.evaluate.report import (
-    Contact,
-    Row,
-    Shot,
+    ContactSheet,
+    SheetPicture,
+    SheetRow,
     fonts,
     page,
     sheet,
 )
-from crdiff_export.evaluate.report.contact import shown
-from crdiff_export.evaluate.report.sheet import PAPER, Layout, Line
+from crdiff_export.evaluate.report.contact import printable_prompt
+from crdiff_export.evaluate.report.sheet import PAPER, SheetLayout, TextLine
 
 COLUMNS = ("dense", "pruned", "POA 1.5")
 FACTS = (("base", "demo"), ("ratios", "starting point, tuned by nobody (" + "a long story " * 12 + "ends)"))
@@ -33,13 +33,15 @@ def picture(number: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
 
 
-def contact(*prompts: str, seeds: tuple[int, ...] = (0, 7), size: tuple[int, int] = (96, 64)) -> Contact:
+def contact(*prompts: str, seeds: tuple[int, ...] = (0, 7), size: tuple[int, int] = (96, 64)) -> ContactSheet:
     rows = []
     for i, prompt in enumerate(prompts):
         for seed in seeds:
             images = [picture(100 * i + 10 * seed + j, size) for j in range(3)]
-            rows.append(Row(prompt, seed, tuple(Shot(image, f"{prompt}\nSeed: {seed}") for image in images)))
-    return Contact("demo at 96x64", FACTS, COLUMNS, tuple(rows))
+            rows.append(
+                SheetRow(prompt, seed, tuple(SheetPicture(image, f"{prompt}\nSeed: {seed}") for image in images))
+            )
+    return ContactSheet("demo at 96x64", FACTS, COLUMNS, tuple(rows))
 
 
 # --- the sheet ---
@@ -48,28 +50,31 @@ def contact(*prompts: str, seeds: tuple[int, ...] = (0, 7), size: tuple[int, int
 @pytest.mark.parametrize("size", [(96, 64), (64, 200), (700, 500)], ids=["small", "tall", "large"])
 def test_every_picture_is_in_its_place_bit_by_bit(size: tuple[int, int]) -> None:
     made = contact("a red fox", "a blue fox", size=size)
-    layout = sheet.lay_out(made)
-    drawn = sheet.draw(made, layout)
+    layout = SheetLayout(made)
+    drawn = layout.draw()
     assert drawn.size == (layout.width, layout.height)
-    for row, places in zip(made.rows, layout.places, strict=True):
+    for row, places in zip(made.rows, layout.corners, strict=True):
         assert len({y for _, y in places}) == 1
-        for shot, (x, y) in zip(row.shots, places, strict=True):
+        for shot, (x, y) in zip(row.pictures, places, strict=True):
             assert drawn.crop((x, y, x + size[0], y + size[1])).tobytes() == shot.image.tobytes()
-    columns = [[x for x, _ in places] for places in layout.places]
+    columns = [[x for x, _ in places] for places in layout.corners]
     assert all(column == columns[0] for column in columns)
     steps = np.diff(columns[0])
     assert steps.min() == steps.max() > size[0]  # a gap between them
 
 
-def boxes(layout: Layout, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-    texts = [(line.x, line.y, line.x + fonts.width(line.text, line.size), line.y + line.size) for line in layout.lines]
-    return [*texts, *((x, y, x + size[0], y + size[1]) for places in layout.places for x, y in places)]
+def boxes(layout: SheetLayout, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    texts = [
+        (line.x, line.y, line.x + fonts.width(line.text, round(line.font.size)), line.y + round(line.font.size))
+        for line in layout.lines
+    ]
+    return [*texts, *((x, y, x + size[0], y + size[1]) for places in layout.corners for x, y in places)]
 
 
 @pytest.mark.parametrize("size", [(96, 64), (8, 8), (1024, 64)], ids=["small", "tiny", "wide"])
 def test_nothing_covers_anything_or_leaves_the_sheet(size: tuple[int, int]) -> None:
     made = contact("a red fox", LONG, "x" * 400, size=size)
-    layout = sheet.lay_out(made)
+    layout = SheetLayout(made)
     found = boxes(layout, size)
     for i, (left, top, right, bottom) in enumerate(found):
         assert left >= 0
@@ -81,13 +86,13 @@ def test_nothing_covers_anything_or_leaves_the_sheet(size: tuple[int, int]) -> N
             assert apart, (found[i], other)
 
 
-def words(lines: tuple[Line, ...]) -> str:
+def words(lines: list[TextLine]) -> str:
     return " ".join(line.text for line in lines)
 
 
 def test_every_label_is_there_whole() -> None:
     made = contact("a red fox", LONG)
-    layout = sheet.lay_out(made)
+    layout = SheetLayout(made)
     text = words(layout.lines)
     for part in (
         made.title,
@@ -99,16 +104,21 @@ def test_every_label_is_there_whole() -> None:
         *(text for pair in FACTS for text in pair),
     ):
         assert part in text
-    assert "".join(line.text for line in sheet.lay_out(contact("x" * 400)).lines).count("x" * 400) == 1
-    drawn = sheet.draw(made, layout)
+    assert "".join(line.text for line in SheetLayout(contact("x" * 400)).lines).count("x" * 400) == 1
+    drawn = layout.draw()
     for line in layout.lines:
-        box = (line.x, line.y, line.x + fonts.width(line.text, line.size), line.y + round(1.3 * line.size))
+        box = (
+            line.x,
+            line.y,
+            line.x + fonts.width(line.text, round(line.font.size)),
+            line.y + round(1.3 * round(line.font.size)),
+        )
         colours = {colour for _, colour in drawn.crop(box).getcolors(1 << 16) or []}
         assert colours - {PAPER}, line.text
 
 
 def test_letters_grow_with_the_sheet() -> None:
-    small, large = (sheet.lay_out(contact("a", size=size)).lines[0].size for size in ((96, 64), (1024, 1024)))
+    small, large = (SheetLayout(contact("a", size=size)).lines[0].font.size for size in ((96, 64), (1024, 1024)))
     assert large > 1.5 * small
 
 
@@ -118,9 +128,9 @@ def test_any_prompt_can_be_drawn(prompt: str, installed: bool, tmp_path: Path, m
     if not installed:
         monkeypatch.setattr(fonts, "SYSTEM", ())
     made = contact(prompt, seeds=(0,))
-    sheet.save(made, tmp_path / "sheet.png")
-    page.save(made, tmp_path / "page.html")
-    (label,) = (line for line in sheet.lay_out(made).lines if line.text == (shown(prompt) or "(no prompt)"))
+    (tmp_path / "sheet.png").write_bytes(sheet.render(made))
+    (tmp_path / "page.html").write_text(page.render_sheet(made), "utf-8")
+    (label,) = (line for line in SheetLayout(made).lines if line.text == (printable_prompt(prompt) or "(no prompt)"))
     assert label.text.isprintable() or prompt == "ثعلب"
     text = (tmp_path / "page.html").read_text("utf-8")
     assert f"<h2>{label.text}</h2>" in text
@@ -136,7 +146,7 @@ def test_a_font_of_the_system_helps_out(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_png_says_what_is_on_it(tmp_path: Path) -> None:
     made = contact("a red fox", "狐")
-    sheet.save(made, tmp_path / "sheet.png")
+    (tmp_path / "sheet.png").write_bytes(sheet.render(made))
     text = Image.open(tmp_path / "sheet.png").text  # type: ignore[attr-defined]
     assert text["Title"] == "demo at 96x64"
     assert text["Software"] == "crdiff"
@@ -177,8 +187,8 @@ class Parsed(HTMLParser):
 
 def test_the_page_has_every_picture_bit_by_bit() -> None:
     made = contact("a red fox", HOSTILE)
-    images = Parsed(page.render(made)).all("img")
-    shots = [(shot, row) for row in made.rows for shot in row.shots]
+    images = Parsed(page.render_sheet(made)).all("img")
+    shots = [(shot, row) for row in made.rows for shot in row.pictures]
     assert len(images) == len(shots) == 12
     for image, (shot, row) in zip(images, shots, strict=True):
         kind, _, data = image["src"].partition(",")
@@ -186,13 +196,13 @@ def test_the_page_has_every_picture_bit_by_bit() -> None:
         decoded = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
         assert decoded.tobytes() == shot.image.tobytes()
         assert decoded.text["parameters"] == shot.parameters  # type: ignore[attr-defined]
-        assert image["alt"].endswith(f"seed {row.seed}: {shown(row.prompt)}")
+        assert image["alt"].endswith(f"seed {row.seed}: {printable_prompt(row.prompt)}")
         assert (image["width"], image["height"]) == ("96", "64")
     assert [image["alt"].split(",")[0] for image in images] == list(COLUMNS) * 4
 
 
 def test_the_page_needs_nothing_and_runs_nothing() -> None:
-    found = Parsed(page.render(contact("a red fox", HOSTILE)))
+    found = Parsed(page.render_sheet(contact("a red fox", HOSTILE)))
     assert {tag for tag, _ in found.tags}.isdisjoint(
         {"script", "link", "iframe", "object", "embed", "a", "form", "base"}
     )
@@ -204,7 +214,7 @@ def test_the_page_needs_nothing_and_runs_nothing() -> None:
     text = re.sub(
         r"data:image/png;base64,[^\"]+|<h2>.*</h2>|(alt|aria-label)=\"[^\"]*\"|<span.*?</span>",
         "",
-        page.render(contact(HOSTILE)),
+        page.render_sheet(contact(HOSTILE)),
     )
     assert "//" not in text
     assert "url(" not in text
@@ -212,19 +222,19 @@ def test_the_page_needs_nothing_and_runs_nothing() -> None:
 
 
 def test_the_page_shows_prompts_as_they_are() -> None:
-    text = page.render(contact("a red fox", HOSTILE))
+    text = page.render_sheet(contact("a red fox", HOSTILE))
     assert "<script" not in text
     words = Parsed(text).words
-    assert shown(HOSTILE) in words
+    assert printable_prompt(HOSTILE) in words
     for label in ("demo at 96x64", *COLUMNS, "seed 7", "ratios", FACTS[1][1], "a red fox"):
         assert label in words
 
 
 def test_every_picture_can_be_made_large_and_small_again() -> None:
-    found = Parsed(page.render(contact("a", "b")))
+    found = Parsed(page.render_sheet(contact("a", "b")))
     ids = [radio["id"] for radio in found.all("input")]
     assert len(ids) == len(set(ids)) == 13
     targets = [label["for"] for label in found.all("label")]
     assert set(targets) == set(ids)
     assert targets.count("none") == 12
-    assert "prefers-color-scheme: dark" in page.render(contact("a"))
+    assert "prefers-color-scheme: dark" in page.render_sheet(contact("a"))

@@ -178,9 +178,9 @@ def test_it_draws_what_it_was_never_shown(pipe: Any) -> None:
         guidance_scale=demo.GUIDANCE,
         generator=[torch.Generator().manual_seed(seed) for seed in range(len(chosen))],
     ).images
-    verdicts = [judge(np.asarray(image), scene) for image, scene in zip(drawn, chosen, strict=True)]
-    assert sum(verdict.right for verdict in verdicts) >= 8
-    assert np.mean([verdict.score for verdict in verdicts]) > 0.8
+    scores = [judge(np.asarray(image), scene) for image, scene in zip(drawn, chosen, strict=True)]
+    assert sum(score.parts["right"] for score in scores) >= 8
+    assert np.mean([score.value for score in scores]) > 0.8
 
 
 # What loaders make of it.

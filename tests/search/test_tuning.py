@@ -16,7 +16,7 @@ from PIL import Image
 
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.errors import CrdiffError, SearchError
-from crdiff_export.evaluate.findings import DENSE
+from crdiff_export.evaluate.comparison import DENSE
 from crdiff_export.evaluate.scorers import Score
 from crdiff_export.evaluate.scorers.demo_scorer import judge
 from crdiff_export.models import demo, recipe_files, recipe_toml
@@ -86,7 +86,7 @@ def drawn(file: Path, some: pairs.Some, source: Path | None = None, weight: floa
         guidance_scale=demo.GUIDANCE, generator=[torch.Generator().manual_seed(seed) for _, seed in some],
     ).images  # fmt: skip
     return [
-        judge(np.asarray(image), scenes.Scene.parse(prompt)).score
+        judge(np.asarray(image), scenes.Scene.parse(prompt)).value
         for image, (prompt, _) in zip(images, some, strict=True)
     ]
 
@@ -252,7 +252,7 @@ def test_what_is_checked_is_what_the_recipe_says(found: Found, folder: Path, tmp
     recipe = tmp_path / "r.toml"
     recipe.write_text(recipe_toml.dump(checking.recipe(found)))
     baked = export(ExportRequest("demo", SIZE, tmp_path / "o.safetensors", recipe=recipe))
-    pruned = next(one for one in found.evaluation.drawn if one.subject == found.subject and one.weight == 1)
+    pruned = next(one for one in found.evaluation.models if one.subject == found.subject and one.weight == 1)
     for part in (slice(0, 6), slice(6, 8)):  # as many at once as the check draws
         expected = drawn(baked.written.path, found.evaluation.pairs[part])
         assert [score.value for score in pruned.scores[part]] == pytest.approx(expected, abs=1e-9)
@@ -288,9 +288,9 @@ def judged(found: Found, gain: float, count: int = 8) -> Found:
             scores=tuple(Score(float(v)) for v in noise + (0 if one.weight == DENSE else gain)),
             images=one.images[:count],
         )
-        for one in made.drawn
+        for one in made.models
     )
-    return replace(found, evaluation=replace(made, drawn=models, pairs=made.pairs[:count]))
+    return replace(found, evaluation=replace(made, models=models, pairs=made.pairs[:count]))
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def images(drawn: torch.Tensor) -> Pictures:
 
 def judged(drawn: Pictures, some: Scenes) -> Judged:
     """What the judge says of the pictures."""
-    verdicts = [scorer.judge(image, scene) for image, scene in zip(drawn, some, strict=True)]
-    right, score = np.mean([(verdict.right, verdict.score) for verdict in verdicts], axis=0)
+    scores = [scorer.judge(image, scene) for image, scene in zip(drawn, some, strict=True)]
+    right, score = np.mean([(score.parts["right"], score.value) for score in scores], axis=0)
     return Judged(float(right), float(score))
 
 

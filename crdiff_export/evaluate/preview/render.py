@@ -1,75 +1,54 @@
 """The pictures of a preview: every column drawn with one open pipeline."""
 
-import time
-from typing import TYPE_CHECKING
-
-from crdiff_export.evaluate.preview.wording import Column, Picture, Taken
+from crdiff_export.evaluate.comparison import PRUNED, Renderer, black_note
+from crdiff_export.evaluate.preview import report_text
+from crdiff_export.evaluate.preview.request import Preview, PreviewJob, PreviewPicture
 from crdiff_export.progress import Progress
 from crdiff_export.sampling import poa
 from crdiff_export.sampling.poa import Schedule
-from crdiff_export.sampling.session import Place, Session, session
-
-if TYPE_CHECKING:
-    from crdiff_export.evaluate.preview import Job
+from crdiff_export.sampling.session import Place, session
 
 
-def take(job: "Job", source: poa.Source, progress: Progress) -> Taken:
-    """Every picture, row by row; PreviewError where the pipeline cannot be opened or the memory is too small."""
-    family, easel = job.plan.match.family.id, job.easel
+def draw_all(job: PreviewJob, source: poa.Source, progress: Progress) -> Preview:
+    """Draw every picture.
+
+    Args:
+        job: The job.
+        source: The thresholds or masks of the pruned model.
+        progress: Is told the passes of the model.
+
+    Returns:
+        All pictures, row by row.
+
+    Raises:
+        PreviewError: The pipeline cannot be opened, or the memory is too small.
+    """
+    family, easel, request = job.plan.match.family.id, job.easel, job.request
     # A single small picture is drawn no faster by several threads, and on a busy machine much slower.
-    place = Place(easel.device, easel.dtype, job.request.offload, threads=1 if family == "demo" else None)
-    with session(easel.opening, family, place, easel.base.name) as opened:
-        return _Camera(job, opened, progress).take(source)
+    place = Place(easel.device, easel.dtype, request.offload, threads=1 if family == "demo" else None)
+    pairs = [(prompt, seed) for prompt in request.prompts for seed in request.seeds]
+    with session(easel.opening, family, place, easel.base.name) as pipeline:
+        renderer = Renderer(pipeline, request, progress)
+        renderer.start(len(pairs), job.weights, job.size)
 
+        def draw_column(weight: float) -> list[PreviewPicture]:
+            return [
+                PreviewPicture(weight, prompt, seed, image, seconds)
+                for ((prompt, seed),), (image,), seconds in renderer.draw(pairs, job.size, weight)
+            ]
 
-class _Camera:
-    """A pipeline and how it is called."""
-
-    def __init__(self, job: "Job", opened: Session, progress: Progress) -> None:
-        request = job.request
-        self._job, self._session, self._progress = job, opened, progress
-        self._style = opened.style(job.size, request.steps, request.guidance, request.negative)
-
-    def take(self, source: poa.Source) -> Taken:
-        """All pictures. Those of the base come last and without POA: what does not fit it is refused before any."""
-        job = self._job
-        rows = len(job.request.prompts) * len(job.request.seeds)
-        self._progress.stage("drawing", rows * sum(map(self._passes, job.columns)), "passes")
-        dense, *others = job.columns
+        dense, *others = job.weights
         columns = []
-        with poa.enabled(self._session.pipe, source, 1.0) as on:
-            for column in others:
-                on.schedule = self._schedule(column)
-                columns.append(self._column(column))
-        columns.insert(0, self._column(dense))
-        pictures = tuple(picture for row in zip(*columns, strict=True) for picture in row)
-        return Taken(pictures, self._style.steps, self._style.guidance, self._session.scheduler)
-
-    def _schedule(self, column: Column) -> Schedule:
-        request = self._job.request
-        return Schedule(column.weight) if column.weight == 1 else Schedule(column.weight, request.start, request.stop)
-
-    def _passes(self, column: Column) -> int:
-        """Calls of the model for a picture: two a step where POA is at work."""
-        request = self._job.request
-        twice = 0 if column.weight in (0, 1) else round(self._style.steps * (request.stop - request.start))
-        return self._style.steps + twice
-
-    def _column(self, column: Column) -> list[Picture]:
-        request = self._job.request
-        return [self._picture(column, prompt, seed) for prompt in request.prompts for seed in request.seeds]
-
-    def _picture(self, column: Column, prompt: str, seed: int) -> Picture:
-        left = self._passes(column)
-        each = -(-left // self._style.steps)
-
-        def step() -> None:
-            nonlocal left
-            done = min(each, left)
-            left -= done
-            self._progress.advance(done)
-
-        began = time.monotonic()
-        (image,) = self._session.draw([prompt], [seed], self._style, step)
-        self._progress.advance(left)
-        return Picture(column, prompt, seed, image, time.monotonic() - began)
+        # The dense pictures come last: a base that the thresholds do not fit is refused before any picture.
+        with poa.enabled(pipeline.pipe, source, PRUNED) as switch:
+            for weight in others:
+                ends = () if weight == PRUNED else (request.start, request.stop)
+                switch.schedule = Schedule(weight, *ends)
+                columns.append(draw_column(weight))
+        rows = zip(draw_column(dense), *columns, strict=True)
+        pictures = tuple(picture for row in rows for picture in row)
+        style = renderer.style(job.size)
+        facts = report_text.facts(job, style, pipeline)
+        black = sum(not picture.image.getbbox() for picture in pictures)
+        notes = (*source.notes, *black_note(black, len(pictures)))
+        return Preview(job, pictures, style.steps, style.guidance, pipeline.scheduler, facts, notes)

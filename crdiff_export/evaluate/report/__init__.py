@@ -1,5 +1,9 @@
-"""What people look at: a contact sheet of labelled pictures, as a PNG and as an HTML page that needs nothing else."""
+"""What people look at: contact sheets as PNG files, HTML pages and plots, and the rules for where they are written.
 
-from crdiff_export.evaluate.report.contact import Contact, Row, Shot
+Begin with `contact.py`, the records that a sheet and a page are made from. `page.render` and `sheet.render` turn them
+into a file's content, `plots.render` does so for a matplotlib figure, and `outputs` checks and writes the files.
+"""
 
-__all__ = ["Contact", "Row", "Shot"]
+from crdiff_export.evaluate.report.contact import ContactSheet, SheetPicture, SheetRow
+
+__all__ = ["ContactSheet", "SheetPicture", "SheetRow"]

@@ -1,4 +1,4 @@
-"""Pictures and what is known of them: the records that a sheet and a page are made from."""
+"""Contact sheets: rows of labelled pictures, with the facts that belong to them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,44 +10,51 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Shot:
-    """One picture. `parameters` tell in plain text how it was made, as other programs write them into PNG files."""
+class SheetPicture:
+    """One picture. `parameters` say in plain text how it was made, as other programs write them into PNG files."""
 
     image: "Image"
     parameters: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SheetRow:
     """Pictures of one prompt from the same noise, one for each column."""
 
     prompt: str
     seed: int
-    shots: tuple[Shot, ...]
+    pictures: tuple[SheetPicture, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Contact:
+class ContactSheet:
     """Everything on a sheet: facts as name and text, columns of models, rows of prompts and seeds."""
 
     title: str
     facts: tuple[tuple[str, str], ...]
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[SheetRow, ...]
 
-    def by_prompt(self) -> Iterator[tuple[str, tuple[Row, ...]]]:
-        """The rows of each prompt that follow each other."""
+    @property
+    def images(self) -> list["Image"]:
+        """All pictures, row by row."""
+        return [picture.image for row in self.rows for picture in row.pictures]
+
+    def by_prompt(self) -> Iterator[tuple[str, tuple[SheetRow, ...]]]:
+        """Yield each prompt, fit to be shown, with its neighbouring rows."""
         for prompt, rows in groupby(self.rows, key=lambda row: row.prompt):
-            yield prompt, tuple(rows)
+            yield printable_prompt(prompt) or "(no prompt)", tuple(rows)
 
     def text(self) -> str:
-        """All of its words, in lines."""
+        """Return all words of the sheet, in lines."""
         facts = [f"{name}: {text}" for name, text in self.facts]
-        rows = [f"row {number}: seed {row.seed}: {shown(row.prompt)}" for number, row in enumerate(self.rows, 1)]
+        rows = [
+            f"row {number}: seed {row.seed}: {printable_prompt(row.prompt)}" for number, row in enumerate(self.rows, 1)
+        ]
         return "\n".join([self.title, *facts, f"columns: {', '.join(self.columns)}", *rows])
 
 
-def shown(text: str) -> str:
-    """A prompt in one line, without characters that move a cursor; half a letter of a broken file name is a mark."""
+def printable_prompt(text: str) -> str:
+    """Return a prompt in one line, without control characters; what UTF-8 cannot hold becomes a question mark."""
     visible = "".join(c if c >= " " and not "\x7f" <= c <= "\x9f" else " " for c in text)
     return " ".join(visible.encode("utf-8", "replace").decode().split())

@@ -1,39 +1,39 @@
-"""Fonts for any prompt: Pillow's own, which has ASCII and little else, or one of the system's that has the letters."""
+"""Fonts for any prompt: Pillow's own, which has little but ASCII, or a font of the system that has the letters."""
 
-from collections.abc import Iterator
 from functools import cache
 from math import ceil
 
 from PIL import ImageFont
 from PIL.ImageFont import FreeTypeFont
 
-# Common ones of Linux, Windows and macOS with many scripts; Pillow looks for them in the system's folders.
+# Common fonts of Linux, Windows and macOS with many scripts; Pillow looks for them in the system's folders.
 SYSTEM = (
     "DejaVuSans.ttf", "NotoSans-Regular.ttf", "arial.ttf", "Arial Unicode.ttf",
     "NotoSansCJK-Regular.ttc", "NotoSansCJKjp-Regular.otf", "wqy-microhei.ttc", "msyh.ttc", "YuGothM.ttc", "malgun.ttf",
     "Hiragino Sans GB.ttc", "PingFang.ttc", "AppleSDGothicNeo.ttc",
 )  # fmt: skip
-# No letter, so every font shows its mark for one that it lacks.
-_NONE = "\uffff"
-_PROBE = 16
+# Pillow's own font has no file; it goes by an empty name.
+BUILT_IN = ""
+# This code point is no letter, so every font draws its mark for a missing letter.
+_NO_LETTER = "\uffff"
+_PROBE_SIZE = 16
 
 
 def pick(text: str) -> str:
-    """The name of a font that has every letter of a text; where there is none, of the one that has the most."""
-    letters = frozenset(text) - {" "}
-    lacking = {name: sum(not _has(name, letter) for letter in letters) for name in _until_all(letters)}
-    return min(lacking, key=lambda name: lacking[name])
+    """Return the name of the first font that has all letters of a text, or else of the font that lacks the fewest."""
+    if not _missing(BUILT_IN, text):
+        return BUILT_IN
+    return min((BUILT_IN, *_installed(SYSTEM)), key=lambda name: _missing(name, text))
 
 
 def lacks(text: str) -> bool:
-    """Whether the font for a text has marks in place of some of its letters."""
-    chosen = pick(text)
-    return not all(_has(chosen, letter) for letter in frozenset(text) - {" "})
+    """Say whether even the best font draws a mark in place of some letter of a text."""
+    return _missing(pick(text), text) > 0
 
 
 @cache
 def load(name: str, size: int) -> FreeTypeFont:
-    """A font that `pick` has named."""
+    """Load a font that `pick` has named, with letters of `size` pixels."""
     if name:
         # The basic layout is the same whether libraqm is installed or not.
         return ImageFont.truetype(name, size, layout_engine=ImageFont.Layout.BASIC)
@@ -42,38 +42,35 @@ def load(name: str, size: int) -> FreeTypeFont:
     return built_in
 
 
+def font_of(text: str, size: int) -> FreeTypeFont:
+    """Return the best font for a text, with letters of `size` pixels."""
+    return load(pick(text), size)
+
+
 def width(text: str, size: int) -> int:
-    """The width of a line in pixels."""
-    return ceil(load(pick(text), size).getlength(text))
-
-
-def _until_all(letters: frozenset[str]) -> Iterator[str]:
-    """The fonts there are, up to one that has all letters; the built-in one is called by no name."""
-    yield ""
-    for name in ("", *_installed(SYSTEM)):
-        yield name
-        if all(_has(name, letter) for letter in letters):
-            return
+    """Return the width of a line in pixels."""
+    return ceil(font_of(text, size).getlength(text))
 
 
 @cache
 def _installed(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in names if _is_there(name))
+    return tuple(name for name in names if _is_installed(name))
 
 
-def _is_there(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
-        ImageFont.truetype(name, _PROBE)
+        load(name, _PROBE_SIZE)
     except OSError:
         return False
     return True
 
 
+def _missing(name: str, text: str) -> int:
+    """Count the different letters of a text that a font lacks."""
+    return sum(not _has(name, letter) for letter in set(text) - {" "})
+
+
 @cache
 def _has(name: str, letter: str) -> bool:
-    chosen = load(name, _PROBE)
-    return _mask(chosen, letter) != _mask(chosen, _NONE)
-
-
-def _mask(chosen: FreeTypeFont, letter: str) -> bytes:
-    return bytes(chosen.getmask(letter))
+    font = load(name, _PROBE_SIZE)
+    return bytes(font.getmask(letter)) != bytes(font.getmask(_NO_LETTER))

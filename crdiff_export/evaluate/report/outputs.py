@@ -1,34 +1,49 @@
-"""The files that a report goes to: whether they may, before anything is drawn, and the writing, all or none."""
+"""The files of a report: checked before anything is drawn, then written all or none."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from crdiff_export.bake import staging
 from crdiff_export.errors import PlanError
 
+# What makes the content of a file, by the file's suffix in lower case.
+Makers = Mapping[str, Callable[[], str | bytes]]
 
-def check(asked: Sequence[Path], kinds: Sequence[str], what: str, *, force: bool) -> tuple[Path, ...]:
-    """Each of the files once; PlanError where one must not or cannot be. `what` says which kinds may be."""
-    found = tuple(dict.fromkeys(asked))
-    for path in found:
+
+def check(paths: Sequence[Path], suffixes: Sequence[str], what: str, *, force: bool) -> tuple[Path, ...]:
+    """Check that files may and can be written.
+
+    Args:
+        paths: The files.
+        suffixes: The suffixes that are allowed, with a dot, in lower case.
+        what: Words for an error about another suffix, such as "neither a PNG nor an HTML file".
+        force: Whether files that exist may be replaced.
+
+    Returns:
+        Each file once.
+
+    Raises:
+        PlanError: A name, its folder or what stands there now does not allow it.
+    """
+    once = tuple(dict.fromkeys(paths))
+    for path in once:
         try:
-            _check(path, kinds, what, force=force)
+            _check(path, suffixes, what, force=force)
         except OSError as error:
             raise PlanError(f"{path}: {error.strerror}", "Give another place with -o.") from error
-    return found
+    return once
 
 
-def _check(path: Path, kinds: Sequence[str], what: str, *, force: bool) -> None:
-    if path.suffix.lower() not in kinds:
+def _check(path: Path, suffixes: Sequence[str], what: str, *, force: bool) -> None:
+    if path.suffix.lower() not in suffixes:
         name = path.name or "report"
-        names = [f"{name}{kind}" for kind in kinds]
-        raise PlanError(f"{path}: {what}", f"Name it {', '.join(names[:-1])} or {names[-1]}.")
+        *names, last = [f"{name}{suffix}" for suffix in suffixes]
+        raise PlanError(f"{path}: {what}", f"Name it {', '.join(names)} or {last}.")
     if not path.parent.is_dir():
         raise PlanError(f"{path}: the folder {path.parent} does not exist", "Create it, or give another -o.")
     if os.path.lexists(path):
-        path.lstat()
         if path.exists() and not path.is_file():
             raise PlanError(f"{path}: not a regular file", "Give another place with -o.")
         if not force:
@@ -37,14 +52,24 @@ def _check(path: Path, kinds: Sequence[str], what: str, *, force: bool) -> None:
         raise PlanError(f"{path}: the folder {path.parent} cannot be written to", "Give another place with -o.")
 
 
-def write(paths: Sequence[Path], save: Callable[[Path, str], None], *, replace: bool) -> None:
-    """Have `save` write each to a sibling, by its suffix, then give them their names; BakeError says why one cannot."""
+def write(paths: Sequence[Path], makers: Makers, *, replace: bool) -> None:
+    """Write every file beside its final name, then rename all of them.
+
+    Args:
+        paths: The files, as `check` returned them.
+        makers: The function that makes a file's content, for each suffix among `paths`.
+        replace: Whether files that exist are replaced.
+
+    Raises:
+        BakeError: A file could not be written; none of them has its name then.
+    """
     with ExitStack() as stack:
         parts: list[Path] = []
         for path in paths:
             try:
                 part = stack.enter_context(staging.staged(path, folder=False))
-                save(part, path.suffix.lower())
+                content = makers[path.suffix.lower()]()
+                part.write_bytes(content if isinstance(content, bytes) else content.encode())
             except OSError as error:
                 raise staging.explained(error, path) from error
             parts.append(part)

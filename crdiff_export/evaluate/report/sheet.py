@@ -1,94 +1,153 @@
-"""The contact sheet as a PNG: where every picture and line of text goes, and the drawing. Pictures stay as they are."""
+"""Contact sheets as PNG files: the places of all pictures and lines of text, and the drawing."""
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Final
 
 from PIL import Image, ImageDraw
 from PIL.ImageFont import FreeTypeFont
 from PIL.PngImagePlugin import PngInfo
 
 from crdiff_export.evaluate.report import fonts
-from crdiff_export.evaluate.report.contact import Contact, shown
+from crdiff_export.evaluate.report.contact import ContactSheet
 
-Tone = Literal["ink", "muted"]
-PAPER = (250, 250, 248)
-COLOURS: dict[Tone, tuple[int, int, int]] = {"ink": (26, 26, 30), "muted": (112, 112, 118)}
-RULE = (218, 218, 214)
-# Pixels. Letters grow with the pictures, as a wide sheet is looked at from further away.
+Colour = tuple[int, int, int]
+PAPER: Final[Colour] = (250, 250, 248)
+INK: Final[Colour] = (26, 26, 30)
+MUTED: Final[Colour] = (112, 112, 118)
+RULE: Final[Colour] = (218, 218, 214)
+# The height of letters in pixels. They grow with the pictures: one looks at a wide sheet from further away.
 SMALLEST, LARGEST = 15, 64
 # The narrowest text, in letters' heights.
 NARROWEST = 38
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """A line of text, its upper left corner, and its font as `fonts.pick` names it."""
+class TextLine:
+    """A line of text, its upper left corner in pixels, its font and its colour."""
 
     text: str
     x: int
     y: int
-    size: int
-    font: str
-    tone: Tone = "ink"
+    font: FreeTypeFont
+    colour: Colour = INK
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """A sheet before it is drawn. `places` are the upper left corners of the pictures, row by row."""
+def render(sheet: ContactSheet) -> bytes:
+    """Render a contact sheet.
 
-    width: int
-    height: int
-    lines: tuple[Line, ...]
-    rules: tuple[tuple[int, int, int], ...]
-    places: tuple[tuple[tuple[int, int], ...], ...]
+    Args:
+        sheet: The pictures and their words.
+
+    Returns:
+        The content of a PNG file, which also has all words as PNG text.
+    """
+    return png_bytes(SheetLayout(sheet).draw(), sheet.text(), sheet.title)
 
 
-def measure(rows: int, columns: int, picture: tuple[int, int]) -> tuple[int, int]:
-    """About the width and height of a sheet, for asking whether it can be made at all."""
-    unit = _unit(columns * picture[0])
+def estimate_size(rows: int, columns: int, picture: tuple[int, int]) -> tuple[int, int]:
+    """Estimate the width and height of a sheet in pixels, from those of a single picture."""
+    unit = _letter_height(columns * picture[0])
     return columns * (picture[0] + unit) + 2 * unit, rows * (picture[1] + 4 * unit) + 16 * unit
 
 
-def lay_out(contact: Contact) -> Layout:
-    """The places of everything: title, facts, and for each prompt the column names and the rows."""
-    return _LayingOut(contact).done()
-
-
-def draw(contact: Contact, layout: Layout) -> Image.Image:
-    """The sheet as a picture; every picture on it is there pixel by pixel."""
-    sheet = Image.new("RGB", (layout.width, layout.height), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    for left, right, y in layout.rules:
-        pen.line((left, y, right, y), fill=RULE, width=max(1, layout.width // 1500))
-    for line in layout.lines:
-        chosen = fonts.load(line.font, line.size)
-        pen.text((line.x, line.y), line.text, font=chosen, fill=COLOURS[line.tone])
-    for row, places in zip(contact.rows, layout.places, strict=True):
-        for shot, place in zip(row.shots, places, strict=True):
-            sheet.paste(shot.image.convert("RGB"), place)
-    return sheet
-
-
-def save(contact: Contact, path: Path) -> None:
-    """Write the sheet as a PNG that says in text what is on it; nothing of what it shows is lost."""
-    draw(contact, lay_out(contact)).save(path, format="PNG", pnginfo=described(contact.text(), contact.title))
-
-
-def described(parameters: str, title: str | None = None) -> PngInfo:
-    """PNG text under the names that other programs read."""
+def png_bytes(image: Image.Image, parameters: str, title: str = "") -> bytes:
+    """Encode an image as a PNG file with text under the names that other programs read."""
     info = PngInfo()
     if title:
         info.add_text("Title", title)
     info.add_text("Software", "crdiff")
-    # PNG text ends at a zero; half a letter of a broken file name is a mark.
+    # PNG text ends at a zero; what UTF-8 cannot hold becomes a question mark.
     info.add_text("parameters", parameters.replace("\0", " ").encode("utf-8", "replace").decode())
-    return info
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", pnginfo=info)
+    return stream.getvalue()
 
 
-def wrapped(text: str, font: FreeTypeFont, width: int) -> Iterator[str]:
-    """The text in lines of a width; words are kept together where they fit."""
+class SheetLayout:
+    """The places of everything on a sheet, from top to bottom: title, facts, and for each prompt its rows.
+
+    `corners` holds the upper left corners of the pictures, row by row; `rules` the heights of the lines across.
+    """
+
+    def __init__(self, sheet: ContactSheet) -> None:
+        self._sheet = sheet
+        widths, heights = zip(*(image.size for image in sheet.images), strict=True)
+        self._unit = unit = _letter_height(len(sheet.columns) * max(widths))
+        self._margin, gap = 2 * unit, max(6, round(unit * 0.6))
+        self._cell = max(*widths, *(fonts.width(name, unit) for name in sheet.columns)) + gap
+        self._text_width = max(len(sheet.columns) * self._cell - gap, NARROWEST * unit)
+        self.width = self._text_width + 2 * self._margin
+        self.lines: list[TextLine] = []
+        self.rules: list[int] = []
+        self.corners: list[list[tuple[int, int]]] = []
+        self._y = self._margin
+        self._place_text(sheet.title, round(1.6 * unit))
+        self._y += round(0.5 * unit)
+        self._place_facts()
+        for prompt, rows in sheet.by_prompt():
+            self._place_prompt(prompt)
+            for row in rows:
+                self._place_row(row.seed, max(heights))
+        self.height = self._y + self._margin - round(0.6 * unit)
+
+    def draw(self) -> Image.Image:
+        """Draw the sheet; every picture is on it pixel by pixel."""
+        image = Image.new("RGB", (self.width, self.height), PAPER)
+        pen = ImageDraw.Draw(image)
+        for y in self.rules:
+            ends = (self._margin, y, self._margin + self._text_width, y)
+            pen.line(ends, fill=RULE, width=max(1, self.width // 1500))
+        for line in self.lines:
+            pen.text((line.x, line.y), line.text, font=line.font, fill=line.colour)
+        corners = (corner for row in self.corners for corner in row)
+        for picture, corner in zip(self._sheet.images, corners, strict=True):
+            image.paste(picture.convert("RGB"), corner)
+        return image
+
+    def _place_facts(self) -> None:
+        names = [name for name, _ in self._sheet.facts]
+        indent = max((fonts.width(name, self._unit) for name in names), default=0) + self._unit
+        for name, text in self._sheet.facts:
+            self._place_line(name, fonts.font_of(name, self._unit), colour=MUTED)
+            self._place_text(text, self._unit, indent)
+
+    def _place_prompt(self, prompt: str) -> None:
+        self._y += self._unit
+        self.rules.append(self._y)
+        self._y += self._unit
+        self._place_text(prompt, round(1.15 * self._unit))
+        self._y += round(0.5 * self._unit)
+        for number, name in enumerate(self._sheet.columns):
+            self._place_line(name, fonts.font_of(name, self._unit), number * self._cell)
+        self._y += round(1.5 * self._unit)
+
+    def _place_row(self, seed: int, height: int) -> None:
+        columns = range(len(self._sheet.columns))
+        self.corners.append([(self._margin + number * self._cell, self._y) for number in columns])
+        self._y += height + round(0.3 * self._unit)
+        self._place_text(f"seed {seed}", self._unit, colour=MUTED)
+        self._y += round(0.5 * self._unit)
+
+    def _place_text(self, text: str, size: int, indent: int = 0, colour: Colour = INK) -> None:
+        """Place a text in as many lines as it needs, and go below it."""
+        font = fonts.font_of(text, size)
+        for line in _wrapped(text, font, self._text_width - indent):
+            self._place_line(line, font, indent, colour)
+            self._y += round(1.35 * size)
+
+    def _place_line(self, text: str, font: FreeTypeFont, indent: int = 0, colour: Colour = INK) -> None:
+        self.lines.append(TextLine(text, self._margin + indent, self._y, font, colour))
+
+
+def _letter_height(width: int) -> int:
+    """Return the height of letters for pictures of this total width, in pixels."""
+    return min(max(SMALLEST, round(width / 90)), LARGEST)
+
+
+def _wrapped(text: str, font: FreeTypeFont, width: int) -> Iterator[str]:
+    """Yield a text in lines of a width in pixels; words are kept together where they fit."""
     line = ""
     for word in text.split():
         longer = f"{line} {word}" if line else word
@@ -103,6 +162,7 @@ def wrapped(text: str, font: FreeTypeFont, width: int) -> Iterator[str]:
 
 
 def _pieces(word: str, font: FreeTypeFont, width: int) -> list[str]:
+    """Cut a word that is wider than a line."""
     pieces, piece = [], ""
     for letter in word:
         if piece and font.getlength(piece + letter) > width:
@@ -110,66 +170,3 @@ def _pieces(word: str, font: FreeTypeFont, width: int) -> list[str]:
             piece = ""
         piece += letter
     return [*pieces, piece]
-
-
-def _unit(width: int) -> int:
-    return min(max(SMALLEST, round(width / 90)), LARGEST)
-
-
-class _LayingOut:
-    """A pen that goes down the sheet."""
-
-    def __init__(self, contact: Contact) -> None:
-        self._contact = contact
-        sizes = [shot.image.size for row in contact.rows for shot in row.shots]
-        self._picture = max(width for width, _ in sizes), max(height for _, height in sizes)
-        self._unit = unit = _unit(len(contact.columns) * self._picture[0])
-        self._margin, self._gap = 2 * unit, max(6, round(unit * 0.6))
-        names = [fonts.width(name, unit) for name in contact.columns]
-        self._cell = max(self._picture[0], *names) + self._gap
-        self._width = max(len(contact.columns) * self._cell - self._gap, NARROWEST * unit)
-        self._y = self._margin
-        self._lines: list[Line] = []
-        self._rules: list[tuple[int, int, int]] = []
-        self._places: list[tuple[tuple[int, int], ...]] = []
-
-    def done(self) -> Layout:
-        """Go all the way."""
-        unit = self._unit
-        self._text(self._contact.title, round(1.6 * unit))
-        self._y += round(0.5 * unit)
-        self._facts()
-        for prompt, rows in self._contact.by_prompt():
-            self._y += unit
-            self._rules.append((self._margin, self._margin + self._width, self._y))
-            self._y += unit
-            self._text(shown(prompt) or "(no prompt)", round(1.15 * unit))
-            self._y += round(0.5 * unit)
-            for place, name in enumerate(self._contact.columns):
-                self._lines.append(Line(name, self._margin + place * self._cell, self._y, unit, fonts.pick(name)))
-            self._y += round(1.5 * unit)
-            for row in rows:
-                self._row(row.seed)
-        height = self._y + self._margin - round(0.6 * unit)
-        return Layout(
-            self._width + 2 * self._margin, height, tuple(self._lines), tuple(self._rules), tuple(self._places)
-        )
-
-    def _facts(self) -> None:
-        indent = max((fonts.width(name, self._unit) for name, _ in self._contact.facts), default=0) + self._unit
-        for name, text in self._contact.facts:
-            self._lines.append(Line(name, self._margin, self._y, self._unit, fonts.pick(name), "muted"))
-            self._text(text, self._unit, indent)
-
-    def _row(self, seed: int) -> None:
-        places = range(len(self._contact.columns))
-        self._places.append(tuple((self._margin + place * self._cell, self._y) for place in places))
-        self._y += self._picture[1] + round(0.3 * self._unit)
-        self._text(f"seed {seed}", self._unit, tone="muted")
-        self._y += round(0.5 * self._unit)
-
-    def _text(self, text: str, size: int, indent: int = 0, tone: Tone = "ink") -> None:
-        font = fonts.pick(text)
-        for line in wrapped(text, fonts.load(font, size), self._width - indent):
-            self._lines.append(Line(line, self._margin + indent, self._y, size, font, tone))
-            self._y += round(1.35 * size)

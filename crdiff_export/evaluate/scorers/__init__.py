@@ -1,4 +1,7 @@
-"""What says how good a picture is: one module for each scorer; none is imported before it is asked for."""
+"""What says how good a picture is: one module for each scorer, and none is imported before it is needed.
+
+Begin with `score.py`, the protocol, and `spec.py`, which turns what a user writes for `--scorer` into a scorer.
+"""
 
 from crdiff_export.evaluate.scorers.score import Score, Scorer
 from crdiff_export.evaluate.scorers.spec import check, load, names, parse, public

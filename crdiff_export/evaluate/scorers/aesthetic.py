@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from crdiff_export.evaluate.scorers import weights
 from crdiff_export.evaluate.scorers.clip import CLIP_L, Clip
-from crdiff_export.evaluate.scorers.score import Score, Scorer
-from crdiff_export.evaluate.scorers.weights import Fetch, Repo
+from crdiff_export.evaluate.scorers.score import Scorer
+from crdiff_export.evaluate.scorers.weights import Fetch, NetworkScorer, Repo
 
 if TYPE_CHECKING:
     import torch
@@ -18,57 +18,41 @@ if TYPE_CHECKING:
 
 REPO: Final = Repo("trl-lib/ddpo-aesthetic-predictor", "e62d0b3d501a41272ad2c7d6454c99aefe8be459")
 FILE: Final = "sac+logos+ava1-l14-linearMSE.pth"
-# The layers' widths, and what is dropped after each while training; nothing bends between them.
+# The layers' widths, and the dropout after each while training; there is no activation between them.
 WIDTHS: Final = (1024, 128, 64, 16, 1)
-DROPPED: Final = (0.2, 0.2, 0.1, None, None)
-
-
-class Aesthetic:
-    """The head on the normalised embedding; the head computes in float32."""
-
-    name = "aesthetic"
-
-    def __init__(self, clip: Clip, head: "torch.nn.Module", record: dict[str, str]) -> None:
-        self._clip = clip
-        self._head = head
-        self._record = record
-
-    def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
-        import torch
-
-        seen, _ = self._clip.embed(images, [""] * len(images))
-        with torch.inference_mode():
-            values: list[float] = self._head(seen).squeeze(-1).tolist()
-        return [Score(value) for value in values]
-
-    def fingerprint(self) -> dict[str, str]:
-        return dict(self._record)
-
-    def close(self) -> None:
-        self._clip.close()
+DROPOUTS: Final = (0.2, 0.2, 0.1, None, None)
 
 
 def head(width: int) -> "torch.nn.Sequential":
-    """The layers for an embedding of `width`, in evaluation mode; ImageReward has the same, and the same names."""
+    """Make the layers for an embedding of `width`, in evaluation mode; ImageReward has the same layers and names."""
     from torch import nn
 
     layers: list[nn.Module] = []
-    for wide, dropped in zip(WIDTHS, DROPPED, strict=True):
+    for wide, dropout in zip(WIDTHS, DROPOUTS, strict=True):
         layers.append(nn.Linear(width, wide))
-        if dropped:
-            layers.append(nn.Dropout(dropped))
+        if dropout:
+            layers.append(nn.Dropout(dropout))
         width = wide
     return nn.Sequential(*layers).eval()
 
 
 def aesthetic(device: str, dtype: str, fetch: Fetch = weights.fetch) -> Scorer:
-    """The predictor and the CLIP that it needs; 1.7 GB of weights."""
+    """Open the predictor and the CLIP that it needs; 1.7 GB of weights. The head computes in float32."""
     weights.transformers()
     path = fetch(REPO, FILE)
-    found = weights.read_pickle(path)
-    first = found.get("layers.0.weight")
+    tensors = weights.read_pickle(path)
+    first = tensors.get("layers.0.weight")
     layers = head(int(first.shape[-1]) if first is not None and first.ndim else 768)
-    weights.fill(layers, {name.removeprefix("layers."): tensor for name, tensor in found.items()}, f"{REPO}/{FILE}")
+    weights.fill(layers, {name.removeprefix("layers."): tensor for name, tensor in tensors.items()}, f"{REPO}/{FILE}")
     clip = Clip(CLIP_L, CLIP_L, device, dtype, fetch)
     about = {"head": f"{REPO}", "head sha256": weights.sha256(path), **clip.about}
-    return Aesthetic(clip, layers, weights.fingerprint("aesthetic", device, dtype, **about))
+
+    def compute(images: "Sequence[Image]", _prompts: Sequence[str]) -> list[float]:
+        import torch
+
+        seen, _ = clip.embed(images, [""] * len(images))
+        with torch.inference_mode():
+            values: list[float] = layers(seen).squeeze(-1).tolist()
+        return values
+
+    return NetworkScorer(weights.fingerprint("aesthetic", device, dtype, **about), compute)

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# What med_config.json decides; the dropouts that it also has are for training.
+# What med_config.json decides; its dropouts are for training.
 TEXT_CONFIG: Final = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     *("max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id"),
 )
-# Names in the file, from the front; those of the text encoder and within a linear layer are the same in both.
+# Beginnings of names in the file, and in the network; within the text encoder and a linear layer they are the same.
 RENAMED: Final = (
     (r"blip\.visual_encoder\.cls_token", "vision.embeddings.class_embedding"),
     (r"blip\.visual_encoder\.pos_embed", "vision.embeddings.position_embedding"),
@@ -33,7 +33,7 @@ RENAMED: Final = (
     (r"blip\.text_encoder\.", "text."),
     (r"mlp\.layers\.", "head."),
 )
-# In the file, but no part of the reward: BLIP's contrastive loss, and the numbers 0, 1, 2, … of the positions.
+# Tensors of the file that the reward does not need: BLIP's contrastive loss, and the numbers of the positions.
 UNUSED: Final = re.compile(r"blip\.(vision|text)_proj\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids")
 
 
@@ -49,14 +49,14 @@ class Vision:
 
 
 class Reward:
-    """The reward before it is normalised, of each picture and the tokens of its prompt."""
+    """Computes the reward, before it is normalised, of each picture and the tokens of its prompt."""
 
     def __init__(self, module: "torch.nn.ModuleDict", side: int) -> None:
         self._module = module
         self.side = side
 
-    def placed(self, device: "torch.device", dtype: "torch.dtype") -> Self:
-        """On a device, the encoders in a dtype."""
+    def to(self, device: "torch.device", dtype: "torch.dtype") -> Self:
+        """Move to a device; the encoders compute in `dtype`, the head in float32."""
         import torch
 
         for name, part in self._module.items():
@@ -75,15 +75,28 @@ class Reward:
         return values.squeeze(-1).cpu()
 
 
-def opened(tensors: "Mapping[str, Tensor]", config: Mapping[str, Any], vision: Vision, source: str) -> Reward:
-    """The network with the file's weights in it: none is missing and none is left over, or ScorerError names them."""
+def open_reward(tensors: "Mapping[str, Tensor]", config: Mapping[str, Any], vision: Vision, source: str) -> Reward:
+    """Make the network with a file's weights in it.
+
+    Args:
+        tensors: The weights, by the file's names.
+        config: The size of the text's encoder: `TEXT_CONFIG`.
+        vision: The size of the picture's encoder.
+        source: What an error calls the file.
+
+    Returns:
+        The network.
+
+    Raises:
+        ScorerError: A weight is missing or left over.
+    """
     module = network(config, vision)
-    weights.fill(module, dict(renamed(tensors)), source)
+    weights.fill(module, dict(rename_tensors(tensors)), source)
     return Reward(module, vision.image)
 
 
 def network(config: Mapping[str, Any], vision: Vision) -> "torch.nn.ModuleDict":
-    """The three parts with whatever weights they come with, in evaluation mode."""
+    """Make the three parts, with random weights, in evaluation mode."""
     from torch import nn
 
     library = weights.transformers()
@@ -111,14 +124,14 @@ def network(config: Mapping[str, Any], vision: Vision) -> "torch.nn.ModuleDict":
     return nn.ModuleDict(parts).eval()
 
 
-def renamed(tensors: "Mapping[str, Tensor]") -> "Iterator[tuple[str, Tensor]]":
-    """Those that the reward needs, by the network's names; a name that no rule is for stays as it is."""
+def rename_tensors(tensors: "Mapping[str, Tensor]") -> "Iterator[tuple[str, Tensor]]":
+    """Yield the tensors that the reward needs, by the network's names; a name without a rule stays as it is."""
     for name, tensor in tensors.items():
         if UNUSED.fullmatch(name):
             continue
         for pattern, new in RENAMED:
-            if found := re.match(pattern, name):
-                yield found.expand(new) + name[found.end() :], tensor
+            if match := re.match(pattern, name):
+                yield match.expand(new) + name[match.end() :], tensor
                 break
         else:
             yield name, tensor

@@ -1,10 +1,10 @@
-"""Any program as a scorer, `command:PROGRAM ARG …`: so an old package can run in an environment of its own.
+"""Any program as a scorer, `command:PROGRAM ARG …`: an old package, say, can run in an environment of its own.
 
 The program is started once, without a shell. For each picture it reads one line from stdin,
-`{"image": PATH, "prompt": TEXT}`, where PATH is a PNG in a folder of this scorer's own, and writes one line to stdout,
-`{"score": NUMBER}`, in the same order. It may read ahead; it has to flush each answer, and to keep its stdin open until
-that ends. What it writes to stderr is kept for the message of an error. CRDIFF_SCORER_TIMEOUT is how many seconds it
-may take for an answer.
+`{"image": PATH, "prompt": TEXT}`, where PATH is a PNG in a private folder, and writes one line to stdout,
+`{"score": NUMBER}`, in the same order. It may read ahead. It must flush each answer, and keep its stdin open until that
+ends. The last lines of its stderr go into the message of an error. CRDIFF_SCORER_TIMEOUT is how many seconds an answer
+may take.
 
 A command may hold paths and secrets, so its name, which goes into recipes, headers, cards and pages, is that of the
 program alone; the fingerprint has hashes of the rest.
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from crdiff_export.errors import ScorerError
-from crdiff_export.evaluate.scorers.process import LINE, Program, Silence
+from crdiff_export.evaluate.scorers.process import LONGEST_LINE, Program, Silence
 from crdiff_export.evaluate.scorers.score import Score, is_finite
 from crdiff_export.formats.strict_json import show
 
@@ -37,8 +37,8 @@ _FORM = 'One line {"score": NUMBER} on stdout is a score; all other words belong
 _QUOTES = "Write command:PROGRAM ARG …, with quotes as in a shell."
 
 
-class Command:
-    """The program, running; after an error or `close` it is gone, with whatever it started, and so are the pictures."""
+class CommandScorer:
+    """A running program; after an error or `close` it is gone, with its children and the pictures."""
 
     def __init__(self, spec: str) -> None:
         self._words = words_of(spec)
@@ -46,7 +46,7 @@ class Command:
         self._seconds = _seconds()
         self._folder = Path(tempfile.mkdtemp(prefix="crdiff-scorer-"))
         try:
-            self._program = _started(spec, self._words, self._folder)
+            self._program = _start(spec, self._words, self._folder)
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
@@ -55,16 +55,17 @@ class Command:
         if not self._program.running:
             raise ScorerError(f"{self.name}: has ended", "Load it again.")
         try:
-            if self._program.ahead:
+            if self._program.has_lines:
                 self._refuse("wrote to stdout before it was asked", _FORM)
-            self._program.send([self._line(*asked) for asked in zip(range(len(images)), images, prompts, strict=True)])
+            questions = zip(range(1, len(images) + 1), images, prompts, strict=True)
+            self._program.send([self._question(*question) for question in questions])
             return [Score(self._answer(number)) for number in range(1, len(images) + 1)]
         except BaseException:
             self._program.kill()
             raise
 
-    def _line(self, place: int, image: "Image", prompt: str) -> bytes:
-        path = self._folder / f"{place}.png"
+    def _question(self, number: int, image: "Image", prompt: str) -> bytes:
+        path = self._folder / f"{number}.png"
         image.convert("RGB").save(path, "PNG")
         return json.dumps({"image": str(path), "prompt": prompt}).encode() + b"\n"
 
@@ -72,9 +73,9 @@ class Command:
         line = self._program.receive(self._seconds)
         if isinstance(line, Silence):
             self._explain(line, number)
-        (self._folder / f"{number - 1}.png").unlink(missing_ok=True)
+        (self._folder / f"{number}.png").unlink(missing_ok=True)
         where, text = f"the score of picture {number}", show(line.decode(errors="replace").rstrip("\r\n"), 120)
-        if len(line) >= LINE:
+        if len(line) >= LONGEST_LINE:
             self._refuse(f"{where} has no end", _FORM)
         try:
             answer = json.loads(line)
@@ -88,6 +89,7 @@ class Command:
         return float(value)
 
     def _explain(self, silence: Silence, number: int) -> NoReturn:
+        """Say why there is no score."""
         before = f"before the score of picture {number}"
         if silence is Silence.LATE:
             hint = f"It has to flush each line that it writes; {TIMEOUT} gives it more seconds."
@@ -103,24 +105,24 @@ class Command:
         raise ScorerError(f"{self.name}: {what}", f"{hint} Its last words: {last}" if last else hint)
 
     def fingerprint(self) -> dict[str, str]:
-        """The hash of its words, and of each of them that is a file; what else the program uses is not seen."""
-        found = {"name": self.name, "words": f"sha256:{hashlib.sha256(json.dumps(self._words).encode()).hexdigest()}"}
-        for place, word in enumerate(self._words):
-            path = Path(word if place else shutil.which(word) or word)
-            with suppress(
-                OSError
-            ):  # a word may be a text too long for a name, or a file that only the program may read
+        """Return the hash of its words, and of each word that is a file; what else the program uses cannot be seen."""
+        words = hashlib.sha256(json.dumps(self._words).encode()).hexdigest()
+        record = {"name": self.name, "words": f"sha256:{words}"}
+        for number, word in enumerate(self._words):
+            path = Path(word if number else shutil.which(word) or word)
+            # A word may be too long for a file's name, or a file that only the program may read.
+            with suppress(OSError):
                 if path.is_file():
                     with path.open("rb") as file:
-                        found[f"word {place}"] = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-        return found
+                        record[f"word {number}"] = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        return record
 
     def close(self) -> None:
         self._program.end()
 
 
 def words_of(spec: str) -> list[str]:
-    """The program and its arguments; ScorerError where there are none."""
+    """Split a command into the program and its arguments; ScorerError where there are none."""
     try:
         words = shlex.split(spec.partition(":")[2])
     except ValueError as error:
@@ -131,7 +133,7 @@ def words_of(spec: str) -> list[str]:
 
 
 def name_of(words: Sequence[str]) -> str:
-    """What others may read of a command: its program, without the folder that it is in and without its arguments."""
+    """Return what may be published of a command: its program, without its folder and without its arguments."""
     return f"command:{Path(words[0]).name}"
 
 
@@ -146,14 +148,13 @@ def _seconds() -> float:
     return seconds
 
 
-def _started(spec: str, words: Sequence[str], folder: Path) -> Program:
+def _start(spec: str, words: Sequence[str], folder: Path) -> Program:
     try:
         return Program(words, folder)
     except FileNotFoundError as error:
         hint = "Give its path, or put it on PATH; a python and its script are two words."
         raise ScorerError(f"{spec}: there is no program {words[0]!r}", hint) from error
     except (OSError, ValueError) as error:
-        what = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise ScorerError(
-            f"{spec}: cannot be started: {what}", "Check that it is a program that may be run."
-        ) from error
+        what = getattr(error, "strerror", None) or error
+        hint = "Check that it is a program that may be run."
+        raise ScorerError(f"{spec}: cannot be started: {what}", hint) from error

@@ -1,8 +1,8 @@
-"""Scorers in somebody else's Python: `module:function`, and what other packages offer as an entry point.
+"""Scorers in the user's own Python: `module:function`, and what other packages offer as an entry point.
 
 A function whose first parameter is called `images` is the scoring function itself, `(images, prompts) -> list[float]`.
 Any other is a factory, `(device, dtype) -> Scorer`. The module may lie in the current folder; what is installed wins.
-What its code raises is not caught: it keeps its traceback.
+An exception of its code is not caught: it keeps its traceback.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crdiff_export.errors import ScorerError
-from crdiff_export.evaluate.scorers.score import Score, Scorer, is_finite
+from crdiff_export.evaluate.scorers.score import Score, Scorer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,67 +26,54 @@ if TYPE_CHECKING:
 _MEMBERS = ("name", "score", "fingerprint", "close")
 
 
-class Function:
+class FunctionScorer:
     """A function that gives a number for each picture."""
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name = name
         self._function = function
-        self._module = _text_hash(function)  # of what was loaded, whatever becomes of the file
+        self._module_hash = _module_hash(function)  # now, before the file may change
 
     def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
         answer = self._function(images, prompts)
         try:
-            values = list(answer)
+            return [Score(value) for value in answer]
         except TypeError as error:
             message = f"{self.name}: gives {type(answer).__name__}, no list of numbers"
             raise ScorerError(message, "Return one finite number for each picture.") from error
-        for number, value in enumerate(values, 1):
-            if not is_finite(value):
-                message = f"{self.name}: the score of picture {number} is {value!r}"
-                raise ScorerError(message, "Return one finite number for each picture.")
-        return [Score(float(value)) for value in values]
 
     def fingerprint(self) -> dict[str, str]:
-        """Its name, the text of its module, and the version of Python; what else it uses is not seen."""
-        return {"name": self.name, "module": self._module, "python": platform.python_version()}
+        """Return its name, the hash of its module, and Python's version; what else it uses cannot be seen."""
+        return {"name": self.name, "module": self._module_hash, "python": platform.python_version()}
 
     def close(self) -> None:
-        """It holds nothing."""
-
-
-def _text_hash(function: Callable[..., Any]) -> str:
-    """Of the module that a function was written in; a callable object or a partial does not say where that is."""
-    try:
-        source = inspect.getsourcefile(inspect.unwrap(function))
-        return f"sha256:{hashlib.sha256(Path(source or '').read_bytes()).hexdigest()}"
-    except (TypeError, OSError):
-        return "unknown"
+        """Do nothing: it holds nothing."""
 
 
 def open_function(spec: str, device: str, dtype: str) -> Scorer:
-    """The scorer at `module:function`, where `function` may be `a.b`; ScorerError where there is none."""
+    """Open the scorer at `module:function`, where `function` may be `a.b`; ScorerError where there is none."""
     module, _, path = spec.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), *path.split("."))):
         raise ScorerError(f"{spec!r} names no function", "Write module:function, as in my_scorers:sharpness.")
     with _current_folder():
         try:
-            found: Any = import_module(module)
+            imported = import_module(module)
         except ImportError as error:
-            itself = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-            what = f"there is no module {error.name!r}" if itself else f"cannot be imported: {error}"
+            is_missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+            what = f"there is no module {error.name!r}" if is_missing else f"cannot be imported: {error}"
             hint = "Install it here, or run crdiff in the folder that it is in."
             raise ScorerError(f"{spec}: {what}", hint) from error
         try:
-            found = reduce(getattr, path.split("."), found)
+            function: Any = reduce(getattr, path.split("."), imported)
         except AttributeError as error:
-            message = f"{spec}: {module} has no {path!r}"
-            raise ScorerError(message, f"Check the name; it is read from {_place(found)}.") from error
-        return made(spec, found, device, dtype)
+            file = getattr(imported, "__file__", None) or module
+            hint = f"Check the name; it is read from {file}."
+            raise ScorerError(f"{spec}: {module} has no {path!r}", hint) from error
+        return as_scorer(spec, function, device, dtype)
 
 
-def loaded(entry: EntryPoint) -> Any:
-    """What an entry point leads to; ScorerError where its package is broken."""
+def load_entry_point(entry: EntryPoint) -> Any:
+    """Import what an entry point names; ScorerError where its package is broken."""
     try:
         return entry.load()
     except (ImportError, AttributeError) as error:
@@ -95,23 +82,36 @@ def loaded(entry: EntryPoint) -> Any:
         raise ScorerError(f"{entry.name}: {entry.value} cannot be loaded: {error}", hint) from error
 
 
-def made(name: str, found: Any, device: str, dtype: str) -> Scorer:
-    """The scorer that a function is or makes, by the rule above."""
-    if not callable(found):
+def as_scorer(name: str, function: Any, device: str, dtype: str) -> Scorer:
+    """Make the scorer of a function.
+
+    Args:
+        name: What the user calls it.
+        function: A scoring function, or a factory.
+        device: The device that a factory gets.
+        dtype: The dtype that a factory gets: fp32, fp16 or bf16.
+
+    Returns:
+        The scorer.
+
+    Raises:
+        ScorerError: It is neither, or the factory makes no scorer.
+    """
+    if not callable(function):
         raise ScorerError(f"{name}: is no function", "Name a scoring function, or one that makes a scorer.")
     try:
-        signature = inspect.signature(found)
+        signature = inspect.signature(function)
         if next(iter(signature.parameters), None) == "images":
-            return Function(name, found)
+            return FunctionScorer(name, function)
         signature.bind(device, dtype)
-    except (ValueError, TypeError) as error:  # one that is written in C may not say what it takes
+    except (ValueError, TypeError) as error:  # ValueError: a function in C may have no signature
         message = f"{name}: takes neither (images, prompts) nor (device, dtype)"
         raise ScorerError(message, "Name its parameters so; the first one's name decides.") from error
-    scorer: Scorer = found(device, dtype)
-    lacking = [member for member in _MEMBERS if not hasattr(scorer, member)]
-    if lacking:
+    scorer: Scorer = function(device, dtype)
+    missing = [member for member in _MEMBERS if not hasattr(scorer, member)]
+    if missing:
         raise ScorerError(
-            f"{name}: gives no scorer: {type(scorer).__name__} has no {', '.join(lacking)}",
+            f"{name}: gives no scorer: {type(scorer).__name__} has no {', '.join(missing)}",
             "Return a `crdiff_export.evaluate.Scorer`, or call the first parameter of a scoring function `images`.",
         )
     return scorer
@@ -119,16 +119,20 @@ def made(name: str, found: Any, device: str, dtype: str) -> Scorer:
 
 @contextmanager
 def _current_folder() -> Iterator[None]:
-    """The current folder as the last place that modules are looked for in."""
-    here = str(Path.cwd())
-    sys.path.append(here)
+    """Let modules be imported from the current folder, after all other places."""
+    folder = str(Path.cwd())
+    sys.path.append(folder)
     try:
         yield
     finally:
-        sys.path.reverse()
-        sys.path.remove(here)
-        sys.path.reverse()
+        last = len(sys.path) - 1 - sys.path[::-1].index(folder)
+        del sys.path[last]
 
 
-def _place(module: Any) -> str:
-    return str(getattr(module, "__file__", None) or getattr(module, "__name__", "an unknown place"))
+def _module_hash(function: Callable[..., Any]) -> str:
+    """Hash the module that a function was written in; of a callable object or a partial it is not known."""
+    try:
+        source = inspect.getsourcefile(inspect.unwrap(function))
+        return f"sha256:{hashlib.sha256(Path(source or '').read_bytes()).hexdigest()}"
+    except (TypeError, OSError):
+        return "unknown"

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from crdiff_export.errors import ScorerError
 from crdiff_export.evaluate.scorers import blip, weights
-from crdiff_export.evaluate.scorers.score import Score, Scorer
-from crdiff_export.evaluate.scorers.weights import Fetch, Repo
+from crdiff_export.evaluate.scorers.score import Scorer
+from crdiff_export.evaluate.scorers.weights import Fetch, NetworkScorer, Repo
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
     from torch import Tensor
 
@@ -28,66 +27,57 @@ TOKENS = 35  # of a prompt; all prompts are padded to as many
 # CLIP's, as torchvision takes them: of the values from 0 to 1
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-BATCH = 8  # ours: pictures in one forward pass
-
-
-class ImageReward:
-    """The model with its words; the head computes in float32."""
-
-    name = "image-reward"
-
-    def __init__(
-        self, reward: blip.Reward, words: Any, place: "tuple[torch.device, torch.dtype]", record: dict[str, str]
-    ) -> None:
-        self._reward: blip.Reward | None = reward
-        self._words = words
-        self._device, self._dtype = place
-        self._record = record
-
-    def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
-        import torch
-
-        assert self._reward
-        values: list[float] = []
-        for start in range(0, len(images), BATCH):
-            pixels = torch.stack([pixels_of(image, self._reward.side) for image in images[start : start + BATCH]])
-            texts = list(prompts[start : start + BATCH])
-            tokens = self._words(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
-            with torch.inference_mode():
-                raw = self._reward(
-                    pixels.to(self._device, self._dtype),
-                    tokens["input_ids"].to(self._device),
-                    tokens["attention_mask"].to(self._device),
-                )
-            values += ((raw.double() - MEAN) / DEVIATION).tolist()
-        return [Score(value) for value in values]
-
-    def fingerprint(self) -> dict[str, str]:
-        return dict(self._record)
-
-    def close(self) -> None:
-        self._reward = None
+BATCH = 8  # our choice: pictures in one forward pass
 
 
 def image_reward(device: str, dtype: str, fetch: Fetch = weights.fetch, vision: blip.Vision | None = None) -> Scorer:
-    """ImageReward 1.0, about -2 to 2; 1.8 GB of weights. `vision` is for another size of the same architecture."""
+    """Open ImageReward 1.0, about -2 to 2; 1.8 GB of weights. The head computes in float32.
+
+    Args:
+        device: The device, as torch names it.
+        dtype: What the encoders compute in: fp32, fp16 or bf16.
+        fetch: Returns the path of a repository's file.
+        vision: Another size of the same architecture.
+
+    Returns:
+        The scorer.
+    """
     place = weights.place(device, dtype)
     config = _config(fetch(REPO, CONFIG))
-    words = _tokenizer(fetch(BERT, None), config)
+    tokenizer = _tokenizer(fetch(BERT, None), config)
     path = fetch(REPO, FILE)
-    reward = blip.opened(weights.read_pickle(path), config, vision or blip.Vision(), f"{REPO}/{FILE}")
+    reward = blip.open_reward(weights.read_pickle(path), config, vision or blip.Vision(), f"{REPO}/{FILE}").to(*place)
     about = {"weights": f"{REPO}", "sha256": weights.sha256(path), "words": f"{BERT}"}
     about["preprocessing"] = f"RGB, bicubic to {reward.side}, centre, CLIP's mean and deviation; {TOKENS} tokens"
-    return ImageReward(
-        reward.placed(*place), words, place, weights.fingerprint(ImageReward.name, device, dtype, **about)
-    )
+
+    def compute(images: "Sequence[Image]", prompts: Sequence[str]) -> list[float]:
+        import torch
+
+        values: list[float] = []
+        for start in range(0, len(images), BATCH):
+            pixels = torch.stack([pixels_of(image, reward.side) for image in images[start : start + BATCH]])
+            texts = list(prompts[start : start + BATCH])
+            tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+            with torch.inference_mode():
+                raw = reward(pixels.to(*place), tokens["input_ids"].to(place[0]), tokens["attention_mask"].to(place[0]))
+            values += ((raw.double() - MEAN) / DEVIATION).tolist()
+        return values
+
+    return NetworkScorer(weights.fingerprint("image-reward", device, dtype, **about), compute)
 
 
 def pixels_of(image: "Image", side: int) -> "Tensor":
-    """[3, side, side], as torchvision's Resize, CenterCrop, ToTensor and Normalize make it; RGB first of all.
+    """Return a picture as a tensor [3, side, side], as torchvision's Resize, CenterCrop, ToTensor and Normalize do.
 
-    The longer side is rounded down and the crop's corner to the nearest even: torchvision's
+    The longer side is rounded down and the crop's corner to the nearest even number, as in torchvision's
     `_compute_resized_output_size` and `center_crop`.
+
+    Args:
+        image: A picture of any mode, which becomes RGB first.
+        side: The side of the square in pixels.
+
+    Returns:
+        The pixels in float32.
     """
     import numpy as np
     import torch
@@ -115,14 +105,14 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _tokenizer(folder: Path, config: dict[str, Any]) -> Any:
-    """BERT's, with the two words that BLIP adds at its end; the model's table has to end with them."""
+    """Open BERT's tokenizer, with the two words that BLIP adds at its end; the model's table has to end with them."""
     library = weights.transformers()
     with weights.quiet():
-        words = library.BertTokenizerFast.from_pretrained(folder, local_files_only=True)
-        words.add_special_tokens({"bos_token": "[DEC]"})
-        words.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
-    last = words.convert_tokens_to_ids("[ENC]")
+        tokenizer = library.BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+        tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    last = tokenizer.convert_tokens_to_ids("[ENC]")
     if last != config["vocab_size"] - 1:
         message = f"{BERT}: its last word is number {last}, that of {REPO} number {config['vocab_size'] - 1}"
         raise ScorerError(message, "Delete both from the cache, and run this again.")
-    return words
+    return tokenizer

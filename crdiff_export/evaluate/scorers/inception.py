@@ -1,4 +1,4 @@
-"""The features that an FID is taken from: 2048 numbers of each picture, by torch-fidelity's `inception-v3-compat`.
+"""The features that an FID is computed from: 2048 numbers of each picture, by torch-fidelity's `inception-v3-compat`.
 
 It is the network of the TensorFlow original in torch-fidelity's own code, with that original's scaling of a picture to
 299x299, which is bilinear and smooths nothing beforehand. src: torch_fidelity/feature_extractor_inceptionv3.py (0.4.0).
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 PACKAGE: Final = "torch_fidelity"
 NAME: Final = "inception-v3-compat"
 FEATURES: Final = 2048
-# src: the file at torch-fidelity's URL_INCEPTION_V3, whose name has the first eight digits.
+# src: the file at torch-fidelity's URL_INCEPTION_V3, whose name has the first eight digits of this hash.
 SHA256: Final = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-# Ours: pictures at once, and their pixels, of which the network scales each as several floats.
+# Our choice: pictures in one batch, and their pixels; the network scales each pixel as several floats.
 BATCH: Final = 32
 PIXELS: Final = 1 << 22
-_BY_HAND = "Run this where there is a connection, or give the file (91 MiB) with --fid-weights."
+_BY_HAND: Final = "Run this where there is a connection, or give the file (91 MiB) with --fid-weights."
 
 
 class Inception:
@@ -43,21 +43,21 @@ class Inception:
         self._device = device
 
     def features(self, images: "Iterable[Image]") -> "Iterator[Rows]":
-        """A row for each picture, in their order, some at a time; the pictures are not kept."""
+        """Yield parts of the features [picture, 2048] in float64, in the pictures' order; no picture is kept."""
         import numpy as np
         import torch
 
         for batch in _batches(images):
             pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in batch]))
             with torch.inference_mode():
-                (found,) = self._network(pixels.permute(0, 3, 1, 2).to(self._device))
-            rows = found.cpu().double().numpy()
+                (features,) = self._network(pixels.permute(0, 3, 1, 2).to(self._device))
+            rows = features.cpu().double().numpy()
             if not np.isfinite(rows).all():
                 raise ScorerError("FID: a feature of a picture is no finite number", "Try --scorer-device cpu.")
             yield rows
 
     def fingerprint(self) -> dict[str, str]:
-        """What the features depend on, beside the pictures."""
+        """Return what the features depend on, beside the pictures."""
         return {
             "network": NAME, "weights": f"sha256:{SHA256}", "torch-fidelity": version("torch-fidelity"),
             "device": self._device.partition(":")[0], "dtype": "fp32", "torch": version("torch"),
@@ -65,7 +65,7 @@ class Inception:
 
 
 def check(file: Path | None) -> None:
-    """ScorerError for what can be known to be missing without opening anything."""
+    """Raise ScorerError for a package or a file that is missing, before anything is opened."""
     if find_spec(PACKAGE) is None:
         raise ScorerError("torch-fidelity is not installed, which FID needs", 'Run `pip install "crdiff-export[fid]"`.')
     if file and not file.is_file():
@@ -73,42 +73,52 @@ def check(file: Path | None) -> None:
 
 
 def absent() -> str | None:
-    """Where the weights would be fetched from; None if they are in torch's cache."""
-    return None if _cached().is_file() else _url()
+    """Return where the weights would be fetched from; None if they are in torch's cache."""
+    return None if _cache_path().is_file() else _url()
 
 
 def load(device: str, file: Path | None = None) -> Inception:
-    """The network with its published weights, from a file, from torch's cache, or fetched into it as by torch-fidelity.
+    """Open the network with its published weights.
 
     Their hash is checked before anything is read from them: torch-fidelity unpickles whatever it is given.
+
+    Args:
+        device: The device, as torch names it.
+        file: The weights; None takes them from torch's cache, into which they are fetched as torch-fidelity does.
+
+    Returns:
+        The network.
+
+    Raises:
+        ScorerError: The weights cannot be fetched or are not the published ones, or torch-fidelity is missing.
     """
     check(file)
     place, _ = weights.place(device, "fp32")
-    path = file or _fetched()
+    path = file or _fetch()
     try:
-        found = hash_file(path, Silent())
+        digest = hash_file(path, Silent())
     except OSError as error:
         raise ScorerError(f"{path}: {error.strerror}", f"Give --fid-weights the file of {_url()}.") from error
-    if found != SHA256:
+    if digest != SHA256:
         hint = f"Delete it and run this again; it has to be the file of {_url()}."
         raise ScorerError(f"{path}: not the published weights of {NAME}", hint)
-    made = _module().FeatureExtractorInceptionV3(NAME, [str(FEATURES)], feature_extractor_weights_path=str(path))
-    return Inception(made.to(place), device)
+    network = _module().FeatureExtractorInceptionV3(NAME, [str(FEATURES)], feature_extractor_weights_path=str(path))
+    return Inception(network.to(place), device)
 
 
-def _fetched() -> Path:
-    """The weights in torch's cache, where every program that uses torch-fidelity looks for them."""
+def _fetch() -> Path:
+    """Return the weights in torch's cache, where every program with torch-fidelity looks for them."""
     import torch
 
-    path = _cached()
+    path = _cache_path()
     if path.is_file():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(_url(), str(path), SHA256, progress=False)
-    except OSError as error:  # urllib's errors are some
-        why = getattr(error, "reason", None) or error.strerror or error
-        raise ScorerError(f"{_url()}: cannot be fetched: {why}", _BY_HAND) from error
+    except OSError as error:  # urllib's errors, too
+        reason = getattr(error, "reason", None) or error.strerror or error
+        raise ScorerError(f"{_url()}: cannot be fetched: {reason}", _BY_HAND) from error
     except RuntimeError as error:
         if "invalid hash" not in str(error):
             raise
@@ -116,7 +126,7 @@ def _fetched() -> Path:
     return path
 
 
-def _cached() -> Path:
+def _cache_path() -> Path:
     import torch
 
     return Path(torch.hub.get_dir()) / "checkpoints" / _url().rpartition("/")[2]
@@ -127,29 +137,29 @@ def _url() -> str:
 
 
 def _module() -> Any:
-    """The network's; ScorerError where it, or what it needs, cannot be imported."""
+    """Import the module of the network; ScorerError where that fails."""
     try:
-        with _without_the_rest():
+        with _without_other_networks():
             from torch_fidelity import feature_extractor_inceptionv3
-    except (ImportError, RuntimeError) as error:  # of a torchvision for another torch it is a RuntimeError
+    except (ImportError, RuntimeError) as error:  # a torchvision for another torch raises RuntimeError
         message = f"torch-fidelity cannot be imported: {str(error).splitlines()[0]}"
         raise ScorerError(message, "Install torch-fidelity 0.4 and torch, of versions that go together.") from error
     return feature_extractor_inceptionv3
 
 
 @contextmanager
-def _without_the_rest() -> Iterator[None]:
-    """Let modules of torch-fidelity be imported without the package's own, which imports all of its networks.
+def _without_other_networks() -> Iterator[None]:
+    """Let a module of torch-fidelity be imported without the package's `__init__`, which imports all of its networks.
 
-    Some of these need torchvision, which goes with one build of torch alone and is broken beside any other; the
-    Inception needs none of it. Afterwards it is as if nothing had been imported.
+    Some networks need torchvision, which works with one build of torch alone; the Inception does not need it.
+    Afterwards nothing of the package is left in `sys.modules`.
     """
     if PACKAGE in sys.modules:
         yield
         return
     spec = find_spec(PACKAGE)
     assert spec
-    sys.modules[PACKAGE] = module_from_spec(spec)  # which is not executed
+    sys.modules[PACKAGE] = module_from_spec(spec)  # a module that is not executed
     try:
         yield
     finally:
@@ -158,7 +168,7 @@ def _without_the_rest() -> Iterator[None]:
 
 
 def _batches(images: "Iterable[Image]") -> "Iterator[list[Image]]":
-    """Neighbours of one size, so many that they fit in memory when they are scaled."""
+    """Yield neighbours of one size, as many as fit in memory when they are scaled."""
     batch: list[Image] = []
     for image in images:
         pixels = image.width * image.height

@@ -1,4 +1,4 @@
-"""What a scorer is and gives, and a check that it gives it: a finite score for each picture."""
+"""The protocol of a scorer, and a check of its answers: a finite score for each picture."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,34 +9,41 @@ from crdiff_export.errors import ScorerError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-
-# More is a fault, and sums and squares of it are no numbers.
+# A larger score is a fault; sums and squares of it would overflow.
 LARGEST: Final = 1e100
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Of one picture: `value` is finite, and higher is better; `parts` are what it was made of, where that is known."""
+    """The score of one picture: `value` is finite, and higher is better; `parts` are what it was made of, if known."""
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Scorer(Protocol):
-    """Gives each picture a score for its prompt, the same whatever other pictures are asked for with it."""
+    """Gives each picture a score for its prompt, the same whatever other pictures are scored with it."""
 
     name: str
 
     def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
-        """A score for each picture and its prompt, in their order."""
+        """Score pictures.
+
+        Args:
+            images: PIL pictures, of any size and mode.
+            prompts: The prompt of each picture.
+
+        Returns:
+            A score for each picture, in their order.
+        """
         ...
 
     def fingerprint(self) -> dict[str, str]:
-        """All that the numbers depend on: two scorers with the same fingerprint may be compared."""
+        """Return all that the numbers depend on: two scorers with the same fingerprint may be compared."""
         ...
 
     def close(self) -> None:
-        """Give back what it holds; it may be called twice, and nothing may be asked after it."""
+        """Free what the scorer holds; it may be called twice, and nothing may be scored after it."""
         ...
 
 
@@ -60,13 +67,13 @@ class Checked:
             message = f"{self.name}: {len(scores)} scores for {len(images)} pictures"
             raise ScorerError(message, "Return one score for each picture.")
         for number, score in enumerate(scores, 1):
-            for what, value in {"the score": score.value, **score.parts}.items():
+            for name, value in {"the score": score.value, **score.parts}.items():
                 if not is_finite(value):
                     raise ScorerError(
-                        f"{self.name}: {what} of picture {number} is {value!r}",
+                        f"{self.name}: {name} of picture {number} is {value!r}",
                         "A score must be a finite number; with fp16 a model can overflow, with fp32 it does not.",
                     )
-        return scores
+        return [Score(float(score.value), score.parts) for score in scores]
 
     def fingerprint(self) -> dict[str, str]:
         return self._scorer.fingerprint()
@@ -76,10 +83,10 @@ class Checked:
 
 
 def is_finite(value: object) -> bool:
-    """Whether it is a number that can be a score; a truth value is none."""
+    """Say whether a value is a number that can be a score; a truth value is not."""
     if isinstance(value, bool):
         return False
     try:
-        return abs(value) <= LARGEST  # type: ignore[arg-type]  # what is no number raises
+        return abs(value) <= LARGEST  # type: ignore[arg-type]  # anything but a number raises
     except (TypeError, ValueError, OverflowError):
         return False

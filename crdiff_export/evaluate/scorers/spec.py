@@ -1,8 +1,8 @@
-"""Scorers by what a user writes for them: a name, `module:function`, `command:PROGRAM ARG …`, or a weighted sum.
+"""What a user writes for a scorer: a name, `module:function`, `command:PROGRAM ARG …`, or a weighted sum.
 
-A sum is `0.5*clip-score+0.5*image-reward`; a member without a number counts once. A command takes all that is left of
-the text, so in a sum it comes last. Names are the built-in ones and those of the entry-point group `crdiff.scorers`,
-whose values are factories `(device, dtype) -> Scorer`; a built-in name cannot be taken by another package.
+A sum is `0.5*clip-score+0.5*image-reward`; a member without a weight has weight 1. A command takes all the text that
+follows, so in a sum it comes last. Names are the built-in ones and those of the entry-point group `crdiff.scorers`,
+whose values are factories `(device, dtype) -> Scorer`; another package cannot take a built-in name.
 """
 
 import re
@@ -20,23 +20,33 @@ BUILT_IN: Final = {
     "pick-score": "crdiff_export.evaluate.scorers.clip:pick_score",
     "image-reward": "crdiff_export.evaluate.scorers.image_reward:image_reward",
     "aesthetic": "crdiff_export.evaluate.scorers.aesthetic:aesthetic",
-    "demo": "crdiff_export.evaluate.scorers.judged:demo",
+    "demo": "crdiff_export.evaluate.scorers.demo_scorer:demo",
 }
 COMMAND: Final = "command:"
-# The first of a sum's members, its weight, and what follows.
+# The first member of a sum, its weight, and whether another one follows.
 _MEMBER = re.compile(r"(?:(?P<weight>[+-]?[^*:+]*)\*)?(?P<scorer>\s*command:.*|[^+]*)(?P<more>\+)?", re.DOTALL)
 _SUM_HINT = "Write 0.5*clip-score+0.5*image-reward."
 
-Factory = Callable[[str, str], Scorer]
-
 
 def names() -> tuple[str, ...]:
-    """All names that are known here, the built-in ones first."""
+    """Return all names of scorers, the built-in ones first."""
     return (*BUILT_IN, *sorted(_installed()))
 
 
 def load(spec: str, device: str = "cpu", dtype: str = "fp32") -> Scorer:
-    """The scorer, opened and ready; CrdiffError says why it cannot be. Whoever loads it closes it."""
+    """Open a scorer.
+
+    Args:
+        spec: What the user wrote.
+        device: The device of its network, as torch names it.
+        dtype: What its network computes in: fp32, fp16 or bf16.
+
+    Returns:
+        The scorer, ready; the caller closes it.
+
+    Raises:
+        CrdiffError: It cannot be opened.
+    """
     members = parse(spec)
     if len(members) == 1 and members[0][0] == 1.0:
         return _open(members[0][1], device, dtype)
@@ -54,10 +64,10 @@ def load(spec: str, device: str = "cpu", dtype: str = "fp32") -> Scorer:
 
 
 def check(spec: str) -> None:
-    """ScorerError for what can be known to be wrong without opening a model or starting a program."""
+    """Raise ScorerError for what is known to be wrong before a model is opened or a program started."""
     for _, text in parse(spec):
         if ":" not in text:
-            _refuse_unknown(text)
+            _check_name(text)
         elif text.startswith(COMMAND):
             from crdiff_export.evaluate.scorers.command import words_of
 
@@ -65,7 +75,7 @@ def check(spec: str) -> None:
 
 
 def public(spec: str) -> str:
-    """What others may read of a text: all of it, but of a command the base name of its program alone."""
+    """Return what may be published of a scorer's text: all of it, but of a command the name of its program alone."""
     *_, (_, last) = parse(spec)
     if not last.startswith(COMMAND):
         return spec
@@ -75,7 +85,17 @@ def public(spec: str) -> str:
 
 
 def parse(spec: str) -> list[tuple[float, str]]:
-    """The weights and scorers of a sum, of which there is one at least; ScorerError for a text that is no sum."""
+    """Split a sum.
+
+    Args:
+        spec: What the user wrote.
+
+    Returns:
+        The weight and the text of each scorer, at least one.
+
+    Raises:
+        ScorerError: The text is no sum.
+    """
     members: list[tuple[float, str]] = []
     rest, more = spec, True
     while more:
@@ -103,24 +123,24 @@ def _weight(spec: str, text: str | None) -> float:
 
 def _open(text: str, device: str, dtype: str) -> Scorer:
     if text.startswith(COMMAND):
-        from crdiff_export.evaluate.scorers.command import Command
+        from crdiff_export.evaluate.scorers.command import CommandScorer
 
-        return Checked(Command(text))
+        return Checked(CommandScorer(text))
     if text in BUILT_IN:
-        factory: Factory = EntryPoint(text, BUILT_IN[text], GROUP).load()
+        factory: Callable[[str, str], Scorer] = EntryPoint(text, BUILT_IN[text], GROUP).load()
         return Checked(factory(device, dtype))
     from crdiff_export.evaluate.scorers import function
 
     if ":" in text:
         return Checked(function.open_function(text, device, dtype))
-    _refuse_unknown(text)
-    return Checked(function.made(text, function.loaded(_installed()[text]), device, dtype))
+    _check_name(text)
+    return Checked(function.as_scorer(text, function.load_entry_point(_installed()[text]), device, dtype))
 
 
-def _refuse_unknown(text: str) -> None:
-    if text not in names():
+def _check_name(name: str) -> None:
+    if name not in names():
         others = "module:function and command:PROGRAM work as well."
-        raise ScorerError(f"no scorer is called {text!r}", f"{did_you_mean(text, names(), 'scorers')[:-1]}; {others}")
+        raise ScorerError(f"no scorer is called {name!r}", f"{did_you_mean(name, names(), 'scorers')[:-1]}; {others}")
 
 
 def _installed() -> dict[str, EntryPoint]:

@@ -1,4 +1,4 @@
-"""A sum of scorers, each with a weight."""
+"""A weighted sum of scorers."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,22 +17,24 @@ class Weighted:
         self._members = tuple(members)
 
     def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
-        columns = [(weight, scorer.name, scorer.score(images, prompts)) for weight, scorer in self._members]
-        scores = []
-        for place in range(len(images)):
-            parts: dict[str, float] = {}
-            for _, name, column in columns:
-                parts[name] = column[place].value
-                parts |= {f"{name}.{part}": value for part, value in column[place].parts.items()}
-            scores.append(Score(sum(weight * parts[name] for weight, name, _ in columns), parts))
-        return scores
+        answers = [scorer.score(images, prompts) for _, scorer in self._members]
+        return [self._sum(scores) for scores in zip(*answers, strict=True)]
+
+    def _sum(self, scores: Sequence[Score]) -> Score:
+        """Add the members' scores of one picture."""
+        total, parts = 0.0, {}
+        for (weight, scorer), score in zip(self._members, scores, strict=True):
+            total += weight * score.value
+            parts[scorer.name] = score.value
+            parts |= {f"{scorer.name}.{part}": value for part, value in score.parts.items()}
+        return Score(total, parts)
 
     def fingerprint(self) -> dict[str, str]:
-        found = {"name": self.name}
+        record = {"name": self.name}
         for number, (weight, scorer) in enumerate(self._members, 1):
-            found[f"{number}.weight"] = repr(weight)
-            found |= {f"{number}.{key}": value for key, value in scorer.fingerprint().items()}
-        return found
+            record[f"{number}.weight"] = repr(weight)
+            record |= {f"{number}.{key}": value for key, value in scorer.fingerprint().items()}
+        return record
 
     def close(self) -> None:
         for _, scorer in self._members:

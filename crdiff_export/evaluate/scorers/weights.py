@@ -1,11 +1,11 @@
 """What the scorers with a neural network share: published weights, where they come from, and the libraries for them.
 
-Every repository is pinned to a commit, so that a score of today can be had again. Its files come by way of
-`crdiff_export.hub`, into the Hub client's cache.
+Every repository is pinned to a commit, so that a score can be computed again. `crdiff_export.hub` fetches its files
+into the Hub client's cache.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from crdiff_export.errors import CheckpointError, HubError, ScorerError
+from crdiff_export.evaluate.scorers.score import Score
 from crdiff_export.formats import torch_zip
 from crdiff_export.formats.text import did_you_mean
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from torch import Tensor
 
 DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 PACKAGES: Final = ("torch", "transformers", "tokenizers", "numpy", "Pillow")
-# What the Hub client raises where a file is not in its cache and cannot be fetched.
+# The errors of the Hub client for a file that is not in its cache and cannot be fetched.
 _NOT_HERE = ("LocalEntryNotFoundError", "OfflineModeIsEnabled")
 
 
@@ -37,12 +39,44 @@ class Repo:
         return f"{self.id}@{self.commit}"
 
 
-# A file of a repository, or with None the folder of its small ones: configurations and vocabularies.
+# Returns the path of a repository's file, or with None the folder of its small files: configurations and vocabularies.
 Fetch = Callable[[Repo, str | None], Path]
 
 
+class NetworkScorer:
+    """A scorer with a network; `compute` gives a number for each picture and its prompt."""
+
+    def __init__(
+        self, record: dict[str, str], compute: "Callable[[Sequence[Image], Sequence[str]], list[float]]"
+    ) -> None:
+        self.name = record["name"]
+        self._record = record
+        self._compute: Callable[[Sequence[Image], Sequence[str]], list[float]] | None = compute
+
+    def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
+        assert self._compute
+        return [Score(value) for value in self._compute(images, prompts)]
+
+    def fingerprint(self) -> dict[str, str]:
+        return dict(self._record)
+
+    def close(self) -> None:
+        self._compute = None  # which holds the network
+
+
 def fetch(repo: Repo, file: str | None) -> Path:
-    """Where it is in the Hub client's cache, downloaded if it has to be; HubError says what to do where it cannot."""
+    """Return the path of a file in the Hub client's cache, after a download if need be.
+
+    Args:
+        repo: The repository.
+        file: A file of it, or None for its small files.
+
+    Returns:
+        The file, or the folder of the small files.
+
+    Raises:
+        HubError: It is not in the cache and cannot be fetched; the hint says what to do.
+    """
     from crdiff_export import hub
 
     try:
@@ -56,7 +90,7 @@ def fetch(repo: Repo, file: str | None) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """A weight file's SHA-256 as hex: what the cache knows of it, or else read from the file."""
+    """Return a weight file's SHA-256 in hex: what the cache knows of it, or else read from the file."""
     from crdiff_export import hub
     from crdiff_export.formats.hashing import hash_file
     from crdiff_export.progress import Silent
@@ -65,7 +99,7 @@ def sha256(path: Path) -> str:
 
 
 def transformers() -> Any:
-    """The library; ScorerError where it is not installed, or broken."""
+    """Import the library; ScorerError where it is not installed, or broken."""
     try:
         return import_module("transformers")
     except ImportError as error:
@@ -74,7 +108,7 @@ def transformers() -> Any:
 
 
 def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
-    """Both as torch has them; ScorerError for a dtype that is none, or a device that this machine does not have."""
+    """Return torch's device and dtype; ScorerError for an unknown dtype or a device that is not there."""
     transformers()
     import torch
 
@@ -97,19 +131,19 @@ def quiet() -> contextlib.AbstractContextManager[None]:
 
 
 def read_pickle(path: Path) -> "dict[str, Tensor]":
-    """The tensors of a torch pickle, read as data: nothing in it is run, whatever it names."""
+    """Read the tensors of a torch pickle as data: nothing in it is run, whatever it names."""
     import torch
 
     try:
         source = torch_zip.open_pickle(path)
         dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
         reader = source.open()
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         try:
             for spec in source.tensors:
                 data = bytearray(spec.end - spec.start)
                 reader.read_into(spec.start, memoryview(data))
-                found[spec.name] = torch.frombuffer(data, dtype=dtypes[spec.dtype]).reshape(spec.shape)
+                tensors[spec.name] = torch.frombuffer(data, dtype=dtypes[spec.dtype]).reshape(spec.shape)
         finally:
             reader.close()
     except (CheckpointError, KeyError, OSError) as error:
@@ -117,11 +151,11 @@ def read_pickle(path: Path) -> "dict[str, Tensor]":
         raise ScorerError(
             why, "The download did not finish, or it is another file; delete it and run again."
         ) from error
-    return found
+    return tensors
 
 
 def fill(module: "torch.nn.Module", tensors: "Mapping[str, Tensor]", source: str) -> None:
-    """Copy the tensors into a module's parameters: each has its place and each place its tensor, or ScorerError."""
+    """Copy tensors into a module's parameters, one for each; ScorerError if one is missing, left over or misshapen."""
     import torch
 
     wanted = dict(module.named_parameters())
@@ -134,7 +168,7 @@ def fill(module: "torch.nn.Module", tensors: "Mapping[str, Tensor]", source: str
 
 
 def refuse(source: str, absent: list[str], unknown: list[str], odd: list[str]) -> None:
-    """ScorerError that names what is wrong with a model's weights, if anything is."""
+    """Raise ScorerError if the weights of a model are missing, unknown or of another shape."""
     kinds = {"missing": absent, "of no use": unknown, "of another shape": odd}
     wrong = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
     if wrong:
@@ -143,16 +177,12 @@ def refuse(source: str, absent: list[str], unknown: list[str], odd: list[str]) -
 
 
 def fingerprint(name: str, device: str, dtype: str, **more: str) -> dict[str, str]:
-    """The record of a scorer: its name, what it says of itself, where it computes, and its libraries' versions."""
-    return {"name": name, **more, "device": device.partition(":")[0], "dtype": dtype, **_versions()}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
+    """Return the record of a scorer: its name, facts of its own, where it computes, and its libraries' versions."""
+    versions = {}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
-            found[package.lower()] = version(package)
-    return found
+            versions[package.lower()] = version(package)
+    return {"name": name, **more, "device": device.partition(":")[0], "dtype": dtype, **versions}
 
 
 def _some(names: list[str]) -> str:

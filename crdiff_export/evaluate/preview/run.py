@@ -1,0 +1,158 @@
+"""The story of a preview: prepare, measure the thresholds, draw, write."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from crdiff_export.errors import CrdiffError, OptionError, PreviewError
+from crdiff_export.evaluate.comparison import check_request, model_weights
+from crdiff_export.evaluate.preview import files
+from crdiff_export.evaluate.preview.request import Preview, PreviewJob, PreviewRequest
+from crdiff_export.formats.text import printable
+from crdiff_export.models.demo.scenes import EXAMPLE, LEARNT, Scene
+from crdiff_export.progress import Progress, Silent
+from crdiff_export.prune import criterion_choice
+from crdiff_export.prune.criterion_choice import CriterionChoice
+from crdiff_export.sampling import drawing_setup, pipelines, poa, request_checks
+from crdiff_export.sizes import check_grid
+from crdiff_export.verify.reopen import open_baked
+
+
+def preview(request: PreviewRequest, progress: Progress | None = None) -> Preview:
+    """Draw what a base, its pruned model and POA make of the same prompts and noise, and write the pictures.
+
+    Args:
+        request: What to draw.
+        progress: Is told how far the work is.
+
+    Returns:
+        All pictures.
+
+    Raises:
+        CrdiffError: The request cannot be met, or something failed; no file is written then.
+    """
+    job, progress = prepare(request), progress or Silent()
+    return write(draw(job, measure(job, progress), progress))
+
+
+def prepare(request: PreviewRequest) -> PreviewJob:
+    """Check a request and plan the work, from names and headers alone.
+
+    Args:
+        request: What to draw.
+
+    Returns:
+        The job. No weight has been read yet, and nothing is refused later that could be refused now.
+
+    Raises:
+        CrdiffError: The request cannot be met.
+    """
+    _check(request)
+    pipelines.check_packages(offload=request.offload)
+    criterion = None if request.baked else CriterionChoice.of(request.criterion, request.calibration)
+    base = drawing_setup.find(request)
+    family = base.match.family
+    if request.baked:
+        baked = open_baked(request.baked.expanduser())
+        if baked.plan.match.family != family:
+            raise PreviewError(
+                f"{request.baked}: is of {baked.plan.match.family.title}, {request.base} is {family.title}",
+                "Give the base that the file was made from; `crdiff inspect` names it.",
+            )
+        plan = baked.plan
+    else:
+        assert request.size
+        baked, plan = None, drawing_setup.planned(base, request.export_request(request.size), criterion)
+    size = request.size or plan.size
+    check_grid(size, family.grid, family.title)
+    weights = model_weights(request.weights or (plan.variant.poa_weight,))
+    stem = base.base.stem or base.checkpoint.stem
+    outputs = files.choose(request.outputs, f"{stem}-preview-{size}", force=request.force)
+    files.check_sheet(outputs, len(request.prompts) * len(request.seeds), len(weights), size)
+    if not any(scope.rank for scope in plan.scopes):
+        raise PreviewError("all ratios are 0, so there is no pruned model to look at", "Give --ratio, or a --recipe.")
+    easel = drawing_setup.set_up(request, base, plan, offload=request.offload)
+    notes = (*(() if baked else plan.notes), *(demo_notes(request.prompts) if family.id == "demo" else ()))
+    return PreviewJob(request, easel, plan, baked, size, weights, outputs, notes)
+
+
+def measure(job: PreviewJob, progress: Progress) -> poa.Source:
+    """Find the thresholds or masks of the pruned model as an export does, or take them from the baked file.
+
+    Args:
+        job: A prepared job.
+        progress: Is told how much has been read.
+
+    Returns:
+        What `draw` prunes the model with.
+
+    Raises:
+        CrdiffError: A weight cannot be read or ranked.
+    """
+    if job.request.baked:
+        return poa.from_baked(job.request.baked)
+    return poa.from_recipe(job.request.export_request(job.size), progress)
+
+
+def draw(job: PreviewJob, source: poa.Source, progress: Progress) -> Preview:
+    """Open the base once and draw every picture with it.
+
+    Args:
+        job: A prepared job.
+        source: What `measure` returned.
+        progress: Is told the passes of the model.
+
+    Returns:
+        All pictures; no file is written yet.
+
+    Raises:
+        PreviewError: The pipeline cannot be opened, or the memory is too small.
+    """
+    from crdiff_export.evaluate.preview import render
+
+    return render.draw_all(job, source, progress)
+
+
+def write(result: Preview) -> Preview:
+    """Write the files; each has its name only once it is complete.
+
+    Args:
+        result: What `draw` returned.
+
+    Returns:
+        The same, with a note for what a file cannot show.
+
+    Raises:
+        BakeError: A file could not be written.
+    """
+    return replace(result, notes=(*result.notes, *files.write(result)))
+
+
+def demo_notes(prompts: Sequence[str]) -> Iterator[str]:
+    """Yield a note for the first prompt that the demo model does not know, or has not learnt."""
+    for prompt in prompts:
+        try:
+            scene = Scene.parse(prompt)
+            if not scene.learnt:
+                yield f'the demo model has not learnt what "{scene.relation}" means, only: {", ".join(LEARNT)}'
+                return
+        except CrdiffError as error:
+            yield printable(f'{error.message}; it draws scenes like "{EXAMPLE}"', limit=1000)
+            return
+
+
+def _check(request: PreviewRequest) -> None:
+    """Refuse what the request alone shows to be impossible."""
+    if not request.prompts:
+        raise OptionError("a prompt is empty", "Say what the pictures are to show: --prompt TEXT.")
+    check_request(request)
+    if not request.seeds or not all(0 <= seed < request_checks.SEEDS for seed in request.seeds):
+        last = request_checks.SEEDS - 1
+        raise OptionError("a seed is missing or out of range", f"Give --seed a number from 0 to {last}.")
+    if request.baked and (request.recipe or request.ratio is not None or request.ratios):
+        hint = "Leave out --recipe, --ratio, --down, --mid and --up, or leave out --baked."
+        raise OptionError("--baked has its own ratios", hint)
+    if request.baked and (request.calibration or request.criterion != criterion_choice.MAGNITUDE):
+        raise OptionError("--baked is pruned already", "Leave out --criterion and --calibration, or leave out --baked.")
+    if not request.baked and request.size is None:
+        raise OptionError("there is no size", "Give --res, or a baked file with --baked, which has one.")
+    poa.Schedule(1.0, request.start, request.stop)

@@ -1,0 +1,156 @@
+"""The work on a device: one open pipeline draws every model at every size, and the scorer scores batch by batch."""
+
+import io
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from crdiff_export.evaluate import comparison, fid, scorers
+from crdiff_export.evaluate.comparison import DENSE, Renderer, black_note
+from crdiff_export.evaluate.request import EvaluateJob
+from crdiff_export.evaluate.results import Evaluation, ModelScores, Subject
+from crdiff_export.progress import Progress
+from crdiff_export.prune import criterion_choice
+from crdiff_export.sampling import poa
+from crdiff_export.sampling.session import Place, Session, Style, session
+from crdiff_export.sizes import Size
+from crdiff_export.verify.inspect import provenance
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# How many pictures of a model at a size are kept to be shown: more do not fit in memory, nor on a page.
+SHOWN = 64
+ADVICE = "a smaller --batch, or --scorer-device cpu"
+
+
+def draw_and_score(job: EvaluateJob, counted: poa.Counted, progress: Progress) -> Evaluation:
+    """Draw every picture and score it.
+
+    Args:
+        job: The job.
+        counted: The thresholds or masks of the pruned models.
+        progress: Is told the passes of the model.
+
+    Returns:
+        All scores.
+
+    Raises:
+        CrdiffError: The pipeline or the scorer cannot be opened, or fails.
+    """
+    easel, criterion = job.easel, job.criterion
+    place = Place(easel.device, easel.dtype, advice=ADVICE)
+    scorer = scorers.load(job.scorer, job.scorer_device)
+    try:
+        fingerprint = scorer.fingerprint()
+        meter = fid.open_meter(job.fid, job.scorer_device, progress)
+        with session(easel.opening, job.plan.match.family.id, place, easel.base.name) as pipeline:
+            renderer = Renderer(pipeline, job.request, progress, job.batch)
+            studio = _Studio(job, renderer, scorer, meter, counted)
+            models = studio.draw_all()
+            facts = comparison.printable_facts(_facts(job, renderer.style(easel.native), pipeline))
+        return Evaluation(
+            base=easel.base.name,
+            family=job.plan.match.family.id,
+            native=easel.native,
+            pairs=job.pairs,
+            pictures=job.request.pictures,
+            scorer=scorer.name,
+            fingerprint=fingerprint,
+            models=models,
+            facts=facts,
+            notes=(*studio.notes, *black_note(studio.black, job.pictures - len(job.reference_pairs))),
+            fid=meter.record(len(job.pairs)) if meter else None,
+            criterion=criterion.name,
+            calibration=criterion.calibration.hash if criterion.calibration else None,
+        )
+    finally:
+        scorer.close()
+
+
+class _Studio:
+    """A renderer with the scorer and the FID meter that see its pictures."""
+
+    def __init__(
+        self, job: EvaluateJob, renderer: Renderer, scorer: scorers.Scorer, meter: fid.FidMeter | None,
+        counted: poa.Counted,
+    ) -> None:  # fmt: skip
+        self._job, self._renderer, self._scorer, self._meter, self._counted = job, renderer, scorer, meter, counted
+        self._dense: dict[Size, ModelScores] = {}
+        self.notes: dict[str, None] = {}  # what the ranking has shown, each once
+        self.black = 0
+        self._checked: set[str] = set()  # layers whose weights in memory are known to be those that were counted
+
+    def draw_all(self) -> tuple[ModelScores, ...]:
+        job = self._job
+        dense = len({subject.size for subject in job.subjects}) + bool(job.reference_pairs)
+        pruned = [weight for subject in job.subjects for weight in subject.weights if weight != DENSE]
+        self._renderer.start(len(job.pairs), [DENSE] * dense + pruned, job.easel.native)
+        if job.reference_pairs:
+            assert self._meter
+            batches = self._renderer.draw(job.reference_pairs, job.easel.native, DENSE)
+            self._meter.set_reference(images for _, images, _ in batches)
+        return tuple(self._draw_model(subject, weight) for subject in job.subjects for weight in subject.weights)
+
+    def _draw_model(self, subject: Subject, weight: float) -> ModelScores:
+        """Draw and score one model; the dense model of a size is drawn once for all subjects."""
+        if weight == DENSE and subject.size in self._dense:
+            return replace(self._dense[subject.size], subject=subject)
+        seconds = 0.0
+        scores: list[scorers.Score] = []
+        shown: list[bytes] = []
+        moments = self._meter.moments() if self._meter else None
+        with self._pruned(subject, weight):
+            for pairs, images, took in self._renderer.draw(self._job.pairs, subject.size, weight):
+                seconds += took
+                self.black += sum(not image.getbbox() for image in images)
+                scores += self._scorer.score(images, [prompt for prompt, _ in pairs])
+                shown += map(_png, images[: SHOWN - len(shown)])
+                if self._meter and moments:
+                    self._meter.add(moments, images)
+        distance = self._meter.distance(moments) if self._meter and moments else None
+        model = ModelScores(subject, weight, tuple(scores), tuple(shown), seconds, distance)
+        if weight == DENSE:
+            self._dense[subject.size] = model
+        return model
+
+    def _pruned(self, subject: Subject, weight: float) -> AbstractContextManager[object]:
+        """Prune the open model inside the block, unless the weight is the dense model's."""
+        if weight == DENSE:
+            return nullcontext()
+        source = self._counted.source(subject.plan)
+        self.notes |= dict.fromkeys(source.notes)
+        layers = set(source.masks.diffusers)
+        is_known = layers <= self._checked
+        self._checked |= layers
+        session = self._renderer.session
+        return poa.enabled(session.pipe, source, weight, check=not is_known, keep=session.has_room())
+
+
+def _png(image: "Image") -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", compress_level=1)
+    return stream.getvalue()
+
+
+def _facts(job: EvaluateJob, style: Style, pipeline: Session) -> Iterator[tuple[str, str]]:
+    """Yield what everyone who sees the numbers should know."""
+    request, easel, criterion = job.request, job.easel, job.criterion
+    yield "base", f"{easel.base.name} ({job.plan.match.family.title}), native {easel.native}"
+    yield "scorer", scorers.public(job.scorer)
+    prompts = len({prompt for prompt, _ in job.pairs})
+    yield "pictures", f"{prompts} prompts, {request.pictures} of each, seeds from {request.seed}"
+    for subject in job.subjects:
+        if not subject.is_native_check:
+            origin = provenance(subject.variant.provenance, subject.variant.source)
+            yield f"ratios for {subject.ratios_for}", f"{comparison.ratios_text(subject.plan)}: {origin}"
+    if criterion.name != criterion_choice.MAGNITUDE:
+        size = f", calibrated at {criterion.calibration.size}" if criterion.calibration else ""
+        yield "criterion", criterion.name + size
+    yield from comparison.sampling_facts(style, pipeline)
+    of = "prompts" if prompts > 1 else "the pictures of this one prompt, which says nothing about others"
+    yield "intervals", f"95 % each, so that one of 20 misses; over {of}; differences are paired, picture by picture"
+    if job.fid:
+        yield "FID", job.fid.describe(easel.native)
+    yield from comparison.closing_facts(job.notes, easel, f", {job.batch} at once")

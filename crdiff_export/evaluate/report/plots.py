@@ -1,0 +1,45 @@
+"""Plots with matplotlib: the same bytes for the same numbers, whatever the user's own settings are."""
+
+import io
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+from crdiff_export.errors import OptionError
+
+# Suffixes of files that hold a plot.
+SUFFIXES: Final = (".html", ".png", ".svg")
+# src: Okabe and Ito, "Color Universal Design" (2008): people with any colour vision can tell these apart.
+GREY, BLUE, ORANGE, GREEN, PINK, YELLOW = "#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+_SETTINGS: Final[Any] = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "crdiff",
+    "svg.fonttype": "none", "axes.grid": True, "axes.grid.axis": "y", "grid.alpha": 0.3,
+}  # fmt: skip
+
+
+def check_matplotlib(paths: Sequence[Path]) -> None:
+    """Raise OptionError if one of the files needs a plot and matplotlib is not installed."""
+    if any(path.suffix.lower() in SUFFIXES for path in paths) and find_spec("matplotlib") is None:
+        raise OptionError("matplotlib is not installed, which plots need", '`pip install "crdiff-export[search]"`.')
+
+
+def render(draw: Callable[[], Any], kind: str) -> bytes:
+    """Render a figure.
+
+    Args:
+        draw: Makes the matplotlib figure.
+        kind: "png" or "svg".
+
+    Returns:
+        The content of the file.
+    """
+    import matplotlib as mpl
+
+    stream = io.BytesIO()
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_SETTINGS)
+        undated: dict[str, None] = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+        draw().savefig(stream, format=kind, dpi=150, metadata=undated)
+    return stream.getvalue()

@@ -1,0 +1,69 @@
+"""What to evaluate, and everything that is decided before a weight is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from crdiff_export.evaluate.comparison import ComparisonRequest, Pair
+from crdiff_export.evaluate.fid import FidReference
+from crdiff_export.evaluate.results import Subject
+from crdiff_export.prune.criterion_choice import CriterionChoice
+from crdiff_export.prune.plan import Plan
+from crdiff_export.sampling.drawing_setup import Easel
+from crdiff_export.sizes import Size
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateRequest(ComparisonRequest):
+    """Which base to evaluate, at which sizes, by which scorer, on which prompts.
+
+    Each prompt is drawn `pictures` times, and no two pictures have the same noise: the seeds count up from `seed`.
+    With `native` the pruned models are also drawn at the native size, where they may do harm. `fid` is a folder of
+    pictures, or "dense", to take an FID against; `fid_weights` is the file of the network for it.
+    """
+
+    sizes: tuple[Size, ...]
+    scorer: str | None = None
+    limit: int | None = None
+    pictures: int = 1
+    seed: int = 0
+    native: bool = True
+    batch: int | None = None
+    scorer_device: str | None = None
+    fid: str | None = None
+    fid_weights: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateJob:
+    """A request that has been checked and planned. `pairs` are the prompts and the seeds of their noise."""
+
+    request: EvaluateRequest
+    easel: Easel
+    plan: Plan
+    criterion: CriterionChoice
+    subjects: tuple[Subject, ...]
+    pairs: tuple[Pair, ...]
+    batch: int
+    scorer: str
+    scorer_device: str
+    outputs: tuple[Path, ...]
+    notes: tuple[str, ...]
+    fid: FidReference | None = None
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures will be drawn; those of the dense model at a size are drawn once."""
+        sizes = {subject.size for subject in self.subjects}
+        models = len(sizes) + sum(len(subject.weights) - 1 for subject in self.subjects)
+        return len(self.pairs) * models + len(self.reference_pairs)
+
+    @property
+    def reference_pairs(self) -> tuple[Pair, ...]:
+        """The same prompts with noise that no other picture has, for an FID against the dense model.
+
+        From the same noise a model at the native size would be near the reference for that reason alone, and the dense
+        model at 0. From other noise, the dense model's own FID is what chance does to sets of this many pictures.
+        """
+        if not (self.fid and self.fid.is_drawn):
+            return ()
+        return tuple((prompt, seed + len(self.pairs)) for prompt, seed in self.pairs)

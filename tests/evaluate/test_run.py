@@ -1,0 +1,306 @@
+"""`crdiff evaluate`: what is drawn is what diffusers draws, and the command says what came of it."""
+
+import errno
+import io
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crdiff_export import ExportRequest, Size, export
+from crdiff_export.cli.signals import Stopped
+from crdiff_export.errors import PreviewError
+from crdiff_export.evaluate import EvaluateRequest, Evaluation, evaluate, evidence, measure, prepare, render
+from crdiff_export.evaluate.scorers import inception
+from crdiff_export.evaluate.scorers.demo_scorer import judge
+from crdiff_export.models import demo, recipe_files, recipe_toml
+from crdiff_export.models.demo import scenes
+from crdiff_export.models.recipe import Variant
+from crdiff_export.progress import Silent
+from crdiff_export.sampling import poa, prompts, session
+from crdiff_export.sampling.session import Session
+from tests.support import makers
+from tests.support.evaluating import REQUEST, Line
+from tests.support.messages import check, refused
+
+SMALL, NATIVE = REQUEST.sizes
+ONE = replace(REQUEST, sizes=(SMALL,), limit=1, steps=1, native=False)
+COMMAND = "evaluate demo --res 48 --limit 2 --steps 1 --ratio 0.4 --no-native"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def write_recipe(path: Path, *variants: dict[str, Any]) -> Path:
+    """A recipe of the demo model with variants that differ from its first."""
+    known = recipe_files.by_alias("demo")
+    assert known
+    made: tuple[Variant, ...] = tuple(replace(known.variants[0], **changes) for changes in variants)
+    path.write_text(recipe_toml.dump(replace(known, variants=made)))
+    return path
+
+
+# --- the plan ---
+
+
+def test_every_picture_has_its_own_noise_and_all_models_the_same(evaluation: Evaluation) -> None:
+    assert evaluation.pairs == tuple(zip(prompts.held_out(8), range(8), strict=True))
+    twice = prepare(replace(REQUEST, pictures=2, limit=3, seed=5)).pairs
+    assert [seed for _, seed in twice] == [5, 6, 7, 8, 9, 10]
+    assert [prompt for prompt, _ in twice] == [prompt for prompt in prompts.held_out(3) for _ in range(2)]
+    assert replace(evaluation, pictures=2).by_prompt([1, 2, 3, 4]) == [[1, 2], [3, 4]]
+
+
+def test_every_size_has_every_model_and_the_native_size_is_checked() -> None:
+    def subjects(request: EvaluateRequest) -> list[tuple[str, str, tuple[float, ...]]]:
+        return [(str(s.size), str(s.ratios_for), s.weights) for s in prepare(request).subjects]
+
+    models = (0.0, 1.0, 1.5)
+    # Here the native size is asked for, with the same ratios.
+    assert subjects(REQUEST) == [("48x48", "48x48", models), ("64x64", "64x64", models)]
+    one = replace(REQUEST, sizes=(SMALL,))
+    assert subjects(one) == [("48x48", "48x48", models), ("64x64", "48x48", models)]
+    assert subjects(replace(one, native=False)) == [("48x48", "48x48", models)]
+    assert subjects(replace(one, ratio=0.0)) == [("48x48", "48x48", (0.0,))]
+    assert subjects(replace(one, weights=(0.0, 1.0), native=False)) == [("48x48", "48x48", (0.0, 1.0))]
+
+
+def test_sizes_with_other_targets_are_pruned_as_an_export_prunes_them(tmp_path: Path) -> None:
+    targets = (("attn",), ("attn", "ff"))
+    variants = [{"resolution": size, "targets": kinds} for size, kinds in zip(REQUEST.sizes, targets, strict=True)]
+    recipe = write_recipe(tmp_path / "two.toml", *variants)
+    job = prepare(replace(REQUEST, recipe=recipe, ratio=None))
+    counted = measure(job, Silent())
+    # The last is a check of the native size.
+    assert [subject.plan.kinds for subject in job.subjects] == [*targets, ("attn",)]
+    for subject in job.subjects:
+        own = ExportRequest("demo", subject.ratios_for, recipe=recipe)
+        assert counted.source(subject.plan).masks == poa.from_recipe(own).masks
+
+
+# --- the pictures and their scores ---
+
+
+def draw_plainly(
+    file: Path, size: Size, pairs: tuple[tuple[str, int], ...], steps: int, source: Path | None = None
+) -> list[bytes]:
+    """What diffusers draws of a file; with POA at 1.5 where a baked file says of what."""
+    import diffusers
+
+    with warnings.catch_warnings(action="ignore"):
+        pipe = diffusers.StableDiffusionPipeline.from_single_file(
+            str(file), config=str(demo.config()), local_files_only=True
+        )
+    pipe.set_progress_bar_config(disable=True)
+    if source:
+        poa.enable(pipe, source, 1.5)
+    images = pipe(
+        [prompt for prompt, _ in pairs], width=size.width, height=size.height, num_inference_steps=steps,
+        guidance_scale=demo.GUIDANCE, generator=[torch.Generator().manual_seed(seed) for _, seed in pairs],
+    ).images  # fmt: skip
+    return [image.tobytes() for image in images]
+
+
+def pixels(png: bytes) -> bytes:
+    return Image.open(io.BytesIO(png)).tobytes()
+
+
+def test_pictures_are_those_of_diffusers(evaluation: Evaluation, tmp_path: Path) -> None:
+    baked = export(ExportRequest("demo", SMALL, tmp_path / "o.safetensors", ratio=0.4)).written.path
+    for model, (file, source) in zip(
+        evaluation.models, ((demo.path(), None), (baked, None), (demo.path(), baked)), strict=False
+    ):
+        assert model.subject.size == SMALL
+        images = list(map(pixels, model.images))
+        assert images == draw_plainly(file, SMALL, evaluation.pairs, 2, source)
+        assert len(set(images)) == len(evaluation.pairs)
+
+
+def test_scores_are_those_of_the_judge(evaluation: Evaluation) -> None:
+    for model in evaluation.models:
+        assert len(model.scores) == 8
+        for score, png, (prompt, _) in zip(model.scores, model.images, evaluation.pairs, strict=True):
+            assert score == judge(np.asarray(Image.open(io.BytesIO(png))), scenes.Scene.parse(prompt))
+
+
+def test_another_criterion_draws_what_its_export_does(tmp_path: Path) -> None:
+    criterion = "random:seed=1"
+    made = evaluate(replace(ONE, weights=(1.0,), criterion=criterion))
+    assert ("criterion", criterion) in made.facts
+    known = evidence.measured(made, made.subjects[0])
+    assert known
+    assert known.extra["criterion"] == criterion
+    request = ExportRequest("demo", SMALL, tmp_path / "o.safetensors", ratio=0.4, criterion=criterion)
+    dense, pruned = (list(map(pixels, model.images)) for model in made.models)
+    assert dense == draw_plainly(demo.path(), SMALL, made.pairs, 1)
+    assert pruned == draw_plainly(export(request).written.path, SMALL, made.pairs, 1)
+
+
+def test_dense_pictures_of_a_size_are_drawn_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two sizes with ratios of their own check the native size twice, and draw its dense model once."""
+    calls: list[Size] = []
+
+    def draw(_: Session, texts: list[str], seeds: Any, style: Any, on_step: Any) -> list[Image.Image]:
+        calls.append(style.size)
+        return [Image.new("RGB", (style.size.width, style.size.height), (len(calls), 0, 0))] * len(texts)
+
+    monkeypatch.setattr(Session, "draw", draw)
+    sizes = (SMALL, Size(56, 56))
+    ratios = (dict.fromkeys(("down", "mid", "up"), ratio) for ratio in (0.2, 0.3))
+    variants = [{"resolution": size, "ratios": own} for size, own in zip(sizes, ratios, strict=True)]
+    recipe = write_recipe(tmp_path / "two.toml", *variants)
+    made = evaluate(replace(ONE, sizes=sizes, recipe=recipe, native=True, ratio=None))
+    assert [calls.count(size) for size in (*sizes, made.native)] == [3, 3, 5]
+    dense = [model for model in made.models if model.subject.size == made.native and model.weight == 0]
+    assert len(dense) == 2
+    assert dense[0].images == dense[1].images
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_too_little_memory_is_told_with_what_helps(device: str) -> None:
+    place = session.Place(device, "fp16", advice=render.ADVICE)
+    with pytest.raises(PreviewError) as error, session._enough_memory(place):
+        raise RuntimeError("CUDA out of memory")
+    check(error.value, PreviewError, device)
+
+
+@pytest.mark.parametrize(
+    "target", ["crdiff_export.sampling.session.Session.draw", "crdiff_export.evaluate.plot.render"]
+)
+def test_an_interrupted_evaluation_leaves_nothing(target: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise Stopped(signal.SIGINT)
+
+    monkeypatch.setattr(target, stop)
+    with pytest.raises(Stopped):
+        evaluate(replace(ONE, outputs=(here / "e.toml", here / "e.png")))
+    assert list(here.iterdir()) == []
+
+
+# --- the command ---
+
+
+def test_command_prints_facts_a_table_and_files(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inception, "absent", lambda: pytest.fail("nobody asked for an FID"))
+    ran = line(f"{COMMAND} -o e.html -o e.toml")
+    assert ran.code == 0, ran.err
+    out = ran.out.splitlines()
+    assert out[0].split() == ["base:", "demo", "(demo),", "native", "64x64"]
+    assert re.search(r"ratios for 48x48: +down 0.4, mid 0.4, up 0.4: starting point, tuned by nobody", ran.out)
+    (head,) = [text for text in out if text.startswith("size")]
+    assert re.split(" {2,}", head)[:2] == ["size", "model"]
+    assert out[-2:] == ["e.html", "e.toml"]
+    assert "note: 6 pictures of 2 prompts, on cpu in fp32" in ran.err
+    assert line("recipes validate e.toml").code == 0
+
+
+def test_quiet_prints_the_table_alone(here: Path) -> None:
+    """In a process of its own, for which nothing was loaded before."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "crdiff_export", *shlex.split(f"{COMMAND} -q")],
+        cwd=here, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert [text.split()[0] for text in ran.stdout.splitlines()] == ["size", "48x48", "pruned", "POA"]
+
+
+def test_a_table_is_there_before_a_file_that_cannot_be(line: Line, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("crdiff_export.models.recipe_toml.dump", full)
+    ran = line(f"{COMMAND} -q -o e.toml")
+    assert "too few to say" in ran.out
+    refused(ran, 1, "e.toml")
+    assert not (here / "e.toml").exists()
+
+
+def test_a_program_that_dies_is_told(line: Line, here: Path) -> None:
+    (here / "dies.py").write_text("raise SystemExit('no model here')")
+    ran = line(f"{COMMAND} -q --scorer 'command:{sys.executable} dies.py'")
+    refused(ran, 1, "picture 1", "no model here")
+
+
+@pytest.mark.parametrize("weight", ["", "0.5*demo+0.5*"], ids=["alone", "in-a-sum"])
+def test_of_a_command_only_the_programs_name_gets_out(weight: str, line: Line, here: Path) -> None:
+    """Neither on the screen nor into a file that is made to be given away."""
+    (here / "my_judge.py").write_text("import sys\nfor _ in sys.stdin: print('{\"score\": 1}', flush=True)")
+    words = f"{sys.executable} my_judge.py --token hf_secret"
+    outputs = ("e.toml", "e.html", "e.svg")
+    command = f"{COMMAND} --limit 1 --scorer '{weight}command:{words}'"
+    ran = line(f"{command} {' '.join(f'-o {name}' for name in outputs)}")
+    assert ran.code == 0, ran.err
+    texts = {name: (here / name).read_text() for name in outputs}
+    texts |= {"screen": ran.out + ran.err, "json": line(f"{command} --json").out}
+    name = f"{weight}command:{Path(sys.executable).name}"
+    for where, text in texts.items():
+        assert name in text, where
+        for private in ("secret", "my_judge", sys.executable):
+            assert private not in text, where
+    known = recipe_files.load(here / "e.toml").variants[0].evidence
+    assert known
+    assert known.scorer == name
+
+
+def test_black_pictures_are_pointed_out(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "draw", lambda _, texts, *__: [Image.new("RGB", (48, 48))] * len(texts))
+    assert "note: 6 of 6 pictures are all black: try another --dtype, such as bf16 or fp32" in line(COMMAND).err
+
+
+def test_json_has_every_score(line: Line) -> None:
+    ran = line(f"{COMMAND} --poa-weight 2 --json")
+    assert ran.code == 0, ran.err
+    made = json.loads(ran.out)
+    assert (made["schema"], made["native"], made["scorer"]) == (1, "64x64", "demo")
+    (size,) = made["sizes"]
+    assert (size["resolution"], size["ratios"]) == ("48x48", {"down": 0.4, "mid": 0.4, "up": 0.4})
+    assert [model["model"] for model in size["models"]] == ["dense", "pruned", "POA 2"]
+    assert all(len(model["scores"]) == 2 for model in size["models"])
+    assert size["models"][0]["minus_dense"] is None
+    assert size["models"][1]["verdict"] == "too few to say"
+    assert [pair["seed"] for pair in made["pairs"]] == [0, 1]
+
+
+REFUSED = {
+    "no-size": ("evaluate demo", 2, "size"),
+    "no-scorer": ("evaluate {sd15} --res 512 --prompt x", 2, "scorer"),
+    "no-such-seed": ("evaluate demo --res 48 --seed 18446744073709551616", 2, "seeds"),
+    "last-seeds": ("evaluate demo --res 48 --limit 2 --seed 18446744073709551615", 2, "seeds"),
+    "blank-file": ("evaluate demo --res 48 --prompts blank.txt", 2, "blank.txt"),
+    "one-bad-scene": ("evaluate demo --res 48 --prompts bad.txt", 1, "a red fox"),
+    "bad-sum": ("evaluate demo --res 48 --scorer 0.5*", 1, "0.5*"),
+    "bad-command": ("evaluate demo --res 48 --scorer command:", 1, "command:"),
+    "scorer-device": ("evaluate demo --res 48 --scorer-device cuda:7", 1, "cuda:7"),
+    "no-prompts": ("evaluate {sd15} --res 512 --scorer aesthetic", 2, "prompts"),
+    "empty-prompt": ("evaluate demo --res 48 --prompt ' '", 2, "prompt"),
+    "not-a-scene": ("evaluate demo --res 48 --prompt fox --limit 1 --steps 1", 1, "fox"),
+    "no-such-scorer": ("evaluate demo --res 48 --scorer beauty", 1, "'beauty'"),
+    "too-many": ("evaluate demo --res 48 --limit 1000", 2, "162"),
+    "off-grid": ("evaluate demo --res 50", 1, "50x50"),
+    "strange-output": ("evaluate demo --res 48 -o e.jpg", 1, "e.jpg"),
+    "no-folder": ("evaluate demo --res 48 -o no/e.html", 1, "no/e.html"),
+}
+
+
+@pytest.mark.parametrize(("words", "code", "key"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused(words: str, code: int, key: str, line: Line, here: Path) -> None:
+    sd15 = makers.write(here / "sd15.safetensors", makers.tiny("sd15.original"))
+    (here / "blank.txt").write_text(" \n\n")
+    (here / "bad.txt").write_text("two red circles on grey\na red fox\n")
+    before = set(here.iterdir())
+    ran = line(words.format(sd15=sd15.name))
+    if key == "cuda:7":  # the rest is torch's
+        assert (ran.code, "cuda:7" in ran.err) == (code, True)
+    else:
+        refused(ran, code, key)
+    assert set(here.iterdir()) == before
