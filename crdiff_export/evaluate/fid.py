@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from crdiff_export.errors import OptionError
-from crdiff_export.evaluate.frechet import Moments, ReferenceMoments
+from crdiff_export.evaluate.frechet import Moments
 from crdiff_export.evaluate.scorers import inception
 from crdiff_export.formats.text import printable
 from crdiff_export.progress import Progress
@@ -100,7 +100,7 @@ class FidMeter:
     def __init__(self, reference: FidReference, network: inception.Inception) -> None:
         self._reference = reference
         self._network = network
-        self._moments: ReferenceMoments | None = None
+        self._moments = self.moments()
         self._hash: str | None = None
 
     def moments(self) -> Moments:
@@ -114,10 +114,8 @@ class FidMeter:
 
     def set_reference(self, batches: "Iterable[Iterable[Image]]") -> None:
         """Take these pictures as the reference."""
-        moments = self.moments()
         for images in batches:
-            self.add(moments, images)
-        self._moments = ReferenceMoments.of(moments)
+            self.add(self._moments, images)
 
     def read_reference(self, progress: Progress) -> None:
         """Take the folder's pictures as the reference; OptionError for a damaged one."""
@@ -137,7 +135,6 @@ class FidMeter:
 
     def distance(self, moments: Moments) -> float:
         """Return the FID of a set."""
-        assert self._moments
         return self._moments.distance(moments)
 
     def record(self, pictures: int) -> dict[str, Any]:

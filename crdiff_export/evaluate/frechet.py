@@ -1,6 +1,6 @@
 """The Fréchet distance of two sets of rows, each taken for a normal distribution: with numpy alone, and no row kept."""
 
-from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,25 +42,17 @@ class Moments:
         assert self.count > 1
         return self._scatter / (self.count - 1)
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ReferenceMoments:
-    """The set that others are compared with. Its covariance is R Rᵀ, where R is `root` [width, rank]."""
-
-    mean: "Grid"
-    root: "Grid"
-
-    @classmethod
-    def of(cls, moments: Moments) -> "ReferenceMoments":
-        """Take the root of a set's covariance."""
+    @cached_property
+    def root(self) -> "Grid":
+        """R [width, rank] where the covariance is R Rᵀ; no row may be added afterwards."""
         import numpy as np
 
-        values, vectors = np.linalg.eigh(moments.covariance)
+        values, vectors = np.linalg.eigh(self.covariance)
         # Smaller values are what rounding leaves of 0; numpy.linalg.matrix_rank draws the line there, too.
         real = values > values[-1] * len(values) * np.finfo(np.float64).eps
-        return cls(moments.mean, vectors[:, real] * np.sqrt(values[real]))
+        return np.asarray(vectors[:, real] * np.sqrt(values[real]))
 
-    def distance(self, other: Moments) -> float:
+    def distance(self, other: "Moments") -> float:
         """Return |m₁ - m₂|² + tr(C₁ + C₂ - 2 (C₁ C₂)^½), which is the square of a distance and is called the FID.
 
         src: Dowson and Landau 1982, Journal of Multivariate Analysis 12(3), eq. 4; Heusel et al. 2017, NeurIPS, eq. 6.

@@ -12,7 +12,15 @@ NUMERIC: Final = ("score", "right", "FID", "minus dense")
 
 
 def where(evaluation: Evaluation, subject: Subject) -> str:
-    """Return a subject's size, and the size that its ratios are for if that is another."""
+    """Name a subject in a table or a heading.
+
+    Args:
+        evaluation: The evaluation.
+        subject: One of its subjects.
+
+    Returns:
+        Its size, and the size that its ratios are for if that is another.
+    """
     native = " (native)" if subject.size == evaluation.native else ""
     return f"{subject.size}{native}" + (f", ratios for {subject.ratios_for}" if subject.is_native_check else "")
 

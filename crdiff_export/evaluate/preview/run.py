@@ -44,7 +44,8 @@ def prepare(request: PreviewRequest) -> PreviewJob:
         The job. No weight has been read yet, and nothing is refused later that could be refused now.
 
     Raises:
-        CrdiffError: The request cannot be met.
+        PreviewError: The baked file is of another family, or nothing is pruned.
+        CrdiffError: Something else of the request cannot be met.
     """
     _check(request)
     pipelines.check_packages(offload=request.offload)

@@ -19,7 +19,11 @@ _SETTINGS: Final[Any] = {
 
 
 def check_matplotlib(paths: Sequence[Path]) -> None:
-    """Raise OptionError if one of the files needs a plot and matplotlib is not installed."""
+    """Check that matplotlib is installed if one of the files needs a plot.
+
+    Raises:
+        OptionError: It is not.
+    """
     if any(path.suffix.lower() in SUFFIXES for path in paths) and find_spec("matplotlib") is None:
         raise OptionError("matplotlib is not installed, which plots need", '`pip install "crdiff-export[search]"`.')
 

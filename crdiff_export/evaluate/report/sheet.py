@@ -47,13 +47,31 @@ def render(sheet: ContactSheet) -> bytes:
 
 
 def estimate_size(rows: int, columns: int, picture: tuple[int, int]) -> tuple[int, int]:
-    """Estimate the width and height of a sheet in pixels, from those of a single picture."""
+    """Estimate the size of a sheet.
+
+    Args:
+        rows: Rows of pictures.
+        columns: Pictures in a row.
+        picture: The width and height of a picture in pixels.
+
+    Returns:
+        Its width and height in pixels.
+    """
     unit = _letter_height(columns * picture[0])
     return columns * (picture[0] + unit) + 2 * unit, rows * (picture[1] + 4 * unit) + 16 * unit
 
 
 def png_bytes(image: Image.Image, parameters: str, title: str = "") -> bytes:
-    """Encode an image as a PNG file with text under the names that other programs read."""
+    """Encode an image as a PNG file with text under the names that other programs read.
+
+    Args:
+        image: The image.
+        parameters: How it was made.
+        title: Its title, if it has one.
+
+    Returns:
+        The content of the file.
+    """
     info = PngInfo()
     if title:
         info.add_text("Title", title)

@@ -5,7 +5,6 @@ src: `vit.py` and `med.py` of salesforce/BLIP, `blip_pretrain.py` and `ImageRewa
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from crdiff_export.evaluate.scorers import weights
@@ -15,6 +14,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+# The picture's encoder, as transformers spells its size: ViT-L/16 at 224 pixels, the `large` of BLIP's `create_vit`.
+VISION: Final = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 224, "patch_size": 16,
+}  # fmt: skip
 # What med_config.json decides; its dropouts are for training.
 TEXT_CONFIG: Final = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
@@ -22,30 +26,19 @@ TEXT_CONFIG: Final = (
 )
 # Beginnings of names in the file, and in the network; within the text encoder and a linear layer they are the same.
 RENAMED: Final = (
-    (r"blip\.visual_encoder\.cls_token", "vision.embeddings.class_embedding"),
-    (r"blip\.visual_encoder\.pos_embed", "vision.embeddings.position_embedding"),
-    (r"blip\.visual_encoder\.patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
-    (r"blip\.visual_encoder\.norm\.", "vision.post_layernorm."),
-    (r"blip\.visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"vision.encoder.layers.\1.layer_norm\2."),
-    (r"blip\.visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision.encoder.layers.\1.self_attn.qkv."),
-    (r"blip\.visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision.encoder.layers.\1.self_attn.projection."),
-    (r"blip\.visual_encoder\.blocks\.(\d+)\.mlp\.(fc[12])\.", r"vision.encoder.layers.\1.mlp.\2."),
-    (r"blip\.text_encoder\.", "text."),
-    (r"mlp\.layers\.", "head."),
+    (r"^blip\.visual_encoder\.cls_token", "vision.embeddings.class_embedding"),
+    (r"^blip\.visual_encoder\.pos_embed", "vision.embeddings.position_embedding"),
+    (r"^blip\.visual_encoder\.patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
+    (r"^blip\.visual_encoder\.norm\.", "vision.post_layernorm."),
+    (r"^blip\.visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"vision.encoder.layers.\1.layer_norm\2."),
+    (r"^blip\.visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision.encoder.layers.\1.self_attn.qkv."),
+    (r"^blip\.visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision.encoder.layers.\1.self_attn.projection."),
+    (r"^blip\.visual_encoder\.blocks\.(\d+)\.mlp\.(fc[12])\.", r"vision.encoder.layers.\1.mlp.\2."),
+    (r"^blip\.text_encoder\.", "text."),
+    (r"^mlp\.layers\.", "head."),
 )
 # Tensors of the file that the reward does not need: BLIP's contrastive loss, and the numbers of the positions.
 UNUSED: Final = re.compile(r"blip\.(vision|text)_proj\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids")
-
-
-@dataclass(frozen=True, slots=True)
-class Vision:
-    """The size of the picture's encoder; by default ViT-L/16 at 224, the `large` of `create_vit`."""
-
-    width: int = 1024
-    layers: int = 24
-    heads: int = 16
-    image: int = 224
-    patch: int = 16
 
 
 class Reward:
@@ -75,13 +68,15 @@ class Reward:
         return values.squeeze(-1).cpu()
 
 
-def open_reward(tensors: "Mapping[str, Tensor]", config: Mapping[str, Any], vision: Vision, source: str) -> Reward:
+def open_reward(
+    tensors: "Mapping[str, Tensor]", config: Mapping[str, Any], vision: Mapping[str, int], source: str
+) -> Reward:
     """Make the network with a file's weights in it.
 
     Args:
         tensors: The weights, by the file's names.
         config: The size of the text's encoder: `TEXT_CONFIG`.
-        vision: The size of the picture's encoder.
+        vision: The size of the picture's encoder, as in `VISION`.
         source: What an error calls the file.
 
     Returns:
@@ -92,29 +87,24 @@ def open_reward(tensors: "Mapping[str, Tensor]", config: Mapping[str, Any], visi
     """
     module = network(config, vision)
     weights.fill(module, dict(rename_tensors(tensors)), source)
-    return Reward(module, vision.image)
+    return Reward(module, vision["image_size"])
 
 
-def network(config: Mapping[str, Any], vision: Vision) -> "torch.nn.ModuleDict":
+def network(config: Mapping[str, Any], vision: Mapping[str, int]) -> "torch.nn.ModuleDict":
     """Make the three parts, with random weights, in evaluation mode."""
     from torch import nn
 
     library = weights.transformers()
     with weights.quiet():
         seen = library.BlipVisionConfig(
-            hidden_size=vision.width,
-            intermediate_size=4 * vision.width,
-            num_hidden_layers=vision.layers,
-            num_attention_heads=vision.heads,
-            image_size=vision.image,
-            patch_size=vision.patch,
+            **vision,
             hidden_act="gelu",
             layer_norm_eps=1e-6,  # BLIP's own; transformers has 1e-5
             attn_implementation="eager",
         )
         # "is_decoder" is what makes transformers build the cross-attention.
         read = library.BlipTextConfig(
-            **config, encoder_hidden_size=vision.width, is_decoder=True, attn_implementation="eager"
+            **config, encoder_hidden_size=vision["hidden_size"], is_decoder=True, attn_implementation="eager"
         )
         parts = {
             "vision": library.BlipVisionModel(seen),
@@ -127,11 +117,8 @@ def network(config: Mapping[str, Any], vision: Vision) -> "torch.nn.ModuleDict":
 def rename_tensors(tensors: "Mapping[str, Tensor]") -> "Iterator[tuple[str, Tensor]]":
     """Yield the tensors that the reward needs, by the network's names; a name without a rule stays as it is."""
     for name, tensor in tensors.items():
-        if UNUSED.fullmatch(name):
-            continue
-        for pattern, new in RENAMED:
-            if match := re.match(pattern, name):
-                yield match.expand(new) + name[match.end() :], tensor
-                break
-        else:
-            yield name, tensor
+        if not UNUSED.fullmatch(name):
+            renamed = name
+            for pattern, new in RENAMED:
+                renamed = re.sub(pattern, new, renamed)
+            yield renamed, tensor

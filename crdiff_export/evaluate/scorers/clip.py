@@ -41,11 +41,10 @@ class Clip:
             model, loading = library.CLIPModel.from_pretrained(
                 file.parent, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-        missing, unexpected = (sorted(map(str, loading.get(f"{kind}_keys", ()))) for kind in ("missing", "unexpected"))
         # Files of transformers before 4.31 hold the numbers of the positions, which no later one needs.
-        unused = [key for key in unexpected if not key.endswith("position_ids")]
-        mismatched = [str(key[0]) for key in loading.get("mismatched_keys", ())]
-        weights.refuse(f"{repo}", missing, unused, mismatched)
+        loading["unexpected_keys"] = [k for k in loading["unexpected_keys"] if not k.endswith("position_ids")]
+        if problems := [f"{kind}: {sorted(map(str, keys))}" for kind, keys in loading.items() if keys]:
+            raise weights.other_weights(f"{repo}", "; ".join(problems))
         self._model = model.to(self._device, self._dtype).eval()
         self.about = {"weights": f"{repo}", "sha256": weights.sha256(file)}
         self.about |= {"preprocessing": f"{words}, {type(self._processor).__name__}, RGB"}

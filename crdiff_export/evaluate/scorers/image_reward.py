@@ -5,7 +5,7 @@ five linear layers, and the reward is normalised with the mean and deviation of 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,14 +30,16 @@ PIXEL_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 BATCH = 8  # our choice: pictures in one forward pass
 
 
-def image_reward(device: str, dtype: str, fetch: Fetch = weights.fetch, vision: blip.Vision | None = None) -> Scorer:
+def image_reward(
+    device: str, dtype: str, fetch: Fetch = weights.fetch, vision: Mapping[str, int] | None = None
+) -> Scorer:
     """Open ImageReward 1.0, about -2 to 2; 1.8 GB of weights. The head computes in float32.
 
     Args:
         device: The device, as torch names it.
         dtype: What the encoders compute in: fp32, fp16 or bf16.
         fetch: Returns the path of a repository's file.
-        vision: Another size of the same architecture.
+        vision: Another size of the picture's encoder, as in `blip.VISION`.
 
     Returns:
         The scorer.
@@ -46,7 +48,7 @@ def image_reward(device: str, dtype: str, fetch: Fetch = weights.fetch, vision: 
     config = _config(fetch(REPO, CONFIG))
     tokenizer = _tokenizer(fetch(BERT, None), config)
     path = fetch(REPO, FILE)
-    reward = blip.open_reward(weights.read_pickle(path), config, vision or blip.Vision(), f"{REPO}/{FILE}").to(*place)
+    reward = blip.open_reward(weights.read_pickle(path), config, vision or blip.VISION, f"{REPO}/{FILE}").to(*place)
     about = {"weights": f"{REPO}", "sha256": weights.sha256(path), "words": f"{BERT}"}
     about["preprocessing"] = f"RGB, bicubic to {reward.side}, centre, CLIP's mean and deviation; {TOKENS} tokens"
 

@@ -43,7 +43,17 @@ class Inception:
         self._device = device
 
     def features(self, images: "Iterable[Image]") -> "Iterator[Rows]":
-        """Yield parts of the features [picture, 2048] in float64, in the pictures' order; no picture is kept."""
+        """Compute the features of pictures; no picture is kept.
+
+        Args:
+            images: Pictures of any size and mode.
+
+        Yields:
+            Parts of the features [picture, 2048] in float64, in the pictures' order.
+
+        Raises:
+            ScorerError: A feature is not finite.
+        """
         import numpy as np
         import torch
 
@@ -65,7 +75,11 @@ class Inception:
 
 
 def check(file: Path | None) -> None:
-    """Raise ScorerError for a package or a file that is missing, before anything is opened."""
+    """Check that the package is installed and the file is there, before anything is opened.
+
+    Raises:
+        ScorerError: One of them is missing.
+    """
     if find_spec(PACKAGE) is None:
         raise ScorerError("torch-fidelity is not installed, which FID needs", 'Run `pip install "crdiff-export[fid]"`.')
     if file and not file.is_file():

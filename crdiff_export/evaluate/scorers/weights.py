@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from crdiff_export.errors import CheckpointError, HubError, ScorerError
 from crdiff_export.evaluate.scorers.score import Score
 from crdiff_export.formats import torch_zip
-from crdiff_export.formats.text import did_you_mean
+from crdiff_export.formats.text import did_you_mean, printable
 
 if TYPE_CHECKING:
     import torch
@@ -156,24 +156,16 @@ def read_pickle(path: Path) -> "dict[str, Tensor]":
 
 def fill(module: "torch.nn.Module", tensors: "Mapping[str, Tensor]", source: str) -> None:
     """Copy tensors into a module's parameters, one for each; ScorerError if one is missing, left over or misshapen."""
-    import torch
-
-    wanted = dict(module.named_parameters())
-    absent, unknown = [name for name in wanted if name not in tensors], [name for name in tensors if name not in wanted]
-    odd = [name for name in wanted if name in tensors and wanted[name].shape != tensors[name].shape]
-    refuse(source, absent, unknown, odd)
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(tensors[name])
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise other_weights(source, " ".join(str(error).split())) from error
 
 
-def refuse(source: str, absent: list[str], unknown: list[str], odd: list[str]) -> None:
-    """Raise ScorerError if the weights of a model are missing, unknown or of another shape."""
-    kinds = {"missing": absent, "of no use": unknown, "of another shape": odd}
-    wrong = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
-    if wrong:
-        message = f"{source}: not the weights that belong here: {'; '.join(wrong)}"
-        raise ScorerError(message, "Delete the file from the cache, and run this again.")
+def other_weights(source: str, problem: str) -> ScorerError:
+    """Make the error for weights that do not belong to a model."""
+    message = f"{source}: not the weights that belong here: {printable(problem, limit=1000)}"
+    return ScorerError(message, "Delete the file from the cache, and run this again.")
 
 
 def fingerprint(name: str, device: str, dtype: str, **more: str) -> dict[str, str]:
@@ -183,7 +175,3 @@ def fingerprint(name: str, device: str, dtype: str, **more: str) -> dict[str, st
         with contextlib.suppress(PackageNotFoundError):
             versions[package.lower()] = version(package)
     return {"name": name, **more, "device": device.partition(":")[0], "dtype": dtype, **versions}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,17 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from crdiff_export import hub
 from crdiff_export.errors import ScorerError
 from crdiff_export.evaluate import scorers
 from crdiff_export.evaluate.scorers import Scorer, blip, image_reward, weights
-from crdiff_export.evaluate.scorers.weights import Repo
 from tests.support.messages import raises
+from tests.support.scoring import fetch_from, noise, serve, values
 
 Tensors = dict[str, Tensor]
-TINY = blip.Vision(width=32, layers=3, heads=4, image=32, patch=8)
+TINY = {
+    "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
 WIDE, HEADS, LAYERS = 24, 3, 2
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "dog", "very", "##s", "on", ",", "blue"]
 CONFIG = {
@@ -33,18 +34,18 @@ CONFIG = {
 PROMPTS = ["a red cat", "dogs", "very, very blue", "a " + "red " * 60 + "cat", ""]
 
 
-def shapes(vision: blip.Vision, text: dict[str, int], head: int) -> dict[str, tuple[int, ...]]:
+def shapes(vision: dict[str, int], text: dict[str, int], head: int) -> dict[str, tuple[int, ...]]:
     """Every tensor of ImageReward.pt, as the modules of its authors name them."""
     found: dict[str, tuple[int, ...]] = {}
 
     def pair(name: str, *shape: int) -> None:
         found[f"{name}.weight"], found[f"{name}.bias"] = shape, shape[:1]
 
-    wide, at = vision.width, "blip.visual_encoder"
+    wide, at = vision["hidden_size"], "blip.visual_encoder"
     found[f"{at}.cls_token"] = (1, 1, wide)
-    found[f"{at}.pos_embed"] = (1, 1 + (vision.image // vision.patch) ** 2, wide)
-    pair(f"{at}.patch_embed.proj", wide, 3, vision.patch, vision.patch)
-    for i in range(vision.layers):
+    found[f"{at}.pos_embed"] = (1, 1 + (vision["image_size"] // vision["patch_size"]) ** 2, wide)
+    pair(f"{at}.patch_embed.proj", wide, 3, vision["patch_size"], vision["patch_size"])
+    for i in range(vision["num_hidden_layers"]):
         block = f"{at}.blocks.{i}"
         pair(f"{block}.norm1", wide)
         pair(f"{block}.attn.qkv", 3 * wide, wide)
@@ -119,16 +120,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor) -> Tensor:
 
 
 def seen_by_hand(pixels: Tensor, tensors: Tensors) -> Tensor:
-    at, patch = "blip.visual_encoder", TINY.patch
-    rows = range(0, TINY.image, patch)
+    at, patch = "blip.visual_encoder", TINY["patch_size"]
+    rows = range(0, TINY["image_size"], patch)
     patches = torch.stack([pixels[:, y : y + patch, x : x + patch].reshape(-1) for y in rows for x in rows])
-    x = patches @ tensors[f"{at}.patch_embed.proj.weight"].reshape(TINY.width, -1).T
+    x = patches @ tensors[f"{at}.patch_embed.proj.weight"].reshape(TINY["hidden_size"], -1).T
     x = torch.cat([tensors[f"{at}.cls_token"][0], x + tensors[f"{at}.patch_embed.proj.bias"]])
     x = x + tensors[f"{at}.pos_embed"][0]
-    for i in range(TINY.layers):
+    for i in range(TINY["num_hidden_layers"]):
         block = f"{at}.blocks.{i}"
         q, k, v = linear(norm(x, f"{block}.norm1", tensors, 1e-6), f"{block}.attn.qkv", tensors).chunk(3, -1)
-        x = x + linear(attend(q, k, v, TINY.heads, torch.zeros(())), f"{block}.attn.proj", tensors)
+        x = x + linear(attend(q, k, v, TINY["num_attention_heads"], torch.zeros(())), f"{block}.attn.proj", tensors)
         y = gelu(linear(norm(x, f"{block}.norm2", tensors, 1e-6), f"{block}.mlp.fc1", tensors))
         x = x + linear(y, f"{block}.mlp.fc2", tensors)
     return norm(x, f"{at}.norm", tensors, 1e-6)
@@ -178,7 +179,7 @@ def pixels_by_hand(image: Image.Image, side: int) -> Tensor:
 
 def by_hand(image: Image.Image, prompt: str, tensors: Tensors) -> float:
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
-    x = read_by_hand(*tokens_by_hand(prompt), seen_by_hand(pixels_by_hand(image, TINY.image), tensors), tensors)
+    x = read_by_hand(*tokens_by_hand(prompt), seen_by_hand(pixels_by_hand(image, TINY["image_size"]), tensors), tensors)
     for place in (0, 2, 4, 6, 7):
         x = linear(x, f"mlp.layers.{place}", tensors)
     return (float(x) - 0.16717362830052426) / 1.0333394966054072
@@ -200,10 +201,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fetch(shelf: Path) -> weights.Fetch:
-    def found(repo: Repo, file: str | None) -> Path:
-        return shelf / repo.id / file if file else shelf / repo.id
-
-    return found
+    return fetch_from(shelf)
 
 
 @pytest.fixture
@@ -212,13 +210,7 @@ def scorer(fetch: weights.Fetch) -> Scorer:
 
 
 def pictures() -> list[Image.Image]:
-    rng = np.random.default_rng(4)
-    sizes = [(32, 32), (47, 33), (9, 100), (101, 40), (1, 1)]
-    return [Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)) for width, height in sizes]
-
-
-def values(scorer: Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-    return [score.value for score in scorer.score(images, prompts)]
+    return noise([(32, 32), (47, 33), (9, 100), (101, 40), (1, 1)], seed=4)
 
 
 def in_place_of(path: Path, name: str, fetch: weights.Fetch) -> weights.Fetch:
@@ -277,7 +269,7 @@ def test_the_names_of_the_published_size_all_have_a_place() -> None:
     """625 tensors of so many bytes: with a zip's own, 1786880927 as the Hub says of ImageReward.pt."""
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
     text |= {"max_position_embeddings": 512, "vocab_size": 30524}
-    published = shapes(blip.Vision(), text, 768)
+    published = shapes(blip.VISION, text, 768)
     numbers = sum(math.prod(shape) for name, shape in published.items() if not name.endswith("position_ids"))
     assert len(published) == 625
     assert 4 * numbers + 8 * 512 == 1_786_667_908
@@ -285,7 +277,7 @@ def test_the_names_of_the_published_size_all_have_a_place() -> None:
     assert len(found) == 625 - 5
     full = {**CONFIG, **text, "num_attention_heads": 12}
     with torch.device("meta"):
-        network = blip.network({name: full[name] for name in blip.TEXT_CONFIG}, blip.Vision())
+        network = blip.network({name: full[name] for name in blip.TEXT_CONFIG}, blip.VISION)
     sizes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     needed = {name: shape for name, shape in published.items() if not blip.UNUSED.fullmatch(name)}
     assert sizes == dict(zip(found, needed.values(), strict=True))
@@ -319,17 +311,21 @@ def test_a_file_with_other_weights(tmp_path: Path, fetch: weights.Fetch) -> None
     path = tmp_path / image_reward.FILE
     torch.save(tensors, path)
     wrong = (
-        "1 missing (vision.encoder.layers.1.self_attn.projection.bias)",
-        "2 of no use (text.pooler.dense.bias, vision.encoder.layers.7.layer_norm1.bias)",
-        "1 of another shape (head.7.bias)",
+        'Missing key(s) in state_dict: "vision.encoder.layers.1.self_attn.projection.bias"',
+        "Unexpected key(s) in state_dict: ",
+        '"text.pooler.dense.bias"',
+        '"vision.encoder.layers.7.layer_norm1.bias"',
+        "size mismatch for head.7.bias",
     )
-    with raises(ScorerError, image_reward.REPO, "ImageReward.pt", *wrong):
+    with pytest.raises(ScorerError) as error:
         image_reward.image_reward("cpu", "fp32", in_place_of(path, image_reward.FILE, fetch), TINY)
+    for text in (f"{image_reward.REPO}/ImageReward.pt", *wrong):
+        assert text in error.value.message
 
 
 def test_another_size_is_refused(fetch: weights.Fetch) -> None:
-    with raises(ScorerError, "12 missing (vision.encoder.layers.3.self_attn.qkv.weight, "):
-        image_reward.image_reward("cpu", "fp32", fetch, blip.Vision(32, 4, 4, 32, 8))
+    with pytest.raises(ScorerError, match=r"vision\.encoder\.layers\.3\.self_attn\.qkv\.weight"):
+        image_reward.image_reward("cpu", "fp32", fetch, {**TINY, "num_hidden_layers": 4})
 
 
 @pytest.mark.parametrize(
@@ -358,22 +354,11 @@ def test_it_is_closed_twice(scorer: Scorer) -> None:
     scorer.close()
 
 
-def test_load_fetches_four_things(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str | None]] = []
-
-    def one(repo: str, file: str, revision: str | None, variant: str | None) -> Path:
-        asked.append((repo, file))
-        return shelf / repo / file
-
-    def small(repo: str, revision: str | None) -> Path:
-        asked.append((repo, None))
-        return shelf / repo
-
-    monkeypatch.setattr(hub, "fetch", one)
-    monkeypatch.setattr(hub, "fetch_parts", small)
-    monkeypatch.setattr(blip, "Vision", lambda: TINY)
+def test_load_fetches_three_things(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = serve(shelf, monkeypatch)
+    monkeypatch.setattr(blip, "VISION", TINY)
     scorer = scorers.load("0.5*image-reward")
-    assert asked == [
+    assert [(repo, file) for repo, file, _ in fetched] == [
         (image_reward.REPO.id, "med_config.json"),
         (image_reward.BERT.id, None),
         (image_reward.REPO.id, "ImageReward.pt"),
@@ -385,8 +370,7 @@ def test_load_fetches_four_things(shelf: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("size", [(32, 32), (45, 33), (33, 45), (200, 37), (3, 64), (64, 3)])
 def test_pictures_are_cut_as_torchvision_does(size: tuple[int, int]) -> None:
-    rng = np.random.default_rng(1)
-    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
+    (image,) = noise([size], seed=1)
     found = image_reward.pixels_of(image, 32)
     assert found.shape == (3, 32, 32)
     assert functional.l1_loss(found.double(), pixels_by_hand(image, 32)) < 1e-6

@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from PIL import Image
 
 from crdiff_export.errors import ScorerError
 from crdiff_export.evaluate import scorers
-from crdiff_export.evaluate.scorers import Score, Scorer, function, spec
+from crdiff_export.evaluate.scorers import Score, function, spec
 from crdiff_export.evaluate.scorers.demo_scorer import judge
 from crdiff_export.evaluate.scorers.score import Checked
 from crdiff_export.models.demo.scenes import EXAMPLE, Scene
 from tests.support.messages import raises
+from tests.support.scoring import values
 
 GREY = Image.new("RGB", (8, 8), (128, 128, 128))
 
@@ -73,7 +73,7 @@ def odd(device, dtype):
 
 def infinite(device, dtype):
     made = Made(device, dtype)
-    made.score = lambda images, prompts: [Score(1.0, {"half": float("inf")})]
+    made.score = lambda images, prompts: [Score(1.0, {"half": float("inf")}) for _ in images]
     return made
 """
 
@@ -84,10 +84,6 @@ def module(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     (here / "mine.py").write_text(SCORERS)
     return here / "mine.py"
-
-
-def values(scorer: Scorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-    return [score.value for score in scorer.score(images, prompts)]
 
 
 # What is written
