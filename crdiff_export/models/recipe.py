@@ -1,4 +1,4 @@
-"""Recipes: for one model family, which share of each group is pruned at which size, and where the numbers come from."""
+"""Recipes: the ratio of each group for each size of a model family, with the provenance of the numbers."""
 
 import math
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ Provenance = Literal["starting-point", "searched", "published"]
 Scalar = str | int | float | bool
 
 TARGETS: Final = ("attn", "ff", "attn2")
-MAX_POA_WEIGHT: Final = 10.0  # ours: the public code uses 1.5; a weight beyond 10 is a typing error
+MAX_POA_WEIGHT: Final = 10.0  # ours: the public code uses 1.5; a weight above 10 is a typing error
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What was measured: mean scores of the pruned and the dense model, and an interval of pruned minus dense."""
+    """A measurement: mean scores of the pruned and the dense model, and an interval of their difference."""
 
     scorer: str
     pruned: float
@@ -30,7 +30,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """The numbers for one size, for any prompt or for one."""
+    """The numbers for one size, for any prompt or for one prompt."""
 
     resolution: Size
     ratios: Mapping[str, float]
@@ -44,7 +44,7 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All variants of one family; `name` is that of the file, without its folder."""
+    """All variants of one family; `name` is the name of the file without its folder."""
 
     family: str
     title: str
@@ -57,7 +57,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The variant for a target; where it is not `exact`, for this size and prompt, `note` says so in one line."""
+    """The chosen variant for a target size and prompt; if it is not exactly for them, `note` says so in one line."""
 
     variant: Variant
     exact: bool
@@ -65,10 +65,21 @@ class Choice:
 
 
 def choose(recipe: Recipe, target: Size, prompt: str | None = None) -> Choice:
-    """The variant nearest to the target, with its own size; those for another prompt do not count.
+    """Choose the variant nearest to a target size; variants for another prompt are left out.
 
-    Nearest is the least hypot(ln(area / target area), ln(aspect / target aspect)): half and double are equally far.
-    Ties go to the variant for this very prompt, then to the smaller width, then height; the file's order is no matter.
+    The distance is hypot(ln(area / target area), ln(aspect / target aspect)), so that half and double are equally far.
+    Ties go to the variant for this prompt, then to the smaller width, then height, whatever the order in the file.
+
+    Args:
+        recipe: The recipe.
+        target: The size in pixels to prune for.
+        prompt: The prompt to prune for, if the numbers may be those of one prompt.
+
+    Returns:
+        The variant, with its own size.
+
+    Raises:
+        RecipeError: The recipe has no variant for any prompt.
     """
     fitting = [variant for variant in recipe.variants if variant.prompt in (None, prompt)]
     if not fitting:
@@ -93,7 +104,7 @@ def choose(recipe: Recipe, target: Size, prompt: str | None = None) -> Choice:
 def _distance(one: Size, other: Size) -> float:
     area = math.log(one.width * one.height) - math.log(other.width * other.height)
     aspect = math.log(one.width / one.height) - math.log(other.width / other.height)
-    return round(math.hypot(area, aspect), 9)  # the last digits of a logarithm differ between platforms, ties must not
+    return round(math.hypot(area, aspect), 9)  # the last digits of a logarithm differ between platforms; ties must not
 
 
 def override(
@@ -104,9 +115,24 @@ def override(
     poa_weight: float | None = None,
     by: str = "on the command line",
 ) -> Variant:
-    """The variant with numbers of the user's own, given in a place `by`; one in `per_group` wins over `ratio`.
+    """Replace numbers of a variant by the user's own.
 
-    A single ratio given makes the whole set a starting point without evidence, for nobody measured that set.
+    One ratio of the user makes the variant a starting point without evidence, because the new set was never measured.
+
+    Args:
+        variant: The variant.
+        groups: The family's groups.
+        ratio: A ratio for all groups.
+        per_group: Ratios of single groups, which win over `ratio`.
+        poa_weight: The POA weight.
+        by: Where the user gave the numbers, for the variant's source.
+
+    Returns:
+        The new variant.
+
+    Raises:
+        OptionError: A group does not exist.
+        RecipeError: A number is out of its range, or a ratio is missing.
     """
     given = dict.fromkeys(groups, ratio) if ratio is not None else {}
     for group, share in {**given, **(per_group or {})}.items():
@@ -137,14 +163,36 @@ def override(
 
 
 def check_ratio(what: str, ratio: float) -> float:
-    """The ratio, if it is one; `what` begins the refusal."""
+    """Check a ratio.
+
+    Args:
+        what: The ratio's name, with which the message begins.
+        ratio: The share of weights to set to zero.
+
+    Returns:
+        The ratio.
+
+    Raises:
+        RecipeError: It is not at least 0 and below 1.
+    """
     if not 0 <= ratio < 1:
         raise RecipeError(f"{what} is {ratio}, must be 0 <= ratio < 1", "0.3 sets 30 % of the weights to zero, 0 none.")
     return ratio
 
 
 def check_poa_weight(what: str, weight: float) -> float:
-    """The weight, if it is one; `what` begins the refusal."""
+    """Check a POA weight.
+
+    Args:
+        what: The weight's name, with which the message begins.
+        weight: The POA weight.
+
+    Returns:
+        The weight.
+
+    Raises:
+        RecipeError: It is not between 0 and MAX_POA_WEIGHT.
+    """
     if not 0 <= weight <= MAX_POA_WEIGHT:
         hint = "1 is the pruned model, 0 the dense one; the public code uses 1.5."
         raise RecipeError(f"{what} is {weight}, must be 0 <= weight <= {MAX_POA_WEIGHT:g}", hint)
@@ -152,7 +200,16 @@ def check_poa_weight(what: str, weight: float) -> float:
 
 
 def check_groups(variant: Variant, groups: tuple[str, ...], where: str) -> None:
-    """Refuse ratios that are not one for each of the family's groups."""
+    """Check that a variant has exactly one ratio for each group of the family.
+
+    Args:
+        variant: The variant.
+        groups: The family's groups.
+        where: The recipe and variant, with which the message begins.
+
+    Raises:
+        RecipeError: A ratio is missing, or is for another group.
+    """
     for group in variant.ratios:
         if group not in groups:
             message = f"{where}: ratios.{group} is for a group that this model does not have"

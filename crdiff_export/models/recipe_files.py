@@ -1,4 +1,4 @@
-"""Where recipes come from: the built-in folder, a file of the user's, the config.json of the public code's search."""
+"""Load recipes: the built-in ones, a file of the user, or the config.json that the search of the public code writes."""
 
 import json
 import re
@@ -10,11 +10,15 @@ from crdiff_export.errors import RecipeError
 from crdiff_export.formats.text import did_you_mean
 from crdiff_export.formats.text_file import read_text_file
 from crdiff_export.models.recipe import Recipe
-from crdiff_export.models.recipe_toml import Table, parse, parse_variant, shown
+from crdiff_export.models.recipe_toml import RecipeTable, parse, parse_variant, shown
 
 
 def builtin_path() -> Path:
-    """The folder of the built-in recipes: inside an installed package, beside the package in a checkout."""
+    """Return the folder of the built-in recipes: inside an installed package, beside the package in a checkout.
+
+    Raises:
+        RecipeError: The folder is missing.
+    """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "recipes", package.parent / "recipes"):
         if folder.is_dir():
@@ -23,27 +27,31 @@ def builtin_path() -> Path:
 
 
 def aliases() -> tuple[str, ...]:
-    """The names of the built-in recipes, sorted."""
+    """Return the names of the built-in recipes, sorted."""
     return tuple(sorted(path.stem for path in builtin_path().glob("*.toml")))
 
 
 def builtin() -> tuple[Recipe, ...]:
-    """Every built-in recipe, sorted by alias."""
+    """Load every built-in recipe, sorted by alias."""
     return tuple(load(builtin_path() / f"{alias}.toml") for alias in aliases())
 
 
 def by_alias(name: str) -> Recipe | None:
-    """The built-in recipe of that name; None for any other text, a path included."""
+    """Load the built-in recipe with this name; None for any other text, even the path of one."""
     return load(builtin_path() / f"{name}.toml") if name in aliases() else None
 
 
 def unknown_alias_hint(name: str) -> str:
-    """The hint for a name that is no alias: the nearest one, and all."""
+    """Return the hint for a name that is not an alias: the nearest alias, and all of them."""
     return did_you_mean(name, aliases(), "built-in recipes")
 
 
 def load(path: str | Path) -> Recipe:
-    """Read a recipe's TOML, or the .json file that the public code's search leaves."""
+    """Load a recipe in TOML, or the .json file that the search of the public code writes.
+
+    Raises:
+        RecipeError: The file cannot be read or is not a recipe.
+    """
     path = Path(path)
     hint = "Name a recipe in TOML; `crdiff recipes list` shows the built-in ones."
     text = read_text_file(path, "recipe", hint, RecipeError)
@@ -66,7 +74,7 @@ PUBLIC_EXAMPLES: Final = {
     "shared_ratio": '"shared_ratio": 0.3',
     "pruning_method": '"pruning_method": "ratio"; the other method\'s numbers are thresholds, not ratios',
 }
-PUBLIC_ORDER: Final = ("down", "up", "mid")  # of a list, as the public code's own command lines have it
+PUBLIC_ORDER: Final = ("down", "up", "mid")  # the order of a list in the public code's command lines
 FAMILY_PATTERNS: Final = (
     ("refiner", "sdxl-refiner"),
     ("xl", "sdxl"),
@@ -81,36 +89,49 @@ FAMILY_PATTERNS: Final = (
 
 
 def from_public_config(text: str, name: str) -> Recipe:
-    """That file as a recipe with one searched variant; which checkpoint was searched on it does not say for sure."""
+    """Read the config.json of the public code's search as a recipe with one searched variant.
+
+    The file does not say for certain which checkpoint was searched on.
+
+    Args:
+        text: The JSON.
+        name: The file, for messages.
+
+    Returns:
+        The recipe, for the family that the model's name or path suggests.
+
+    Raises:
+        RecipeError: The file is not of that kind, its runs failed, or the family is unknown.
+    """
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         hint = "A .json recipe is what the public code's search leaves."
         raise RecipeError(f"{name}: not JSON: {error}", hint) from error
-    document = Table(values if isinstance(values, dict) else {}, name, examples=PUBLIC_EXAMPLES)
+    document = RecipeTable(values if isinstance(values, dict) else {}, name, examples=PUBLIC_EXAMPLES)
     model = document.table("model_config")
     method = values.get("pruning_method", "ratio")
     if method != "ratio":
         raise document.wrong("pruning_method", f"is {shown(method)}")
     score = document.number("best_avg_score")
     if score == -2:
-        hint = "That search counts a failed run as -2: mend it and run it again."
+        hint = "The search stores -2 for a failed run: repair it and run it again."
         raise document.wrong("best_avg_score", "is -2, so every run failed", hint)
     names = {key: model.string(key) for key in ("name", "model_path") if model.values.get(key) is not None}
-    known = _known(model, names)
-    made = {
+    builtin_recipe = _recipe_of(model, names)
+    variant = {
         "resolution": f"{model.count('width')}x{model.count('height')}",
-        "ratios": _public_ratios(document, tuple(known.variants[0].ratios)),
+        "ratios": _public_ratios(document, tuple(builtin_recipe.variants[0].ratios)),
         "poa_weight": 1.5,  # src: the default of the public code, whose search does not vary it
         "provenance": "searched",
         "source": "the ratio search of the CR-Diff public code, which never scores the dense model",
         "evidence": {"scorer": "ImageReward", "pruned": score, "model": _shareable(names)},
     }
-    return replace(known, repo=None, file=None, variants=(parse_variant(made, name),), name=name)
+    return replace(builtin_recipe, repo=None, file=None, variants=(parse_variant(variant, name),), name=name)
 
 
-def _known(model: Table, names: dict[str, str]) -> Recipe:
-    """The built-in recipe of the model's family, told by its name or the last parts of its path."""
+def _recipe_of(model: RecipeTable, names: dict[str, str]) -> Recipe:
+    """Load the built-in recipe of the model's family, which its name or the end of its path shows."""
     for word in names.values():
         for part in reversed(re.split(r"[/\\]", word)[-2:]):
             slug = re.sub(r"[^a-z0-9]+", "-", part.lower())
@@ -123,14 +144,14 @@ def _known(model: Table, names: dict[str, str]) -> Recipe:
 
 
 def _shareable(names: dict[str, str]) -> str:
-    """A Hub id or a plain name as it is, of a path only its end: a recipe travels, the folders of a machine do not."""
+    """Return a Hub id or a name unchanged, and only the last part of a path, since recipes are shared."""
     *_, model = names.values()
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
         return model
     return re.split(r"[/\\]", model.rstrip("/\\"))[-1] or names["name"]
 
 
-def _public_ratios(document: Table, family_groups: tuple[str, ...]) -> dict[str, float]:
+def _public_ratios(document: RecipeTable, family_groups: tuple[str, ...]) -> dict[str, float]:
     if family_groups == ("blocks",):
         return {"blocks": document.table("best_global_params_sd3").number("shared_ratio")}
     found = document.values.get("best_global_params_ratio")

@@ -1,4 +1,4 @@
-"""Recipes as TOML text: read so that nothing is ignored or guessed, written so that it reads back equal."""
+"""Recipes as TOML: parsed without ignoring or guessing anything, and written so that parsing gives the same recipe."""
 
 import re
 import sys
@@ -21,7 +21,7 @@ from crdiff_export.models.recipe import (
 )
 from crdiff_export.sizes import Size
 
-# The grammar by example: a missing or mistyped key is answered with the line to write.
+# An example of each key: the hint for a missing or mistyped key is the line to write.
 EXAMPLES: Final = {
     "model": '[model] with family = "sdxl", title = "SDXL" and native = "1024x1024"',
     "family": 'family = "sdxl"',
@@ -50,10 +50,24 @@ EVIDENCE_KEYS: Final = ("scorer", "prompts", "dense", "pruned", "interval")
 
 
 def parse(text: str, name: str) -> Recipe:
-    """Read a recipe; every error names the file, the variant and the key."""
+    """Parse a recipe.
+
+    Args:
+        text: TOML.
+        name: The file, for messages.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        RecipeError: Something is wrong; the message names the file, the variant and the key.
+    """
     try:
-        document = Table(tomllib.loads(text), name)
-    except (ValueError, RecursionError) as error:  # ValueError: syntax, and integers of more digits than int() takes
+        document = RecipeTable(tomllib.loads(text), name)
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: wrong syntax, or an integer of more digits than int() accepts
         place = re.fullmatch(r"(.*) \(at (.*)\)", str(error), re.DOTALL)
         problem = f"{place[2]}: {place[1]}" if place else str(error)
         hint = "A recipe is TOML; `crdiff recipes show sdxl --toml` prints a valid one."
@@ -75,20 +89,31 @@ def parse(text: str, name: str) -> Recipe:
         parse_variant(table, f"{name}: variant {number}") for number, table in enumerate(document.tables("variant"), 1)
     )
     first: dict[tuple[Size, str | None], int] = {}
-    for number, made in enumerate(variants, 1):
-        same = first.setdefault((made.resolution, made.prompt), number)
+    for number, variant in enumerate(variants, 1):
+        same = first.setdefault((variant.resolution, variant.prompt), number)
         if same != number:
-            message = f"{name}: variant {number} ({made.resolution}) is for the size and prompt of variant {same}"
+            message = f"{name}: variant {number} ({variant.resolution}) is for the size and prompt of variant {same}"
             raise RecipeError(message, "Keep one of the two.")
     return Recipe(family, title, native, repo, file, variants, name)
 
 
 def parse_variant(values: Mapping[str, object], where: str) -> Variant:
-    """Read one [[variant]] table."""
+    """Parse one [[variant]] table.
+
+    Args:
+        values: The table.
+        where: The file and the variant, for messages.
+
+    Returns:
+        The variant.
+
+    Raises:
+        RecipeError: A key is unknown, missing or wrong.
+    """
     resolution = values.get("resolution")
     if isinstance(resolution, str) and re.fullmatch(r"[0-9x]{1,16}", resolution):
         where = f"{where} ({resolution})"
-    table = Table(values, where)
+    table = RecipeTable(values, where)
     table.refuse_unknown(VARIANT_KEYS)
     size = table.size("resolution")
     groups = table.table("ratios")
@@ -117,7 +142,7 @@ def parse_variant(values: Mapping[str, object], where: str) -> Variant:
     )
 
 
-def _evidence(table: "Table") -> Evidence:
+def _evidence(table: "RecipeTable") -> Evidence:
     extra = {key: table.scalar(key) for key in table.values if key not in EVIDENCE_KEYS}
     for key in extra:
         if guess := nearest(key, [known for known in EVIDENCE_KEYS if known not in table], cutoff=0.8):
@@ -136,13 +161,13 @@ def _evidence(table: "Table") -> Evidence:
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as TOML; `parse` gives it back equal."""
+    """Write a recipe as TOML; `parse` returns an equal recipe."""
     blocks = [("[model]", {key: getattr(recipe, key) for key in MODEL_KEYS})]
-    for made in recipe.variants:
-        blocks.append(("[[variant]]", {key: getattr(made, key) for key in VARIANT_KEYS if key != "evidence"}))
-        if made.evidence:
-            measured = {key: getattr(made.evidence, key) for key in EVIDENCE_KEYS}
-            blocks.append(("[variant.evidence]", {**measured, **made.evidence.extra}))
+    for variant in recipe.variants:
+        blocks.append(("[[variant]]", {key: getattr(variant, key) for key in VARIANT_KEYS if key != "evidence"}))
+        if variant.evidence:
+            measured = {key: getattr(variant.evidence, key) for key in EVIDENCE_KEYS}
+            blocks.append(("[variant.evidence]", {**measured, **variant.evidence.extra}))
     return "\n".join(f"{head}\n" + "".join(_lines(values)) for head, values in blocks)
 
 
@@ -169,8 +194,8 @@ def _toml(value: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """One table of a document, its values asked for by type; `where` and `path` tell errors what is being read."""
+class RecipeTable:
+    """One table of a document. Each method returns the checked value of a key; messages begin with `where`."""
 
     values: Mapping[str, object]
     where: str
@@ -181,18 +206,27 @@ class Table:
         return key in self.values
 
     def wrong(self, key: str, problem: str, hint: str | None = None) -> RecipeError:
-        """The error to raise about a key; without a hint, the line to write."""
+        """Return the error about a key.
+
+        Args:
+            key: The key.
+            problem: What is wrong, as a predicate.
+            hint: What to do; by default the line to write.
+
+        Returns:
+            The error to raise.
+        """
         example = self.examples.get(key, f"{key} = 0.3")
         return RecipeError(f"{self.where}: {self.path}{_plain(key)} {problem}", hint or f"Write {example}.")
 
     def refuse_unknown(self, known: tuple[str, ...]) -> None:
-        """Refuse the first key that is not known, with the nearest that is."""
+        """Refuse the first unknown key, with the nearest known one as a hint."""
         for key in self.values:
             if key not in known:
                 raise self.wrong(key, "is not a key of a recipe", did_you_mean(key, known, "keys"))
 
     def string(self, key: str) -> str:
-        """A text of more than spaces."""
+        """Return a text that is not blank."""
         text = self._get(key)
         # JSON can spell a lone surrogate, which no file can hold.
         if isinstance(text, str) and text.strip() and not re.search(r"[\ud800-\udfff]", text):
@@ -200,21 +234,25 @@ class Table:
         raise self._not(key, "a text")
 
     def number(self, key: str) -> float:
-        """A finite number, as a float; true and false are none."""
+        """Return a finite number as a float; true and false are not numbers."""
         value = self._get(key)
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             return float(value)
         raise self._not(key, "a finite number")
 
     def count(self, key: str) -> int:
-        """A whole number from 1 to what a TOML integer holds."""
+        """Return a whole number from 1 to the largest TOML integer."""
         value = self._get(key)
         if isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**63:
             return value
         raise self._not(key, "a whole number from 1")
 
     def size(self, key: str) -> Size:
-        """An image size, written as a text."""
+        """Return an image size.
+
+        Raises:
+            RecipeError: The value is not a text such as 512 or 400x560.
+        """
         text = self.string(key)
         try:
             return Size.parse(text)
@@ -222,7 +260,7 @@ class Table:
             raise RecipeError(f"{self.where}: {self.path}{key}: {error.message}", error.hint) from error
 
     def scalar(self, key: str) -> Scalar:
-        """A text, a finite number, a flag."""
+        """Return a text, a finite number or a flag."""
         match self._get(key):
             case bool() as flag:
                 return flag
@@ -235,29 +273,29 @@ class Table:
         raise self._not(key, "a text, a number, true or false")
 
     def strings(self, key: str) -> tuple[str, ...]:
-        """An array of one or more texts."""
+        """Return an array of one or more texts."""
         value = self._get(key)
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise self._not(key, "an array of texts")
 
     def pair(self, key: str) -> tuple[float, float]:
-        """An array of two finite numbers."""
+        """Return an array of two finite numbers."""
         value = self._get(key)
         if isinstance(value, list) and len(value) == 2:
-            low, high = (Table({key: item}, self.where, self.path, self.examples).number(key) for item in value)
+            low, high = (RecipeTable({key: item}, self.where, self.path, self.examples).number(key) for item in value)
             return low, high
         raise self._not(key, "an array of two numbers")
 
-    def table(self, key: str) -> "Table":
-        """A table within this one."""
+    def table(self, key: str) -> "RecipeTable":
+        """Return a table inside this one."""
         value = self._get(key)
         if isinstance(value, dict):
-            return Table(value, self.where, f"{self.path}{key}.", self.examples)
+            return RecipeTable(value, self.where, f"{self.path}{key}.", self.examples)
         raise self._not(key, "a table")
 
     def tables(self, key: str) -> list[dict[str, object]]:
-        """An array of tables; empty where the key is absent."""
+        """Return an array of tables; empty if the key is absent."""
         value = self.values.get(key, [])
         if isinstance(value, list) and all(isinstance(item, dict) for item in value):
             return value
@@ -273,7 +311,7 @@ class Table:
 
 
 def shown(value: object) -> str:
-    """A value of a document as it may stand in a one-line message."""
+    """Show a value of a document in a one-line message."""
     match value:
         case None:
             return "null"
@@ -281,7 +319,9 @@ def shown(value: object) -> str:
             return str(value).lower()
         case str():
             return repr(value if len(value) <= 60 else f"{value[:57]}...")
-        case int() if value.bit_length() > 64:  # str() refuses beyond 4300 digits, and TOML's hex literals reach there
+        case int() if (
+            value.bit_length() > 64
+        ):  # str() refuses more than 4300 digits, which hex literals of TOML can have
             return "a huge integer"
         case dict() | list():
             return "a table" if isinstance(value, dict) else "an array"

@@ -10,7 +10,7 @@ from crdiff_export.formats.dtypes import FORMATS
 from crdiff_export.formats.safetensors import BITS, TensorSpec, show
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.models import families
-from crdiff_export.models.families import Layer, Match
+from crdiff_export.models.families import FamilyLayer, Match
 from crdiff_export.models.recipe import Variant
 from crdiff_export.prune import threshold
 from crdiff_export.sizes import Size
@@ -223,7 +223,7 @@ def _targets(
     checkpoint: Checkpoint, outputs: Sequence[Output], match: Match, kinds: Sequence[str], ratios: Mapping[str, float]
 ) -> tuple[tuple[Target, ...], tuple[Scope, ...]]:
     """Every target in the order of the bytes: shard by name, place, row. The header's lists use this order."""
-    layers: dict[str, list[Layer]] = {}
+    layers: dict[str, list[FamilyLayer]] = {}
     for layer in match.layout.layers:
         if layer.kind in kinds:
             layers.setdefault(match.prefix + layer.tensor, []).append(layer)
@@ -245,7 +245,7 @@ def _targets(
     return tuple(targets), tuple(scopes)
 
 
-def _rows(tensor: TensorSpec, layer: Layer) -> tuple[int, int]:
+def _rows(tensor: TensorSpec, layer: FamilyLayer) -> tuple[int, int]:
     if layer.part is None:
         return 0, tensor.count
     square = tensor.shape[1] * tensor.shape[1]

@@ -13,7 +13,7 @@ from crdiff_export.formats.text import did_you_mean, nearest
 from crdiff_export.models import families, recipe_files
 from crdiff_export.models.families import Family
 from crdiff_export.models.recipe import TARGETS, Recipe, check_poa_weight, check_ratio
-from crdiff_export.models.recipe_toml import Table, shown
+from crdiff_export.models.recipe_toml import RecipeTable, shown
 from crdiff_export.publish.toml_lines import KeyPath, Problems
 from crdiff_export.sizes import Size
 
@@ -106,7 +106,7 @@ class Said(dict[str, tuple[Any, KeyPath]]):
 class _Value:
     """One value to be read: its table, which knows it by the name `key` that messages use, and its path."""
 
-    table: Table
+    table: RecipeTable
     key: str
     at: KeyPath
     folder: Path
@@ -126,7 +126,7 @@ class _Value:
             raise self.table.wrong(self.key, what)
         for number, item in enumerate(items):
             name = f"{self.key}[{number}]"
-            table = Table({name: item}, "", examples={name: EXAMPLES[self.key]})
+            table = RecipeTable({name: item}, "", examples={name: EXAMPLES[self.key]})
             yield _Value(table, name, (*self.at, number), self.folder, self.problems)
 
 
@@ -134,7 +134,7 @@ def read(values: Mapping[str, object], at: KeyPath, kind: str, folder: Path, pro
     """What one table says; `kind` is one of KEYS, `folder` is where paths begin."""
     said = Said()
     for key in values:
-        table, place = Table(values, "", examples=EXAMPLES), (*at, key)
+        table, place = RecipeTable(values, "", examples=EXAMPLES), (*at, key)
         with problems.catching(place):
             if key not in KEYS[kind]:
                 other = next((other for other, keys in KEYS.items() if key in keys), None)

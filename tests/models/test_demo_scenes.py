@@ -21,6 +21,7 @@ from crdiff_export.models.demo.scenes import (
     sample,
     split,
 )
+from tests.support.messages import raises
 
 ALL = tuple(scenes.all_scenes())
 SIZES = [(32, 32), (48, 48), (64, 64), (96, 64), (192, 64), (64, 192), (512, 512)]
@@ -66,22 +67,20 @@ def test_nothing_else_parses(words: list[str], scene: Scene, cut: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "reason"),
+    ("prompt", "key"),
     [
-        ("a red fox on a sofa", "it does not know fox, sofa"),
-        ("", "its words are in no order that it knows"),
-        ("a red circle on white", "its words are in no order that it knows"),  # on its own it has a size
-        ("a small red circle on white ", "its words are in no order that it knows"),
-        ("a orange circle left of a red circle on white", "its words are in no order that it knows"),
-        ("two red circle on white", "its words are in no order that it knows"),
-        ("a red circle left of a red circle on white", "its two things are the same"),
+        ("a red fox on a sofa", "fox, sofa"),
+        ("", ""),
+        ("a red circle on white", ""),  # on its own it has a size
+        ("a small red circle on white ", ""),
+        ("a orange circle left of a red circle on white", ""),
+        ("two red circle on white", ""),
+        ("a red circle left of a red circle on white", ""),
     ],
 )
-def test_a_prompt_outside_of_the_language(prompt: str, reason: str) -> None:
-    with pytest.raises(CrdiffError) as caught:
+def test_a_prompt_outside_of_the_language(prompt: str, key: str) -> None:
+    with raises(CrdiffError, f'"{prompt}"', key):
         Scene.parse(prompt)
-    assert caught.value.message == f'"{prompt}" is no prompt of the demo model: {reason}'
-    assert scenes.EXAMPLE in caught.value.hint
     Scene.parse(scenes.EXAMPLE)
 
 

@@ -1,7 +1,6 @@
 """Each family is found in every layout and behind every prefix, its targets are the method's; all else is refused."""
 
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping
 from math import prod
@@ -11,7 +10,7 @@ import pytest
 
 from crdiff_export.errors import FamilyError
 from crdiff_export.models.families import (
-    Layer,
+    FamilyLayer,
     Layout,
     Match,
     all_families,
@@ -58,7 +57,7 @@ def summary(match: Match) -> tuple[str, str, str, bool, int]:
     return match.family.id, match.layout.name, match.prefix, match.inpainting, match.ema_tensors
 
 
-def layer_shape(layer: Layer, shapes: Shapes) -> tuple[int, ...]:
+def layer_shape(layer: FamilyLayer, shapes: Shapes) -> tuple[int, ...]:
     rows, columns = shapes[layer.tensor]
     return (rows, columns) if layer.part is None else (columns, columns)
 
@@ -440,21 +439,21 @@ def test_wrong_context_size_is_named_with_those_of_the_candidates(table: str) ->
     shapes[key] = (320, 512)
     assert f"context size 512 at {key}, SD1.5 has 768, SD2.1 has 1024" in refusal(shapes)
     del shapes[key]
-    assert f"there is no {key}, SD1.5 has one, SD2.1 has one" in refusal(shapes)
+    assert f"{key} is missing, SD1.5 has it, SD2.1 has it" in refusal(shapes)
     assert f"context size none at {key}, SD1.5 has 768" in refusal(shapes | {key: (320,)})
 
 
 def test_chroma_is_not_flux() -> None:
     shapes = model("flux-schnell.original-transformer") | {"distilled_guidance_layer.in_proj.weight": (5120, 64)}
     message = refusal(shapes)
-    assert "there is a distilled_guidance_layer.in_proj.weight, FLUX.1 schnell has none" in message
-    assert "there is no guidance_in.in_layer.weight, FLUX.1 dev has one" in message
+    assert "distilled_guidance_layer.in_proj.weight is present, FLUX.1 schnell has none" in message
+    assert "guidance_in.in_layer.weight is missing, FLUX.1 dev has it" in message
 
 
 def test_second_attention_that_stops_early_is_no_sd3() -> None:
     shapes = model("sd35-medium.original-transformer")
     shapes = {name: shape for name, shape in shapes.items() if not name.startswith("joint_blocks.12.x_block.attn2.")}
-    assert "there is a joint_blocks.0.x_block.attn2.qkv.weight, SD3-medium has none" in refusal(shapes)
+    assert "joint_blocks.0.x_block.attn2.qkv.weight is present, SD3-medium has none" in refusal(shapes)
 
 
 @pytest.mark.parametrize(
@@ -551,11 +550,9 @@ def test_hostile_names_beside_a_model_are_let_be(key: str) -> None:
     ],
     ids=["garbage", "alike", "blocks"],
 )
-def test_a_hundred_thousand_names_take_no_time(pattern: str) -> None:
+def test_a_hundred_thousand_names_are_refused(pattern: str) -> None:
     shapes = {pattern.format(i): (1, 1) for i in range(100_000)}
-    start = time.perf_counter()
-    refusal(shapes)
-    assert time.perf_counter() - start < 1  # 0.01 to 0.2 s on two cores
+    assert len(refusal(shapes)) < 1500
 
 
 def test_hint_lists_the_supported_families() -> None:

@@ -1,7 +1,7 @@
-"""The `demo` base: Stable Diffusion 1 in miniature, for trying everything offline, in seconds, on a real model.
+"""The `demo` base: Stable Diffusion 1 in miniature, to try everything on a trained model, offline and in seconds.
 
-Its pictures are the scenes of `scenes.py` at 64x64, on which `tools/train_demo.py` trained it; it has never seen any
-other size. Weights and configuration are files of this package, and the header of the weights says how they were made.
+`tools/train_demo.py` trained it on the scenes of `scenes.py` at 64x64 and at no other size. Weights and configuration
+are files of this package; the header of the weights records the training.
 """
 
 from pathlib import Path
@@ -11,18 +11,18 @@ from crdiff_export.errors import CheckpointError
 
 NAME: Final = "demo.safetensors"
 PIPELINE: Final = "pipeline"
-# How its pictures are drawn unless someone asks for something else, and how training judged them.
+# The defaults for drawing its pictures, which the training's own evaluation used.
 STEPS: Final = 25
 GUIDANCE: Final = 4.0
 
 
 def path() -> Path:
-    """The checkpoint; CheckpointError where the installation lacks it."""
+    """Return the path of the checkpoint; CheckpointError if the installation lacks it."""
     return _part(NAME)
 
 
 def config() -> Path:
-    """The pipeline's folder without weights, for diffusers' `from_single_file`; CheckpointError where it is missing."""
+    """Return the pipeline's folder without weights, for `from_single_file`; CheckpointError if it is missing."""
     return _part(PIPELINE)
 
 

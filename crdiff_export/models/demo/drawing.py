@@ -1,4 +1,4 @@
-"""How a scene becomes a picture: where its things are, and how much of each pixel they cover."""
+"""Draw a scene: place its things, and paint each pixel by the share of it that they cover."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from crdiff_export.errors import CrdiffError
 from crdiff_export.models.demo.scenes import BACKGROUNDS, COLOURS, Scene, Thing
 
 SMALLEST = 32
-# All lengths are parts of the picture's smaller side; a thing's size is that of the square around it.
+# All lengths are fractions of the picture's smaller side; the size of a thing is the side of the square around it.
 DIAMETERS = {"small": (0.24, 0.30), "large": (0.50, 0.60), "counted": (0.27, 0.31), "related": (0.30, 0.36)}
 MARGIN = 0.05
 GAP = 0.06
-SLANT = 0.4  # how far off its axis a relation may be: a tangent, 22 degrees
+SLANT = 0.4  # the largest slant of a relation against its axis: a tangent, 22 degrees
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    """A thing and the square around it: its centre and half its side, in pixels."""
+class ThingAtPosition:
+    """A thing and the square around it: its centre and half of its side, in pixels."""
 
     thing: Thing
     x: float
@@ -28,13 +28,36 @@ class Placed:
 
 
 def draw(scene: Scene, width: int, height: int, rng: np.random.Generator | int) -> NDArray[np.uint8]:
-    """The scene's picture; nothing in it touches the border or another thing, and its relation holds clearly."""
+    """Draw a scene. Nothing touches the border or another thing, and the relation holds clearly.
+
+    Args:
+        scene: The scene.
+        width: Pixels.
+        height: Pixels.
+        rng: A generator, or the seed of one, that decides the positions.
+
+    Returns:
+        uint8 [height, width, 3], RGB.
+    """
     picture: NDArray[np.uint8] = draw_batch((scene,), width, height, rng)[0]
     return picture
 
 
 def draw_batch(scenes: Sequence[Scene], width: int, height: int, rng: np.random.Generator | int) -> NDArray[np.uint8]:
-    """A picture of each scene."""
+    """Draw several scenes.
+
+    Args:
+        scenes: The scenes.
+        width: Pixels.
+        height: Pixels.
+        rng: A generator, or the seed of one, that decides the positions.
+
+    Returns:
+        uint8 [scenes, height, width, 3], RGB.
+
+    Raises:
+        CrdiffError: The picture is too small for a scene.
+    """
     if min(width, height) < SMALLEST:
         raise CrdiffError(
             f"{width}x{height} is too small for a scene", f"Use at least {SMALLEST} pixels on either side."
@@ -48,8 +71,18 @@ def draw_batch(scenes: Sequence[Scene], width: int, height: int, rng: np.random.
     return pictures
 
 
-def place(scene: Scene, width: int, height: int, rng: np.random.Generator) -> list[Placed]:
-    """Where the scene's things are, in the order of `scene.things`."""
+def place(scene: Scene, width: int, height: int, rng: np.random.Generator) -> list[ThingAtPosition]:
+    """Place the things of a scene.
+
+    Args:
+        scene: The scene.
+        width: Pixels.
+        height: Pixels.
+        rng: Decides the positions.
+
+    Returns:
+        The things with their positions, in the order of `scene.things`.
+    """
     side = min(width, height)
     things = scene.things
     low, high = DIAMETERS[scene.first.size or scene.kind]
@@ -58,13 +91,13 @@ def place(scene: Scene, width: int, height: int, rng: np.random.Generator) -> li
         centres = _related(scene.relation, (width, height), halves, rng)
     else:
         centres = _scattered((width, height), halves, rng)
-    return [Placed(thing, x, y, half) for thing, (x, y), half in zip(things, centres, halves, strict=True)]
+    return [ThingAtPosition(thing, x, y, half) for thing, (x, y), half in zip(things, centres, halves, strict=True)]
 
 
 def _related(
     relation: str, size: tuple[int, int], halves: list[float], rng: np.random.Generator
 ) -> list[tuple[float, float]]:
-    """Two centres, one after the other along the relation's axis and nearly level across it."""
+    """Return two centres, one behind the other along the relation's axis and nearly level across it."""
     side = min(size)
     axis = 0 if relation in ("left of", "right of") else 1
     swapped = relation in ("right of", "below")
@@ -88,22 +121,22 @@ def _related(
 
 
 def _scattered(size: tuple[int, int], halves: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres anywhere, such that the squares around the things keep the gap."""
+    """Return random centres with a gap between the squares around the things."""
     side = min(size)
     half = np.array(halves)[:, None]
     low = MARGIN * side + half
     high = np.array(size) - low
     one, other = np.triu_indices(len(halves), 1)
     apart = half[one, 0] + half[other, 0] + GAP * side
-    while True:  # one try in 20 fits in the worst case, three things in a square
+    while True:  # in the worst case, three things in a square, one try of 20 fits
         tries = low + (high - low) * rng.random((32 if len(halves) > 1 else 1, len(halves), 2))
         fits = (np.abs(tries[:, one] - tries[:, other]).max(-1) >= apart).all(-1)
         if fits.any():
             return [(x, y) for x, y in tries[fits.argmax()].tolist()]
 
 
-def _paint(picture: NDArray[np.uint8], placed: Placed) -> None:
-    """Mix the thing's colour into the picture, by the part of each pixel that it covers."""
+def _paint(picture: NDArray[np.uint8], placed: ThingAtPosition) -> None:
+    """Mix the thing's colour into the picture, by the share of each pixel that it covers."""
     height, width = picture.shape[:2]
     left, right = max(0, int(placed.x - placed.half) - 1), min(width, int(placed.x + placed.half) + 2)
     top, bottom = max(0, int(placed.y - placed.half) - 1), min(height, int(placed.y + placed.half) + 2)
@@ -116,11 +149,21 @@ def _paint(picture: NDArray[np.uint8], placed: Placed) -> None:
 
 
 def distance(shape: str, x: NDArray[np.float32], y: NDArray[np.float32], half: float) -> NDArray[np.float32]:
-    """How far each point is outside of the shape around the origin; negative inside."""
+    """Return how far points are outside of a shape around the origin.
+
+    Args:
+        shape: circle, square or triangle.
+        x: float32, pixels right of the origin, broadcast with `y`.
+        y: float32, pixels below the origin.
+        half: Half of the side of the square around the shape, in pixels.
+
+    Returns:
+        float32, distances in pixels; negative inside the shape.
+    """
     if shape == "circle":
         outside = np.hypot(x, y)
     elif shape == "square":
         outside = np.maximum(np.abs(x), np.abs(y))
-    else:  # as wide as high: the sides of the triangle fall two down for one across
+    else:  # as wide as high: the sides of the triangle go two down for one across
         outside = np.maximum((2 * np.abs(x) - y - half) / 5**0.5 + half, y)
     return np.asarray(outside - half, np.float32)

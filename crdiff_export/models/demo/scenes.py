@@ -1,6 +1,6 @@
-"""The pictures that the demo model knows: scenes of one to three plain shapes, each with a prompt that says it all.
+"""The scenes that the demo model can draw: one to three plain shapes, each scene with one prompt that describes it.
 
-The language is closed and has one prompt for each scene, so that a prompt can be parsed back and a picture be judged.
+Each prompt has exactly one scene, so that a prompt can be parsed and a picture can be scored.
 Three kinds: "a large red circle on white", "two red circles on white", "a red circle left of a blue square on white".
 """
 
@@ -21,7 +21,7 @@ Kind = Literal["single", "counted", "related"]
 Colour = tuple[int, int, int]
 
 SHAPES = ("circle", "square", "triangle")
-# Any two are at least 97 apart in RGB, so that noise and blur do not turn one into another.
+# Any two are at least 97 apart in RGB, so that noise and blur do not change one into another.
 COLOURS: dict[str, Colour] = {
     "red": (215, 30, 40),
     "green": (40, 165, 60),
@@ -33,10 +33,10 @@ COLOURS: dict[str, Colour] = {
 BACKGROUNDS: dict[str, Colour] = {"white": (245, 245, 245), "black": (15, 15, 15), "grey": (128, 128, 128)}
 SIZES = ("small", "large")
 COUNTS = {"two": 2, "three": 3}
-# Each with the one that says the same when the two things change places.
+# Each relation with its inverse, which describes the same picture with the two things swapped.
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-# Those that the model has learnt. With both ways to say the same it soon learnt the axis, but not in two hours which
-# of the two things is where: whichever is named first, half of the pictures have it on either side.
+# The relations that the model has learnt. Trained with the inverses as well, it learnt the axis soon, but not in two
+# hours which thing is where, because each thing is on either side in half of the pictures.
 LEARNT = ("left of", "above")
 SHARES: dict[Kind, float] = {"single": 0.2, "counted": 0.2, "related": 0.6}
 
@@ -45,7 +45,7 @@ EXAMPLE = "a red circle left of a blue square on white"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Thing:
-    """What is to be seen: one shape of one colour, perhaps several times; only a thing on its own has a size."""
+    """One shape of one colour, once or several times; only a single thing has a size."""
 
     shape: str
     colour: str
@@ -54,7 +54,7 @@ class Thing:
 
     @property
     def phrase(self) -> str:
-        """Its words, as in "a large red circle" or "two red circles"."""
+        """Its words, such as "a large red circle" or "two red circles"."""
         what = f"{self.size} {self.colour} {self.shape}".lstrip()
         number = next((word for word, count in COUNTS.items() if count == self.count), "an" if what[0] == "o" else "a")
         return f"{number} {what}s" if self.count > 1 else f"{number} {what}"
@@ -62,7 +62,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Scene:
-    """Things on a background; `first` stands in `relation` to `second` where there are two kinds of them."""
+    """Things on a background; where it has two kinds of things, `first` is in `relation` to `second`."""
 
     background: str
     first: Thing
@@ -71,31 +71,31 @@ class Scene:
 
     @property
     def kind(self) -> Kind:
-        """Which of the three forms its prompt has."""
+        """The form of its prompt."""
         if self.second:
             return "related"
         return "counted" if self.first.count > 1 else "single"
 
     @property
     def learnt(self) -> bool:
-        """Whether the model knows what all of its words mean."""
+        """Whether the model was trained with all of its words."""
         return not self.relation or self.relation in LEARNT
 
     @property
     def things(self) -> tuple[Thing, ...]:
-        """Every single shape in the picture, the first thing's before the second's."""
+        """Every single shape of the picture, those of the first thing before the second."""
         alone = (Thing(self.first.shape, self.first.colour, self.first.size),) * self.first.count
         return (*alone, self.second) if self.second else alone
 
     @property
     def prompt(self) -> str:
-        """The only prompt of this scene."""
+        """The prompt of this scene."""
         between = f" {self.relation} {self.second.phrase}" if self.second else ""
         return f"{self.first.phrase}{between} on {self.background}"
 
     @property
     def combination(self) -> str:
-        """What it shares with the scenes that differ from it in background, or in which thing is named first."""
+        """A text shared with the scenes that differ only in the background, or in the thing that is named first."""
         other = self.second
         if other and self.relation in ("right of", "below"):
             return f"{other.phrase} {RELATIONS[self.relation]} {self.first.phrase}"
@@ -103,7 +103,11 @@ class Scene:
 
     @classmethod
     def parse(cls, prompt: str) -> Self:
-        """The scene whose prompt this is, exactly."""
+        """Parse a prompt.
+
+        Raises:
+            CrdiffError: The text is not a prompt of the demo model.
+        """
         found = _PROMPT.fullmatch(prompt)
         scene = cls(found["background"], *cls._things(found)) if found else None
         if scene and scene.prompt == prompt and scene.first != scene.second:
@@ -114,27 +118,36 @@ class Scene:
         elif scene and scene.first == scene.second:
             reason = "its two things are the same"
         else:
-            reason = "its words are in no order that it knows"
+            reason = "it does not know this order of words"
         raise CrdiffError(
-            f'"{prompt}" is no prompt of the demo model: {reason}',
+            f'"{prompt}" is not a prompt of the demo model: {reason}',
             f'Write it like "{EXAMPLE}", of these words: {", ".join(vocabulary())}.',
         )
 
     @staticmethod
     def _things(found: re.Match[str]) -> tuple[Thing] | tuple[Thing, str, Thing]:
-        """The first thing, and the relation and the second where there are."""
+        """Return the first thing and, if present, the relation and the second thing."""
         first = Thing(found["shape"], found["colour"], found["size"] or "", COUNTS.get(found["many"], 1))
         return (first, found["relation"], Thing(found["shape2"], found["colour2"])) if found["relation"] else (first,)
 
     def render(self, width: int, height: int, rng: "np.random.Generator | int") -> "NDArray[np.uint8]":
-        """A picture of it, [height, width, 3]; the generator, or one of this seed, decides where the things are."""
+        """Draw the scene.
+
+        Args:
+            width: Pixels.
+            height: Pixels.
+            rng: A generator, or the seed of one, that decides the positions.
+
+        Returns:
+            uint8 [height, width, 3], RGB.
+        """
         from crdiff_export.models.demo import drawing
 
         return drawing.draw(self, width, height, rng)
 
 
 def _prompts() -> str:
-    """The whole language as a regular expression."""
+    """Return a regular expression of all prompts."""
 
     def any_of(words: Sequence[str] | dict[str, Colour] | dict[str, int] | dict[str, str]) -> str:
         return "|".join(words)
@@ -143,7 +156,7 @@ def _prompts() -> str:
     many = f"(?P<many>{any_of(COUNTS)}) "
     second = f" (?P<relation>{any_of(RELATIONS)}) an? (?P<colour2>{colour}) (?P<shape2>{shape})"
     start = f"(?:an? (?:(?P<size>{any_of(SIZES)}) )?|{many})(?P<colour>{colour}) (?P<shape>{shape})"
-    # A plural after a number only, a second thing where there is neither a number nor a size, and always there.
+    # A plural follows only a number; a second thing is there if, and only if, the first has neither number nor size.
     end = f"(?(many)s|(?(size)|{second}))"
     return f"{start}{end} on (?P<background>{any_of(BACKGROUNDS)})"
 
@@ -152,14 +165,14 @@ _PROMPT = re.compile(_prompts())
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word of the language, sorted."""
+    """Return every word of the prompts, sorted."""
     relations = {word for relation in RELATIONS for word in relation.split()}
     plurals = {f"{shape}s" for shape in SHAPES}
     return tuple(sorted({"a", "an", "on", *SHAPES, *plurals, *COLOURS, *BACKGROUNDS, *SIZES, *COUNTS, *relations}))
 
 
 def all_scenes() -> Iterator[Scene]:
-    """Every scene there is, in an order that does not change."""
+    """Yield every scene, always in the same order."""
     pairs = list(product(SHAPES, COLOURS))
     for background in BACKGROUNDS:
         for shape, colour in pairs:
@@ -171,20 +184,35 @@ def all_scenes() -> Iterator[Scene]:
 
 
 def split(held_out: float = 0.1) -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
-    """All scenes as those to train on and about this share of them that training never sees, on no background.
+    """Split all scenes into training scenes and held-out scenes, which training never sees on any background.
 
-    No held-out scene is a training scene with its two things named the other way round.
+    No held-out scene is a training scene with its two things named in the other order.
+
+    Args:
+        held_out: The share of held-out scenes.
+
+    Returns:
+        The training scenes and the held-out scenes.
     """
     train: list[Scene] = []
-    kept: list[Scene] = []
+    test: list[Scene] = []
     for scene in all_scenes():
         number = int.from_bytes(hashlib.sha256(scene.combination.encode()).digest()[:6])
-        (kept if number < held_out * 2**48 else train).append(scene)
-    return tuple(train), tuple(kept)
+        (test if number < held_out * 2**48 else train).append(scene)
+    return tuple(train), tuple(test)
 
 
 def sample(rng: "np.random.Generator", scenes: Sequence[Scene], count: int = 1) -> list[Scene]:
-    """So many of the scenes at random: each kind as often as `SHARES` has it, each scene of a kind equally often."""
+    """Choose scenes at random: each kind with its share of `SHARES`, each scene of a kind with the same probability.
+
+    Args:
+        rng: Decides the choice.
+        scenes: The scenes to choose from.
+        count: How many to choose; a scene can be chosen again.
+
+    Returns:
+        The chosen scenes.
+    """
     kinds: dict[Kind, list[Scene]] = {}
     for scene in scenes:
         kinds.setdefault(scene.kind, []).append(scene)
@@ -197,7 +225,17 @@ def sample(rng: "np.random.Generator", scenes: Sequence[Scene], count: int = 1) 
 def render_batch(
     scenes: Sequence[Scene], width: int, height: int, rng: "np.random.Generator | int"
 ) -> "NDArray[np.uint8]":
-    """A picture of each scene, [scene, height, width, 3]."""
+    """Draw several scenes.
+
+    Args:
+        scenes: The scenes.
+        width: Pixels.
+        height: Pixels.
+        rng: A generator, or the seed of one, that decides the positions.
+
+    Returns:
+        uint8 [scenes, height, width, 3], RGB.
+    """
     from crdiff_export.models.demo import drawing
 
     return drawing.draw_batch(scenes, width, height, rng)

@@ -1,11 +1,11 @@
-"""What each model family calls its layers, and which family a checkpoint belongs to. Data and names; no weights."""
+"""Model families: how each one names its layers, and how a checkpoint's family is recognised. No weights are read."""
 
 from crdiff_export.models.families.catalogue import all_families, by_id
 from crdiff_export.models.families.detect import detect
 from crdiff_export.models.families.model import (
     Family,
+    FamilyLayer,
     Kind,
-    Layer,
     Layout,
     Mark,
     Match,
@@ -15,8 +15,8 @@ from crdiff_export.models.families.quantised import quantisation
 
 __all__ = [
     "Family",
+    "FamilyLayer",
     "Kind",
-    "Layer",
     "Layout",
     "Mark",
     "Match",

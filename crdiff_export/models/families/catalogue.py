@@ -1,4 +1,4 @@
-"""The list of all families, built when first asked for: a few thousand records that `--help` has no use for."""
+"""The list of all families. It has a few thousand records, so it is built at the first call, not at import."""
 
 from functools import cache
 
@@ -10,16 +10,20 @@ from crdiff_export.models.families.unet import unet_families
 
 @cache
 def all_families() -> tuple[Family, ...]:
-    """Every family there is, UNets first."""
+    """Return every family, UNets first."""
     return unet_families() + dit_families()
 
 
 def by_id(family_id: str) -> Family:
-    """The family of that id; an unknown id is answered with the nearest one."""
+    """Return the family with this id.
+
+    Raises:
+        FamilyError: The id is unknown; the hint has the nearest one.
+    """
     families = {family.id: family for family in all_families()}
     if family_id in families:
         return families[family_id]
-    from difflib import get_close_matches  # slower to import than all of this package
+    from difflib import get_close_matches  # its import takes longer than that of this package
 
     nearest = get_close_matches(family_id, families, n=1)
     question = f"Did you mean {nearest[0]}? " if nearest else ""

@@ -1,16 +1,25 @@
-"""Which family a checkpoint belongs to, from names and shapes alone."""
+"""Recognise the family of a checkpoint from the names and shapes of its tensors."""
 
 from crdiff_export.errors import FamilyError
 from crdiff_export.models.families.explain import explain
 from crdiff_export.models.families.fit import EMA, Fit, Shapes, holds, measure
-from crdiff_export.models.families.model import Layer, Match
+from crdiff_export.models.families.model import FamilyLayer, Match
 
 
 def detect(shapes: Shapes) -> Match:
-    """The family, layout and prefix of a checkpoint, or a FamilyError that names the nearest one and what it lacks.
+    """Recognise the family, layout and prefix of a checkpoint.
 
-    No false positives among the known families: every target tensor is there, no further layer looks like a target,
-    and the marks hold. Widths are free, except for those that are marks.
+    Known families are never confused: every target tensor must be present, no other layer may look like a target, and
+    the marks must hold. Widths are free, except for those that are marks.
+
+    Args:
+        shapes: The shape of every tensor, by name.
+
+    Returns:
+        The match.
+
+    Raises:
+        FamilyError: No family matches; the message has the nearest one and what the checkpoint lacks of it.
     """
     fits = measure(shapes)
     for fit in fits:
@@ -32,8 +41,8 @@ def _match(fit: Fit, shapes: Shapes) -> Match:
     )
 
 
-def _check_shape(layer: Layer, key: str, shape: tuple[int, ...]) -> None:
-    """Refuse a target that is no matrix, or that has no square block of rows where a fused layer should be."""
+def _check_shape(layer: FamilyLayer, key: str, shape: tuple[int, ...]) -> None:
+    """Check that a target is a matrix, and that a fused target has the block of rows of its layer."""
     hint = "The file is damaged, packed by a quantiser, or of a model that only shares its names with a known one."
     match shape:
         case (rows, columns) if rows and columns:

@@ -9,11 +9,11 @@ its rows. Names: diffusers' `convert_sd3_transformer_checkpoint_to_diffusers` an
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from crdiff_export.models.families.model import Family, Kind, Layer, Layout, Mark
+from crdiff_export.models.families.model import Family, FamilyLayer, Kind, Layout, Mark
 
 
 class _Weight(NamedTuple):
-    """One layer in both layouts: a tensor, or a part of a fused one, and the tensor of its own in diffusers."""
+    """One layer: a tensor, or part of a fused one, in the original layout, and its tensor in the diffusers layout."""
 
     original: str
     part: int | None
@@ -22,7 +22,7 @@ class _Weight(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """One block's path in both layouts, and what is prunable in it."""
+    """One block: its path in both layouts, and its weights that may be pruned."""
 
     original: str
     diffusers: str
@@ -60,7 +60,7 @@ _SINGLE = (
 
 
 def dit_families() -> tuple[Family, ...]:
-    """Every transformer family, in order of appearance."""
+    """Return every transformer family, in order of appearance."""
     return (
         _sd3("sd3-medium", "SD3-medium", "stable-diffusion-v3-medium", depth=24, dual=0),
         _sd3("sd35-medium", "SD3.5-medium", "stable-diffusion-v3.5-medium", depth=24, dual=13),
@@ -71,7 +71,7 @@ def dit_families() -> tuple[Family, ...]:
 
 
 def _sd3(family_id: str, title: str, architecture: str, *, depth: int, dual: int) -> Family:
-    """A family of `depth` joint blocks; the first `dual` of them have a second self-attention, `attn2`."""
+    """Describe a family of `depth` joint blocks, of which the first `dual` have a second self-attention, `attn2`."""
     weights = (_DUAL,) * dual + (_JOINT,) * (depth - dual)
     blocks = [_Block(f"joint_blocks.{i}", f"transformer_blocks.{i}", some) for i, some in enumerate(weights)]
     return Family(
@@ -101,7 +101,7 @@ def _sd3(family_id: str, title: str, architecture: str, *, depth: int, dual: int
 
 
 def _flux(family_id: str, title: str, architecture: str, *, guidance: bool) -> Family:
-    """The two differ in the guidance embedding alone. Chroma has their blocks too, but other layers around them."""
+    """Describe FLUX.1 dev or schnell, which differ only in the guidance embedding. Chroma has the same blocks."""
     blocks = [
         *(_Block(f"double_blocks.{i}", f"transformer_blocks.{i}", _DOUBLE) for i in range(19)),
         *(_Block(f"single_blocks.{i}", f"single_transformer_blocks.{i}", _SINGLE) for i in range(38)),
@@ -136,9 +136,9 @@ def _flux(family_id: str, title: str, architecture: str, *, guidance: bool) -> F
     )
 
 
-def _original_layers(blocks: Iterable[_Block]) -> tuple[Layer, ...]:
-    return tuple(Layer(f"{b.original}.{w.original}", "blocks", w.kind, w.part) for b in blocks for w in b.weights)
+def _original_layers(blocks: Iterable[_Block]) -> tuple[FamilyLayer, ...]:
+    return tuple(FamilyLayer(f"{b.original}.{w.original}", "blocks", w.kind, w.part) for b in blocks for w in b.weights)
 
 
-def _diffusers_layers(blocks: Iterable[_Block]) -> tuple[Layer, ...]:
-    return tuple(Layer(f"{b.diffusers}.{w.diffusers}", "blocks", w.kind) for b in blocks for w in b.weights)
+def _diffusers_layers(blocks: Iterable[_Block]) -> tuple[FamilyLayer, ...]:
+    return tuple(FamilyLayer(f"{b.diffusers}.{w.diffusers}", "blocks", w.kind) for b in blocks for w in b.weights)

@@ -1,4 +1,4 @@
-"""Why no family fits, in one line: the nearest one and what it lacks, or what the file is instead."""
+"""Explain in one line why no family matches: the nearest one and what is missing, or what the file is instead."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _SHOWN = 3
 _LONGEST = 80
 _SAMPLE = 1000
 
-# Parts of names that give a file away when most of its tensors have one (kohya, PEFT, LyCORIS; CLIP, OpenCLIP, T5).
+# A file is of this kind if most of its names have one of these parts (kohya, PEFT, LyCORIS; CLIP, OpenCLIP, T5).
 _OTHERS = {
     "this is a LoRA, not a checkpoint": (
         *("lora_unet_", "lora_te", "lora_transformer_", ".lora_A.", ".lora_B.", ".lora_up.", ".lora_down."),
@@ -27,7 +27,15 @@ _OTHERS = {
 
 
 def explain(fits: Sequence[Fit], shapes: Shapes) -> FamilyError:
-    """The error for a file that `detect` finds no family for."""
+    """Return the error for a file that matches no family.
+
+    Args:
+        fits: The result of `measure`.
+        shapes: The shape of every tensor, by name.
+
+    Returns:
+        The error to raise.
+    """
     nearest = max(fits, key=lambda fit: fit.score, default=None)
     if nearest is None:
         reason = _something_else(shapes)
@@ -50,7 +58,7 @@ def _wrong_names(fit: Fit, shapes: Shapes) -> str:
 
 
 def _wrong_marks(fits: list[Fit], shapes: Shapes) -> str:
-    """All names fit, so the reason is a mark; families that stumble over the same tensor share a clause."""
+    """Return the reason where all names fit but a mark does not hold; families with the same mark share a clause."""
     clauses: defaultdict[str, list[str]] = defaultdict(list)
     for fit in fits:
         mark = next(mark for mark in fit.signature.layout.marks if not holds(mark, fit.prefix, shapes))
@@ -61,13 +69,13 @@ def _wrong_marks(fits: list[Fit], shapes: Shapes) -> str:
 
 
 def _objection(mark: Mark, prefix: str, shapes: Shapes) -> tuple[str, str]:
-    """What the file has, and what the family has instead."""
+    """Return what the file has, and what the family has instead."""
     key = prefix + mark.tensor
     shape = shapes.get(key)
     if shape is None:
-        return f"there is no {key}", "one"
+        return f"{key} is missing", "it"
     if not mark.present:
-        return f"there is a {key}", "none"
+        return f"{key} is present", "none"
     size = str(shape[mark.axis]) if mark.axis < len(shape) else "none"
     return f"{mark.what} {size} at {key}", str(mark.size)
 
@@ -88,6 +96,6 @@ def _place(fit: Fit) -> str:
 
 
 def _some(keys: Sequence[str]) -> str:
-    """The first few names of many."""
+    """Return the first few names of a list."""
     shown = ", ".join(printable(key, _LONGEST) for key in keys[:_SHOWN])
     return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more"

@@ -1,4 +1,4 @@
-"""What a model family is: plain records, filled by `unet.py` and `dit.py`, read by `detect.py`."""
+"""Records that describe a model family; `unet.py` and `dit.py` fill them, `detect.py` reads them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ Kind = Literal["attn", "ff", "attn2"]
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """One prunable weight: a whole tensor, or the `part`-th square block of rows of a fused one.
+class FamilyLayer:
+    """One weight that may be pruned: a whole tensor, or a square block of rows of a fused one.
 
     With `part = i` the layer is rows `i*D : (i+1)*D` of a tensor of shape `[n*D, D]` (fused qkv, linear1).
     """
@@ -22,9 +22,9 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A tensor that tells families with equal layers apart: by its size along `axis`, or by being there at all.
+    """A tensor that distinguishes families with the same layers, by its size along `axis` or by its presence.
 
-    `size` None with `present` True or False asks only whether the tensor exists. `what` names the size in messages.
+    Where `size` is None only the presence counts. `what` names the size in messages.
     """
 
     tensor: str
@@ -36,19 +36,19 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How one way of saving the family names its prunable layers and what marks it out."""
+    """One layout of a family: its layers, the marks of the family, and the mark of its inpainting model."""
 
     name: Literal["original", "diffusers"]
-    layers: tuple[Layer, ...]
+    layers: tuple[FamilyLayer, ...]
     marks: tuple[Mark, ...] = ()
     inpainting: Mark | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Twin:
-    """Another model with all of a family's names and shapes, told by its content: see `architecture.py`.
+    """Another model with the names and shapes of a family, distinguished by its weights: see `prune/architecture.py`.
 
-    In the twin the standard deviation of one tensor, per layout in `tensors`, is at most `limit`.
+    In the twin the standard deviation of one tensor, named for each layout in `tensors`, is at most `limit`.
     """
 
     architecture: str
@@ -59,7 +59,23 @@ class Twin:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Everything the tool knows about one model family. `inpainting` is the architecture id of its inpainting model."""
+    """Everything that is known about one model family.
+
+    Attributes:
+        id: The short name, which is also the alias of its recipe.
+        title: The name for people.
+        architecture: The ModelSpec id.
+        implementation: The ModelSpec implementation.
+        native: Width and height in pixels that the model was trained at.
+        grid: Image sides are multiples of this number of pixels.
+        groups: The groups of blocks with a ratio of their own.
+        scope: Whether a threshold is computed for a group or for each layer.
+        kinds: The kinds of layers that may be pruned.
+        default_kinds: The kinds that are pruned by default.
+        layouts: The ways in which the model is saved.
+        inpainting: The architecture id of its inpainting model.
+        twin: Another model with the same names and shapes.
+    """
 
     id: str
     title: str
@@ -78,7 +94,7 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A checkpoint's family, the layout and key prefix it is saved with, and what else was noticed."""
+    """A recognised checkpoint: its family, layout, prefix, whether it is an inpainting model, and its EMA tensors."""
 
     family: Family
     layout: Layout

@@ -1,15 +1,25 @@
-"""What diffusers calls the pipeline and the parts of each family, as of diffusers 0.36 to 0.42."""
+"""The diffusers pipeline and components of each family, for diffusers 0.36 to 0.42."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# diffusers converts a UNet in the original layout only behind this; ComfyUI takes it as the mark of a checkpoint.
+# diffusers converts a UNet in the original layout only with this prefix; ComfyUI recognises a checkpoint by it.
 BUNDLED = "model.diffusion_model."
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """What diffusers calls a model's parts. `config`: a repository with all of it but the pruned part, in folders."""
+    """The names that diffusers uses for a model.
+
+    Attributes:
+        pipeline: The pipeline class.
+        config: A Hub repository with the configuration and the components that are not pruned.
+        network: The class of the pruned component.
+        folder: The folder of the pruned component.
+        dtype: The torch dtype of a code snippet.
+        call: Arguments of the pipeline's call, formatted with a Size.
+        pictures: Names of input pictures that the call needs.
+    """
 
     pipeline: str
     config: str
@@ -25,7 +35,7 @@ _FEW_STEPS = "width={0.width}, height={0.height}, num_inference_steps=4, guidanc
 _SD3 = ("SD3Transformer2DModel", "transformer", "bfloat16")
 _FLUX = ("FluxTransformer2DModel", "transformer", "bfloat16")
 _SD = "StableDiffusionPipeline"
-# By family, and what is special about the model. Stability AI deleted its SD2 repositories in November 2025.
+# By family and special kind. Stability AI deleted its SD2 repositories in November 2025.
 _MODELS: Mapping[tuple[str, str], Pipeline] = {
     ("sd15", ""): Pipeline(_SD, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     ("sd15", "inpainting"): Pipeline(
@@ -59,5 +69,13 @@ _MODELS: Mapping[tuple[str, str], Pipeline] = {
 
 
 def find(family: str, special: str = "") -> Pipeline | None:
-    """The pipeline of a family, or of its `inpainting` or `base` model; None where diffusers has none."""
+    """Return the pipeline of a family.
+
+    Args:
+        family: The family's id.
+        special: `inpainting` or `base` for such a model of the family.
+
+    Returns:
+        The pipeline, or None if diffusers has none.
+    """
     return _MODELS.get((family, special))

@@ -1,10 +1,11 @@
-"""Signs that a checkpoint is quantised: its targets are not plain weights then, and magnitudes mean nothing."""
+"""Recognise quantised checkpoints, whose stored values are not weights and cannot be compared by magnitude."""
 
 from collections.abc import Iterable, Mapping
 
 from crdiff_export.formats.text import printable
 
-# What quantisers put beside or in place of a weight: ComfyUI (scaled fp8, mixed precision), bitsandbytes, GPTQ and AWQ.
+# Tensors that quantisers add to a weight or put in its place: ComfyUI (scaled fp8, mixed precision), bitsandbytes,
+# GPTQ and AWQ.
 _TAILS = {
     "scaled_fp8": "scaled fp8",
     ".scale_weight": "scaled fp8",
@@ -21,9 +22,14 @@ _METADATA = "_quantization_metadata"
 
 
 def quantisation(names: Iterable[str], metadata: Mapping[str, str]) -> str | None:
-    """How a checkpoint is quantised and which key says so, as `scaled fp8 (scaled_fp8)`; None for a plain one.
+    """Recognise a quantisation.
 
-    Judges all names it is given: pass those behind a `Match`'s prefix to let a quantised text encoder be.
+    Args:
+        names: Names of tensors. Pass those with a match's prefix to ignore a quantised text encoder.
+        metadata: The header's metadata.
+
+    Returns:
+        The kind and the key that shows it, such as `scaled fp8 (scaled_fp8)`; None for plain weights.
     """
     if _METADATA in metadata:
         return f"a ComfyUI quantisation (metadata {_METADATA})"
@@ -31,7 +37,7 @@ def quantisation(names: Iterable[str], metadata: Mapping[str, str]) -> str | Non
     for name in sorted(name for name in names if name.endswith((*tails, ".scale"))):
         if name.endswith(tails):
             return next(f"{title} ({printable(name)})" for tail, title in _TAILS.items() if name.endswith(tail))
-        # SDNQ keeps X.scale beside X.weight; the norms of FLUX have a scale too, but no weight.
+        # SDNQ has X.scale beside X.weight; the norms of FLUX have a scale, but no weight.
         if name.endswith(".scale") and f"{name.removesuffix('.scale')}.weight" in names:
             return f"SDNQ ({printable(name)})"
     return None

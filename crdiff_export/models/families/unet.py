@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from crdiff_export.models.families.model import (
     Family,
+    FamilyLayer,
     Kind,
-    Layer,
     Layout,
     Mark,
     Twin,
 )
 
-# The weights that the method prunes in a transformer block; cross-attention (attn2) is never touched.
+# The weights that the method prunes in a transformer block; cross-attention (attn2) is never pruned.
 _WEIGHTS: tuple[tuple[str, Kind], ...] = (
     ("attn1.to_q.weight", "attn"),
     ("attn1.to_k.weight", "attn"),
@@ -38,14 +38,14 @@ class _UNet(NamedTuple):
     """Transformer blocks per attention of each resolution level, outermost first; 0 is a level without attention."""
     mid: int
     context: int
-    """Width of the text embedding: axis 1 of `attn2.to_k.weight`. The only sign that tells SD1.5 from SD2.1."""
+    """Width of the text embedding, axis 1 of `attn2.to_k.weight`: the only difference in shapes of SD1.5 and SD2.1."""
     layers: int = 2
-    """diffusers' `layers_per_block`; a level has one attention more on its way up."""
+    """diffusers' `layers_per_block`; a level of the up blocks has one attention more."""
     inpainting: str | None = None
     twin: Twin | None = None
 
 
-# SD2.1 for 512 (epsilon) and for 768 (v-prediction). The rule and its limit are ComfyUI's, who call it a guess
+# SD2.1 for 512 (epsilon) and for 768 (v-prediction). The rule and its limit are ComfyUI's, which calls it a guess
 # (`comfy/supported_models.py`, `SD20.model_type`).
 _SD2_BASE = Twin(
     "stable-diffusion-v2-512",
@@ -74,7 +74,7 @@ _UNETS = (
 
 
 class _Block(NamedTuple):
-    """One transformer block: the group it counts in and its path in both layouts."""
+    """One transformer block: its group and its path in both layouts."""
 
     group: str
     original: str
@@ -82,7 +82,7 @@ class _Block(NamedTuple):
 
 
 def unet_families() -> tuple[Family, ...]:
-    """Every UNet family, in order of appearance."""
+    """Return every UNet family, in order of appearance."""
     return tuple(map(_family, _UNETS))
 
 
@@ -119,7 +119,7 @@ def _family(unet: _UNet) -> Family:
 
 
 def _blocks(unet: _UNet) -> Iterator[_Block]:
-    """Every transformer block. The original layout numbers convolutions, samplers and layers without attention too."""
+    """Yield every transformer block. The original layout also numbers layers without attention."""
     for level, depth in enumerate(unet.depths):
         for layer in range(unet.layers):
             original = f"input_blocks.{1 + level * (unet.layers + 1) + layer}.1"
@@ -136,8 +136,8 @@ def _stack(group: str, original: str, diffusers: str, depth: int) -> Iterator[_B
         yield _Block(group, f"{original}.transformer_blocks.{i}", f"{diffusers}.transformer_blocks.{i}")
 
 
-def _layers(blocks: Iterator[tuple[str, str]]) -> tuple[Layer, ...]:
-    return tuple(Layer(f"{path}.{weight}", group, kind) for group, path in blocks for weight, kind in _WEIGHTS)
+def _layers(blocks: Iterator[tuple[str, str]]) -> tuple[FamilyLayer, ...]:
+    return tuple(FamilyLayer(f"{path}.{weight}", group, kind) for group, path in blocks for weight, kind in _WEIGHTS)
 
 
 def _context(block: str, size: int) -> Mark:
