@@ -1,15 +1,19 @@
-"""READ FIRST: the whole story, from a base to a pruned checkpoint."""
+"""READ FIRST: the whole way of an export, from a base to a pruned checkpoint.
+
+`prepare` turns an `ExportRequest` into an `ExportJob`, which holds the `Plan`, from headers alone. `run` reads the
+weights, decides which of them go, and makes a `WriteJob`, from which `bake.write` makes the `Written` output. Both are
+in the result, `Baked`.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 from crdiff_export.bake import destination, metadata, residual, write
 from crdiff_export.bake.source_hashes import SourceHashes
-from crdiff_export.bake.stream import Pruning
-from crdiff_export.errors import CrdiffError, PlanError, RecipeError
+from crdiff_export.bake.write import Failure, WriteJob, Written
+from crdiff_export.errors import PlanError, RecipeError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.crdiff_keys import CalibrationStamp, Stamp
 from crdiff_export.formats.dtypes import DTYPES
@@ -19,23 +23,40 @@ from crdiff_export.models.families import Match
 from crdiff_export.models.recipe import Variant
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import architecture, criterion_choice, kernels, plan
-from crdiff_export.prune.criteria import Decision
+from crdiff_export.prune.architecture import Architecture
+from crdiff_export.prune.criteria import Ranked
 from crdiff_export.prune.criteria.calibration import NARROWER
 from crdiff_export.prune.criterion_choice import CriterionChoice
-from crdiff_export.prune.plan import Output, Plan, TooWideError
+from crdiff_export.prune.plan import Plan, TooWideError
 from crdiff_export.prune.threshold import Threshold
 from crdiff_export.sizes import Size, check_grid
 
 
 @dataclass(frozen=True, slots=True)
 class ExportRequest:
-    """What someone wants: which base, for which size, and everything they do not want to leave to us.
+    """What to export. Whatever is left out is chosen by crdiff.
 
-    `ratios` are per group and `ratio` is for all of them; either overrides the recipe. `dtype` is fp16, bf16 or fp32.
-    `prompt` takes the recipe's numbers for that prompt. `criterion` is how weights are ranked, as in
-    `wanda:compare=row` (docs/criteria.md), and `calibration` the file that it ranks by. `variant` names the weights to
-    take from a folder that has several (`fp16`). `residual` is where to keep what is pruned away: none, embed or
-    sidecar. `given` says where those numbers stand.
+    Attributes:
+        base: A path, a Hub id, an `hf://` address or an alias.
+        size: The size to prune for, in pixels.
+        output: Where to write; None for `STEM-crdiff-WxH` in the current folder.
+        recipe: A recipe file that replaces the family's built-in recipe.
+        prompt: Take the recipe's numbers for this prompt.
+        ratio: The ratio of all groups; overrides the recipe.
+        ratios: The ratios of single groups, by name; override the recipe and `ratio`.
+        poa_weight: The POA weight to recommend in the header; overrides the recipe.
+        targets: The kinds of layers to prune; None for the family's default.
+        criterion: How weights are ranked, such as `wanda:compare=row` (docs/criteria.md).
+        calibration: The calibration file that the criterion ranks by.
+        device: The device that computes: `auto`, `cpu`, or one of torch's.
+        dtype: Cast all float tensors to `fp16`, `bf16` or `fp32`; None to keep each as it is.
+        variant: The weights to take from a folder that has several, such as `fp16`.
+        residual: Where to keep the pruned values: `none`, `embed` or `sidecar`.
+        hashing: Write the SHA-256 of base and output into the header.
+        force: Replace an output that exists.
+        allow_nonfinite: Accept target weights that are infinite or not numbers.
+        threads: Threads on the CPU; None for all cores.
+        given: Where the user wrote the ratios, for the header's provenance.
     """
 
     base: str
@@ -69,44 +90,80 @@ class ExportJob:
     criterion: CriterionChoice
     plan: Plan
     target: Path
-    space: destination.Space
+    space: destination.DiskSpace
 
 
 @dataclass(frozen=True, slots=True)
 class Baked:
-    """A finished export. `notes` are what only the weights have shown; what was known before, the plan notes."""
+    """A finished export. `notes` are what only the weights have shown; earlier notes are the plan's."""
 
     job: ExportJob
     thresholds: tuple[Threshold, ...]
     stamp: Stamp
-    written: write.Written
+    written: Written
     notes: tuple[str, ...] = ()
 
 
+def export(request: ExportRequest, progress: Progress | None = None) -> Baked:
+    """Prune a base for a size and write it with its metadata.
+
+    The file appears under its name only when it is complete and has been checked.
+
+    Args:
+        request: What to export.
+        progress: Is told how far the export is, and may interrupt it.
+
+    Returns:
+        The finished export.
+
+    Raises:
+        CrdiffError: The export is not possible; nothing is left behind.
+    """
+    return run(prepare(request), progress or Silent())
+
+
 def prepare(request: ExportRequest) -> ExportJob:
-    """Find the base, read its headers, and plan; any refusal comes from here, before a weight is read."""
-    criterion = _criterion(request)
+    """Find the base, read its headers, and plan the export, before a weight is read.
+
+    Raises:
+        CrdiffError: The export is not possible.
+    """
+    criterion = CriterionChoice.of(request.criterion, request.calibration)
     residual.check_request(request.residual, criterion, hashing=request.hashing)
     base = bases.locate(request.base, request.variant)
     return plan_job(request, base, base.open(request.variant), criterion)
 
 
-def plan_job(
-    request: ExportRequest, base: bases.Base, checkpoint: Checkpoint, criterion: CriterionChoice | None = None
-) -> ExportJob:
-    """What `prepare` does for a base whose headers have been read."""
-    criterion = criterion or _criterion(request)
+def plan_job(request: ExportRequest, base: bases.Base, checkpoint: Checkpoint, criterion: CriterionChoice) -> ExportJob:
+    """Plan the export of a base whose headers have been read.
+
+    Args:
+        request: What to export.
+        base: The base.
+        checkpoint: Its headers.
+        criterion: The request's criterion, resolved.
+
+    Raises:
+        CrdiffError: The export is not possible.
+    """
     planned = plan_variant(request, checkpoint, criterion)
-    target = destination.place(planned, request.output, base.stem, request.residual, force=request.force)
-    return ExportJob(request, base, criterion, planned, target, destination.space(planned, target, request.residual))
+    target = destination.choose_target(planned, request.output, base.stem, request.residual, force=request.force)
+    space = destination.measure_space(planned, target, request.residual)
+    return ExportJob(request, base, criterion, planned, target, space)
 
 
 def plan_variant(request: ExportRequest, checkpoint: Checkpoint, criterion: CriterionChoice | None = None) -> Plan:
-    """What to prune, from headers and the recipe alone: the checkpoint's headers, and the calibration's.
+    """Plan what to prune, from the recipe and the headers of the checkpoint and the calibration.
 
-    `criterion` is the request's, resolved; None resolves it here.
+    Args:
+        request: What to export.
+        checkpoint: The base's headers.
+        criterion: The request's criterion, resolved; None to resolve it here.
+
+    Raises:
+        CrdiffError: The variant is not possible.
     """
-    criterion = criterion or _criterion(request)
+    criterion = criterion or CriterionChoice.of(request.criterion, request.calibration)
     match = plan.recognise(checkpoint)
     variant, recipe_name, notes = _choose(request, match)
     try:
@@ -116,137 +173,146 @@ def plan_variant(request: ExportRequest, checkpoint: Checkpoint, criterion: Crit
             allow_nonfinite=request.allow_nonfinite, notes=notes,
         )  # fmt: skip
     except TooWideError as error:
-        if criterion.calibration:  # which there is none of what it is after a cast
+        if criterion.calibration:  # it describes the uncast weights, so a cast is no way out
             raise PlanError(error.message, NARROWER) from error
         raise
     residual.check_plan(planned, request.residual)
     return criterion.plan(planned)
 
 
-def _criterion(request: ExportRequest) -> CriterionChoice:
-    return CriterionChoice.of(request.criterion, request.calibration)
-
-
-def export(request: ExportRequest, progress: Progress | None = None) -> Baked:
-    """Prune a base for a size and write it with its metadata; raises a CrdiffError and leaves no trace if it cannot.
-
-    The file appears under its name only when it is complete and has been checked.
-    """
-    return run(prepare(request), progress or Silent())
-
-
 def run(job: ExportJob, progress: Progress) -> Baked:
-    """Do what was planned: rank the weights to find those that go, then write."""
-    (outcome,) = run_all((job,), progress)
-    if isinstance(outcome, CrdiffError):
-        raise outcome
-    return outcome
+    """Read the weights, decide which of them go, and write the output.
 
-
-def run_all(jobs: Sequence[ExportJob], progress: Progress, *, together: bool = True) -> Iterator[Baked | CrdiffError]:
-    """Run jobs for one checkpoint that differ in size, numbers and output alone: it is ranked and hashed once.
-
-    Together they are written from one reading, too, unless a criterion moves weights, which would all have to be in
-    memory. Else each is written when it is asked for, so that the disk has to hold no more than the caller keeps. What
-    is wrong with the base is raised, with one output yielded in its place.
+    Raises:
+        CrdiffError: The export failed; nothing is left behind.
     """
-    first = jobs[0]
-    if together:
-        destination.check_space(*(job.space for job in jobs))
-    plans = [job.plan for job in jobs]
-    with SourceHashes(plans, _known(jobs)) if first.request.hashing else nullcontext() as hashes:
-        kernel = kernels.load(first.request.device, first.request.threads)
-        criterion = first.criterion
-        calibrated = criterion.calibrated(progress)
-        ranked = criterion.rank(plans, kernel, progress, first.request.device)
-        model = architecture.find(first.plan)
-        for batch in [jobs] if together and not criterion.moves else [[job] for job in jobs]:
-            decided = [(job, ranked.decide(job.plan, progress)) for job in batch]
-            made = [_Making.of(job, decision, criterion.name, calibrated, model) for job, decision in decided]
-            yield from _write(made, kernel, progress, hashes)
+    (result,) = run_together((job,), progress)
+    if isinstance(result, Failure):
+        raise result.error
+    return result
 
 
-def _known(jobs: Sequence[ExportJob]) -> Mapping[str, str]:
-    """The hashes of whole files that need not be computed. A pickle is never restored as a whole, only its tensors."""
-    pickled = any(file.tensors_of for file in jobs[0].plan.checkpoint.files)
-    kept = any(job.request.residual != residual.NONE for job in jobs)
-    return {} if pickled and kept else jobs[0].base.hashes
+def run_together(jobs: Sequence[ExportJob], progress: Progress) -> Iterator[Baked | Failure]:
+    """Run jobs for one base and write all outputs from one reading.
+
+    A criterion that moves weights keeps the moved layers in memory, so its outputs are written one after the other.
+
+    Args:
+        jobs: Jobs for one checkpoint that differ only in size, ratios and output.
+        progress: Is told how far the work is, and may interrupt it.
+
+    Yields:
+        For each job its finished export, or why that output failed.
+
+    Raises:
+        CrdiffError: The base cannot be read or ranked, which concerns all jobs that are left.
+    """
+    destination.check_space(*(job.space for job in jobs))
+    with _rank(jobs, progress) as ranking:
+        for batch in [[job] for job in jobs] if ranking.criterion.moves else [jobs]:
+            yield from ranking.write(batch)
 
 
-def _write(
-    batch: Sequence["_Making"], kernel: kernels.Kernel, progress: Progress, hashes: SourceHashes | None
-) -> Iterator[Baked | CrdiffError]:
-    try:
-        destination.check_space(*(making.space for making in batch))
-    except PlanError as error:
-        yield from (error for _ in batch)
-        return
-    orders = [making.order for making in batch]
-    for making, written in zip(batch, write.write(orders, kernel, progress, hashes=hashes), strict=True):
-        yield written if isinstance(written, CrdiffError) else making.done(written)
+def run_in_turn(jobs: Sequence[ExportJob], progress: Progress) -> Iterator[Baked | Failure]:
+    """Run jobs for one base and write each output when the caller asks for it.
+
+    So the disk has to hold no more outputs than the caller keeps. The base is ranked and hashed once.
+
+    Args:
+        jobs: Jobs for one checkpoint that differ only in size, ratios and output.
+        progress: Is told how far the work is, and may interrupt it.
+
+    Yields:
+        For each job its finished export, or why that output failed.
+
+    Raises:
+        CrdiffError: The base cannot be read or ranked, which concerns all jobs that are left.
+    """
+    with _rank(jobs, progress) as ranking:
+        for job in jobs:
+            yield from ranking.write([job])
 
 
 @dataclass(frozen=True, slots=True)
-class _Making:
-    """A job of which is known what goes."""
+class _Ranking:
+    """A base whose weights have been ranked, and what its exports have in common."""
 
-    job: ExportJob
-    stamp: Stamp
-    order: write.Order
+    criterion: CriterionChoice
+    calibrated: Calibrated | None
+    ranked: Ranked
+    architecture: Architecture
+    kernel: kernels.Kernel
+    hashes: SourceHashes | None
+    progress: Progress
 
-    @classmethod
-    def of(
-        cls,
-        job: ExportJob,
-        decision: Decision,
-        criterion: str,
-        calibrated: CalibrationStamp | None,
-        model: architecture.Architecture,
-    ) -> Self:
-        planned = job.plan
-        keep = job.request.residual
+    def write(self, jobs: Sequence[ExportJob]) -> Iterator[Baked | Failure]:
+        """Decide which weights go, and write the outputs from one reading."""
+        write_jobs = [self._write_job(job) for job in jobs]
+        try:
+            destination.check_space(*(write_job.space for write_job in write_jobs))
+        except PlanError as error:
+            yield from (Failure(job.target, error) for job in jobs)
+            return
+        results = write.write(write_jobs, self.kernel, self.progress, hashes=self.hashes)
+        for job, write_job, result in zip(jobs, write_jobs, results, strict=True):
+            if isinstance(result, Failure):
+                yield result
+            else:
+                decision = write_job.decision
+                yield Baked(job, decision.thresholds, write_job.stamp, result, decision.notes)
+
+    def _write_job(self, job: ExportJob) -> WriteJob:
+        request, decision = job.request, self.ranked.decide(job.plan, self.progress)
         stamp = metadata.stamp(
-            planned, decision.thresholds, criterion, job.base.name, model, residual=residual.SAID[keep],
-            masked=decision.masks is not None, moved=bool(decision.moved), calibrated=calibrated,
+            job.plan, decision, self.criterion.name, job.base.name, self.architecture,
+            residual.RESIDUAL_KEYS[request.residual], self.calibrated,
         )  # fmt: skip
+        return WriteJob(
+            job.plan, decision, stamp, self.architecture, job.target, replace=request.force, residual=request.residual
+        )
 
-        def compose(output: Output, hashes: metadata.Hashes | None) -> Mapping[str, str]:
-            return metadata.header(planned, stamp, model, output.source.metadata, hashes)
 
-        pruning = Pruning(planned, decision, keep=keep != residual.NONE)
-        order = write.Order(pruning, job.target, compose, replace=job.request.force, residual=keep)
-        return cls(job, stamp, order)
+@contextmanager
+def _rank(jobs: Sequence[ExportJob], progress: Progress) -> Iterator[_Ranking]:
+    """Read the base that the jobs share and rank its weights, while a thread hashes it."""
+    request, criterion = jobs[0].request, jobs[0].criterion
+    plans = [job.plan for job in jobs]
+    with SourceHashes(plans, _known_hashes(jobs)) if request.hashing else nullcontext() as hashes:
+        kernel = kernels.load(request.device, request.threads)
+        calibrated = criterion.calibrated(progress)
+        ranked = criterion.rank(plans, kernel, progress, request.device)
+        yield _Ranking(criterion, calibrated, ranked, architecture.find(plans[0]), kernel, hashes, progress)
 
-    @property
-    def space(self) -> destination.Space:
-        """What it needs, now that it is known how much goes."""
-        counts = [threshold.pruned for threshold in self.order.pruning.decision.thresholds]
-        return destination.space(self.job.plan, self.job.target, self.job.request.residual, counts)
 
-    def done(self, written: write.Written) -> Baked:
-        decision = self.order.pruning.decision
-        return Baked(self.job, decision.thresholds, self.stamp, written, decision.notes)
+def _known_hashes(jobs: Sequence[ExportJob]) -> Mapping[str, str]:
+    """Return the hashes of whole files that need not be computed; a pickle is restored by its tensors' hash alone."""
+    pickled = any(file.tensors_of for file in jobs[0].plan.checkpoint.files)
+    restorable = any(job.request.residual != residual.NONE for job in jobs)
+    return {} if pickled and restorable else jobs[0].base.hashes
 
 
 def _choose(request: ExportRequest, match: Match) -> tuple[Variant, str, tuple[str, ...]]:
-    """The numbers: from the user's recipe or the family's own, for this size or the nearest, overridden where asked."""
+    """Choose the ratios: from the user's recipe or the family's, for this size or the nearest, with the overrides."""
     family = match.family
-    found = recipe_files.load(request.recipe) if request.recipe else recipe_files.by_alias(family.id)
-    if found is None or found.family != family.id:
+    numbers = recipe_files.load(request.recipe) if request.recipe else recipe_files.by_alias(family.id)
+    if numbers is None or numbers.family != family.id:
         raise RecipeError(
             f"{request.recipe}: not a recipe for {family.title}, which {request.base} is",
             "Leave --recipe out, or give one for this family.",
         )
     check_grid(request.size, family.grid, family.title)
-    choice = recipe.choose(found, request.size, request.prompt)
-    recipe.check_groups(choice.variant, family.groups, found.name)
+    choice = recipe.choose(numbers, request.size, request.prompt)
+    recipe.check_groups(choice.variant, family.groups, numbers.name)
     variant = recipe.override(
         choice.variant, family.groups,
         ratio=request.ratio, per_group=request.ratios, poa_weight=request.poa_weight, by=request.given,
     )  # fmt: skip
-    # Not a word about a size whose numbers nobody takes.
-    given = request.ratio is not None or request.ratios.keys() >= set(family.groups)
-    return variant, found.name, (choice.note,) if choice.note and not given else ()
+    # Skip the note about the nearest size when the user overrides every ratio.
+    overridden = request.ratio is not None or request.ratios.keys() >= set(family.groups)
+    return variant, numbers.name, (choice.note,) if choice.note and not overridden else ()
 
 
-__all__ = ["Baked", "Checkpoint", "ExportJob", "ExportRequest", "export", "prepare", "run", "run_all"]
+__all__ = [
+    "Baked", "ExportJob", "ExportRequest", "Failure", "export", "plan_job", "plan_variant", "prepare", "run",
+    "run_in_turn", "run_together",
+]  # fmt: skip

@@ -1,9 +1,9 @@
-"""Where an export goes, and whether it may and can go there; decided before anything is read or written."""
+"""Choose and check the output's path and the free disk space, before any weight is read or written."""
 
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,47 +19,70 @@ HEADER_GROWTH = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Space:
-    """Bytes that an export needs at its destination and that are free there."""
+class DiskSpace:
+    """The bytes that an export needs in a folder, and the bytes that are free there."""
 
     folder: Path
     needed: int
     free: int
 
 
-def place(plan: Plan, output: Path | None, stem: str | None = None, keep: str = residual.NONE, *, force: bool) -> Path:
-    """The path to write, `STEM-crdiff-WxH` if none is given; PlanError where it must not or cannot be.
+def choose_target(plan: Plan, output: Path | None, stem: str | None, way: str, *, force: bool) -> Path:
+    """Choose the output's path and check it.
 
-    With `keep` a sidecar it has to have room beside it, too.
+    Args:
+        plan: The plan of the export.
+        output: The path that the user gives; None for `STEM-crdiff-WxH` in the current folder.
+        stem: The base's name, for the default; None to take the checkpoint's.
+        way: How the residual is kept; a sidecar needs a free path, too.
+        force: Replace an output that exists.
+
+    Raises:
+        PlanError: The output cannot or must not be written there.
     """
     folder = plan.checkpoint.kind != "file"
     suffix = "" if folder else ".safetensors"
     target = output if output is not None else Path(f"{stem or plan.checkpoint.stem}-crdiff-{plan.size}{suffix}")
-    check(plan, target, force=force)
-    if keep == residual.SIDECAR and not folder:
-        _check_sidecar(residual.sidecar(target), force=force)
+    check_target(plan, target, force=force)
+    if way == residual.SIDECAR and not folder:
+        sidecar = residual.sidecar_path(target)
+        with _refuse_os_errors(sidecar):
+            _check_free(sidecar, force=force)
     return target
 
 
-def _check_sidecar(path: Path, *, force: bool) -> None:
-    try:
-        there = os.path.lexists(path) or bool(path.lstat())
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise PlanError(f"{path}: {error.strerror}", "Give another place with -o.") from error
-    if there and not path.is_file():
-        raise PlanError(f"{path}: not a regular file", "Give another place with -o.")
-    if there and not force:
-        raise PlanError(f"{path}: already exists", "Give another -o, or --force to replace it.")
+def check_target(plan: Plan, target: Path, *, force: bool, source: str = "base") -> None:
+    """Check that a file or folder like the plan's checkpoint can be written to `target`.
 
+    Args:
+        plan: A plan for the checkpoint that is read.
+        target: The path to write.
+        force: Replace an output that exists.
+        source: What the checkpoint is called in messages.
 
-def check(plan: Plan, target: Path, *, force: bool, source: str = "base") -> None:
-    """PlanError where a file or folder like the plan's checkpoint must not or cannot be written to `target`."""
-    try:
+    Raises:
+        PlanError: It cannot or must not be written there.
+    """
+    with _refuse_os_errors(target):
         _check(plan, target, folder=plan.checkpoint.kind != "file", force=force, source=source)
+
+
+@contextlib.contextmanager
+def _refuse_os_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise PlanError(f"{target}: {error.strerror}", "Give another place with -o.") from error
+
+
+def _check_free(target: Path, *, force: bool) -> None:
+    """Refuse a path that is taken, unless `force` may replace a regular file there."""
+    with contextlib.suppress(FileNotFoundError):
+        target.lstat()  # raises OSError for a name that is too long, for example
+    if target.exists() and not target.is_file():
+        raise PlanError(f"{target}: not a regular file", "Give another place with -o.")
+    if os.path.lexists(target) and not force:
+        raise PlanError(f"{target}: already exists", "Give another -o, or --force to replace it.")
 
 
 def _check(plan: Plan, target: Path, *, folder: bool, force: bool, source: str) -> None:
@@ -68,7 +91,7 @@ def _check(plan: Plan, target: Path, *, folder: bool, force: bool, source: str) 
     if not target.parent.is_dir():
         raise PlanError(f"{target}: the folder {target.parent} does not exist", "Create it, or give another -o.")
     with contextlib.suppress(FileNotFoundError):
-        target.lstat()  # a name that is too long, say
+        target.lstat()  # raises OSError for a name that is too long, for example
     _refuse_source(plan, target, source)
     if folder:
         _check_folder(plan, target, force=force)
@@ -79,16 +102,16 @@ def _check(plan: Plan, target: Path, *, folder: bool, force: bool, source: str) 
 
 
 def _refuse_source(plan: Plan, target: Path, source: str) -> None:
-    """Refuse the source, its folder, and a folder around it that --force would replace with everything in it."""
-    # Not Path.resolve, which raises RuntimeError for a link in a circle.
-    root, there = (Path(os.path.realpath(path)) for path in (plan.checkpoint.path, target))
-    # A sharded source is the folder of its index.
+    """Refuse the source, its folder, and any folder around it, which --force would replace with everything in it."""
+    # Path.resolve raises RuntimeError for links in a circle.
+    root, real = (Path(os.path.realpath(path)) for path in (plan.checkpoint.path, target))
+    # The path of a sharded source is its index.
     home = root.parent if plan.checkpoint.kind == "shards" else root
-    inside = plan.checkpoint.kind == "folder" and there.is_relative_to(home)
+    inside = plan.checkpoint.kind == "folder" and real.is_relative_to(home)
     hint = f"Give another place with -o; the {source} is never changed."
-    if there in (root, home) or inside or (target.exists() and target.samefile(root)):
+    if real in (root, home) or inside or (target.exists() and target.samefile(root)):
         raise PlanError(f"{target}: that is the {source} itself", hint)
-    if root.is_relative_to(there):
+    if root.is_relative_to(real):
         raise PlanError(f"{target}: the {source} lies in it", hint)
 
 
@@ -100,10 +123,7 @@ def _check_file(target: Path, *, force: bool) -> None:
     if target.suffix != ".safetensors":
         name = target.stem if target.suffix in PICKLES else target.name
         raise PlanError(f"{target}: the output is a safetensors file", f"Name it {name}.safetensors.")
-    if target.exists() and not target.is_file():
-        raise PlanError(f"{target}: not a regular file", "Give another place with -o.")
-    if os.path.lexists(target) and not force:
-        raise PlanError(f"{target}: already exists", "Give another -o, or --force to replace it.")
+    _check_free(target, force=force)
 
 
 def _check_folder(plan: Plan, target: Path, *, force: bool) -> None:
@@ -121,15 +141,15 @@ def _check_folder(plan: Plan, target: Path, *, force: bool) -> None:
         return
     if not force:
         raise PlanError(f"{target}: already exists", "Give another -o, or --force to replace it.")
-    mine = "Remove it yourself, or give another -o."
+    hint = "Remove it yourself, or give another -o."
     if not _is_ours(target):
-        raise PlanError(f"{target}: not a folder that crdiff made; --force does not replace it", mine)
-    if stranger := _stranger(plan, target):
-        raise PlanError(f"{target}: holds {stranger}, which is no part of the output; --force would delete it", mine)
+        raise PlanError(f"{target}: not a folder that crdiff made; --force does not replace it", hint)
+    if foreign := _foreign_file(plan, target):
+        raise PlanError(f"{target}: holds {foreign}, which is no part of the output; --force would delete it", hint)
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder holds an export; --force must not delete somebody's home."""
+    """Whether a folder holds an export; --force must not delete any other folder."""
     candidates = (folder, *sorted(folder.glob("*.index.json")))
     for path in candidates:
         try:
@@ -139,35 +159,39 @@ def _is_ours(folder: Path) -> bool:
     return False
 
 
-def _stranger(plan: Plan, folder: Path) -> str | None:
-    """A file in an earlier output that the new one would not have: somebody put it there. Weights may be split anew."""
+def _foreign_file(plan: Plan, folder: Path) -> str | None:
+    """Return a file in an earlier output that the new one would not have; weights may be split into other files."""
     new = {output.source.name for output in plan.outputs} | {str(name) for name in plan.checkpoint.companions}
-    there = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     ours = ("diffusion_pytorch_model*", f"*{residual.SUFFIX}")
-    names = (path.relative_to(folder).as_posix() for path in there if not any(map(path.match, ours)))
+    names = (path.relative_to(folder).as_posix() for path in files if not any(map(path.match, ours)))
     return next((name for name in names if name not in new), None)
 
 
-def space(plan: Plan, target: Path, keep: str = residual.NONE, counts: Sequence[int] | None = None) -> Space:
-    """What the output needs beside what is there; a replaced one stays until the new one is complete.
+def measure_space(plan: Plan, target: Path, way: str, counts: Sequence[int] | None = None) -> DiskSpace:
+    """Compute the bytes that an output needs, beside an output that it replaces, and the bytes that are free.
 
-    `counts` are the weights that each scope loses, where that is known: with ties, more than was asked for.
+    Args:
+        plan: The plan of the export.
+        target: The path of the output.
+        way: How the residual is kept.
+        counts: For each scope, how many weights are pruned, once that is known: with ties, more than the ratio says.
     """
     headers = sum(output.source.data_start + HEADER_GROWTH for output in plan.outputs)
     needed = plan.data_size + headers + companions_size(plan)
-    if keep != residual.NONE:
-        needed += residual.expected(plan, counts or [scope.rank for scope in plan.scopes])
-    return Space(target.parent, needed, shutil.disk_usage(target.parent).free)
+    if way != residual.NONE:
+        needed += residual.largest_size(plan, counts or [scope.rank for scope in plan.scopes])
+    return DiskSpace(target.parent, needed, shutil.disk_usage(target.parent).free)
 
 
 def companions_size(plan: Plan) -> int:
-    """Bytes of the files that are copied as they are."""
+    """Return the total bytes of the files that are copied unchanged."""
     root = plan.checkpoint.home
     return sum((root / name).stat().st_size for name in plan.checkpoint.companions)
 
 
-def check_space(*spaces: Space) -> None:
-    """PlanError where a disk is too full for all outputs that go there."""
+def check_space(*spaces: DiskSpace) -> None:
+    """Raise PlanError if a folder has too little space for all outputs that go there."""
     for folder in dict.fromkeys(space.folder.resolve() for space in spaces):
         here = [space for space in spaces if space.folder.resolve() == folder]
         needed, free = sum(space.needed for space in here), here[0].free

@@ -1,25 +1,26 @@
-"""A new file, written as fast as the disk takes it."""
+"""Write a new file as fast as the disk takes it."""
 
 import contextlib
 import errno
 import os
 from collections.abc import Iterator
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any, Self
 
-from crdiff_export.bake.stream import PAGE
 from crdiff_export.errors import BakeError
-from crdiff_export.formats.hashing import PIECE
 
-# What `copy_file_range` says between two file systems, or on one that has no such thing (its man page).
+# Bytes that are read back at once.
+_PIECE = 8 << 20
+# The errors of `copy_file_range` between two file systems, or on one that does not support it (its man page).
 _NO_COPY = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
-class Writer:
-    """A new file, written in pages past the system's cache where it allows that (O_DIRECT), else through it.
+class DirectWriter:
+    """Writes a new file in pages that bypass the system's cache (O_DIRECT) where it can, else through the cache.
 
-    A cached write costs a copy and a fresh page for every byte, and `fsync` waits for the disk all the same.
-    Unbuffered, 6.9 GB take 0.2 s of processor time instead of 3 to 16 (benchmarks/NOTES.md): the hashes need it.
+    A cached write costs a copy and a fresh page for every byte, and `fsync` still waits for the disk. Unbuffered,
+    6.9 GB take 0.2 s of processor time instead of 3 to 16 s (benchmarks/NOTES.md), which the hashes need.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,14 +29,14 @@ class Writer:
         self._cached = os.open(path, flags, 0o666)
         self._direct: int | None = None
         if hasattr(os, "O_DIRECT"):
-            with contextlib.suppress(OSError):  # tmpfs and some network file systems have none
+            with contextlib.suppress(OSError):  # tmpfs and some network file systems refuse it
                 self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
         self._source: Any = None
         self._open = True
 
     @property
     def copies(self) -> bool:
-        """Whether bytes nobody has to see should be moved by the system. An unbuffered write moves them once, too."""
+        """Whether the system should copy bytes that nobody has to see; an unbuffered write is as cheap."""
         return self._direct is None and hasattr(os, "copy_file_range")
 
     def __enter__(self) -> Self:
@@ -45,7 +46,7 @@ class Writer:
         self.close()
 
     def close(self) -> None:
-        """Give the handles back; more than once does no harm."""
+        """Close the file; closing it twice does no harm."""
         if not self._open:
             return
         self._open = False
@@ -56,8 +57,8 @@ class Writer:
             self._source.close()
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Write `data` at `offset`; both begin on a page, and only the file's last piece may end within one."""
-        pages = len(data) - len(data) % PAGE
+        """Write `data` at `offset`, which begins on a page; only the last piece of the file may end within a page."""
+        pages = len(data) - len(data) % PAGESIZE
         if self._direct is not None and not self._write_direct(self._direct, data[:pages], offset):
             os.close(self._direct)
             self._direct = None
@@ -65,15 +66,16 @@ class Writer:
         _write_all(self._cached, data[done:], offset + done)
 
     def append(self, data: memoryview, offset: int) -> None:
-        """Write `data` at any `offset` behind all that `write` writes; what of a page they share goes the same way."""
+        """Write `data` at any `offset` behind everything that `write` writes."""
         _write_all(self._cached, data, offset)
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
-        """What has been written at `start:stop`, in pieces."""
-        for place in range(start, stop, PIECE):
-            os.lseek(self._cached, place, os.SEEK_SET)
-            data = os.read(self._cached, min(PIECE, stop - place))
-            if len(data) != min(PIECE, stop - place):
+        """Yield bytes `start:stop` of the file, in pieces."""
+        for offset in range(start, stop, _PIECE):
+            size = min(_PIECE, stop - offset)
+            os.lseek(self._cached, offset, os.SEEK_SET)
+            data = os.read(self._cached, size)
+            if len(data) != size:
                 raise BakeError(
                     f"{self.path.name}: does not read back as written", "Check the disk, then run it again."
                 )
@@ -81,7 +83,7 @@ class Writer:
 
     @staticmethod
     def _write_direct(handle: int, data: memoryview, offset: int) -> bool:
-        """False where the device wants another alignment, or a short write has broken it."""
+        """Write pages; False where the device needs another alignment, or a short write broke the alignment."""
         try:
             _write_all(handle, data, offset)
         except OSError as error:
@@ -91,7 +93,7 @@ class Writer:
         return True
 
     def copy(self, source: Path, start: int, offset: int, size: int) -> None:
-        """Let the system copy `size` bytes from `start` in another file to `offset`."""
+        """Let the system copy `size` bytes from byte `start` of another file to `offset`."""
         if self._source is None:
             self._source = source.open("rb", buffering=0)
         done = 0
@@ -102,7 +104,7 @@ class Writer:
             done += moved
 
     def _move(self, size: int, start: int, offset: int) -> int:
-        """Move some of `size` bytes from `start` in the source; 0 where it ends before."""
+        """Copy up to `size` bytes from byte `start` of the source; return how many, 0 at its end."""
         handle = self._source.fileno()
         try:
             if moved := os.copy_file_range(handle, self._cached, size, start, offset):
@@ -116,11 +118,11 @@ class Writer:
         return len(data)
 
     def patch(self, head: bytes) -> None:
-        """Put the final header over the reserved one; it has the same length."""
+        """Replace the reserved header by the final one, which has the same length."""
         _write_all(self._cached, memoryview(head), 0)
 
     def finish(self, size: int) -> None:
-        """Make everything durable."""
+        """Check the file's size in bytes and make it durable."""
         if os.fstat(self._cached).st_size != size:
             raise BakeError(f"wrote {os.fstat(self._cached).st_size} bytes instead of {size}", "Run the export again.")
         os.fsync(self._cached)

@@ -1,11 +1,11 @@
-"""All metadata of a baked file: the source's own, ModelSpec keys for everyone, `crdiff.*` keys for loaders of POA.
+"""The metadata of a baked file: the source's own keys, ModelSpec's keys, and `crdiff.*` keys.
 
-docs/metadata.md specifies ours. ModelSpec: https://github.com/Stability-AI/ModelSpec.
+docs/metadata.md specifies the `crdiff.*` keys. ModelSpec: https://github.com/Stability-AI/ModelSpec.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
@@ -20,17 +20,22 @@ from crdiff_export.formats.crdiff_keys import (
 )
 from crdiff_export.models.recipe import Evidence
 from crdiff_export.prune.architecture import Architecture
+from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.plan import Plan
-from crdiff_export.prune.threshold import Threshold
 
-# Hashes of the bytes that we change; a stale one would name every image after another model.
+# Hashes of bytes that pruning changes; web UIs would name the base in every image that the baked file draws.
 STALE = re.compile(r"modelspec\.hash_\w+|sshs_model_hash|sshs_legacy_hash")
 
 
 @dataclass(frozen=True, slots=True)
 class Hashes:
-    """SHA-256 in ModelSpec's spelling: of the source's data section, or where that was not needed, of the whole source
-    file; and of the output's data section."""
+    """SHA-256 hashes for one file's header, as hex with `0x` before it.
+
+    Attributes:
+        source: Of the source's data section; None where `source_file` is known.
+        source_file: Of the whole source file, where it was known without reading the file.
+        output: Of the output's data section.
+    """
 
     source: str | None
     source_file: str | None
@@ -40,9 +45,16 @@ class Hashes:
 def intended(
     plan: Plan, criterion: str, source_name: str, residual: str = "none", calibrated: CalibrationStamp | None = None
 ) -> Stamp:
-    """What is known of an export's headers before a weight is read: all that was asked for, and nothing that was found.
+    """Make the part of an export's stamp that is known before a weight is read.
 
-    It has the digest of the finished files once it is given the hash of their source.
+    With the hash of its source it has the same digest as the stamp of the finished file.
+
+    Args:
+        plan: The plan of the export.
+        criterion: The criterion as headers spell it.
+        source_name: The name of the base.
+        residual: The value of `crdiff.residual`.
+        calibrated: The calibration that the weights are ranked by, if any.
     """
     variant = plan.variant
     return Stamp(
@@ -70,39 +82,44 @@ def intended(
 
 def stamp(
     plan: Plan,
-    thresholds: Sequence[Threshold],
+    decision: Decision,
     criterion: str,
     source_name: str,
     architecture: Architecture,
-    *,
     residual: str = "none",
-    masked: bool = False,
-    moved: bool = False,
-    calibrated: CalibrationStamp | None = None,
+    calibrated: Calibrated | None = None,
 ) -> Stamp:
-    """What the headers of an export's files say, except for the hashes, which are each file's own.
+    """Make the stamp of an export: the `crdiff.*` keys of its files without the hashes, which differ by file.
 
-    `thresholds` have the counts; the values count only where these weights were not `masked`.
+    Args:
+        plan: The plan of the export.
+        decision: Which weights go.
+        criterion: The criterion as headers spell it.
+        source_name: The name of the base.
+        architecture: The base's architecture.
+        residual: The value of `crdiff.residual`.
+        calibrated: The calibration that the weights were ranked by, if any.
     """
     per_layer = plan.match.family.scope == "layer"
+    masked = decision.masks is not None
     method = LAYER_WISE if per_layer else BLOCK_WISE
     groups = {}
     for group in plan.groups:
-        found = [t for t, scope in zip(thresholds, plan.scopes, strict=True) if scope.group == group]
+        thresholds = [t for t, scope in zip(decision.thresholds, plan.scopes, strict=True) if scope.group == group]
         groups[group] = GroupStamp(
             ratio=plan.ratio(group),
-            pruned=sum(t.pruned for t in found),
-            total=sum(t.total for t in found),
-            threshold=None if per_layer or masked else found[0].value,
-            nonfinite=sum(t.nonfinite for t in found),
+            pruned=sum(t.pruned for t in thresholds),
+            total=sum(t.total for t in thresholds),
+            threshold=None if per_layer or masked else thresholds[0].value,
+            nonfinite=sum(t.nonfinite for t in thresholds),
         )
     return replace(
         intended(plan, criterion, source_name, residual, calibrated),
         groups=groups,
         native=architecture.native,
-        thresholds=tuple(t.value for t in thresholds) if per_layer and not masked else None,
+        thresholds=tuple(t.value for t in decision.thresholds) if per_layer and not masked else None,
         masked=method if masked else None,
-        moved=moved,
+        moved=bool(decision.moved),
     )
 
 
@@ -116,14 +133,22 @@ def _evidence(evidence: Evidence | None) -> dict[str, str]:
 
 
 def _text(name: str) -> str:
-    """A name as text that UTF-8 can hold: a file's name may be any bytes, a JSON string half a surrogate pair."""
+    """Replace what UTF-8 cannot hold: a file's name may be any bytes, and a JSON string half a surrogate pair."""
     return name.encode("utf-8", "replace").decode()
 
 
 def header(
     plan: Plan, stamp: Stamp, architecture: Architecture, source: Mapping[str, str], hashes: Hashes | None
 ) -> dict[str, str]:
-    """All metadata of one output file: the source's, less what is no longer true, with ModelSpec's and our keys."""
+    """Make the metadata of one output file.
+
+    Args:
+        plan: The plan of the export.
+        stamp: What all files of the export have in common.
+        architecture: The base's architecture.
+        source: The metadata of the source file; keys that pruning makes untrue are dropped.
+        hashes: The file's hashes; None for an export without hashes.
+    """
     stale = (PREFIX, *(("modelspec.unet_dtype", "modelspec.vae_dtype") if plan.cast else ()))
     kept = {key: text for key, text in source.items() if not STALE.fullmatch(key) and not key.startswith(stale)}
     title = kept.get("modelspec.title") or _title(stamp.source_name)
@@ -144,7 +169,7 @@ def header(
 
 
 def _title(name: str) -> str:
-    """What to call a model by the name of its file, folder or repository."""
+    """Make a model's title from the name of its file, folder or repository."""
     last = name.rsplit("/", 1)[-1]
     if re.fullmatch(r"hf://[^/]+/[^/]+", name):
         last = last.partition("@")[0]  # a revision
@@ -152,7 +177,7 @@ def _title(name: str) -> str:
 
 
 def tool_version() -> str:
-    """This package's version; a checkout that is not installed has none."""
+    """Return this package's version, or `0+checkout` where it is not installed."""
     try:
         return version("crdiff-export")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Generators that run side by side: each stage of a stream in a thread of its own, a few items ahead of the next."""
+"""Run generators in parallel: each stage of a stream has its own thread and works a few items ahead of the next."""
 
 import queue
 import threading
@@ -7,21 +7,22 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-AHEAD = 1
+# Items that may wait between two stages.
+DEPTH = 1
 
 
 class _End(Generic[T]):
-    """The last thing a stage says: that it is done, or the exception that ended it."""
+    """Marks the end of a stage, with the exception that ended it, if any."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
 
-def ahead(items: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
-    """Yield `items`, produced in another thread, at most `depth` of them waiting.
+def prefetch(items: Iterable[T], depth: int = DEPTH) -> Generator[T, None, None]:
+    """Yield `items` while another thread produces the next ones, up to `depth` in advance.
 
-    An exception of the producer is raised here. Closing this generator stops the producer and waits for it, so that
-    nothing runs on after an error further down; `items` is closed with it.
+    An exception in the producer is raised here. Closing this generator stops the producer, waits for it and closes
+    `items`, so that nothing keeps running after an error further down.
     """
     waiting: queue.Queue[T | _End[T]] = queue.Queue(depth)
     stopped = threading.Event()
@@ -32,7 +33,7 @@ def ahead(items: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
             for item in items:
                 if not _put(waiting, item, stopped):
                     break
-        except BaseException as error:  # noqa: BLE001  handed to the consumer, which raises it
+        except BaseException as error:  # noqa: BLE001  the consumer raises it
             end = _End(error)
         finally:
             if isinstance(items, Generator):
@@ -48,7 +49,7 @@ def ahead(items: Iterable[T], depth: int = AHEAD) -> Generator[T, None, None]:
             raise item.error
     finally:
         stopped.set()
-        if producer.is_alive():  # an interrupt can come before it is
+        if producer.is_alive():  # an interrupt can come before it has started
             producer.join()
 
 

@@ -1,4 +1,4 @@
-"""The SHA-256 of a base, in a thread of its own beside all other work: it is the longest single task of an export."""
+"""Hash a base (SHA-256) in a thread of its own: hashing is the longest single task of an export."""
 
 import hashlib
 import threading
@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 
 class SourceHashes:
-    """The hashes of the data sections of a base's files (ModelSpec 1.0.1, `hash_sha256`), one after another.
+    """Hashes the data sections of a base's files (ModelSpec 1.0.1, `hash_sha256`), one after another.
 
-    Up to its first target weight an output is its source, so the state there serves all of them: what comes before, a
-    bundle's text encoders for instance, is hashed once. `known` are hashes of whole files, by file name, that somebody
-    else vouches for; such a file is hashed no further than that. The plans share their checkpoint and cast.
+    Up to its first target weight an output equals its source. So the bytes before it, such as a bundle's text encoders,
+    are hashed once, and every output continues from that state.
+
+    Args:
+        plans: The plans to write; they share their checkpoint and cast.
+        known: Hashes of whole files, by file name, that need no computing. The rest of such a file is not hashed.
     """
 
     def __init__(self, plans: Sequence[Plan], known: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -41,26 +44,26 @@ class SourceHashes:
         self._thread.join()
 
     def shared(self, number: int) -> int:
-        """How many bytes at the start of file `number`'s data section all outputs share with it."""
+        """Return how many bytes at the start of the data section of file `number` all outputs share with it."""
         return self._shared[number]
 
     def state(self, number: int) -> "_Hash":
-        """The hash of what file `number` shares with its outputs, to be continued; waits for it."""
+        """Wait for the hash state after the bytes that file `number` shares with its outputs, and copy it."""
         return self._states[number].result().copy()
 
     def known(self, number: int) -> str | None:
-        """The hash of the whole of file `number` as hex, where it was known."""
+        """Return the hash of the whole file `number` as hex, if it was known."""
         return self._known.get(self._files[number].name)
 
     def digest(self, number: int) -> str | None:
-        """The hash of file `number`'s data section as hex, waiting for it; None where the whole file's is known."""
+        """Wait for the hash of the data section of file `number`, as hex; None if the whole file's hash is known."""
         return None if self.known(number) else self._digests[number].result()
 
     def _run(self) -> None:
         for number, file in enumerate(self._files):
             try:
                 self._hash(number, file)
-            except BaseException as error:  # noqa: BLE001  handed to whoever asks for the hash
+            except BaseException as error:  # noqa: BLE001  raised where the hash is needed
                 self._fail(error)
                 return
 

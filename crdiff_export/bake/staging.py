@@ -1,4 +1,4 @@
-"""Temp siblings: what is written becomes visible under its name only when it is complete, or not at all."""
+"""Temp siblings: a file or folder appears under its name only when it is complete."""
 
 import contextlib
 import ctypes
@@ -17,8 +17,8 @@ from crdiff_export.progress import Progress
 
 _PART = ".crdiff-part"
 _OLD = ".crdiff-old"
-# Bytes of a name that leave room for what is put around it; file systems take 255.
-_ROOM = 200
+# Longer names, in bytes, have no room for prefix and suffix; file systems allow 255 in all.
+_LONGEST_NAME = 200
 # linux/fs.h RENAME_EXCHANGE, fcntl.h AT_FDCWD
 _EXCHANGE = 2
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -26,10 +26,17 @@ _AT_FDCWD = -100
 
 
 @contextlib.contextmanager
-def staged(target: Path, folder: bool) -> Iterator[Path]:
-    """A temp sibling of `target`, an empty file or folder; it is gone at the end unless `publish` has moved it.
+def temp_sibling(target: Path, folder: bool) -> Iterator[Path]:
+    """Create a temp sibling of `target` for the context, and remove it at the end unless `publish` has moved it.
 
-    Siblings that a killed run left are removed first; those of a run that is still going are not.
+    Siblings that a killed run left behind are removed first; those of a running process stay.
+
+    Args:
+        target: The path that the sibling will get in the end.
+        folder: Create a folder, not a file.
+
+    Yields:
+        The path of the empty file or folder.
     """
     clean(target)
     part, handle = _name(target), None
@@ -44,7 +51,7 @@ def staged(target: Path, folder: bool) -> Iterator[Path]:
     finally:
         try:
             _remove(part)
-        except BaseException:  # an interrupt; once more, it comes only once
+        except BaseException:  # an interrupt, which comes only once: try again
             _remove(part)
             raise
         finally:
@@ -53,9 +60,15 @@ def staged(target: Path, folder: bool) -> Iterator[Path]:
 
 
 def publish(part: Path, target: Path, *, replace: bool = True) -> None:
-    """Move a finished part to its name in one step and make the move durable.
+    """Move a finished temp sibling to its name in one step and make the move durable.
 
-    Without `replace` FileExistsError says that something has come there in the meantime; an empty folder is nothing.
+    Args:
+        part: The temp sibling.
+        target: Its final path.
+        replace: Replace what exists there.
+
+    Raises:
+        FileExistsError: Without `replace`, something other than an empty folder exists there.
     """
     if part.is_dir():
         _publish_folder(part, target, replace=replace)
@@ -67,8 +80,8 @@ def publish(part: Path, target: Path, *, replace: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def published(part: Path, target: Path, *, replace: bool) -> Iterator[None]:
-    """Publish a finished file for what is done in the context; if that fails, what was at `target` is there again."""
+def publish_first(part: Path, target: Path, *, replace: bool) -> Iterator[None]:
+    """Publish a file, then run the context; if the context fails, put back what was at `target` before."""
     old = part.with_name(part.name.removesuffix(_PART) + _OLD)
     try:
         if replace and os.path.lexists(target):
@@ -101,7 +114,7 @@ def _publish_folder(part: Path, target: Path, *, replace: bool) -> None:
 
 
 def _link(part: Path, target: Path) -> None:
-    """Give a file its name unless that is taken, in one step where the file system has hard links."""
+    """Give a file its name unless the name is taken, in one step where the file system has hard links."""
     try:
         os.link(part, target)
     except FileExistsError:
@@ -113,7 +126,14 @@ def _link(part: Path, target: Path) -> None:
 
 
 def copy_companions(home: Path, names: Sequence[PurePosixPath], part: Path, progress: Progress) -> None:
-    """Copy files below one folder to another, if that is one, and make all that is in it durable."""
+    """Copy files from one folder to another and make everything in it durable.
+
+    Args:
+        home: The folder to copy from.
+        names: The files, relative to it.
+        part: The folder to copy to; with no names it may be a file, which stays as it is.
+        progress: Is told about the bytes copied.
+    """
     sizes = {name: (home / name).stat().st_size for name in names}
     if sizes:
         progress.stage("copying", sum(sizes.values()))
@@ -135,15 +155,15 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def settle(part: Path, target: Path) -> None:
-    """Give the part the permissions a new file would have; those of a file it replaces stay."""
+def copy_permissions(part: Path, target: Path) -> None:
+    """Give a file the permissions of the file that it will replace, if there is one."""
     if part.is_file() and target.exists():
         with contextlib.suppress(OSError):
             shutil.copymode(target, part)
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable, where the system can."""
+    """Make the names in a folder durable, where the system supports it."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -153,7 +173,7 @@ def sync_folder(path: Path) -> None:
 
 
 def _swap(part: Path, target: Path) -> None:
-    """Exchange two folders; what was at `target` is then at `part`, which `staged` removes."""
+    """Exchange two folders; the old target is then at `part`, which `temp_sibling` removes."""
     if sys.platform == "linux":
         renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         names = os.fsencode(part), os.fsencode(target)
@@ -174,7 +194,7 @@ def _swap(part: Path, target: Path) -> None:
 
 
 def clean(target: Path) -> None:
-    """Remove what a killed run left beside `target`, and put back a folder that it had moved away."""
+    """Remove temp siblings that a killed run left beside `target`, and put back a folder that it had moved away."""
     name = "".join(f"[{c}]" if c in "*?[" else c for c in _short(target.name))
     for old in target.parent.glob(f".{name}.????????????{_OLD}"):
         with contextlib.suppress(OSError):
@@ -190,9 +210,10 @@ def clean(target: Path) -> None:
 
 
 def _create(part: Path, folder: bool) -> int | None:
-    """Make a part and return the handle that marks it as a living run's, or None where there are no such marks.
+    """Create a temp sibling and return the locked handle that marks it as in use; None without file locks.
 
-    BlockingIOError where another run's `clean` has just taken it for a left-over.
+    Raises:
+        BlockingIOError: Another process is just removing it, because it was not locked yet.
     """
     part.mkdir() if folder else part.touch(exist_ok=False)
     try:
@@ -221,20 +242,20 @@ def _name(target: Path) -> Path:
 
 
 def _short(name: str) -> str:
-    """The name, or a hash of one that is so long that no more can be put to it."""
+    """Return the name, or a hash of a name that is too long to add to."""
     raw = os.fsencode(name)
-    return name if len(raw) <= _ROOM else hashlib.sha256(raw).hexdigest()
+    return name if len(raw) <= _LONGEST_NAME else hashlib.sha256(raw).hexdigest()
 
 
-def explained(error: OSError, target: Path) -> BakeError:
-    """What went wrong with the file system, as one of our errors."""
-    what = f"{target}: {error.strerror or error}"
+def as_bake_error(error: OSError, target: Path) -> BakeError:
+    """Turn an error of the file system into a BakeError about `target`."""
+    message = f"{target}: {error.strerror or error}"
     if isinstance(error, FileExistsError):
         return BakeError(f"{target}: came there during the export", "Give another -o, or --force to replace it.")
     if error.errno in _FULL:
-        return BakeError(f"{what}; nothing was left behind", "Free some space, or give another place with -o.")
+        return BakeError(f"{message}; nothing was left behind", "Free some space, or give another place with -o.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return BakeError(what, "Give a place you may write to with -o.")
+        return BakeError(message, "Give a place you may write to with -o.")
     if sys.platform == "win32" and isinstance(error, PermissionError):
-        return BakeError(what, "Close the program that has the file open.")
-    return BakeError(what, "Check the paths, then run the export again; the target is as it was.")
+        return BakeError(message, "Close the program that has the file open.")
+    return BakeError(message, "Check the paths, then run the export again; the target is as it was.")

@@ -1,9 +1,9 @@
-"""Pass two: the outputs' bytes as a stream of chunks, read, zeroed and hashed side by side in buffers used again.
+"""The outputs' bytes as a stream of chunks: read, pruned and hashed in parallel threads, in buffers that are reused.
 
-`bake` writes the stream, `verify` compares it with a file. Several variants of one base come out of one reading: each
+`bake` writes the stream, `verify` compares it with a file. Several variants of one base come from one reading: each
 chunk of the source gives one chunk for every variant, in turn. A chunk is a window of the data section on a grid of
-pages, whatever the tensors are, so that it can be written unbuffered. It is read with a seam on both sides, so that a
-weight that two chunks share is judged whole in both.
+pages, independent of the tensors, so that it can be written unbuffered. It is read with a seam on both sides, so that
+a weight that lies in two chunks is complete in both.
 """
 
 import mmap
@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from crdiff_export.bake.prefetch import AHEAD, ahead
+from crdiff_export.bake.prefetch import DEPTH, prefetch
 from crdiff_export.bake.source_hashes import SourceHashes
 from crdiff_export.errors import PlanError
-from crdiff_export.formats import dtypes as floats
+from crdiff_export.formats import dtypes
 from crdiff_export.formats.safetensors import BITS, show
 from crdiff_export.formats.weight_file import Bytes
 from crdiff_export.prune.criteria import Decision, Mask
@@ -38,7 +38,7 @@ _NOTHING = memoryview(b"")
 
 @dataclass(frozen=True, slots=True)
 class Pruning:
-    """A plan and what was decided for it. With `keep` the weights that are zeroed are handed on, for a residual."""
+    """A plan and the decision which weights go. With `keep` the stream also passes on the pruned weights."""
 
     plan: Plan
     decision: Decision
@@ -46,10 +46,16 @@ class Pruning:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """Output data bytes `start:stop` hold a target's weights, of which those of a magnitude pattern up to `limit` go.
+class PruneRange:
+    """The bytes of one target in the output's data section, and which of its weights to prune.
 
-    Where there is a `mask`, those of its bits go instead. `moved` are all of the bytes, to be put in their place.
+    Attributes:
+        start: The first byte of the target in the data section.
+        stop: The byte behind its last.
+        dtype: The dtype of its weights in the output.
+        limit: Weights whose magnitude, as raw bits, is at most this are set to zero.
+        mask: Replaces the limit: the weights to set to zero.
+        moved: Replaces both: all new bytes of the target.
     """
 
     start: int
@@ -62,10 +68,16 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Bytes `start:stop` of the data section of variant number `variant`; `data`, a part of `buffer`, holds them.
+    """A piece of one variant's data section.
 
-    `untouched` chunks were not read: their bytes are the source's. `removed` are the weights that begin in the chunk
-    and were zeroed, as they were, one after another; nothing for a variant that does not keep them.
+    Attributes:
+        start: Its first byte in the data section.
+        stop: The byte behind its last.
+        buffer: The memory with its bytes and its seams.
+        variant: The number of the variant.
+        untouched: The chunk was not read: its bytes are the source's.
+        pruned: The original values of the weights that begin in the chunk and were pruned, one after another; empty
+            for a variant that does not keep them.
     """
 
     start: int
@@ -73,60 +85,69 @@ class Chunk:
     buffer: memoryview
     variant: int = 0
     untouched: bool = False
-    removed: memoryview = _NOTHING
+    pruned: memoryview = _NOTHING
 
     @property
     def data(self) -> memoryview:
-        """The chunk's bytes, from the buffer's second page on."""
+        """The chunk's bytes, which begin on the buffer's second page."""
         return self.buffer[PAGE : PAGE + self.stop - self.start]
 
     def part(self, start: int, stop: int) -> memoryview:
-        """Data bytes `start:stop`, which are of the chunk or on its seams."""
+        """Return bytes `start:stop` of the data section, which lie in the chunk or on its seams."""
         return self.buffer[PAGE + start - self.start : PAGE + stop - self.start]
 
 
-def places(plan: Plan, file: int) -> tuple[Cut, ...]:
-    """Where one file of the plan has weights that may go, in order; not yet which."""
-    return tuple(cut for _, cut in _numbered(plan, file))
+def prunable_ranges(plan: Plan, file: int) -> tuple[PruneRange, ...]:
+    """Return the bytes of all targets that may be pruned in one file of the plan, in order."""
+    return tuple(prune_range for _, prune_range in _numbered_ranges(plan, file))
 
 
-def cuts(pruning: Pruning, file: int) -> tuple[Cut, ...]:
-    """What to zero in one file of the plan, in order."""
+def prune_ranges(pruning: Pruning, file: int) -> tuple[PruneRange, ...]:
+    """Return what to prune in one file of the plan, in order."""
     decision, targets = pruning.decision, pruning.plan.targets
-    found = []
-    for number, cut in _numbered(pruning.plan, file):
+    ranges = []
+    for number, prune_range in _numbered_ranges(pruning.plan, file):
         moved = decision.moved.get(number)
         if decision.masks is None:
             bits = decision.thresholds[targets[number].scope].bits
             assert bits is not None
-            limit = min(floats.limit(cut.dtype, bits), floats.FORMATS[cut.dtype].first_nonfinite - 1)
-            found.append(replace(cut, limit=limit))
+            dtype = prune_range.dtype
+            limit = min(dtypes.limit(dtype, bits), dtypes.FORMATS[dtype].first_nonfinite - 1)
+            ranges.append(replace(prune_range, limit=limit))
         elif moved is not None:
-            found.append(replace(cut, moved=moved.data.cast("B")))
+            ranges.append(replace(prune_range, moved=moved.data.cast("B")))
         else:
             mask = decision.masks[number]
             assert mask is not None
             assert mask.count == targets[number].count
-            found.append(replace(cut, mask=mask))
-    return tuple(found)
+            ranges.append(replace(prune_range, mask=mask))
+    return tuple(ranges)
 
 
-def _numbered(plan: Plan, file: int) -> list[tuple[int, Cut]]:
-    """The same with the targets' numbers."""
-    found = [
-        (number, Cut(*target.span(target.output), target.output.dtype))
+def _numbered_ranges(plan: Plan, file: int) -> list[tuple[int, PruneRange]]:
+    """Return the bytes of each target that may be pruned, with the target's number."""
+    ranges = [
+        (number, PruneRange(*target.span(target.output), target.output.dtype))
         for number, target in enumerate(plan.targets)
         if target.file == file and plan.scopes[target.scope].rank
     ]
-    return sorted(found, key=lambda one: one[1].start)
+    return sorted(ranges, key=lambda numbered: numbered[1].start)
 
 
 class Stream:
-    """The chunks of one file of all variants; to be read through once. The variants share their checkpoint and cast.
+    """The chunks of one file for all variants, which can be iterated once.
 
-    With `hashes`, `digests` are then the SHA-256 of the data sections (ModelSpec 1.0.1, `hash_sha256`), to be continued
-    where something comes behind them.
-    `skip_untouched` leaves chunks that nobody has to see unread, for the consumer to copy.
+    Args:
+        prunings: The variants; they share their checkpoint and cast.
+        file: The number of the file in the plan.
+        kernel: Prunes the weights.
+        hashes: The base's hashes, where the outputs are hashed, too.
+        skip_untouched: Do not read chunks that need neither pruning nor hashing; the consumer copies them.
+        chunk: Bytes of a chunk.
+
+    Attributes:
+        digests: After the last chunk, with `hashes`: the SHA-256 of each variant's data section (ModelSpec 1.0.1,
+            `hash_sha256`), which can be continued with what comes behind it.
     """
 
     def __init__(
@@ -142,7 +163,7 @@ class Stream:
         self._file, self._kernel, self._hashes, self._chunk = file, kernel, hashes, chunk
         self._plan = prunings[0].plan
         self._output = self._plan.outputs[file]
-        self._cuts = [cuts(pruning, file) for pruning in prunings]
+        self._ranges = [prune_ranges(pruning, file) for pruning in prunings]
         self._keep = [pruning.keep for pruning in prunings]
         self._unchanged = hashes.shared(file) if hashes else 0
         casts = any(run.cast for run in self._output.runs)
@@ -151,10 +172,10 @@ class Stream:
         self.digests: list[_Hash] = []
 
     def chunks(self) -> Generator[Chunk, None, None]:
-        """Every chunk in order, of each place those of all variants; closing the generator stops all stages."""
-        # A buffer for every chunk that can be alive: one in each stage's hands and AHEAD between each two.
-        alive = STAGES + (STAGES - 1) * AHEAD
-        return ahead(self._zero(ahead(self._read(self._buffers(alive)))))
+        """Yield every chunk in order, all variants in turn; closing the generator stops all stages."""
+        # A buffer for every chunk that can be alive: one in each stage, and DEPTH between each two stages.
+        alive = STAGES + (STAGES - 1) * DEPTH
+        return prefetch(self._zero(prefetch(self._read(self._buffers(alive)))))
 
     def _buffers(self, number: int) -> Iterator[memoryview]:
         return cycle([self._kernel.buffer(self._chunk + 2 * PAGE) for _ in range(number)])
@@ -174,11 +195,11 @@ class Stream:
         self._refuse_nonfinite()
 
     def _is_untouched(self, start: int, stop: int) -> bool:
-        seen = self._hashes is not None and stop > self._unchanged
-        return not seen and not any(any(split(found, start, stop)) for found in self._cuts)
+        hashed = self._hashes is not None and stop > self._unchanged
+        return not hashed and not any(any(overlaps(ranges, start, stop)) for ranges in self._ranges)
 
     def _fill(self, chunk: Chunk, source: Bytes) -> None:
-        """Read the chunk's data and its seams into its buffer, cast where the plan says so."""
+        """Read the chunk and its seams into its buffer, and cast them where the plan says so."""
         low, high = max(chunk.start - SEAM, 0), min(chunk.stop + SEAM, self._output.data_size)
         for run in self._output.runs:
             start, stop = max(low, run.start), min(high, run.stop)
@@ -191,17 +212,17 @@ class Stream:
                 chunk.part(first, first + len(weights))[:] = weights
 
     def _cast(
-        self, run: Run, dtypes: tuple[str, str], start: int, stop: int, source: Bytes
+        self, run: Run, pair: tuple[str, str], start: int, stop: int, source: Bytes
     ) -> tuple[int, bytes | memoryview]:
-        """The whole elements that output bytes `start:stop` belong to, and where the first of them begins."""
+        """Cast the elements that overlap output bytes `start:stop`; return where the first begins, and the bytes."""
         from crdiff_export.prune.kernels import cast
 
-        narrow, wide = (BITS[dtype] // 8 for dtype in dtypes)
+        narrow, wide = (BITS[dtype] // 8 for dtype in pair)
         first, last = (start - run.start) // wide, -(-(stop - run.start) // wide)
         raw = memoryview(bytearray((last - first) * narrow))
         source.read_into(run.source + first * narrow, raw)
-        weights = cast.cast(raw, *dtypes)
-        if lost := cast.nonfinite(weights, dtypes[1]) - cast.nonfinite(raw, dtypes[0]):
+        weights = cast.cast(raw, *pair)
+        if lost := cast.nonfinite(weights, pair[1]) - cast.nonfinite(raw, pair[0]):
             self._nonfinite[run.tensor] = lost
         return run.start + first * wide, weights
 
@@ -214,86 +235,91 @@ class Stream:
 
     def _zero(self, stream: Iterator[Chunk]) -> Generator[Chunk, None, None]:
         digests = None
-        # What one variant zeroes in the source's buffer the next one would miss; one alone needs no copy.
-        copies = None if len(self._cuts) == 1 else self._buffers(STAGES - 1 + AHEAD)
-        removed = self._buffers(STAGES - 1 + AHEAD) if any(self._keep) else None
+        # Variants share the source's buffer, so each needs its own copy, unless there is only one.
+        copies = None if len(self._ranges) == 1 else self._buffers(STAGES - 1 + DEPTH)
+        kept = self._buffers(STAGES - 1 + DEPTH) if any(self._keep) else None
         for chunk in stream:
             if self._hashes and digests is None and chunk.stop > self._unchanged:
-                digests = [self._hashes.state(self._file) for _ in self._cuts]
-            for variant, found in enumerate(self._cuts):
-                pruned = self._pruned(replace(chunk, variant=variant), found, copies, removed)
-                if digests and not pruned.untouched:
-                    digests[variant].update(pruned.part(max(chunk.start, self._unchanged), chunk.stop))
-                yield pruned
+                digests = [self._hashes.state(self._file) for _ in self._ranges]
+            for variant, ranges in enumerate(self._ranges):
+                output = self._prune(replace(chunk, variant=variant), ranges, copies, kept)
+                if digests and not output.untouched:
+                    digests[variant].update(output.part(max(chunk.start, self._unchanged), chunk.stop))
+                yield output
         if self._hashes:
-            digests = digests or [self._hashes.state(self._file) for _ in self._cuts]
+            digests = digests or [self._hashes.state(self._file) for _ in self._ranges]
             self.digests = digests
 
-    def _pruned(
+    def _prune(
         self,
         chunk: Chunk,
-        found: Sequence[Cut],
+        ranges: Sequence[PruneRange],
         copies: Iterator[memoryview] | None,
-        removed: Iterator[memoryview] | None,
+        kept: Iterator[memoryview] | None,
     ) -> Chunk:
-        """The chunk pruned, in a buffer of its own where others need the source's."""
-        parts = list(split(found, chunk.start, chunk.stop))
+        """Prune a chunk, in a copy where other variants need the source's bytes."""
+        parts = list(overlaps(ranges, chunk.start, chunk.stop))
         if parts and copies is not None:
             low, high = chunk.start - SEAM, chunk.stop + SEAM
-            own = replace(chunk, buffer=next(copies))
-            own.part(low, high)[:] = chunk.part(low, high)
-            chunk = own
-        if parts and removed is not None and self._keep[chunk.variant]:
-            chunk = replace(chunk, removed=_removed(chunk, parts, next(removed)))
-        for cut, start, stop in parts:
-            self._cut(cut, chunk.part(start, stop), start - cut.start)
+            copy = replace(chunk, buffer=next(copies))
+            copy.part(low, high)[:] = chunk.part(low, high)
+            chunk = copy
+        if parts and kept is not None and self._keep[chunk.variant]:
+            chunk = replace(chunk, pruned=_copy_pruned(chunk, parts, next(kept)))
+        for target, start, stop in parts:
+            self._prune_target(target, chunk.part(start, stop), start - target.start)
         return chunk
 
-    def _cut(self, cut: Cut, weights: memoryview, place: int) -> None:
-        """Prune whole weights, which begin at byte `place` of the cut."""
-        if cut.moved is not None:
-            weights[:] = cut.moved[place : place + len(weights)]
-        elif cut.mask is not None:
-            self._kernel.clear(weights, cut.dtype, _gone(cut, cut.mask, place, len(weights)))
+    def _prune_target(self, target: PruneRange, weights: memoryview, offset: int) -> None:
+        """Prune whole weights of a target, which begin at its byte `offset`."""
+        if target.moved is not None:
+            weights[:] = target.moved[offset : offset + len(weights)]
+        elif target.mask is not None:
+            self._kernel.clear(weights, target.dtype, _unpack(target, target.mask, offset, len(weights)))
         else:
-            self._kernel.zero(weights, cut.dtype, cut.limit)
+            self._kernel.zero(weights, target.dtype, target.limit)
 
 
-def _removed(chunk: Chunk, parts: Sequence[tuple[Cut, int, int]], into: memoryview) -> memoryview:
-    """The weights of a chunk that are to be zeroed; one on the seam before it belongs to the chunk before."""
+def _copy_pruned(chunk: Chunk, parts: Sequence[tuple[PruneRange, int, int]], into: memoryview) -> memoryview:
+    """Copy the weights that will be pruned; a weight on the seam before the chunk belongs to the previous chunk."""
     end = 0
-    for cut, first, stop in parts:
-        size = floats.FORMATS[cut.dtype].itemsize
+    for target, first, stop in parts:
+        size = dtypes.FORMATS[target.dtype].itemsize
         start = first if first >= chunk.start else first + size
-        place = end + -end % size
-        taken = _take(cut, chunk.part(start, stop), start - cut.start, into[place:]) if start < stop else 0
-        if place != end:
-            into[end : end + taken] = into[place : place + taken]
-        end += taken
+        aligned = end + -end % size
+        copied = 0
+        if start < stop:
+            copied = _pick(target, chunk.part(start, stop), start - target.start, into[aligned:])
+        if aligned != end:
+            into[end : end + copied] = into[aligned : aligned + copied]
+        end += copied
     return into[:end]
 
 
-def _take(cut: Cut, weights: memoryview, place: int, into: memoryview) -> int:
-    """Copy what will go of whole weights, which begin at byte `place` of the cut; how many bytes that is."""
+def _pick(target: PruneRange, weights: memoryview, offset: int, into: memoryview) -> int:
+    """Copy those of a target's weights from its byte `offset` on that will be pruned; return their size in bytes."""
     from crdiff_export.prune.kernels.pick import pick, take
 
-    if cut.mask is None:
-        return take(weights, cut.dtype, cut.limit, into)
-    return pick(weights, cut.dtype, _gone(cut, cut.mask, place, len(weights)), into)
+    if target.mask is None:
+        return take(weights, target.dtype, target.limit, into)
+    return pick(weights, target.dtype, _unpack(target, target.mask, offset, len(weights)), into)
 
 
-def _gone(cut: Cut, mask: Mask, place: int, size: int) -> "NDArray[np.bool_]":
-    """The mask of `size` bytes of whole weights from byte `place` of the cut on."""
-    itemsize = floats.FORMATS[cut.dtype].itemsize
-    return mask.unpack(place // itemsize, (place + size) // itemsize)
+def _unpack(target: PruneRange, mask: Mask, offset: int, size: int) -> "NDArray[np.bool_]":
+    """Unpack the part of a mask for `size` bytes of weights from byte `offset` of the target on."""
+    itemsize = dtypes.FORMATS[target.dtype].itemsize
+    return mask.unpack(offset // itemsize, (offset + size) // itemsize)
 
 
-def split(found: Sequence[Cut], low: int, high: int) -> Iterator[tuple[Cut, int, int]]:
-    """Of each cut within data bytes `low:high`, the whole elements that lie there or on the seam."""
-    for cut in found:
-        start, stop = max(low, cut.start), min(high, cut.stop)
+def overlaps(ranges: Sequence[PruneRange], low: int, high: int) -> Iterator[tuple[PruneRange, int, int]]:
+    """Yield each range that overlaps data bytes `low:high`, with the first byte and end of its elements there.
+
+    Elements that lie only partly in the window are included whole; they reach into a seam.
+    """
+    for target in ranges:
+        start, stop = max(low, target.start), min(high, target.stop)
         if start < stop:
-            size = floats.FORMATS[cut.dtype].itemsize
-            start -= (start - cut.start) % size
-            stop += -(stop - cut.start) % size
-            yield cut, start, stop
+            size = dtypes.FORMATS[target.dtype].itemsize
+            start -= (start - target.start) % size
+            stop += -(stop - target.start) % size
+            yield target, start, stop

@@ -6,48 +6,78 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from crdiff_export.bake import residual, staging
-from crdiff_export.bake import stream as weights
-from crdiff_export.bake.direct_writer import Writer
+from crdiff_export.bake import destination, metadata, staging
+from crdiff_export.bake.direct_writer import DirectWriter
 from crdiff_export.bake.metadata import Hashes
-from crdiff_export.bake.residual_writer import Keeping, Sidecar
+from crdiff_export.bake.residual import EMBED, NONE, SIDECAR, sidecar_path
+from crdiff_export.bake.residual_writer import ResidualWriter, Sidecar
 from crdiff_export.bake.source_hashes import SourceHashes
-from crdiff_export.bake.stream import Chunk, Pruning, Stream
-from crdiff_export.errors import BakeError
+from crdiff_export.bake.stream import CHUNK, Chunk, Pruning, Stream
+from crdiff_export.errors import BakeError, CrdiffError
 from crdiff_export.formats import safetensors
+from crdiff_export.formats.crdiff_keys import Stamp
 from crdiff_export.formats.safetensors import TensorSpec
 from crdiff_export.progress import Progress
+from crdiff_export.prune.architecture import Architecture
+from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.kernels import Kernel
-from crdiff_export.prune.plan import Output
+from crdiff_export.prune.plan import Output, Plan
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-# Takes a hash's place until it is known.
-_RESERVED = "0" * 64
-# What a file's header will say, given its hashes (or None).
-Compose = Callable[[Output, Hashes | None], Mapping[str, str]]
+# Takes a hash's place in the header until it is known.
+_UNKNOWN_HASH = "0" * 64
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """One output to write. Without `replace` something that has come to `target` in the meantime is left there.
+class WriteJob:
+    """What is written where: the plan, the decision which weights go, and what the headers say.
 
-    `residual` is one of `residual.WAYS`.
+    Attributes:
+        plan: What to write.
+        decision: Which weights go.
+        stamp: The `crdiff.*` keys that all files have in common.
+        architecture: The base's architecture.
+        target: The path of the output.
+        replace: Replace an output that exists. Otherwise one that appears in the meantime stays, and the job fails.
+        residual: How the residual is kept, one of `residual.WAYS`.
     """
 
-    pruning: Pruning
+    plan: Plan
+    decision: Decision
+    stamp: Stamp
+    architecture: Architecture
     target: Path
-    compose: Compose
     replace: bool = False
-    residual: str = residual.NONE
+    residual: str = NONE
+
+    @property
+    def pruning(self) -> Pruning:
+        """What the stream needs to know."""
+        return Pruning(self.plan, self.decision, keep=self.residual != NONE)
+
+    @property
+    def space(self) -> destination.DiskSpace:
+        """The disk space that it needs, now that the numbers of pruned weights are known."""
+        counts = [threshold.pruned for threshold in self.decision.thresholds]
+        return destination.measure_space(self.plan, self.target, self.residual, counts)
+
+    def metadata(self, output: Output, hashes: Hashes | None) -> Mapping[str, str]:
+        """Make the metadata of one of its files."""
+        return metadata.header(self.plan, self.stamp, self.architecture, output.source.metadata, hashes)
 
 
 @dataclass(frozen=True, slots=True)
 class BakedFile:
-    """One written file; None for the hashes where nobody asked, and for the sidecar where there is none.
+    """One written file.
 
-    `residual` are the tensors of the residual that it embeds.
+    Attributes:
+        path: Its path.
+        size: Its bytes.
+        hashes: The hashes in its header; None for an export without hashes.
+        residual: The tensors of the residual that it embeds.
+        sidecar: The sidecar with its residual, if there is one.
     """
 
     path: Path
@@ -59,7 +89,7 @@ class BakedFile:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A finished output: one file, or a folder with its files of weights and `copied` others."""
+    """A finished output: one file, or a folder with its files of weights and `copied` other files."""
 
     path: Path
     files: tuple[BakedFile, ...]
@@ -67,85 +97,106 @@ class Written:
 
     @property
     def size(self) -> int:
-        """Bytes of the files of weights, and of their sidecars."""
+        """The bytes of the files of weights and their sidecars."""
         return sum(file.size + (file.sidecar.size if file.sidecar else 0) for file in self.files)
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An output that was not written, and why; the others of the same reading are not affected."""
+
+    target: Path
+    error: CrdiffError
+
+
 def write(
-    orders: Sequence[Order],
+    jobs: Sequence[WriteJob],
     kernel: Kernel,
     progress: Progress,
     *,
     hashes: SourceHashes | None,
-    chunk: int = weights.CHUNK,
-) -> list[Written | BakeError]:
-    """Write several variants of a base from one reading, each of them whole or not at all.
+    chunk: int = CHUNK,
+) -> list[Written | Failure]:
+    """Write several variants of a base from one reading, each of them completely or not at all.
 
-    The variants share their checkpoint and cast. What stops one of them, BakeError says in its place; what is wrong
-    with the base is raised and stops all.
+    Args:
+        jobs: The variants; they share their checkpoint and cast.
+        kernel: Prunes the weights.
+        progress: Is told about the bytes written, and may interrupt.
+        hashes: The base's hashes; None to write no hashes.
+        chunk: Bytes that are read at once.
+
+    Returns:
+        For each job its output, or why that one failed.
+
+    Raises:
+        CrdiffError: The base cannot be read, has changed, or holds weights that cannot be written.
     """
-    plan = orders[0].pruning.plan
-    progress.stage("writing", sum(order.pruning.plan.data_size for order in orders))
+    plan = jobs[0].plan
+    progress.stage("writing", sum(job.plan.data_size for job in jobs))
     with contextlib.ExitStack() as stack:
-        outputs = [stack.enter_context(_Output(order)) for order in orders]
+        writers = [stack.enter_context(VariantWriter(job)) for job in jobs]
         for number in range(len(plan.outputs)):
-            _write_file(outputs, number, kernel, progress, hashes, chunk)
-        for output in _alive(outputs):
-            output.do(output.copy_companions, progress)
-        for source in plan.outputs:
-            source.source.check_unchanged()
-        for output in _alive(outputs):
-            output.do(output.check)
-        progress.advance(0)  # the last moment at which whoever watches may end it
-        for output in _alive(outputs):
-            output.do(output.publish)
-            output.do(output.clean)
-        return [output.written() for output in outputs]
+            _write_file(writers, number, kernel, progress, hashes, chunk)
+        for writer in _active(writers):
+            writer.do(writer.copy_companions, progress)
+        for output in plan.outputs:
+            output.source.check_unchanged()
+        for writer in _active(writers):
+            writer.do(writer.check)
+        progress.advance(0)  # the last moment to interrupt
+        for writer in _active(writers):
+            writer.do(writer.publish)
+        return [writer.result() for writer in writers]
 
 
 def _write_file(
-    outputs: Sequence["_Output"],
+    writers: Sequence["VariantWriter"],
     number: int,
     kernel: Kernel,
     progress: Progress,
     hashes: SourceHashes | None,
     chunk: int,
 ) -> None:
-    """Write file `number` of every output."""
+    """Write file `number` of every variant."""
     known = hashes.known(number) if hashes else None
-    reserved = _hashes(None if known else _RESERVED, known, _RESERVED) if hashes else None
-    for output in _alive(outputs):
-        output.do(output.begin, number, reserved)
-    alive = _alive(outputs)
-    if not alive:
+    reserved = _hashes(None if known else _UNKNOWN_HASH, known, _UNKNOWN_HASH) if hashes else None
+    for writer in _active(writers):
+        writer.do(writer.begin, number, reserved)
+    active = _active(writers)
+    if not active:
         return
-    copies = all(output.writer.copies for output in alive)
-    prunings = [output.order.pruning for output in alive]
+    copies = all(writer.file.copies for writer in active)
+    prunings = [writer.job.pruning for writer in active]
     stream = Stream(prunings, number, kernel, hashes=hashes, skip_untouched=copies, chunk=chunk)
     with contextlib.closing(stream.chunks()) as chunks:
         for part in chunks:
-            alive[part.variant].do(alive[part.variant].write, part)
+            active[part.variant].do(active[part.variant].write, part)
             progress.advance(part.stop - part.start)
-            if not _alive(outputs):
+            if not _active(writers):
                 return
     source = hashes.digest(number) if hashes else None
-    for place, output in enumerate(alive):
-        output.do(output.finish, source, known, stream.digests[place] if hashes else None)
+    for variant, writer in enumerate(active):
+        writer.do(writer.finish, source, known, stream.digests[variant] if hashes else None)
 
 
 def _hashes(source: str | None, source_file: str | None, output: str) -> Hashes:
-    """Hashes in ModelSpec's spelling."""
+    """Put hashes into ModelSpec's spelling."""
     return Hashes(source and f"0x{source}", source_file and f"0x{source_file}", f"0x{output}")
 
 
-class _Output:
-    """One variant in the making. A failure of its own ends it and takes its temp files away, but not its neighbours."""
+def _active(writers: Sequence["VariantWriter"]) -> list["VariantWriter"]:
+    return [writer for writer in writers if not writer.error]
 
-    def __init__(self, order: Order) -> None:
-        self.order, self._plan = order, order.pruning.plan
-        self._folder = self._plan.checkpoint.kind != "file"
+
+class VariantWriter:
+    """Writes one variant, step by step. A failed step ends this variant and removes its temp files, no other's."""
+
+    def __init__(self, job: WriteJob) -> None:
+        self.job = job
+        self._folder = job.plan.checkpoint.kind != "file"
         self._files: list[BakedFile] = []
-        self._held = contextlib.ExitStack()
+        self._resources = contextlib.ExitStack()
         self.error: BakeError | None = None
 
     def __enter__(self) -> Self:
@@ -153,7 +204,7 @@ class _Output:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._give_up()
+        self._clean_up()
 
     def do(self, step: Callable[..., None], *args: Any) -> None:
         """Take a step, unless an earlier one has failed."""
@@ -162,119 +213,120 @@ class _Output:
         try:
             step(*args)
         except OSError as error:
-            self.error = staging.explained(error, self.order.target)
+            self.error = staging.as_bake_error(error, self.job.target)
             self.error.__cause__ = error
         except BakeError as error:
             self.error = error
         if self.error:
-            self._give_up()
+            self._clean_up()
 
-    def _give_up(self) -> None:
-        """Take the temp files away, if they are still there; what ended the work says more than an error in that."""
+    def _clean_up(self) -> None:
+        """Close and remove the temp files. Ignore errors here; the original error matters more."""
         with contextlib.suppress(OSError):
-            self._held.close()
+            self._resources.close()
 
     def _stage(self) -> None:
-        target = self.order.target
-        self._part = self._held.enter_context(staging.staged(target, self._folder))
-        beside = self.order.residual == residual.SIDECAR and not self._folder
-        self._side = self._held.enter_context(staging.staged(residual.sidecar(target), False)) if beside else None
+        target = self.job.target
+        self._part = self._resources.enter_context(staging.temp_sibling(target, self._folder))
+        self._sidecar_part: Path | None = None
+        if self.job.residual == SIDECAR and not self._folder:
+            self._sidecar_part = self._resources.enter_context(staging.temp_sibling(sidecar_path(target), False))
 
     def begin(self, number: int, reserved: Hashes | None) -> None:
-        """Open file `number`, with room for its header, which will be as long as it is with the reserved hashes."""
-        self._output, keep = self._plan.outputs[number], self.order.residual
-        self._keeping = Keeping(self.order.pruning, number) if keep != residual.NONE else None
-        embedded = self._keeping if keep == residual.EMBED else None
+        """Open file `number` and leave room for its header, which has the same length with the reserved hashes."""
+        job = self.job
+        self._output = job.plan.outputs[number]
+        self._residual = ResidualWriter(job.plan, number) if job.residual != NONE else None
+        embedded = self._residual if job.residual == EMBED else None
         end = self._output.data_size
-        self._head = self._header(reserved, embedded.reserved(end) if embedded else ())
+        self._reserved = self._header(reserved, embedded.largest_tensors(end) if embedded else ())
         path = self._part / self._output.source.name if self._folder else self._part
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.writer = self._held.enter_context(Writer(path))
+        self.file = self._resources.enter_context(DirectWriter(path))
         if embedded:
-            embedded.begin(self.writer, len(self._head) + end)
-        elif self._keeping:
-            self._keeping.begin_sidecar(self._held.enter_context(Writer(self._side or residual.sidecar(path))))
+            embedded.begin(self.file, len(self._reserved) + end)
+        elif self._residual:
+            sidecar = DirectWriter(self._sidecar_part or sidecar_path(path))
+            self._residual.begin_sidecar(self._resources.enter_context(sidecar))
 
-    def _header(self, hashes: Hashes | None, more: Sequence[TensorSpec], room: int = 0) -> bytes:
-        return safetensors.serialise((*self._output.tensors, *more), self.order.compose(self._output, hashes), room)
+    def _header(self, hashes: Hashes | None, more: Sequence[TensorSpec], size: int = 0) -> bytes:
+        return safetensors.serialise((*self._output.tensors, *more), self.job.metadata(self._output, hashes), size)
 
     def write(self, chunk: Chunk) -> None:
-        """Write a chunk at its place, or let the system copy it."""
-        place = len(self._head) + chunk.start
+        """Write a chunk, or let the system copy it from the source."""
+        offset = len(self._reserved) + chunk.start
         if chunk.untouched:
             source = self._output.source
-            self.writer.copy(source.path, source.data_start + chunk.start, place, chunk.stop - chunk.start)
+            self.file.copy(source.path, source.data_start + chunk.start, offset, chunk.stop - chunk.start)
         else:
-            self.writer.write(chunk.data, place)
-        if self._keeping:
-            self._keeping.add(chunk.removed)
+            self.file.write(chunk.data, offset)
+        if self._residual:
+            self._residual.add(chunk.pruned)
 
     def finish(self, source: str | None, source_file: str | None, digest: "_Hash | None") -> None:
-        """Write what comes behind the tensors and then the header, and make the file durable."""
-        more: tuple[TensorSpec, ...] = ()
-        size = self._output.data_size
-        if digest and self._keeping and self.order.residual == residual.EMBED:
-            self._keeping.complete(digest)
-            more = self._keeping.tensors(size)
-        size = len(self._head) + (more[-1].end if more else size)
+        """Write what comes behind the tensors, then the header, and make the file durable."""
+        embedded: tuple[TensorSpec, ...] = ()
+        end = self._output.data_size
+        if digest and self._residual and self.job.residual == EMBED:
+            self._residual.complete(digest)
+            embedded = self._residual.tensors(end)
+            end = embedded[-1].end
+        size = len(self._reserved) + end
         hashes = _hashes(source, source_file, digest.hexdigest()) if digest else None
-        self.writer.patch(self._header(hashes, more, len(self._head)))
-        self.writer.finish(size)
-        self.writer.close()
-        sidecar = self._keeping.finish_sidecar(hashes.output) if hashes and self._keeping and not more else None
-        self._files.append(BakedFile(self.writer.path, size, hashes, more, sidecar))
+        self.file.patch(self._header(hashes, embedded, len(self._reserved)))
+        self.file.finish(size)
+        self.file.close()
+        sidecar = self._residual.finish_sidecar(hashes.output) if hashes and self._residual and not embedded else None
+        self._files.append(BakedFile(self.file.path, size, hashes, embedded, sidecar))
 
     def copy_companions(self, progress: Progress) -> None:
-        """Copy everything else of a folder; the system moves the bytes."""
-        staging.copy_companions(self._plan.checkpoint.home, self._plan.checkpoint.companions, self._part, progress)
+        """Copy everything else of a folder."""
+        checkpoint = self.job.plan.checkpoint
+        staging.copy_companions(checkpoint.home, checkpoint.companions, self._part, progress)
 
     def check(self) -> None:
-        """Open what was written again and hold it against what was meant."""
-        for output, file in zip(self._plan.outputs, self._files, strict=True):
-            _check(file.path, file.size, (*output.tensors, *file.residual), self.order.compose(output, file.hashes))
-            if side := file.sidecar:
-                _check(side.path, side.size, side.tensors, side.metadata)
+        """Open the written files again and compare them with what was to be written."""
+        for output, file in zip(self.job.plan.outputs, self._files, strict=True):
+            _check(file.path, file.size, (*output.tensors, *file.residual), self.job.metadata(output, file.hashes))
+            if sidecar := file.sidecar:
+                _check(sidecar.path, sidecar.size, sidecar.tensors, sidecar.metadata)
 
     def publish(self) -> None:
-        """Give the output its name."""
-        target, replace_it = self.order.target, self.order.replace
-        staging.settle(self._part, target)
-        beside = staging.published(self._side, residual.sidecar(target), replace=replace_it) if self._side else None
-        with beside or contextlib.nullcontext():
-            staging.publish(self._part, target, replace=replace_it)
+        """Give the output its name, and remove what it replaces."""
+        target, replacing = self.job.target, self.job.replace
+        staging.copy_permissions(self._part, target)
+        sidecar: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self._sidecar_part:
+            sidecar = staging.publish_first(self._sidecar_part, sidecar_path(target), replace=replacing)
+        with sidecar:
+            staging.publish(self._part, target, replace=replacing)
+        self._resources.close()
 
-    def clean(self) -> None:
-        """Take away what was replaced."""
-        self._held.close()
-
-    def written(self) -> Written | BakeError:
-        """What has come of it."""
+    def result(self) -> Written | Failure:
+        """Return what was written, or why it failed."""
+        target = self.job.target
         if self.error:
-            return self.error
-        target = self.order.target
-        return Written(target, tuple(map(self._placed, self._files)), len(self._plan.checkpoint.companions))
+            return Failure(target, self.error)
+        return Written(target, tuple(map(self._final, self._files)), len(self.job.plan.checkpoint.companions))
 
-    def _placed(self, file: BakedFile) -> BakedFile:
-        target = self.order.target
+    def _final(self, file: BakedFile) -> BakedFile:
+        """Return the file with its final path in place of the temp file's."""
+        target = self.job.target
         path = target / file.path.relative_to(self._part) if self._folder else target
-        side = file.sidecar and replace(file.sidecar, path=residual.sidecar(path))
-        return replace(file, path=path, sidecar=side)
-
-
-def _alive(outputs: Sequence[_Output]) -> list[_Output]:
-    return [output for output in outputs if not output.error]
+        sidecar = file.sidecar and replace(file.sidecar, path=sidecar_path(path))
+        return replace(file, path=path, sidecar=sidecar)
 
 
 def _check(path: Path, size: int, tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
-    """Open what was written with the safetensors library and hold it against what was meant."""
+    """Open a file with the safetensors library and compare it with what was to be written."""
     from safetensors import SafetensorError, safe_open
 
     if path.stat().st_size != size:
         raise BakeError(f"{path.name}: has another size than was written", "Check the disk, then run it again.")
     try:
         with safe_open(path, framework="numpy") as file:
-            names, found = set(file.keys()), file.metadata()
+            names, header = set(file.keys()), file.metadata()
     except SafetensorError as error:
         raise BakeError(f"{path.name}: does not open again: {error}", "This is a bug; please report it.") from error
-    if names != {t.name for t in tensors} or found != dict(metadata):
+    if names != {t.name for t in tensors} or header != dict(metadata):
         raise BakeError(f"{path.name}: reads back otherwise than written", "Check the disk, then run it again.")

@@ -122,7 +122,7 @@ class Folder:
         head = safetensors.serialise(placed, metadata)
         progress.stage("writing", position)
         try:
-            with staging.staged(target, folder=False) as part:
+            with staging.temp_sibling(target, folder=False) as part:
                 with part.open("wb") as out:
                     out.write(head)
                     for name in names:
@@ -131,7 +131,7 @@ class Folder:
                     out.flush()
                     os.fsync(out.fileno())
                 _verify(part, placed, metadata)
-                staging.settle(part, target)
+                staging.copy_permissions(part, target)
                 staging.publish(part, target, replace=replace)
         except OSError as error:
             raise explained(error, target, self.path) from error
@@ -146,7 +146,7 @@ class Folder:
     def _publish(self, name: str, save: Any) -> None:
         path = self.path / name
         try:
-            with staging.staged(path, folder=False) as part:
+            with staging.temp_sibling(path, folder=False) as part:
                 save(part)
                 with part.open("rb+") as file:
                     os.fsync(file.fileno())
@@ -203,7 +203,7 @@ def _begin(path: Path, run: Mapping[str, str], *, force: bool) -> None:
                 f"Give --force to start over, which deletes {path.name}, or another -o.",
             )
         _clear(path)
-    with staging.staged(record, folder=False) as part:
+    with staging.temp_sibling(record, folder=False) as part:
         part.write_text(json.dumps(dict(sorted(run.items())), indent=1, ensure_ascii=False), encoding="utf-8")
         staging.publish(part, record)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from crdiff_export.bake.residual import NONE, WAYS, expected
+from crdiff_export.bake.residual import NONE, WAYS, largest_size
 from crdiff_export.cli import options
 from crdiff_export.cli.command import command, option, option_group
 from crdiff_export.cli.output import Facts, Output, Result, Table
@@ -171,7 +171,7 @@ def _by(job: ExportJob) -> str:
 def _residual_size(job: ExportJob) -> int:
     """About how much a residual will be; ties with a threshold can make it more."""
     plan = job.plan
-    return 0 if job.request.residual == NONE else expected(plan, [scope.rank for scope in plan.scopes])
+    return 0 if job.request.residual == NONE else largest_size(plan, [scope.rank for scope in plan.scopes])
 
 
 def _residual_facts(job: ExportJob) -> Mapping[str, str]:

@@ -8,9 +8,10 @@ from typing import Literal
 
 from crdiff_export.bake.destination import companions_size
 from crdiff_export.errors import CrdiffError, HubError, PlanError
-from crdiff_export.export import Baked, ExportJob, plan_job, run_all
+from crdiff_export.export import Baked, ExportJob, Failure, plan_job, run_in_turn, run_together
 from crdiff_export.hub import bases, repository
 from crdiff_export.progress import Progress
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.publish import licence, target
 from crdiff_export.publish.card import Origin
 from crdiff_export.publish.commit import Pushed, push, tag
@@ -115,10 +116,11 @@ class _Publishing:
             assert reading.looked
             with self._talking():
                 looked = reading.looked.here(items[0].entry.variant)
+            criterion = CriterionChoice.of(items[0].entry.criterion, items[0].entry.calibration)
             for item in items:
                 try:
                     _make_folder(item)
-                    jobs.append((item, plan_job(item.request, looked.base, looked.checkpoint)))
+                    jobs.append((item, plan_job(item.request, looked.base, looked.checkpoint, criterion)))
                 except CrdiffError as error:
                     yield Outcome(item, "failed", error=error)
         except CrdiffError as error:
@@ -126,16 +128,17 @@ class _Publishing:
             return
         done = 0
         try:
-            made = run_all([job for _, job in jobs], self._progress, together=self._request.keep) if jobs else ()
+            run = run_together if self._request.keep else run_in_turn
+            made = run([job for _, job in jobs], self._progress) if jobs else ()
             for (item, _), outcome in zip(jobs, made, strict=False):
                 yield self._outcome(item, outcome)
                 done += 1
         except CrdiffError as error:
             yield from (Outcome(item, "failed", error=error) for item, _ in jobs[done:])
 
-    def _outcome(self, item: Item, outcome: Baked | CrdiffError) -> Outcome:
-        if isinstance(outcome, CrdiffError):
-            return Outcome(item, "failed", error=outcome)
+    def _outcome(self, item: Item, outcome: Baked | Failure) -> Outcome:
+        if isinstance(outcome, Failure):
+            return Outcome(item, "failed", error=outcome.error)
         if not item.destination:
             size = outcome.written.size + companions_size(outcome.job.plan)
             return Outcome(item, "written", _digest(outcome), size, notes=outcome.notes)

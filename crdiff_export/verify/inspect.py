@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crdiff_export.bake import residual
+from crdiff_export.bake.residual import EMBED, OWNER_HASH, RESIDUAL_KEYS, SIDECAR, residual_tensors, sidecar_path
 from crdiff_export.errors import FamilyError
 from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.formats.crdiff_keys import LAYER_WISE, Stamp, is_baked
@@ -125,18 +125,18 @@ def inspect(path: Path) -> Inspection:
 
 def _residual(checkpoint: Checkpoint, stamp: Stamp) -> str | None:
     """Where what was pruned away is, and how much it is."""
-    if stamp.residual == residual.SAID[residual.EMBED]:
-        return f"embedded, {amount(sum(t.nbytes for f in checkpoint.files for t in residual.own(f.tensors)))}"
-    if stamp.residual != residual.SAID[residual.SIDECAR]:
+    if stamp.residual == RESIDUAL_KEYS[EMBED]:
+        return f"embedded, {amount(sum(t.nbytes for f in checkpoint.files for t in residual_tensors(f.tensors)))}"
+    if stamp.residual != RESIDUAL_KEYS[SIDECAR]:
         return None
-    sidecars = [residual.sidecar(file.path) for file in checkpoint.files]
+    sidecars = [sidecar_path(file.path) for file in checkpoint.files]
     if missing := next((path for path in sidecars if not path.is_file()), None):
         return f"in a sidecar, but there is no {missing.name}"
     return f"in a sidecar, {amount(sum(path.stat().st_size for path in sidecars))}"
 
 
 def _sidecar_of(metadata: Mapping[str, str]) -> str | None:
-    of = metadata.get(residual.OF)
+    of = metadata.get(OWNER_HASH)
     return of and f"the sidecar of a file whose tensors hash to {printable(of)}"
 
 

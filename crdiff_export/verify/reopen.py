@@ -1,4 +1,4 @@
-"""A baked checkpoint read back: what its headers say of it, and the plan and the thresholds that made it."""
+"""Open a baked checkpoint: its stamp, and the plan and thresholds that made it, rebuilt from its headers."""
 
 import contextlib
 from collections.abc import Sequence
@@ -31,10 +31,14 @@ NEWER = "Install a newer crdiff."
 
 @dataclass(frozen=True, slots=True)
 class BakedCheckpoint:
-    """What an export has left: its files, their common stamp, and the plan and thresholds rebuilt from them.
+    """The files of an export, and the plan and thresholds that made them.
 
-    The thresholds are one for each of the plan's scopes; what they pruned is not known to them. Where the zeros of the
-    file are the mask, they are those of scopes that were left alone.
+    Attributes:
+        checkpoint: The files.
+        stamp: The `crdiff.*` keys that all files have in common.
+        plan: The plan, rebuilt from headers and layers; it reads the baked files, not the base.
+        thresholds: One for each scope of the plan, without the number of pruned weights. For a file without
+            thresholds, whose zeros are the mask, they prune nothing.
     """
 
     checkpoint: Checkpoint
@@ -46,7 +50,9 @@ class BakedCheckpoint:
 def open_baked(path: Path) -> BakedCheckpoint:
     """Read the headers of a baked file or folder.
 
-    CheckpointError for one that crdiff has not made, VerifyError where headers and layers contradict each other.
+    Raises:
+        CheckpointError: It cannot be read, or crdiff has not made it.
+        VerifyError: Its headers and layers contradict each other.
     """
     checkpoint = open_checkpoint(path)
     stamp = _stamp(checkpoint)
@@ -54,36 +60,38 @@ def open_baked(path: Path) -> BakedCheckpoint:
     return BakedCheckpoint(checkpoint, stamp, planned, _thresholds(planned, stamp))
 
 
-def decision(baked: BakedCheckpoint, progress: Progress | None = None, *, moved: bool = True) -> Decision:
-    """What was decided for a baked checkpoint, as far as it tells: its thresholds, or the masks that its zeros are.
+def read_decision(baked: BakedCheckpoint, progress: Progress | None = None, *, moved: bool = True) -> Decision:
+    """Read from a baked checkpoint which weights were pruned: its thresholds, or its zeros as masks.
 
-    Zeros are read, a layer at a time. With `moved`, of a file with moved weights those of its pruned layers as well,
-    which are then in memory.
+    Args:
+        baked: The baked checkpoint.
+        progress: Is told how far the reading of the zeros is.
+        moved: Of a file with moved weights, keep the new weights of its pruned layers in memory, too.
     """
     if not baked.stamp.masked:
         return Decision(baked.thresholds)
-    asked = [(i, t) for i, t in enumerate(baked.plan.targets) if baked.plan.scopes[t.scope].rank]
+    pruned = [(i, t) for i, t in enumerate(baked.plan.targets) if baked.plan.scopes[t.scope].rank]
     progress = progress or Silent()
-    progress.stage("reading", sum(target.count * target.source.itemsize for _, target in asked))
+    progress.stage("reading", sum(target.count * target.source.itemsize for _, target in pruned))
     masks: dict[int, Mask] = {}
     weights: dict[int, NDArray[Any]] = {}
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(contextlib.closing(file.open())) for file in baked.checkpoint.files]
-        for number, target in asked:
-            found = raw(readers[target.file], target)
-            masks[number] = Mask.pack(found == 0)
+        for number, target in pruned:
+            bits = raw_bits(readers[target.file], target)
+            masks[number] = Mask.pack(bits == 0)
             if baked.stamp.moved and moved:
-                weights[number] = found
-            progress.advance(found.nbytes)
+                weights[number] = bits
+            progress.advance(bits.nbytes)
     counts = [0] * len(baked.plan.scopes)
     for number, mask in masks.items():
         counts[baked.plan.targets[number].scope] += mask.pruned
-    thresholds = tuple(replace(t, pruned=gone) for t, gone in zip(baked.thresholds, counts, strict=True))
+    thresholds = tuple(replace(t, pruned=count) for t, count in zip(baked.thresholds, counts, strict=True))
     return Decision(thresholds, tuple(masks.get(i) for i in range(len(baked.plan.targets))), weights)
 
 
-def raw(reader: Bytes, target: Target) -> "NDArray[Any]":
-    """A target's weights as raw bits, flat; of a moved file, what was written."""
+def raw_bits(reader: Bytes, target: Target) -> "NDArray[Any]":
+    """Read a target's weights as raw bits: a flat array of unsigned integers as wide as its dtype."""
     import numpy as np
 
     start, stop = target.span(target.source)
@@ -108,25 +116,25 @@ def _stamp(checkpoint: Checkpoint) -> Stamp:
 
 
 def _shared(stamp: Stamp) -> dict[str, str]:
-    """All that the files of one export have in common: everything but the hash of each one's source."""
+    """Return the keys that all files of one export have in common: all but the hash of each file's source."""
     keys = stamp.to_metadata()
     return {key: text for key, text in keys.items() if key not in (DATA_HASH, FILE_HASH)}
 
 
 def _plan(checkpoint: Checkpoint, stamp: Stamp) -> Plan:
-    """The plan that made the file, from its header and its layers."""
+    """Rebuild the plan that made the file, from its header and its layers."""
     match = families.detect(checkpoint.shapes)
     family = match.family
-    for what, said, found in (
+    for key, stated, actual in (
         ("family", stamp.family, family.id),
         ("layout", stamp.layout, match.layout.name),
         ("prefix", stamp.prefix, match.prefix),
         ("ratio", sorted(stamp.groups), sorted(family.groups)),
         ("targets", stamp.targets, tuple(kind for kind in family.kinds if kind in stamp.targets)),
     ):
-        if said != found:
+        if stated != actual:
             raise VerifyError(
-                f"{checkpoint.path}: crdiff.{what} is for {_words(said)}, its layers are of {_words(found)}", REPAIR
+                f"{checkpoint.path}: crdiff.{key} is for {_words(stated)}, its layers are of {_words(actual)}", REPAIR
             )
     ratios = {name: group.ratio for name, group in stamp.groups.items()}
     variant = Variant(stamp.resolution, ratios, stamp.poa_weight, "starting-point", stamp.provenance_source)
@@ -140,7 +148,7 @@ def _words(value: str | Sequence[str]) -> str:
 
 
 def _thresholds(planned: Plan, stamp: Stamp) -> tuple[Threshold, ...]:
-    """The header's thresholds, one per scope, after a check that its counts fit the layers."""
+    """Return the header's thresholds, one per scope, after a check that its counts fit the layers."""
     path, scopes = planned.checkpoint.path, planned.scopes
     for name in planned.groups:
         total = sum(scope.count for scope in scopes if scope.group == name)

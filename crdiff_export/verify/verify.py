@@ -1,4 +1,4 @@
-"""Does a baked file hold what its header says; and, given the base, is it byte for byte what an export makes of it."""
+"""Check that a baked file holds what its header says and, given the base, that an export gives the same bytes."""
 
 import contextlib
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from crdiff_export.bake import residual, stream
-from crdiff_export.bake.residual import NONE, SAID, SIDECAR, Kept
+from crdiff_export.bake.residual import NONE, OUTPUT_HASH, RESIDUAL_KEYS, SIDECAR, sidecar_path
+from crdiff_export.bake.stream import CHUNK
 from crdiff_export.errors import OptionError, VerifyError
 from crdiff_export.formats import dtypes
 from crdiff_export.formats.crdiff_keys import Stamp
@@ -21,19 +21,26 @@ from crdiff_export.prune.plan import Plan, Scope, Target
 from crdiff_export.prune.threshold import Threshold
 from crdiff_export.verify.compare_base import check_base, refuse_sparse
 from crdiff_export.verify.reopen import REPAIR, BakedCheckpoint, open_baked
+from crdiff_export.verify.residual_reader import Residual, check_sidecars, find_residuals
 
-# How far a base has proved a file.
+# What the comparison with a base has proved.
 Against = Literal["nothing", "others", "zeros", "all"]
 NOTHING: Against = "nothing"
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What was found to hold: counts and thresholds always, the hash where the header has one, the base if given.
+    """What was checked and holds. Counts and thresholds are always checked.
 
-    `against` is what that base has told: everything (`all`); without the calibration, that nothing but zeros was
-    brought in (`zeros`); or of a file with moved weights, that everything else is the base's (`others`).
-    `residual` is what the header says of it, or `missing`: a sidecar that is not there and so was not checked.
+    Attributes:
+        path: The baked file or folder.
+        stamp: What its header says.
+        weights: The number of weights in its targets.
+        hashed: Its hash was checked; False where the header has none.
+        base: The base that it was compared with, if one was given.
+        residual: The value of `crdiff.residual`, or `missing` for a sidecar that is absent and so was not checked.
+        against: What the base has proved: every byte (`all`); without the calibration, that only zeros differ from the
+            base (`zeros`); for a file with moved weights, that everything else is the base's (`others`).
     """
 
     path: Path
@@ -48,10 +55,21 @@ class Verified:
 def verify(
     path: Path, base: str | None, progress: Progress, device: str = "auto", calibration: Path | None = None
 ) -> Verified:
-    """Check a baked file or folder; VerifyError names the first thing that does not hold.
+    """Check a baked file or folder.
 
-    Without a base it cannot be known whether the weights that stay, or the zeros, are those that should; the hash, if
-    there is one, only tells that they are what was written. Where a calibration has decided, it takes both.
+    Without its base, nothing can prove that the right weights were pruned; the hash only proves that the file is as it
+    was written. If a calibration decided, the proof needs that file, too.
+
+    Args:
+        path: The baked file or folder.
+        base: The base to compare it with, as for an export; None to compare with none.
+        progress: Is told how far the work is, and may interrupt it.
+        device: The device that computes.
+        calibration: The calibration that the file was made with.
+
+    Raises:
+        VerifyError: The first thing that does not hold.
+        CrdiffError: A file cannot be read, or the calibration does not fit.
     """
     if calibration is not None and base is None:
         raise OptionError(
@@ -59,48 +77,50 @@ def verify(
         )
     baked = open_baked(path)
     stamp, planned = baked.stamp, baked.plan
-    criterion = _asked(baked, calibration, progress) if base else None
+    criterion = _choose_criterion(baked, calibration, progress) if base else None
     refuse_sparse(baked.checkpoint)
     _check_weights(baked, progress)
     hashed = _check_hashes(planned, progress)
-    kept = _check_residual(baked, progress)
-    said = stamp.residual if kept or stamp.residual == SAID[NONE] else "missing"
+    residuals = _check_residuals(baked, progress)
+    way = stamp.residual if residuals or stamp.residual == RESIDUAL_KEYS[NONE] else "missing"
     weights = sum(scope.count for scope in planned.scopes)
     if not base:
-        return Verified(path, stamp, weights, hashed, None, said)
-    origin = check_base(baked, base, criterion, kept, device, progress)
+        return Verified(path, stamp, weights, hashed, None, way)
+    base_path = check_base(baked, base, criterion, residuals, device, progress)
     against: Against = "all" if criterion else "others" if stamp.moved else "zeros"
-    return Verified(path, stamp, weights, hashed, origin, said, against)
+    return Verified(path, stamp, weights, hashed, base_path, way, against)
 
 
-def _asked(baked: BakedCheckpoint, calibration: Path | None, progress: Progress) -> CriterionChoice | None:
-    """The criterion to decide by again; None where that takes a calibration, which is not given.
+def _choose_criterion(baked: BakedCheckpoint, calibration: Path | None, progress: Progress) -> CriterionChoice | None:
+    """Return the criterion that decides again; None where that needs a calibration that was not given.
 
-    OptionError and CalibrationError for a calibration that is not this file's.
+    Raises:
+        OptionError: The file was made without a calibration.
+        VerifyError: The file was made with another calibration, or its criterion moves no weights.
     """
     stamp, path = baked.stamp, baked.checkpoint.path
-    known = _known(stamp.criterion)
-    if known and stamp.moved and not known.moves:
+    loaded = _load(stamp.criterion)
+    if loaded and stamp.moved and not loaded.moves:
         raise VerifyError(f"{path}: crdiff.moved is true, but {show(stamp.criterion)} moves no weights", REPAIR)
-    if calibration is None and (stamp.calibrated or known is None or known.statistics):
+    if calibration is None and (stamp.calibrated or loaded is None or loaded.statistics):
         return None
     if calibration is not None and not stamp.calibrated:
         raise OptionError(
             f"{path}: was made without a calibration ({show(stamp.criterion)})", "Leave --calibration out."
         )
     criterion = CriterionChoice.of(stamp.criterion, calibration)
-    found = criterion.calibrated(progress)
-    if found and stamp.calibrated and found.hash != stamp.calibrated.hash:
+    calibrated = criterion.calibrated(progress)
+    if calibrated and stamp.calibrated and calibrated.hash != stamp.calibrated.hash:
         raise VerifyError(
-            f"{calibration}: hashes to {found.hash}, crdiff.calibration.file_sha256 of {path.name} is "
+            f"{calibration}: hashes to {calibrated.hash}, crdiff.calibration.file_sha256 of {path.name} is "
             f"{stamp.calibrated.hash}",
             "Give the calibration that the file was made with.",
         )
     return criterion
 
 
-def _known(criterion: str) -> criteria.Loaded | None:
-    """The criterion; None for one of a package that is not installed."""
+def _load(criterion: str) -> criteria.Loaded | None:
+    """Load a criterion; None if its package is not installed."""
     try:
         return criteria.load(criterion)
     except OptionError:
@@ -108,54 +128,57 @@ def _known(criterion: str) -> criteria.Loaded | None:
 
 
 @dataclass(slots=True)
-class _Found:
-    """Weights of one scope: +0.0, not above the threshold for all that, and not finite."""
+class _Counts:
+    """Counts for one scope: weights that are +0.0, that should be zero but are not, and that are not finite."""
 
     zeros: int = 0
-    left: int = 0
+    missed: int = 0
     nonfinite: int = 0
 
 
 def _check_weights(baked: BakedCheckpoint, progress: Progress) -> None:
-    """Count what the targets hold; VerifyError where a weight is left that should be zero, or too many are."""
+    """Count what the targets hold; VerifyError if a weight should be zero but is not, or a count is wrong."""
     planned, thresholds = baked.plan, baked.thresholds
     path = planned.checkpoint.path
-    found = [_Found() for _ in planned.scopes]
+    counts = [_Counts() for _ in planned.scopes]
     pruned = [t for t in planned.targets if planned.scopes[t.scope].rank]
     progress.stage("counting", sum(t.count * t.source.itemsize for t in pruned))
     for target in pruned:
-        before = found[target.scope].left
-        _survey(planned.checkpoint.files[target.file], target, thresholds[target.scope], found[target.scope], progress)
-        if left := found[target.scope].left - before:
-            raise VerifyError(f"{path}: {show(target.name)} has {left} weights that should be zero", REPAIR)
+        file, scope_counts = planned.checkpoint.files[target.file], counts[target.scope]
+        before = scope_counts.missed
+        _count(file, target, thresholds[target.scope], scope_counts, progress)
+        if missed := scope_counts.missed - before:
+            raise VerifyError(f"{path}: {show(target.name)} has {missed} weights that should be zero", REPAIR)
     for name in planned.groups:
-        scopes = [(scope, some) for scope, some in zip(planned.scopes, found, strict=True) if scope.group == name]
-        _compare_counts(baked, name, scopes)
+        _compare_counts(
+            baked, name, [pair for pair in zip(planned.scopes, counts, strict=True) if pair[0].group == name]
+        )
 
 
-def _compare_counts(baked: BakedCheckpoint, name: str, scopes: Sequence[tuple[Scope, _Found]]) -> None:
-    path, said = baked.checkpoint.path, baked.stamp.groups[name]
-    zeros, nonfinite = sum(found.zeros for _, found in scopes), sum(found.nonfinite for _, found in scopes)
-    if zeros != said.pruned:
-        raise VerifyError(f"{path}: {zeros} weights of {name} are zero, crdiff.pruned.{name} is {said.pruned}", REPAIR)
-    if nonfinite != said.nonfinite:
+def _compare_counts(baked: BakedCheckpoint, name: str, scopes: Sequence[tuple[Scope, _Counts]]) -> None:
+    """Compare the counts of one group with the header, and those of its scopes with the ratio."""
+    path, group = baked.checkpoint.path, baked.stamp.groups[name]
+    zeros, nonfinite = sum(counts.zeros for _, counts in scopes), sum(counts.nonfinite for _, counts in scopes)
+    if zeros != group.pruned:
+        raise VerifyError(f"{path}: {zeros} weights of {name} are zero, crdiff.pruned.{name} is {group.pruned}", REPAIR)
+    if nonfinite != group.nonfinite:
         raise VerifyError(
-            f"{path}: {nonfinite} weights of {name} are not finite, crdiff.nonfinite.{name} is {said.nonfinite}",
+            f"{path}: {nonfinite} weights of {name} are not finite, crdiff.nonfinite.{name} is {group.nonfinite}",
             REPAIR,
         )
-    for scope, found in scopes:
-        least = _least(baked, scope)
-        # Of a scope as a whole those that are not finite rank last; of a row, they may be all that is to go.
+    for scope, counts in scopes:
+        least = _least_pruned(baked, scope)
+        # Weights that are not finite rank last in a scope; in a single row they may be all that would be pruned.
         room = scope.count if baked.stamp.compare == "block" else least
-        if found.zeros < min(least, room - found.nonfinite):
+        if counts.zeros < min(least, room - counts.nonfinite):
             raise VerifyError(
-                f"{path}: {found.zeros} weights of {show(scope.name)} are zero, crdiff.ratio.{name} asks for {least}",
+                f"{path}: {counts.zeros} weights of {show(scope.name)} are zero, crdiff.ratio.{name} asks for {least}",
                 REPAIR,
             )
 
 
-def _least(baked: BakedCheckpoint, scope: Scope) -> int:
-    """How many weights of a scope go at least where all are finite: rows, and blocks of columns, round alone."""
+def _least_pruned(baked: BakedCheckpoint, scope: Scope) -> int:
+    """Return how many weights of a scope are pruned at least: each row, or block of columns, rounds down alone."""
     compare = baked.stamp.compare
     if compare == "block":
         return scope.rank
@@ -169,34 +192,35 @@ def _least(baked: BakedCheckpoint, scope: Scope) -> int:
     return sum(max(int(rows * columns * scope.ratio) - columns, 0) for rows, columns in shapes)
 
 
-def _survey(file: SourceFile, target: Target, threshold: Threshold, found: _Found, progress: Progress) -> None:
-    """Count a target's weights, a chunk at a time; a scope without a threshold has none left that should be zero."""
+def _count(file: SourceFile, target: Target, threshold: Threshold, counts: _Counts, progress: Progress) -> None:
+    """Count a target's weights, a chunk at a time; without a threshold no weight counts as missed."""
     import numpy as np
 
     form = dtypes.FORMATS[target.source.dtype]
     limit = min(dtypes.limit(form.dtype, threshold.bits or 0), form.first_nonfinite - 1)
     start, stop = target.span(target.source)
-    buffer = memoryview(bytearray(min(stream.CHUNK, stop - start)))
+    buffer = memoryview(bytearray(min(CHUNK, stop - start)))
     with contextlib.closing(file.open()) as reader:
-        for place in range(start, stop, stream.CHUNK):
-            part = buffer[: min(stream.CHUNK, stop - place)]
-            reader.read_into(place, part)
+        for offset in range(start, stop, CHUNK):
+            part = buffer[: min(CHUNK, stop - offset)]
+            reader.read_into(offset, part)
             bits = np.frombuffer(part, f"<u{form.itemsize}")
             magnitudes = bits & bits.dtype.type(form.mask)
             zeros = bits.size - int(np.count_nonzero(bits))
-            found.zeros += zeros
-            found.left += int(np.count_nonzero(magnitudes <= limit)) - zeros if threshold.bits is not None else 0
-            found.nonfinite += int(np.count_nonzero(magnitudes >= form.first_nonfinite))
+            counts.zeros += zeros
+            if threshold.bits is not None:
+                counts.missed += int(np.count_nonzero(magnitudes <= limit)) - zeros
+            counts.nonfinite += int(np.count_nonzero(magnitudes >= form.first_nonfinite))
             progress.advance(len(part))
 
 
 def _check_hashes(planned: Plan, progress: Progress) -> bool:
-    """Hash every file whose header has a hash; False where none has."""
-    said = [output.source.metadata.get("modelspec.hash_sha256") for output in planned.outputs]
-    if not any(said):
+    """Hash every file and compare with its header; False if no header has a hash."""
+    hashes = [output.source.metadata.get(OUTPUT_HASH) for output in planned.outputs]
+    if not any(hashes):
         return False
     progress.stage("hashing", planned.data_size)
-    for output, expected in zip(planned.outputs, said, strict=True):
+    for output, expected in zip(planned.outputs, hashes, strict=True):
         actual = "0x" + hash_data(output.source, progress)
         if actual != expected:
             says = show(expected or "nothing")
@@ -204,15 +228,12 @@ def _check_hashes(planned: Plan, progress: Progress) -> bool:
     return True
 
 
-def _check_residual(baked: BakedCheckpoint, progress: Progress) -> tuple[Kept, ...]:
-    """The residuals, after a check that they are what was written; none where a sidecar is not there."""
-    said, files = baked.stamp.residual, baked.checkpoint.files
-    beside = said == SAID[SIDECAR]
-    if said == SAID[NONE] or (beside and not all(residual.sidecar(file.path).exists() for file in files)):
+def _check_residuals(baked: BakedCheckpoint, progress: Progress) -> tuple[Residual, ...]:
+    """Return the residuals after checking their hashes; an empty tuple if there are none or a sidecar is absent."""
+    way, files = baked.stamp.residual, baked.checkpoint.files
+    missing = way == RESIDUAL_KEYS[SIDECAR] and not all(sidecar_path(file.path).exists() for file in files)
+    if way == RESIDUAL_KEYS[NONE] or missing:
         return ()
-    kept = residual.find(baked)
-    if beside:
-        progress.stage("hashing", sum(one.file.data_size for one in kept))
-        for one in kept:
-            residual.check_hash(one.file, residual.OWN_HASH, hash_data(one.file, progress))
-    return kept
+    residuals = find_residuals(baked)
+    check_sidecars(residuals, progress)
+    return residuals

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from crdiff_export import ExportRequest, Size, export
-from crdiff_export.bake.destination import HEADER_GROWTH, Space, check_space
+from crdiff_export.bake.destination import HEADER_GROWTH, DiskSpace, check_space
 from crdiff_export.errors import PlanError
 from crdiff_export.export import ExportJob, prepare
 from crdiff_export.models import demo
@@ -266,9 +266,9 @@ def test_room_is_asked_for_all_that_is_written(shelf: Path, tmp_path: Path, base
 
 
 def test_too_little_room_is_refused() -> None:
-    check_space(Space(Path(), needed=10, free=10))
+    check_space(DiskSpace(Path(), needed=10, free=10))
     with pytest.raises(PlanError) as error:
-        check_space(Space(Path("/"), needed=6_938_040_000, free=1_500_000))
+        check_space(DiskSpace(Path("/"), needed=6_938_040_000, free=1_500_000))
     assert error.value.message == f"{Path('/')}: 6.94 GB needed, 1.50 MB free"
 
 

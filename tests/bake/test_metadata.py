@@ -29,6 +29,7 @@ from crdiff_export.formats.crdiff_keys import Stamp
 from crdiff_export.models.recipe import Evidence
 from crdiff_export.progress import Silent
 from crdiff_export.prune.architecture import Architecture
+from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.threshold import Threshold
 from tests.support import DOCS, geometry_tables, makers, masking
 
@@ -229,9 +230,9 @@ def test_recipe_that_is_no_text(tmp_path: Path) -> None:
     half = "\ud83d, and {no} more"
     evidence = Evidence(scorer=half, pruned=0.5, dense=0.25, prompts=4, interval=(0.1, 0.4), extra={half: True})
     variant = replace(planned.variant, prompt=half, source=half, evidence=evidence)
-    none = [Threshold(None, 0, scope.count) for scope in planned.scopes]
+    none = tuple(Threshold(None, 0, scope.count) for scope in planned.scopes)
     made = metadata.stamp(
-        replace(planned, variant=variant), none, "magnitude", "base", Architecture("an-id", Size(64, 64))
+        replace(planned, variant=variant), Decision(none), "magnitude", "base", Architecture("an-id", Size(64, 64))
     )
     assert (made.prompt, made.provenance_source) == ("?, and {no} more", "?, and {no} more")
     assert made.evidence == {

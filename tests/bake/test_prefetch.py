@@ -17,7 +17,7 @@ import pytest
 from crdiff_export import CrdiffError, ExportRequest, Size, export
 from crdiff_export.bake import stream as weights
 from crdiff_export.bake import write
-from crdiff_export.bake.prefetch import ahead
+from crdiff_export.bake.prefetch import prefetch
 from crdiff_export.bake.stream import Chunk, Pruning, Stream
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.prune.criteria import Decision, magnitude
@@ -69,20 +69,20 @@ def settle(read: Callable[[], int]) -> int:
 @pytest.mark.parametrize("count", [0, 1, 2, 100])
 def test_items_come_in_order(count: int, depth: int) -> None:
     source = Source(count)
-    assert list(ahead(source.items(), depth)) == list(range(count))
+    assert list(prefetch(source.items(), depth)) == list(range(count))
     assert source.closed.is_set()
     assert source.thread is not threading.current_thread()
 
 
 def test_anything_that_can_be_iterated() -> None:
-    assert list(ahead([3, 1, 2])) == [3, 1, 2]
-    assert list(ahead(iter("abc"))) == ["a", "b", "c"]
-    assert list(ahead([None, False, 0])) == [None, False, 0]
+    assert list(prefetch([3, 1, 2])) == [3, 1, 2]
+    assert list(prefetch(iter("abc"))) == ["a", "b", "c"]
+    assert list(prefetch([None, False, 0])) == [None, False, 0]
 
 
 def test_nothing_starts_before_the_first_item_is_asked_for() -> None:
     source = Source(3)
-    stream = ahead(source.items())
+    stream = prefetch(source.items())
     assert source.given == 0
     stream.close()
     assert source.given == 0
@@ -91,7 +91,7 @@ def test_nothing_starts_before_the_first_item_is_asked_for() -> None:
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_the_producer_is_only_a_few_items_ahead(depth: int) -> None:
     source = Source()
-    stream = ahead(source.items(), depth)
+    stream = prefetch(source.items(), depth)
     for taken in range(1, 20):
         next(stream)
         # One in its hands, `depth` waiting, those that were taken.
@@ -109,15 +109,15 @@ def test_an_error_of_the_producer_comes_after_its_items(error: BaseException) ->
     source = Source(3, error)
     taken: list[int] = []
     with pytest.raises(type(error)) as raised:
-        taken.extend(ahead(source.items()))
+        taken.extend(prefetch(source.items()))
     assert raised.value is error
     assert source.closed.is_set()
     frames = [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)]
-    assert frames.index("ahead") < frames.index("items")  # the producer's own lines are in the traceback
+    assert frames.index("prefetch") < frames.index("items")  # the producer's own lines are in the traceback
 
 
 def test_the_items_before_an_error_are_not_lost() -> None:
-    stream = ahead(Source(3, Broken()).items(), depth=5)
+    stream = prefetch(Source(3, Broken()).items(), depth=5)
     assert [next(stream), next(stream), next(stream)] == [0, 1, 2]
     with pytest.raises(Broken):
         next(stream)
@@ -128,7 +128,7 @@ def test_the_items_before_an_error_are_not_lost() -> None:
 def test_an_error_through_several_stages() -> None:
     source = Source(3, Broken())
     with pytest.raises(Broken):
-        list(ahead(x for x in ahead(x for x in ahead(source.items()))))
+        list(prefetch(x for x in prefetch(x for x in prefetch(source.items()))))
     assert source.closed.is_set()
 
 
@@ -139,7 +139,7 @@ def test_closing_stops_every_stage(taken: int, stages: int) -> None:
     stream: Generator[int, None, None] = source.items()
     sources = [stream]
     for _ in range(stages):
-        stream = ahead(stream)
+        stream = prefetch(stream)
         sources.append(stream)
     for _ in range(taken):
         next(stream)
@@ -164,7 +164,7 @@ def test_closing_while_the_producer_is_busy_waits_for_it() -> None:
         finally:
             closed.set()
 
-    stream = ahead(slow())
+    stream = prefetch(slow())
     next(stream)
     busy.wait()
     stream.close()
@@ -176,7 +176,7 @@ def test_an_error_of_the_consumer_leaves_nothing_running(error: type[BaseExcepti
     source = Source()
 
     def consume() -> None:
-        stream = ahead(ahead(source.items()))
+        stream = prefetch(prefetch(source.items()))
         try:
             for number in stream:
                 if number == 3:
@@ -200,7 +200,7 @@ def test_ctrl_c_while_the_consumer_waits() -> None:
         finally:
             closed.set()
 
-    stream = ahead(slow())
+    stream = prefetch(slow())
     next(stream)
     press = threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
     press.start()
@@ -220,7 +220,7 @@ def test_an_interrupt_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source()
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        next(ahead(source.items()))
+        next(prefetch(source.items()))
     assert source.closed.is_set()
 
 
@@ -230,7 +230,7 @@ def test_an_interrupt_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        next(ahead(Source().items()))
+        next(prefetch(Source().items()))
 
 
 # The stream of weights
@@ -320,9 +320,9 @@ def test_no_buffer_is_used_twice_at_a_time(prepared: Prepared, seed: int, monkey
             time.sleep(dice.choice(naps))
 
     def slow(items: Iterable[T]) -> Generator[T, None, None]:
-        yield from dawdle(ahead(dawdle(items)))
+        yield from dawdle(prefetch(dawdle(items)))
 
-    monkeypatch.setattr(weights, "ahead", slow)
+    monkeypatch.setattr(weights, "prefetch", slow)
     chunks = 0
     for chunk in prepared.stream(CpuKernel(1)).chunks():
         assert bytes(chunk.data) == prepared.part(chunk), chunk.start

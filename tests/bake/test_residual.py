@@ -17,14 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crdiff_export import CrdiffError, ExportRequest, Size, export
-from crdiff_export.bake import residual, staging, write
-from crdiff_export.bake.direct_writer import Writer
+from crdiff_export.bake import staging, write
+from crdiff_export.bake.direct_writer import DirectWriter
 from crdiff_export.errors import BakeError, OptionError, PlanError
-from crdiff_export.export import Baked, prepare, run, run_all
+from crdiff_export.export import Baked, prepare, run, run_in_turn, run_together
 from crdiff_export.progress import Silent
 from crdiff_export.prune.kernels import pick
 from crdiff_export.prune.kernels.cpu import CpuKernel
 from crdiff_export.verify.reopen import open_baked
+from crdiff_export.verify.residual_reader import check_residuals, dense_weights
 from crdiff_export.verify.restore import restore
 from crdiff_export.verify.verify import verify
 from tests.export.test_variants import content, jobs
@@ -324,8 +325,8 @@ def test_a_pickles_tensors_come_back(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["together", "one-by-one"])
-def test_variants_each_with_its_own(together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("run_all", [run_together, run_in_turn])
+def test_variants_each_with_its_own(run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write, "write", functools.partial(write.write, chunk=8192))
     tensors = makers.tiny("sd15.original", "F32")
     base = makers.write(tmp_path / "base.safetensors", tensors)
@@ -336,7 +337,7 @@ def test_variants_each_with_its_own(together: bool, tmp_path: Path, monkeypatch:
         {"ratio": 0.6, "targets": ("attn",), "residual": "embed"},
         {"ratio": 0.0, "residual": "embed"},
     ]
-    made = list(run_all(jobs(base, tmp_path / "many", asked), Silent(), together=together))
+    made = list(run_all(jobs(base, tmp_path / "many", asked), Silent()))
     monkeypatch.undo()
     for number, (one, said) in enumerate(zip(made, asked, strict=True)):
         assert isinstance(one, Baked)
@@ -378,8 +379,8 @@ def test_dense_gives_every_target(table: str, tmp_path: Path) -> None:
     kinds = ("ff", "attn") if is_dit(table) else ("attn", "ff")
     ratios = {"blocks": 0.3} if is_dit(table) else {"down": 0.3, "mid": 0.0, "up": 0.6}
     baked = open_baked(bake_it(base, ratios, way_for(table), targets=kinds))
-    residual.check(baked, Silent())
-    found = list(residual.dense(baked))
+    check_residuals(baked, Silent())
+    found = list(dense_weights(baked))
     assert [target for target, _ in found] == list(baked.plan.targets)
     for target, weights in found:
         size = target.source.itemsize
@@ -391,7 +392,7 @@ def test_dense_needs_a_residual(tmp_path: Path) -> None:
     base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
     baked = open_baked(bake_it(base, UNET_RATIOS, "none"))
     with pytest.raises(PlanError, match="has no residual") as caught:
-        next(iter(residual.dense(baked)))
+        next(iter(dense_weights(baked)))
     assert caught.value.hint == "Use the base itself, 'base.safetensors'."
 
 
@@ -537,10 +538,10 @@ def test_a_file_that_cannot_get_its_name_takes_its_sidecar_along(
 
 @pytest.mark.parametrize("way", ["embed", "sidecar"])
 def test_a_write_that_fails_leaves_nothing(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(writer: Writer, data: memoryview, offset: int) -> None:
+    def failing(writer: DirectWriter, data: memoryview, offset: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Writer, "append", failing)
+    monkeypatch.setattr(DirectWriter, "append", failing)
     with pytest.raises(BakeError, match="nothing was left behind"):
         export(ExportRequest("demo", SIZE, tmp_path / "o.safetensors", residual=way))
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from crdiff_export.bake import staging
-from crdiff_export.bake.staging import clean, publish, staged
+from crdiff_export.bake.staging import clean, publish, temp_sibling
 from crdiff_export.formats import file_lock
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="no flock, no rename over folders")
@@ -40,7 +40,7 @@ both = pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
 
 @both
 def test_a_part_is_an_empty_hidden_sibling(tmp_path: Path, folder: bool) -> None:
-    with staged(tmp_path / "o", folder) as part:
+    with temp_sibling(tmp_path / "o", folder) as part:
         assert part.parent == tmp_path
         assert part.name.startswith(".o.")
         assert part.name.endswith(".crdiff-part")
@@ -50,7 +50,7 @@ def test_a_part_is_an_empty_hidden_sibling(tmp_path: Path, folder: bool) -> None
 
 @both
 def test_a_published_part_is_the_target(tmp_path: Path, folder: bool) -> None:
-    with staged(tmp_path / "o", folder) as part:
+    with temp_sibling(tmp_path / "o", folder) as part:
         fill(part)
         assert not (tmp_path / "o").exists()
         publish(part, tmp_path / "o", replace=False)
@@ -61,7 +61,7 @@ def test_a_published_part_is_the_target(tmp_path: Path, folder: bool) -> None:
 @both
 @pytest.mark.parametrize("how", [RuntimeError, KeyboardInterrupt, SystemExit, None], ids=str)
 def test_a_part_that_is_not_published_is_gone(tmp_path: Path, folder: bool, how: type[BaseException] | None) -> None:
-    with contextlib.suppress(BaseException), staged(tmp_path / "o", folder) as part:
+    with contextlib.suppress(BaseException), temp_sibling(tmp_path / "o", folder) as part:
         fill(part)
         if how:
             raise how
@@ -74,7 +74,7 @@ def test_what_is_there_is_replaced_on_demand(tmp_path: Path, folder: bool) -> No
     if folder:
         target.mkdir()
     fill(target, "old")
-    with staged(target, folder) as part:
+    with temp_sibling(target, folder) as part:
         fill(part)
         assert content(target) == "old"
         publish(part, target, replace=True)
@@ -85,7 +85,7 @@ def test_what_is_there_is_replaced_on_demand(tmp_path: Path, folder: bool) -> No
 @both
 def test_what_came_in_the_meantime_stays(tmp_path: Path, folder: bool) -> None:
     target = tmp_path / "o"
-    with staged(target, folder) as part:
+    with temp_sibling(target, folder) as part:
         fill(part)
         if folder:
             target.mkdir()
@@ -99,7 +99,7 @@ def test_what_came_in_the_meantime_stays(tmp_path: Path, folder: bool) -> None:
 
 def test_an_empty_folder_is_nothing(tmp_path: Path) -> None:
     (tmp_path / "o").mkdir()
-    with staged(tmp_path / "o", folder=True) as part:
+    with temp_sibling(tmp_path / "o", folder=True) as part:
         fill(part)
         publish(part, tmp_path / "o", replace=False)
     assert content(tmp_path / "o") == "new"
@@ -116,7 +116,7 @@ def refusing(number: int) -> Callable[..., None]:
 def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool) -> None:
     monkeypatch.setattr(os, "link", refusing(errno.EPERM))
     target = tmp_path / "o"
-    with contextlib.suppress(FileExistsError), staged(target, folder=False) as part:
+    with contextlib.suppress(FileExistsError), temp_sibling(target, folder=False) as part:
         fill(part)
         if taken:
             target.write_text("old")
@@ -215,7 +215,7 @@ def test_a_left_over_goes_with_the_next_run(tmp_path: Path, folder: bool) -> Non
     if folder:
         left.mkdir()
     fill(left)
-    with staged(tmp_path / "o", folder) as part:
+    with temp_sibling(tmp_path / "o", folder) as part:
         assert names(tmp_path) == [part.name]
 
 
@@ -246,7 +246,7 @@ def test_a_name_with_what_globs_mean_something_to_is_only_itself(tmp_path: Path)
 
 def test_a_long_name_has_a_short_part(tmp_path: Path) -> None:
     name = "é" * 127  # 254 bytes
-    with staged(tmp_path / name, folder=False) as part:
+    with temp_sibling(tmp_path / name, folder=False) as part:
         assert len(os.fsencode(part.name)) < 255
         left = tmp_path / part.name.replace(part.name.split(".")[2], "0" * 12)
         left.touch()
@@ -259,9 +259,9 @@ def test_a_long_name_has_a_short_part(tmp_path: Path) -> None:
 @posix
 @both
 def test_a_living_runs_part_stays(tmp_path: Path, folder: bool) -> None:
-    with staged(tmp_path / "o", folder) as first:
+    with temp_sibling(tmp_path / "o", folder) as first:
         fill(first, "first")
-        with staged(tmp_path / "o", folder) as second:
+        with temp_sibling(tmp_path / "o", folder) as second:
             fill(second, "second")
             assert names(tmp_path) == sorted([first.name, second.name])
             publish(second, tmp_path / "o", replace=True)
@@ -293,7 +293,7 @@ def test_a_part_that_another_run_takes_for_a_left_over_is_made_again(
         return handle
 
     monkeypatch.setattr(file_lock, "lock", late)
-    with staged(tmp_path / "o", folder) as part:
+    with temp_sibling(tmp_path / "o", folder) as part:
         assert part != taken[0]
         assert names(tmp_path) == [part.name]
         fill(part)
@@ -314,7 +314,7 @@ def test_a_part_that_another_run_is_about_to_remove_is_made_again(
         return locked(path)
 
     monkeypatch.setattr(file_lock, "lock", contended)
-    with staged(tmp_path / "o", folder=False) as part:
+    with temp_sibling(tmp_path / "o", folder=False) as part:
         fill(part)
         publish(part, tmp_path / "o")
     assert content(tmp_path / "o") == "new"
@@ -333,7 +333,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOLCK))
     left = tmp_path / ".o.0123456789ab.crdiff-part"
     left.touch()
-    with staged(tmp_path / "o", folder) as part:
+    with temp_sibling(tmp_path / "o", folder) as part:
         fill(part)
         publish(part, tmp_path / "o")
     assert names(tmp_path) == [left.name, "o"]  # nobody can know whether it is a left-over
@@ -343,7 +343,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_system_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool) -> None:
     monkeypatch.setattr(file_lock, "fcntl", None)
     (tmp_path / ".o.0123456789ab.crdiff-part").touch()
-    with staged(tmp_path / "o", folder) as part:
+    with temp_sibling(tmp_path / "o", folder) as part:
         fill(part)
         publish(part, tmp_path / "o")
     assert names(tmp_path) == ["o"]
@@ -368,7 +368,7 @@ def test_an_interrupt_while_a_part_is_removed(tmp_path: Path, monkeypatch: pytes
         removed(path)
 
     monkeypatch.setattr(staging, "_remove", interrupted)
-    with contextlib.suppress(Interrupt), staged(tmp_path / "o", folder) as part:
+    with contextlib.suppress(Interrupt), temp_sibling(tmp_path / "o", folder) as part:
         fill(part)
     assert names(tmp_path) == []
     assert len(calls) == 2
@@ -380,7 +380,7 @@ def test_an_interrupt_while_a_part_is_made(tmp_path: Path, monkeypatch: pytest.M
         raise Interrupt
 
     monkeypatch.setattr(file_lock, "lock", interrupted)
-    with pytest.raises(Interrupt), staged(tmp_path / "o", folder):
+    with pytest.raises(Interrupt), temp_sibling(tmp_path / "o", folder):
         pass
     assert names(tmp_path) == []
 
@@ -411,6 +411,6 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 @posix
 def test_a_move_is_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with watched(monkeypatch) as order, staged(tmp_path / "o", folder=False) as part:
+    with watched(monkeypatch) as order, temp_sibling(tmp_path / "o", folder=False) as part:
         publish(part, tmp_path / "o", replace=False)
     assert order == ["link", "sync"]

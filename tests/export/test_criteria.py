@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from crdiff_export import ExportRequest, Size, export
-from crdiff_export.bake import residual
 from crdiff_export.errors import CalibrationError, CrdiffError, OptionError, VerifyError
-from crdiff_export.export import Baked, plan_variant, prepare, run_all
+from crdiff_export.export import Baked, plan_variant, prepare, run_together
 from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.models.recipe import Evidence
 from crdiff_export.progress import Silent
@@ -27,7 +26,8 @@ from crdiff_export.publish import report
 from crdiff_export.publish.run import publish
 from crdiff_export.publish.worklist import PublishRequest, survey
 from crdiff_export.verify.inspect import inspect
-from crdiff_export.verify.reopen import decision, open_baked
+from crdiff_export.verify.reopen import open_baked, read_decision
+from crdiff_export.verify.residual_reader import dense_weights
 from crdiff_export.verify.restore import restore
 from crdiff_export.verify.verify import Verified, verify
 from tests.support import makers, masking, oracle
@@ -210,7 +210,7 @@ def test_several_variants_are_those_of_one_alone(bases: Callable[..., Base], tmp
             base.request(tmp_path / name.format("together", i), criterion, ratios=ratios)
             for i, ratios in enumerate(sets)
         ]
-        made = list(run_all([prepare(request) for request in requests], Silent()))
+        made = list(run_together([prepare(request) for request in requests], Silent()))
         for i, (request, one) in enumerate(zip(requests, made, strict=True)):
             assert isinstance(one, Baked)
             alone = export(replace(request, output=tmp_path / name.format("alone", i)))
@@ -323,7 +323,7 @@ def test_a_residual_gives_the_base_back(
 def test_the_dense_weights_from_a_residual(bases: Callable[..., Base], tmp_path: Path) -> None:
     base = bases("flux-dev.original-transformer")
     output = export(base.request(tmp_path / "out.safetensors", "wanda", residual="sidecar")).written.path
-    for target, weights in residual.dense(open_baked(output)):
+    for target, weights in dense_weights(open_baked(output)):
         data = base.files[0][target.source.name][2]
         assert weights.tobytes() == data[2 * target.start : 2 * target.stop]
 
@@ -341,15 +341,15 @@ def test_what_was_decided_can_be_read_back(exports: Callable[..., tuple[Base, Pa
         base, output = exports(criterion)
         _, expected = decided(base, criterion)
         baked = open_baked(output)
-        found = decision(baked)
+        found = read_decision(baked)
         assert [m and m.bits.tobytes() for m in found.masks or ()] == [m and m.bits.tobytes() for m in expected.masks]
         assert [t.pruned for t in found.thresholds] == [t.pruned for t in expected.thresholds]
         assert {i: w.tobytes() for i, w in found.moved.items()} == {i: w.tobytes() for i, w in expected.moved.items()}
-        assert decision(baked, moved=False).moved == {}
+        assert read_decision(baked, moved=False).moved == {}
     _, output = exports("magnitude")
     baked = open_baked(output)
-    assert decision(baked).thresholds == baked.thresholds
-    assert decision(baked).masks is None
+    assert read_decision(baked).thresholds == baked.thresholds
+    assert read_decision(baked).masks is None
 
 
 # Verification.
@@ -766,7 +766,7 @@ def test_several_variants_have_notes_of_their_own(bases: Callable[..., Base], tm
         prepare(base.request(tmp_path / f"{i}.safetensors", "obs:compensate=off", ratios=r, calibration=calibration))
         for i, r in enumerate(sets)
     ]
-    made = [one.notes for one in run_all(jobs, Silent()) if isinstance(one, Baked)]
+    made = [one.notes for one in run_together(jobs, Silent()) if isinstance(one, Baked)]
     down = sum(piece.group == "down" for piece in base.slices())
     said = "obs: damping was raised for 2 of {} layers, to at most 1 ({} and 1 more)"
     assert made == [(said.format(len(base.slices()), first),), (), (said.format(down, first),)]

@@ -26,11 +26,12 @@ import torch
 
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.bake import metadata
-from crdiff_export.bake.residual import specs
+from crdiff_export.bake.residual import tensor_specs
 from crdiff_export.export import prepare
 from crdiff_export.formats import safetensors as header
 from crdiff_export.models import demo, families
 from crdiff_export.prune import architecture
+from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.plan import Plan
 from crdiff_export.prune.threshold import Threshold
 from tests.support import geometry_tables, makers
@@ -253,7 +254,9 @@ def test_diffusers_converts_a_transformer_beside_a_residual(table: str) -> None:
         PREFIX + name.removeprefix(PREFIX): torch.empty(shape, device="meta")
         for name, (_, shape) in geometry_tables.load(f"{table}.original-transformer").items()
     }
-    residual = {spec.name: torch.empty(spec.shape, device="meta", dtype=torch.uint8) for spec in specs(0, 100, 10)}
+    residual = {
+        spec.name: torch.empty(spec.shape, device="meta", dtype=torch.uint8) for spec in tensor_specs(0, 100, 10)
+    }
     assert set(residual) == {"zz_crdiff.residual", "zz_crdiff.header"}
     assert set(convert({**plain, **residual})) == set(convert(dict(plain)))
 
@@ -408,9 +411,9 @@ def planned(table: str, folder: Path, kinds: Sequence[str] | None = None) -> Pla
 
 def full_header(plan: Plan) -> bytes:
     """The header that a full-size export gets, with thresholds as long as they come."""
-    longest = [Threshold(0x3DCCCCCD + i, scope.count, scope.count, 1) for i, scope in enumerate(plan.scopes)]
+    longest = tuple(Threshold(0x3DCCCCCD + i, scope.count, scope.count, 1) for i, scope in enumerate(plan.scopes))
     model = architecture.find(plan)
-    stamp = metadata.stamp(plan, longest, "magnitude", "base.safetensors", model)
+    stamp = metadata.stamp(plan, Decision(longest), "magnitude", "base.safetensors", model)
     (output,) = plan.outputs
     hashes = metadata.Hashes("0x" + "0" * 64, None, "0x" + "0" * 64)
     return header.serialise(output.tensors, metadata.header(plan, stamp, model, output.source.metadata, hashes))

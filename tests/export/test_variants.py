@@ -14,9 +14,9 @@ import pytest
 
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.bake import write as bake
-from crdiff_export.bake.direct_writer import Writer
+from crdiff_export.bake.direct_writer import DirectWriter
 from crdiff_export.errors import BakeError, PlanError
-from crdiff_export.export import Baked, ExportJob, plan_job, prepare, run_all
+from crdiff_export.export import Baked, ExportJob, Failure, plan_job, prepare, run_in_turn, run_together
 from crdiff_export.formats.safetensors import TensorSpec
 from crdiff_export.formats.weight_file import FileBytes
 from crdiff_export.progress import Silent
@@ -54,7 +54,7 @@ def jobs(base: Path, folder: Path, asked: Sequence[Mapping[str, Any]], **same: A
         for number, numbers in enumerate(asked)
     ]
     first = prepare(requests[0])
-    return [first, *(plan_job(request, first.base, first.plan.checkpoint) for request in requests[1:])]
+    return [first, *(plan_job(request, first.base, first.plan.checkpoint, first.criterion) for request in requests[1:])]
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -63,13 +63,13 @@ def content(path: Path) -> dict[str, bytes]:
     return {p.relative_to(path).as_posix(): p.read_bytes() for p in files}
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["together", "one-by-one"])
+@pytest.mark.parametrize("run", [run_together, run_in_turn])
 @pytest.mark.parametrize("name", BASES)
-def test_each_is_what_it_is_alone(name: str, together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_is_what_it_is_alone(name: str, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, asked, same = BASES[name]
     monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=8192))
     base = makers.write(tmp_path / "base.safetensors", make(), {"format": "pt"})
-    outcomes = list(run_all(jobs(base, tmp_path / "many", asked, **same), Silent(), together=together))
+    outcomes = list(run(jobs(base, tmp_path / "many", asked, **same), Silent()))
     assert len(outcomes) == len(asked)
     for number, numbers in enumerate(asked):
         alone = export(ExportRequest(str(base), Size(512, 512), tmp_path / "alone.safetensors", **same, **numbers))
@@ -84,7 +84,7 @@ def test_each_is_what_it_is_alone(name: str, together: bool, tmp_path: Path, mon
 @pytest.mark.parametrize("kind", ["shards", "pipe"])
 def test_folders(kind: str, shelf: Path, tmp_path: Path) -> None:
     asked: list[dict[str, Any]] = [{"ratio": 0.2}, {"ratio": 0.5}]
-    outcomes = list(run_all(jobs(shelf / kind, tmp_path / "many", asked), Silent()))
+    outcomes = list(run_together(jobs(shelf / kind, tmp_path / "many", asked), Silent()))
     for number, numbers in enumerate(asked):
         alone = export(ExportRequest(str(shelf / kind), Size(512, 512), tmp_path / f"alone-{number}", **numbers))
         found = outcomes[number]
@@ -111,9 +111,9 @@ class Counted:
 def test_the_base_is_read_as_for_one(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet", dtype))
     counted = Counted(monkeypatch)
-    list(run_all(jobs(base, tmp_path / "one", [{"ratio": 0.3}]), Silent()))
+    list(run_together(jobs(base, tmp_path / "one", [{"ratio": 0.3}]), Silent()))
     one, counted.read = counted.read, 0
-    list(run_all(jobs(base, tmp_path / "four", [{"ratio": r} for r in (0.1, 0.2, 0.3, 0.4)]), Silent()))
+    list(run_together(jobs(base, tmp_path / "four", [{"ratio": r} for r in (0.1, 0.2, 0.3, 0.4)]), Silent()))
     assert counted.read == one
 
 
@@ -127,7 +127,7 @@ def test_one_count_serves_all_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return count(self, piece, refine)
 
     monkeypatch.setattr(magnitude.Ranking, "_count", noted)
-    made = list(run_all(jobs(base, tmp_path / "m", [{"ratio": r / 10} for r in range(8)]), Silent(), together=False))
+    made = list(run_in_turn(jobs(base, tmp_path / "m", [{"ratio": r / 10} for r in range(8)]), Silent()))
     assert len(made) == 8
     assert len(seen) == len(set(seen)) > 10
 
@@ -140,9 +140,9 @@ def test_a_known_hash_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.
     known = hashlib.sha256(base.read_bytes()).hexdigest()
     (job,) = jobs(base, tmp_path / "out", [{"ratio": 0.3}])
     counted = Counted(monkeypatch)
-    (baked,) = run_all([job], Silent())
+    (baked,) = run_together([job], Silent())
     without, counted.read = counted.read, 0
-    (again,) = run_all(
+    (again,) = run_together(
         [replace(job, base=replace(job.base, hashes={base.name: known}), target=tmp_path / "known.safetensors")],
         Silent(),
     )
@@ -163,7 +163,7 @@ def test_only_some_hashes_are_known(tmp_path: Path) -> None:
     (job,) = jobs(tmp_path / "base", tmp_path / "out", [{}])
     name = job.plan.outputs[1].source.name
     known = hashlib.sha256((tmp_path / "base" / name).read_bytes()).hexdigest()
-    (baked,) = run_all([replace(job, base=replace(job.base, hashes={name: known}))], Silent())
+    (baked,) = run_together([replace(job, base=replace(job.base, hashes={name: known}))], Silent())
     assert isinstance(baked, Baked)
     for file, other in zip(baked.written.files, alone.written.files, strict=True):
         assert file.hashes
@@ -182,10 +182,10 @@ def test_a_write_that_fails_ends_only_its_own(at: int, tmp_path: Path, monkeypat
     monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=4096))
     base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
     made = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}, {"ratio": 0.3}])
-    write = Writer.write
+    write = DirectWriter.write
     calls = 0
 
-    def failing(writer: Writer, data: memoryview, offset: int) -> None:
+    def failing(writer: DirectWriter, data: memoryview, offset: int) -> None:
         nonlocal calls
         if ".1.safetensors." in writer.path.name:
             calls += 1
@@ -193,11 +193,12 @@ def test_a_write_that_fails_ends_only_its_own(at: int, tmp_path: Path, monkeypat
                 raise OSError(errno.EIO, "Input/output error")
         write(writer, data, offset)
 
-    monkeypatch.setattr(Writer, "write", failing)
-    first, second, third = run_all(made, Silent())
+    monkeypatch.setattr(DirectWriter, "write", failing)
+    first, second, third = run_together(made, Silent())
     assert calls == at + 1  # nothing more is tried
-    assert isinstance(second, BakeError)
-    assert second.message == f"{tmp_path / 'many/1.safetensors'}: Input/output error"
+    assert isinstance(second, Failure)
+    assert isinstance(second.error, BakeError)
+    assert second.error.message == f"{tmp_path / 'many/1.safetensors'}: Input/output error"
     assert {p.name for p in (tmp_path / "many").iterdir()} == {"0.safetensors", "2.safetensors"}
     for outcome, ratio in ((first, 0.1), (third, 0.3)):
         assert isinstance(outcome, Baked)
@@ -210,12 +211,12 @@ def test_when_all_fail_the_rest_is_not_read(tmp_path: Path, monkeypatch: pytest.
     base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
     made = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}])
 
-    def failing(writer: Writer, data: memoryview, offset: int) -> None:
+    def failing(writer: DirectWriter, data: memoryview, offset: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Writer, "write", failing)
-    outcomes = list(run_all(made, Silent()))
-    assert [type(outcome) for outcome in outcomes] == [BakeError, BakeError]
+    monkeypatch.setattr(DirectWriter, "write", failing)
+    outcomes = list(run_together(made, Silent()))
+    assert [type(outcome) for outcome in outcomes] == [Failure, Failure]
     assert list((tmp_path / "many").iterdir()) == []
 
 
@@ -235,8 +236,9 @@ def test_a_last_step_that_fails_ends_only_its_own(step: str, tmp_path: Path, mon
             check(*args)
 
         monkeypatch.setattr(bake, "_check", failing)
-    first, second = run_all(made, Silent())
-    assert isinstance(first, BakeError)
+    first, second = run_together(made, Silent())
+    assert isinstance(first, Failure)
+    assert isinstance(first.error, BakeError)
     assert isinstance(second, Baked)
     left = {p.name for p in (tmp_path / "many").iterdir()}
     assert left == ({"0.safetensors", "1.safetensors"} if step == "publish" else {"1.safetensors"})
@@ -248,7 +250,7 @@ def test_a_damaged_base_ends_all(tmp_path: Path) -> None:
     dtype, shape, data = tensors[name]
     base = makers.write(tmp_path / "base.safetensors", {**tensors, name: (dtype, shape, b"\xff" * len(data))})
     with pytest.raises(PlanError, match="not finite"):
-        list(run_all(jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}]), Silent()))
+        list(run_together(jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}]), Silent()))
     assert list((tmp_path / "many").iterdir()) == []
 
 
@@ -256,7 +258,7 @@ def test_no_more_than_the_caller_keeps(tmp_path: Path) -> None:
     """One by one, each may be taken away before the next is written."""
     base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
     made = jobs(base, tmp_path / "many", [{"ratio": r} for r in (0.1, 0.2, 0.3)])
-    for number, outcome in enumerate(run_all(made, Silent(), together=False)):
+    for number, outcome in enumerate(run_in_turn(made, Silent())):
         assert isinstance(outcome, Baked)
         assert [p.name for p in (tmp_path / "many").iterdir()] == [f"{number}.safetensors"]
         outcome.written.path.unlink()
@@ -268,17 +270,18 @@ def test_a_full_disk_is_told_before_each(tmp_path: Path, monkeypatch: pytest.Mon
     one = made[0].space.needed
     full = [replace(job, space=replace(job.space, free=one + one // 2)) for job in made]
     with pytest.raises(PlanError, match=r"needed, .* free"):
-        list(run_all(full, Silent()))
+        list(run_together(full, Silent()))
     assert list((tmp_path / "many").iterdir()) == []
 
     def usage(_: Path) -> SimpleNamespace:
         return SimpleNamespace(free=one + one // 2 - _used(tmp_path / "many"))
 
     monkeypatch.setattr("shutil.disk_usage", usage)
-    first, second = run_all(made, Silent(), together=False)
+    first, second = run_in_turn(made, Silent())
     assert isinstance(first, Baked)
-    assert isinstance(second, PlanError)
-    assert second.message.endswith("free")
+    assert isinstance(second, Failure)
+    assert isinstance(second.error, PlanError)
+    assert second.error.message.endswith("free")
 
 
 def _used(folder: Path) -> int:
@@ -287,7 +290,7 @@ def _used(folder: Path) -> int:
 
 def test_a_generator_that_is_left_leaves_nothing_running(tmp_path: Path) -> None:
     base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
-    outcomes = run_all(jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}]), Silent(), together=False)
+    outcomes = run_in_turn(jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}]), Silent())
     next(outcomes)
     outcomes.close()  # type: ignore[attr-defined]
     assert not [t.name for t in threading.enumerate() if t.name.startswith("crdiff")]
@@ -303,5 +306,5 @@ def test_staged_parts_go_when_one_is_interrupted(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(run_all(jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}]), Interrupting()))
+        list(run_together(jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}]), Interrupting()))
     assert list((tmp_path / "many").iterdir()) == []

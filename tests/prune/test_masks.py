@@ -156,7 +156,7 @@ def streamed(prunings: list[Pruning], kernel: Kernel, chunk: int) -> Iterator[tu
     for part in Stream(prunings, 0, kernel, chunk=chunk).chunks():
         assert part.start == len(found[part.variant][0])
         found[part.variant][0].extend(part.data)
-        found[part.variant][1].extend(part.removed)
+        found[part.variant][1].extend(part.pruned)
     return ((bytes(data), bytes(removed)) for data, removed in found)
 
 

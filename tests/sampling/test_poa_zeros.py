@@ -30,7 +30,7 @@ from crdiff_export.sampling import poa
 from crdiff_export.sampling.comfyui import match
 from crdiff_export.sampling.comfyui.patch import Layer, Switch
 from crdiff_export.sampling.poa.masks import Bits, Masks, Own, prune
-from crdiff_export.verify.reopen import decision, open_baked
+from crdiff_export.verify.reopen import open_baked, read_decision
 from tests.sampling.test_poa import pruned_copy, two_models
 from tests.sampling.test_poa_use import lora
 from tests.support import makers, masking
@@ -576,7 +576,7 @@ def test_masks_are_released(bakes: Callable[[str, str], tuple[masking.Base, Path
     """What is held on another device or in another dtype is let go of."""
     _, output = bakes("sd15.original", "obs")
     baked = open_baked(output)
-    masks = Masks.of(baked.plan, decision(baked))
+    masks = Masks.of(baked.plan, read_decision(baked))
     (part,) = next(iter(masks.original.values()))
     assert isinstance(part, Own)
     alone = part.held

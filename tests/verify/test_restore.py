@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from crdiff_export import CrdiffError, ExportRequest, Size, export
-from crdiff_export.bake.direct_writer import Writer
+from crdiff_export.bake.direct_writer import DirectWriter
 from crdiff_export.errors import BakeError, CheckpointError, PlanError, VerifyError
 from crdiff_export.formats import hashing
 from crdiff_export.formats.weight_file import FileBytes
@@ -260,10 +260,10 @@ def test_a_full_disk_is_told_before(base: Path, tmp_path: Path, monkeypatch: pyt
 def test_a_write_that_fails_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = bake(base, tmp_path, "embed")
 
-    def failing(writer: Writer, data: memoryview, offset: int) -> None:
+    def failing(writer: DirectWriter, data: memoryview, offset: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Writer, "write", failing)
+    monkeypatch.setattr(DirectWriter, "write", failing)
     with pytest.raises(BakeError, match="nothing was left behind"):
         restore(output, tmp_path / "back.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["o.safetensors"]
@@ -285,13 +285,13 @@ def test_a_file_that_changes_meanwhile_is_not_trusted(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = bake(base, tmp_path, "embed")
-    finish = Writer.finish
+    finish = DirectWriter.finish
 
-    def touched(writer: Writer, size: int) -> None:
+    def touched(writer: DirectWriter, size: int) -> None:
         os.utime(output, ns=(1, 1))
         finish(writer, size)
 
-    monkeypatch.setattr(Writer, "finish", touched)
+    monkeypatch.setattr(DirectWriter, "finish", touched)
     with pytest.raises(CheckpointError, match="changed while it was read"):
         restore(output, tmp_path / "back.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["o.safetensors"]

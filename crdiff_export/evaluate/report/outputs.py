@@ -67,15 +67,15 @@ def write(paths: Sequence[Path], makers: Makers, *, replace: bool) -> None:
         parts: list[Path] = []
         for path in paths:
             try:
-                part = stack.enter_context(staging.staged(path, folder=False))
+                part = stack.enter_context(staging.temp_sibling(path, folder=False))
                 content = makers[path.suffix.lower()]()
                 part.write_bytes(content if isinstance(content, bytes) else content.encode())
             except OSError as error:
-                raise staging.explained(error, path) from error
+                raise staging.as_bake_error(error, path) from error
             parts.append(part)
         for part, path in zip(parts, paths, strict=True):
             try:
-                staging.settle(part, path)
+                staging.copy_permissions(part, path)
                 staging.publish(part, path, replace=replace)
             except OSError as error:
-                raise staging.explained(error, path) from error
+                raise staging.as_bake_error(error, path) from error

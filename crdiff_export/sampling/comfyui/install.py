@@ -47,7 +47,7 @@ def install(comfyui: Path, *, link: bool = False, force: bool = False) -> Instal
         before = _version(target)
         if os.path.lexists(target) and before is None:
             aside = _make_way(target, force=force)
-        with staging.staged(target, folder=True) as part:
+        with staging.temp_sibling(target, folder=True) as part:
             shutil.copyfile(Path(__file__).with_name("custom_node.py"), part / "__init__.py")
             if not link:
                 # Recipes are for exports; bytecode is another Python's.
@@ -68,7 +68,7 @@ def uninstall(comfyui: Path) -> Installed | None:
         version = _version(target)
         if version is None:
             raise _foreign(target, "Remove it yourself if you do not need it.")
-        with staging.staged(target, folder=True) as part:
+        with staging.temp_sibling(target, folder=True) as part:
             part.rmdir()
             target.rename(part)
     return Installed(target, version)

@@ -20,7 +20,7 @@ from crdiff_export.sampling.poa.masks import (
     dtypes,
     holds,
 )
-from crdiff_export.verify.reopen import BakedCheckpoint, decision, open_baked
+from crdiff_export.verify.reopen import BakedCheckpoint, open_baked, read_decision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,9 +74,9 @@ def cuts(weights: Mapping[str, Any], baked: BakedCheckpoint) -> Cuts:
             "Its pruned model is the dense one; take a file that prunes something.",
         )
     loaded = {name: _weight(weights, name, stop, baked) for name, stop in stops.items()}
-    thresholds = None if baked.stamp.masked else Masks.of(baked.plan, decision(baked))
+    thresholds = None if baked.stamp.masked else Masks.of(baked.plan, read_decision(baked))
     _check(weights, baked, thresholds)
-    masks = thresholds or Masks.of(baked.plan, decision(baked))  # of one that fits alone all zeros are read
+    masks = thresholds or Masks.of(baked.plan, read_decision(baked))  # of one that fits alone all zeros are read
     return {
         PREFIX + name: tuple(_as_loaded(part, loaded[name]) for part in own) for name, own in masks.original.items()
     }

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from crdiff_export.bake import residual
+from crdiff_export.bake.residual import OUTPUT_HASH
 from crdiff_export.errors import CheckpointError, PoaError, VerifyError
 from crdiff_export.formats.hashing import hash_data
 from crdiff_export.formats.safetensors import show
@@ -21,6 +21,7 @@ from crdiff_export.sampling.poa import stored
 from crdiff_export.sampling.poa.masks import Own, Part, dtypes, holds
 from crdiff_export.sampling.poa.source import Source
 from crdiff_export.verify.reopen import BakedCheckpoint
+from crdiff_export.verify.residual_reader import check_residuals, check_sidecars, dense_weights, find_residuals
 
 
 def find(model: nn.Module, source: Source) -> dict[str, nn.Linear]:
@@ -156,9 +157,7 @@ def _are_all_dense(layers: Mapping[str, nn.Linear], source: Source, baked: Baked
     False where nothing tells, because the residual is a sidecar that is elsewhere.
     """
     try:
-        for kept in residual.find(baked):
-            if kept.file is not kept.baked:
-                residual.check_hash(kept.file, residual.OWN_HASH, hash_data(kept.file, Silent()))
+        check_sidecars(find_residuals(baked), Silent())
     except (CheckpointError, VerifyError):
         return False
     for name, weight, dense in _from_residual(layers, baked):
@@ -177,7 +176,7 @@ def _check_file(layers: Mapping[str, nn.Linear], source: Source, baked: BakedChe
                 "Load the model in the file's dtype or in fp32, or give check=False.",
             )
     for file in baked.checkpoint.files:
-        said = file.metadata.get(residual.OUTPUT_HASH)
+        said = file.metadata.get(OUTPUT_HASH)
         if said and said != (actual := f"0x{hash_data(file, Silent())}"):
             raise VerifyError(
                 f"{file.path}: its bytes hash to {actual}, its header says {show(said)}",
@@ -224,14 +223,14 @@ def _fill(layers: Mapping[str, nn.Linear], source: Source) -> None:
                 f"the model is loaded in {weight.dtype}, the residual of {source.path} is {kept}",
                 "Load it in the file's own dtype, or in fp32.",
             )
-    residual.check(source.baked, Silent())  # half a residual would leave the model half filled
+    check_residuals(source.baked, Silent())  # half a residual would leave the model half filled
     for _, weight, dense in _from_residual(layers, source.baked):
         weight.copy_(dense)
 
 
 def _from_residual(layers: Mapping[str, nn.Linear], baked: BakedCheckpoint) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Every layer's name and weights, and as the residual has them."""
-    for target, dense in residual.dense(baked):
+    for target, dense in dense_weights(baked):
         name = diffusers_name(baked.plan, target)
         if name in layers:
             weight = layers[name].weight.detach()

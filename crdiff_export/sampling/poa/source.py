@@ -19,7 +19,7 @@ from crdiff_export.prune.criteria import magnitude
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan, with_ratios
 from crdiff_export.sampling.poa.masks import Masks
-from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH, BakedCheckpoint, decision, open_baked
+from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH, BakedCheckpoint, open_baked, read_decision
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def from_baked(path: str | Path, base: str | None = None, progress: Progress | N
     if base is not None:
         _check_base(baked, base, progress or Silent())
     stamp = baked.stamp
-    masks = Masks.of(baked.plan, decision(baked, progress))
+    masks = Masks.of(baked.plan, read_decision(baked, progress))
     return Source(masks, baked.plan, stamp.poa_weight, stamp.source_name, baked)
 
 
