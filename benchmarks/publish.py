@@ -20,7 +20,7 @@ from pathlib import Path
 from export import Run, machine, make, measure
 
 from crdiff_export import ExportRequest, Size
-from crdiff_export.export import plan_job, prepare, run_in_turn
+from crdiff_export.export import prepare, prepare_located, run_in_turn
 from crdiff_export.progress import Silent
 
 SIZES = ("512x512", "768x768", "1536x1536", "2048x2048", "400x560", "1024x1536", "1536x1024", "640x640")
@@ -53,7 +53,8 @@ def one_by_one(source: Path, folder: Path, count: int) -> None:
         for number, (size, ratio) in enumerate(zip(SIZES[:count], RATIOS, strict=False))
     ]
     first = prepare(requests[0])
-    jobs = [first, *(plan_job(request, first.base, first.plan.checkpoint, first.criterion) for request in requests[1:])]
+    others = [prepare_located(request, first.criterion, first.base, first.plan.checkpoint) for request in requests[1:]]
+    jobs = [first, *others]
     list(run_in_turn(jobs, Silent()))
 
 

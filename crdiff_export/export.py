@@ -7,78 +7,46 @@ in the result, `Baked`.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from crdiff_export.bake import destination, metadata, residual, write
 from crdiff_export.bake.source_hashes import SourceHashes
 from crdiff_export.bake.write import Failure, WriteJob, Written
-from crdiff_export.errors import PlanError, RecipeError
+from crdiff_export.errors import PlanError
 from crdiff_export.formats.checkpoint import Checkpoint
-from crdiff_export.formats.crdiff_keys import CalibrationStamp, Stamp
-from crdiff_export.formats.dtypes import DTYPES
+from crdiff_export.formats.crdiff_keys import Calibrated, Stamp
 from crdiff_export.hub import bases
-from crdiff_export.models import recipe, recipe_files
-from crdiff_export.models.families import Match
-from crdiff_export.models.recipe import Variant
 from crdiff_export.progress import Progress, Silent
-from crdiff_export.prune import architecture, criterion_choice, kernels, plan
+from crdiff_export.prune import architecture, kernels
 from crdiff_export.prune.architecture import Architecture
 from crdiff_export.prune.criteria import Ranked
-from crdiff_export.prune.criteria.calibration import NARROWER
 from crdiff_export.prune.criterion_choice import CriterionChoice
-from crdiff_export.prune.plan import Plan, TooWideError
+from crdiff_export.prune.plan import Plan
+from crdiff_export.prune.plan_request import PlanRequest, plan_variant
 from crdiff_export.prune.threshold import Threshold
-from crdiff_export.sizes import Size, check_grid
 
 
 @dataclass(frozen=True, slots=True)
-class ExportRequest:
-    """What to export. Whatever is left out is chosen by crdiff.
+class ExportRequest(PlanRequest):
+    """What to prune, as in `PlanRequest`, and where and how to write it.
 
     Attributes:
-        base: A path, a Hub id, an `hf://` address or an alias.
-        size: The size to prune for, in pixels.
         output: Where to write; None for `STEM-crdiff-WxH` in the current folder.
-        recipe: A recipe file that replaces the family's built-in recipe.
-        prompt: Take the recipe's numbers for this prompt.
-        ratio: The ratio of all groups; overrides the recipe.
-        ratios: The ratios of single groups, by name; override the recipe and `ratio`.
-        poa_weight: The POA weight to recommend in the header; overrides the recipe.
-        targets: The kinds of layers to prune; None for the family's default.
-        criterion: How weights are ranked, such as `wanda:compare=row` (docs/criteria.md).
-        calibration: The calibration file that the criterion ranks by.
         device: The device that computes: `auto`, `cpu`, or one of torch's.
-        dtype: Cast all float tensors to `fp16`, `bf16` or `fp32`; None to keep each as it is.
-        variant: The weights to take from a folder that has several, such as `fp16`.
         residual: Where to keep the pruned values: `none`, `embed` or `sidecar`.
         hashing: Write the SHA-256 of base and output into the header.
         force: Replace an output that exists.
-        allow_nonfinite: Accept target weights that are infinite or not numbers.
         threads: Threads on the CPU; None for all cores.
-        given: Where the user wrote the ratios, for the header's provenance.
     """
 
-    base: str
-    size: Size
     output: Path | None = None
-    recipe: Path | None = None
-    prompt: str | None = None
-    ratio: float | None = None
-    ratios: Mapping[str, float] = field(default_factory=dict)
-    poa_weight: float | None = None
-    targets: tuple[str, ...] | None = None
-    criterion: str = criterion_choice.MAGNITUDE
-    calibration: Path | None = None
+    _: KW_ONLY
     device: str = "auto"
-    dtype: str | None = None
-    variant: str | None = None
     residual: str = residual.NONE
     hashing: bool = True
     force: bool = False
-    allow_nonfinite: bool = False
     threads: int | None = None
-    given: str = "on the command line"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +58,11 @@ class ExportJob:
     criterion: CriterionChoice
     plan: Plan
     target: Path
-    space: destination.DiskSpace
+
+    @property
+    def space(self) -> destination.DiskSpace:
+        """The disk space that it needs; ties between weights can make it more."""
+        return destination.measure_space(self.plan, self.target, self.request.residual)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,53 +103,32 @@ def prepare(request: ExportRequest) -> ExportJob:
     criterion = CriterionChoice.of(request.criterion, request.calibration)
     residual.check_request(request.residual, criterion, hashing=request.hashing)
     base = bases.locate(request.base, request.variant)
-    return plan_job(request, base, base.open(request.variant), criterion)
+    return prepare_located(request, criterion, base, base.open(request.variant))
 
 
-def plan_job(request: ExportRequest, base: bases.Base, checkpoint: Checkpoint, criterion: CriterionChoice) -> ExportJob:
+def prepare_located(
+    request: ExportRequest, criterion: CriterionChoice, base: bases.Base, checkpoint: Checkpoint
+) -> ExportJob:
     """Plan the export of a base whose headers have been read.
 
     Args:
         request: What to export.
+        criterion: Its criterion, resolved.
         base: The base.
         checkpoint: Its headers.
-        criterion: The request's criterion, resolved.
+
+    Returns:
+        The planned export.
 
     Raises:
         CrdiffError: The export is not possible.
     """
+    residual.check_base(checkpoint, request.residual, request.dtype)
+    target = destination.choose_target(
+        checkpoint, request.size, request.output, base.stem, request.residual, force=request.force
+    )
     planned = plan_variant(request, checkpoint, criterion)
-    target = destination.choose_target(planned, request.output, base.stem, request.residual, force=request.force)
-    space = destination.measure_space(planned, target, request.residual)
-    return ExportJob(request, base, criterion, planned, target, space)
-
-
-def plan_variant(request: ExportRequest, checkpoint: Checkpoint, criterion: CriterionChoice | None = None) -> Plan:
-    """Plan what to prune, from the recipe and the headers of the checkpoint and the calibration.
-
-    Args:
-        request: What to export.
-        checkpoint: The base's headers.
-        criterion: The request's criterion, resolved; None to resolve it here.
-
-    Raises:
-        CrdiffError: The variant is not possible.
-    """
-    criterion = criterion or CriterionChoice.of(request.criterion, request.calibration)
-    match = plan.recognise(checkpoint)
-    variant, recipe_name, notes = _choose(request, match)
-    try:
-        planned = plan.make(
-            checkpoint, match, request.size, variant, recipe_name,
-            kinds=request.targets, cast=DTYPES[request.dtype] if request.dtype else None,
-            allow_nonfinite=request.allow_nonfinite, notes=notes,
-        )  # fmt: skip
-    except TooWideError as error:
-        if criterion.calibration:  # it describes the uncast weights, so a cast is no way out
-            raise PlanError(error.message, NARROWER) from error
-        raise
-    residual.check_plan(planned, request.residual)
-    return criterion.plan(planned)
+    return ExportJob(request, base, criterion, planned, target)
 
 
 def run(job: ExportJob, progress: Progress) -> Baked:
@@ -291,28 +242,7 @@ def _known_hashes(jobs: Sequence[ExportJob]) -> Mapping[str, str]:
     return {} if pickled and restorable else jobs[0].base.hashes
 
 
-def _choose(request: ExportRequest, match: Match) -> tuple[Variant, str, tuple[str, ...]]:
-    """Choose the ratios: from the user's recipe or the family's, for this size or the nearest, with the overrides."""
-    family = match.family
-    numbers = recipe_files.load(request.recipe) if request.recipe else recipe_files.by_alias(family.id)
-    if numbers is None or numbers.family != family.id:
-        raise RecipeError(
-            f"{request.recipe}: not a recipe for {family.title}, which {request.base} is",
-            "Leave --recipe out, or give one for this family.",
-        )
-    check_grid(request.size, family.grid, family.title)
-    choice = recipe.choose(numbers, request.size, request.prompt)
-    recipe.check_groups(choice.variant, family.groups, numbers.name)
-    variant = recipe.override(
-        choice.variant, family.groups,
-        ratio=request.ratio, per_group=request.ratios, poa_weight=request.poa_weight, by=request.given,
-    )  # fmt: skip
-    # Skip the note about the nearest size when the user overrides every ratio.
-    overridden = request.ratio is not None or request.ratios.keys() >= set(family.groups)
-    return variant, numbers.name, (choice.note,) if choice.note and not overridden else ()
-
-
 __all__ = [
-    "Baked", "ExportJob", "ExportRequest", "Failure", "export", "plan_job", "plan_variant", "prepare", "run",
+    "Baked", "ExportJob", "ExportRequest", "Failure", "export", "plan_variant", "prepare", "prepare_located", "run",
     "run_in_turn", "run_together",
 ]  # fmt: skip

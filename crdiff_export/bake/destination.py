@@ -9,10 +9,11 @@ from pathlib import Path
 
 from crdiff_export.bake import residual
 from crdiff_export.errors import CheckpointError, PlanError
-from crdiff_export.formats.checkpoint import PICKLES, open_checkpoint
+from crdiff_export.formats.checkpoint import PICKLES, Checkpoint, open_checkpoint
 from crdiff_export.formats.crdiff_keys import is_baked
 from crdiff_export.formats.text import amount
 from crdiff_export.prune.plan import Plan
+from crdiff_export.sizes import Size
 
 # Our own keys add a few KB to each header; a source without metadata gets all of them.
 HEADER_GROWTH = 64 << 10
@@ -27,23 +28,29 @@ class DiskSpace:
     free: int
 
 
-def choose_target(plan: Plan, output: Path | None, stem: str | None, way: str, *, force: bool) -> Path:
+def choose_target(
+    checkpoint: Checkpoint, size: Size, output: Path | None, stem: str | None, way: str, *, force: bool
+) -> Path:
     """Choose the output's path and check it.
 
     Args:
-        plan: The plan of the export.
+        checkpoint: The base's headers.
+        size: The size to prune for.
         output: The path that the user gives; None for `STEM-crdiff-WxH` in the current folder.
         stem: The base's name, for the default; None to take the checkpoint's.
         way: How the residual is kept; a sidecar needs a free path, too.
         force: Replace an output that exists.
 
+    Returns:
+        The path to write.
+
     Raises:
         PlanError: The output cannot or must not be written there.
     """
-    folder = plan.checkpoint.kind != "file"
+    folder = checkpoint.kind != "file"
     suffix = "" if folder else ".safetensors"
-    target = output if output is not None else Path(f"{stem or plan.checkpoint.stem}-crdiff-{plan.size}{suffix}")
-    check_target(plan, target, force=force)
+    target = output if output is not None else Path(f"{stem or checkpoint.stem}-crdiff-{size}{suffix}")
+    check_target(checkpoint, target, force=force)
     if way == residual.SIDECAR and not folder:
         sidecar = residual.sidecar_path(target)
         with _refuse_os_errors(sidecar):
@@ -51,11 +58,11 @@ def choose_target(plan: Plan, output: Path | None, stem: str | None, way: str, *
     return target
 
 
-def check_target(plan: Plan, target: Path, *, force: bool, source: str = "base") -> None:
-    """Check that a file or folder like the plan's checkpoint can be written to `target`.
+def check_target(checkpoint: Checkpoint, target: Path, *, force: bool, source: str = "base") -> None:
+    """Check that a file or folder like a checkpoint can be written to `target`.
 
     Args:
-        plan: A plan for the checkpoint that is read.
+        checkpoint: The checkpoint that is read.
         target: The path to write.
         force: Replace an output that exists.
         source: What the checkpoint is called in messages.
@@ -64,7 +71,7 @@ def check_target(plan: Plan, target: Path, *, force: bool, source: str = "base")
         PlanError: It cannot or must not be written there.
     """
     with _refuse_os_errors(target):
-        _check(plan, target, folder=plan.checkpoint.kind != "file", force=force, source=source)
+        _check(checkpoint, target, force=force, source=source)
 
 
 @contextlib.contextmanager
@@ -85,29 +92,29 @@ def _check_free(target: Path, *, force: bool) -> None:
         raise PlanError(f"{target}: already exists", "Give another -o, or --force to replace it.")
 
 
-def _check(plan: Plan, target: Path, *, folder: bool, force: bool, source: str) -> None:
+def _check(checkpoint: Checkpoint, target: Path, *, force: bool, source: str) -> None:
     if target.name in ("", ".."):
         raise PlanError(f"{target}: not a name for the output", f"Give it one: -o {target / 'NAME'}.")
     if not target.parent.is_dir():
         raise PlanError(f"{target}: the folder {target.parent} does not exist", "Create it, or give another -o.")
     with contextlib.suppress(FileNotFoundError):
         target.lstat()  # raises OSError for a name that is too long, for example
-    _refuse_source(plan, target, source)
-    if folder:
-        _check_folder(plan, target, force=force)
+    _refuse_source(checkpoint, target, source)
+    if checkpoint.kind != "file":
+        _check_folder(checkpoint, target, force=force)
     else:
         _check_file(target, force=force)
     if not os.access(target.parent, os.W_OK):
         raise PlanError(f"{target}: the folder {target.parent} cannot be written to", "Give another place with -o.")
 
 
-def _refuse_source(plan: Plan, target: Path, source: str) -> None:
+def _refuse_source(checkpoint: Checkpoint, target: Path, source: str) -> None:
     """Refuse the source, its folder, and any folder around it, which --force would replace with everything in it."""
     # Path.resolve raises RuntimeError for links in a circle.
-    root, real = (Path(os.path.realpath(path)) for path in (plan.checkpoint.path, target))
+    root, real = (Path(os.path.realpath(path)) for path in (checkpoint.path, target))
     # The path of a sharded source is its index.
-    home = root.parent if plan.checkpoint.kind == "shards" else root
-    inside = plan.checkpoint.kind == "folder" and real.is_relative_to(home)
+    home = root.parent if checkpoint.kind == "shards" else root
+    inside = checkpoint.kind == "folder" and real.is_relative_to(home)
     hint = f"Give another place with -o; the {source} is never changed."
     if real in (root, home) or inside or (target.exists() and target.samefile(root)):
         raise PlanError(f"{target}: that is the {source} itself", hint)
@@ -126,7 +133,7 @@ def _check_file(target: Path, *, force: bool) -> None:
     _check_free(target, force=force)
 
 
-def _check_folder(plan: Plan, target: Path, *, force: bool) -> None:
+def _check_folder(checkpoint: Checkpoint, target: Path, *, force: bool) -> None:
     if target.suffix == ".safetensors":
         raise PlanError(
             f"{target}: the base is a folder, and so is the output", f"Name it {target.with_suffix('').name}."
@@ -144,7 +151,7 @@ def _check_folder(plan: Plan, target: Path, *, force: bool) -> None:
     hint = "Remove it yourself, or give another -o."
     if not _is_ours(target):
         raise PlanError(f"{target}: not a folder that crdiff made; --force does not replace it", hint)
-    if foreign := _foreign_file(plan, target):
+    if foreign := _foreign_file(checkpoint, target):
         raise PlanError(f"{target}: holds {foreign}, which is no part of the output; --force would delete it", hint)
 
 
@@ -159,9 +166,9 @@ def _is_ours(folder: Path) -> bool:
     return False
 
 
-def _foreign_file(plan: Plan, folder: Path) -> str | None:
+def _foreign_file(checkpoint: Checkpoint, folder: Path) -> str | None:
     """Return a file in an earlier output that the new one would not have; weights may be split into other files."""
-    new = {output.source.name for output in plan.outputs} | {str(name) for name in plan.checkpoint.companions}
+    new = {file.name for file in checkpoint.files} | {str(name) for name in checkpoint.companions}
     files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     ours = ("diffusion_pytorch_model*", f"*{residual.SUFFIX}")
     names = (path.relative_to(folder).as_posix() for path in files if not any(map(path.match, ours)))

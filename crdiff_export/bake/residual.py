@@ -10,10 +10,12 @@ from pathlib import Path
 
 from crdiff_export.errors import OptionError, PlanError
 from crdiff_export.formats import safetensors
+from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.crdiff_keys import RESIDUALS
+from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.formats.safetensors import TensorSpec
 from crdiff_export.prune.criterion_choice import CriterionChoice
-from crdiff_export.prune.plan import Plan
+from crdiff_export.prune.plan import CASTABLE, Plan
 
 NONE, EMBED, SIDECAR = WAYS = ("none", "embed", "sidecar")
 # The value of the header key `crdiff.residual` for each of them.
@@ -49,36 +51,38 @@ def check_request(residual: str, criterion: CriterionChoice, *, hashing: bool) -
         )
 
 
-def check_plan(plan: Plan, residual: str) -> None:
-    """Refuse a base that a residual could not restore, or that cannot embed one, before a weight is read.
+def check_base(checkpoint: Checkpoint, residual: str, dtype: str | None) -> None:
+    """Refuse a base that a residual could not restore, or that cannot embed one.
+
+    Args:
+        checkpoint: The base's headers.
+        residual: How the residual is kept, one of `WAYS`.
+        dtype: The dtype to cast to, one of `formats.dtypes.DTYPES`; None to keep each tensor's.
 
     Raises:
-        OptionError: The export casts weights.
+        OptionError: The export would cast weights.
         PlanError: The base has the residual's names already, or loaders would refuse the file.
     """
     if residual == NONE:
         return
-    path = plan.checkpoint.path
-    if plan.cast and any(run.cast for output in plan.outputs for run in output.runs):
+    path = checkpoint.path
+    dtypes = {tensor.dtype for file in checkpoint.files for tensor in file.tensors}
+    if dtype and any(old in CASTABLE and old != DTYPES[dtype] for old in dtypes):
         raise OptionError(
             f"--residual {residual} and --dtype do not go together: {path} would be cast, which cannot be undone",
             "Leave one of the two out.",
         )
-    if names := {VALUES, HEAD} & plan.checkpoint.shapes.keys():
+    if names := {VALUES, HEAD} & checkpoint.shapes.keys():
         raise PlanError(f"{path}: holds {max(names)}, the residual of another export", "Export from that one's base.")
-    taken = {sidecar_path(Path(output.source.name)).as_posix() for output in plan.outputs}
-    if residual == SIDECAR and (there := taken & {str(name) for name in plan.checkpoint.companions}):
-        raise PlanError(f"{path}: holds {min(there)}, where the sidecar would be", "Move it out of the base's folder.")
-    if residual == EMBED and not _is_bundle(plan):
+    sidecars = {sidecar_path(Path(file.name)).as_posix() for file in checkpoint.files}
+    if residual == SIDECAR and (taken := sidecars & {str(name) for name in checkpoint.companions}):
+        raise PlanError(f"{path}: holds {min(taken)}, where the sidecar would be", "Move it out of the base's folder.")
+    is_bundle = checkpoint.kind == "file" and any(name.startswith(_BUNDLE) for name in checkpoint.shapes)
+    if residual == EMBED and not is_bundle:
         raise PlanError(
             f"{path}: loaders refuse a file with more than the model in it, unless its names begin with {_BUNDLE}",
             "Give --residual sidecar, which puts the residual into a file beside it.",
         )
-
-
-def _is_bundle(plan: Plan) -> bool:
-    match = plan.match
-    return plan.checkpoint.kind == "file" and match.layout.name == "original" and match.prefix == _BUNDLE
 
 
 def largest_size(plan: Plan, counts: Sequence[int]) -> int:

@@ -134,25 +134,22 @@ def override(
         OptionError: A group does not exist.
         RecipeError: A number is out of its range, or a ratio is missing.
     """
-    given = dict.fromkeys(groups, ratio) if ratio is not None else {}
-    for group, share in {**given, **(per_group or {})}.items():
-        if group not in groups:
-            hint = f"{did_you_mean(group, groups, 'groups')} --ratio is for all of them."
-            raise OptionError(f"this model has no group {group!r} to prune", hint)
-        given[group] = check_ratio(f"the ratio of {group}", share)
+    ratios = {**(dict.fromkeys(groups, ratio) if ratio is not None else {}), **(per_group or {})}
+    given = {group: check_ratio(f"the ratio of {group}", share) for group, share in ratios.items()}
+    weight = variant.poa_weight if poa_weight is None else check_poa_weight("the POA weight", poa_weight)
+    if unknown := next((group for group in given if group not in groups), None):
+        hint = f"{did_you_mean(unknown, groups, 'groups')} --ratio is for all of them."
+        raise OptionError(f"this model has no group {unknown!r} to prune", hint)
     if given:
-        if len(given) < len(groups):
-            check_groups(variant, groups, f"the variant for {variant.resolution}")
         variant = replace(
             variant,
-            ratios={group: given[group] if group in given else variant.ratios[group] for group in groups},
+            ratios=given if given.keys() == set(groups) else {**variant.ratios, **given},
             provenance="starting-point",
             source=f"given {by}",
             prompt=None,
             evidence=None,
         )
     if poa_weight is not None:
-        weight = check_poa_weight("the POA weight", poa_weight)
         source = variant.source if given else f"{variant.source}; POA weight given {by}"
         evidence = variant.evidence
         if evidence and weight != variant.poa_weight:  # what was measured of POA was so at another weight

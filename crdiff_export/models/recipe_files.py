@@ -54,8 +54,8 @@ def load(path: str | Path) -> Recipe:
     """
     path = Path(path)
     hint = "Name a recipe in TOML; `crdiff recipes list` shows the built-in ones."
-    text = read_text_file(path, "recipe", hint, RecipeError)
-    return from_public_config(text, path.name) if path.suffix.lower() == ".json" else parse(text, path.name)
+    parse_text = from_public_config if path.suffix.lower() == ".json" else parse
+    return parse_text(read_text_file(path, "recipe", hint, RecipeError), path.name)
 
 
 # --- config.json: {"model_config": {...}, "best_avg_score": ..., "best_global_params_ratio": {...}} ---

@@ -194,7 +194,7 @@ def make(
     """
     chosen = _kinds(match, kinds or variant.targets)
     outputs = tuple(_output(file, cast) for file in checkpoint.files)
-    targets, scopes = _targets(checkpoint, outputs, match, chosen, variant.ratios)
+    targets, scopes = _targets(outputs, match, chosen, variant.ratios)
     seen = (
         [f"{match.ema_tensors} tensors of an EMA copy (model_ema.*) are left as they are"] if match.ema_tensors else []
     )
@@ -220,7 +220,7 @@ def _kinds(match: Match, asked: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _targets(
-    checkpoint: Checkpoint, outputs: Sequence[Output], match: Match, kinds: Sequence[str], ratios: Mapping[str, float]
+    outputs: Sequence[Output], match: Match, kinds: Sequence[str], ratios: Mapping[str, float]
 ) -> tuple[tuple[Target, ...], tuple[Scope, ...]]:
     """Every target in the order of the bytes: shard by name, place, row. The header's lists use this order."""
     layers: dict[str, list[FamilyLayer]] = {}
@@ -231,12 +231,13 @@ def _targets(
     number = {group: i for i, group in enumerate(match.family.groups)}
     written = {t.name: t for output in outputs for t in output.tensors}
     targets: list[Target] = []
-    for file, source in checkpoint.tensors():
-        for layer in sorted(layers.get(source.name, ()), key=lambda layer: layer.part or 0):
-            _check_target(checkpoint.files[file], written[source.name])
-            start, stop = _rows(source, layer)
-            scope = len(targets) if per_layer else number[layer.group]
-            targets.append(Target(file, source, written[source.name], layer.group, layer.kind, start, stop, scope))
+    for file, output in enumerate(outputs):
+        for source in output.source.by_offset:
+            for layer in sorted(layers.get(source.name, ()), key=lambda layer: layer.part or 0):
+                _check_target(output.source, written[source.name])
+                start, stop = _rows(source, layer)
+                scope = len(targets) if per_layer else number[layer.group]
+                targets.append(Target(file, source, written[source.name], layer.group, layer.kind, start, stop, scope))
     if per_layer:
         scopes = [Scope(t.name, t.group, float(ratios[t.group]), t.count) for t in targets]
     else:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from crdiff_export.bake.destination import companions_size
 from crdiff_export.errors import CrdiffError, HubError, PlanError
-from crdiff_export.export import Baked, ExportJob, Failure, plan_job, run_in_turn, run_together
+from crdiff_export.export import Baked, ExportJob, Failure, prepare_located, run_in_turn, run_together
 from crdiff_export.hub import bases, repository
 from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import CriterionChoice
@@ -120,7 +120,7 @@ class _Publishing:
             for item in items:
                 try:
                     _make_folder(item)
-                    jobs.append((item, plan_job(item.request, looked.base, looked.checkpoint, criterion)))
+                    jobs.append((item, prepare_located(item.request, criterion, looked.base, looked.checkpoint)))
                 except CrdiffError as error:
                     yield Outcome(item, "failed", error=error)
         except CrdiffError as error:

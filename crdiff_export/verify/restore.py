@@ -88,7 +88,7 @@ def restore(
     baked, progress = open_baked(path), progress or Silent()
     residuals = find_residuals(baked)
     companions = tuple(name for name in baked.checkpoint.companions if name.suffix != residual.SUFFIX)
-    destination.check_target(baked.plan, output, force=force, source="baked file")
+    destination.check_target(baked.checkpoint, output, force=force, source="baked file")
     destination.check_space(_measure_space(baked, residuals, companions, output))
     check_sidecars(residuals, progress)
     try:

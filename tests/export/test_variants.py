@@ -16,7 +16,7 @@ from crdiff_export import ExportRequest, Size, export
 from crdiff_export.bake import write as bake
 from crdiff_export.bake.direct_writer import DirectWriter
 from crdiff_export.errors import BakeError, PlanError
-from crdiff_export.export import Baked, ExportJob, Failure, plan_job, prepare, run_in_turn, run_together
+from crdiff_export.export import Baked, ExportJob, Failure, prepare, prepare_located, run_in_turn, run_together
 from crdiff_export.formats.safetensors import TensorSpec
 from crdiff_export.formats.weight_file import FileBytes
 from crdiff_export.progress import Silent
@@ -54,7 +54,8 @@ def jobs(base: Path, folder: Path, asked: Sequence[Mapping[str, Any]], **same: A
         for number, numbers in enumerate(asked)
     ]
     first = prepare(requests[0])
-    return [first, *(plan_job(request, first.base, first.plan.checkpoint, first.criterion) for request in requests[1:])]
+    others = [prepare_located(request, first.criterion, first.base, first.plan.checkpoint) for request in requests[1:]]
+    return [first, *others]
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -268,15 +269,14 @@ def test_a_full_disk_is_told_before_each(tmp_path: Path, monkeypatch: pytest.Mon
     base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
     made = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}])
     one = made[0].space.needed
-    full = [replace(job, space=replace(job.space, free=one + one // 2)) for job in made]
-    with pytest.raises(PlanError, match=r"needed, .* free"):
-        list(run_together(full, Silent()))
-    assert list((tmp_path / "many").iterdir()) == []
 
     def usage(_: Path) -> SimpleNamespace:
         return SimpleNamespace(free=one + one // 2 - _used(tmp_path / "many"))
 
     monkeypatch.setattr("shutil.disk_usage", usage)
+    with pytest.raises(PlanError, match=r"needed, .* free"):
+        list(run_together(made, Silent()))
+    assert list((tmp_path / "many").iterdir()) == []
     first, second = run_in_turn(made, Silent())
     assert isinstance(first, Baked)
     assert isinstance(second, Failure)

@@ -981,10 +981,8 @@ def test_an_unknown_group_is_answered_with_the_nearest() -> None:
     assert error.value.hint == "Did you mean mid? The groups are: down, mid, up. --ratio is for all of them."
 
 
-def test_part_of_a_set_needs_a_variant_for_these_groups() -> None:
-    with pytest.raises(RecipeError) as error:
-        override(SEARCHED, ("blocks", "more"), per_group={"blocks": 0.5})
-    assert message(error) == "the variant for 512x512: ratios.down is for a group that this model does not have"
+def test_part_of_a_set_completes_the_variant() -> None:
+    assert override(SEARCHED, UNET, per_group={"mid": 0.5}).ratios == {"down": 0.3, "mid": 0.5, "up": 0.3}
 
 
 @pytest.mark.parametrize(
