@@ -134,6 +134,13 @@ def prepare_located(
 def run(job: ExportJob, progress: Progress) -> Baked:
     """Read the weights, decide which of them go, and write the output.
 
+    Args:
+        job: The planned export.
+        progress: Is told how far the work is, and may interrupt it.
+
+    Returns:
+        The finished export.
+
     Raises:
         CrdiffError: The export failed; nothing is left behind.
     """

@@ -183,6 +183,9 @@ def measure_space(plan: Plan, target: Path, way: str, counts: Sequence[int] | No
         target: The path of the output.
         way: How the residual is kept.
         counts: For each scope, how many weights are pruned, once that is known: with ties, more than the ratio says.
+
+    Returns:
+        The bytes needed and free.
     """
     headers = sum(output.source.data_start + HEADER_GROWTH for output in plan.outputs)
     needed = plan.data_size + headers + companions_size(plan)
@@ -198,7 +201,11 @@ def companions_size(plan: Plan) -> int:
 
 
 def check_space(*spaces: DiskSpace) -> None:
-    """Raise PlanError if a folder has too little space for all outputs that go there."""
+    """Check the space for all outputs together.
+
+    Raises:
+        PlanError: A folder has too little space for the outputs that go there.
+    """
     for folder in dict.fromkeys(space.folder.resolve() for space in spaces):
         here = [space for space in spaces if space.folder.resolve() == folder]
         needed, free = sum(space.needed for space in here), here[0].free

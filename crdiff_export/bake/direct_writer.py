@@ -57,7 +57,12 @@ class DirectWriter:
             self._source.close()
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Write `data` at `offset`, which begins on a page; only the last piece of the file may end within a page."""
+        """Write whole pages; only the last piece of the file may end within a page.
+
+        Args:
+            data: The bytes.
+            offset: Where they begin in the file: at the start of a page.
+        """
         pages = len(data) - len(data) % PAGESIZE
         if self._direct is not None and not self._write_direct(self._direct, data[:pages], offset):
             os.close(self._direct)
@@ -66,11 +71,27 @@ class DirectWriter:
         _write_all(self._cached, data[done:], offset + done)
 
     def append(self, data: memoryview, offset: int) -> None:
-        """Write `data` at any `offset` behind everything that `write` writes."""
+        """Write bytes behind everything that `write` writes.
+
+        Args:
+            data: The bytes.
+            offset: Where they begin in the file, at any byte.
+        """
         _write_all(self._cached, data, offset)
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
-        """Yield bytes `start:stop` of the file, in pieces."""
+        """Read back what was written.
+
+        Args:
+            start: The first byte.
+            stop: The byte behind the last.
+
+        Yields:
+            The bytes, in pieces.
+
+        Raises:
+            BakeError: The file is shorter.
+        """
         for offset in range(start, stop, _PIECE):
             size = min(_PIECE, stop - offset)
             os.lseek(self._cached, offset, os.SEEK_SET)
@@ -93,7 +114,17 @@ class DirectWriter:
         return True
 
     def copy(self, source: Path, start: int, offset: int, size: int) -> None:
-        """Let the system copy `size` bytes from byte `start` of another file to `offset`."""
+        """Let the system copy bytes from another file.
+
+        Args:
+            source: The other file.
+            start: The first byte there.
+            offset: Where they begin in this file.
+            size: How many bytes.
+
+        Raises:
+            BakeError: The other file is shorter.
+        """
         if self._source is None:
             self._source = source.open("rb", buffering=0)
         done = 0
@@ -122,7 +153,11 @@ class DirectWriter:
         _write_all(self._cached, memoryview(head), 0)
 
     def finish(self, size: int) -> None:
-        """Check the file's size in bytes and make it durable."""
+        """Check the file's size in bytes and make it durable.
+
+        Raises:
+            BakeError: It has another size.
+        """
         if os.fstat(self._cached).st_size != size:
             raise BakeError(f"wrote {os.fstat(self._cached).st_size} bytes instead of {size}", "Run the export again.")
         os.fsync(self._cached)

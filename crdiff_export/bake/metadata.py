@@ -55,6 +55,9 @@ def intended(
         source_name: The name of the base.
         residual: The value of `crdiff.residual`.
         calibrated: The calibration that the weights are ranked by, if any.
+
+    Returns:
+        The stamp, without counts and thresholds.
     """
     variant = plan.variant
     return Stamp(
@@ -99,6 +102,9 @@ def stamp(
         architecture: The base's architecture.
         residual: The value of `crdiff.residual`.
         calibrated: The calibration that the weights were ranked by, if any.
+
+    Returns:
+        The stamp.
     """
     per_layer = plan.match.family.scope == "layer"
     masked = decision.masks is not None
@@ -148,6 +154,9 @@ def header(
         architecture: The base's architecture.
         source: The metadata of the source file; keys that pruning makes untrue are dropped.
         hashes: The file's hashes; None for an export without hashes.
+
+    Returns:
+        The metadata by key.
     """
     stale = (PREFIX, *(("modelspec.unet_dtype", "modelspec.vae_dtype") if plan.cast else ()))
     kept = {key: text for key, text in source.items() if not STALE.fullmatch(key) and not key.startswith(stale)}

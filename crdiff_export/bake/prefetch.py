@@ -19,10 +19,17 @@ class _End(Generic[T]):
 
 
 def prefetch(items: Iterable[T], depth: int = DEPTH) -> Generator[T, None, None]:
-    """Yield `items` while another thread produces the next ones, up to `depth` in advance.
+    """Yield items while another thread produces the next ones.
 
     An exception in the producer is raised here. Closing this generator stops the producer, waits for it and closes
     `items`, so that nothing keeps running after an error further down.
+
+    Args:
+        items: What to produce.
+        depth: How many items may wait.
+
+    Yields:
+        The items, in order.
     """
     waiting: queue.Queue[T | _End[T]] = queue.Queue(depth)
     stopped = threading.Event()

@@ -33,6 +33,11 @@ _BUNDLE = "model.diffusion_model."
 def check_request(residual: str, criterion: CriterionChoice, *, hashing: bool) -> None:
     """Refuse options that exclude each other for any base.
 
+    Args:
+        residual: How the residual is kept, as the user writes it.
+        criterion: The request's criterion.
+        hashing: Hashes are written.
+
     Raises:
         OptionError: The residual is unknown, or does not go with the criterion or with an export without hashes.
     """
@@ -91,6 +96,9 @@ def largest_size(plan: Plan, counts: Sequence[int]) -> int:
     Args:
         plan: The plan.
         counts: For each scope of the plan, how many weights are pruned.
+
+    Returns:
+        The bound.
     """
     widest = [max((t.output.itemsize for t in plan.targets if t.scope == n), default=0) for n in range(len(counts))]
     return sum(count * size for count, size in zip(counts, widest, strict=True)) + sum(
@@ -110,6 +118,9 @@ def tensor_specs(start: int, size: int, header_size: int) -> tuple[TensorSpec, .
         start: Where it begins in the data section, in bytes.
         size: Bytes of pruned values.
         header_size: Bytes of the base's header; 0 where it is not kept.
+
+    Returns:
+        The tensor of the values and, where it is kept, that of the header.
     """
     end = start + size
     values = TensorSpec(VALUES, "U8", (size,), start, end)

@@ -81,7 +81,16 @@ def publish(part: Path, target: Path, *, replace: bool = True) -> None:
 
 @contextlib.contextmanager
 def publish_first(part: Path, target: Path, *, replace: bool) -> Iterator[None]:
-    """Publish a file, then run the context; if the context fails, put back what was at `target` before."""
+    """Publish a file, then run the context; if the context fails, put back what was there before.
+
+    Args:
+        part: The finished temp sibling.
+        target: Its final path.
+        replace: Replace what exists there.
+
+    Yields:
+        None, once the file is published.
+    """
     old = part.with_name(part.name.removesuffix(_PART) + _OLD)
     try:
         if replace and os.path.lexists(target):
@@ -156,7 +165,12 @@ def _sync(path: Path) -> None:
 
 
 def copy_permissions(part: Path, target: Path) -> None:
-    """Give a file the permissions of the file that it will replace, if there is one."""
+    """Give a file the permissions of the file that it will replace, if there is one.
+
+    Args:
+        part: The temp sibling; a folder stays as it is.
+        target: Its final path.
+    """
     if part.is_file() and target.exists():
         with contextlib.suppress(OSError):
             shutil.copymode(target, part)
@@ -248,7 +262,15 @@ def _short(name: str) -> str:
 
 
 def as_bake_error(error: OSError, target: Path) -> BakeError:
-    """Turn an error of the file system into a BakeError about `target`."""
+    """Turn an error of the file system into a BakeError.
+
+    Args:
+        error: What the system raised.
+        target: The output that it concerns.
+
+    Returns:
+        The error to raise.
+    """
     message = f"{target}: {error.strerror or error}"
     if isinstance(error, FileExistsError):
         return BakeError(f"{target}: came there during the export", "Give another -o, or --force to replace it.")

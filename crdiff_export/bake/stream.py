@@ -93,12 +93,28 @@ class Chunk:
         return self.buffer[PAGE : PAGE + self.stop - self.start]
 
     def part(self, start: int, stop: int) -> memoryview:
-        """Return bytes `start:stop` of the data section, which lie in the chunk or on its seams."""
+        """Return bytes of the data section that lie in the chunk or on its seams.
+
+        Args:
+            start: The first byte.
+            stop: The byte behind the last.
+
+        Returns:
+            A part of the buffer.
+        """
         return self.buffer[PAGE + start - self.start : PAGE + stop - self.start]
 
 
 def prunable_ranges(plan: Plan, file: int) -> tuple[PruneRange, ...]:
-    """Return the bytes of all targets that may be pruned in one file of the plan, in order."""
+    """List the targets that may be pruned in one file of a plan.
+
+    Args:
+        plan: The plan.
+        file: The number of the file.
+
+    Returns:
+        Where their bytes are, in order, and not yet which weights go.
+    """
     return tuple(prune_range for _, prune_range in _numbered_ranges(plan, file))
 
 
@@ -312,9 +328,17 @@ def _unpack(target: PruneRange, mask: Mask, offset: int, size: int) -> "NDArray[
 
 
 def overlaps(ranges: Sequence[PruneRange], low: int, high: int) -> Iterator[tuple[PruneRange, int, int]]:
-    """Yield each range that overlaps data bytes `low:high`, with the first byte and end of its elements there.
+    """Find the parts of ranges that overlap a window of the data section.
 
     Elements that lie only partly in the window are included whole; they reach into a seam.
+
+    Args:
+        ranges: The ranges.
+        low: The first byte of the window.
+        high: The byte behind its last.
+
+    Yields:
+        The range, and the first byte and the end of its elements in the window.
     """
     for target in ranges:
         start, stop = max(low, target.start), min(high, target.stop)

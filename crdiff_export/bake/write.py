@@ -64,7 +64,15 @@ class WriteJob:
         return destination.measure_space(self.plan, self.target, self.residual, counts)
 
     def metadata(self, output: Output, hashes: Hashes | None) -> Mapping[str, str]:
-        """Make the metadata of one of its files."""
+        """Make the metadata of one of its files.
+
+        Args:
+            output: The file.
+            hashes: Its hashes; None for an export without hashes.
+
+        Returns:
+            The metadata by key.
+        """
         return metadata.header(self.plan, self.stamp, self.architecture, output.source.metadata, hashes)
 
 

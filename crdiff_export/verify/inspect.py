@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its headers alone; works on anyone's files."""
+"""Describe any checkpoint from its headers alone, whoever made it."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,27 @@ _SHAPES = {"file": "one file", "shards": "shards", "folder": "diffusers folder"}
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Everything that a checkpoint's headers tell. `match` and `stamp` are None where there is no such thing."""
+    """What the headers of a checkpoint say.
+
+    Attributes:
+        path: The file or folder.
+        kind: `file`, `shards` or `folder`.
+        files: The number of files of weights.
+        tensors: The number of tensors.
+        size: Their bytes.
+        dtypes: Bytes of tensors by dtype.
+        match: The model family; None if it is unknown.
+        why_not: Why the family is unknown.
+        quantised: How the weights are quantised, if they are.
+        sparse: A file is mostly a hole, without weights.
+        stamp: The `crdiff.*` keys; None for a checkpoint that crdiff has not made.
+        metadata: All keys of the first file.
+        columns: The names of the columns of `rows`.
+        rows: A table of the groups, as text.
+        groups: The groups as numbers.
+        notes: Notes for the user.
+        residual: Where the residual is and how large, in words; also what a sidecar belongs to.
+    """
 
     path: Path
     kind: str
@@ -42,7 +62,7 @@ class Inspection:
     residual: str | None = None
 
     def facts(self) -> Iterator[tuple[str, str]]:
-        """What to print before the table, as name and text."""
+        """Yield what to print before the table, as name and text."""
         shape = _SHAPES[self.kind] + (f", {self.files} files of weights" if self.files > 1 else "")
         tensors = "tensor" if self.tensors == 1 else "tensors"
         yield "file", f"{self.path} ({shape}, {self.tensors} {tensors}, {amount(self.size)})"
@@ -67,8 +87,8 @@ class Inspection:
             yield "note", note
 
     def as_json(self) -> dict[str, Any]:
-        """The same for machines."""
-        found: dict[str, Any] = {
+        """Return the same as an object for JSON."""
+        values: dict[str, Any] = {
             "file": str(self.path), "kind": self.kind, "files": self.files, "tensors": self.tensors, "bytes": self.size,
             "dtypes": dict(self.dtypes), "family": self.match.family.id if self.match else None,
             "layout": self.match.layout.name if self.match else None,
@@ -79,12 +99,12 @@ class Inspection:
         }  # fmt: skip
         if self.stamp:
             keys = {k.removeprefix("crdiff."): v for k, v in self.metadata.items() if k.startswith("crdiff.")}
-            found["crdiff"] = keys
-        return found
+            values["crdiff"] = keys
+        return values
 
 
 def inspect(path: Path) -> Inspection:
-    """Read the headers at `path`; CheckpointError if they cannot be read, any family or none is fine."""
+    """Read the headers of a file or folder of any family; CheckpointError if they cannot be read."""
     checkpoint = open_checkpoint(path)
     dtypes: Counter[str] = Counter()
     for _, tensor in checkpoint.tensors():
@@ -124,7 +144,7 @@ def inspect(path: Path) -> Inspection:
 
 
 def _residual(checkpoint: Checkpoint, stamp: Stamp) -> str | None:
-    """Where what was pruned away is, and how much it is."""
+    """Say where the residual is and how large."""
     if stamp.residual == RESIDUAL_KEYS[EMBED]:
         return f"embedded, {amount(sum(t.nbytes for f in checkpoint.files for t in residual_tensors(f.tensors)))}"
     if stamp.residual != RESIDUAL_KEYS[SIDECAR]:
@@ -161,7 +181,7 @@ def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, s
 
 
 def mask(stamp: Stamp) -> str:
-    """What a file without thresholds says of its mask."""
+    """Describe the mask of a file without thresholds."""
     per_layer = stamp.masked == LAYER_WISE
     known = {"block": "layer" if per_layer else "group of blocks", "row": "output row"}
     among = known.get(stamp.compare, stamp.compare)
@@ -170,14 +190,22 @@ def mask(stamp: Stamp) -> str:
 
 
 def _base_hash(stamp: Stamp) -> str:
-    """How the base is told from others: by the hash of its tensors, or of its file."""
+    """Say which hash identifies the base: that of its tensors or that of its file."""
     if stamp.source_file_hash:
         return f"file {stamp.source_file_hash}"
     return stamp.source_hash or "not hashed"
 
 
 def provenance(standing: str, source: str) -> str:
-    """Where ratios come from, in a line that says of those nobody tuned that nobody has."""
+    """Say in one line where ratios come from and, if nobody has tuned them, say so.
+
+    Args:
+        standing: The provenance, as in recipes and headers.
+        source: Its source, as in recipes and headers.
+
+    Returns:
+        The line.
+    """
     return f"{'starting point, tuned by nobody' if standing == 'starting-point' else standing} ({source})"
 
 
@@ -189,7 +217,7 @@ def _stamped_groups(stamp: Stamp) -> dict[str, dict[str, Any]]:
 
 
 def _plain_groups(checkpoint: Checkpoint, match: Match) -> dict[str, dict[str, Any]]:
-    """The prunable layers of a file that nobody has pruned yet, with the family's default targets."""
+    """Count the prunable layers of a file that is not pruned, with the family's default targets."""
     groups: dict[str, dict[str, Any]] = {name: {"layers": 0, "total": 0} for name in match.family.groups}
     for layer in match.layout.layers:
         if layer.kind in match.family.default_kinds:
@@ -204,7 +232,7 @@ def _rows(groups: Mapping[str, Mapping[str, Any]], stamp: Stamp | None) -> list[
 
 
 def group_rows(stamp: Stamp) -> list[list[str]]:
-    """A row for each group of a baked file, under GROUP_COLUMNS."""
+    """Make a row for each group of a baked file, for the columns GROUP_COLUMNS."""
     rows = []
     for name, group in stamp.groups.items():
         threshold = "-" if group.threshold is None else f"{group.threshold:.6g}"

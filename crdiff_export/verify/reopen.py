@@ -67,6 +67,9 @@ def read_decision(baked: BakedCheckpoint, progress: Progress | None = None, *, m
         baked: The baked checkpoint.
         progress: Is told how far the reading of the zeros is.
         moved: Of a file with moved weights, keep the new weights of its pruned layers in memory, too.
+
+    Returns:
+        The decision, as far as the file tells it.
     """
     if not baked.stamp.masked:
         return Decision(baked.thresholds)

@@ -128,6 +128,10 @@ def _residual(baked: SourceFile, file: SourceFile, start: int, base_size: int) -
 def check_residuals(baked: BakedCheckpoint, progress: Progress) -> None:
     """Hash the baked files and their residuals.
 
+    Args:
+        baked: The baked checkpoint.
+        progress: Is told how far the work is, and may interrupt it.
+
     Raises:
         VerifyError: A file has changed since it was written; also what `find_residuals` raises.
     """
@@ -139,7 +143,15 @@ def check_residuals(baked: BakedCheckpoint, progress: Progress) -> None:
 
 
 def check_sidecars(residuals: tuple[Residual, ...], progress: Progress) -> None:
-    """Hash the sidecars among the residuals; VerifyError for one that has changed since it was written."""
+    """Hash the sidecars among residuals.
+
+    Args:
+        residuals: The residuals; embedded ones are skipped.
+        progress: Is told how far the work is, and may interrupt it.
+
+    Raises:
+        VerifyError: A sidecar has changed since it was written.
+    """
     sidecars = [residual.file for residual in residuals if residual.is_sidecar]
     if sidecars:
         progress.stage("hashing", sum(file.data_size for file in sidecars))

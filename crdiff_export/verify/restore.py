@@ -78,7 +78,11 @@ def restore(
         force: Replace an output that exists.
         chunk: Bytes that are read at once.
 
+    Returns:
+        The restored base.
+
     Raises:
+        CheckpointError: The path is that of a sidecar.
         VerifyError: The file was merged, altered or damaged, the sidecar belongs to another file, or the result does
             not have the base's hash.
         CrdiffError: The file cannot be read, has no residual, or the output cannot be written.

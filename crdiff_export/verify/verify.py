@@ -67,8 +67,12 @@ def verify(
         device: The device that computes.
         calibration: The calibration that the file was made with.
 
+    Returns:
+        What was checked and holds.
+
     Raises:
         VerifyError: The first thing that does not hold.
+        OptionError: There is a calibration without a base.
         CrdiffError: A file cannot be read, or the calibration does not fit.
     """
     if calibration is not None and base is None:
