@@ -6,14 +6,12 @@ import os
 from collections.abc import Iterator
 from mmap import PAGESIZE
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from crdiff_export.errors import BakeError
 
 # Bytes that are read back at once.
 _PIECE = 8 << 20
-# The errors of `copy_file_range` between two file systems, or on one that does not support it (its man page).
-_NO_COPY = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 class DirectWriter:
@@ -31,13 +29,7 @@ class DirectWriter:
         if hasattr(os, "O_DIRECT"):
             with contextlib.suppress(OSError):  # tmpfs and some network file systems refuse it
                 self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
-        self._source: Any = None
         self._open = True
-
-    @property
-    def copies(self) -> bool:
-        """Whether the system should copy bytes that nobody has to see; an unbuffered write is as cheap."""
-        return self._direct is None and hasattr(os, "copy_file_range")
 
     def __enter__(self) -> Self:
         return self
@@ -53,8 +45,6 @@ class DirectWriter:
         os.close(self._cached)
         if self._direct is not None:
             os.close(self._direct)
-        if self._source is not None:
-            self._source.close()
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write whole pages; only the last piece of the file may end within a page.
@@ -112,41 +102,6 @@ class DirectWriter:
                 return False
             raise
         return True
-
-    def copy(self, source: Path, start: int, offset: int, size: int) -> None:
-        """Let the system copy bytes from another file.
-
-        Args:
-            source: The other file.
-            start: The first byte there.
-            offset: Where they begin in this file.
-            size: How many bytes.
-
-        Raises:
-            BakeError: The other file is shorter.
-        """
-        if self._source is None:
-            self._source = source.open("rb", buffering=0)
-        done = 0
-        while done < size:
-            moved = self._move(size - done, start + done, offset + done)
-            if not moved:
-                raise BakeError(f"{source}: became shorter while it was read", "Run the export again.")
-            done += moved
-
-    def _move(self, size: int, start: int, offset: int) -> int:
-        """Copy up to `size` bytes from byte `start` of the source; return how many, 0 at its end."""
-        handle = self._source.fileno()
-        try:
-            if moved := os.copy_file_range(handle, self._cached, size, start, offset):
-                return moved
-        except OSError as error:
-            if error.errno not in _NO_COPY:
-                raise
-        os.lseek(handle, start, os.SEEK_SET)
-        data = os.read(handle, size)
-        _write_all(self._cached, memoryview(data), offset)
-        return len(data)
 
     def patch(self, head: bytes) -> None:
         """Replace the reserved header by the final one, which has the same length."""

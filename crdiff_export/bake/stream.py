@@ -75,7 +75,6 @@ class Chunk:
         stop: The byte behind its last.
         buffer: The memory with its bytes and its seams.
         variant: The number of the variant.
-        untouched: The chunk was not read: its bytes are the source's.
         pruned: The original values of the weights that begin in the chunk and were pruned, one after another; empty
             for a variant that does not keep them.
     """
@@ -84,7 +83,6 @@ class Chunk:
     stop: int
     buffer: memoryview
     variant: int = 0
-    untouched: bool = False
     pruned: memoryview = _NOTHING
 
     @property
@@ -158,7 +156,6 @@ class Stream:
         file: The number of the file in the plan.
         kernel: Prunes the weights.
         hashes: The base's hashes, where the outputs are hashed, too.
-        skip_untouched: Do not read chunks that need neither pruning nor hashing; the consumer copies them.
         chunk: Bytes of a chunk.
 
     Attributes:
@@ -173,7 +170,6 @@ class Stream:
         kernel: Kernel,
         *,
         hashes: SourceHashes | None = None,
-        skip_untouched: bool = False,
         chunk: int = CHUNK,
     ) -> None:
         self._file, self._kernel, self._hashes, self._chunk = file, kernel, hashes, chunk
@@ -182,8 +178,6 @@ class Stream:
         self._ranges = [prune_ranges(pruning, file) for pruning in prunings]
         self._keep = [pruning.keep for pruning in prunings]
         self._unchanged = hashes.shared(file) if hashes else 0
-        casts = any(run.cast for run in self._output.runs)
-        self._skip = skip_untouched and not casts and self._output.source.tensors_of is None
         self._nonfinite: dict[str, int] = {}
         self.digests: list[_Hash] = []
 
@@ -202,17 +196,12 @@ class Stream:
         try:
             for start in range(0, size, self._chunk):
                 stop = min(start + self._chunk, size)
-                chunk = Chunk(start, stop, next(buffers), untouched=self._skip and self._is_untouched(start, stop))
-                if not chunk.untouched:
-                    self._fill(chunk, source)
+                chunk = Chunk(start, stop, next(buffers))
+                self._fill(chunk, source)
                 yield chunk
         finally:
             source.close()
         self._refuse_nonfinite()
-
-    def _is_untouched(self, start: int, stop: int) -> bool:
-        hashed = self._hashes is not None and stop > self._unchanged
-        return not hashed and not any(any(overlaps(ranges, start, stop)) for ranges in self._ranges)
 
     def _fill(self, chunk: Chunk, source: Bytes) -> None:
         """Read the chunk and its seams into its buffer, and cast them where the plan says so."""
@@ -259,7 +248,7 @@ class Stream:
                 digests = [self._hashes.state(self._file) for _ in self._ranges]
             for variant, ranges in enumerate(self._ranges):
                 output = self._prune(replace(chunk, variant=variant), ranges, copies, kept)
-                if digests and not output.untouched:
+                if digests:
                     digests[variant].update(output.part(max(chunk.start, self._unchanged), chunk.stop))
                 yield output
         if self._hashes:

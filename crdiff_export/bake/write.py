@@ -174,9 +174,8 @@ def _write_file(
     active = _active(writers)
     if not active:
         return
-    copies = all(writer.file.copies for writer in active)
     prunings = [writer.job.pruning for writer in active]
-    stream = Stream(prunings, number, kernel, hashes=hashes, skip_untouched=copies, chunk=chunk)
+    stream = Stream(prunings, number, kernel, hashes=hashes, chunk=chunk)
     with contextlib.closing(stream.chunks()) as chunks:
         for part in chunks:
             active[part.variant].do(active[part.variant].write, part)
@@ -261,13 +260,8 @@ class VariantWriter:
         return safetensors.serialise((*self._output.tensors, *more), self.job.metadata(self._output, hashes), size)
 
     def write(self, chunk: Chunk) -> None:
-        """Write a chunk, or let the system copy it from the source."""
-        offset = len(self._reserved) + chunk.start
-        if chunk.untouched:
-            source = self._output.source
-            self.file.copy(source.path, source.data_start + chunk.start, offset, chunk.stop - chunk.start)
-        else:
-            self.file.write(chunk.data, offset)
+        """Write a chunk."""
+        self.file.write(chunk.data, len(self._reserved) + chunk.start)
         if self._residual:
             self._residual.add(chunk.pruned)
 

@@ -22,14 +22,7 @@ from crdiff_export.prune import kernels, plan
 from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Output, Plan
-from crdiff_export.verify.reopen import (
-    DATA_HASH,
-    FILE_HASH,
-    REPAIR,
-    BakedCheckpoint,
-    raw_bits,
-    read_decision,
-)
+from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH, REPAIR, BakedCheckpoint, raw_bits, read_decision
 from crdiff_export.verify.residual_reader import Residual, ResidualReader
 
 if TYPE_CHECKING:

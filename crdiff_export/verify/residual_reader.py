@@ -18,7 +18,7 @@ from crdiff_export.bake.residual import (
     residual_tensors,
     sidecar_path,
     tensor_specs,
-)
+)  # fmt: skip
 from crdiff_export.errors import CheckpointError, PlanError, VerifyError
 from crdiff_export.formats import dtypes, safetensors
 from crdiff_export.formats.checkpoint import read_file

@@ -27,7 +27,7 @@ from crdiff_export.verify.residual_reader import (
     check_hash,
     check_sidecars,
     find_residuals,
-)
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from hashlib import _Hash
