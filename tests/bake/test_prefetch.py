@@ -1,6 +1,5 @@
 """Stages side by side: order, errors, an early end, and no buffer that two of them hold at once."""
 
-import functools
 import itertools
 import random
 import signal
@@ -14,15 +13,15 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from crdiff_export import CrdiffError, ExportRequest, Size, export
-from crdiff_export.bake import stream as weights
-from crdiff_export.bake import write
+from crdiff_export import CrdiffError, ExportRequest, export
+from crdiff_export.bake import stream as stream_module
 from crdiff_export.bake.prefetch import prefetch
 from crdiff_export.bake.stream import Chunk, Pruning, Stream
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.prune.criteria import Decision, magnitude
 from crdiff_export.prune.kernels.cpu import CpuKernel
 from tests.support import makers, oracle
+from tests.support.exporting import SIZE, Interrupting, write_in_chunks
 
 T = TypeVar("T")
 
@@ -153,22 +152,21 @@ def test_closing_stops_every_stage(taken: int, stages: int) -> None:
 
 
 def test_closing_while_the_producer_is_busy_waits_for_it() -> None:
-    busy, closed = threading.Event(), threading.Event()
+    busy, done = threading.Event(), threading.Event()
 
     def slow() -> Generator[int, None, None]:
-        try:
-            yield 0
-            busy.set()
-            time.sleep(0.2)
-            yield 1
-        finally:
-            closed.set()
+        yield 0
+        busy.set()
+        time.sleep(0.2)
+        done.set()
+        yield 1
 
     stream = prefetch(slow())
     next(stream)
     busy.wait()
+    assert not done.is_set()
     stream.close()
-    assert closed.is_set()
+    assert done.is_set()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Broken, GeneratorExit])
@@ -256,9 +254,7 @@ class Prepared:
         self.prunings, self.data = [], []
         for number in range(variants):
             ratios = {group: (0 if number == 1 else ratio / (1 + number)) for group, ratio in UNET.items()}
-            request = ExportRequest(
-                str(base), Size(512, 512), folder / f"{number}.safetensors", ratios=ratios, dtype=dtype
-            )
+            request = ExportRequest(str(base), SIZE, folder / f"{number}.safetensors", ratios=ratios, dtype=dtype)
             baked = export(request)
             self.prunings.append(Pruning(baked.job.plan, Decision(baked.thresholds)))
             self.data.append(oracle.read(baked.written.path).data)
@@ -322,7 +318,7 @@ def test_no_buffer_is_used_twice_at_a_time(prepared: Prepared, seed: int, monkey
     def slow(items: Iterable[T]) -> Generator[T, None, None]:
         yield from dawdle(prefetch(dawdle(items)))
 
-    monkeypatch.setattr(weights, "prefetch", slow)
+    monkeypatch.setattr(stream_module, "prefetch", slow)
     chunks = 0
     for chunk in prepared.stream(CpuKernel(1)).chunks():
         assert bytes(chunk.data) == prepared.part(chunk), chunk.start
@@ -357,23 +353,7 @@ def test_there_are_as_many_buffers_as_chunks_alive(prepared: Prepared, monkeypat
 
 def make(folder: Path) -> ExportRequest:
     base = makers.write(folder / "base.safetensors", makers.tiny("sd15.diffusers-unet", "F16"))
-    return ExportRequest(str(base), Size(512, 512), folder / "out.safetensors", ratio=0.3, threads=2)
-
-
-class Interrupting:
-    """Progress that ends an export as Ctrl-C would."""
-
-    def __init__(self, stage: str, after: int) -> None:
-        self._at, self._left, self._now = stage, after, ""
-
-    def stage(self, title: str, size: int, unit: str = "bytes") -> None:
-        self._now = title
-
-    def advance(self, size: int) -> None:
-        if self._now == self._at:
-            self._left -= 1
-            if self._left < 0:
-                raise KeyboardInterrupt
+    return ExportRequest(str(base), SIZE, folder / "out.safetensors", ratio=0.3, threads=2)
 
 
 @pytest.mark.parametrize("after", [0, 3])
@@ -381,7 +361,7 @@ class Interrupting:
 def test_an_interrupted_export_leaves_nothing(
     stage: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write, "write", functools.partial(write.write, chunk=CHUNK))
+    write_in_chunks(monkeypatch, CHUNK)
     monkeypatch.setattr(magnitude, "SHARE", 1000)
     request = make(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -392,7 +372,7 @@ def test_an_interrupted_export_leaves_nothing(
 @pytest.mark.parametrize("at", [0, 100_000, 600_000])
 def test_a_base_that_cannot_be_read_to_its_end(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It became shorter after its header was read."""
-    monkeypatch.setattr(write, "write", functools.partial(write.write, chunk=CHUNK))
+    write_in_chunks(monkeypatch, CHUNK)
     monkeypatch.setattr(magnitude, "CHUNK", 1000)
     request = make(tmp_path)
     opened = SourceFile.open

@@ -1,7 +1,6 @@
 """What is pruned away, kept: against values that an oracle takes out itself, and back to the base's last byte."""
 
 import filecmp
-import functools
 import hashlib
 import json
 import struct
@@ -16,8 +15,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from crdiff_export import CrdiffError, ExportRequest, Size, export
-from crdiff_export.bake import staging, write
+from crdiff_export import CrdiffError, ExportRequest, export
+from crdiff_export.bake import staging
 from crdiff_export.bake.direct_writer import DirectWriter
 from crdiff_export.errors import BakeError, OptionError, PlanError
 from crdiff_export.export import Baked, prepare, run, run_in_turn, run_together
@@ -28,7 +27,6 @@ from crdiff_export.verify.reopen import open_baked
 from crdiff_export.verify.residual_reader import check_residuals, dense_weights
 from crdiff_export.verify.restore import restore
 from crdiff_export.verify.verify import verify
-from tests.export.test_variants import content, jobs
 from tests.prune.test_exact import (
     DIT_RATIOS,
     DTYPES,
@@ -43,11 +41,11 @@ from tests.prune.test_exact import (
     zeros,
 )
 from tests.support import geometry_tables, makers, oracle
+from tests.support.exporting import SIZE, content, failing, jobs, write_in_chunks
 from tests.support.makers import Shape, Tensors
 
 NAMES = ("zz_crdiff.residual", "zz_crdiff.header")
 BUNDLE = "model.diffusion_model."
-SIZE = Size(512, 512)
 
 
 # The oracle: the values that a residual has to hold.
@@ -168,7 +166,7 @@ def between(tensors: Tensors, odd: int) -> dict[str, tuple[str, Shape, bytes]]:
 
 
 def test_every_fill_at_odd_places_over_small_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "write", functools.partial(write.write, chunk=4096))
+    write_in_chunks(monkeypatch, 4096)
     for number, fill in enumerate(FILLS):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -202,7 +200,7 @@ def test_any_file_comes_back(
     tensors = between(demo(fill, dtypes, seed), odd)
     base = makers.write(tmp_path / "base.safetensors", tensors)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "write", functools.partial(write.write, chunk=chunk))
+        write_in_chunks(patch, chunk)
         output = bake_it(base, ratios, "sidecar", force=True, threads=threads)
     hold(base, output, pruned_values([tensors], 0, ratios, ("attn", "ff")))
     assert filecmp.cmp(back(output, chunk=chunk, force=True), base, shallow=False)
@@ -327,7 +325,7 @@ def test_a_pickles_tensors_come_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("run_all", [run_together, run_in_turn])
 def test_variants_each_with_its_own(run_all: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "write", functools.partial(write.write, chunk=8192))
+    write_in_chunks(monkeypatch, 8192)
     tensors = makers.tiny("sd15.original", "F32")
     base = makers.write(tmp_path / "base.safetensors", tensors)
     asked: list[dict[str, Any]] = [
@@ -538,10 +536,7 @@ def test_a_file_that_cannot_get_its_name_takes_its_sidecar_along(
 
 @pytest.mark.parametrize("way", ["embed", "sidecar"])
 def test_a_write_that_fails_leaves_nothing(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(writer: DirectWriter, data: memoryview, offset: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(DirectWriter, "append", failing)
+    monkeypatch.setattr(DirectWriter, "append", failing())
     with pytest.raises(BakeError, match="nothing was left behind"):
         export(ExportRequest("demo", SIZE, tmp_path / "o.safetensors", residual=way))
     assert not list(tmp_path.iterdir())

@@ -2,48 +2,27 @@
 
 import dataclasses
 import errno
-import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from crdiff_export import ExportRequest, Size, export
-from crdiff_export.bake import write as bake
+from crdiff_export import ExportRequest, export
 from crdiff_export.prune import kernels
 from crdiff_export.prune.criteria import magnitude
 from crdiff_export.prune.kernels.cpu import CpuKernel
 from crdiff_export.prune.kernels.device import DeviceKernel
 from tests.support import makers, oracle
 from tests.support.accelerators import accelerator, on_an_accelerator
+from tests.support.exporting import SIZE, write_in_chunks
 from tests.support.makers import Shape
+from tests.support.mixed_models import sd3, unet
 
 UNET = {"down": 0.3, "mid": 0.55, "up": 0.1}
 PAGES = (4096, 8192, 12288, 1 << 20)
-
-
-def unet() -> dict[str, tuple[str, Shape, bytes]]:
-    """The demo UNet in five dtypes at odd places, with runs before, between and after the targets that are longer than
-    a small chunk."""
-    rng = np.random.default_rng(11)
-    dtypes = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-    made: dict[str, tuple[str, Shape, bytes]] = {"before": ("U8", (30_001,), rng.bytes(30_001))}
-    for number, (name, (_, shape)) in enumerate(makers.narrow("demo.diffusers-unet", 4).items()):
-        dtype = dtypes[number % len(dtypes)]
-        made[f"odd.{number}"] = "U8", (number % 5,), rng.bytes(number % 5)
-        if number % 100 == 50:
-            made[f"between.{number}"] = "I64", (5_000,), rng.bytes(40_000)
-        made[name] = dtype, shape, makers.weights(name, dtype, shape)
-    return made | {"after": ("U8", (50_003,), rng.bytes(50_003))}
-
-
-def sd3() -> dict[str, tuple[str, Shape, bytes]]:
-    """A narrow SD3 in BF16 with its fused layers, behind an odd byte."""
-    return {"odd": ("U8", (1,), b"x"), **makers.tiny("sd3-medium.original-transformer", "BF16")}
 
 
 BASES: Mapping[str, tuple[Callable[[], dict[str, tuple[str, Shape, bytes]]], dict[str, Any]]] = {
@@ -66,7 +45,7 @@ class Case:
 
     def bake(self, folder: Path | None = None, **asked: Any) -> Path:
         output = (folder or self.folder) / "out.safetensors"
-        export(ExportRequest(str(self.base), Size(512, 512), output, force=True, **self.asked, **asked))
+        export(ExportRequest(str(self.base), SIZE, output, force=True, **self.asked, **asked))
         return output
 
     def same_data(self, output: Path) -> bool:
@@ -102,7 +81,7 @@ def test_threads(case: Case, threads: int | None) -> None:
 
 @pytest.mark.parametrize("chunk", PAGES)
 def test_chunks_of_the_write(case: Case, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=chunk))
+    write_in_chunks(monkeypatch, chunk)
     assert case.bake(threads=2).read_bytes() == case.wanted
 
 
@@ -119,9 +98,9 @@ def test_weights_that_two_chunks_share(
     }
     base = makers.write(tmp_path / "base.safetensors", tensors)
     wanted = tmp_path / "wanted.safetensors"
-    request = ExportRequest(str(base), Size(512, 512), wanted, ratios=UNET, dtype=cast)
+    request = ExportRequest(str(base), SIZE, wanted, ratios=UNET, dtype=cast)
     export(request)
-    monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=4096))
+    write_in_chunks(monkeypatch, 4096)
     export(dataclasses.replace(request, output=tmp_path / "out.safetensors"))
     assert (tmp_path / "out.safetensors").read_bytes() == wanted.read_bytes()
     if cast is None:
@@ -144,7 +123,7 @@ def test_the_smallest_chunks_of_the_count(chunk: int, tmp_path: Path, monkeypatc
     }
     base = makers.write(tmp_path / "base.safetensors", tensors)
     monkeypatch.setattr(magnitude, "CHUNK", chunk)
-    export(ExportRequest(str(base), Size(512, 512), tmp_path / "out.safetensors", ratios=UNET))
+    export(ExportRequest(str(base), SIZE, tmp_path / "out.safetensors", ratios=UNET))
     oracle.hold(base, tmp_path / "out.safetensors", oracle.expect([tensors], UNET, ("attn", "ff")))
 
 
@@ -156,14 +135,14 @@ def on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("on_torch")
 @pytest.mark.parametrize("chunk", PAGES)
 def test_the_kernel_of_torch(case: Case, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=chunk))
+    write_in_chunks(monkeypatch, chunk)
     assert case.bake().read_bytes() == case.wanted
 
 
 @on_an_accelerator
 @pytest.mark.parametrize("chunk", [4096, 1 << 20])
 def test_an_accelerator(case: Case, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=chunk))
+    write_in_chunks(monkeypatch, chunk)
     assert case.bake(device=accelerator()).read_bytes() == case.wanted
 
 
@@ -177,7 +156,7 @@ def test_the_hashes_are_those_of_the_data(case: Case) -> None:
 
 def test_nothing_pruned_leaves_one_hash(plain: Case, tmp_path: Path) -> None:
     output = tmp_path / "out.safetensors"
-    export(ExportRequest(str(plain.base), Size(512, 512), output, ratio=0.0))
+    export(ExportRequest(str(plain.base), SIZE, output, ratio=0.0))
     said = oracle.read(output).metadata
     assert said["crdiff.source.hash_sha256"] == said["modelspec.hash_sha256"] == oracle.sha256(plain.base)
     assert oracle.read(output).data == oracle.read(plain.base).data
@@ -187,7 +166,7 @@ def test_nothing_pruned_leaves_one_hash(plain: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunk", PAGES)
 def test_without_unbuffered_writes(case: Case, chunk: int, hashing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = oracle.read(case.bake(hashing=hashing))
-    monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=chunk))
+    write_in_chunks(monkeypatch, chunk)
     monkeypatch.delattr(os, "O_DIRECT", raising=False)
     assert oracle.read(case.bake(hashing=hashing)) == wanted
     assert case.same_data(case.bake(hashing=hashing))
@@ -215,7 +194,7 @@ def test_another_file_system(plain: Case, hashing: bool, memory: Path) -> None:
 
 def test_a_device_that_wants_another_alignment(plain: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first unbuffered write is refused, as by a disk with larger blocks; all goes through the cache then."""
-    monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=4096))
+    write_in_chunks(monkeypatch, 4096)
     direct = getattr(os, "O_DIRECT", None)
     if direct is None:
         pytest.skip("no unbuffered writes here")
@@ -250,7 +229,7 @@ def test_the_two_kernels_name_the_same_weights_that_are_no_numbers(plain: Case, 
     dtype, shape, data = tensors[name]
     tensors[name] = dtype, shape, b"\x01\xfc\x00\x7c" + data[4:]
     base = makers.write(tmp_path / "base.safetensors", tensors)
-    request = ExportRequest(str(base), Size(512, 512), tmp_path / "out.safetensors", ratios=UNET, force=True)
+    request = ExportRequest(str(base), SIZE, tmp_path / "out.safetensors", ratios=UNET, force=True)
     said = []
     for kernel in (CpuKernel(1), DeviceKernel("cpu")):
         with pytest.MonkeyPatch.context() as patch:

@@ -1,7 +1,6 @@
 """Several variants of a base from one reading: the same bytes as one export each, and no variant harms another."""
 
 import errno
-import functools
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -12,17 +11,18 @@ from typing import Any
 
 import pytest
 
-from crdiff_export import ExportRequest, Size, export
-from crdiff_export.bake import write as bake
+from crdiff_export import ExportRequest, export
+from crdiff_export.bake import write
 from crdiff_export.bake.direct_writer import DirectWriter
 from crdiff_export.errors import BakeError, PlanError
-from crdiff_export.export import Baked, ExportJob, Failure, prepare, prepare_located, run_in_turn, run_together
+from crdiff_export.export import Baked, Failure, run_in_turn, run_together
 from crdiff_export.formats.safetensors import TensorSpec
 from crdiff_export.formats.weight_file import FileBytes
 from crdiff_export.progress import Silent
 from crdiff_export.prune.criteria import magnitude
-from tests.bake.test_same_bytes import sd3, unet
 from tests.support import makers
+from tests.support.exporting import SIZE, Interrupting, bake, content, failing, jobs, names, write_in_chunks
+from tests.support.mixed_models import sd3, unet
 
 UNET: Sequence[Mapping[str, Any]] = (
     {"ratio": 0.3},
@@ -45,53 +45,31 @@ BASES: Mapping[str, tuple[Callable[[], makers.Tensors], Sequence[Mapping[str, An
 }
 
 
-def jobs(base: Path, folder: Path, asked: Sequence[Mapping[str, Any]], **same: Any) -> list[ExportJob]:
-    """Planned on one reading of the headers."""
-    folder.mkdir(exist_ok=True)
-    suffix = "" if base.is_dir() else ".safetensors"
-    requests = [
-        ExportRequest(str(base), Size(512, 512), folder / f"{number}{suffix}", **same, **numbers)
-        for number, numbers in enumerate(asked)
-    ]
-    first = prepare(requests[0])
-    others = [prepare_located(request, first.criterion, first.base, first.plan.checkpoint) for request in requests[1:]]
-    return [first, *others]
-
-
-def content(path: Path) -> dict[str, bytes]:
-    """A file's bytes, or those of every file of a folder."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in files}
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
 
 
 @pytest.mark.parametrize("run", [run_together, run_in_turn])
-@pytest.mark.parametrize("name", BASES)
-def test_each_is_what_it_is_alone(name: str, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make, asked, same = BASES[name]
-    monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=8192))
-    base = makers.write(tmp_path / "base.safetensors", make(), {"format": "pt"})
-    outcomes = list(run(jobs(base, tmp_path / "many", asked, **same), Silent()))
-    assert len(outcomes) == len(asked)
-    for number, numbers in enumerate(asked):
-        alone = export(ExportRequest(str(base), Size(512, 512), tmp_path / "alone.safetensors", **same, **numbers))
-        found = outcomes[number]
-        assert isinstance(found, Baked)
-        assert found.thresholds == alone.thresholds
-        assert found.written.path.read_bytes() == (tmp_path / "alone.safetensors").read_bytes(), numbers
-        (tmp_path / "alone.safetensors").unlink()
-    assert {p.name for p in (tmp_path / "many").iterdir()} == {f"{n}.safetensors" for n in range(len(asked))}
-
-
-@pytest.mark.parametrize("kind", ["shards", "pipe"])
-def test_folders(kind: str, shelf: Path, tmp_path: Path) -> None:
-    asked: list[dict[str, Any]] = [{"ratio": 0.2}, {"ratio": 0.5}]
-    outcomes = list(run_together(jobs(shelf / kind, tmp_path / "many", asked), Silent()))
-    for number, numbers in enumerate(asked):
-        alone = export(ExportRequest(str(shelf / kind), Size(512, 512), tmp_path / f"alone-{number}", **numbers))
-        found = outcomes[number]
-        assert isinstance(found, Baked)
-        assert len(content(alone.written.path)) > 2
-        assert content(found.written.path) == content(alone.written.path)
+@pytest.mark.parametrize("name", [*BASES, "shards", "pipe"])
+def test_each_is_what_it_is_alone(
+    name: str, run: Any, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: Sequence[Mapping[str, Any]] = [{"ratio": 0.2}, {"ratio": 0.5}]
+    base, common = shelf / name, dict[str, Any]()
+    if name in BASES:
+        make, requests, common = BASES[name]
+        base = makers.write(tmp_path / "base.safetensors", make(), {"format": "pt"})
+    write_in_chunks(monkeypatch, 8192)
+    results = list(run(jobs(base, tmp_path / "many", requests, **common), Silent()))
+    for request, result in zip(requests, results, strict=True):
+        assert isinstance(result, Baked)
+        target = tmp_path / "alone" / result.written.path.name
+        target.parent.mkdir(exist_ok=True)
+        alone = export(ExportRequest(str(base), SIZE, target, **common, **request))
+        assert result.thresholds == alone.thresholds
+        assert content(result.written.path) == content(target), request
+    assert names(tmp_path / "many") == names(tmp_path / "alone")
 
 
 class Counted:
@@ -118,8 +96,7 @@ def test_the_base_is_read_as_for_one(dtype: str, tmp_path: Path, monkeypatch: py
     assert counted.read == one
 
 
-def test_one_count_serves_all_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+def test_one_count_serves_all_ratios(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[TensorSpec] = []
     count = magnitude.Ranking._count
 
@@ -136,8 +113,7 @@ def test_one_count_serves_all_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- the Hub's hash of a base ---
 
 
-def test_a_known_hash_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+def test_a_known_hash_is_not_computed_again(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = hashlib.sha256(base.read_bytes()).hexdigest()
     (job,) = jobs(base, tmp_path / "out", [{"ratio": 0.3}])
     counted = Counted(monkeypatch)
@@ -160,7 +136,7 @@ def test_a_known_hash_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.
 
 def test_only_some_hashes_are_known(tmp_path: Path) -> None:
     makers.write_shards(tmp_path / "base", makers.tiny("sd15.diffusers-unet"), 3)
-    alone = export(ExportRequest(str(tmp_path / "base"), Size(512, 512), tmp_path / "alone"))
+    alone = export(ExportRequest(str(tmp_path / "base"), SIZE, tmp_path / "alone"))
     (job,) = jobs(tmp_path / "base", tmp_path / "out", [{}])
     name = job.plan.outputs[1].source.name
     known = hashlib.sha256((tmp_path / "base" / name).read_bytes()).hexdigest()
@@ -179,9 +155,10 @@ def test_only_some_hashes_are_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 20])
-def test_a_write_that_fails_ends_only_its_own(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=4096))
-    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+def test_a_write_that_fails_ends_only_its_own(
+    at: int, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_in_chunks(monkeypatch, 4096)
     made = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}, {"ratio": 0.3}])
     write = DirectWriter.write
     calls = 0
@@ -200,35 +177,31 @@ def test_a_write_that_fails_ends_only_its_own(at: int, tmp_path: Path, monkeypat
     assert isinstance(second, Failure)
     assert isinstance(second.error, BakeError)
     assert second.error.message == f"{tmp_path / 'many/1.safetensors'}: Input/output error"
-    assert {p.name for p in (tmp_path / "many").iterdir()} == {"0.safetensors", "2.safetensors"}
+    assert names(tmp_path / "many") == ["0.safetensors", "2.safetensors"]
     for outcome, ratio in ((first, 0.1), (third, 0.3)):
         assert isinstance(outcome, Baked)
-        alone = export(ExportRequest(str(base), Size(512, 512), tmp_path / "a.safetensors", ratio=ratio, force=True))
-        assert outcome.written.path.read_bytes() == alone.written.path.read_bytes()
+        alone = bake(base, tmp_path / "a.safetensors", ratio=ratio, force=True)
+        assert outcome.written.path.read_bytes() == alone.read_bytes()
 
 
-def test_when_all_fail_the_rest_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bake, "write", functools.partial(bake.write, chunk=4096))
-    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+def test_when_all_fail_the_rest_is_not_read(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_in_chunks(monkeypatch, 4096)
     made = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}])
-
-    def failing(writer: DirectWriter, data: memoryview, offset: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(DirectWriter, "write", failing)
+    monkeypatch.setattr(DirectWriter, "write", failing())
     outcomes = list(run_together(made, Silent()))
     assert [type(outcome) for outcome in outcomes] == [Failure, Failure]
-    assert list((tmp_path / "many").iterdir()) == []
+    assert names(tmp_path / "many") == []
 
 
 @pytest.mark.parametrize("step", ["_check", "publish"])
-def test_a_last_step_that_fails_ends_only_its_own(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+def test_a_last_step_that_fails_ends_only_its_own(
+    step: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}])
     if step == "publish":
         made[0].target.write_bytes(b"it came there during the export")
     else:
-        check, calls = bake._check, []
+        check, calls = write._check, []
 
         def failing(*args: Any) -> None:
             calls.append(args)
@@ -236,7 +209,7 @@ def test_a_last_step_that_fails_ends_only_its_own(step: str, tmp_path: Path, mon
                 raise BakeError("0: does not open again", "This is a bug; please report it.")
             check(*args)
 
-        monkeypatch.setattr(bake, "_check", failing)
+        monkeypatch.setattr(write, "_check", failing)
     first, second = run_together(made, Silent())
     assert isinstance(first, Failure)
     assert isinstance(first.error, BakeError)
@@ -252,12 +225,11 @@ def test_a_damaged_base_ends_all(tmp_path: Path) -> None:
     base = makers.write(tmp_path / "base.safetensors", {**tensors, name: (dtype, shape, b"\xff" * len(data))})
     with pytest.raises(PlanError, match="not finite"):
         list(run_together(jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}]), Silent()))
-    assert list((tmp_path / "many").iterdir()) == []
+    assert names(tmp_path / "many") == []
 
 
-def test_no_more_than_the_caller_keeps(tmp_path: Path) -> None:
+def test_no_more_than_the_caller_keeps(base: Path, tmp_path: Path) -> None:
     """One by one, each may be taken away before the next is written."""
-    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
     made = jobs(base, tmp_path / "many", [{"ratio": r} for r in (0.1, 0.2, 0.3)])
     for number, outcome in enumerate(run_in_turn(made, Silent())):
         assert isinstance(outcome, Baked)
@@ -265,8 +237,7 @@ def test_no_more_than_the_caller_keeps(tmp_path: Path) -> None:
         outcome.written.path.unlink()
 
 
-def test_a_full_disk_is_told_before_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+def test_a_full_disk_is_told_before_each(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}])
     one = made[0].space.needed
 
@@ -276,7 +247,7 @@ def test_a_full_disk_is_told_before_each(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("shutil.disk_usage", usage)
     with pytest.raises(PlanError, match=r"needed, .* free"):
         list(run_together(made, Silent()))
-    assert list((tmp_path / "many").iterdir()) == []
+    assert names(tmp_path / "many") == []
     first, second = run_in_turn(made, Silent())
     assert isinstance(first, Baked)
     assert isinstance(second, Failure)
@@ -288,8 +259,7 @@ def _used(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.iterdir())
 
 
-def test_a_generator_that_is_left_leaves_nothing_running(tmp_path: Path) -> None:
-    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
+def test_a_generator_that_is_left_leaves_nothing_running(base: Path, tmp_path: Path) -> None:
     outcomes = run_in_turn(jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}]), Silent())
     next(outcomes)
     outcomes.close()  # type: ignore[attr-defined]
@@ -297,14 +267,8 @@ def test_a_generator_that_is_left_leaves_nothing_running(tmp_path: Path) -> None
     assert [p.name for p in (tmp_path / "many").iterdir()] == ["0.safetensors"]
 
 
-def test_staged_parts_go_when_one_is_interrupted(tmp_path: Path) -> None:
-    base = makers.write(tmp_path / "base.safetensors", makers.tiny("demo.original-unet"))
-
-    class Interrupting(Silent):
-        def advance(self, size: int) -> None:
-            if any(".crdiff-part" in p.name for p in (tmp_path / "many").iterdir()):
-                raise KeyboardInterrupt
+def test_staged_parts_go_when_one_is_interrupted(base: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
-        list(run_together(jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}]), Interrupting()))
-    assert list((tmp_path / "many").iterdir()) == []
+        list(run_together(jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}]), Interrupting("writing")))
+    assert names(tmp_path / "many") == []
