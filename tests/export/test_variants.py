@@ -56,7 +56,8 @@ def test_each_is_what_it_is_alone(
     name: str, run: Any, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests: Sequence[Mapping[str, Any]] = [{"ratio": 0.2}, {"ratio": 0.5}]
-    base, common = shelf / name, dict[str, Any]()
+    common: Mapping[str, Any] = {}
+    base = shelf / name
     if name in BASES:
         make, requests, common = BASES[name]
         base = makers.write(tmp_path / "base.safetensors", make(), {"format": "pt"})

@@ -74,3 +74,20 @@ class Interrupting:
             self._left -= 1
             if self._left < 0:
                 raise KeyboardInterrupt
+
+
+class Recorder:
+    """Progress that remembers each stage's title and size, and how far it came."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int]] = []
+        self.done: list[int] = []
+
+    def stage(self, title: str, size: int, unit: str = "bytes") -> None:
+        """Begin a stage."""
+        self.stages.append((title, size))
+        self.done.append(0)
+
+    def advance(self, size: int) -> None:
+        """Note some progress."""
+        self.done[-1] += size
