@@ -5,15 +5,17 @@ file's bytes, each in its own dtype, and the header of the base's file. Both are
 tensors of the baked file, under names that sort last, or in a sidecar file beside it (docs/metadata.md).
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from crdiff_export.errors import OptionError, PlanError
+from crdiff_export.errors import FamilyError, OptionError, PlanError
 from crdiff_export.formats import safetensors
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.crdiff_keys import RESIDUALS
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.formats.safetensors import TensorSpec
+from crdiff_export.models import families
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import CASTABLE, Plan
 
@@ -82,12 +84,19 @@ def check_base(checkpoint: Checkpoint, residual: str, dtype: str | None) -> None
     sidecars = {sidecar_path(Path(file.name)).as_posix() for file in checkpoint.files}
     if residual == SIDECAR and (taken := sidecars & {str(name) for name in checkpoint.companions}):
         raise PlanError(f"{path}: holds {min(taken)}, where the sidecar would be", "Move it out of the base's folder.")
-    is_bundle = checkpoint.kind == "file" and any(name.startswith(_BUNDLE) for name in checkpoint.shapes)
-    if residual == EMBED and not is_bundle:
+    if residual == EMBED and not _is_bundle(checkpoint):
         raise PlanError(
             f"{path}: loaders refuse a file with more than the model in it, unless its names begin with {_BUNDLE}",
             "Give --residual sidecar, which puts the residual into a file beside it.",
         )
+
+
+def _is_bundle(checkpoint: Checkpoint) -> bool:
+    """Whether loaders expect more than the model in this file; planning refuses a file of an unknown family."""
+    with contextlib.suppress(FamilyError):
+        match = families.detect(checkpoint.shapes)
+        return checkpoint.kind == "file" and match.layout.name == "original" and match.prefix == _BUNDLE
+    return True
 
 
 def largest_size(plan: Plan, counts: Sequence[int]) -> int:
