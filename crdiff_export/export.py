@@ -15,7 +15,7 @@ from crdiff_export.bake.source_hashes import SourceHashes
 from crdiff_export.bake.write import Failure, WriteJob, Written
 from crdiff_export.errors import PlanError
 from crdiff_export.formats.checkpoint import Checkpoint
-from crdiff_export.formats.crdiff_keys import Calibrated, Stamp
+from crdiff_export.formats.crdiff_keys import CalibrationStamp, Stamp
 from crdiff_export.hub import bases
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import architecture, kernels
@@ -196,7 +196,7 @@ class _Ranking:
     """A base whose weights have been ranked, and what its exports have in common."""
 
     criterion: CriterionChoice
-    calibrated: Calibrated | None
+    calibrated: CalibrationStamp | None
     ranked: Ranked
     architecture: Architecture
     kernel: kernels.Kernel

@@ -90,7 +90,7 @@ def stamp(
     source_name: str,
     architecture: Architecture,
     residual: str = "none",
-    calibrated: Calibrated | None = None,
+    calibrated: CalibrationStamp | None = None,
 ) -> Stamp:
     """Make the stamp of an export: the `crdiff.*` keys of its files without the hashes, which differ by file.
 
