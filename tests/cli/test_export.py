@@ -155,21 +155,21 @@ def test_a_single_ratio_is_for_a_transformer_too(line: Line) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "key", "text"),
+    ("options", "keys"),
     [
-        ("--targets ff", "crdiff.targets", "ff"),
-        ("--targets ff,attn", "crdiff.targets", "attn,ff"),
-        ("--poa-weight 2", "crdiff.poa.weight", "2.0"),
-        ("--dtype fp32", "crdiff.cast", "F32"),
-        ("--criterion magnitude", "crdiff.criterion", "magnitude"),
-        ("--threads 1 --device cpu", "crdiff.family", "demo"),
-        ("--no-hash", "modelspec.hash_sha256", None),
-        ("--no-hash", "crdiff.source.hash_sha256", None),
+        (
+            "--targets ff,attn --poa-weight 2 --dtype fp32 --criterion magnitude --threads 1 --device cpu",
+            {"targets": "attn,ff", "poa.weight": "2.0", "cast": "F32", "criterion": "magnitude", "family": "demo"},
+        ),
+        ("--targets ff --no-hash", {"targets": "ff", "source.hash_sha256": None, "source.file_sha256": None}),
     ],
+    ids=["numbers", "no-hash"],
 )
-def test_an_option_reaches_the_header(line: Line, here: Path, options: str, key: str, text: str | None) -> None:
+def test_options_reach_the_header(line: Line, here: Path, options: str, keys: Mapping[str, str | None]) -> None:
     assert line(f"export demo --res 64x96 -o o.safetensors {options}").code == 0
-    assert makers.metadata_of(here / "o.safetensors").get(key) == text
+    metadata = makers.metadata_of(here / "o.safetensors")
+    assert {key: metadata.get(f"crdiff.{key}") for key in keys} == keys
+    assert ("modelspec.hash_sha256" in metadata) == ("--no-hash" not in options)
 
 
 def test_a_recipe_of_ones_own(line: Line, here: Path) -> None:

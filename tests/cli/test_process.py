@@ -60,16 +60,7 @@ def test_export_and_verify_on_the_cpu_need_no_torch() -> None:
     assert not modules_after("verify", file, "--base", "demo") & (HEAVY - {"numpy", "numba", "safetensors"})
 
 
-@pytest.mark.parametrize("command", [[str(ROOT / "cli.py")], ["-m", "crdiff_export"]], ids=["cli.py", "module"])
-def test_other_ways_to_start(here: Path, command: list[str]) -> None:
-    ran = subprocess.run(
-        [sys.executable, *command, "export", "demo", "--res", "64", "-q"], capture_output=True, text=True, check=False
-    )
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "demo-crdiff-64x64.safetensors\n", "")
-    assert (here / "demo-crdiff-64x64.safetensors").exists()
-
-
-def test_a_checkout_that_is_not_installed(here: Path, tmp_path: Path) -> None:
+def test_the_launcher_of_a_checkout_that_is_not_installed(here: Path, tmp_path: Path) -> None:
     """Without the package's metadata, which a checkout lacks."""
     hide = tmp_path / "hide"
     hide.mkdir()
