@@ -97,10 +97,10 @@ class ScorerError(CrdiffError):
     code = "scorer"
 
 
-class MatrixError(CrdiffError):
+class PlanFileError(CrdiffError):
     """A plan file has one or more problems; all of them are listed before anything runs."""
 
-    code = "matrix"
+    code = "plan-file"
 
     def __init__(self, name: str, problems: Sequence[CrdiffError]) -> None:
         count = f"{len(problems)} problems" if len(problems) > 1 else "one problem"

@@ -18,7 +18,7 @@ import click
 from crdiff_export.cli.command import Group, Invocation, examples
 from crdiff_export.cli.output import print_error
 from crdiff_export.cli.signals import Stopped
-from crdiff_export.errors import CrdiffError, MatrixError
+from crdiff_export.errors import CrdiffError, PlanFileError
 
 __all__ = ["main"]
 
@@ -116,7 +116,7 @@ def _run(invocation: Invocation, *, as_json: bool) -> int:
     try:
         code = crdiff.main(invocation.words, prog_name="crdiff", standalone_mode=False, obj=invocation)
     except CrdiffError as error:
-        problems = error.problems if isinstance(error, MatrixError) else ()
+        problems = error.problems if isinstance(error, PlanFileError) else ()
         print_error(error.code, error.message, error.hint, problems, as_json=as_json)
         return error.exit_code
     except click.ClickException as error:

@@ -71,6 +71,7 @@ def export(
     BASE is a path to a checkpoint or diffusers folder, a Hub id (ORG/NAME), hf://ORG/NAME/FILE, or an alias
     (`crdiff recipes list`). The output appears under its name only when it is complete and checked.
     """
+    out.quiet_hub_client()
     pushing = _push_request(repo, push_settings)
     request = ExportRequest(
         base, res, output, recipe=recipe, prompt=prompt, ratio=ratio,
@@ -79,7 +80,7 @@ def export(
         force=force, allow_nonfinite=allow_nonfinite, threads=threads,
     )  # fmt: skip
     out.announce_base(base)
-    destination = _destination(out, pushing, request) if pushing and not dry_run else None
+    destination = _destination(pushing, request) if pushing and not dry_run else None
     job = prepare(request)
     out.notes(job.plan.notes)
     if dry_run:
@@ -107,12 +108,11 @@ def _push_request(repo: str | None, settings: dict[str, Any]) -> PushRequest | N
     return None
 
 
-def _destination(out: Output, pushing: PushRequest, request: ExportRequest) -> Destination:
+def _destination(pushing: PushRequest, request: ExportRequest) -> Destination:
     """Check where the file will go before its base is fetched."""
     from crdiff_export.hub import bases
 
-    out.quiet_hub_client()
-    source = bases.remote(request.base) or request.base
+    source = bases.hub_uri(request.base) or request.base
     name = request.output.name if request.output else f"{Path(request.base).stem}-crdiff-{request.size}"
     return check_destination(pushing, source, name)
 

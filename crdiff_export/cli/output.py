@@ -121,8 +121,8 @@ class Output:
         """Note that a base may have to be fetched from the Hub first."""
         from crdiff_export.hub import bases
 
-        if source := bases.remote(base):
-            self.quiet_hub_client()
+        self.quiet_hub_client()
+        if source := bases.hub_uri(base):
             self.notes([f"{source} comes from the Hub, unless it is in the local cache"])
 
 

@@ -13,9 +13,9 @@ from crdiff_export.cli.output import Facts, Output, Result, Table
 from crdiff_export.cli.push import log_upload
 from crdiff_export.errors import OptionError
 from crdiff_export.publish import report
-from crdiff_export.publish.run import Outcome, exit_code, tags
+from crdiff_export.publish.run import Outcome, TagResult, exit_code, set_tags
 from crdiff_export.publish.run import publish as run
-from crdiff_export.publish.worklist import PublishRequest, Survey, survey
+from crdiff_export.publish.worklist import PublishRequest, Worklist, make_worklist
 
 
 @command(
@@ -36,7 +36,7 @@ from crdiff_export.publish.worklist import PublishRequest, Survey, survey
            click.Path(path_type=Path, file_okay=False), "folder", default=Path()),
     option("--keep", "none: make, push and remove one variant after the other, for a small disk.",
            click.Choice(["all", "none"]), default="all", show_default=True),
-    option("--dry-run", "Show the matrix and what would be done; write and push nothing."),
+    option("--dry-run", "Show what would be done; write and push nothing."),
 )  # fmt: skip
 def publish(
     out: Output, plan: Path, folder: Path, *, keep: str, no_push: bool, create_pr: bool, dry_run: bool, device: str,
@@ -56,23 +56,23 @@ def publish(
         plan, folder, keep=keep == "all", push=not no_push, create_pr=create_pr, device=device, threads=threads
     )
     out.quiet_hub_client()
-    found = survey(request, out.threads_progress)
-    out.notes(report.planned_notes(found))
+    worklist = make_worklist(request, out.threads_progress)
+    out.notes(report.planned_notes(worklist))
     if dry_run:
-        return _planned(out, found)
+        return _planned(out, worklist)
     outcomes: list[Outcome] = []
-    tagged: list[report.Tagged] = []
+    tags: list[TagResult] = []
     try:
-        _run(out, found, outcomes)
+        _run(out, worklist, outcomes)
         if not no_push:
-            tagged += tags(outcomes)
+            tags += set_tags(outcomes)
     finally:
-        outcomes = report.in_order(found, outcomes)
-        report.for_github(found, outcomes, tagged)
-    return _done(out, found, outcomes, tagged)
+        outcomes = report.in_order(worklist, outcomes)
+        report.write_github_summary(worklist, outcomes, tags)
+    return _done(out, worklist, outcomes, tags)
 
 
-def _run(out: Output, found: Survey, outcomes: list[Outcome]) -> None:
+def _run(out: Output, worklist: Worklist, outcomes: list[Outcome]) -> None:
     """Make and push the variants; the list of outcomes is filled as far as that gets."""
     seconds = 0.0
     with out.progress() as display, out.stopper.watch(display) as progress:
@@ -85,39 +85,37 @@ def _run(out: Output, found: Survey, outcomes: list[Outcome]) -> None:
                 yield
             seconds = time.monotonic() - began
 
-        for outcome in run(found, progress, pausing):
+        for outcome in run(worklist, progress, pausing):
             outcomes.append(outcome)
             if outcome.status == "published":  # the last pause was for its upload
                 log_upload(out, outcome.size or 0, report.where(outcome.item), seconds)
 
 
-def _planned(out: Output, found: Survey) -> Result:
-    failing = [Outcome(item, "failed", error=item.error) for item in found.items if item.error]
+def _planned(out: Output, worklist: Worklist) -> Result:
+    failing = [Outcome(item, "failed", error=item.error) for item in worklist.items if item.error]
     _show_errors(out, failing)
-    table = Table(report.PLANNED, [report.planned_row(item) for item in found.items])
+    table = Table(report.PLANNED, [report.planned_row(item) for item in worklist.items])
     return Result(
-        {"dry_run": True, **report.planned(found)},
-        [table, "", Facts(report.facts(found))],
+        {"dry_run": True, **report.planned_json(worklist)},
+        [table, "", Facts(report.planned_totals(worklist))],
         bare=[table],
         exit_code=exit_code(failing),
     )
 
 
-def _done(out: Output, found: Survey, outcomes: list[Outcome], tagged: list[report.Tagged]) -> Result:
+def _done(out: Output, worklist: Worklist, outcomes: list[Outcome], tags: list[TagResult]) -> Result:
     _show_errors(out, outcomes)
-    moved = []
-    for repo, name, commit in tagged:
-        if isinstance(commit, str):
-            moved.append(f"tag {name} of {repo}: {commit[:10]}")
-        else:
-            out.error(commit)
+    for tag in tags:
+        if tag.error:
+            out.error(tag.error)
+    tag_lines = [f"tag {tag.tag} of {tag.repo}: {tag.commit[:10]}" for tag in tags if tag.commit]
     done = [outcome for outcome in outcomes if not outcome.error]
     return Result(
-        report.as_json(outcomes, tagged),
-        [Table(report.DONE, [report.done_row(outcome) for outcome in outcomes]), *moved],
+        report.done_json(outcomes, tags),
+        [Table(report.DONE, [report.done_row(outcome) for outcome in outcomes]), *tag_lines],
         bare=[outcome.pushed.url if outcome.pushed else report.where(outcome.item) for outcome in done],
-        notes=list(report.done_notes(found, outcomes)),
-        exit_code=exit_code(outcomes, (commit for _, _, commit in tagged)),
+        notes=list(report.done_notes(worklist, outcomes)),
+        exit_code=exit_code(outcomes, tags),
     )
 
 

@@ -14,16 +14,16 @@ from crdiff_export.cli.output import Facts, Output, Result
 from crdiff_export.cli.progress_display import rate_text
 from crdiff_export.errors import HubError
 from crdiff_export.formats.text import amount
-from crdiff_export.publish.commit import Pushed
+from crdiff_export.publish import commit
+from crdiff_export.publish.commit import PushResult
 from crdiff_export.publish.request import (
     PushRequest,
     check_request,
-    place,
+    make_upload,
+    path_in_repository,
     prepare,
-    send,
-    source_name,
+    read_source_name,
 )
-from crdiff_export.publish.request import upload as collect
 from crdiff_export.publish.target import Destination
 from crdiff_export.publish.upload import Upload
 
@@ -42,23 +42,23 @@ def push(out: Output, file: Path, repo: str, **settings: Any) -> Result:
     Write access is checked first. The commit holds the file and the card; an existing card keeps everything but our
     part. What the Hub then holds is compared by hash. Nothing is committed if it has the file already.
     """
+    out.quiet_hub_client()
     request = PushRequest(repo, **settings)
     check_request(request)
-    out.quiet_hub_client()
-    base = source_name(file)
-    place(request, file)
+    base = read_source_name(file)
+    path_in_repository(request, file)
     return push_result(*transfer(out, request, file, prepare(request, base, file.name)))
 
 
 def transfer(
     out: Output, request: PushRequest, path: Path, destination: Destination, *, checked: bool = False
-) -> tuple[Upload, Pushed]:
+) -> tuple[Upload, PushResult]:
     """Hash and send what is at a path, with progress; `checked` if its bytes have just been written."""
     with out.threads_progress() as progress:
-        upload = collect(request, path, progress, checked=checked)
+        upload = make_upload(request, path, progress, checked=checked)
     began = time.monotonic()
     try:
-        pushed = send(upload, destination)
+        pushed = commit.push(upload, destination)
     except HubError as error:
         if not checked:
             raise
@@ -74,7 +74,7 @@ def log_upload(out: Output, size: int, where: str, seconds: float) -> None:
     out.log(f"sending: {amount(size)} to {where} in {rate_text(size, seconds)}")
 
 
-def push_result(upload: Upload, pushed: Pushed) -> Result:
+def push_result(upload: Upload, pushed: PushResult) -> Result:
     """Describe a push; the last line is the address that will always lead to these bytes."""
     found = {
         "repo": pushed.repo, "revision": pushed.revision, "commit": pushed.commit, "changed": pushed.changed,
@@ -88,7 +88,7 @@ def push_result(upload: Upload, pushed: Pushed) -> Result:
     return Result(found, [Facts(_facts(upload, pushed)), pushed.url], bare=[pushed.url], notes=pushed.notes)
 
 
-def _facts(upload: Upload, pushed: Pushed) -> Iterator[tuple[str, str]]:
+def _facts(upload: Upload, pushed: PushResult) -> Iterator[tuple[str, str]]:
     yield "repository", f"{pushed.repo} ({pushed.revision})"
     unchanged = "" if pushed.changed else ", which holds it already: no commit was made"
     yield "commit", f"{pushed.commit}{unchanged}"

@@ -1,6 +1,9 @@
-"""The Hugging Face Hub; the only package that may open a socket. Tokens are left to huggingface_hub, unseen."""
+"""The Hugging Face Hub, reading side: find bases, fetch them, read headers without fetching.
 
-from crdiff_export.hub.download import fetch, fetch_parts, hashes, without_others
-from crdiff_export.hub.remote_headers import look
+Begin with `bases.locate`. This room and `publish` are the only ones that talk to the Hub; tokens are left to
+huggingface_hub and never read.
+"""
 
-__all__ = ["fetch", "fetch_parts", "hashes", "look", "without_others"]
+from crdiff_export.hub.download import cached_hashes, fetch, fetch_parts
+
+__all__ = ["cached_hashes", "fetch", "fetch_parts"]

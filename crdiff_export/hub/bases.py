@@ -1,33 +1,30 @@
-"""From what a user calls a base to a path on this machine: a path, a Hub id, `hf://id/file`, or an alias."""
+"""Find the base that a user names: by a path, an alias, a Hub id or an `hf://` address."""
 
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote
 
 from crdiff_export.errors import CheckpointError
 from crdiff_export.formats.checkpoint import PICKLES, Checkpoint, open_checkpoint
+from crdiff_export.hub.location import HubLocation, parse_id, parse_page, parse_uri
 from crdiff_export.models import recipe_files
 
 BUILT_IN = "demo"
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-# huggingface_hub's own spelling; a revision with a slash is a pull request, or has %2F for it.
-_HUB_PLACE = re.compile(r"(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(/(?P<file>.+))?")
-_HUB_PAGE = re.compile(
-    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(?:/(?:blob|resolve)/main/([^?#]+))?"
-)
-# What is the name of a file, even where it looks like ORG/NAME.
-_FILES = (".safetensors", ".ckpt", ".json", ".pt", ".pth", ".bin", ".gguf", ".sft")
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base on this machine. `name` is what the output's header calls it.
+    """A base on this machine.
 
-    Outputs are called after `stem` if there is one: in the Hub's cache a folder's own name is a commit. `hashes` are
-    the SHA-256 of whole files as the Hub gives them, by the files' names.
+    Attributes:
+        path: The file or folder.
+        name: What the header of an output calls the base.
+        stem: What outputs are named after; None for the path's own stem. A folder in the Hub's cache is named after
+            a commit, which says nothing to people.
+        hashes: The SHA-256 of whole files as hex, as the Hub gives them, by file name.
+
     """
 
     path: Path
@@ -36,139 +33,189 @@ class Base:
     hashes: Mapping[str, str] = field(default_factory=dict)
 
     def open(self, variant: str | None) -> Checkpoint:
-        """Read its headers; CheckpointError says what is wrong with them."""
+        """Read the headers.
+
+        Args:
+            variant: The weights to take from a folder that has several, such as "fp16".
+
+        Returns:
+            The checkpoint, without weights of other variants that the Hub's cache has beside it.
+
+        Raises:
+            CheckpointError: If the base is not a checkpoint that crdiff can read.
+
+        """
         checkpoint = open_checkpoint(self.path, variant)
         if self.stem is None or checkpoint.kind != "folder":
             return checkpoint
-        from crdiff_export import hub
+        from crdiff_export.hub.download import drop_other_variants
 
-        names = hub.without_others([str(name) for name in checkpoint.companions], variant)
+        names = drop_other_variants([str(name) for name in checkpoint.companions], variant)
         return replace(checkpoint, companions=tuple(map(PurePosixPath, names)))
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """A repository on the Hub, or one file of it."""
+class RemoteBase:
+    """A base whose headers have been read; its files may still be on the Hub.
 
-    repo: str
-    file: str | None
-    revision: str | None
+    Attributes:
+        base: The base; its path exists only after `fetch`.
+        checkpoint: The headers.
+        location: Where to fetch it from, at the commit whose headers were read; None for a base on this machine.
+        size: The bytes to fetch at most.
+        contents: `RemoteFile.content` of the files beside the weights, by name, as far as the Hub gives it.
 
-    @property
-    def name(self) -> str:
-        at = f"@{self.revision.replace('/', '%2F')}" if self.revision else ""
-        return f"hf://{self.repo}{at}{f'/{self.file}' if self.file else ''}"
-
-
-def locate(base: str, variant: str | None = None) -> Base:
-    """Find a base, fetching it from the Hub only if it is named by an alias or an id; CheckpointError or HubError else.
-
-    An alias wins over a file of the same name (`./sdxl` means the file), a file over a Hub id.
-    """
-    if not base.strip():
-        raise CheckpointError("the name of the base is empty", _hint(""))
-    if base == BUILT_IN:
-        from crdiff_export.models import demo
-
-        return Base(demo.path(), BUILT_IN)
-    if place := _place(base):
-        from crdiff_export import hub
-
-        path = hub.fetch(place.repo, place.file, place.revision, variant)
-        stem = place.repo.partition("/")[2] if path.is_dir() else None
-        return Base(path, place.name, stem, hub.hashes(path))
-    found = _path(base)
-    if found is None:
-        raise CheckpointError(f"{_shown(base)}: no such file or folder", _hint(base))
-    # A link's own name says more than what it leads to: in the Hub's cache that is a hash.
-    return Base(found, found.name if found.name not in ("", "..") else found.resolve().name)
-
-
-@dataclass(frozen=True, slots=True)
-class Looked:
-    """A base of which only the headers have been read; its files may still be on the Hub.
-
-    `place` is where to fetch it from as of the commit that was looked at, with `size` bytes at most; None for what is
-    on this machine. `contents` tell what its companions hold, as far as the Hub says.
     """
 
     base: Base
     checkpoint: Checkpoint
-    place: str | None = None
+    location: HubLocation | None = None
     size: int = 0
     contents: Mapping[str, str] = field(default_factory=dict)
 
-    def here(self, variant: str | None = None) -> "Looked":
-        """The same on this machine, fetched if it has to be; HubError where that fails."""
-        if self.place is None:
+    def fetch(self, variant: str | None = None) -> "RemoteBase":
+        """Fetch the files that are not on this machine.
+
+        Args:
+            variant: The weights to take from a folder that has several.
+
+        Returns:
+            The same base on this machine.
+
+        Raises:
+            HubError: If the Hub does not give the files.
+
+        """
+        if self.location is None:
             return self
-        path = locate(self.place, variant).path
-        found = open_checkpoint(path, variant)
-        kept = tuple(name for name in found.companions if name in self.checkpoint.companions)
-        return Looked(replace(self.base, path=path), replace(found, companions=kept))
+        path = locate(str(self.location), variant).path
+        checkpoint = open_checkpoint(path, variant)
+        companions = tuple(name for name in checkpoint.companions if name in self.checkpoint.companions)
+        return RemoteBase(replace(self.base, path=path), replace(checkpoint, companions=companions))
 
 
-def look(base: str, variant: str | None = None) -> Looked:
-    """Read a base's headers, those of one on the Hub without fetching it; CheckpointError or HubError as in `locate`.
+def locate(base: str, variant: str | None = None) -> Base:
+    """Find a base, and fetch it from the Hub if an alias or an id names it.
 
-    A pickle has no header and is fetched. So is everything while the Hub is off (HF_HUB_OFFLINE): from the cache.
+    An alias wins over a file of the same name (`./sdxl` is the file), a file wins over a Hub id.
+
+    Args:
+        base: A path, an alias, `ORG/NAME[@REVISION]` or `hf://ORG/NAME[@REVISION][/FILE]`.
+        variant: The weights to take from a folder that has several, such as "fp16".
+
+    Returns:
+        The base on this machine.
+
+    Raises:
+        CheckpointError: If the text names nothing.
+        HubError: If the Hub does not give the files.
+
     """
-    place = _place(base)
-    if place and not (place.file or "").lower().endswith(PICKLES):
-        from crdiff_export import hub
+    if not base.strip():
+        raise CheckpointError("the name of the base is empty", hint(""))
+    if base == BUILT_IN:
+        from crdiff_export.models import demo
 
-        if found := hub.look(place.repo, place.file, place.revision, variant):
-            stem = place.repo.partition("/")[2] if found.checkpoint.kind == "folder" else None
-            at = _Place(place.repo, place.file or found.file, found.commit).name
-            return Looked(
-                Base(found.checkpoint.path, place.name, stem, found.hashes),
-                found.checkpoint,
-                at,
-                found.size,
-                found.contents,
-            )
-    located = locate(base, variant)
-    return Looked(located, located.open(variant))
+        return Base(demo.path(), BUILT_IN)
+    if location := hub_location(base):
+        from crdiff_export.hub.download import cached_hashes, fetch
 
-
-def remote(base: str) -> str | None:
-    """Where on the Hub a base is, as hf://…; None for what is on this machine or nowhere."""
-    place = _place(base)
-    return place.name if place else None
+        path = fetch(location, variant)
+        stem = location.repo.partition("/")[2] if path.is_dir() else None
+        return Base(path, str(location), stem, cached_hashes(path))
+    local = _existing_path(base)
+    if local is None:
+        raise CheckpointError(f"{without_secrets(base)}: no such file or folder", hint(base))
+    # The name of a link says more than its target's: in the Hub's cache that is a hash.
+    return Base(local, local.name if local.name not in ("", "..") else local.resolve().name)
 
 
-def _place(base: str) -> _Place | None:
-    recipe = recipe_files.by_alias(base)
-    if recipe:
-        return _Place(recipe.repo, recipe.file, None) if recipe.repo else None
+def read_headers(base: str, variant: str | None = None) -> RemoteBase:
+    """Read the headers of a base, on the Hub without fetching its weights.
+
+    A pickle has no header and is fetched. So is everything if the Hub is off (HF_HUB_OFFLINE): from the cache.
+
+    Args:
+        base: As for `locate`.
+        variant: As for `locate`.
+
+    Returns:
+        The base and its headers.
+
+    Raises:
+        CheckpointError: If the text names nothing, or not a checkpoint.
+        HubError: If the Hub does not give the headers.
+
+    """
+    location = hub_location(base)
+    if location and not (location.file or "").lower().endswith(PICKLES):
+        from crdiff_export.hub.remote_headers import read_remote_headers
+
+        if remote := read_remote_headers(location, variant):
+            return remote
+    local = locate(base, variant)
+    return RemoteBase(local, local.open(variant))
+
+
+def hub_location(base: str) -> HubLocation | None:
+    """Find where on the Hub a base is, without asking the Hub.
+
+    Args:
+        base: As for `locate`.
+
+    Returns:
+        The location; None for a base on this machine, and for a text that names nothing.
+
+    Raises:
+        CheckpointError: If the text begins with `hf://` and is not the address of a model.
+
+    """
+    if recipe := recipe_files.by_alias(base):
+        return HubLocation(recipe.repo, recipe.file) if recipe.repo else None
     if base.startswith("hf://"):
-        match = _HUB_PLACE.fullmatch(base.removeprefix("hf://").rstrip("/"))
-        if not match:
-            raise CheckpointError(f"{base}: not a place on the Hub", "Write hf://ORG/NAME or hf://ORG/NAME/FILE.")
-        revision = match["revision"]
-        return _Place(match["repo"], match["file"], unquote(revision) if revision else None)
-    if _path(base) is None and not base.lower().endswith(_FILES) and (match := _HUB_ID.fullmatch(base)):
-        return _Place(match["repo"], None, match["revision"])
-    return None
+        if location := parse_uri(base):
+            return location
+        raise CheckpointError(f"{base}: not a place on the Hub", hint(base))
+    return parse_id(base) if _existing_path(base) is None else None
 
 
-def _path(base: str) -> Path | None:
-    """The path, if something is there; a broken link is something."""
+def hub_uri(base: str) -> str | None:
+    """Return the `hf://` address of a base.
+
+    Args:
+        base: As for `locate`.
+
+    Returns:
+        The address; None for a base on this machine, and for a text that names nothing.
+
+    Raises:
+        CheckpointError: As in `hub_location`.
+
+    """
+    location = hub_location(base)
+    return str(location) if location else None
+
+
+def _existing_path(base: str) -> Path | None:
+    """Return the path if something is there, be it a broken link."""
     try:
         path = Path(base).expanduser()
-    except RuntimeError:  # a ~name that is nobody's home
+    except RuntimeError:  # ~name, and nobody has that name
         return None
     return path if os.path.lexists(path) else None
 
 
-def _shown(base: str) -> str:
-    """What was given; a link without the places where passwords and tokens stand."""
+def without_secrets(base: str) -> str:
+    """Cut the parts of a link that can hold passwords and tokens; return any other text as it is."""
     return re.sub(r"//[^/@]*@", "//", base.partition("?")[0]) if "://" in base else base
 
 
-def _hint(base: str) -> str:
-    if page := _HUB_PAGE.match(base):
-        return f"A file on the Hub is written hf://{page[1]}{f'/{page[2]}' if page[2] else ''}."
+def hint(base: str) -> str:
+    """Say what to write instead of a text that names no base."""
+    if base.startswith("hf://"):
+        return "Write hf://ORG/NAME or hf://ORG/NAME/FILE."
+    if page := parse_page(base):
+        return f"A file on the Hub is written {page}."
     if "://" in base:
         return "Download the file and give its path, or name a file on the Hub: hf://ORG/NAME/FILE."
     if "/" in base or "." in base or not base.strip():

@@ -1,7 +1,7 @@
-"""Work in threads that nothing waits for when the program ends: a signal ends it even while the Hub is silent.
+"""Run work in daemon threads, so that a signal ends the program even while the Hub is silent.
 
-The client's own threads, and hf_xet's calls outside of Python, would keep the main thread from it until they are done.
-While one of these threads is alive, the command line ends without waiting for any (`commands.main`).
+The client's own threads and hf_xet's calls outside of Python would keep the main thread waiting until they are done.
+While a thread of this module is alive, the command line ends without waiting for any thread.
 """
 
 import threading
@@ -9,52 +9,70 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
-Item = TypeVar("Item")
+Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 THREAD = "crdiff-hub"
-# Seconds; on Windows a signal gets through only between two waits.
-_LOOK_UP = 0.5
+# Seconds between two looks for a signal; Windows delivers none during a wait.
+_POLL = 0.5
 
 
-def aside(act: Callable[[], Result]) -> Result:
-    """What `act` returns or raises; it runs in a thread of its own."""
-    return _started(act)()
+def run_in_daemon_thread(function: Callable[[], Result]) -> Result:
+    """Run a function in a daemon thread.
+
+    Args:
+        function: The work.
+
+    Returns:
+        What the function returns; what it raises is raised here.
+
+    """
+    return _wait(_start(function))
 
 
-def each(act: Callable[[Item], Result], items: Iterable[Item], at_once: int) -> list[Result]:
-    """What `act` returns for each item, from so many threads at once; an error ends the work and is raised."""
-    todo = list(items)
-    made: dict[int, Result] = {}
-    places = iter(range(len(todo)))  # one for all of them: whoever is free takes the next
+def map_in_threads(function: Callable[[Argument], Result], arguments: Iterable[Argument], at_once: int) -> list[Result]:
+    """Call a function for each argument in several daemon threads; the first error ends the work and is raised.
+
+    Args:
+        function: The work for one argument.
+        arguments: The arguments.
+        at_once: How many threads to use.
+
+    Returns:
+        The results, in the order of the arguments.
+
+    """
+    todo = list(arguments)
+    results: dict[int, Result] = {}
+    indices = iter(range(len(todo)))  # shared: an idle thread takes the next
 
     def work() -> None:
         try:
-            for place in places:
-                made[place] = act(todo[place])
+            for index in indices:
+                results[index] = function(todo[index])
         except BaseException:
-            for _ in places:
+            for _ in indices:  # leave nothing to the other threads
                 pass
             raise
 
-    for finish in [_started(work) for _ in range(min(at_once, len(todo)))]:
-        finish()
-    return [made[place] for place in range(len(todo))]
+    for future in [_start(work) for _ in range(min(at_once, len(todo)))]:
+        _wait(future)
+    return [results[index] for index in range(len(todo))]
 
 
-def _started(act: Callable[[], Result]) -> Callable[[], Result]:
-    """Begin, and give back what waits for the end."""
+def _start(function: Callable[[], Result]) -> "Future[Result]":
     future: Future[Result] = Future()
 
     def run() -> None:
         try:
-            future.set_result(act())
-        except BaseException as error:  # noqa: BLE001  raised where it is waited for
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001  raised in the thread that waits
             future.set_exception(error)
 
-    def finish() -> Result:
-        while not wait([future], _LOOK_UP).done:
-            pass
-        return future.result()
-
     threading.Thread(target=run, name=THREAD, daemon=True).start()
-    return finish
+    return future
+
+
+def _wait(future: "Future[Result]") -> Result:
+    while not wait([future], _POLL).done:
+        pass
+    return future.result()

@@ -1,4 +1,4 @@
-"""Bases from the Hub, by way of huggingface_hub's cache: only the files that are needed."""
+"""Fetch bases from the Hub into the Hub client's cache: only the files that are needed."""
 
 import contextlib
 import re
@@ -7,115 +7,149 @@ from pathlib import Path, PurePosixPath
 
 from crdiff_export.errors import HubError
 from crdiff_export.formats.checkpoint import read_index
-from crdiff_export.hub.daemon_threads import aside
-from crdiff_export.hub.messages import explained, no_answer
+from crdiff_export.hub.daemon_threads import run_in_daemon_thread
+from crdiff_export.hub.location import HubLocation
+from crdiff_export.hub.messages import as_hub_error, no_answer
 
 INDEX = ".safetensors.index.json"
-# What a pipeline folder needs besides its weights.
+# Files that a pipeline folder needs besides its weights.
 SMALL_FILES = ("*.json", "*.txt", "*.model")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # diffusers' `_add_variant`: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
 _WEIGHTS = re.compile(r"(?P<folder>.+)/[^/.]+(\.(?P<variant>[^/.]+?))?(-\d{5}-of-\d{5})?\.safetensors")
 
 
-def fetch(repo: str, file: str | None, revision: str | None, variant: str | None) -> Path:
-    """The path in huggingface_hub's cache of one file of a repository, or of its diffusers folder where `file` is None.
+def fetch(location: HubLocation, variant: str | None = None) -> Path:
+    """Fetch one file, or the diffusers folder or only checkpoint of a repository, with no more than is needed.
 
-    With an index come its shards. Only what is needed is downloaded; with HF_HUB_OFFLINE, or without a connection, only
-    the cache is looked at. HubError says what to do next.
+    With an index come its shards. With HF_HUB_OFFLINE, or without a connection, only the cache is used.
+
+    Args:
+        location: The file, or the repository.
+        variant: The weights to take from a folder that has several, such as "fp16".
+
+    Returns:
+        The path in the Hub client's cache.
+
+    Raises:
+        HubError: If the repository has not what is needed, or the Hub does not give it.
+
     """
-    with explained(repo, file):
-        if file is None:
-            return aside(lambda: _fetch_folder(repo, revision, variant))
-        return aside(lambda: _fetch_file(repo, file, revision))
+    with as_hub_error(location.repo, location.file):
+        return run_in_daemon_thread(lambda: _fetch(location, variant))
 
 
-def _fetch_file(repo: str, file: str, revision: str | None) -> Path:
+def _fetch(location: HubLocation, variant: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
-    path = Path(hf_hub_download(repo, file, revision=revision))
-    for shard in shards(file, path):
-        hf_hub_download(repo, shard, revision=revision)
-    return path
+    repo, file, revision = location.repo, location.file, location.revision
+    if file is not None:
+        path = Path(hf_hub_download(repo, file, revision=revision))
+        for shard in shard_names(file, path):
+            hf_hub_download(repo, shard, revision=revision)
+        return path
+    names, offline = _list_files(repo, revision)
+    chosen = choose_files(repo, names, variant)
+    if isinstance(chosen, str):
+        return Path(hf_hub_download(repo, chosen, revision=revision, local_files_only=offline))
+    return _fetch_snapshot(location, chosen, offline=offline)
 
 
-def shards(file: str, path: Path) -> list[str]:
-    """The shards that a file of a repository leads to, if it is an index of some; `path` is where it is."""
+def _fetch_snapshot(location: HubLocation, weights: Sequence[str], *, offline: bool = False) -> Path:
+    """Fetch the small files of a diffusers folder, and these weights."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [*SMALL_FILES, *weights]
+    return Path(
+        snapshot_download(location.repo, revision=location.revision, allow_patterns=patterns, local_files_only=offline)
+    )
+
+
+def shard_names(file: str, path: Path) -> list[str]:
+    """List the shards of an index: their paths in the repository; empty for any other file.
+
+    Args:
+        file: The path of the index in the repository.
+        path: The index on this machine.
+
+    """
     if not file.endswith(INDEX):
         return []
     folder = PurePosixPath(file).parent
     return [str(folder / name) for name in sorted(set(read_index(path).values()))]
 
 
-def fetch_parts(repo: str, revision: str | None = None, without: str | None = None) -> Path:
-    """The path in the cache of a repository's folder for diffusers, without any weights; HubError says what to do next.
+def fetch_parts(location: HubLocation, without: str | None = None) -> Path:
+    """Fetch a diffusers folder without its weights, or with those of all components but one.
 
-    With `without`, the name of a component, the weights of all others come, too.
+    Args:
+        location: The repository.
+        without: The component whose weights stay on the Hub; None to leave out all weights.
+
+    Returns:
+        The folder in the Hub client's cache.
+
+    Raises:
+        HubError: If the Hub does not give the files.
+
     """
 
     def act() -> Path:
-        from huggingface_hub import snapshot_download
-
         if without is None:
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(SMALL_FILES)))
-        names, offline = _list(repo, revision)
-        weights = [name for name in _weights(names, None) if not name.startswith((f"{without}/", "safety_checker/"))]
-        patterns = [*SMALL_FILES, *weights]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline))
+            return _fetch_snapshot(location, ())
+        names, offline = _list_files(location.repo, location.revision)
+        unwanted = (f"{without}/", "safety_checker/")
+        weights = [name for name in _weights(names, None) if not name.startswith(unwanted)]
+        return _fetch_snapshot(location, weights, offline=offline)
 
-    with explained(repo):
-        return aside(act)
+    with as_hub_error(location.repo):
+        return run_in_daemon_thread(act)
 
 
-def hashes(path: Path) -> Mapping[str, str]:
-    """The SHA-256 of files in the client's cache as the Hub gave them, by their names; only files in LFS have one.
+def cached_hashes(path: Path) -> Mapping[str, str]:
+    """Read the SHA-256 of files in the Hub client's cache, as the Hub gave them.
 
-    `path` is a file or a folder that `fetch` gave. The cache calls a file's content by its ETag, and leads to it by a
-    link; where the system has no links, nothing is known.
+    The cache stores a file under its ETag and links to it. On systems without links nothing is known.
+
+    Args:
+        path: A file or a folder from `fetch`.
+
+    Returns:
+        SHA-256 as hex by file name, for files in LFS.
+
     """
     home = path.parent if path.is_file() else path
     if path.name.endswith(INDEX):
         files = sorted(home.glob("*.safetensors"))
     else:
         files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
-    names = {file.relative_to(home).as_posix(): file.resolve().name for file in files if file.is_symlink()}
-    return {name: blob for name, blob in names.items() if _SHA256.fullmatch(blob)}
+    blobs = {file.relative_to(home).as_posix(): file.resolve().name for file in files if file.is_symlink()}
+    return {name: blob for name, blob in blobs.items() if _SHA256.fullmatch(blob)}
 
 
-def _fetch_folder(repo: str, revision: str | None, variant: str | None) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    names, offline = _list(repo, revision)
-    found = wanted(repo, names, variant)
-    if isinstance(found, str):
-        return Path(hf_hub_download(repo, found, revision=revision, local_files_only=offline))
-    patterns = [*SMALL_FILES, *found]
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline))
-
-
-def wanted(repo: str, names: Sequence[str], variant: str | None) -> str | list[str]:
-    """Of a repository's files the one that is its checkpoint, or the weights of its diffusers folder."""
+def choose_files(repo: str, names: Sequence[str], variant: str | None) -> str | list[str]:
+    """Choose the only checkpoint of a repository, or the weights of its diffusers folder; raises HubError."""
     if any(name.startswith(("unet/", "transformer/")) for name in names):
         return _weights(names, variant)
-    single = [name for name in names if name.endswith(".safetensors")]
-    if variant and len(single) > 1:  # as in model.fp16.safetensors, model-fp16.safetensors, model_fp16.safetensors
-        single = [name for name in single if re.search(rf"[._-]{re.escape(variant)}\.safetensors$", name)] or single
-    if len(single) == 1:
-        return single[0]
-    if not single:
+    files = [name for name in names if name.endswith(".safetensors")]
+    if variant and len(files) > 1:  # as in model.fp16.safetensors, model-fp16.safetensors, model_fp16.safetensors
+        files = [name for name in files if re.search(rf"[._-]{re.escape(variant)}\.safetensors$", name)] or files
+    if len(files) == 1:
+        return files[0]
+    if not files:
         raise HubError(f"{repo}: has no checkpoint in safetensors format", "Give another repository.")
-    shown = ", ".join(f"hf://{repo}/{name}" for name in single[:4])
-    raise HubError(f"{repo}: has {len(single)} checkpoints", f"Choose one: {shown}{', …' if len(single) > 4 else ''}.")
+    shown = ", ".join(f"hf://{repo}/{name}" for name in files[:4])
+    raise HubError(f"{repo}: has {len(files)} checkpoints", f"Choose one: {shown}{', …' if len(files) > 4 else ''}.")
 
 
-def without_others(names: Sequence[str], variant: str | None) -> list[str]:
-    """Of a folder's files those that `fetch` is after: the cache may also have weights of other variants."""
+def drop_other_variants(names: Sequence[str], variant: str | None) -> list[str]:
+    """Keep the files that `fetch` takes; the cache may also hold weights of other variants."""
     chosen = set(_weights(names, variant))
     return [name for name in names if name in chosen or not _WEIGHTS.fullmatch(name)]
 
 
-def _list(repo: str, revision: str | None) -> tuple[list[str], bool]:
-    """The names of a repository's files, and whether they had to come from the cache."""
+def _list_files(repo: str, revision: str | None) -> tuple[list[str], bool]:
+    """List the files of a repository, and tell whether only the cache could be asked."""
     from huggingface_hub import HfApi, constants, errors
 
     if not constants.HF_HUB_OFFLINE:
@@ -125,15 +159,15 @@ def _list(repo: str, revision: str | None) -> tuple[list[str], bool]:
             raise
         except no_answer():
             pass  # as hf_hub_download does
-    return _cached(repo, revision), True
+    return _list_cached_files(repo, revision), True
 
 
-def _cached(repo: str, revision: str | None) -> list[str]:
-    """The names of a repository's files as of the last time that they were asked for."""
+def _list_cached_files(repo: str, revision: str | None) -> list[str]:
+    """List the files of a repository as of the last time that the Hub was asked."""
     import huggingface_hub
     from huggingface_hub import errors
 
-    # From 2.0 on; there a snapshot of which only a part was wanted counts as incomplete.
+    # Clients from 2.0 on keep a list; to them a snapshot without some of the files is incomplete.
     listing = getattr(huggingface_hub, "get_cached_repo_tree", None)
     if listing is not None:
         with contextlib.suppress(errors.CachedRepoTreeNotFoundError):
@@ -143,7 +177,7 @@ def _cached(repo: str, revision: str | None) -> list[str]:
 
 
 def _weights(files: Sequence[str], variant: str | None) -> list[str]:
-    """The weights of one variant in every component's folder: that variant's where it has one, else the plain ones."""
+    """List the weights of every component: those of the variant if it has some, else the plain ones."""
     folders: dict[str, dict[str, str | None]] = {}
     for name in files:
         if match := _WEIGHTS.fullmatch(name):

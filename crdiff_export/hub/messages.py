@@ -1,4 +1,4 @@
-"""The Hub client's exceptions as one line and what to do next; their own texts may hold signed links."""
+"""Turn the Hub client's exceptions into a HubError; their own texts may hold signed links and are never shown."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from crdiff_export.errors import HubError
 
 Access = Literal["read", "write"]
 
-# Time-outs, rate limits, a server that restarts.
+# Time-outs, rate limits, restarts of a server.
 _PASSING = (408, 429, 500, 502, 503, 504)
 _LOG_IN = "run `hf auth login` or set HF_TOKEN"
 _UNDONE = "Run it again; what has been transferred is kept."
@@ -20,23 +20,36 @@ _RATE_LIMIT = re.compile(r"r=0;t=([0-9]+)")
 
 
 @contextlib.contextmanager
-def explained(repo: str, file: str | None = None, access: Access = "read") -> Iterator[None]:
-    """Turn what the client raises into a HubError about a repository or one of its files."""
+def as_hub_error(repo: str, file: str | None = None, access: Access = "read") -> Iterator[None]:
+    """Turn what the client raises in this block into a HubError.
+
+    Args:
+        repo: The repository that the block is about.
+        file: The file of it, if it is about one.
+        access: What the block does there; decides the hints.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        HubError: With one line on what is wrong and one on what to do.
+
+    """
     from huggingface_hub import errors
 
     place = f"{repo}/{file}" if file else repo
-    known = _known(repo, access)
+    kinds = _client_errors(repo, access)
     try:
         yield
-    except tuple(kind for kind, _, _ in known) as error:
-        what, hint = next((what, hint) for kind, what, hint in known if isinstance(error, kind))
+    except tuple(kind for kind, _, _ in kinds) as error:
+        what, hint = next((what, hint) for kind, what, hint in kinds if isinstance(error, kind))
         raise HubError(f"{place}: {what}", hint) from error
     except errors.HfHubHTTPError as error:
         code = status(error)
-        what = f"{place}: the Hub answered {code or 'with an error'}{_words(error)}"
-        raise HubError(what, _after(error, access)) from error
+        what = f"{place}: the Hub answered {code or 'with an error'}{_hub_message(error)}"
+        raise HubError(what, _hint(error, access)) from error
     except no_answer() as error:
-        if access == "write" and _of_xet(error):
+        if access == "write" and _is_xet(error):
             # Also where a Hub has no Xet (huggingface_hub#4507); an upload does not fall back.
             hint = f"{_UNDONE[:-1]}, and HF_HUB_DISABLE_XET=1 takes another way."
             raise HubError(f"{place}: the Hub's Xet storage does not answer", hint) from error
@@ -54,31 +67,31 @@ def explained(repo: str, file: str | None = None, access: Access = "read") -> It
 
 
 def status(error: BaseException) -> int | None:
-    """The HTTP status behind an exception of the client."""
+    """Return the HTTP status behind an exception of the client; None if there was no answer."""
     code = getattr(getattr(error, "response", None), "status_code", None)
     return code if isinstance(code, int) else None
 
 
 def retry_after(error: BaseException | None) -> float | None:
-    """The seconds that the Hub asks to wait (RFC 9110, or its rate limit); None where it names none, or a date."""
+    """Return the seconds that the Hub asks to wait (RFC 9110, or its rate limit); None for no number or a date."""
     headers = _headers(error)
     limit = _RATE_LIMIT.search(str(headers.get("RateLimit", "")).replace(" ", ""))
     text = limit[1] if limit else str(headers.get("Retry-After", ""))
     return float(text) if text.isdecimal() and math.isfinite(float(text)) else None
 
 
-def passes(error: BaseException) -> bool:
-    """Whether what stopped a request may be over by the next try."""
+def may_pass(error: BaseException) -> bool:
+    """Tell whether the reason for a failed request may be over by the next try."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.HfHubHTTPError):
         return status(error) in _PASSING
-    lasting = isinstance(error, errors.OfflineModeIsEnabled) or _of_xet(error)
+    lasting = isinstance(error, errors.OfflineModeIsEnabled) or _is_xet(error)
     return isinstance(error, no_answer()) and not lasting
 
 
-def _of_xet(error: BaseException) -> bool:
-    """Whether hf_xet gave up, after minutes of trying."""
+def _is_xet(error: BaseException) -> bool:
+    """Whether hf_xet gave up after minutes of trying."""
     return type(error) is ConnectionError
 
 
@@ -86,16 +99,17 @@ def _headers(error: BaseException | None) -> Any:
     return getattr(getattr(error, "response", None), "headers", None) or {}
 
 
-def _words(error: BaseException) -> str:
-    """What the Hub itself says of a request that it refuses."""
+def _hub_message(error: BaseException) -> str:
+    """The Hub's own message about a request that it refuses."""
     text = " ".join(str(_headers(error).get("X-Error-Message", "")).split())
     return f": {text[:200]}" if text else ""
 
 
 def no_answer() -> tuple[type[BaseException], ...]:
-    """What the client lets through where nobody answers: a class of the HTTP library that its version uses.
+    """Return the exceptions that mean that the Hub cannot be reached.
 
-    That is requests, httpx or httpx2; the client's own error for HTTP has the library's most general one as ancestor.
+    The client lets through those of the HTTP library that its version uses: requests, httpx or httpx2. Its own error
+    for HTTP inherits from the most general one of that library.
     """
     from huggingface_hub import errors
 
@@ -104,8 +118,8 @@ def no_answer() -> tuple[type[BaseException], ...]:
     return (*ancestors[-1:], ConnectionError, TimeoutError)
 
 
-def _known(repo: str, access: Access) -> tuple[tuple[type[Exception], str, str], ...]:
-    """The client's exceptions that say what is wrong, the narrower ones first, with what it is and what to do."""
+def _client_errors(repo: str, access: Access) -> tuple[tuple[type[Exception], str, str], ...]:
+    """List the client's exceptions, the narrower ones first, each with what is wrong and what to do."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{repo}"
@@ -134,8 +148,8 @@ def _known(repo: str, access: Access) -> tuple[tuple[type[Exception], str, str],
     )
 
 
-def _after(error: BaseException, access: Access) -> str:
-    """What to do after an answer that is an error."""
+def _hint(error: BaseException, access: Access) -> str:
+    """Say what to do after an HTTP error."""
     code = status(error)
     if code in (401, 403) and access == "read":
         return "Run `hf auth login` or set HF_TOKEN; the token needs read access."

@@ -1,8 +1,7 @@
-"""A base on the Hub by its headers alone, so that it can be planned, or skipped, before anything is downloaded."""
+"""Read the headers of a base on the Hub, so that it can be planned or skipped before anything is downloaded."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from crdiff_export.errors import HubError
@@ -10,93 +9,84 @@ from crdiff_export.formats.checkpoint import COMPONENTS, INDEX_NAME, Checkpoint
 from crdiff_export.formats.safetensors import BITS, show
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.hub import repository
-from crdiff_export.hub.download import INDEX, SMALL_FILES, shards, wanted
+from crdiff_export.hub.bases import Base, RemoteBase
+from crdiff_export.hub.download import INDEX, SMALL_FILES, choose_files, shard_names
+from crdiff_export.hub.location import HubLocation
 from crdiff_export.hub.repository import RemoteFile, RemoteHeader, Repository
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A base as of a commit: its headers, the SHA-256 of its files in LFS, and `size`, the bytes to fetch.
-
-    `file` is the one that a repository without a folder for diffusers consists in. `contents` are those of companions,
-    by their names (`RemoteFile.content`).
-    """
-
-    checkpoint: Checkpoint
-    commit: str
-    hashes: Mapping[str, str]
-    size: int
-    file: str | None = None
-    contents: Mapping[str, str] = field(default_factory=dict)
-
-
-def look(repo: str, file: str | None, revision: str | None, variant: str | None) -> Seen | None:
-    """The headers of what `fetch` would get; HubError says why there are none, None that the Hub is off."""
+def read_remote_headers(location: HubLocation, variant: str | None) -> RemoteBase | None:
+    """Read the headers of what `fetch` would get; None if the Hub is off. Raises HubError."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return None
-    there = repository.read(repo, revision)
-    if file is not None and file not in there.files:
-        raise HubError(f"{repo}/{file}: no such file in the repository", f"See {constants.ENDPOINT}/{repo}/tree/main.")
-    found = file if file is not None else wanted(repo, list(there.files), variant)
-    if not isinstance(found, str):
-        return _folder(there, found)
-    return _shards(there, found) if found.endswith(INDEX) else _file(there, found)
+    there = repository.read(location.repo, location.revision)
+    if location.file is not None and location.file not in there.files:
+        hint = f"See {constants.ENDPOINT}/{location.repo}/tree/main."
+        raise HubError(f"{location.repo}/{location.file}: no such file in the repository", hint)
+    chosen = location.file if location.file is not None else choose_files(location.repo, list(there.files), variant)
+    if not isinstance(chosen, str):
+        return _folder(location, there, chosen)
+    if chosen.endswith(INDEX):
+        names = shard_names(chosen, repository.download(there, chosen))
+        if missing := [name for name in names if name not in there.files]:
+            raise HubError(
+                f"{there.repo}/{chosen}: its shard {missing[0]} is not in the repository", "Give another file."
+            )
+        return _files(location, there, chosen, names)
+    return _files(location, there, chosen, [chosen])
 
 
-def _file(there: Repository, file: str) -> Seen:
-    remote = there.files[file]
-    name = PurePosixPath(file).name
-    source = _source(remote, name, repository.headers(there, [file])[file])
-    checkpoint = Checkpoint(Path(name), "file", (source,))
-    return Seen(checkpoint, there.commit, {name: remote.sha256} if remote.sha256 else {}, remote.size, file)
+def _files(location: HubLocation, there: Repository, file: str, weights: Sequence[str]) -> RemoteBase:
+    """Describe a single file, or the shards of an index, which are named after the repository's root."""
+    name = PurePosixPath(PurePosixPath(file).name)
+    local_names = {path: PurePosixPath(path).name for path in weights}
+    sharded = file not in local_names
+    headers = repository.headers(there, weights)
+    files = tuple(_source(there.files[path], local_names[path], headers[path]) for path in weights)
+    hashes = {local_names[path]: sha256 for path in weights if (sha256 := there.files[path].sha256)}
+    checkpoint = Checkpoint(Path(name), "shards" if sharded else "file", files, (name,) if sharded else ())
+    size = sum(there.files[path].size for path in {file, *weights})
+    pinned = HubLocation(there.repo, file, there.commit)
+    return RemoteBase(Base(checkpoint.path, str(location), None, hashes), checkpoint, pinned, size)
 
 
-def _shards(there: Repository, index: str) -> Seen:
-    names = shards(index, repository.download(there, index))
-    for name in names:
-        if name not in there.files:
-            raise HubError(f"{there.repo}/{index}: its shard {name} is not in the repository", "Give another file.")
-    found = repository.headers(there, names)
-    files = tuple(_source(there.files[name], PurePosixPath(name).name, found[name]) for name in names)
-    hashes = {PurePosixPath(name).name: sha for name in names if (sha := there.files[name].sha256)}
-    own = PurePosixPath(PurePosixPath(index).name)
-    size = sum(there.files[name].size for name in (index, *names))
-    return Seen(Checkpoint(Path(own), "shards", files, (own,)), there.commit, hashes, size, index)
-
-
-def _folder(there: Repository, weights: list[str]) -> Seen:
-    pruned = [name for name in weights if name.partition("/")[0] in COMPONENTS]
-    component = next((c for c in COMPONENTS if any(name.startswith(f"{c}/") for name in pruned)), COMPONENTS[0])
-    pruned = sorted(name for name in pruned if name.startswith(f"{component}/"))
+def _folder(location: HubLocation, there: Repository, weights: list[str]) -> RemoteBase:
+    """Describe a diffusers folder; of its weights only those of the pruned component have headers to read."""
+    components = {name.partition("/")[0] for name in weights}
+    component = next((name for name in COMPONENTS if name in components), COMPONENTS[0])
+    pruned = sorted(name for name in weights if name.startswith(f"{component}/"))
     if not pruned:
         raise HubError(f"{there.repo}: its {component}/ has no weights in safetensors format", "Give another one.")
-    found = repository.headers(there, pruned)
-    files = tuple(_source(there.files[name], name, found[name]) for name in pruned)
+    headers = repository.headers(there, pruned)
     small = [name for name in there.files if any(PurePosixPath(name).match(kind) for kind in SMALL_FILES)]
-    hashes = {name: sha for name in pruned if (sha := there.files[name].sha256)}
-    size = sum(there.files[name].size for name in {*weights, *small})
     others = {*weights, *small} - set(pruned)
-    companions = tuple(PurePosixPath(name) for name in sorted(others) if not _is_other(name, component, pruned))
-    path = Path(there.repo.partition("/")[2])
-    contents = {str(name): there.files[str(name)].content for name in companions}
-    return Seen(Checkpoint(path, "folder", files, companions), there.commit, hashes, size, contents=contents)
+    companions = tuple(PurePosixPath(name) for name in sorted(others) if not _is_other_index(name, component, pruned))
+    name = there.repo.partition("/")[2]
+    files = tuple(_source(there.files[path], path, headers[path]) for path in pruned)
+    return RemoteBase(
+        Base(Path(name), str(location), name, {p: sha256 for p in pruned if (sha256 := there.files[p].sha256)}),
+        Checkpoint(Path(name), "folder", files, companions),
+        HubLocation(there.repo, None, there.commit),
+        sum(there.files[path].size for path in {*weights, *small}),
+        {str(path): there.files[str(path)].content for path in companions},
+    )
 
 
-def _is_other(name: str, component: str, pruned: list[str]) -> bool:
-    """Whether a file is the index of weights of the pruned component other than those that were chosen."""
+def _is_other_index(name: str, component: str, pruned: list[str]) -> bool:
+    """Whether a file is the index of weights of the pruned component that were not chosen."""
     path = PurePosixPath(name)
     if path.parent != PurePosixPath(component) or not (match := INDEX_NAME.fullmatch(path.name)):
         return False
     middle = f".{match['variant']}" if match["variant"] else ""
-    return not any(re.search(rf"diffusion_pytorch_model{re.escape(middle)}-\d{{5}}-of-", one) for one in pruned)
+    return not any(re.search(rf"diffusion_pytorch_model{re.escape(middle)}-\d{{5}}-of-", file) for file in pruned)
 
 
 def _source(remote: RemoteFile, name: str, header: RemoteHeader) -> SourceFile:
     for tensor in header.tensors:
         if tensor.dtype not in BITS:
-            raise HubError(f"{remote.path}: tensor {show(tensor.name)} has the unknown dtype {show(tensor.dtype)}",
-                           "Give another file.")  # fmt: skip
+            message = f"{remote.path}: tensor {show(tensor.name)} has the unknown dtype {show(tensor.dtype)}"
+            raise HubError(message, "Give another file.")
     data = max((tensor.end for tensor in header.tensors), default=0)
     return SourceFile(Path(remote.path), name, header.tensors, header.metadata, remote.size - data, None)

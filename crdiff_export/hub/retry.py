@@ -1,42 +1,50 @@
-"""Trying again, for as long as what stops a request may pass."""
+"""Try a request to the Hub again while the reason for its failure may pass."""
 
 from collections.abc import Callable
 from typing import TypeVar
 
 from crdiff_export.errors import HubError
-from crdiff_export.hub.messages import no_answer, passes, retry_after, status
+from crdiff_export.hub.messages import may_pass, no_answer, retry_after, status
 
 Result = TypeVar("Result")
 TRIES = 5
-# Somebody else's commit came first: 412 by the protocol, 409 while it is being made.
-_RACED = (409, 412)
+# Another commit came first: 412 by the protocol, 409 while the Hub is making that commit.
+_RACE_LOST = (409, 412)
 _LONGEST_WAIT = 120.0
 
 
-def patiently(act: Callable[[], Result], sleep: Callable[[float], None]) -> Result:
-    """What `act` returns at last; it has to be one that may be done twice."""
+def retry(function: Callable[[], Result], sleep: Callable[[float], None]) -> Result:
+    """Call a function until it succeeds, at most five times.
+
+    Args:
+        function: The work; it must be safe to do twice.
+        sleep: Waits for a number of seconds.
+
+    Returns:
+        What the function returns; an error that does not pass is raised at once.
+
+    """
     from huggingface_hub import errors
 
-    stopping: tuple[type[BaseException], ...] = (errors.HfHubHTTPError, HubError, *no_answer())
-    for tries in range(1, TRIES + 1):
+    kinds: tuple[type[BaseException], ...] = (errors.HfHubHTTPError, HubError, *no_answer())
+    for attempt in range(1, TRIES + 1):
         try:
-            return act()
-        except stopping as error:
-            cause = error.__cause__ if isinstance(error, HubError) else error
-            seconds = _wait(tries, cause)
-            if tries == TRIES or seconds is None:
+            return function()
+        except kinds as error:
+            seconds = _wait(attempt, error.__cause__ if isinstance(error, HubError) else error)
+            if attempt == TRIES or seconds is None:
                 raise
             sleep(seconds)
     raise AssertionError
 
 
-def _wait(tries: int, error: BaseException | None) -> float | None:
-    """Seconds until the next try; None where none is to be made."""
+def _wait(attempt: int, error: BaseException | None) -> float | None:
+    """Seconds until the next try; None to give up."""
     if error is None:
         return None
-    if status(error) in _RACED:
+    if status(error) in _RACE_LOST:
         return 0.0
-    asked = retry_after(error)
-    if not passes(error) or (asked or 0.0) > _LONGEST_WAIT:
+    wanted = retry_after(error)
+    if not may_pass(error) or (wanted or 0.0) > _LONGEST_WAIT:
         return None
-    return asked if asked is not None else 2.0 ** (tries - 1)
+    return wanted if wanted is not None else 2.0 ** (attempt - 1)

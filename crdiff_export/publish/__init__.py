@@ -1,1 +1,4 @@
-"""The writing side of the Hugging Face Hub: pushes, model cards and plan files."""
+"""The Hugging Face Hub, writing side: pushes, model cards and plan files.
+
+Begin with `run.py` for a plan file, and with `request.py` for the push of one file. `card` writes the model card.
+"""

@@ -1,41 +1,55 @@
-"""The bases that variants were made from, as the Hub describes them."""
+"""Look up the bases of variants on the Hub: their licences, and whether a repository with variants must be private."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from crdiff_export.errors import HubError
-from crdiff_export.hub import repository
-from crdiff_export.publish.card import BaseModel, Origin, Row
+from crdiff_export.hub.location import parse_uri
+from crdiff_export.hub.messages import as_hub_error
+from crdiff_export.publish.card import BaseModel, CardVariant
 
 
-def bases_of(rows: Sequence[Row], named: str | None) -> tuple[tuple[BaseModel, ...], list[str]]:
-    """What the Hub says of every base that the rows name, and notes on those that it does not know.
+def bases_of(variants: Sequence[CardVariant], local_base: str | None) -> tuple[tuple[BaseModel, ...], list[str]]:
+    """Look up every base of some variants.
 
-    `named` is the one of variants whose base was a local file.
+    Args:
+        variants: The variants.
+        local_base: The Hub id of a base that was a local file.
+
+    Returns:
+        The bases, and notes on those that the Hub does not describe.
     """
-    origins = [Origin.parse(row.stamp.source_name) for row in rows]
-    repos = dict.fromkeys(origin.repo if origin else named for origin in origins)
-    bases, notes = [], []
-    for repo in repos:
-        base, note = look_up(repo)
-        bases.append(base)
-        notes += [note] if note else []
-    return tuple(bases), notes
+    locations = [parse_uri(variant.stamp.source_name) for variant in variants]
+    repos = dict.fromkeys(location.repo if location else local_base for location in locations)
+    bases = [look_up(repo) for repo in repos]
+    return tuple(base for base, _ in bases), [note for _, note in bases if note]
 
 
 def look_up(repo: str | None) -> tuple[BaseModel, str | None]:
-    """A base as the Hub describes it, or as far as its name is known, with a note on why it is no more."""
+    """Look up a base on the Hub; if it does not describe it, a note says why."""
     if repo is None:
         return BaseModel(None), None
     try:
-        return repository.base_model(repo), None
+        return _base_model(repo), None
     except HubError as error:
         return BaseModel(repo), f"the licence of the base is not known: {error.message}"
 
 
 def why_private(base: BaseModel) -> str | None:
-    """Why a repository with variants of a base is private unless somebody says otherwise; None where it need not be."""
+    """Say why a repository with variants of a base is private by default; None if it is public."""
     if base.gated:
         return "its base is gated"
     if base.license is None:
         return "the licence of its base is not known"
     return "its base has a licence of its own kind (other)" if base.license == "other" else None
+
+
+def _base_model(repo: str) -> BaseModel:
+    from huggingface_hub import HfApi
+
+    with as_hub_error(repo):
+        info = HfApi().model_info(repo)
+        to_dict: Any = info.card_data.to_dict if info.card_data else dict
+        data = to_dict()
+        names = [sibling.rfilename for sibling in info.siblings or ()]
+    return BaseModel.from_front_matter(repo, bool(info.gated), data, pipeline="model_index.json" in names)

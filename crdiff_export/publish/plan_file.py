@@ -1,285 +1,319 @@
 """The plan file of `crdiff publish`: which bases are pruned for which sizes, and where each result goes.
 
-Nothing in it is ignored or guessed, and all that is wrong is said at once. What stands before the first [[base]] holds
-for every base, what stands in a [[base]] for all of its sizes, what stands in a [[base.variant]] for that one alone;
-the innermost wins. A base is pruned for its `sizes`, or else for those before the first [[base]], and besides for the
-size of each of its [[base.variant]] tables.
+Nothing in it is ignored or guessed, and all problems are reported at once. Keys before the first [[base]] hold for
+every base, keys in a [[base]] for all of its sizes, keys in a [[base.variant]] for that size alone; the innermost wins.
+A base is pruned for its `sizes`, or else for those before the first [[base]], and also for the size of each of its
+[[base.variant]] tables.
 """
 
 import re
 import tomllib
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from crdiff_export.errors import CrdiffError, MatrixError
+from crdiff_export.errors import CrdiffError, PlanFileError
+from crdiff_export.export import ExportRequest
 from crdiff_export.formats.text import did_you_mean, printable
 from crdiff_export.formats.text_file import read_text_file
+from crdiff_export.hub.location import FILE_ENDINGS, REF, is_repo_id
 from crdiff_export.models import families
 from crdiff_export.models.recipe import check_groups, choose
 from crdiff_export.models.recipe_toml import shown
 from crdiff_export.publish import toml_lines
 from crdiff_export.publish.plan_keys import (
     DEFAULT_NAME,
-    EXAMPLES,
     FIELD,
-    FILES,
-    REPO,
-    OwnRecipe,
-    Place,
-    Said,
-    read,
+    TABLES,
+    InheritedValues,
+    PlanBase,
+    PlanRecipe,
+    read_table,
 )
 from crdiff_export.publish.toml_lines import KeyPath, Problems
 from crdiff_export.sizes import Size, check_grid
 
-# git's rules for a branch or tag, as far as anybody follows them, and for a path those of every system.
-_REF = re.compile(r"(?!.*(\.\.|//|/\.|\.lock(/|$)))\w([\w./+-]{0,198}[\w+-])?")
+# A part of a path that every system can have.
 _PART = r'[^/\\:*?"<>|\x00-\x1f\x7f-\x9f]{0,199}[^/\\:*?"<>|\x00-\x1f\x7f-\x9f. ]'
-_FILLED = {
-    "repo": (REPO, "ORG/NAME"),
-    "revision": (_REF, "the name of a branch"),
-    "tag": (_REF, "the name of a tag"),
-    "name": (re.compile(f"{_PART}(/{_PART})*"), "a path that every system can have, with / between its parts"),
+# The keys that are templates: the check of what one gives, and what it must be.
+_TEMPLATES: Mapping[str, tuple[Callable[[str], object], str]] = {
+    "repo": (is_repo_id, "ORG/NAME"),
+    "revision": (REF.fullmatch, "the name of a branch"),
+    "tag": (REF.fullmatch, "the name of a tag"),
+    "name": (
+        re.compile(f"{_PART}(/{_PART})*").fullmatch,
+        "a path that every system can have, with / between its parts",
+    ),
 }
+# The keys that go to the export as they are.
+_EXPORT_KEYS = ("dtype", "ratio", "ratios", "poa_weight", "targets", "criterion", "calibration", "allow_nonfinite")
+_EXAMPLES = {name: key.example for keys in reversed([*TABLES.values()]) for name, key in keys.items()}
 _ANY_SIZE = Size(1024, 1024)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One cell of the matrix: a base, a size, and what is said about the two; None is what nobody said.
+class PlanEntry:
+    """One variant that a plan file asks for: a base at a size, and where the result goes.
 
-    `base` is for `bases.locate`, a path made absolute. `path` is the one in the repository. With `default_name` nobody
-    chose it: it ends in .safetensors unless the base is known to be a folder, and where the base proves to be one only
-    later it has to go without. `variant` is that of the weights in a folder with several. `line` is that of the size.
+    Attributes:
+        request: The export, but for its output and the settings of the run. The path of a base is absolute.
+        path: The path in the repository.
+        default_name: Whether the plan gives no name. Then `path` ends in .safetensors unless the base is known to be a
+            folder; if it proves to be one only later, the ending has to go.
+        repo: The repository on the Hub; None to only write the file.
+        revision: The branch; None for main.
+        tag: The tag that the plan wants, if any.
+        private: Whether to create a private repository; None to decide by the base's licence.
+        base_model: The Hub id of a base that is a local file.
+        line: The line of the size.
     """
 
-    base: str
-    size: Size
+    request: ExportRequest
     path: str
-    default_name: bool
+    default_name: bool = False
     repo: str | None = None
     revision: str | None = None
     tag: str | None = None
     private: bool | None = None
     base_model: str | None = None
-    dtype: str | None = None
-    variant: str | None = None
-    recipe: Path | None = None
-    ratio: float | None = None
-    ratios: Mapping[str, float] = field(default_factory=dict)
-    poa_weight: float | None = None
-    targets: tuple[str, ...] | None = None
-    allow_nonfinite: bool = False
     line: int | None = None
-    criterion: str = "magnitude"
-    calibration: Path | None = None
 
     def __str__(self) -> str:
-        return f"{self.size} of {Path(self.base).name or self.base}"
+        """Return what messages call it."""
+        return f"{self.request.size} of {Path(self.request.base).name or self.request.base}"
+
+    @property
+    def branch(self) -> tuple[str, str]:
+        """The repository and the branch that the result goes to, as the Hub tells them apart; empty without one."""
+        return ((self.repo or "").casefold(), (self.revision or "main") if self.repo else "")
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
-    """What a plan file says, in its order; `name` is the file's, without its folder."""
+class PlanFile:
+    """What a plan file asks for, in its order; `name` is the file's name without its folder."""
 
     name: str
-    entries: tuple[Entry, ...]
+    entries: tuple[PlanEntry, ...]
 
-    def local(self, entry: Entry) -> PurePosixPath:
-        """Where a result is kept below the output folder: at its path if all go to one branch of one repository.
+    def local_path(self, entry: PlanEntry) -> PurePosixPath:
+        """Return where a result is written, below the output folder.
 
-        Else below ORG/NAME, and there below REVISION if this repository gets results on several.
+        Args:
+            entry: An entry of this plan.
+
+        Returns:
+            Its path in the repository if all results go to one branch; else below ORG/NAME, and there below the branch
+            if this repository gets results on several.
         """
-        return _local(entry, _branches(self.entries))
+        branches = {entry.branch for entry in self.entries}
+        if len(branches) < 2 or not entry.repo:
+            return PurePosixPath(entry.path)
+        repo, revision = entry.branch
+        several = sum(repo == other for other, _ in branches) > 1
+        return PurePosixPath(entry.repo, revision if several else "", entry.path)
 
 
-def load(path: Path) -> Matrix:
-    """Read a plan file; MatrixError has all that is wrong with it."""
+def load(path: Path) -> PlanFile:
+    """Read a plan file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it asks for.
+
+    Raises:
+        PlanFileError: With all problems of the file.
+    """
     try:
         text = read_text_file(path, "plan", "Name one TOML file.", CrdiffError)
     except CrdiffError as error:
         problem = CrdiffError(printable(error.message, 400), error.hint)
-        raise MatrixError(printable(path.name or str(path)), [problem]) from error
+        raise PlanFileError(printable(path.name or str(path)), [problem]) from error
     return parse(text, path.name, path.parent)
 
 
-def parse(text: str, name: str, folder: Path) -> Matrix:
-    """Read a plan; paths in it begin in `folder`. MatrixError has all that is wrong, by line."""
+def parse(text: str, name: str, folder: Path) -> PlanFile:
+    """Read the text of a plan file.
+
+    Args:
+        text: The text.
+        name: The name of the file, for errors.
+        folder: Where paths in the plan begin.
+
+    Returns:
+        What it asks for.
+
+    Raises:
+        PlanFileError: With all problems of the text, by line.
+    """
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: syntax, and integers of more digits than int() takes
-        raise MatrixError(printable(name), [_syntax(name, str(error))]) from error
+        raise PlanFileError(printable(name), [_syntax_problem(name, str(error))]) from error
     problems = Problems(name, toml_lines.lines(text))
-    defaults = read(values, (), "the plan", folder.absolute(), problems)
-    tables, _ = defaults.pop("base", (None, ()))
+    shared = read_table(values, (), "the plan", folder.absolute(), problems)
+    tables, _ = shared.pop("base", (None, ()))
     if "base" not in values:
-        problems.add((), "base is missing", f"Write {EXAMPLES['base']}.")
-    entries = [entry for table, at in tables or () for entry in _base(table, at, defaults, folder.absolute(), problems)]
-    _refuse_conflicts(entries, problems)
+        problems.add((), "base is missing", f"Write {_EXAMPLES['base']}.")
+    entries = [
+        entry
+        for table, path in tables or ()
+        for size, at, inner in _sizes_of_base(table, path, shared, folder.absolute(), problems)
+        if (entry := _entry(size, at, inner, problems))
+    ]
+    plan = PlanFile(name, tuple(entries))
+    _refuse_conflicts(plan, problems)
     if problems.found:
-        raise MatrixError(printable(name), problems.in_order())
-    return Matrix(name, tuple(entries))
+        raise PlanFileError(printable(name), problems.in_order())
+    return plan
 
 
-def _syntax(name: str, error: str) -> CrdiffError:
-    place = re.fullmatch(r"(.*) \(at line (\d+), (column \d+)\)", error, re.DOTALL)
-    problem = f"{name}:{place[2]}: {place[1]}, {place[3]}" if place else f"{name}: {error}"
+def _syntax_problem(name: str, error: str) -> CrdiffError:
+    match = re.fullmatch(r"(.*) \(at line (\d+), (column \d+)\)", error, re.DOTALL)
+    problem = f"{name}:{match[2]}: {match[1]}, {match[3]}" if match else f"{name}: {error}"
     hint = "A plan is TOML: one key = value in a line, texts in quotes, no key twice."
     return CrdiffError(printable(problem, 400), hint)
 
 
-def _base(
-    values: Mapping[str, object], at: KeyPath, defaults: Said, folder: Path, problems: Problems
-) -> Iterator[Entry]:
-    """The cells of one [[base]]."""
-    own = read(values, at, "[[base]]", folder, problems)
+def _sizes_of_base(
+    table: Mapping[str, object], path: KeyPath, shared: InheritedValues, folder: Path, problems: Problems
+) -> Iterator[tuple[Size | None, KeyPath, InheritedValues]]:
+    """Yield each size of a [[base]], where it is written, and the values that hold for it; None for a wrong size."""
+    own = read_table(table, path, "[[base]]", folder, problems)
     variants, _ = own.pop("variant", (None, ()))
-    said = own.within(defaults)
-    if "base" not in values:
-        problems.add(at, "base is missing", 'Write base = "sdxl".')
-    if "sizes" not in said and "variant" not in values:
-        problems.add(at, "nothing says for which sizes", f"Write {EXAMPLES['sizes']}.")
-    for size, place in said.value("sizes") or ():
-        yield from _cell(size, place, said, problems)
-    for table, place in variants or ():
-        inner = read(table, place, "[[base.variant]]", folder, problems)
-        if "size" not in table:
-            problems.add(place, "size is missing", f"Write {EXAMPLES['size']}.")
-        yield from _cell(inner.value("size"), (*place, "size"), inner.within(said), problems)
+    values = own.within(shared)
+    if "base" not in table:
+        problems.add(path, "base is missing", 'Write base = "sdxl".')
+    if "sizes" not in values and "variant" not in table:
+        problems.add(path, "nothing says for which sizes", f"Write {_EXAMPLES['sizes']}.")
+    for size, at in values.value("sizes") or ():
+        yield size, at, values
+    for variant, at in variants or ():
+        inner = read_table(variant, at, "[[base.variant]]", folder, problems)
+        if "size" not in variant:
+            problems.add(at, "size is missing", f"Write {_EXAMPLES['size']}.")
+        yield inner.value("size"), (*at, "size"), inner.within(values)
 
 
-def _cell(size: Size | None, at: KeyPath, said: Said, problems: Problems) -> Iterator[Entry]:
-    """The entry of a size; none where a part of it is wrong, which is found all the same."""
-    place: Place | None = said.value("base")
-    own: OwnRecipe | None = said.value("recipe")
-    _check_fit(size, at, place, own, said, problems)
+def _entry(size: Size | None, at: KeyPath, values: InheritedValues, problems: Problems) -> PlanEntry | None:
+    """Make the entry of a size; None if a part of it is wrong, after all of its problems have been added."""
+    base: PlanBase | None = values.value("base")
+    recipe: PlanRecipe | None = values.value("recipe")
+    _check_family(size, at, base, recipe, values, problems)
     for key in ("revision", "tag", "private"):
-        if key in said and "repo" not in said:
-            hint = f"Write {EXAMPLES['repo']}, or leave {key} out."
-            problems.add(said[key][1], f"{key} is for a repository, but there is no repo", hint)
-    known, at_size = place or Place("", "base"), size or _ANY_SIZE
-    default = DEFAULT_NAME.removesuffix(".safetensors") if known.folder else DEFAULT_NAME
-    whole = said.within(Said(name=(default, at)))
-    parts = {key: _filled(key, whole, known, at_size, problems) for key in _FILLED if key in whole}
-    repo, revision, tag, path = (parts.get(key) for key in ("repo", "revision", "tag", "name"))
-    if path and "name" in said:
-        _check_name(path, known.folder, said["name"][1], problems)
-    wrong = None in parts.values() or said.get("private", (False,))[0] is None
-    if path is None or place is None or size is None or wrong:
-        return
-    yield Entry(
-        base=place.base, size=size, path=path, default_name="name" not in said,
-        repo=repo, revision=revision, tag=tag, private=said.value("private"), base_model=said.value("base_model"),
-        dtype=said.value("dtype"), variant=said.value("weights"), recipe=own.path if own else None,
-        ratio=said.value("ratio"), ratios=said.value("ratios") or {}, poa_weight=said.value("poa_weight"),
-        targets=said.value("targets"), criterion=said.value("criterion") or "magnitude",
-        calibration=said.value("calibration"), allow_nonfinite=bool(said.value("allow_nonfinite")),
-        line=problems.line(at) or None,
+        if key in values and "repo" not in values:
+            hint = f"Write {_EXAMPLES['repo']}, or leave {key} out."
+            problems.add(values[key][1], f"{key} is for a repository, but there is no repo", hint)
+    any_base, any_size = base or PlanBase("", "base"), size or _ANY_SIZE
+    default = DEFAULT_NAME.removesuffix(".safetensors") if any_base.folder else DEFAULT_NAME
+    named = values.within(InheritedValues(name=(default, at)))
+    texts = {key: _fill(key, named, any_base, any_size, problems) for key in _TEMPLATES if key in named}
+    path = texts["name"]
+    if path and "name" in values:
+        _check_name(path, any_base.folder, values["name"][1], problems)
+    wrong = None in texts.values() or values.get("private", (False,))[0] is None
+    if path is None or base is None or size is None or wrong:
+        return None
+    options = {key: values.value(key) for key in _EXPORT_KEYS if values.value(key) is not None}
+    request = ExportRequest(
+        base.base, size, recipe=recipe.path if recipe else None, variant=values.value("weights"), force=True,
+        given="in the plan file", **options,
+    )  # fmt: skip
+    return PlanEntry(
+        request, path, "name" not in values, texts.get("repo"), texts.get("revision"), texts.get("tag"),
+        values.value("private"), values.value("base_model"), problems.line(at) or None,
     )  # fmt: skip
 
 
-def _check_fit(
-    size: Size | None, at: KeyPath, place: Place | None, own: OwnRecipe | None, said: Said, problems: Problems
-) -> None:
-    """Find what the base's family cannot have, as far as the base or the recipe tells which one it is."""
-    family = own.family if own else place.family if place else None
-    if own and place and place.family not in (None, own.family):
+def _check_family(
+    size: Size | None, at: KeyPath, base: PlanBase | None, recipe: PlanRecipe | None, values: InheritedValues,
+    problems: Problems,
+) -> None:  # fmt: skip
+    """Find values that the base's family does not have, if the base or the recipe tells the family."""
+    family = recipe.family if recipe else base.family if base else None
+    if recipe and base and base.family not in (None, recipe.family):
         hint = "Leave recipe out, or give one for this family."
-        problems.add(said["recipe"][1], f"recipe is for {own.family.title}, which {place.short} is not", hint)
+        problems.add(values["recipe"][1], f"recipe is for {recipe.family.title}, which {base.short} is not", hint)
         return
-    known = (family,) if family else families.all_families()
-    groups = tuple(dict.fromkeys(group for each in known for group in each.groups))
-    for group in said.value("ratios") or ():
+    possible = (family,) if family else families.all_families()
+    groups = tuple(dict.fromkeys(group for each in possible for group in each.groups))
+    for group in values.value("ratios") or ():
         if group not in groups:
             whose = f"{family.title} does not have" if family else "no model has"
             problem = f"ratios.{group} is for a group that {whose}"
-            problems.add((*said["ratios"][1], group), problem, did_you_mean(group, groups, "groups"))
-    for kind in said.value("targets") or ():
+            problems.add((*values["ratios"][1], group), problem, did_you_mean(group, groups, "groups"))
+    for kind in values.value("targets") or ():
         if family and kind not in family.kinds:
             hint = f"It has: {', '.join(family.kinds)}."
-            problems.add(said["targets"][1], f"targets has {kind}, which {family.title} does not have", hint)
+            problems.add(values["targets"][1], f"targets has {kind}, which {family.title} does not have", hint)
     if family and size:
         with problems.catching(at):
             check_grid(size, family.grid, family.title)
-    if family and own:
-        with problems.catching(said["recipe"][1], "recipe: "):
-            check_groups(choose(own.recipe, size or _ANY_SIZE).variant, family.groups, own.recipe.name)
+    if family and recipe:
+        with problems.catching(values["recipe"][1], "recipe: "):
+            variant = choose(recipe.recipe, size or _ANY_SIZE).variant
+            check_groups(variant, family.groups, recipe.recipe.name)
 
 
-def _filled(key: str, said: Said, place: Place, size: Size, problems: Problems) -> str | None:
-    """What a template says for a base and a size; None if it is wrong."""
-    template, at = said[key]
+def _fill(key: str, values: InheritedValues, base: PlanBase, size: Size, problems: Problems) -> str | None:
+    """Fill a template for a base and a size; None if the result is wrong."""
+    template, at = values[key]
     if template is None:
         return None
-    values = {
-        "{base}": place.short, "{size}": str(size), "{width}": str(size.width), "{height}": str(size.height),
-        "{dtype}": said.value("dtype"), "{{": "{", "}}": "}",
+    words = {
+        "{base}": base.short, "{size}": str(size), "{width}": str(size.width), "{height}": str(size.height),
+        "{dtype}": values.value("dtype"), "{{": "{", "}}": "}",
     }  # fmt: skip
-    names: list[str] = FIELD.findall(template)
-    if "{dtype}" in names and values["{dtype}"] is None:
+    if words["{dtype}"] is None and "{dtype}" in FIELD.findall(template):
         problems.add(at, f"{key} has {{dtype}}, but there is no dtype", 'Write dtype = "fp16", or leave {dtype} out.')
         return None
-    text = FIELD.sub(lambda name: values[name[0]], template)
-    pattern, what = _FILLED[key]
-    if pattern.fullmatch(text):
+    text = FIELD.sub(lambda field: words[field[0]], template)
+    is_valid, what = _TEMPLATES[key]
+    if is_valid(text):
         return text
-    problems.add(at, f"{key} is {shown(text)}, must be {what}", f"Write {EXAMPLES[key]}.", "filled")
+    problems.add(at, f"{key} is {shown(text)}, must be {what}", f"Write {_EXAMPLES[key]}.", "filled")
     return None
 
 
 def _check_name(path: str, folder: bool | None, at: KeyPath, problems: Problems) -> None:
-    """Find a name that the result of a file, or of a folder, cannot have."""
+    """Find a name that does not fit a base that is a file, or a folder."""
     safetensors = path.endswith(".safetensors")
     if folder and safetensors:
         problem = f"name is {shown(path)}, but the base is a folder, and so is the result"
         problems.add(at, problem, "Leave .safetensors out.", "suffix")
-    elif not safetensors and (folder is False or (not folder and path.lower().endswith(FILES))):
+    elif not safetensors and (folder is False or (not folder and path.lower().endswith(FILE_ENDINGS))):
         problem = f"name is {shown(path)}, must end in .safetensors"
-        problems.add(at, problem, f"Write {EXAMPLES['name']}.", "suffix")
+        problems.add(at, problem, f"Write {_EXAMPLES['name']}.", "suffix")
 
 
-def _branches(entries: Sequence[Entry]) -> set[tuple[str, str]]:
-    """The repositories that results go to, each with its branch; none for what is only kept."""
-    return {_branch(entry) for entry in entries}
-
-
-def _branch(entry: Entry) -> tuple[str, str]:
-    return ((entry.repo or "").casefold(), (entry.revision or "main") if entry.repo else "")
-
-
-def _local(entry: Entry, branches: set[tuple[str, str]]) -> PurePosixPath:
-    if len(branches) < 2 or not entry.repo:
-        return PurePosixPath(entry.path)
-    repo, revision = _branch(entry)
-    several = sum(repo == other for other, _ in branches) > 1
-    return PurePosixPath(entry.repo, revision if several else "", entry.path)
-
-
-def _refuse_conflicts(entries: Sequence[Entry], problems: Problems) -> None:
-    """Find results that would be one file, or one within another, at least where case is not told apart."""
-    branches = _branches(entries)
-    paths: list[tuple[PurePosixPath, Entry]] = []
-    for entry in entries:
-        path = PurePosixPath(unicodedata.normalize("NFC", str(_local(entry, branches))).casefold())
-        paths += [(path, entry)]
+def _refuse_conflicts(plan: PlanFile, problems: Problems) -> None:
+    """Find results that would be one file, or one inside another, on a disk that ignores case."""
+    paths: list[tuple[PurePosixPath, PlanEntry]] = []
+    for entry in plan.entries:
+        path = PurePosixPath(unicodedata.normalize("NFC", str(plan.local_path(entry))).casefold())
+        paths.append((path, entry))
         if entry.default_name and path.suffix == ".safetensors":  # should the base prove to be a folder
-            paths += [(path.with_suffix(""), entry)]
-    first: dict[PurePosixPath, Entry] = {}
-    repos: dict[str, Entry] = {}
+            paths.append((path.with_suffix(""), entry))
+    first: dict[PurePosixPath, PlanEntry] = {}
     for path, entry in paths:
         other = first.setdefault(path, entry)
         if other is not entry:
             problem = f"{entry} would be {entry.path}, and so would {other} (line {other.line})"
             problems.add(entry.line or 0, problem, "Put {base} and {size} into name, or give one of them its own.")
     for path, entry in paths:
-        around = next((first[parent] for parent in path.parents if parent in first), entry)
-        if around is not entry:
-            problem = f"{entry} would be {entry.path}, within what {around} (line {around.line}) would be"
+        outer = next((first[parent] for parent in path.parents if parent in first), entry)
+        if outer is not entry:
+            problem = f"{entry} would be {entry.path}, within what {outer} (line {outer.line}) would be"
             problems.add(entry.line or 0, problem, "Give one of them another name.")
+    _refuse_mixed_visibility(plan.entries, problems)
+
+
+def _refuse_mixed_visibility(entries: Sequence[PlanEntry], problems: Problems) -> None:
+    first: dict[str, PlanEntry] = {}
     for entry in entries:
-        other = repos.setdefault((entry.repo or "").casefold(), entry)
+        other = first.setdefault((entry.repo or "").casefold(), entry)
         if entry.repo and entry.private != other.private:
             problem = f"private is not the same for {entry} and {other} (line {other.line}), both in {entry.repo}"
             problems.add(entry.line or 0, problem, "Say private once for a repository, beside its repo.")

@@ -1,15 +1,17 @@
-"""The keys of a plan file: what each may say, and what is said where; all that is wrong is collected with its line."""
+"""The keys of a plan file: the tables that each may stand in, an example, and the check of its value."""
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from crdiff_export.errors import CrdiffError
+from crdiff_export.errors import CrdiffError, RecipeError
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.formats.text import did_you_mean, nearest
+from crdiff_export.hub import bases
+from crdiff_export.hub.location import FILE_ENDINGS, is_repo_id, parse_id, parse_uri
 from crdiff_export.models import families, recipe_files
 from crdiff_export.models.families import Family
 from crdiff_export.models.recipe import TARGETS, Recipe, check_poa_weight, check_ratio
@@ -19,61 +21,21 @@ from crdiff_export.sizes import Size
 
 DEFAULT_NAME: Final = "{base}-crdiff-{size}.safetensors"
 PLACEHOLDERS: Final = ("{base}", "{size}", "{width}", "{height}", "{dtype}")
-EXAMPLES: Final = {
-    "repo": 'repo = "my-org/sdxl-crdiff"',
-    "name": f'name = "{DEFAULT_NAME}"',
-    "revision": 'revision = "main"',
-    "tag": 'tag = "v1"',
-    "private": "private = true",
-    "dtype": 'dtype = "fp16"',
-    "weights": 'weights = "fp16"',
-    "recipe": 'recipe = "my-sdxl.toml"',
-    "targets": 'targets = ["attn", "ff"]',
-    "criterion": 'criterion = "wanda:compare=row"',
-    "calibration": 'calibration = "sdxl-512.safetensors"',
-    "allow_nonfinite": "allow_nonfinite = true",
-    "sizes": 'sizes = ["512", "400x560"]',
-    "base": '[[base]], and below it base = "sdxl"',
-    "base_model": 'base_model = "ORG/NAME"',
-    "variant": '[[base.variant]] above each, or weights = "fp16" for the weights to take from a folder',
-    "size": 'size = "640x1536"',
-    "ratio": "ratio = 0.3",
-    "ratios": "ratios = { down = 0.2, mid = 0.6, up = 0.4 }",
-    "poa_weight": "poa_weight = 1.5",
-}
-SHARED: Final = (
-    "repo",
-    "name",
-    "revision",
-    "tag",
-    "private",
-    "dtype",
-    "weights",
-    "recipe",
-    "targets",
-    "criterion",
-    "calibration",
-    "allow_nonfinite",
-)
-KEYS: Final = {
-    "the plan": ("sizes", *SHARED, "base"),
-    "[[base]]": ("base", "sizes", *SHARED, "base_model", "variant"),
-    "[[base.variant]]": ("size", "ratio", "ratios", "poa_weight", *SHARED),
-}
-# What is the name of a file, even where it looks like ORG/NAME.
-FILES: Final = (".safetensors", ".ckpt", ".json", ".pt", ".pth", ".bin", ".gguf", ".sft")
-_HUB_ID = re.compile(r"[\w.-]+/(?P<name>[\w.-]+)(@[\w./-]+)?")
-_HUB_PLACE = re.compile(r"hf://[^/@]+/(?P<name>[^/@]+)(@(refs/(?:pr|convert)/[^/]+|[^/]+))?(/(?P<file>.+))?")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-# What stands for something in a template.
+# A placeholder in a template, a doubled brace, or a brace alone.
 FIELD: Final = re.compile(r"\{\{|\}\}|\{[^{}]*\}|[{}]")
-# The Hub's rules.
-REPO: Final = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A base: what finds it, what {base} stands for, and, where it is known, its family and whether it is a folder."""
+class PlanBase:
+    """A base of a plan.
+
+    Attributes:
+        base: What finds it; a path is absolute.
+        short: The text for {base}.
+        family: Its family, if known without reading it.
+        folder: Whether it is a folder, if known without reading it.
+    """
 
     base: str
     short: str
@@ -82,228 +44,245 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnRecipe:
-    """A recipe file that was read."""
+class PlanRecipe:
+    """A recipe file that a plan names, and what is in it."""
 
     path: Path
     recipe: Recipe
     family: Family
 
 
-class Said(dict[str, tuple[Any, KeyPath]]):
-    """What a table says and where, with what those around it say; None for a value that is wrong."""
+class InheritedValues(dict[str, tuple[Any, KeyPath]]):
+    """The values that hold in a table and where each is written; the value is None if it is wrong."""
 
     def value(self, key: str) -> Any:
-        """The value of a key; None as well if nobody says it."""
+        """Return the value of a key; None if it is wrong or missing."""
         return self.get(key, (None, ()))[0]
 
-    def within(self, outer: "Said") -> "Said":
-        """This, and from the outer table what is not said here."""
-        return Said({**outer, **self})
+    def within(self, outer: "InheritedValues") -> "InheritedValues":
+        """Return these values and the outer table's where this table has none."""
+        return InheritedValues({**outer, **self})
 
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """One value to be read: its table, which knows it by the name `key` that messages use, and its path."""
+    """A value to check: `key` is its name in messages and in `table`, `path` its place in the plan."""
 
     table: RecipeTable
     key: str
-    at: KeyPath
+    path: KeyPath
     folder: Path
     problems: Problems
+
+    def raw(self) -> object:
+        return self.table.values[self.key]
+
+    def wrong(self, problem: str, hint: str | None = None) -> RecipeError:
+        return self.table.wrong(self.key, problem, hint)
 
     def text(self) -> str:
         text = self.table.string(self.key)
         if _CONTROL.search(text):
-            raise self.table.wrong(self.key, f"is {shown(text)}, which has a control character")
+            raise self.wrong(f"is {shown(text)}, which has a control character")
         return text
 
-    def elements(self, kind: str) -> Iterator["_Value"]:
-        """Each element of an array of one or more, by a name such as sizes[2]."""
-        items = self.table.values[self.key]
+    def elements(self, kind: str, check: "Callable[[_Value], Any]", *, unique: bool = True) -> dict[KeyPath, Any]:
+        """Check each element of an array; the good ones by their paths. Messages call them sizes[2]."""
+        items = self.raw()
         if not isinstance(items, list) or not items:
-            what = "is empty" if items == [] else f"is {shown(items)}, must be an array of {kind}"
-            raise self.table.wrong(self.key, what)
+            raise self.wrong("is empty" if items == [] else f"is {shown(items)}, must be an array of {kind}")
+        checked: dict[KeyPath, Any] = {}
         for number, item in enumerate(items):
-            name = f"{self.key}[{number}]"
-            table = RecipeTable({name: item}, "", examples={name: EXAMPLES[self.key]})
-            yield _Value(table, name, (*self.at, number), self.folder, self.problems)
+            name, path = f"{self.key}[{number}]", (*self.path, number)
+            table = RecipeTable({name: item}, "", examples={name: self.table.examples[self.key]})
+            element = _Value(table, name, path, self.folder, self.problems)
+            with self.problems.catching(path):
+                value = check(element)
+                if unique and value in checked.values():
+                    again = value if isinstance(value, Size) else shown(value)
+                    raise element.wrong(f"is {again} again", "Keep one of the two.")
+                checked[path] = value
+        return checked
 
 
-def read(values: Mapping[str, object], at: KeyPath, kind: str, folder: Path, problems: Problems) -> Said:
-    """What one table says; `kind` is one of KEYS, `folder` is where paths begin."""
-    said = Said()
-    for key in values:
-        table, place = RecipeTable(values, "", examples=EXAMPLES), (*at, key)
-        with problems.catching(place):
-            if key not in KEYS[kind]:
-                other = next((other for other, keys in KEYS.items() if key in keys), None)
-                close = nearest(key, KEYS[kind], cutoff=0.8)
-                hint = f"It is a key of {other}." if other and not close else did_you_mean(key, KEYS[kind], "keys")
-                raise table.wrong(key, f"is not a key of {kind}", hint)
-            said[key] = None, place
-            reader = _tables if (kind, key) == ("the plan", "base") else _READERS[key]
-            said[key] = reader(_Value(table, key, place, folder, problems)), place
-    return said
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key in a table: an example for hints, and the check, which returns the value or raises."""
+
+    example: str
+    check: Callable[[_Value], Any]
 
 
-def _tables(value: _Value) -> list[tuple[dict[str, object], KeyPath]]:
-    found = []
-    for item in value.elements("tables"):
-        with value.problems.catching(item.at):
-            table = item.table.values[item.key]
-            if not isinstance(table, dict):
-                raise item.table.wrong(item.key, f"is {shown(table)}, must be a table")
-            found.append((table, item.at))
-    return found
+def read_table(
+    values: Mapping[str, object], path: KeyPath, kind: str, folder: Path, problems: Problems
+) -> InheritedValues:
+    """Check the values of a table; `kind` is one of TABLES, and paths begin in `folder`."""
+    keys = TABLES[kind]
+    table = RecipeTable(values, "", examples={name: key.example for name, key in keys.items()})
+    checked = InheritedValues()
+    for name in values:
+        with problems.catching((*path, name)):
+            if name not in keys:
+                other = next((other for other, others in TABLES.items() if name in others), None)
+                guess = nearest(name, keys, cutoff=0.8)
+                hint = f"It is a key of {other}." if other and not guess else did_you_mean(name, tuple(keys), "keys")
+                raise table.wrong(name, f"is not a key of {kind}", hint)
+            checked[name] = None, (*path, name)
+            checked[name] = keys[name].check(_Value(table, name, (*path, name), folder, problems)), (*path, name)
+    return checked
 
 
 def _template(value: _Value) -> str | None:
     text = value.text()
-    wrong = [found for found in dict.fromkeys(FIELD.findall(text)) if found not in (*PLACEHOLDERS, "{{", "}}")]
-    for found in wrong:
-        if len(found) == 1:
-            hint = f"Write {found}{found} for the brace itself, or {{size}} for the size."
-            value.problems.add(value.at, f"{value.key} has a {found} alone", hint)
+    wrong = [name for name in dict.fromkeys(FIELD.findall(text)) if name not in (*PLACEHOLDERS, "{{", "}}")]
+    for name in wrong:
+        if len(name) == 1:
+            hint = f"Write {name}{name} for the brace itself, or {{size}} for the size."
+            value.problems.add(value.path, f"{value.key} has a {name} alone", hint)
         else:
-            hint = did_you_mean(found, PLACEHOLDERS, "placeholders")
-            value.problems.add(value.at, f"{value.key} has {shown(found)}, which stands for nothing", hint)
+            hint = did_you_mean(name, PLACEHOLDERS, "placeholders")
+            value.problems.add(value.path, f"{value.key} has {shown(name)}, which stands for nothing", hint)
     return None if wrong else text
 
 
 def _flag(value: _Value) -> bool:
-    flag = value.table.values[value.key]
+    flag = value.raw()
     if isinstance(flag, bool):
         return flag
-    raise value.table.wrong(value.key, f"is {shown(flag)}, must be true or false")
+    raise value.wrong(f"is {shown(flag)}, must be true or false")
 
 
-def _dtype(value: _Value) -> str:
-    dtype = value.text()
-    if dtype in DTYPES:
-        return dtype
-    raise value.table.wrong(value.key, f"is {shown(dtype)}, no dtype", did_you_mean(dtype, tuple(DTYPES), "dtypes"))
+def _one_of(words: tuple[str, ...], singular: str, plural: str) -> Callable[[_Value], str]:
+    def check(value: _Value) -> str:
+        word = value.text()
+        if word in words:
+            return word
+        raise value.wrong(f"is {shown(word)}, no {singular}", did_you_mean(word, words, plural))
+
+    return check
 
 
 def _hub_id(value: _Value) -> str:
     repo = value.text()
-    if REPO.fullmatch(repo):
+    if is_repo_id(repo):
         return repo
-    raise value.table.wrong(value.key, f"is {shown(repo)}, must be ORG/NAME")
+    raise value.wrong(f"is {shown(repo)}, must be ORG/NAME")
 
 
-def _recipe(value: _Value) -> OwnRecipe:
+def _recipe(value: _Value) -> PlanRecipe:
     path = _expanded(value.text(), value.folder)
     try:
         recipe = recipe_files.load(path)
-        return OwnRecipe(path, recipe, families.by_id(recipe.family))
+        return PlanRecipe(path, recipe, families.by_id(recipe.family))
     except CrdiffError as error:
         raise CrdiffError(f"{value.key}: {error.message}", error.hint) from error
     except OSError as error:
-        raise value.table.wrong(value.key, f"cannot be read: {error.strerror}") from error
+        raise value.wrong(f"cannot be read: {error.strerror}") from error
 
 
 def _calibration(value: _Value) -> Path:
     path = _expanded(value.text(), value.folder)
     if path.is_file():
         return path
-    problem = f"is {shown(str(path))}, but there is no such file"
-    raise value.table.wrong(value.key, problem, "Make it with `crdiff calibrate`.")
+    raise value.wrong(f"is {shown(str(path))}, but there is no such file", "Make it with `crdiff calibrate`.")
 
 
-def _targets(value: _Value) -> tuple[str, ...]:
-    found: list[str] = []
-    for item in value.elements("texts"):
-        with value.problems.catching(item.at):
-            kind = item.text()
-            if kind not in TARGETS:
-                hint = did_you_mean(kind, TARGETS, "kinds")
-                raise item.table.wrong(item.key, f"is {shown(kind)}, no kind of layer", hint)
-            if kind in found:
-                raise item.table.wrong(item.key, f"is {shown(kind)} again", "Keep one of the two.")
-            found.append(kind)
-    return tuple(found)
+def _size(value: _Value) -> Size:
+    return value.table.size(value.key)
 
 
 def _sizes(value: _Value) -> list[tuple[Size, KeyPath]]:
-    found: dict[Size, KeyPath] = {}
-    for item in value.elements("texts"):
-        with value.problems.catching(item.at):
-            size = item.table.size(item.key)
-            if size in found:
-                raise item.table.wrong(item.key, f"is {size} again", "Keep one of the two.")
-            found[size] = item.at
-    return list(found.items())
+    return [(size, path) for path, size in value.elements("texts", _size).items()]
+
+
+def _targets(value: _Value) -> tuple[str, ...]:
+    return tuple(value.elements("texts", _one_of(TARGETS, "kind of layer", "kinds")).values())
+
+
+def _inner_table(value: _Value) -> Mapping[str, object]:
+    table = value.raw()
+    if isinstance(table, dict):
+        return table
+    raise value.wrong(f"is {shown(table)}, must be a table")
+
+
+def _tables(value: _Value) -> list[tuple[Mapping[str, object], KeyPath]]:
+    return [(table, path) for path, table in value.elements("tables", _inner_table, unique=False).items()]
 
 
 def _ratios(value: _Value) -> dict[str, float]:
     table = value.table.table(value.key)
     if not table.values:
-        raise value.table.wrong(value.key, "is empty")
-    found: dict[str, float] = {}
+        raise value.wrong("is empty")
+    ratios: dict[str, float] = {}
     for group in table.values:
-        with value.problems.catching((*value.at, group)):
-            found[group] = check_ratio(f"{value.key}.{group}", table.number(group))
-    return found
+        with value.problems.catching((*value.path, group)):
+            ratios[group] = check_ratio(f"{value.key}.{group}", table.number(group))
+    return ratios
 
 
-def _place(value: _Value) -> Place:
-    """An alias, a place on the Hub, a path from the plan's folder or else the current one: `bases.locate`'s order."""
+def _base(value: _Value) -> PlanBase:
+    """Read an alias, a place on the Hub, or a path from the plan's folder or else the current one.
+
+    The order is that of `bases.locate`.
+    """
     base = value.text()
-    if known := recipe_files.by_alias(base):
-        return Place(base, base, families.by_id(known.family), folder=False)
-    if match := _HUB_PLACE.fullmatch(base.rstrip("/")):
-        return Place(base, _stem(match["file"]) if match["file"] else match["name"])
+    if recipe := recipe_files.by_alias(base):
+        return PlanBase(base, base, families.by_id(recipe.family), folder=False)
+    if location := parse_uri(base):
+        return PlanBase(base, _stem(location.file) if location.file else location.repo.partition("/")[2])
     for path in (_expanded(base, value.folder), _expanded(base, Path())):
         if "://" not in base and os.path.lexists(path):
             name = path.name if path.name not in ("", "..") else path.resolve().name
-            return Place(
-                str(path.absolute()), _stem(name) or "model", folder=path.is_dir() or name.lower().endswith(".json")
-            )
-    is_path = base.lower().endswith(FILES) or base.startswith((".", "~", "/")) or "\\" in base
-    if not is_path and (match := _HUB_ID.fullmatch(base)):
-        return Place(base, match["name"])
-    if base.startswith("hf://"):
-        problem, hint = f"is {shown(base)}, no place on the Hub", "Write hf://ORG/NAME or hf://ORG/NAME/FILE."
-    elif "://" in base:  # not shown: passwords and tokens stand in links
-        problem, hint = "is a link", "Download the file and give its path, or write hf://ORG/NAME/FILE."
-    elif is_path or "/" in base or "." in base:
-        problem = f"is {shown(base)}, but there is no such file or folder"
-        hint = "Give a path, a Hub id such as ORG/NAME, or an alias; `crdiff recipes list` names them."
-    else:
-        problem, hint = f"is {shown(base)}, no alias, file or folder", recipe_files.unknown_alias_hint(base)
-    raise value.table.wrong(value.key, problem, hint)
+            is_folder = path.is_dir() or name.lower().endswith(".json")
+            return PlanBase(str(path.absolute()), _stem(name) or "model", folder=is_folder)
+    if location := parse_id(base):
+        return PlanBase(base, location.repo.partition("/")[2])
+    raise value.wrong(f"is {shown(bases.without_secrets(base))}, which names no base", bases.hint(base))
 
 
 def _expanded(path: str, folder: Path) -> Path:
     try:
         return folder / Path(path).expanduser()
-    except RuntimeError:  # a ~name that is nobody's home
+    except RuntimeError:  # ~name, and nobody has that name
         return folder / path
 
 
 def _stem(name: str) -> str:
-    """What outputs of a file are called after, as `Checkpoint.stem` has it."""
+    """The name without its ending, as `Checkpoint.stem` has it."""
     name = name.rpartition("/")[2].removesuffix(".index.json")
-    return next((name[: -len(end)] for end in FILES if name.lower().endswith(end)), name)
+    return next((name[: -len(end)] for end in FILE_ENDINGS if name.lower().endswith(end)), name)
 
 
-_READERS: Final[Mapping[str, Callable[[_Value], Any]]] = {
-    **dict.fromkeys(("repo", "name", "revision", "tag"), _template),
-    "private": _flag,
-    "allow_nonfinite": _flag,
-    "dtype": _dtype,
-    "weights": _Value.text,
-    "recipe": _recipe,
-    "targets": _targets,
-    "criterion": _Value.text,
-    "calibration": _calibration,
-    "sizes": _sizes,
-    "base": _place,
-    "base_model": _hub_id,
-    "variant": _tables,
-    "size": lambda value: value.table.size(value.key),
-    "ratio": lambda value: check_ratio(value.key, value.table.number(value.key)),
-    "poa_weight": lambda value: check_poa_weight(value.key, value.table.number(value.key)),
-    "ratios": _ratios,
+_SIZES = Key('sizes = ["512", "400x560"]', _sizes)
+_SHARED: Mapping[str, Key] = {
+    "repo": Key('repo = "my-org/sdxl-crdiff"', _template),
+    "name": Key(f'name = "{DEFAULT_NAME}"', _template),
+    "revision": Key('revision = "main"', _template),
+    "tag": Key('tag = "v1"', _template),
+    "private": Key("private = true", _flag),
+    "dtype": Key('dtype = "fp16"', _one_of(tuple(DTYPES), "dtype", "dtypes")),
+    "weights": Key('weights = "fp16"', _Value.text),
+    "recipe": Key('recipe = "my-sdxl.toml"', _recipe),
+    "targets": Key('targets = ["attn", "ff"]', _targets),
+    "criterion": Key('criterion = "wanda:compare=row"', _Value.text),
+    "calibration": Key('calibration = "sdxl-512.safetensors"', _calibration),
+    "allow_nonfinite": Key("allow_nonfinite = true", _flag),
+}
+TABLES: Final[Mapping[str, Mapping[str, Key]]] = {
+    "the plan": {"sizes": _SIZES, **_SHARED, "base": Key('[[base]], and below it base = "sdxl"', _tables)},
+    "[[base]]": {
+        "base": Key('base = "sdxl"', _base),
+        "sizes": _SIZES,
+        **_SHARED,
+        "base_model": Key('base_model = "ORG/NAME"', _hub_id),
+        "variant": Key('[[base.variant]] above each, or weights = "fp16" for the weights of a folder', _tables),
+    },
+    "[[base.variant]]": {
+        "size": Key('size = "640x1536"', _size),
+        "ratio": Key("ratio = 0.3", lambda value: check_ratio(value.key, value.table.number(value.key))),
+        "ratios": Key("ratios = { down = 0.2, mid = 0.6, up = 0.4 }", _ratios),
+        "poa_weight": Key("poa_weight = 1.5", lambda value: check_poa_weight(value.key, value.table.number(value.key))),
+        **_SHARED,
+    },
 }

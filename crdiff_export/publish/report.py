@@ -1,4 +1,4 @@
-"""What a plan file would do, and what it did: rows of a table, JSON, and Markdown for a CI job's page."""
+"""Report what a plan file would do, and what a run did: rows of a table, JSON, and Markdown for a CI job's page."""
 
 import contextlib
 import os
@@ -8,98 +8,103 @@ from typing import Any
 
 from crdiff_export.errors import CrdiffError
 from crdiff_export.formats.text import amount, printable
-from crdiff_export.publish.run import Outcome
-from crdiff_export.publish.worklist import Item, Survey
-
-# A repository, a tag, and the commit that has it or why it has not.
-Tagged = tuple[str, str, str | CrdiffError]
+from crdiff_export.publish.run import Outcome, TagResult
+from crdiff_export.publish.worklist import WorkItem, Worklist
 
 PLANNED = ("base", "size", "ratios", "goes to", "what", "why")
 DONE = ("base", "size", "result", "bytes", "commit", "where")
-_WORDS = {"make": "make and push", "send": "push", "skip": "nothing", "fail": "cannot"}
-_MARKS = {"published": "✅ published", "written": "✅ written", "unchanged": "✅ unchanged", "failed": "❌ failed"}
+_ACTIONS = {"make": "make and push", "send": "push", "skip": "nothing", "fail": "cannot"}
+_STATUSES = {"published": "✅ published", "written": "✅ written", "unchanged": "✅ unchanged", "failed": "❌ failed"}
 
 
-def planned_notes(found: Survey) -> Iterator[str]:
-    """What is worth knowing about the variants that are to be made, each thing once for those of a base."""
-    for reading in found.readings:
+def planned_notes(worklist: Worklist) -> Iterator[str]:
+    """Yield the notes on variants that will be made, each once for a base."""
+    for work in worklist.bases:
         yield from _each_once(
-            (item, item.plan.notes if item.plan and item.action == "make" else ()) for item in reading.items
+            (item, item.plan.notes if item.plan and item.action == "make" else ()) for item in work.items
         )
 
 
-def done_notes(found: Survey, outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """What is worth knowing of what was made, each thing once for the variants of a base, and of what was pushed."""
+def done_notes(worklist: Worklist, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Yield the notes on what was made, each once for a base, and on what was pushed.
+
+    Args:
+        worklist: What was to do.
+        outcomes: What became of it.
+
+    Yields:
+        One line for each note.
+    """
     notes = {id(outcome.item.entry): outcome.notes for outcome in outcomes}
-    for reading in found.readings:
-        yield from _each_once((item, notes.get(id(item.entry), ())) for item in reading.items)
+    for work in worklist.bases:
+        yield from _each_once((item, notes.get(id(item.entry), ())) for item in work.items)
     yield from dict.fromkeys(note for outcome in outcomes if outcome.pushed for note in outcome.pushed.notes)
 
 
-def _each_once(noted: Iterable[tuple[Item, Sequence[str]]]) -> Iterator[str]:
-    """Notes with the first item that each is of."""
-    said: dict[str, Item] = {}
-    for item, notes in noted:
+def _each_once(item_notes: Iterable[tuple[WorkItem, Sequence[str]]]) -> Iterator[str]:
+    """Yield each note with the first item that has it."""
+    first: dict[str, WorkItem] = {}
+    for item, notes in item_notes:
         for note in notes:
-            said.setdefault(note, item)
-    yield from (f"{item.entry}: {note}" for note, item in said.items())
+            first.setdefault(note, item)
+    yield from (f"{item.entry}: {note}" for note, item in first.items())
 
 
-def planned_row(item: Item) -> list[str]:
-    """An item's row under PLANNED."""
-    word = "make" if item.action == "make" and item.destination is None else _WORDS[item.action]
-    return [
-        _base(item), str(item.entry.size), _ratios(item), where(item), word, printable(item.reason)
-    ]  # fmt: skip
+def planned_row(item: WorkItem) -> list[str]:
+    """Return the row of an item in a table with the columns PLANNED."""
+    action = "make" if item.action == "make" and item.destination is None else _ACTIONS[item.action]
+    return [_base(item), str(item.request.size), _ratios(item), where(item), action, printable(item.reason)]
 
 
-def facts(found: Survey) -> Iterator[tuple[str, str]]:
-    """What a dry run adds up to."""
-    count = {action: sum(item.action == action for item in found.items) for action in ("make", "send", "skip", "fail")}
-    yield (
-        "variants",
-        f"{count['make']} to make, {count['send']} to push, {count['skip']} there, {count['fail']} failing",
-    )
-    made = [(r.looked, item.plan) for r in found.readings for item in r.items if item.action == "make"]
-    fetched = sum({looked.place: looked.size for looked, _ in made if looked and looked.place}.values())
-    yield "to fetch", f"at most {amount(fetched)}" if fetched else "nothing"
-    sizes = [planned.data_size for _, planned in made if planned]
-    yield "to write", f"{amount(sum(sizes))}, {amount(_at_once(found, sizes))} at once"
+def planned_totals(worklist: Worklist) -> Iterator[tuple[str, str]]:
+    """Yield names and values of what a dry run adds up to."""
+    actions: list[str] = [item.action for item in worklist.items]
+    words = {"make": "to make", "send": "to push", "skip": "there", "fail": "failing"}
+    yield "variants", ", ".join(f"{actions.count(action)} {word}" for action, word in words.items())
+    todo = [(work.remote, item.plan) for work in worklist.bases for item in work.items if item.action == "make"]
+    to_fetch = sum({remote.location: remote.size for remote, _ in todo if remote and remote.location}.values())
+    yield "to fetch", f"at most {amount(to_fetch)}" if to_fetch else "nothing"
+    sizes = [plan.data_size for _, plan in todo if plan]
+    at_once = sum(sizes) if worklist.request.keep else max(sizes, default=0)
+    yield "to write", f"{amount(sum(sizes))}, {amount(at_once)} at once"
 
 
-def _at_once(found: Survey, sizes: Sequence[int]) -> int:
-    return sum(sizes) if found.request.keep else max(sizes, default=0)
-
-
-def planned(found: Survey) -> dict[str, Any]:
-    """A dry run for machines."""
-    return {"variants": [_item_json(item) | _decision(item) for item in found.items]}
-
-
-def _decision(item: Item) -> dict[str, Any]:
-    notes = list(item.plan.notes) if item.plan else []
-    error = _error(item.error) if item.error else None
-    return {"action": item.action, "reason": item.reason, "notes": notes, "error": error}
+def planned_json(worklist: Worklist) -> dict[str, Any]:
+    """Return a dry run for machines."""
+    return {
+        "variants": [
+            _item_json(item)
+            | {"action": item.action, "reason": item.reason, "notes": list(item.plan.notes) if item.plan else []}
+            | {"error": _error_json(item.error)}
+            for item in worklist.items
+        ]
+    }
 
 
 def done_row(outcome: Outcome) -> list[str]:
-    """An outcome's row under DONE."""
+    """Return the row of an outcome in a table with the columns DONE."""
     item = outcome.item
     size = amount(outcome.size) if outcome.size is not None else "-"
     commit = outcome.commit[:10] if outcome.commit else "-"
-    return [_base(item), str(item.entry.size), outcome.status, size, commit, where(item)]
+    return [_base(item), str(item.request.size), outcome.status, size, commit, where(item)]
 
 
-def as_json(outcomes: Sequence[Outcome], tagged: Sequence[Tagged]) -> dict[str, Any]:
-    """The report for machines: one object per variant."""
+def done_json(outcomes: Sequence[Outcome], tags: Sequence[TagResult]) -> dict[str, Any]:
+    """Return a run for machines: one object per variant and per tag, and counts.
+
+    Args:
+        outcomes: What became of the variants.
+        tags: What became of the tags.
+
+    Returns:
+        The object to print.
+    """
     return {
         "variants": [_outcome_json(outcome) for outcome in outcomes],
         "tags": [
-            {"repo": repo, "tag": name, "commit": None if isinstance(what, CrdiffError) else what,
-             "error": _error(what) if isinstance(what, CrdiffError) else None}
-            for repo, name, what in tagged
+            {"repo": tag.repo, "tag": tag.tag, "commit": tag.commit, "error": _error_json(tag.error)} for tag in tags
         ],
-    } | {status: sum(outcome.status == status for outcome in outcomes) for status in _MARKS}  # fmt: skip
+    } | {status: sum(outcome.status == status for outcome in outcomes) for status in _STATUSES}
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
@@ -108,83 +113,98 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
     return _item_json(outcome.item) | {
         "status": outcome.status, "digest": outcome.digest, "bytes": outcome.size, "sha256": outcome.sha256,
         "commit": outcome.commit, "url": pushed.url if pushed else None,
-        "pull_request": pushed.pull_request if pushed else None, "notes": notes,
-        "error": _error(outcome.error) if outcome.error else None,
+        "pull_request": pushed.pull_request if pushed else None, "notes": notes, "error": _error_json(outcome.error),
     }  # fmt: skip
 
 
-def _item_json(item: Item) -> dict[str, Any]:
-    plan = item.plan
+def _item_json(item: WorkItem) -> dict[str, Any]:
+    plan, export = item.plan, item.request
     return {
-        "base": item.entry.base, "size": str(item.entry.size), "repo": item.entry.repo,
+        "base": export.base, "size": str(export.size), "repo": item.entry.repo,
         "revision": item.destination.revision if item.destination else None, "path": item.path,
         "output": str(item.target), "family": plan.match.family.id if plan else None,
         "ratios": {group: plan.ratio(group) for group in plan.groups} if plan else None,
         "poa_weight": plan.variant.poa_weight if plan else None,
         "provenance": plan.variant.provenance if plan else None, "digest": item.digest,
-        "criterion": item.entry.criterion,
-        "calibration": str(item.entry.calibration) if item.entry.calibration else None,
+        "criterion": export.criterion, "calibration": str(export.calibration) if export.calibration else None,
         "line": item.entry.line,
     }  # fmt: skip
 
 
-def _error(error: CrdiffError) -> dict[str, str]:
-    return {"code": error.code, "message": error.message, "hint": error.hint}
+def _error_json(error: CrdiffError | None) -> dict[str, str] | None:
+    return {"code": error.code, "message": error.message, "hint": error.hint} if error else None
 
 
-def in_order(found: Survey, outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Outcomes in the plan file's order; what was not reached is not among them."""
-    place = {id(item.entry): number for number, item in enumerate(found.items)}
-    return sorted(outcomes, key=lambda outcome: place[id(outcome.item.entry)])
+def in_order(worklist: Worklist, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Sort outcomes as the plan file has its variants.
+
+    Args:
+        worklist: What was to do.
+        outcomes: What became of it, as far as the run came.
+
+    Returns:
+        The outcomes, sorted.
+    """
+    index = {id(item.entry): number for number, item in enumerate(worklist.items)}
+    return sorted(outcomes, key=lambda outcome: index[id(outcome.item.entry)])
 
 
-def for_github(found: Survey, outcomes: Sequence[Outcome], tagged: Sequence[Tagged]) -> None:
-    """Add a table to the page of a GitHub Actions job, where this is one (GITHUB_STEP_SUMMARY)."""
+def write_github_summary(worklist: Worklist, outcomes: Sequence[Outcome], tags: Sequence[TagResult]) -> None:
+    """Add a table to the page of a GitHub Actions job, if this is one (GITHUB_STEP_SUMMARY).
+
+    Args:
+        worklist: What was to do.
+        outcomes: What became of the variants.
+        tags: What became of the tags.
+    """
     page = os.environ.get("GITHUB_STEP_SUMMARY")
     if page:
         with contextlib.suppress(OSError), Path(page).open("a", encoding="utf-8") as file:
-            file.write(markdown(found, outcomes, tagged))
+            file.write(markdown(worklist, outcomes, tags))
 
 
-def markdown(found: Survey, outcomes: Sequence[Outcome], tagged: Sequence[Tagged]) -> str:
-    """The report as Markdown."""
+def markdown(worklist: Worklist, outcomes: Sequence[Outcome], tags: Sequence[TagResult]) -> str:
+    """Return the report as Markdown; the arguments are those of `write_github_summary`."""
     reached = {id(outcome.item.entry) for outcome in outcomes}
-    lines = [f"### crdiff publish {_cell(found.matrix.name)}", "", f"| {' | '.join(DONE)} |", "|---" * len(DONE) + "|"]
+    lines = [f"### crdiff publish {_cell(worklist.plan.name)}", "", f"| {' | '.join(DONE)} |", "|---" * len(DONE) + "|"]
     for outcome in outcomes:
         base, size, _, data, commit, place = map(_cell, done_row(outcome))
-        result = _MARKS[outcome.status] + (f": {_cell(outcome.error.message)}" if outcome.error else "")
+        status = _STATUSES[outcome.status] + (f": {_cell(outcome.error.message)}" if outcome.error else "")
         place = f"[{place}]({outcome.pushed.url})" if outcome.pushed else place
-        lines.append(f"| {base} | {size} | {result} | {data} | {commit} | {place} |")
-    left = [item for item in found.items if id(item.entry) not in reached]
-    lines += [f"| {_cell(_base(i))} | {i.entry.size} | ⏹ not reached | - | - | {_cell(where(i))} |" for i in left]
-    for repo, name, what in tagged:
-        said = f"❌ {_cell(what.message)}" if isinstance(what, CrdiffError) else f"`{what[:10]}`"
-        lines += ["", f"Tag {_cell(name)} of {_cell(repo)}: {said}"]
+        lines.append(f"| {base} | {size} | {status} | {data} | {commit} | {place} |")
+    lines += [
+        f"| {_cell(_base(item))} | {item.request.size} | ⏹ not reached | - | - | {_cell(where(item))} |"
+        for item in worklist.items
+        if id(item.entry) not in reached
+    ]
+    for tag in tags:
+        result = f"❌ {_cell(tag.error.message)}" if tag.error else f"`{str(tag.commit)[:10]}`"
+        lines += ["", f"Tag {_cell(tag.tag)} of {_cell(tag.repo)}: {result}"]
     return "\n".join(lines) + "\n\n"
 
 
 def _cell(text: str) -> str:
-    """Text in a cell of a Markdown table, as it is and nothing else."""
+    """Escape text for a cell of a Markdown table."""
     return "".join(f"\\{c}" if c in "\\|`*_[]<>&~$" else c for c in printable(text))
 
 
-def _base(item: Item) -> str:
-    """A base as a table names it: without the folders of this machine."""
-    base = item.entry.base
+def _base(item: WorkItem) -> str:
+    """The base without the folders of this machine."""
+    base = item.request.base
     return printable(base if base.startswith("hf://") or not Path(base).is_absolute() else Path(base).name)
 
 
-def _ratios(item: Item) -> str:
+def _ratios(item: WorkItem) -> str:
     if item.plan is None:
         return "-"
     values = [f"{item.plan.ratio(group):g}" for group in item.plan.groups]
-    standing = "" if item.plan.variant.provenance != "starting-point" else " (starting point)"
-    criterion = "" if item.entry.criterion == "magnitude" else f", {printable(item.entry.criterion)}"
-    return "/".join(values) + standing + criterion
+    origin = "" if item.plan.variant.provenance != "starting-point" else " (starting point)"
+    criterion = "" if item.request.criterion == "magnitude" else f", {printable(item.request.criterion)}"
+    return "/".join(values) + origin + criterion
 
 
-def where(item: Item) -> str:
-    """Where a table says that an item goes."""
+def where(item: WorkItem) -> str:
+    """Return where an item goes, for a table."""
     if item.destination is None:
         return printable(str(item.target))
     at = f"@{item.destination.revision}" if item.destination.revision != "main" else ""

@@ -1,33 +1,34 @@
-"""Push one baked checkpoint to the Hub: check that it may go there, then send it."""
+"""Push one baked checkpoint to the Hub: check the request, prepare the repository, collect the files, send them."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from crdiff_export.errors import OptionError
 from crdiff_export.formats.crdiff_keys import Stamp
+from crdiff_export.hub.location import REF, is_repo_id, parse_uri
 from crdiff_export.progress import Progress
 from crdiff_export.publish import licence, target
-from crdiff_export.publish.card import Origin
-from crdiff_export.publish.commit import Pushed
-from crdiff_export.publish.commit import push as send
 from crdiff_export.publish.target import Destination
 from crdiff_export.publish.upload import Upload, collect, open_whole
 
-# huggingface_hub's REPO_ID_REGEX, with an owner: a push without one would go to whoever the token belongs to.
-_REPO = re.compile(r"[\w-][\w.-]*/\w[\w.-]*", re.ASCII)
-# What git can call a branch or a tag (git-check-ref-format), as far as anybody would.
-_REF = re.compile(r"(?!.*(?:\.\.|//|/\.|\.lock(?:/|$)|[./]$))[\w+][\w+./@=-]*", re.ASCII)
-# huggingface_hub's FORBIDDEN_FOLDERS, and what is no name of a file.
+# huggingface_hub's FORBIDDEN_FOLDERS, and parts that are no names of files.
 _NOT_NAMES = ("", ".", "..", ".git", ".cache")
 
 
 @dataclass(frozen=True, slots=True)
 class PushRequest:
-    """Where something is to go, and how. `private` None leaves it to the base's licence.
+    """A push that somebody wants.
 
-    `path` is that in the repository: of a file its name by default, of a folder the root. `base_model` is the Hub id of
-    a base that was a local file.
+    Attributes:
+        repo: The repository, ORG/NAME.
+        path: The path in the repository. Default: the name of a file, the root for a folder.
+        revision: The branch; None for main.
+        create_pr: Whether to commit to a pull request.
+        message: The message of the commit.
+        tag: The tag to set.
+        private: Whether to create a private repository; None to decide by the base's licence.
+        base_model: The Hub id of a base that was a local file.
+        relation: The Hub's `base_model_relation`.
     """
 
     repo: str
@@ -42,17 +43,24 @@ class PushRequest:
 
 
 def check_request(request: PushRequest) -> None:
-    """OptionError for what no Hub could do; asks nobody."""
-    if not _REPO.fullmatch(request.repo):
+    """Refuse what no Hub could do, without asking the Hub.
+
+    Args:
+        request: The push.
+
+    Raises:
+        OptionError: If the request cannot be right.
+    """
+    if not is_repo_id(request.repo):
         raise OptionError(f"{request.repo!r} is not a repository", "Write ORG/NAME.")
-    if request.base_model and not _REPO.fullmatch(request.base_model):
+    if request.base_model and not is_repo_id(request.base_model):
         raise OptionError(f"{request.base_model!r} is not a repository", "Write --base-model ORG/NAME.")
     if request.create_pr and request.revision:
         raise OptionError("--create-pr and --revision do not go together", "A pull request is one against main.")
     if request.create_pr and request.tag:
         raise OptionError("--create-pr and --tag do not go together", "Tag the commit when the request is merged.")
     for option, name in (("--revision", request.revision), ("--tag", request.tag)):
-        if name and not _REF.fullmatch(name):
+        if name and not REF.fullmatch(name):
             raise OptionError(f"{option} {name!r} is not a name for it", "Use letters, digits, and - . _ / in between.")
     if request.message and not request.message.strip():
         raise OptionError("--message says nothing", "Leave it out, or say what is new.")
@@ -60,11 +68,22 @@ def check_request(request: PushRequest) -> None:
         _check_path(request.path, folder=request.path.endswith("/"))
 
 
-def place(request: PushRequest, path: Path) -> str:
-    """Where what is at `path` goes in the repository; OptionError where it cannot, asking nobody."""
-    wanted = request.path if request.path is not None else "" if path.is_dir() else path.name
+def path_in_repository(request: PushRequest, path: Path) -> str:
+    """Decide where a file or folder goes in the repository, without asking the Hub.
+
+    Args:
+        request: The push.
+        path: The file or folder here.
+
+    Returns:
+        The path; "" for the root.
+
+    Raises:
+        OptionError: If it cannot go there.
+    """
     if path.is_dir():
-        return wanted
+        return request.path or ""
+    wanted = request.path if request.path is not None else path.name
     wanted += path.name if wanted.endswith("/") else ""
     if not wanted.endswith(".safetensors"):
         hint = f"Write {wanted or path.stem}.safetensors, or {wanted}/ for a folder." if wanted else "Leave it out."
@@ -80,23 +99,51 @@ def _check_path(path: str, *, folder: bool = False) -> None:
 
 
 def prepare(request: PushRequest, source_name: str, name: str) -> Destination:
-    """Make sure that the Hub will take `name`, made from the base `source_name`, before anything heavy is done."""
+    """Make sure that the Hub will take a push, before anything heavy is done.
+
+    Args:
+        request: The push.
+        source_name: What the header will call the base.
+        name: The name of the file or folder.
+
+    Returns:
+        Where to push.
+
+    Raises:
+        OptionError: As in `check_request`.
+        HubError: If the Hub does not let the token write there.
+    """
     check_request(request)
     why = None
     if request.private is None:
-        origin = Origin.parse(source_name)
-        base, _ = licence.look_up(origin.repo if origin else request.base_model)
+        location = parse_uri(source_name)
+        base, _ = licence.look_up(location.repo if location else request.base_model)
         why = licence.why_private(base)
     # The same for an export, which does not know yet whether it will be a file.
     title = _message(request, name.removesuffix(".safetensors")).partition("\n")[0] if request.create_pr else None
-    wanted = Destination(request.repo, request.revision or target.MAIN, title)
     private = request.private if request.private is not None else why is not None
-    return target.prepare(wanted, private=private, why_private=why)
+    destination = Destination(request.repo, request.revision or target.MAIN, title)
+    return target.prepare(destination, private=private, why_private=why)
 
 
-def upload(request: PushRequest, path: Path, progress: Progress, *, checked: bool = False) -> Upload:
-    """What is to be sent: the files at `path`, hashed, and held against their headers' hashes unless `checked`."""
-    wanted = place(request, path)
+def make_upload(request: PushRequest, path: Path, progress: Progress, *, checked: bool = False) -> Upload:
+    """Collect and hash the files of a push.
+
+    Args:
+        request: The push.
+        path: The file or folder here.
+        progress: Told how far the hashing is.
+        checked: Whether the bytes have just been written.
+
+    Returns:
+        What to push.
+
+    Raises:
+        OptionError: If a file cannot go where it is wanted.
+        CheckpointError: As in `collect`.
+        VerifyError: As in `collect`.
+    """
+    wanted = path_in_repository(request, path)
     files = collect(path, wanted, progress, checked=checked)
     for name in files:
         _check_path(name)
@@ -108,10 +155,7 @@ def _message(request: PushRequest, name: str) -> str:
     return (request.message or "").strip() or f"Upload {name} with crdiff"
 
 
-def source_name(path: Path) -> str:
-    """What the header of a baked checkpoint calls its base; CheckpointError for one that is not baked."""
+def read_source_name(path: Path) -> str:
+    """Read what the header of a baked checkpoint calls its base; raises CheckpointError for one that is not baked."""
     checkpoint = open_whole(path)
     return Stamp.from_metadata(checkpoint.metadata, str(path)).source_name
-
-
-__all__ = ["PushRequest", "Pushed", "check_request", "place", "prepare", "send", "source_name", "upload"]

@@ -1,4 +1,8 @@
-"""Carry out a plan file: make what is missing, push each variant, and say of every one what has come of it."""
+"""READ FIRST in this room: carry out a plan file, from its worklist to the tags.
+
+`make_worklist` decides for every variant whether to make, send or skip it. `publish` checks that the Hub will take the
+results, bakes what is missing base by base, and pushes each variant. `set_tags` tags what belongs together at the end.
+"""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,145 +14,180 @@ from crdiff_export.bake.destination import companions_size
 from crdiff_export.errors import CrdiffError, HubError, PlanError
 from crdiff_export.export import Baked, ExportJob, Failure, prepare_located, run_in_turn, run_together
 from crdiff_export.hub import bases, repository
+from crdiff_export.hub.location import parse_uri
 from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.publish import licence, target
-from crdiff_export.publish.card import Origin
-from crdiff_export.publish.commit import Pushed, push, tag
+from crdiff_export.publish.commit import PushResult, push, tag
 from crdiff_export.publish.target import Destination
 from crdiff_export.publish.upload import Upload, collect
-from crdiff_export.publish.worklist import TITLE, Item, Reading, Survey
+from crdiff_export.publish.worklist import TITLE, BaseWork, WorkItem, Worklist
 
 Status = Literal["published", "written", "unchanged", "failed"]
-# Stands around what is said and sent to the Hub, when no thread of ours is at work.
-Talking = Callable[[], AbstractContextManager[None]]
+# Surrounds what talks to the Hub, while no thread of ours works.
+PauseProgress = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a variant. `error` where it failed; `digest` decides its content (`Stamp.digest`).
+    """What became of a variant.
 
-    `notes` are those of its export.
+    Attributes:
+        item: The variant.
+        status: What became of it.
+        digest: `Stamp.digest` of its files.
+        size: Bytes that were written or pushed.
+        sha256: The SHA-256 of a single file that was pushed, as hex.
+        pushed: Its push, if there was one.
+        error: Why it failed.
+        notes: The notes of its export.
     """
 
-    item: Item
+    item: WorkItem
     status: Status
     digest: str | None = None
     size: int | None = None
     sha256: str | None = None
-    pushed: Pushed | None = None
+    pushed: PushResult | None = None
     error: CrdiffError | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def commit(self) -> str | None:
-        """The commit that holds it."""
+        """The commit that holds the variant, if it is on the Hub."""
         return self.pushed.commit if self.pushed else self.item.commit
 
 
-def publish(survey: Survey, progress: Progress, talking: Talking = nullcontext) -> Iterator[Outcome]:
-    """Do what a survey found to be done, base by base; every variant gets one outcome, and none stops another.
+def publish(worklist: Worklist, progress: Progress, pause: PauseProgress = nullcontext) -> Iterator[Outcome]:
+    """Do everything on a worklist, base by base; a variant that fails does not stop the others.
 
     Write access is checked before the first weight is read.
+
+    Args:
+        worklist: What to do.
+        progress: Told how far the work is.
+        pause: Entered while the Hub is asked.
+
+    Yields:
+        One outcome for each variant.
     """
-    publishing = _Publishing(survey, progress, talking)
-    with talking():
-        publishing.check_access()
-    for reading in survey.readings:
-        yield from publishing.reading(reading)
+    run = _Run(worklist, progress, pause)
+    with pause():
+        run.check_access()
+    for work in worklist.bases:
+        yield from run.publish_base(work)
 
 
-class _Publishing:
-    def __init__(self, survey: Survey, progress: Progress, talking: Talking) -> None:
-        self._survey, self._request = survey, survey.request
-        self._progress, self._talking = progress, talking
+class _Run:
+    def __init__(self, worklist: Worklist, progress: Progress, pause: PauseProgress) -> None:
+        self._worklist, self._request = worklist, worklist.request
+        self._progress, self._pause = progress, pause
+        # What stands at each destination: the checked destination, or why nothing can go there.
         self._destinations: dict[Destination, Destination | CrdiffError] = {}
-        self._known: repository.Known = {}
+        self._headers: repository.HeaderCache = {}
 
     def check_access(self) -> None:
-        """Find, and make if need be, every repository that something will go to."""
-        wanted = (item.destination for item in self._survey.items if item.action in ("make", "send"))
-        for place in dict.fromkeys(wanted):
-            if place is None:
-                continue
-            try:
-                self._destinations[place] = self._prepared(place)
-            except CrdiffError as error:
-                self._destinations[place] = error
+        """Check every repository that something will go to, and create those that do not exist."""
+        for item in self._worklist.items:
+            wanted = item.destination if item.action in ("make", "send") else None
+            if wanted and wanted not in self._destinations:
+                try:
+                    self._destinations[wanted] = self._prepare(wanted)
+                except CrdiffError as error:
+                    self._destinations[wanted] = error
 
-    def _prepared(self, place: Destination) -> Destination:
-        """Visibility is a matter of all bases, even of those that cannot be had today: tomorrow they may be."""
-        pairs = [(reading, item) for reading in self._survey.readings for item in reading.items]
-        users = [(reading, item) for reading, item in pairs if item.entry.repo == place.repo]
-        said = next((item.entry.private for _, item in users if item.entry.private is not None), None)
-        repos = dict.fromkeys(_base_repo(reading, item) for reading, item in users) if said is None else ()
+    def _prepare(self, destination: Destination) -> Destination:
+        """Prepare a destination. All bases decide whether it is private, also those that cannot be read today."""
+        works = [(work, item) for work in self._worklist.bases for item in work.items]
+        users = [(work, item) for work, item in works if item.entry.repo == destination.repo]
+        private = next((item.entry.private for _, item in users if item.entry.private is not None), None)
+        repos = dict.fromkeys(_base_repo(work, item) for work, item in users) if private is None else ()
         why = next((why for repo in repos if (why := licence.why_private(licence.look_up(repo)[0]))), None)
         if self._request.create_pr:
-            place = replace(place, pull_request=TITLE)
-        return target.prepare(place, private=why is not None if said is None else said, why_private=why)
+            destination = replace(destination, pull_request=TITLE)
+        return target.prepare(destination, private=why is not None if private is None else private, why_private=why)
 
-    def reading(self, reading: Reading) -> Iterator[Outcome]:
-        """The outcomes of all variants of a base."""
-        items = [self._admitted(item) for item in reading.items]
+    def publish_base(self, work: BaseWork) -> Iterator[Outcome]:
+        """Yield the outcomes of all variants of a base."""
+        items = [self._check_destination(item) for item in work.items]
         for item in items:
             if item.action == "fail":
                 yield Outcome(item, "failed", item.digest, error=item.error)
             elif item.action == "skip":
                 yield Outcome(item, "unchanged", item.digest)
             elif item.action == "send":
-                outcome = self._sent(item, checked=False)
-                if not outcome.error:  # else it is there for the next run
-                    self._let_go(item)
+                outcome = self._push(item, checked=False)
+                if not outcome.error:  # else the files stay for the next run
+                    self._remove_output(item)
                 yield outcome
-        if wanted := [item for item in items if item.action == "make"]:
-            yield from self._made(reading, wanted)
+        if todo := [item for item in items if item.action == "make"]:
+            yield from self._bake(work, todo)
         if not self._request.keep:
-            self._tidy(items)
+            self._remove_empty_folders(items)
 
-    def _admitted(self, item: Item) -> Item:
-        """The item, failed where its destination is closed."""
-        found = self._destinations.get(item.destination) if item.destination else None
-        return item.failed(found) if isinstance(found, CrdiffError) and item.action in ("make", "send") else item
+    def _check_destination(self, item: WorkItem) -> WorkItem:
+        """Fail an item if nothing can go to its destination."""
+        state = self._destinations.get(item.destination) if item.destination else None
+        return item.fail(state) if isinstance(state, CrdiffError) and item.action in ("make", "send") else item
 
-    def _made(self, reading: Reading, items: Sequence[Item]) -> Iterator[Outcome]:
-        jobs: list[tuple[Item, ExportJob]] = []
+    def _bake(self, work: BaseWork, items: Sequence[WorkItem]) -> Iterator[Outcome]:
+        """Bake the variants of a base from one reading, and push each."""
+        assert work.remote
         try:
-            assert reading.looked
-            with self._talking():
-                looked = reading.looked.here(items[0].entry.variant)
-            criterion = CriterionChoice.of(items[0].entry.criterion, items[0].entry.calibration)
-            for item in items:
-                try:
-                    _make_folder(item)
-                    jobs.append((item, prepare_located(item.request, criterion, looked.base, looked.checkpoint)))
-                except CrdiffError as error:
-                    yield Outcome(item, "failed", error=error)
+            with self._pause():
+                base = work.remote.fetch(items[0].request.variant)
+            criterion = CriterionChoice.of(items[0].request.criterion, items[0].request.calibration)
         except CrdiffError as error:
             yield from (Outcome(item, "failed", error=error) for item in items)
             return
+        jobs: list[tuple[WorkItem, ExportJob]] = []
+        for item in items:
+            try:
+                _make_folder(item)
+                jobs.append((item, prepare_located(item.request, criterion, base.base, base.checkpoint)))
+            except CrdiffError as error:
+                yield Outcome(item, "failed", error=error)
         done = 0
         try:
             run = run_together if self._request.keep else run_in_turn
-            made = run([job for _, job in jobs], self._progress) if jobs else ()
-            for (item, _), outcome in zip(jobs, made, strict=False):
-                yield self._outcome(item, outcome)
+            results = run([job for _, job in jobs], self._progress) if jobs else ()
+            for (item, _), result in zip(jobs, results, strict=False):
+                yield self._finish(item, result)
                 done += 1
         except CrdiffError as error:
             yield from (Outcome(item, "failed", error=error) for item, _ in jobs[done:])
 
-    def _outcome(self, item: Item, outcome: Baked | Failure) -> Outcome:
-        if isinstance(outcome, Failure):
-            return Outcome(item, "failed", error=outcome.error)
+    def _finish(self, item: WorkItem, result: Baked | Failure) -> Outcome:
+        """Push what was baked, if it goes anywhere."""
+        if isinstance(result, Failure):
+            return Outcome(item, "failed", error=result.error)
+        digest = _digest(result)
         if not item.destination:
-            size = outcome.written.size + companions_size(outcome.job.plan)
-            return Outcome(item, "written", _digest(outcome), size, notes=outcome.notes)
+            size = result.written.size + companions_size(result.job.plan)
+            return Outcome(item, "written", digest, size, notes=result.notes)
         try:
-            return replace(self._sent(item, checked=True), digest=_digest(outcome), notes=outcome.notes)
+            return replace(self._push(item, checked=True), digest=digest, notes=result.notes)
         finally:
-            self._let_go(item)
+            self._remove_output(item)
 
-    def _let_go(self, item: Item) -> None:
-        """Take away what was written, where nobody wants it kept."""
+    def _push(self, item: WorkItem, *, checked: bool) -> Outcome:
+        """Push the files at an item's target; `checked` if they have just been written."""
+        assert item.destination
+        destination = self._destinations[item.destination]
+        assert isinstance(destination, Destination)
+        try:
+            files = collect(item.target, item.path, self._progress, checked=checked)
+            upload = Upload(files, f"Publish {item.path} with crdiff", item.entry.base_model)
+            with self._pause():
+                pushed = push(upload, destination, cache=self._headers)
+        except CrdiffError as error:
+            return Outcome(item, "failed", item.digest, error=error)
+        # Notes on the destination are shown with the first push to it alone.
+        self._destinations[item.destination] = replace(destination, notes=())
+        sha256 = next(iter(files.values())).sha256 if len(files) == 1 else None
+        return Outcome(item, "published" if pushed.changed else "unchanged", item.digest, upload.size, sha256, pushed)
+
+    def _remove_output(self, item: WorkItem) -> None:
         if self._request.keep:
             return
         with suppress(OSError):
@@ -157,89 +196,93 @@ class _Publishing:
             else:
                 item.target.unlink()
 
-    def _tidy(self, items: Iterable[Item]) -> None:
-        """Take away the folders that have become empty, but for the output folder itself."""
+    def _remove_empty_folders(self, items: Iterable[WorkItem]) -> None:
+        """Remove the folders that have become empty, except the output folder itself."""
         for item in items:
             folders = [folder for folder in item.target.parents if folder.is_relative_to(self._request.folder)]
             with suppress(OSError):
                 for folder in folders[:-1]:
                     folder.rmdir()
 
-    def _sent(self, item: Item, *, checked: bool) -> Outcome:
-        """Push what is at the item's target; `checked` where its bytes have just been written."""
-        assert item.destination
-        place = self._destinations[item.destination]
-        assert isinstance(place, Destination)
-        try:
-            files = collect(item.target, item.path, self._progress, checked=checked)
-            upload = Upload(files, f"Publish {item.path} with crdiff", item.entry.base_model)
-            with self._talking():
-                pushed = push(upload, place, known=self._known)
-        except CrdiffError as error:
-            return Outcome(item, "failed", item.digest, error=error)
-        # Said once: what was made for the first is there for the next.
-        self._destinations[item.destination] = replace(place, notes=())
-        sha256 = next(iter(files.values())).sha256 if len(files) == 1 else None
-        return Outcome(item, "published" if pushed.changed else "unchanged", item.digest, upload.size, sha256, pushed)
+
+@dataclass(frozen=True, slots=True)
+class TagResult:
+    """A tag of a repository: the commit that has it, or why it was not set."""
+
+    repo: str
+    tag: str
+    commit: str | None = None
+    error: CrdiffError | None = None
 
 
-def tags(outcomes: Iterable[Outcome]) -> Iterator[tuple[str, str, str | CrdiffError]]:
-    """Tag the last commit of the variants that share a tag, once all of them are there: repository, tag, and commit.
+def set_tags(outcomes: Iterable[Outcome]) -> Iterator[TagResult]:
+    """Tag the last commit of the variants that share a tag, if all of them are there.
 
-    A tag that is there and has all of them as they are stays where it is.
+    A tag that exists and holds all of them as they are stays where it is.
+
+    Args:
+        outcomes: What became of the variants.
+
+    Yields:
+        One result for each tag.
     """
-    grouped: dict[tuple[str, str], list[Outcome]] = {}
+    groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
         entry = outcome.item.entry
         if entry.repo and entry.tag:
-            grouped.setdefault((entry.repo, entry.tag), []).append(outcome)
-    for (repo, name), members in grouped.items():
+            groups.setdefault((entry.repo, entry.tag), []).append(outcome)
+    for (repo, name), members in groups.items():
         commits = [outcome.commit for outcome in members]
-        last = [outcome.pushed.commit for outcome in members if outcome.pushed] or commits
         failed = next((outcome.error for outcome in members if outcome.error), None)
         if failed or not all(commits):
             kind = type(failed) if failed else CrdiffError  # so that the exit code is that of the cause
-            yield repo, name, kind(f"{repo}: not tagged {name}, as not all of it is there", "Run it again.")
+            error = kind(f"{repo}: not tagged {name}, as not all of it is there", "Run it again.")
+            yield TagResult(repo, name, error=error)
             continue
-        commit = str(last[-1])
+        commit = str([*commits, *(outcome.pushed.commit for outcome in members if outcome.pushed)][-1])
         try:
             tag(repo, name, commit)
         except CrdiffError as error:
-            yield repo, name, _tagged(repo, name, commit, members) or error
+            existing = _equal_tag(repo, name, commit, members)
+            yield TagResult(repo, name, existing, None if existing else error)
         else:
-            yield repo, name, commit
+            yield TagResult(repo, name, commit)
 
 
-def _tagged(repo: str, name: str, commit: str, members: Sequence[Outcome]) -> str | None:
-    """The commit that has a tag already, if it holds the variants as `commit` does; None if not."""
+def _equal_tag(repo: str, name: str, commit: str, members: Sequence[Outcome]) -> str | None:
+    """Return the commit of a tag that exists, if it holds the variants as `commit` does."""
     try:
-        there, wanted = repository.read(repo, name), repository.read(repo, commit)
+        tagged, wanted = repository.read(repo, name), repository.read(repo, commit)
     except HubError:
         return None
-    for outcome in members:
-        path = outcome.item.path
-        files = {name for name in wanted.files if name == path or name.startswith(f"{path}/")}
-        if any(there.files.get(name) != wanted.files[name] for name in files):
-            return None
-    return there.commit
+    paths = [outcome.item.path for outcome in members]
+    files = [name for name in wanted.files if any(name == path or name.startswith(f"{path}/") for path in paths)]
+    equal = all(tagged.files.get(name) == wanted.files[name] for name in files)
+    return tagged.commit if equal else None
 
 
-def exit_code(outcomes: Iterable[Outcome], tagged: Iterable[str | CrdiffError] = ()) -> int:
-    """0 if nothing failed, 4 if the Hub or the network was the reason for all that did, else 1."""
-    codes = {outcome.error.exit_code for outcome in outcomes if outcome.error}
-    codes |= {found.exit_code for found in tagged if isinstance(found, CrdiffError)}
+def exit_code(outcomes: Iterable[Outcome], tags: Iterable[TagResult] = ()) -> int:
+    """Return the exit code of a run.
+
+    Args:
+        outcomes: What became of the variants.
+        tags: What became of the tags.
+
+    Returns:
+        0 if nothing failed, 4 if the Hub or the network was the reason for every failure, else 1.
+    """
+    errors = [*(outcome.error for outcome in outcomes), *(tag.error for tag in tags)]
+    codes = {error.exit_code for error in errors if error}
     return 0 if not codes else HubError.exit_code if codes == {HubError.exit_code} else CrdiffError.exit_code
 
 
-def _base_repo(reading: Reading, item: Item) -> str | None:
-    """The Hub id of the base that an item is made from."""
-    name = reading.looked.base.name if reading.looked else bases.remote(item.entry.base)
-    origin = Origin.parse(name) if name else None
-    return origin.repo if origin else item.entry.base_model
+def _base_repo(work: BaseWork, item: WorkItem) -> str | None:
+    """The Hub id of the base of an item."""
+    location = parse_uri(work.remote.base.name) if work.remote else bases.hub_location(item.request.base)
+    return location.repo if location else item.entry.base_model
 
 
-def _make_folder(item: Item) -> None:
-    """Make the folder of an item's target."""
+def _make_folder(item: WorkItem) -> None:
     folder = item.target.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -252,6 +295,3 @@ def _digest(baked: Baked) -> str | None:
     if hashes is None:
         return None
     return replace(baked.stamp, source_hash=hashes.source, source_file_hash=hashes.source_file).digest()
-
-
-__all__ = ["Outcome", "exit_code", "publish", "tags"]

@@ -1,19 +1,25 @@
-"""Where a push goes: checked, and made if it has to be, before any heavy work."""
+"""Prepare where a push goes: check it, and create it if needed, before any heavy work."""
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from crdiff_export.errors import HubError
-from crdiff_export.hub.messages import explained, passes, status
-from crdiff_export.hub.retry import patiently
+from crdiff_export.hub.messages import as_hub_error, may_pass, status
+from crdiff_export.hub.retry import retry
 
 MAIN = "main"
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A revision of a repository that may be written to. `pull_request` is the title of one to open or to continue."""
+    """A branch of a repository.
+
+    Attributes:
+        repo: ORG/NAME.
+        revision: The branch.
+        pull_request: The title of a pull request to open or to continue instead.
+        notes: What people should know of how it was prepared.
+    """
 
     repo: str
     revision: str = MAIN
@@ -30,12 +36,21 @@ class PullRequest:
 
 
 def prepare(destination: Destination, *, private: bool, why_private: str | None = None) -> Destination:
-    """Make sure that the destination exists and may be written to; HubError says what is in the way.
+    """Make sure that a destination exists and that the token may write there; read access is enough for pull requests.
 
-    A repository that is not there is created, `private` or not. With a pull request read access is enough.
+    Args:
+        destination: Where to push.
+        private: Whether to create a private repository, if there is none.
+        why_private: The reason, for a note.
+
+    Returns:
+        The destination, with notes.
+
+    Raises:
+        HubError: If nothing can be pushed there.
     """
-    with explained(destination.repo, access="write"):
-        return patiently(lambda: _open(destination, private=private, why_private=why_private), time.sleep)
+    with as_hub_error(destination.repo, access="write"):
+        return retry(lambda: _open(destination, private=private, why_private=why_private), time.sleep)
 
 
 def _open(destination: Destination, *, private: bool, why_private: str | None) -> Destination:
@@ -47,7 +62,7 @@ def _open(destination: Destination, *, private: bool, why_private: str | None) -
     except errors.GatedRepoError:
         raise
     except errors.RepositoryNotFoundError as error:
-        if status(error) == 401:  # the client cannot tell; a token that is no good has another error
+        if status(error) == 401:  # without a login; an invalid token raises another error
             raise HubError(f"{repo}: nobody is logged in", "Run `hf auth login` or set HF_TOKEN.") from error
         if for_request:
             raise HubError(
@@ -56,8 +71,8 @@ def _open(destination: Destination, *, private: bool, why_private: str | None) -
             ) from error
         destination = _create(destination, private=private, why_private=why_private)
     if destination.pull_request:
-        _me()  # to look takes no token, to open a request does
-    _branch(destination)
+        _user()  # reading takes no token, opening a pull request does
+    _create_branch(destination)
     return destination
 
 
@@ -79,8 +94,8 @@ def _create(destination: Destination, *, private: bool, why_private: str | None)
     return replace(destination, notes=(*destination.notes, f"created {repo}, {kind}{why}"))
 
 
-def _branch(destination: Destination) -> None:
-    """Make the branch of a destination if there is none such; a pull request has to be there."""
+def _create_branch(destination: Destination) -> None:
+    """Create the branch of a destination if needed; the ref of a pull request must exist."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -88,36 +103,32 @@ def _branch(destination: Destination) -> None:
         return
     if destination.revision.startswith("refs/pr/"):
         api.model_info(destination.repo, revision=destination.revision)
-    elif destination.revision not in _names(api.list_repo_refs(destination.repo).branches):
+    elif all(branch.name != destination.revision for branch in api.list_repo_refs(destination.repo).branches):
         api.create_branch(destination.repo, branch=destination.revision, exist_ok=True)
 
 
-def _names(refs: Iterable[object]) -> set[str]:
-    return {str(getattr(ref, "name", "")) for ref in refs}
-
-
 def find_pull_request(destination: Destination) -> PullRequest | None:
-    """Our open pull request of the destination's title, so that a second run continues it; None where there is none."""
+    """Find our open pull request with the destination's title, so that a second run continues it; raises HubError."""
     from huggingface_hub import HfApi
 
-    with explained(destination.repo, access="write"):
-        found = HfApi().get_repo_discussions(
-            destination.repo, author=_me(), discussion_type="pull_request", discussion_status="open"
+    with as_hub_error(destination.repo, access="write"):
+        requests = HfApi().get_repo_discussions(
+            destination.repo, author=_user(), discussion_type="pull_request", discussion_status="open"
         )
-        mine = [one for one in found if one.title == destination.pull_request and one.git_reference]
-    if not mine:
+        ours = [request for request in requests if request.title == destination.pull_request and request.git_reference]
+    if not ours:
         return None
-    oldest = min(mine, key=lambda one: one.num)
+    oldest = min(ours, key=lambda request: request.num)
     return PullRequest(str(oldest.git_reference), oldest.url)
 
 
-def _me() -> str | None:
-    """Who the token belongs to; None where it is not for the Hub to say."""
+def _user() -> str | None:
+    """The user that the token belongs to; None if the Hub does not tell."""
     from huggingface_hub import HfApi, errors
 
     try:
         return str(HfApi().whoami(cache=True)["name"])
     except errors.HfHubHTTPError as error:
-        if passes(error):
+        if may_pass(error):
             raise
         return None

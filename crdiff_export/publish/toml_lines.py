@@ -1,4 +1,7 @@
-"""On which line of a TOML text each of its keys stands, which `tomllib` does not tell, and what is wrong there."""
+"""Find the line of each key in a TOML text, which `tomllib` does not tell, and collect problems by line.
+
+No library that we know gives lines for TOML without a second parser (tomlkit keeps none).
+"""
 
 import re
 import tomllib
@@ -10,6 +13,7 @@ from typing import Final
 from crdiff_export.errors import CrdiffError
 from crdiff_export.formats.text import printable
 
+# `("base", 0, "sizes")` is the key `sizes` in the first [[base]].
 KeyPath = tuple[str | int, ...]
 
 # A dotted key may have thousands of parts, and every beginning of it would be a path.
@@ -31,148 +35,151 @@ _TOKEN: Final = re.compile(
 
 
 def lines(text: str) -> Mapping[KeyPath, int]:
-    """The lines, from 1 on, that the keys, tables and elements of a text that `tomllib` accepts begin on.
+    """Find the lines, from 1 on, on which the keys, tables and array elements of a TOML text begin.
 
-    `("base", 0)` is the first table of an array or the first element, `("base", 0, "sizes")` a key in it. What is
-    spelt in several places, such as the `a` of `[a.b]` and `[a.c]`, is on the first of their lines. Paths of more than
-    MAX_DEPTH parts are left out.
+    What is spelt in several places, such as the `a` of `[a.b]` and `[a.c]`, is on the first of their lines. Paths of
+    more than MAX_DEPTH parts are left out. `tomllib` must accept the text.
     """
-    scan, line = _Scan(), 1
-    for token in _TOKEN.finditer(text):
-        if token.lastgroup != "nothing":
-            scan.take(token[0], line, quoted=token.lastgroup == "text")
-        line += token[0].count("\n")
-    return scan.found
+    scanner = _Scanner(text)
+    scanner.read_document()
+    return scanner.lines
 
 
-@dataclass(slots=True)
-class _Open:
-    """An array or an inline table that has not ended; in an array, `index` is the element's that is being read."""
+class _Scanner:
+    """Reads a text that is known to be TOML, token by token."""
 
-    path: KeyPath
-    index: int | None
+    def __init__(self, text: str) -> None:
+        self.lines: dict[KeyPath, int] = {}
+        self._tokens = [*_tokens(text)]
+        self._next = 0
 
-
-@dataclass(slots=True)
-class _Scan:
-    """What is known at some place in the text.
-
-    `table` is the path of the last header, `value` that of the last key; `header` counts the brackets of a header that
-    is being read.
-    """
-
-    found: dict[KeyPath, int] = field(default_factory=dict)
-    arrays: dict[KeyPath, int] = field(default_factory=dict)
-    table: KeyPath = ()
-    value: KeyPath = ()
-    key: list[str] = field(default_factory=list)
-    header: int = 0
-    in_value: bool = False
-    stack: list[_Open] = field(default_factory=list)
-
-    def take(self, token: str, line: int, *, quoted: bool) -> None:
-        """Go one token further."""
-        mark = "" if quoted else token
-        if self.in_value:
-            self._in_value(mark, line)
-        elif quoted or mark not in ("[", "]", "{", "}", "=", ",", ".", "\n"):
-            self.key.append(_unquoted(token) if quoted else token)
-        elif mark == "[":
-            self.header += 1
-        elif mark == "]" and self.header:
-            self._end_of_header(line)
-        elif mark == "=":
-            self.value = self.stack[-1].path if self.stack else self.table
-            for part in self.key:
-                self._found(part, line)
-            self.key.clear()
-            self.in_value = True
-        elif mark == "}":  # after a key's value that is handled in `_in_value`: the table is empty
-            self._end_of_container()
-
-    def _in_value(self, mark: str, line: int) -> None:
-        last = self.stack[-1] if self.stack else None
-        if mark == "\n":
-            self.in_value = last is not None
-        elif mark == ",":
-            if last is None or last.index is None:
-                self.in_value = False
+    def read_document(self) -> None:
+        table: KeyPath = ()
+        counts: dict[KeyPath, int] = {}
+        while not self._at(""):
+            if self._skip("\n"):
+                continue
+            if self._at("["):
+                table = self._read_header(counts)
             else:
-                last.index += 1
-        elif mark in ("]", "}"):
-            self._end_of_container()
-        else:
-            if last is not None and last.index is not None:
-                self.value = last.path
-                self._found(last.index, line)
-            if mark in ("[", "{"):
-                self.stack.append(_Open(self.value, 0 if mark == "[" else None))
-                self.in_value = mark == "["
+                self._read_pair(table)
 
-    def _end_of_container(self) -> None:
-        if self.stack:
-            self.stack.pop()
-            self.in_value = True  # after it comes what comes after any value
+    def _read_header(self, counts: dict[KeyPath, int]) -> KeyPath:
+        """Read `[a.b]` or `[[a.b]]`, of which `counts` has the last index so far; return the path."""
+        brackets = self._skip("[")
+        parts, line = self._read_key()
+        self._skip("]")
+        path: KeyPath = ()
+        for number, part in enumerate(parts, 1):
+            path = self._add(path, part, line)
+            if brackets == 2 and number == len(parts):
+                counts[path] = counts.get(path, -1) + 1
+            if path in counts:
+                path = self._add(path, counts[path], line)
+        return path
 
-    def _end_of_header(self, line: int) -> None:
-        self.value = ()
-        for number, part in enumerate(self.key, 1):
-            self._found(part, line)
-            if self.header == 2 and number == len(self.key):
-                self.arrays[self.value] = self.arrays.get(self.value, -1) + 1
-            if self.value in self.arrays:
-                self._found(self.arrays[self.value], line)
-        self.table = self.value
-        self.key.clear()
-        self.header = 0
+    def _read_pair(self, path: KeyPath) -> None:
+        parts, line = self._read_key()
+        self._skip("=")
+        for part in parts:
+            path = self._add(path, part, line)
+        self._read_value(path)
 
-    def _found(self, part: str | int, line: int) -> None:
-        """Go down to a part of the value's path; one too deep stays where it is, and so does what is in it."""
-        if len(self.value) < MAX_DEPTH:
-            self.value = (*self.value, part)
-            self.found.setdefault(self.value, line)
+    def _read_key(self) -> tuple[list[str], int]:
+        parts, line = [], self._line()
+        while not self._at("=", "]"):
+            if not self._skip("."):
+                parts.append(_unquoted(self._take()))
+        return parts, line
+
+    def _read_value(self, path: KeyPath) -> None:
+        opening = self._take()
+        if opening not in ("[", "{"):
+            while not self._at(",", "]", "}", "\n", ""):  # numbers and dates have several tokens
+                self._take()
+            return
+        index = 0
+        while True:
+            self._skip("\n", ",")
+            if self._at("]", "}"):
+                self._take()
+                return
+            if opening == "{":
+                self._read_pair(path)
+            else:
+                self._read_value(self._add(path, index, self._line()))
+                index += 1
+
+    def _add(self, path: KeyPath, part: str | int, line: int) -> KeyPath:
+        if len(path) >= MAX_DEPTH:
+            return path
+        path = (*path, part)
+        self.lines.setdefault(path, line)
+        return path
+
+    def _line(self) -> int:
+        return self._tokens[self._next][1]
+
+    def _take(self) -> str:
+        self._next += 1
+        return self._tokens[self._next - 1][0]
+
+    def _at(self, *marks: str) -> bool:
+        """Whether the next token is one of these marks; "" is the end, and a quoted text begins with its quote."""
+        return self._tokens[self._next][0] in marks
+
+    def _skip(self, *marks: str) -> int:
+        start = self._next
+        while self._at(*marks):
+            self._next += 1
+        return self._next - start
+
+
+def _tokens(text: str) -> Iterator[tuple[str, int]]:
+    """Yield each token and its line, and at last an empty one."""
+    line = 1
+    for match in _TOKEN.finditer(text):
+        if match.lastgroup != "nothing":
+            yield match[0], line
+        line += match[0].count("\n")
+    yield "", line
 
 
 def _unquoted(key: str) -> str:
-    if "\\" not in key:
-        return key[1:-1]
-    try:
-        return str(tomllib.loads(f"key = {key}")["key"])
-    except tomllib.TOMLDecodeError:
-        return key
+    return str(tomllib.loads(f"key = {key}")["key"]) if key.startswith(("'", '"')) else key
 
 
 @dataclass(slots=True)
 class Problems:
-    """What is wrong in the file `name`, in which every key has its line; nothing is in it twice.
+    """The problems of the file `name`, each once.
 
-    What has the same `kind` at the same place is one problem, and so is what reads the same.
+    Problems of the same `kind` at the same key are one problem, and so are problems with the same message.
     """
 
     name: str
     lines: Mapping[KeyPath, int]
     found: dict[object, tuple[int, CrdiffError]] = field(default_factory=dict)
 
-    def line(self, place: KeyPath) -> int:
-        """The line of a key, or of the nearest thing around it that has one; 0 for the file."""
-        while place and place not in self.lines:
-            place = place[:-1]
-        return self.lines.get(place, 0)
+    def line(self, path: KeyPath) -> int:
+        """Return the line of a key, or of the nearest table around it that has one; 0 for the file."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path, 0)
 
     def add(self, at: KeyPath | int, problem: str, hint: str, kind: str | None = None) -> None:
-        """Keep a problem at a key, or on a line."""
+        """Add a problem at a key, or on a line."""
         line = at if isinstance(at, int) else self.line(at)
         message = printable(f"{self.name}:{line}: {problem}" if line else f"{self.name}: {problem}", 400)
         self.found.setdefault((at, kind) if kind else message, (line, CrdiffError(message, printable(hint, 400))))
 
     @contextmanager
-    def catching(self, at: KeyPath, what: str = "") -> Iterator[None]:
-        """Keep what is raised as a problem at a key; `what` goes before it."""
+    def catching(self, at: KeyPath, prefix: str = "") -> Iterator[None]:
+        """Add a CrdiffError that is raised in this block as a problem at a key."""
         try:
             yield
         except CrdiffError as error:
-            self.add(at, what + error.message.removeprefix(": "), error.hint)
+            self.add(at, prefix + error.message.removeprefix(": "), error.hint)
 
     def in_order(self) -> list[CrdiffError]:
-        """All of them, by line."""
-        return [error for _, error in sorted(self.found.values(), key=lambda found: found[0])]
+        """Return all problems by line."""
+        return [error for _, error in sorted(self.found.values(), key=lambda problem: problem[0])]

@@ -1,6 +1,6 @@
-"""What is pushed: the files of a baked checkpoint, whole and as their headers say."""
+"""Collect what is pushed: the files of a baked checkpoint with their hashes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,28 +8,34 @@ from crdiff_export.errors import CheckpointError, VerifyError
 from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.formats.hashing import hash_from
 from crdiff_export.formats.safetensors import show
-from crdiff_export.hub.repository import Found
+from crdiff_export.formats.weight_file import SourceFile
+from crdiff_export.hub.repository import BakedHeader
 from crdiff_export.progress import Progress
 
-# A folder's own, from where it was downloaded; at the root of a repository they are the repository's.
-_THEIRS = ("README.md", ".gitattributes")
+# Files of the repository that a folder was downloaded from; at the root they would replace those of this repository.
+_STAY_HERE = ("README.md", ".gitattributes")
 
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
-    """A file to push: where it is, its size, and its SHA-256 as hex. `found` where crdiff baked it."""
+    """A file to push: its path here, its bytes, its SHA-256 as hex, and its header if crdiff baked it."""
 
     path: Path
     size: int
     sha256: str
-    found: Found | None = None
+    header: BakedHeader | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What to push: files by their paths in the repository, and the message of the commit.
+    """What to push.
 
-    `base_model` is the Hub id of a base that was a local file.
+    Attributes:
+        files: The files by their paths in the repository.
+        message: The message of the commit.
+        base_model: The Hub id of a base that was a local file, for the card.
+        relation: The Hub's `base_model_relation`, for the card.
+        tag: The tag to set.
     """
 
     files: Mapping[str, LocalFile]
@@ -45,50 +51,59 @@ class Upload:
 
 
 def open_whole(path: Path) -> Checkpoint:
-    """Read the headers of what is to be pushed: a file or a folder; CheckpointError for anything else."""
+    """Read the headers of a file or a folder to push; raises CheckpointError for anything else."""
     checkpoint = open_checkpoint(path)
     if checkpoint.kind == "shards" and not path.is_dir():
         raise CheckpointError(f"{path}: the index of shards", f"Push the folder that they are in: {path.parent}.")
     return checkpoint
 
 
-def collect(path: Path, place: str, progress: Progress, *, checked: bool = False) -> dict[str, LocalFile]:
-    """The files of a baked checkpoint by their paths in the repository, with their hashes.
+def collect(path: Path, destination: str, progress: Progress, *, checked: bool = False) -> dict[str, LocalFile]:
+    """Hash the files of a baked checkpoint.
 
-    A file goes to `place`, the files of a folder below it. CheckpointError for anything that crdiff did not bake;
-    VerifyError for a file whose bytes are not those of its header's hash, unless they have been `checked`.
+    Args:
+        path: The file or folder.
+        destination: The path in the repository of a file, or of the folder below which a folder's files go.
+        progress: Told how far the hashing is.
+        checked: Whether the bytes have just been written, so that the hash in the header need not be compared.
+
+    Returns:
+        The files by their paths in the repository.
+
+    Raises:
+        CheckpointError: If crdiff did not bake the checkpoint, or a file cannot be read.
+        VerifyError: If the bytes of a file are not those of the hash in its header.
     """
     checkpoint = open_whole(path)
     baked = {file.path: file for file in checkpoint.files}
-    found = {file.path: Found.of(file.metadata, str(file.path)) for file in checkpoint.files}
-    others = () if checkpoint.kind == "file" else checkpoint.companions
-    places = dict.fromkeys(baked, place) if checkpoint.kind == "file" else {}
-    for file in (*baked, *(checkpoint.home / name for name in others)):
-        places.setdefault(file, _below(place, file.relative_to(checkpoint.home).as_posix()))
-    sizes = {file: file.stat().st_size for file in places if places[file] not in _THEIRS}
+    headers = {file.path: BakedHeader.parse(file.metadata, str(file.path)) for file in checkpoint.files}
+    if checkpoint.kind == "file":
+        paths = dict.fromkeys(baked, destination)
+    else:
+        below = f"{destination.rstrip('/')}/" if destination.strip("/") else ""
+        files = (*baked, *(checkpoint.home / name for name in checkpoint.companions))
+        paths = {file: below + file.relative_to(checkpoint.home).as_posix() for file in files}
+    sizes = {file: file.stat().st_size for file in paths if paths[file] not in _STAY_HERE}
     progress.stage("hashing", sum(sizes.values()))
-    collected: dict[str, LocalFile] = {}
+    collected = {}
     for file, size in sizes.items():
-        source = baked.get(file)
-        said = None if checked or source is None else source.metadata.get("modelspec.hash_sha256")
-        whole, *data = _hashes(file, (0, source.data_start) if source and said else (0,), progress)
-        if said and said != f"0x{data[0]}":
-            raise VerifyError(
-                f"{file}: its bytes hash to 0x{data[0]}, its header says {show(said)}",
-                "Do not publish the file; export it again from its base.",
-            )
-        collected[places[file]] = LocalFile(file, size, whole, found.get(file))
+        sha256 = _hash(file, None if checked else baked.get(file), progress)
+        collected[paths[file]] = LocalFile(file, size, sha256, headers.get(file))
     return collected
 
 
-def _hashes(path: Path, starts: Sequence[int], progress: Progress) -> list[str]:
+def _hash(path: Path, source: SourceFile | None, progress: Progress) -> str:
+    """Hash a file; with `source`, its header, compare the bytes of its tensors with the hash there."""
+    expected = source.metadata.get("modelspec.hash_sha256") if source else None
+    starts = (0, source.data_start) if source and expected else (0,)
     try:
-        return hash_from(path, starts, progress)
+        whole, *data = hash_from(path, starts, progress)
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: reading failed: {error.strerror}", "Check the disk, or copy the file to another one."
-        ) from error
-
-
-def _below(folder: str, name: str) -> str:
-    return f"{folder.rstrip('/')}/{name}" if folder.strip("/") else name
+        message = f"{path}: reading failed: {error.strerror}"
+        raise CheckpointError(message, "Check the disk, or copy the file to another one.") from error
+    if expected and expected != f"0x{data[0]}":
+        raise VerifyError(
+            f"{path}: its bytes hash to 0x{data[0]}, its header says {show(expected)}",
+            "Do not publish the file; export it again from its base.",
+        )
+    return whole

@@ -1,41 +1,48 @@
-"""Before a plan file is carried out: what its variants will be, what is held of them already, what is to do."""
+"""Find out what a plan file leaves to do: what each variant will be, and whether it is published or made already."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 from crdiff_export.bake import metadata
-from crdiff_export.errors import CheckpointError, CrdiffError, HubError, OptionError, PlanError
+from crdiff_export.errors import CrdiffError, OptionError, PlanError
 from crdiff_export.export import ExportRequest, plan_variant
-from crdiff_export.formats.checkpoint import open_checkpoint
-from crdiff_export.formats.crdiff_keys import PREFIX, CalibrationStamp, Stamp, is_baked
-from crdiff_export.formats.hashing import git_id, hash_data, hash_file
-from crdiff_export.hub import bases, repository
-from crdiff_export.hub.bases import Looked
-from crdiff_export.hub.repository import RemoteFile
-from crdiff_export.progress import Progress, Silent
+from crdiff_export.formats.crdiff_keys import PREFIX, CalibrationStamp, Stamp
+from crdiff_export.formats.hashing import hash_data
+from crdiff_export.hub import bases
+from crdiff_export.hub.bases import RemoteBase
+from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
 from crdiff_export.publish import plan_file
-from crdiff_export.publish.plan_file import Entry, Matrix
-from crdiff_export.publish.target import MAIN, Destination, find_pull_request
+from crdiff_export.publish.existing import HubBranch, HubBranches, LocalOutput, has_content, read_local_output
+from crdiff_export.publish.plan_file import PlanEntry, PlanFile
+from crdiff_export.publish.target import MAIN, Destination
 
 Action = Literal["make", "send", "skip", "fail"]
-# Opens a progress for the work within.
-Watching = Callable[[], AbstractContextManager[Progress]]
-# What says where numbers come from, not what they are.
-_WHENCE = (f"{PREFIX}provenance", f"{PREFIX}evidence")
+# Opens a progress display for the work inside.
+OpenProgress = Callable[[], AbstractContextManager[Progress]]
+# Keys that tell where numbers come from.
+_ORIGIN_KEYS = (f"{PREFIX}provenance", f"{PREFIX}evidence")
+# The title of our pull requests.
 TITLE = "Publish variants with crdiff"
 
 
 @dataclass(frozen=True, slots=True)
 class PublishRequest:
-    """Which plan file, and how. Files are written below `folder`; without `keep` each is taken away once it is pushed.
+    """A run of `crdiff publish`.
 
-    Without `push` they are only written.
+    Attributes:
+        plan: The plan file.
+        folder: Where files are written.
+        keep: Whether files stay after their push.
+        push: Whether to push at all.
+        create_pr: Whether to commit to pull requests.
+        device: The device to rank on.
+        threads: Threads on the CPU; None for all cores.
     """
 
     plan: Path
@@ -48,17 +55,25 @@ class PublishRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One variant: where it goes, what is to be done about it, and why.
+class WorkItem:
+    """One variant, and what to do about it.
 
-    `make` it, `send` it as an earlier run has made it, `skip` it as it is where it should be, or `fail` with `error`.
-    `path` is the one in the repository, `commit` the one that holds a skipped one. Without `push` it is only written.
+    Attributes:
+        entry: What the plan says of it.
+        request: Its export.
+        path: Its path in the repository.
+        push: Whether it goes to the Hub if the plan names a repository.
+        action: `make` it, `send` the files of an earlier run, `skip` it, or `fail` with `error`.
+        reason: Why.
+        plan: What to prune, if the base could be read.
+        digest: `Stamp.digest`, if it had to be known.
+        commit: The commit that holds a skipped one.
+        error: What stands against it.
     """
 
-    entry: Entry
+    entry: PlanEntry
     request: ExportRequest
     path: str
-    target: Path
     push: bool = True
     action: Action = "make"
     reason: str = "new"
@@ -68,103 +83,120 @@ class Item:
     error: CrdiffError | None = None
 
     @property
+    def target(self) -> Path:
+        """Where it is written."""
+        assert self.request.output
+        return self.request.output
+
+    @property
     def destination(self) -> Destination | None:
         """Where it goes on the Hub; None for what is only written."""
         return Destination(self.entry.repo, self.entry.revision or MAIN) if self.push and self.entry.repo else None
 
-    def failed(self, error: CrdiffError) -> "Item":
-        """The same, now that something stands against it."""
+    def fail(self, error: CrdiffError) -> "WorkItem":
+        """Return the item with something that stands against it."""
         return replace(self, action="fail", reason=error.message, error=error)
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """A base and all variants that one reading of it can make; `looked` None where it cannot be had."""
+class BaseWork:
+    """A base and all variants that one reading of it can make; `remote` is None if the base cannot be read."""
 
-    looked: Looked | None
-    items: tuple[Item, ...]
+    remote: RemoteBase | None
+    items: tuple[WorkItem, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class Worklist:
     """Everything that a plan file asks for."""
 
     request: PublishRequest
-    matrix: Matrix
-    readings: tuple[Reading, ...]
+    plan: PlanFile
+    bases: tuple[BaseWork, ...]
 
     @property
-    def items(self) -> tuple[Item, ...]:
+    def items(self) -> tuple[WorkItem, ...]:
         """All variants, in the plan file's order."""
-        found = {id(item.entry): item for reading in self.readings for item in reading.items}
-        return tuple(found[id(entry)] for entry in self.matrix.entries)
+        items = {id(item.entry): item for work in self.bases for item in work.items}
+        return tuple(items[id(entry)] for entry in self.plan.entries)
 
 
-def survey(request: PublishRequest, watching: Watching) -> Survey:
-    """Read a plan file, the headers of its bases, and those of what the Hub holds already.
+def make_worklist(request: PublishRequest, open_progress: OpenProgress) -> Worklist:
+    """Read a plan file, the headers of its bases, and the headers of what the Hub and the disk hold.
 
-    No weights are read, but that a base which is a local file is hashed where there is something to compare it with.
-    MatrixError for a plan file that is wrong; what else is wrong fails the variants that it concerns.
+    No weights are read, except that a local base is hashed if there is something to compare it with.
+
+    Args:
+        request: The run.
+        open_progress: Opens a progress display for hashing.
+
+    Returns:
+        Every variant and what to do about it; an error in one fails that variant alone.
+
+    Raises:
+        PlanFileError: If the plan file is wrong.
+        OptionError: If the plan does not go with the request's options.
     """
-    read = plan_file.load(request.plan)
+    plan = plan_file.load(request.plan)
     if request.create_pr:
-        _refuse_refs(read)
-    grouped: dict[tuple[object, ...], list[Entry]] = {}
-    for entry in read.entries:
-        same = entry.base, entry.variant, entry.dtype, entry.allow_nonfinite, entry.criterion, entry.calibration
-        grouped.setdefault(same, []).append(entry)
-    shelves = _Shelves(request, read)
-    return Survey(request, read, tuple(_reading(request, read, e, shelves, watching) for e in grouped.values()))
+        _refuse_refs(plan)
+    groups: dict[tuple[object, ...], list[PlanEntry]] = {}
+    for entry in plan.entries:
+        export = entry.request
+        shared = export.base, export.variant, export.dtype, export.allow_nonfinite, export.criterion, export.calibration
+        groups.setdefault(shared, []).append(entry)
+    branches = HubBranches(plan, TITLE if request.create_pr else None)
+    return Worklist(
+        request, plan, tuple(_base_work(request, plan, group, branches, open_progress) for group in groups.values())
+    )
 
 
-def _refuse_refs(read: Matrix) -> None:
-    """OptionError for a plan that cannot go by way of a pull request, as `push` has it."""
-    for entry in read.entries:
+def _refuse_refs(plan: PlanFile) -> None:
+    """Refuse branches and tags in a plan for pull requests, as `push` does."""
+    for entry in plan.entries:
         if entry.revision not in (None, MAIN):
-            message = f"{read.name}: --create-pr does not go with revision = {entry.revision!r} ({entry})"
+            message = f"{plan.name}: --create-pr does not go with revision = {entry.revision!r} ({entry})"
             raise OptionError(message, "A pull request is one against main; leave revision out.")
         if entry.tag:
-            message = f"{read.name}: --create-pr does not go with tag = {entry.tag!r} ({entry})"
+            message = f"{plan.name}: --create-pr does not go with tag = {entry.tag!r} ({entry})"
             raise OptionError(message, "Leave tag out until the request is merged; a run without --create-pr tags it.")
 
 
-def _reading(
-    request: PublishRequest, read: Matrix, entries: Sequence[Entry], shelves: "_Shelves", watching: Watching
-) -> Reading:
+def _base_work(
+    request: PublishRequest, plan: PlanFile, entries: Sequence[PlanEntry], branches: HubBranches,
+    open_progress: OpenProgress,
+) -> BaseWork:  # fmt: skip
+    export = entries[0].request
     try:
-        looked = bases.look(entries[0].base, entries[0].variant)
+        remote = bases.read_headers(export.base, export.variant)
     except CrdiffError as error:
-        return Reading(None, tuple(_item(request, read, entry, folder=False).failed(error) for entry in entries))
-    hashes = _Hashes(looked, watching, entries[0].criterion, entries[0].calibration)
+        return BaseWork(None, tuple(_item(request, plan, entry, folder=False).fail(error) for entry in entries))
+    expected = _ExpectedStamps(remote, export, open_progress)
+    folder = remote.checkpoint.kind != "file"
     items = []
     for entry in entries:
-        item = _item(request, read, entry, folder=looked.checkpoint.kind != "file")
+        item = _item(request, plan, entry, folder=folder)
         try:
-            _check_name(item, folder=looked.checkpoint.kind != "file")
-            item = replace(item, plan=plan_variant(item.request, looked.checkpoint))
-            items.append(_decided(item, looked, shelves, hashes))
+            _check_name(item, folder=folder)
+            item = replace(item, plan=plan_variant(item.request, remote.checkpoint))
+            branch = branches.read(item.destination) if item.destination else HubBranch()
+            items.append(_decide(item, remote, branch, expected))
         except CrdiffError as error:
-            items.append(item.failed(error))
-    return Reading(looked, tuple(items))
+            items.append(item.fail(error))
+    return BaseWork(remote, tuple(items))
 
 
-def _item(request: PublishRequest, read: Matrix, entry: Entry, *, folder: bool) -> Item:
-    target, path = request.folder / read.local(entry), entry.path
+def _item(request: PublishRequest, plan: PlanFile, entry: PlanEntry, *, folder: bool) -> WorkItem:
+    target, path = request.folder / plan.local_path(entry), entry.path
     if folder and entry.default_name:
         path = path.removesuffix(".safetensors")
         target = target.with_name(target.name.removesuffix(".safetensors"))
-    asked = ExportRequest(
-        entry.base, entry.size, target, recipe=entry.recipe, ratio=entry.ratio, ratios=entry.ratios,
-        poa_weight=entry.poa_weight, targets=entry.targets, criterion=entry.criterion, calibration=entry.calibration,
-        device=request.device, dtype=entry.dtype,
-        variant=entry.variant, force=True, allow_nonfinite=entry.allow_nonfinite, threads=request.threads,
-        given="in the plan file",
-    )  # fmt: skip
-    return Item(entry, asked, path, target, request.push)
+    export = replace(entry.request, output=target, device=request.device, threads=request.threads)
+    return WorkItem(entry, export, path, request.push)
 
 
-def _check_name(item: Item, *, folder: bool) -> None:
-    """PlanError for a name that the result cannot have, where only the base's headers tell what it will be."""
+def _check_name(item: WorkItem, *, folder: bool) -> None:
+    """Refuse a name that does not fit, now that the headers tell whether the result is a file or a folder."""
     safetensors = item.path.endswith(".safetensors")
     if folder and safetensors:
         name = item.path.removesuffix(".safetensors")
@@ -173,178 +205,112 @@ def _check_name(item: Item, *, folder: bool) -> None:
         raise PlanError(f"{item.path}: the output is a safetensors file", f"Name it {item.path}.safetensors.")
 
 
-def _decided(item: Item, looked: Looked, shelves: "_Shelves", hashes: "_Hashes") -> Item:
-    """What is to be done about an item whose plan stands."""
-    plan = item.plan
-    assert plan
-    shelf = shelves.of(item) if item.destination else _Shelf()
-    places = [_place(item, plan, output.source.name) for output in plan.outputs]
-    there = [shelf.stamps[place] for place in places if place in shelf.stamps]
-    wanted = [hashes.stamp(plan, number) for number in range(len(plan.outputs))] if there else []
-    if there and _equal(wanted, there) and _has_companions(shelf, item, plan, looked):
-        return replace(item, action="skip", reason="unchanged", digest=wanted[0].digest(), commit=shelf.commit)
-    here, local = _stamps(item.target)
-    if not here and not there:
-        foreign = any(place in shelf.files for place in places)
+def _decide(item: WorkItem, remote: RemoteBase, branch: HubBranch, expected: "_ExpectedStamps") -> WorkItem:
+    """Decide what to do about an item that has a plan: compare the headers that it will have with those that exist."""
+    assert item.plan
+    paths = [_path_in_repository(item, remote, output.source.name) for output in item.plan.outputs]
+    published = [branch.stamps[path] for path in paths if path in branch.stamps]
+    changed = _changed_companion(branch, item, remote)
+    if published:
+        wanted = expected.stamps(item.plan)
+        if _are_equal(wanted, published) and not changed and _has_companions(branch, item, remote):
+            return replace(item, action="skip", reason="unchanged", digest=wanted[0].digest(), commit=branch.commit)
+    local = read_local_output(item.target)
+    if not local.stamps and not published:
+        foreign = any(path in branch.files for path in paths)
         return replace(item, reason="replaces what crdiff did not make") if foreign else item
-    wanted = wanted or [hashes.stamp(plan, number) for number in range(len(plan.outputs))]
+    wanted = expected.stamps(item.plan)
     item = replace(item, digest=wanted[0].digest())
-    if _equal(wanted, here):
-        if why := _unfit(item, local, looked):
-            return replace(item, reason=why)
-        if item.destination:
-            return replace(item, action="send", reason="made by an earlier run")
-        return replace(item, action="skip", reason="unchanged")
-    changed = _changed(shelf, item, plan, looked) if _equal(wanted, there) else None
-    return replace(item, reason=changed or _difference(wanted, there or here))
+    if _are_equal(wanted, local.stamps):
+        return _reuse(item, local, remote)
+    reason = changed if _are_equal(wanted, published) else None
+    return replace(item, reason=reason or _difference(wanted, published or local.stamps))
 
 
-def _has_companions(shelf: "_Shelf", item: Item, plan: Plan, looked: Looked) -> bool:
-    """Whether everything beside the weights is there, and is the base's as far as its contents are known."""
-    names = map(str, looked.checkpoint.companions)
-    return all(_place(item, plan, name) in shelf.files for name in names) and not _changed(shelf, item, plan, looked)
+def _reuse(item: WorkItem, local: LocalOutput, remote: RemoteBase) -> WorkItem:
+    """Send or keep the files of an earlier run, unless those beside its weights are wrong."""
+    if why := _why_not_sent(item, local, remote):
+        return replace(item, reason=why)
+    if item.destination:
+        return replace(item, action="send", reason="made by an earlier run")
+    return replace(item, action="skip", reason="unchanged")
 
 
-def _changed(shelf: "_Shelf", item: Item, plan: Plan, looked: Looked) -> str | None:
-    """The first file beside the weights that is there and is not the base's any more."""
-    for name, content in looked.contents.items():
-        file = shelf.files.get(_place(item, plan, name))
+def _has_companions(branch: HubBranch, item: WorkItem, remote: RemoteBase) -> bool:
+    names = map(str, remote.checkpoint.companions)
+    return all(_path_in_repository(item, remote, name) in branch.files for name in names)
+
+
+def _changed_companion(branch: HubBranch, item: WorkItem, remote: RemoteBase) -> str | None:
+    """Name the first published file beside the weights that is no longer that of the base."""
+    for name, content in remote.contents.items():
+        file = branch.files.get(_path_in_repository(item, remote, name))
         if file and file.content != content:
             return f"changed: {name}"
     return None
 
 
-def _unfit(item: Item, local: Sequence[PurePosixPath], looked: Looked) -> str | None:
-    """Why a folder of an earlier run is not sent, though its weights are as they should be."""
-    if strange := sorted(set(local) - set(looked.checkpoint.companions)):
+def _why_not_sent(item: WorkItem, local: LocalOutput, remote: RemoteBase) -> str | None:
+    """Say why a folder of an earlier run cannot be sent although its weights are right."""
+    if strange := sorted(set(local.companions) - set(remote.checkpoint.companions)):
         return f"what is there holds {strange[0]}, too"
-    stale = (name for name in map(str, local) if not _is(item.target / name, looked.contents.get(name)))
+    names = map(str, local.companions)
+    stale = (name for name in names if not has_content(item.target / name, remote.contents.get(name)))
     return next((f"changed: {name}" for name in stale), None)
 
 
-def _is(path: Path, content: str | None) -> bool:
-    """Whether a file holds a content that the Hub names by its SHA-256 or by git's id; also where it names none."""
-    if content is None:
-        return True
-    return content == (hash_file(path, Silent()) if len(content) == 64 else git_id(path))
+def _path_in_repository(item: WorkItem, remote: RemoteBase, name: str) -> str:
+    return item.path if remote.checkpoint.kind == "file" else f"{item.path}/{name}"
 
 
-def _place(item: Item, plan: Plan, name: str) -> str:
-    """The path in the repository of a file of an item."""
-    return item.path if plan.checkpoint.kind == "file" else f"{item.path}/{name}"
-
-
-def _equal(wanted: Sequence[Stamp], found: Sequence[Stamp]) -> bool:
-    """Whether the files found, in the order of their names, hold what is wanted."""
+def _are_equal(wanted: Sequence[Stamp], existing: Sequence[Stamp]) -> bool:
+    """Whether existing files, in the order of their names, hold what is wanted."""
     digests = [stamp.digest() for stamp in wanted]
-    return None not in digests and digests == [stamp.digest() for stamp in found]
+    return None not in digests and digests == [stamp.digest() for stamp in existing]
 
 
-def _difference(wanted: Sequence[Stamp], found: Sequence[Stamp]) -> str:
-    """Why what was found is not what is wanted."""
-    ours, theirs = wanted[0].request_keys(), found[0].request_keys()
+def _difference(wanted: Sequence[Stamp], existing: Sequence[Stamp]) -> str:
+    ours, theirs = wanted[0].request_keys(), existing[0].request_keys()
     changed = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
-    keys = sorted(changed, key=lambda key: (key.startswith(_WHENCE), key))
-    if not keys:
+    if not changed:
         return "incomplete" if wanted[0].digest() else "its base's hash is not known"
+    keys = sorted(changed, key=lambda key: (key.startswith(_ORIGIN_KEYS), key))  # numbers before their origin
     named = ", ".join(key.removeprefix(PREFIX) for key in keys[:3])
     return f"changed: {named}{', …' if len(keys) > 3 else ''}"
 
 
-def _stamps(target: Path) -> tuple[list[Stamp], tuple[PurePosixPath, ...]]:
-    """What an earlier run has left at a target, by the files' names, and what lies beside it there.
+class _ExpectedStamps:
+    """The headers that variants of a base will have, as far as they can be known without reading its weights.
 
-    PlanError for what is not ours to replace.
+    Hashes that the Hub does not give are computed when they are first needed.
     """
-    try:
-        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-            return [], ()
-    except OSError as error:
-        raise PlanError(f"{target}: {error.strerror}", "Give another name, or another -o.") from error
-    try:
-        found = open_checkpoint(target)
-        if all(is_baked(file.metadata) for file in found.files):
-            return [Stamp.from_metadata(file.metadata, str(file.path)) for file in found.files], found.companions
-    except CheckpointError:
-        pass
-    raise PlanError(f"{target}: not made by crdiff, and so not replaced", "Remove it, or give another -o.")
 
+    def __init__(self, remote: RemoteBase, export: ExportRequest, open_progress: OpenProgress) -> None:
+        self._remote, self._export, self._open_progress = remote, export, open_progress
+        self._computed: dict[int, str] = {}
 
-@dataclass
-class _Hashes:
-    """The hashes of a base's files: those that the Hub gives, and those of local files, computed when they matter."""
-
-    looked: Looked
-    watching: Watching
-    criterion: str
-    calibration: Path | None
-    computed: dict[int, str] = field(default_factory=dict)
+    def stamps(self, plan: Plan) -> list[Stamp]:
+        """Return the header of each file."""
+        criterion, calibrated = self._criterion
+        stamp = metadata.intended(plan, criterion, self._remote.base.name, calibrated=calibrated)
+        return [self._with_source_hash(stamp, number) for number in range(len(plan.outputs))]
 
     @cached_property
-    def ranked(self) -> tuple[str, CalibrationStamp | None]:
-        """The criterion as headers spell it, and what they say of the calibration."""
-        asked = CriterionChoice.of(self.criterion, self.calibration)
-        if asked.calibration is None:
-            return asked.name, None
-        with self.watching() as progress:
-            return asked.name, asked.calibrated(progress)
+    def _criterion(self) -> tuple[str, CalibrationStamp | None]:
+        choice = CriterionChoice.of(self._export.criterion, self._export.calibration)
+        if choice.calibration is None:
+            return choice.name, None
+        with self._open_progress() as progress:
+            return choice.name, choice.calibrated(progress)
 
-    def stamp(self, plan: Plan, number: int) -> Stamp:
-        """What the header of file `number` will say that is known before its weights are read."""
-        criterion, calibrated = self.ranked
-        intended = metadata.intended(plan, criterion, self.looked.base.name, calibrated=calibrated)
-        file = self.looked.checkpoint.files[number]
-        if known := self.looked.base.hashes.get(file.name):
-            return replace(intended, source_file_hash=f"0x{known}")
+    def _with_source_hash(self, stamp: Stamp, number: int) -> Stamp:
+        file = self._remote.checkpoint.files[number]
+        if sha256 := self._remote.base.hashes.get(file.name):
+            return replace(stamp, source_file_hash=f"0x{sha256}")
         if file.info is None:
-            return intended
-        if number not in self.computed:
-            with self.watching() as progress:
+            return stamp
+        if number not in self._computed:
+            with self._open_progress() as progress:
                 progress.stage("hashing", file.data_size)
-                self.computed[number] = hash_data(file, progress)
-        return replace(intended, source_hash=f"0x{self.computed[number]}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Shelf:
-    """What a revision of a repository holds of the plan's variants."""
-
-    commit: str | None = None
-    files: Mapping[str, RemoteFile] = field(default_factory=dict)
-    stamps: Mapping[str, Stamp] = field(default_factory=dict)
-
-
-class _Shelves:
-    """Every revision that the plan names, each looked at once."""
-
-    def __init__(self, request: PublishRequest, read: Matrix) -> None:
-        self._request, self._matrix = request, read
-        self._seen = cache(self._look)
-
-    def of(self, item: Item) -> _Shelf:
-        """The shelf that an item goes to; empty where there is none yet. HubError, without asking again, if need be."""
-        assert item.destination
-        found = self._seen(item.destination)
-        if isinstance(found, HubError):
-            raise found
-        return found
-
-    def _look(self, destination: Destination) -> _Shelf | HubError:
-        try:
-            return self._found(destination)
-        except HubError as error:
-            if type(error.__cause__).__name__ in ("RepositoryNotFoundError", "RevisionNotFoundError"):
-                return _Shelf()
-            return error
-
-    def _found(self, destination: Destination) -> _Shelf:
-        revision = destination.revision
-        if self._request.create_pr:
-            opened = find_pull_request(replace(destination, pull_request=TITLE))
-            revision = opened.revision if opened else revision
-        there = repository.read(destination.repo, revision)
-        names = {e.path for e in self._matrix.entries if e.repo == destination.repo}
-        folders = tuple(f"{name.removesuffix('.safetensors')}/" for name in names)
-        wanted = [path for path in there.files if path in names or path.startswith(folders)]
-        found = repository.baked(there, wanted)
-        return _Shelf(there.commit, there.files, {path: one.stamp for path, one in found.items()})
+                self._computed[number] = hash_data(file, progress)
+        return replace(stamp, source_hash=f"0x{self._computed[number]}")

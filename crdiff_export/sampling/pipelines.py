@@ -50,9 +50,10 @@ class Opening:
             return self.config
         from crdiff_export import hub
 
-        repo, _, revision = self.config.removeprefix("hf://").partition("@")
+        location = bases.hub_location(self.config)
+        assert location
         try:
-            return hub.fetch_parts(repo, revision or None, self.pipeline.folder if self.kind == "network" else None)
+            return hub.fetch_parts(location, self.pipeline.folder if self.kind == "network" else None)
         except HubError as error:
             hint = "Or give it with --config: a folder for diffusers that has this model's model_index.json."
             raise HubError(f"the configuration of {self.path.name}: {error.message}", f"{error.hint} {hint}") from error
@@ -109,10 +110,10 @@ def _config(text: str) -> Path | str:
     path = Path(text).expanduser()
     if path.exists():
         return path
-    place = bases.remote(text)
-    if place is None or place.count("/") != 3:  # hf://ORG/NAME
+    location = bases.hub_location(text)
+    if location is None or location.file:
         raise PreviewError(f"{text}: no folder, and no repository on the Hub", "Give --config FOLDER, or ORG/NAME.")
-    return place
+    return str(location)
 
 
 def _check_folder(folder: Path, name: str) -> None:

@@ -85,8 +85,8 @@ def recipe(found: Found) -> Recipe:
     known = recipe_files.by_alias(family)
     assert known
     assert found.variant
-    place = bases.remote(job.request.base)
-    if place is None or place != bases.remote(family):
+    place = bases.hub_uri(job.request.base)
+    if place is None or place != bases.hub_uri(family):
         known = replace(known, repo=None, file=None)
     return replace(known, variants=(found.variant,), name=next((p.name for p in job.outputs), ""))
 

@@ -24,7 +24,7 @@ from crdiff_export.prune.criteria import Calibration
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.publish import report
 from crdiff_export.publish.run import publish
-from crdiff_export.publish.worklist import PublishRequest, survey
+from crdiff_export.publish.worklist import PublishRequest, make_worklist
 from crdiff_export.verify.inspect import inspect
 from crdiff_export.verify.reopen import open_baked, read_decision
 from crdiff_export.verify.residual_reader import dense_weights
@@ -785,7 +785,7 @@ def test_a_plan_file_tells_it_too(crdiff: Crdiff, bases: Callable[..., Base], he
     for one in ran.result["variants"]:
         assert one["status"] == "written"
         assert [text for text in one["notes"] if "damping" in text] == [note]
-    found = survey(PublishRequest(here / "plan.toml", here / "out", push=False), lambda: nullcontext(Silent()))
+    found = make_worklist(PublishRequest(here / "plan.toml", here / "out", push=False), lambda: nullcontext(Silent()))
     (here / "out").mkdir()
     outcomes = list(publish(found, Silent()))
     assert [one.status for one in outcomes] == ["written", "written"]

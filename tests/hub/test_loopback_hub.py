@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from tests.support.loopback_hub import (
     LoopbackHub,
     served,
 )
+from tests.support.publishing import digest
 
 # Read now: the tests' own environment has nothing of whoever runs them.
 OLDEST = os.environ.get("CRDIFF_TEST_OLDEST_HUB")
@@ -37,10 +37,6 @@ NODE_MODULES = os.environ.get("CRDIFF_TEST_NODE_MODULES")
 REPO = f"{USER}/repo"
 OK = ["None", None]
 Client = Callable[..., list[Any]]
-
-
-def digest(data: bytes | Path) -> str:
-    return sha256(data if isinstance(data, bytes) else data.read_bytes()).hexdigest()
 
 
 @pytest.fixture(params=["installed", "oldest"])

@@ -1,19 +1,26 @@
 """Bases on the Hub: only what is needed is fetched, and what is known from headers needs no fetching."""
 
-import hashlib
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from crdiff_export import ExportRequest, Size, export
 from tests.support import makers
-from tests.support.hub_runs import Client, environment, finish, run, start
+from tests.support.hub_runs import Client, environment, finish, start
 from tests.support.loopback_hub import EXPIRED_TOKEN, STRANGER_TOKEN, LoopbackHub
+from tests.support.messages import refused
+from tests.support.publishing import Clients, Desk, digest
 
 SMALL = makers.tiny("demo.diffusers-unet")
+
+
+@pytest.fixture
+def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Clients | None) -> Desk:
+    return Desk(loopback_hub, tmp_path, clients)
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -43,112 +50,94 @@ def fetched(hub: LoopbackHub, repo: str = "org/pipe") -> set[str]:
     ids=["plain", "fp16"],
 )
 def test_only_what_is_needed_of_a_pipeline_is_fetched(
-    pipeline: LoopbackHub, tmp_path: Path, here: Path, client: Client, variant: list[str], weights: str
+    pipeline: LoopbackHub, desk: Desk, client: Client, variant: list[str], weights: str
 ) -> None:
-    ran = run(pipeline, tmp_path, here, "export", "org/pipe", "--res", 64, *variant, client=client, token=None)
+    ran = desk.run("export", "org/pipe", "--res", 64, *variant, client=client, token=None)
     assert ran.code == 0, ran.err
     wanted = {"model_index.json", "unet/config.json", "vae/diffusion_pytorch_model.safetensors", f"unet/{weights}"}
     same = {"unet/config.json", "model_index.json"}  # one content, which the client fetches once
     assert fetched(pipeline) | same == wanted
     assert fetched(pipeline) & same
-    assert {p.relative_to(here / "pipe-crdiff-64x64").as_posix() for p in here.rglob("*.*") if p.is_file()} == wanted
+    assert files_below(desk.folder / "pipe-crdiff-64x64").keys() == wanted
 
 
-def test_variants_in_the_cache_do_not_mix(loopback_hub: LoopbackHub, tmp_path: Path, here: Path, shelf: Path) -> None:
+def test_variants_in_the_cache_do_not_mix(loopback_hub: LoopbackHub, tmp_path: Path, desk: Desk, shelf: Path) -> None:
     """What was fetched for another variant is no part of this one."""
     vae = makers.write(tmp_path / "vae.safetensors", {"a.weight": ("F16", (2,), b"\2" * 4)})
     files = files_below(shelf / "pipe") | {"vae/diffusion_pytorch_model.fp16.safetensors": vae.read_bytes()}
     loopback_hub.add_repo("org/pipe", files)
     for variant, name in ((None, "plain"), ("fp16", "half"), (None, "again")):
         asked = ["--variant", variant] if variant else []
-        ran = run(loopback_hub, tmp_path, here, "export", "org/pipe", "--res", 64, "-q", "-o", name, *asked)
+        ran = desk.run("export", "org/pipe", "--res", 64, "-q", "-o", name, *asked)
         assert ran.code == 0, ran.err
-    (plain,) = (here / "plain/vae").iterdir()
-    (half,) = (here / "half/vae").iterdir()
-    (again,) = (here / "again/vae").iterdir()
+    (plain,) = (desk.folder / "plain/vae").iterdir()
+    (half,) = (desk.folder / "half/vae").iterdir()
+    (again,) = (desk.folder / "again/vae").iterdir()
     assert (plain.name, again.name) == ("diffusion_pytorch_model.safetensors",) * 2
     assert half.name == "diffusion_pytorch_model.fp16.safetensors"
 
 
-def test_one_file_of_many(pipeline: LoopbackHub, tmp_path: Path, here: Path, shelf: Path) -> None:
+def test_one_file_of_many(pipeline: LoopbackHub, desk: Desk, shelf: Path) -> None:
     pipeline.commit("org/pipe", {"one/a.safetensors": shelf / "sd15.safetensors"})
-    ran = run(
-        pipeline, tmp_path, here, "export", "hf://org/pipe/one/a.safetensors", "--res", 512, "-o", "a.safetensors"
-    )
+    ran = desk.run("export", "hf://org/pipe/one/a.safetensors", "--res", 512, "-o", "a.safetensors")
     assert ran.code == 0, ran.err
     assert fetched(pipeline) == {"one/a.safetensors"}
-    header = makers.metadata_of(here / "a.safetensors")
-    assert (
-        header["crdiff.source.file_sha256"]
-        == f"0x{hashlib.sha256((shelf / 'sd15.safetensors').read_bytes()).hexdigest()}"
-    )
+    header = makers.metadata_of(desk.folder / "a.safetensors")
+    assert header["crdiff.source.file_sha256"] == f"0x{digest(shelf / 'sd15.safetensors')}"
 
 
 @pytest.mark.parametrize("command", ["export", "publish"])
 def test_an_index_brings_its_shards(
-    loopback_hub: LoopbackHub, tmp_path: Path, here: Path, shelf: Path, command: str
+    loopback_hub: LoopbackHub, tmp_path: Path, desk: Desk, shelf: Path, command: str
 ) -> None:
     files = files_below(shelf / "shards")
     index = next(name for name in files if name.endswith(".json"))
     loopback_hub.add_repo("org/shards", {f"sub/{name}": data for name, data in files.items()} | {"other.bin": b"x"})
     base = f"hf://org/shards/sub/{index}"
     if command == "export":
-        ran = run(loopback_hub, tmp_path, here, "export", base, "--res", 512, "-o", "out")
+        ran = desk.run("export", base, "--res", 512, "-o", "out")
     else:
-        (here / "plan.toml").write_text(f'name = "out"\n[[base]]\nbase = "{base}"\nsizes = ["512"]\n')
-        ran = run(loopback_hub, tmp_path, here, "publish", "plan.toml")
+        (desk.folder / "plan.toml").write_text(f'name = "out"\n[[base]]\nbase = "{base}"\nsizes = ["512"]\n')
+        ran = desk.run("publish", "plan.toml")
     assert ran.code == 0, ran.err
     assert fetched(loopback_hub, "org/shards") == {f"sub/{name}" for name in files}
     alone = export(ExportRequest(str(shelf / "shards" / index), Size(512, 512), tmp_path / "alone"))
     for name in files:
         if name.endswith(".safetensors"):
-            assert makers.read(here / "out" / name) == makers.read(alone.written.path / name)
-            header = makers.metadata_of(here / "out" / name)
-            assert header["crdiff.source.file_sha256"] == f"0x{hashlib.sha256(files[name]).hexdigest()}"
+            assert makers.read(desk.folder / "out" / name) == makers.read(alone.written.path / name)
+            header = makers.metadata_of(desk.folder / "out" / name)
+            assert header["crdiff.source.file_sha256"] == f"0x{digest(files[name])}"
 
 
-def test_a_download_goes_on_where_it_was_cut_off(
-    loopback_hub: LoopbackHub, tmp_path: Path, here: Path, shelf: Path
-) -> None:
+def test_a_download_goes_on_where_it_was_cut_off(loopback_hub: LoopbackHub, tmp_path: Path, desk: Desk) -> None:
     """The client keeps what has come; the file is whole in the end."""
     base = makers.write(tmp_path / "base.safetensors", makers.tiny("sd15.original"))
     loopback_hub.add_repo("org/base", {"base.safetensors": base})
     loopback_hub.fail("GET /org/base/resolve", status=503, times=1)
-    ran = run(loopback_hub, tmp_path, here, "export", "org/base", "--res", 512, "-q", "-o", "a.safetensors")
+    ran = desk.run("export", "org/base", "--res", 512, "-q", "-o", "a.safetensors")
     if ran.code:  # the client gives a failed download up; the next run ends it
         assert ran.code == 4
         assert "run it again" in ran.err.lower()
-        ran = run(loopback_hub, tmp_path, here, "export", "org/base", "--res", 512, "-q", "-o", "a.safetensors")
+        ran = desk.run("export", "org/base", "--res", 512, "-q", "-o", "a.safetensors")
     assert (ran.code, ran.out) == (0, "a.safetensors\n")
-    assert run(loopback_hub, tmp_path, here, "verify", "a.safetensors", "--base", "org/base").code == 0
+    assert desk.run("verify", "a.safetensors", "--base", "org/base").code == 0
 
 
 @pytest.mark.parametrize(
-    ("gated", "private", "token", "message", "hint"),
+    ("settings", "token", "key"),
     [
-        ("auto", False, "stranger", "org/base: gated; your account has no access", "Accept its terms at "),
-        (False, True, None, "org/base: no such repository, or a private one", "Check the id, or run `hf auth login`"),
-        (False, True, "expired", None, "Run `hf auth login` or set HF_TOKEN; the token needs read access."),
+        ({"gated": "auto"}, STRANGER_TOKEN, "gated"),
+        ({"private": True}, None, "private one"),
+        ({"private": True}, EXPIRED_TOKEN, "the Hub answered 401"),
     ],
     ids=["gated", "private", "expired"],
 )
 def test_a_base_that_is_not_for_everyone(
-    loopback_hub: LoopbackHub,
-    tmp_path: Path,
-    here: Path,
-    *,
-    gated: str | bool,
-    private: bool,
-    token: str | None,
-    message: str | None,
-    hint: str,
+    loopback_hub: LoopbackHub, desk: Desk, settings: dict[str, Any], token: str | None, key: str
 ) -> None:
-    tokens = {"stranger": STRANGER_TOKEN, "expired": EXPIRED_TOKEN, None: None}
-    loopback_hub.add_repo("org/base", {"base.safetensors": b"x" * 100}, gated=gated, private=private)  # type: ignore[arg-type]
-    ran = run(loopback_hub, tmp_path, here, "export", "org/base", "--res", 512, "--json", token=tokens[token])
-    assert (ran.code, ran.out) == (4, "")
-    assert message is None or ran.error["message"] == message
-    assert ran.error["hint"].startswith(hint)
+    loopback_hub.add_repo("org/base", {"base.safetensors": b"x" * 100}, **settings)
+    ran = desk.run("export", "org/base", "--res", 512, "-q", token=token)
+    refused(ran, 4, "org/base", key)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals")

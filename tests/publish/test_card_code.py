@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from crdiff_export.models import demo
-from crdiff_export.publish.card import BaseModel, Row
+from crdiff_export.publish.card import BaseModel, CardVariant
 from crdiff_export.publish.card.snippets import kind
 from crdiff_export.sizes import Size
 from tests.support.card_makers import BUNDLED, SDXL, row, told
 
-OPENED: Mapping[str, Row] = {
+OPENED: Mapping[str, CardVariant] = {
     **{f"{family} {prefix or 'alone'}": row(f"{family}.safetensors", family=family, prefix=prefix)
        for family in ("sd15", "sd21", "sdxl", "sdxl-refiner", "sd3-medium", "sd35-medium", "sd35-large", "flux-dev",
                       "flux-schnell") for prefix in (BUNDLED, "", "diffusion_model.")},
@@ -29,13 +29,13 @@ OPENED: Mapping[str, Row] = {
     **{f"{family} inpainting": replace(row("x.safetensors", family=family), inpainting=True)
        for family in ("sd15", "sd21", "sdxl", "flux-dev")},
     "sd21 base": row("x.safetensors", family="sd21", native=Size(512, 512), cast="F32"),
-    "fp16": replace(row("", layout="diffusers", prefix=""), variant="fp16"),
-    "unet fp16": replace(row("unet", layout="diffusers", prefix="", cast="BF16"), variant="fp16"),
+    "fp16": replace(row("", layout="diffusers", prefix=""), weights="fp16"),
+    "unet fp16": replace(row("unet", layout="diffusers", prefix="", cast="BF16"), weights="fp16"),
     "odd prefix": row("x.safetensors", layout="diffusers", prefix='unet."'),
 }  # fmt: skip
 
 
-def code_of(found: Row, of: tuple[BaseModel, ...] = ()) -> str:
+def code_of(found: CardVariant, of: tuple[BaseModel, ...] = ()) -> str:
     text = told(found, of=of)
     (code,) = re.findall("```python\n(.*?)\n```", text, re.DOTALL)
     return str(code)
@@ -128,8 +128,8 @@ def test_folders_with_odd_names() -> None:
         (BaseModel("o/mix", pipeline=True), "hf://o/mix/mix.safetensors", "o/mix"),
         (BaseModel("o/mix"), "hf://o/mix@main", "o/mix"),
         (BaseModel("o/mix"), "mix.safetensors", SDXL),
-        (BaseModel.from_front_matter("o/mix", False, {"library_name": "diffusers"}), "mix.safetensors", "o/mix"),
-        (BaseModel.from_front_matter("o/m", False, {"library_name": "diffusers"}, pipeline=False), "m.ckpt", SDXL),
+        (BaseModel("o/mix", pipeline=True), "mix.safetensors", "o/mix"),
+        (BaseModel("o/m"), "m.ckpt", SDXL),
         (BaseModel(None, pipeline=True), "mix.safetensors", SDXL),
     ],
 )
@@ -165,7 +165,7 @@ def test_dtypes() -> None:
         (row("", layout="diffusers", prefix=""), []),
     ],
 )  # fmt: skip
-def test_folders(found: Row, folders: list[str]) -> None:
+def test_folders(found: CardVariant, folders: list[str]) -> None:
     text = told(found)
     assert re.findall("--local-dir (.*)", text) == folders
     assert kind(found) in ("checkpoint", "network") or not folders

@@ -118,7 +118,7 @@ def test_a_job_that_the_hub_does_not_trust(job: LoopbackHub, tmp_path: Path, her
 
 def test_the_example_plan_is_one() -> None:
     found = plan_file.load(DOCS / "examples/variants.toml")
-    assert [str(entry.size) for entry in found.entries] == SIZES
+    assert [str(entry.request.size) for entry in found.entries] == SIZES
     assert {entry.repo for entry in found.entries} == {REPO}
 
 
@@ -135,5 +135,5 @@ def test_the_document_has_a_plan_that_holds(tmp_path: Path) -> None:
 def test_the_document_names_every_key_of_a_plan() -> None:
     rows = re.findall(r"^\| (`.*?) \| (.*?) \|", DOCUMENT, re.MULTILINE)
     named = {key for cells, _ in rows for key in re.findall(r"`(\w+)`", cells)}
-    known = {key for keys in plan_keys.KEYS.values() for key in keys}
+    known = {key for keys in plan_keys.TABLES.values() for key in keys}
     assert named == known - {"variant"}  # which is a table

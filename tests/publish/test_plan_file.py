@@ -1,9 +1,10 @@
-"""Plan files: what the matrix of one is, and that all that is wrong with one is said at once, each with its line."""
+"""Plan files: what one asks for, and that all of its problems are reported at once, each with its line."""
 
 import os
 import random
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,13 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crdiff_export.errors import MatrixError
+from crdiff_export.errors import PlanFileError
+from crdiff_export.export import ExportRequest
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.hub import bases
 from crdiff_export.models import families, recipe_files
-from crdiff_export.publish.plan_file import Entry, Matrix, load, parse
-from crdiff_export.publish.plan_keys import EXAMPLES, KEYS
+from crdiff_export.publish.plan_file import PlanEntry, PlanFile, load, parse
+from crdiff_export.publish.plan_keys import TABLES
 from crdiff_export.sizes import Size
+from tests.support.messages import golden
 
 PLAN = """\
 # what holds for every base
@@ -62,13 +65,19 @@ def folder(here: Path, tmp_path: Path) -> Path:
     return plans
 
 
-def entries(text: str, folder: Path = Path("/nowhere")) -> tuple[Entry, ...]:
+def entries(text: str, folder: Path = Path("/nowhere")) -> tuple[PlanEntry, ...]:
     return parse(text, "plan.toml", folder).entries
+
+
+def wanted(base: str, size: Size, *, path: str, **values: Any) -> PlanEntry:
+    """An entry, of which `values` are fields, or those of its export."""
+    own = {field.name: values.pop(field.name) for field in fields(PlanEntry) if field.name in values}
+    return PlanEntry(ExportRequest(base, size, force=True, given="in the plan file", **values), path, **own)
 
 
 def problems(text: str, folder: Path = Path("/nowhere")) -> list[tuple[str, str]]:
     """The message, without the file's name, and the hint of each."""
-    with pytest.raises(MatrixError) as error:
+    with pytest.raises(PlanFileError) as error:
         parse(text, "plan.toml", folder)
     found = [(problem.message, problem.hint) for problem in error.value.problems]
     for message, hint in found:
@@ -93,29 +102,30 @@ def only(text: str, folder: Path = Path("/nowhere")) -> tuple[str, str]:
 # --- what a plan says ---
 
 
-def test_a_plan_is_a_matrix_of_bases_and_sizes(folder: Path) -> None:
+def test_a_plan_has_an_entry_for_each_base_and_size(folder: Path) -> None:
     made = parse(PLAN, "plan.toml", folder)
     assert made.name == "plan.toml"
     one: dict[str, Any] = {
         "base": "sdxl", "repo": "my-org/sdxl-crdiff", "tag": "v1", "private": True, "dtype": "fp16",
-        "recipe": folder / "my-sdxl.toml", "targets": ("attn", "ff"), "line": 4, "default_name": False,
+        "recipe": folder / "my-sdxl.toml", "targets": ("attn", "ff"), "line": 4,
     }  # fmt: skip
     two: dict[str, Any] = {
         "base": "hf://org/other/some/model.safetensors", "repo": "my-org/other", "tag": "v1", "private": True,
-        "base_model": "org/other", "default_name": False,
+        "base_model": "org/other",
     }  # fmt: skip
     tall: dict[str, Any] = {"ratios": {"down": 0.2, "mid": 0.6, "up": 0.4}, "poa_weight": 1.3, "line": 22}
     assert made.entries == (
-        Entry(size=Size(512, 512), path="sdxl-512x512.safetensors", **one),
-        Entry(size=Size(400, 560), path="sdxl-400x560.safetensors", **one),
-        Entry(size=Size(2048, 2048), path="sdxl-2048x2048.safetensors", **one),
-        Entry(size=Size(768, 768), path="model-768x768.safetensors", revision="fp16-768", line=16, **two),
-        Entry(size=Size(640, 1536), path="tall/model-1536.safetensors", revision="fp16-640", **tall, **two),
+        wanted(size=Size(512, 512), path="sdxl-512x512.safetensors", **one),
+        wanted(size=Size(400, 560), path="sdxl-400x560.safetensors", **one),
+        wanted(size=Size(2048, 2048), path="sdxl-2048x2048.safetensors", **one),
+        wanted(size=Size(768, 768), path="model-768x768.safetensors", revision="fp16-768", line=16, **two),
+        wanted(size=Size(640, 1536), path="tall/model-1536.safetensors", revision="fp16-640", **tall, **two),
     )
 
 
 def test_little_is_enough() -> None:
-    entry = Entry("sdxl", Size(512, 512), "sdxl-crdiff-512x512.safetensors", default_name=True, line=3)
+    path = "sdxl-crdiff-512x512.safetensors"
+    entry = wanted("sdxl", Size(512, 512), path=path, default_name=True, line=3)
     assert entries(BASE) == (entry,)
     assert str(entry) == "512x512 of sdxl"
     assert entries('base = [{ base = "sdxl", sizes = ["512"] }]')[0].path == entry.path
@@ -137,12 +147,12 @@ def test_every_key_can_be_given(folder: Path) -> None:
     }
     for text in plans.values():
         (entry,) = entries(text, folder)
-        assert entry == Entry(
-            str(folder / "models"), Size(64, 64), "a-64x64bf16", False, "o/n", "r", "t", False, "a/b", "bf16", "ema",
-            folder / "my-sd15.toml", 0.5, {"up": 0.0}, 2.0, ("ff",), True, entry.line, "wanda:compare=row",
-            folder / "own.safetensors",
+        assert entry == wanted(
+            str(folder / "models"), Size(64, 64), path="a-64x64bf16", repo="o/n", revision="r", tag="t", private=False,
+            base_model="a/b", line=entry.line, dtype="bf16", variant="ema", recipe=folder / "my-sd15.toml", ratio=0.5,
+            ratios={"up": 0.0}, poa_weight=2.0, targets=("ff",), allow_nonfinite=True, criterion="wanda:compare=row",
+            calibration=folder / "own.safetensors",
         )  # fmt: skip
-    assert set(EXAMPLES) == {key for keys in KEYS.values() for key in keys}
 
 
 def test_the_innermost_wins() -> None:
@@ -154,8 +164,8 @@ def test_the_innermost_wins() -> None:
 
 def test_variants_of_a_base_come_besides_the_sizes_for_all() -> None:
     text = 'sizes = ["64", "128"]\n[[base]]\nbase = "sdxl"\n[[base.variant]]\nsize = "96"\n'
-    assert [str(entry.size) for entry in entries(text)] == ["64x64", "128x128", "96x96"]
-    assert [str(entry.size) for entry in entries(text.split("\n", 1)[1])] == ["96x96"]
+    assert [str(entry.request.size) for entry in entries(text)] == ["64x64", "128x128", "96x96"]
+    assert [str(entry.request.size) for entry in entries(text.split("\n", 1)[1])] == ["96x96"]
 
 
 def test_braces_can_be_written() -> None:
@@ -187,10 +197,10 @@ def test_a_base_is_found_and_named(text: str, base: str, short: str, folder: Pat
     places = {"plans": folder, "here": folder.parent / "here"}
     written = text.format(**places)
     (entry,) = entries(f'repo = "o/n"\ntag = "{{base}}"\n[[base]]\nbase = \'{written}\'\nsizes = ["512"]', folder)
-    found, expected = Path(entry.base), base.format(**places)
+    found, expected = Path(entry.request.base), base.format(**places)
     assert entry.tag == short
-    assert entry.base == (str(Path(expected)) if found.exists() else expected)
-    assert found.exists() == (bases.remote(entry.base) is None and entry.base != "demo")
+    assert entry.request.base == (str(Path(expected)) if found.exists() else expected)
+    assert found.exists() == (bases.hub_uri(entry.request.base) is None and entry.request.base != "demo")
     assert entry.path == f"{short}-crdiff-512x512{'' if found.is_dir() else '.safetensors'}"
     if found.is_file():
         assert Checkpoint(found, "file", ()).stem == short
@@ -200,7 +210,7 @@ def test_a_base_is_found_and_named(text: str, base: str, short: str, folder: Pat
 def test_a_home_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder))
     (entry,) = entries('[[base]]\nbase = "~/models"\nsizes = ["64"]\nrecipe = "~/my-sd15.toml"')
-    assert (entry.base, entry.recipe) == (str(folder / "models"), folder / "my-sd15.toml")
+    assert (entry.request.base, entry.request.recipe) == (str(folder / "models"), folder / "my-sd15.toml")
 
 
 def test_an_index_of_shards_is_a_folder_to_be(folder: Path) -> None:
@@ -214,7 +224,7 @@ def test_an_index_of_shards_is_a_folder_to_be(folder: Path) -> None:
 
 def kept(text: str) -> list[str]:
     made = parse(text, "plan.toml", Path())
-    found = [made.local(entry) for entry in made.entries]
+    found = [made.local_path(entry) for entry in made.entries]
     assert all(isinstance(path, PurePosixPath) for path in found)
     return [str(path) for path in found]
 
@@ -234,128 +244,95 @@ def test_results_for_several_branches_are_kept_apart() -> None:
 
 
 def test_nothing_is_kept_without_a_matrix() -> None:
-    assert Matrix("plan.toml", ()).entries == ()
+    assert PlanFile("plan.toml", ()).entries == ()
 
 
 # --- what is wrong ---
 
+# What is wrong, by the line and the key that it is about.
 NOWHERE = Path("/nowhere")
 WRONG = {
-    "empty": ("", " base is missing", 'Write [[base]], and below it base = "sdxl".'),
-    "syntax": ("a = 1\nb = \n", "2: Invalid value, column 5", "A plan is TOML: one key = value in a line, "),
-    "open text": ('a = "', " Unterminated string (at end of document)", "A plan is TOML"),
-    "digits": (f"a = {'9' * 5000}", " Exceeds the limit", "A plan is TOML"),
-    "depth": (f"a = {'[' * 100_000}", " ", "A plan is TOML"),
-    "one table": (BASE.replace("[[base]]", "[base]"), "1: base is a table, must be an array of tables", "Write [["),
-    "base alone": ('base = "sdxl"', "1: base is 'sdxl', must be an array of tables", "Write [[base]], and below"),
-    "no tables": ("base = []", "1: base is empty", "Write [[base]], and below it"),
-    "no table": ("base = [\n1]", "2: base[0] is 1, must be a table", "Write [[base]], and below it"),
-    "unknown": (f"tagg = 1\n{BASE}", "1: tagg is not a key of the plan", "Did you mean tag? The keys are: sizes,"),
-    "unprintable": (f'"\\u001b" = 1\n{BASE}', r"1: '\x1b' is not a key of the plan", "The keys are: "),
-    "inner key": (f"ratio = 0.2\n{BASE}", "1: ratio is not a key of the plan", "It is a key of [[base.variant]]."),
-    "no base": ('[[base]]\nsizes = ["64"]', "1: base is missing", 'Write base = "sdxl".'),
-    "no sizes": ('[[base]]\nbase = "sdxl"', "1: nothing says for which sizes", 'Write sizes = ["512", "400x560"].'),
-    "sizes empty": ('sizes = []\n[[base]]\nbase = "sdxl"', "1: sizes is empty", "Write sizes"),
-    "sizes text": ('sizes = "6"\n[[base]]\nbase = "sdxl"', "1: sizes is '6', must be an array of texts", "Write s"),
-    "sizes number": (BASE.replace('"512"', "512"), "3: sizes[0] is 512, must be a text", "Write sizes"),
-    "size": (BASE.replace('"]', '",\n"abc"]'), "4: sizes[1]: 'abc' is not a size", "Write one side, as in 2048,"),
-    "size again": (BASE.replace('"]', '",\n"512x512"]'), "4: sizes[1] is 512x512 again", "Keep one of the two."),
-    "off the grid": (BASE.replace("512", "511"), "3: 511x511 does not fit SDXL's latent grid", "Use 512x512."),
-    "branch of nothing": (f'revision = "v"\n{BASE}', "1: revision is for a repository, but there", "Write repo = "),
-    "hub ckpt": (f'name = "a.PT"\n{BASE}'.replace("sdxl", "o/n"), "1: name is 'a.PT', must end in .safet", "Write"),
-    "group of no model": (
-        f'{BASE}[[base.variant]]\nsize = "64"\nratios.block = 0'.replace("sdxl", "o/n"),
-        "6: ratios.block is for a group that no model has",
-        "Did you mean blocks? The groups are: down, mid, up, blocks.",
-    ),
+    "empty": ("", " base"),
+    "one table": (BASE.replace("[[base]]", "[base]"), "1: base"),
+    "base alone": ('base = "sdxl"', "1: base"),
+    "no tables": ("base = []", "1: base"),
+    "no table": ("base = [\n1]", "2: base[0]"),
+    "unknown": (f"tagg = 1\n{BASE}", "1: tagg"),
+    "unprintable": (f'"\\u001b" = 1\n{BASE}', r"1: '\x1b'"),
+    "inner key": (f"ratio = 0.2\n{BASE}", "1: ratio"),
+    "no base": ('[[base]]\nsizes = ["64"]', "1: base"),
+    "no sizes": ('[[base]]\nbase = "sdxl"', "1: nothing"),
+    "sizes empty": ('sizes = []\n[[base]]\nbase = "sdxl"', "1: sizes"),
+    "sizes text": ('sizes = "6"\n[[base]]\nbase = "sdxl"', "1: sizes"),
+    "sizes number": (BASE.replace('"512"', "512"), "3: sizes[0]"),
+    "size": (BASE.replace('"]', '",\n"abc"]'), "4: sizes[1]"),
+    "size again": (BASE.replace('"]', '",\n"512x512"]'), "4: sizes[1]"),
+    "off the grid": (BASE.replace("512", "511"), "3: 511x511"),
+    "branch of nothing": (f'revision = "v"\n{BASE}', "1: revision"),
+    "hub ckpt": (f'name = "a.PT"\n{BASE}'.replace("sdxl", "o/n"), "1: name"),
+    "a group": (f'{BASE}[[base.variant]]\nsize = "64"\nratios.block = 0'.replace("sdxl", "o/n"), "6: ratios.block"),
 }  # fmt: skip
-GIVE = "Give a path, a Hub id such as ORG/NAME, or an alias; `crdiff recipes list` names them."
-WRONG_BASES = {
-    "sdlx": ("is 'sdlx', no alias, file or folder", "Did you mean sdxl? The built-in recipes are: "),
-    "a.safetensors": ("is 'a.safetensors', but there is no such file or folder", GIVE),
-    "org/a.CKPT": ("is 'org/a.CKPT', but there is no such file or folder", GIVE),
-    "./sdxl": ("is './sdxl', but there is no such file or folder", GIVE),
-    "../sdxl": ("is '../sdxl', but there is no such file or folder", GIVE),
-    "/no/sdxl": ("is '/no/sdxl', but there is no such file or folder", GIVE),
-    "~noone~/x": ("is '~noone~/x', but there is no such file or folder", GIVE),
-    "a/b/c": ("is 'a/b/c', but there is no such file or folder", GIVE),
-    "a.b": ("is 'a.b', but there is no such file or folder", GIVE),
-    "a\\\\b": (r"is 'a\\b', but there is no such file or folder", GIVE),
-    "https://me:hf_secret@h/x": ("is a link", "Download the file and give its path, or write hf://ORG/NAME/FILE."),
-    "hf://org": ("is 'hf://org', no place on the Hub", "Write hf://ORG/NAME or hf://ORG/NAME/FILE."),
-    " ": ("is ' ', must be a text", "Write [[base]], and below it"),
-    "a\\u0000b": (r"is 'a\x00b', which has a control character", "Write [[base]], and below it"),
-}
-# These lines behind those of BASE.
+WRONG_BASES = [
+    "sdlx", "a.safetensors", "org/a.CKPT", "./sdxl", "../sdxl", "/no/sdxl", "~noone~/x", "a/b/c", "a.b", "a\\\\b",
+    "https://me:hf_secret@h/x", "hf://org", " ", "a\\u0000b",
+]  # fmt: skip
+# What stands behind BASE, by what is wrong in it.
 ADDED = {
-    'size = "64"': ("4: size is not a key of [[base]]", "Did you mean sizes? The keys are: base, sizes, "),
-    'variant = "fp16"': ("4: variant is 'fp16', must be an array of tables", "Write [[base.variant]] above each, or "),
-    "[[base.variant]]\nratio = 0": ("4: size is missing", 'Write size = "640x1536".'),
-    '[[base.variant]]\nsize = "x"': ("5: size: 'x' is not a size", "Write one side, as in 2048,"),
-    'dtype = "fp61"': ("4: dtype is 'fp61', no dtype", "Did you mean fp16? The dtypes are: fp16, bf16, fp32."),
-    "dtype = 16": ("4: dtype is 16, must be a text", 'Write dtype = "fp16".'),
-    'targets = ["at"]': (
-        "4: targets[0] is 'at', no kind of layer",
-        "Did you mean attn? The kinds are: attn, ff, attn2.",
-    ),
-    'targets = ["ff", "ff"]': ("4: targets[1] is 'ff' again", "Keep one of the two."),
-    'targets = ["attn2"]': ("4: targets has attn2, which SDXL does not have", "It has: attn, ff."),
-    'repo = "o/n"\nprivate = "yes"': ("5: private is 'yes', must be true or false", "Write private = true."),
-    "allow_nonfinite = 1": ("4: allow_nonfinite is 1, must be true or false", "Write allow_nonfinite = true."),
-    'base_model = "x"': ("4: base_model is 'x', must be ORG/NAME", 'Write base_model = "ORG/NAME".'),
-    'weights = ""': ("4: weights is '', must be a text", 'Write weights = "fp16".'),
-    'repo = "n"': ("4: repo is 'n', must be ORG/NAME", 'Write repo = "my-org/sdxl-crdiff".'),
-    'repo = "https://hf.co/o/n"': ("4: repo is 'https://hf.co/o/n', must be ORG/NAME", "Write repo = "),
-    'repo = "o/a..b"': ("4: repo is 'o/a..b', must be ORG/NAME", "Write repo = "),
-    'repo = "o/{size}-"': ("4: repo is 'o/512x512-', must be ORG/NAME", "Write repo = "),
-    'repo = "o/n"\nrevision = "a b"': ("5: revision is 'a b', must be the name of a branch", "Write revision = "),
-    'repo = "o/n"\nrevision = "a/../b"': ("5: revision is 'a/../b', must be the name of a b", "Write revision = "),
-    'repo = "o/n"\ntag = "-v"': ("5: tag is '-v', must be the name of a tag", 'Write tag = "v1".'),
-    'tag = "v"': ("4: tag is for a repository, but there is no repo", "Write repo = "),
-    "private = true": ("4: private is for a repository, but there is no repo", "Write repo = "),
-    'name = "../a"': ("4: name is '../a', must be a path that every system can have", "Write name = "),
-    'name = "/a"': ("4: name is '/a', must be a path", "Write name = "),
-    "name = 'a\\b'": (r"4: name is 'a\\b', must be a path", "Write name = "),
-    'name = "c:/a"': ("4: name is 'c:/a', must be a path", "Write name = "),
-    'name = "a/"': ("4: name is 'a/', must be a path", "Write name = "),
-    'name = "a//b"': ("4: name is 'a//b', must be a path", "Write name = "),
-    'name = "a/./b"': ("4: name is 'a/./b', must be a path", "Write name = "),
-    f'name = "{"a" * 201}"': (f"4: name is '{'a' * 57}...', must be a path", "Write name = "),
-    'name = "a.ckpt"': ("4: name is 'a.ckpt', must end in .safetensors", "Write name = "),
-    'name = "a"': ("4: name is 'a', must end in .safetensors", "Write name = "),
-    'name = "{sice}"': ("4: name has '{sice}', which stands for nothing", "Did you mean {size}? The placeholders are"),
-    'name = "{width:04}"': ("4: name has '{width:04}', which stands for nothing", "Did you mean {width}? "),
-    'name = "a}"': ("4: name has a } alone", "Write }} for the brace itself, or {size} for the size."),
-    'name = "{dtype}"': ("4: name has {dtype}, but there is no dtype", 'Write dtype = "fp16", or leave {dtype} out.'),
-    'recipe = "no.toml"': (f"4: recipe: {NOWHERE / 'no.toml'}: no such recipe file", "Name a recipe in TOML"),
-    f'recipe = "{"a" * 300}"': ("4: recipe", ""),
-    '[[base.variant]]\nsize = "64"\nratio = 1': ("6: ratio is 1.0, must be 0 <= ratio < 1", "0.3 sets 30 %"),
-    '[[base.variant]]\nsize = "64"\npoa_weight = 11': ("6: poa_weight is 11.0, must be 0 <= ", "1 is the pruned"),
-    '[[base.variant]]\nsize = "64"\nratios = 0.3': ("6: ratios is 0.3, must be a table", "Write ratios = { "),
-    '[[base.variant]]\nsize = "64"\nratios = {}': ("6: ratios is empty", "Write ratios = { down = 0.2, "),
-    '[[base.variant]]\nsize = "64"\nratios.up = "a"': ("6: ratios.up is 'a', must be a finite number", "Write up"),
-    '[[base.variant]]\nsize = "64"\n[base.variant.ratios]\nup = 0\nmid = -1': ("8: ratios.mid is -1.0, must be ", "0"),
-    '[[base.variant]]\nsize = "64"\nratios.upp = 0': (
-        "6: ratios.upp is for a group that SDXL does not have",
-        "Did you mean up? The groups are: down, mid, up.",
-    ),
-}
+    "4: size": ['size = "64"', "[[base.variant]]\nratio = 0"],
+    "4: variant": ['variant = "fp16"'],
+    "5: size": ['[[base.variant]]\nsize = "x"'],
+    "4: dtype": ['dtype = "fp61"', "dtype = 16"],
+    "4: targets[0]": ['targets = ["at"]'],
+    "4: targets[1]": ['targets = ["ff", "ff"]'],
+    "4: targets": ['targets = ["attn2"]'],
+    "5: private": ['repo = "o/n"\nprivate = "yes"'],
+    "4: allow_nonfinite": ["allow_nonfinite = 1"],
+    "4: base_model": ['base_model = "x"'],
+    "4: weights": ['weights = ""'],
+    "4: repo": ['repo = "n"', 'repo = "https://hf.co/o/n"', 'repo = "o/a..b"', 'repo = "o/{size}-"'],
+    "5: revision": ['repo = "o/n"\nrevision = "a b"', 'repo = "o/n"\nrevision = "a/../b"'],
+    "5: tag": ['repo = "o/n"\ntag = "-v"'],
+    "4: tag": ['tag = "v"'],
+    "4: private": ["private = true"],
+    "4: name": [
+        'name = "../a"', 'name = "/a"', "name = 'a\\b'", 'name = "c:/a"', 'name = "a/"', 'name = "a//b"',
+        'name = "a/./b"', f'name = "{"a" * 201}"', 'name = "a.ckpt"', 'name = "a"', 'name = "{sice}"',
+        'name = "{width:04}"', 'name = "a}"', 'name = "{dtype}"',
+    ],
+    "4: recipe": ['recipe = "no.toml"', f'recipe = "{"a" * 300}"'],
+    "6: ratio": ['[[base.variant]]\nsize = "64"\nratio = 1'],
+    "6: poa_weight": ['[[base.variant]]\nsize = "64"\npoa_weight = 11'],
+    "6: ratios": ['[[base.variant]]\nsize = "64"\nratios = 0.3', '[[base.variant]]\nsize = "64"\nratios = {}'],
+    "6: ratios.up": ['[[base.variant]]\nsize = "64"\nratios.up = "a"'],
+    "8: ratios.mid": ['[[base.variant]]\nsize = "64"\n[base.variant.ratios]\nup = 0\nmid = -1'],
+    "6: ratios.upp": ['[[base.variant]]\nsize = "64"\nratios.upp = 0'],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("text", "problem", "hint"),
+    ("text", "key"),
     [
         *(pytest.param(*wrong, id=name) for name, wrong in WRONG.items()),
-        *((BASE.replace("sdxl", base), f"2: base {wrong}", hint) for base, (wrong, hint) in WRONG_BASES.items()),
-        *((BASE + added, *wrong) for added, wrong in ADDED.items()),
+        *((BASE.replace("sdxl", base), "2: base") for base in WRONG_BASES),
+        *((BASE + added, key) for key, texts in ADDED.items() for added in texts),
     ],
 )
 @pytest.mark.usefixtures("here")
-def test_what_is_wrong_is_said_with_its_line(text: str, problem: str, hint: str) -> None:
-    found = only(text, NOWHERE)
-    assert found[0].startswith(problem)
-    assert found[1].startswith(hint)
-    assert "hf_secret" not in found[0]
+def test_what_is_wrong_is_said_with_its_line(text: str, key: str) -> None:
+    message, hint = only(text, NOWHERE)
+    assert message.startswith(key)
+    assert "hf_secret" not in message
+    golden(f"plan.toml:{message}\n{hint}")
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [("a = 1\nb = \n", "2: "), ('a = "', " "), (f"a = {'9' * 5000}", " "), (f"a = {'[' * 100_000}", " ")],
+    ids=["syntax", "open text", "digits", "depth"],
+)
+def test_what_is_no_toml_is_said_in_the_words_of_its_reader(text: str, start: str) -> None:
+    message, hint = only(text, NOWHERE)
+    assert (message.startswith(start), "TOML" in hint) == (True, True)
 
 
 def test_all_is_said_at_once_and_by_line(folder: Path) -> None:
@@ -388,35 +365,19 @@ poa_weight = -1
 recipe = "my-sd15.toml"
 [[bases]]
 """
-    assert [problem for problem, _ in problems(text, folder)] == [
-        "1: sizes[2]: 'x' is not a size",
-        "1: 511x511 does not fit SDXL's latent grid (multiples of 8)",
-        "2: sizes[3] is 7, must be a text",
-        "3: name has '{nmae}', which stands for nothing",
-        "3: name has a { alone",
-        "4: privat is not a key of the plan",
-        "7: dtype is 'fp8', no dtype",
-        "8: targets[1] is 'mlp', no kind of layer",
-        "8: targets has attn2, which SDXL does not have",
-        "10: base is 'sd14', no alias, file or folder",
-        f"11: recipe: {folder / 'no.toml'}: no such recipe file",
-        "12: name has {dtype}, but there is no dtype",
-        "15: repo is '-', must be ORG/NAME",
-        "16: recipe is for SDXL, which sd15 is not",
-        "17: name is '../512x512', must be a path that every system can have, with / between its parts",
-        "18: size is missing",
-        "19: ratio is 7.0, must be 0 <= ratio < 1",
-        "22: ratios.down is 5.0, must be 0 <= ratio < 1",
-        "24: size: 0x0 is not a usable size",
-        "25: poa_weight is -1.0, must be 0 <= weight <= 10",
-        "27: bases is not a key of the plan",
-    ]
+    found = problems(text, folder)
+    assert [" ".join(problem.split()[:2]).rstrip(":") for problem, _ in found] == [
+        "1: sizes[2]", "1: 511x511", "2: sizes[3]", "3: name", "3: name", "4: privat", "7: dtype", "8: targets[1]",
+        "8: targets", "10: base", "11: recipe", "12: name", "15: repo", "16: recipe", "17: name", "18: size",
+        "19: ratio", "22: ratios.down", "24: size", "25: poa_weight", "27: bases",
+    ]  # fmt: skip
+    golden("\n".join(f"plan.toml:{problem}\n{hint}" for problem, hint in found))
 
 
 def test_the_error_names_the_file_and_counts() -> None:
-    with pytest.raises(MatrixError, match=r"^plan.toml: 2 problems\n"):
+    with pytest.raises(PlanFileError, match=r"^plan.toml: 2 problems\n"):
         parse("a = 1\nb = 2\n" + BASE, "plan.toml", NOWHERE)
-    with pytest.raises(MatrixError, match=r"^pl\\nan.toml: one problem\n"):
+    with pytest.raises(PlanFileError, match=r"^pl\\nan.toml: one problem\n"):
         parse("", "pl\nan.toml", NOWHERE)
 
 
@@ -466,7 +427,7 @@ def meetings(one: str, other: str, start: str = "") -> list[str]:
     text = f"{tables[0]:\n<{len(tables[0]) + 10 - tables[0].count(chr(10))}}{tables[1]}{start}"
     try:
         parse(text, "plan.toml", NOWHERE)
-    except MatrixError as error:
+    except PlanFileError as error:
         return [problem.message.removeprefix("plan.toml:13: 64x64 of b would be ") for problem in error.problems]
     return []
 
@@ -520,7 +481,7 @@ def test_a_repository_is_private_or_not(one: str, other: str) -> None:
 
 
 def unread(path: Path) -> str:
-    with pytest.raises(MatrixError) as error:
+    with pytest.raises(PlanFileError) as error:
         load(path)
     (problem,) = error.value.problems
     assert problem.hint.endswith((".", "?"))
@@ -550,10 +511,10 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such names")
 def test_an_odd_file_name_is_spelt(tmp_path: Path) -> None:
-    with pytest.raises(MatrixError, match=r"^a\\x1b.toml: one problem\n") as error:
+    with pytest.raises(PlanFileError, match=r"^a\\x1b.toml: one problem\n") as error:
         load(tmp_path / "a\x1b.toml")
     assert error.value.problems[0].message.endswith(r"a\x1b.toml: no such plan file")
-    with pytest.raises(MatrixError):
+    with pytest.raises(PlanFileError):
         load(tmp_path / ("a" * 300))
 
 
@@ -576,9 +537,9 @@ HOSTILE = [
 ]  # fmt: skip
 LINES = [
     *PLAN.splitlines(), "[[base]]", "[[base.variant]]", "[base.variant.ratios]", "[base]", "[x.y]", "# {", "up = 0.5",
-    *(f"{key} = {example.partition(' = ')[2]}" for key, example in EXAMPLES.items() if key not in ("base", "variant")),
+    *(key.example for keys in TABLES.values() for key in keys.values() if "[[" not in key.example),
 ]  # fmt: skip
-KEY_NAMES = sorted({key for keys in KEYS.values() for key in keys} | {"'\\u001b'", "a.b", "sizes.x", '""', "vairant"})
+KEY_NAMES = sorted({key for keys in TABLES.values() for key in keys} | {"'\\u001b'", "a.b", "sizes.x", '""', "vairant"})
 
 
 @pytest.fixture(scope="module")
@@ -612,15 +573,15 @@ def damaged(chance: random.Random) -> str:
     return "\n".join(text)
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(chance=st.randoms(use_true_random=False))
 def test_a_damaged_plan_is_read_or_refused(chance: random.Random, anywhere: Path) -> None:
     try:
         made = parse(damaged(chance), "plan.toml", anywhere)
-    except MatrixError as error:
+    except PlanFileError as error:
         found = error.problems
     else:
-        check_matrix(made)
+        check_plan(made)
         return
     assert found
     assert len({problem.message for problem in found}) == len(found)
@@ -628,16 +589,16 @@ def test_a_damaged_plan_is_read_or_refused(chance: random.Random, anywhere: Path
         check(problem.message, problem.hint)
 
 
-def check_matrix(made: Matrix) -> None:
-    places = [made.local(entry) for entry in made.entries]
+def check_plan(made: PlanFile) -> None:
+    places = [made.local_path(entry) for entry in made.entries]
     assert len({str(place).casefold() for place in places}) == len(places) > 0
     for entry, place in zip(made.entries, places, strict=True):
         assert not place.is_absolute()
         assert not {"..", "."} & set(place.parts)
         assert str(place).endswith(entry.path)
         assert entry.line is not None
-        if known := recipe_files.by_alias(entry.base):
+        if known := recipe_files.by_alias(entry.request.base):
             family = families.by_id(known.family)
-            assert entry.size.width % family.grid == entry.size.height % family.grid == 0
-            assert set(entry.ratios) <= set(family.groups)
-            assert set(entry.targets or ()) <= set(family.kinds)
+            assert entry.request.size.width % family.grid == entry.request.size.height % family.grid == 0
+            assert set(entry.request.ratios) <= set(family.groups)
+            assert set(entry.request.targets or ()) <= set(family.kinds)

@@ -10,11 +10,11 @@ from markdown_it import MarkdownIt
 
 from crdiff_export.errors import HubError
 from crdiff_export.export import ExportRequest
-from crdiff_export.publish.commit import Pushed
-from crdiff_export.publish.plan_file import Entry, Matrix
-from crdiff_export.publish.report import Tagged, in_order, markdown
-from crdiff_export.publish.run import Outcome
-from crdiff_export.publish.worklist import Item, PublishRequest, Reading, Survey
+from crdiff_export.publish.commit import PushResult
+from crdiff_export.publish.plan_file import PlanEntry, PlanFile
+from crdiff_export.publish.report import in_order, markdown
+from crdiff_export.publish.run import Outcome, TagResult
+from crdiff_export.publish.worklist import BaseWork, PublishRequest, WorkItem, Worklist
 from crdiff_export.sizes import Size
 from tests.support.isolation import Crdiff
 from tests.support.loopback_hub import READ_TOKEN, LoopbackHub
@@ -62,13 +62,13 @@ WHY = ["unchanged", "made by an earlier run", "new", "changed: ratio.down, ratio
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(desk: Desk) -> None:
     desk.base()
     desk.plan(plan("48x48", "96x96", "80x80"))
-    assert desk.run("-o", "out").code == 0
+    assert desk.publish("-o", "out").code == 0
     desk.hub.commit("tester/out", {"80x80.safetensors": None, "foreign.safetensors": b"\0" * 600})
     desk.plan(MIXED)
     there, files = desk.hub.repo("tester/out").refs, desk.files()
     page = desk.tmp / "page.md"
     more = ("-o", "out", "--keep", "none")
-    ran = desk.run("--dry-run", *more, token=READ_TOKEN, env={"GITHUB_STEP_SUMMARY": str(page)})
+    ran = desk.publish("--dry-run", *more, token=READ_TOKEN, env={"GITHUB_STEP_SUMMARY": str(page)})
     assert ran.code == 4
     head, *rows, _, variants, fetch, write = ran.out.splitlines()
     assert head.split() == ["base", "size", "ratios", "goes", "to", "what", "why"]
@@ -85,7 +85,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(desk: Desk) -> None:
     assert hint.startswith("  Check the id")
     assert not page.exists()
 
-    ran = desk.run("--dry-run", "-o", "out", "--json", token=READ_TOKEN, env={"GITHUB_STEP_SUMMARY": str(page)})
+    ran = desk.publish("--dry-run", "-o", "out", "--json", token=READ_TOKEN, env={"GITHUB_STEP_SUMMARY": str(page)})
     assert (ran.code, ran.err) == (4, "")
     assert ran.result.keys() == {"schema", "dry_run", "variants"}
     assert (ran.result["schema"], ran.result["dry_run"]) == (1, True)
@@ -102,7 +102,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(desk: Desk) -> None:
     }  # fmt: skip
     assert found[5]["error"]["code"] == "hub"
 
-    quiet = desk.run("--dry-run", "-o", "out", "-q", token=READ_TOKEN)
+    quiet = desk.publish("--dry-run", "-o", "out", "-q", token=READ_TOKEN)
     assert quiet.code == 4
     assert quiet.out.splitlines() == [head, *rows]
     assert quiet.err.splitlines() == [error, hint]
@@ -131,7 +131,7 @@ def test_a_run_says_what_it_did(desk: Desk) -> None:
     page = desk.tmp / "page.md"
     page.write_text("Before.\n")
     how: dict[str, Any] = {"env": {"GITHUB_STEP_SUMMARY": str(page)}}
-    ran = desk.run("--json", **how)
+    ran = desk.publish("--json", **how)
     assert (ran.code, ran.err) == (4, "")
     assert ran.result.keys() == {"schema", "variants", "tags", "published", "written", "unchanged", "failed"}
     assert [ran.result[status] for status in ("published", "written", "unchanged", "failed")] == [5, 0, 0, 1]
@@ -154,7 +154,7 @@ def test_a_run_says_what_it_did(desk: Desk) -> None:
     assert last[2] == "❌ failed: org/nothing: no such repository, or a private one"
     assert f"]({one['url']}) |" in table
 
-    ran = desk.run(**how)
+    ran = desk.publish(**how)
     assert ran.code == 4
     _, *lines, tagged = ran.out.splitlines()
     assert [line.split()[2] for line in lines] == ["unchanged"] * 5 + ["failed"]
@@ -167,7 +167,7 @@ def test_a_run_says_what_it_did(desk: Desk) -> None:
     assert "Tag v1\\_0 of tester/out: " in page.read_text()
 
     desk.plan(text.partition('[[base]]\nbase = "org/nothing"')[0].replace("48x48", "64x96"))
-    ran = desk.run("-q", "--keep", "none", env={"FORCE_COLOR": "1"})
+    ran = desk.publish("-q", "--keep", "none", env={"FORCE_COLOR": "1"})
     assert ran.code == 4  # the tag is elsewhere
     first, *others = ran.out.splitlines()
     assert (
@@ -175,7 +175,7 @@ def test_a_run_says_what_it_did(desk: Desk) -> None:
     )
     assert others == [f"tester/out/{one['path']}" for one in found[1:5]]
     assert ran.err.startswith("\x1b[1;31mcrdiff: tester/out: the tag v1_0 is at ")
-    ran = desk.run("-q", env={"FORCE_COLOR": "1", "NO_COLOR": "1"})
+    ran = desk.publish("-q", env={"FORCE_COLOR": "1", "NO_COLOR": "1"})
     assert ran.err.startswith("crdiff: tester/out: the tag v1_0 is at ")
 
 
@@ -215,21 +215,22 @@ def reported(text: str, **changes: Any) -> list[list[str]]:
     """The table on the page about one variant whose base, place and error read so."""
     item = made(text)
     failed = Outcome(item, "failed", error=HubError(f"{text} x", "A hint."))
-    found = survey_of(item, name=text)
-    page = markdown(found, [replace(failed, **changes)], [(text, text, HubError(text, "")), ("o/n", "v", "c" * 40)])
+    found = worklist_of(item, name=text)
+    tags = [TagResult(text, text, error=HubError(text, "")), TagResult("o/n", "v", "c" * 40)]
+    page = markdown(found, [replace(failed, **changes)], tags)
     headline, *_ = page.splitlines()
     assert headline.startswith("### crdiff publish ")
     return cells(page)
 
 
-def made(text: str, size: int = 64) -> Item:
-    entry = Entry(text, Size(size, size), text, default_name=False, repo="o/n")
-    return Item(entry, ExportRequest(text, entry.size), text, Path(text))
+def made(text: str, size: int = 64) -> WorkItem:
+    request = ExportRequest(text, Size(size, size), Path(text))
+    return WorkItem(PlanEntry(request, text, repo="o/n"), request, text)
 
 
-def survey_of(*items: Item, name: str = "plan.toml") -> Survey:
-    matrix = Matrix(name, tuple(item.entry for item in items))
-    return Survey(PublishRequest(Path("plan.toml"), Path()), matrix, (Reading(None, items),))
+def worklist_of(*items: WorkItem, name: str = "plan.toml") -> Worklist:
+    matrix = PlanFile(name, tuple(item.entry for item in items))
+    return Worklist(PublishRequest(Path("plan.toml"), Path()), matrix, (BaseWork(None, items),))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -237,7 +238,7 @@ def test_a_page_shows_names_as_they_are(name: str) -> None:
     text = HOSTILE[name]
     _, row = reported(text)
     assert row == [text, "64x64", f"❌ failed: {text} x", "-", "-", f"o/n/{text}"]
-    pushed = Pushed("o/n", "main", "c" * 40, changed=True, page="https://hub/o/n", urls={text: "https://hub/f"})
+    pushed = PushResult("o/n", "main", "c" * 40, changed=True, page="https://hub/o/n", urls={text: "https://hub/f"})
     _, row = reported(text, status="published", error=None, pushed=pushed, size=1500)
     assert row == [text, "64x64", "✅ published", "1.50 KB", "c" * 10, f"o/n/{text}"]
 
@@ -246,17 +247,16 @@ def test_a_page_shows_names_as_they_are(name: str) -> None:
 def test_a_page_has_no_control_characters(name: str) -> None:
     text = CONTROL[name]
     _, row = reported(text)
-    assert row[0] == ascii(text)
+    assert row[0] == ascii(text)[1:-1]
     assert all(cell.isprintable() for cell in row)
 
 
 def test_a_page_lists_what_was_not_reached_in_the_plans_order() -> None:
     items = [made(f"{size}.safetensors", size) for size in (1, 2, 3, 4)]
-    found = survey_of(*items)
-    outcomes = in_order(found, [Outcome(items[2], "published"), Outcome(items[0].failed(HubError("no", "")), "failed")])
-    assert [outcome.item.entry.size.width for outcome in outcomes] == [1, 3]
-    tagged: list[Tagged] = [("o/n", "v1", "c" * 40)]
-    _, *rows = cells(markdown(found, outcomes, tagged))
+    found = worklist_of(*items)
+    outcomes = in_order(found, [Outcome(items[2], "published"), Outcome(items[0].fail(HubError("no", "")), "failed")])
+    assert [outcome.item.request.size.width for outcome in outcomes] == [1, 3]
+    _, *rows = cells(markdown(found, outcomes, [TagResult("o/n", "v1", "c" * 40)]))
     assert [(row[1], row[2]) for row in rows] == [
         ("1x1", "❌ failed"), ("3x3", "✅ published"), ("2x2", "⏹ not reached"), ("4x4", "⏹ not reached")
     ]  # fmt: skip
@@ -264,7 +264,7 @@ def test_a_page_lists_what_was_not_reached_in_the_plans_order() -> None:
 
 def test_a_page_does_not_name_this_machines_folders(tmp_path: Path) -> None:
     item = made(str(tmp_path / "base.safetensors"))
-    _, row = cells(markdown(survey_of(item), [], []))
+    _, row = cells(markdown(worklist_of(item), [], []))
     assert row[0] == "base.safetensors"
 
 
@@ -283,17 +283,17 @@ ratios = { down = 2 }
 
 def test_all_that_is_wrong_with_a_plan_is_said_at_once(desk: Desk) -> None:
     desk.plan(BAD)
-    ran = desk.run("--json", env={"GITHUB_STEP_SUMMARY": str(desk.tmp / "page.md")})
+    ran = desk.publish("--json", env={"GITHUB_STEP_SUMMARY": str(desk.tmp / "page.md")})
     assert (ran.code, ran.out, desk.hub.requests) == (1, "", [])
     assert ran.error.keys() == {"code", "message", "hint", "problems"}
-    assert (ran.error["code"], ran.error["message"]) == ("matrix", "plan.toml: 4 problems")
+    assert (ran.error["code"], ran.error["message"]) == ("plan-file", "plan.toml: 4 problems")
     lines = [problem["message"].split(" ", 1)[0] for problem in ran.error["problems"]]
     assert lines == ["plan.toml:1:", "plan.toml:2:", "plan.toml:3:", "plan.toml:7:"]
     assert all(problem["hint"] for problem in ran.error["problems"])
     said = [
         text for problem in ran.error["problems"] for text in (f"crdiff: {problem['message']}", f"  {problem['hint']}")
     ]
-    ran = desk.run("--dry-run", "-o", "out")
+    ran = desk.publish("--dry-run", "-o", "out")
     assert (ran.code, ran.out, desk.hub.requests) == (1, "", [])
     assert ran.err.splitlines()[:-2] == said
     assert desk.files() == set()

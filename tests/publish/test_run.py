@@ -148,12 +148,10 @@ def shelves(desk: Desk) -> None:
     (desk.folder / "models/local.safetensors").write_bytes(checkpoint(3))
 
 
-@pytest.mark.parametrize("client", hub_runs.CLIENTS)
-def test_many_bases_sizes_and_places(client: hub_runs.Client, loopback_hub: LoopbackHub, tmp_path: Path) -> None:
-    desk = Desk(loopback_hub, tmp_path, client=client)
+def test_many_bases_sizes_and_places(desk: Desk, loopback_hub: LoopbackHub, tmp_path: Path) -> None:
     shelves(desk)
     desk.plan(MATRIX)
-    ran = desk.run("--json", "-o", "out")
+    ran = desk.publish("--json", "-o", "out")
     assert (ran.code, ran.err) == (0, "")
     made = ran.result["variants"]
     assert [(one["repo"], one["revision"], one["path"]) for one in made] == [place[:3] for place in PUBLISHED]
@@ -161,7 +159,7 @@ def test_many_bases_sizes_and_places(client: hub_runs.Client, loopback_hub: Loop
     commits = Counter((repo, revision) for repo, revision, _, _ in PUBLISHED)
     for repo, revision in commits:
         paths = [path for *place, path, _ in PUBLISHED if place == [repo, revision]]
-        assert desk.titles(repo, revision) == [f"Publish {path} with crdiff" for path in paths]
+        assert desk.titles(repo, revision)[::-1] == [f"Publish {path} with crdiff" for path in paths]
         card = desk.hub.read(repo, "README.md", revision).decode()
         assert all(path in card for path in paths)
     exports = [
@@ -275,15 +273,13 @@ def test_a_cached_base_needs_no_hub(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("client", hub_runs.CLIENTS)
-def test_twelve_that_are_there_cost_some_headers(
-    client: hub_runs.Client, loopback_hub: LoopbackHub, tmp_path: Path
-) -> None:
-    desk = Desk(loopback_hub, tmp_path, client=client)
+def test_twelve_that_are_there_cost_some_headers(client: hub_runs.Client, desk: Desk) -> None:
+    desk.client = client
     desk.base()
     desk.plan(plan(*(f"{64 + 8 * number}x64" for number in range(12))))
     assert set(desk.made("--keep", "none").values()) == {"published"}
     assert len(desk.downloads()) == 1
-    ran = desk.run(token=READ_TOKEN)
+    ran = desk.publish(token=READ_TOKEN)
     assert ran.code == 0
     assert ran.out.count(" unchanged ") == 12
     assert ran.err == ""
@@ -296,10 +292,10 @@ def test_twelve_that_are_there_cost_some_headers(
 def test_a_local_base_is_hashed_once(desk: Desk) -> None:
     (desk.folder / "local.safetensors").write_bytes(checkpoint())
     desk.plan(plan("48x48", "96x64", "96x96", base="local.safetensors"))
-    assert "hashing: 156.71 KB" not in desk.run("--no-push").err
+    assert "hashing: 156.71 KB" not in desk.publish("--no-push").err
     assert desk.hub.requests == []
     for more in ([], ["--no-push"], []):
-        ran = desk.run(*more)
+        ran = desk.publish(*more)
         assert ran.code == 0
         assert ran.out.count(" published " if not more and desk.changes() else " unchanged ") == 3
         assert ran.err.count("hashing: 156.71 KB") == 1
@@ -367,7 +363,7 @@ def test_only_what_changed_is_made_again(desk: Desk) -> None:
         "touched.safetensors": "unchanged",
         "more.safetensors": "new",
     }
-    told = desk.run("--dry-run", "--json").result["variants"]
+    told = desk.publish("--dry-run", "--json").result["variants"]
     assert {one["path"]: one["reason"] for one in told} == expected
     assert {one["path"]: one["action"] for one in told} == {
         path: "skip" if reason == "unchanged" else "make" for path, reason in expected.items()
@@ -377,7 +373,7 @@ def test_only_what_changed_is_made_again(desk: Desk) -> None:
         path: "unchanged" if reason == "unchanged" else "published" for path, reason in expected.items()
     }
     made = [f"Publish {path} with crdiff" for path, reason in expected.items() if reason != "unchanged"]
-    assert sorted(desk.titles("tester/out")[len(before) :]) == sorted(made)
+    assert sorted(desk.titles()[: -len(before)]) == sorted(made)
     assert {path: desk.hub.read("tester/out", path) for path in same} == same
     assert set(desk.made("--keep", "none").values()) == {"unchanged"}
 
@@ -394,12 +390,12 @@ def test_another_criterion_makes_it_again(desk: Desk) -> None:
     desk.plan(plan(*sizes, more='criterion = "random:seed=7,compare=block"'))
     assert set(desk.made().values()) == {"unchanged"}
     desk.plan(plan(*sizes, more='criterion = "random"'))
-    ran = desk.run("--dry-run", "--json")
+    ran = desk.publish("--dry-run", "--json")
     assert [one["reason"] for one in ran.result["variants"]] == ["changed: criterion"] * 2
     assert [one["criterion"] for one in ran.result["variants"]] == ["random"] * 2
     mixed = plan(*sizes, each='[[base.variant]]\nsize = "64x96"\ncriterion = "wanda"\nname = "wanda.safetensors"')
     desk.plan(mixed)
-    ran = desk.run("--json")
+    ran = desk.publish("--json")
     assert ran.code == 1
     assert statuses(ran.result) == {
         "96x64.safetensors": "published", "48x48.safetensors": "published", "wanda.safetensors": "failed",
@@ -415,7 +411,7 @@ def test_a_calibration_decides_what_is_there(desk: Desk) -> None:
     own = desk.folder / "plans" / "own.safetensors"
     text = plan("96x64", more='criterion = "wanda"\ncalibration = "own.safetensors"')
     name = desk.plan(text, "plans/plan.toml")
-    ran = desk.run(name, "--json")
+    ran = desk.publish(name, "--json")
     assert ran.code == 1
     assert "but there is no such file" in ran.error["problems"][0]["message"]
     shutil.copy(made.calibration, own)
@@ -424,7 +420,7 @@ def test_a_calibration_decides_what_is_there(desk: Desk) -> None:
     raw = bytearray(own.read_bytes())
     raw[-1] ^= 1  # of a gradient, which Wanda does not look at
     own.write_bytes(raw)
-    ran = desk.run(name, "--dry-run")
+    ran = desk.publish(name, "--dry-run")
     assert "changed: calibration.file_sha256" in ran.out
     assert ", wanda" in ran.out
     assert desk.made(name) == {"96x64.safetensors": "published"}
@@ -444,7 +440,7 @@ def test_nothing_else_makes_it_again(desk: Desk) -> None:
     again = "# A comment.\n" + plan("400x560", base=f"hf://{ALIAS}/v1-5-pruned-emaonly.safetensors", each="# Another.")
     again += f'[[base]]\nbase = "{ALIAS}@main"\nsizes = ["512"]\n[[base]]\nbase = "sd15"\nsizes = ["480x360"]\n'
     desk.plan(again, "plans/other name.toml")
-    ran = desk.run("plans/other name.toml", "-o", "elsewhere", "--json", env={"PYTHONPATH": str(newer.parent)})
+    ran = desk.publish("plans/other name.toml", "-o", "elsewhere", "--json", env={"PYTHONPATH": str(newer.parent)})
     assert statuses(ran.result) == dict.fromkeys(
         ["400x560.safetensors", "512x512.safetensors", "480x360.safetensors"], "unchanged"
     )
@@ -474,7 +470,7 @@ def test_one_that_somebody_else_publishes_in_between(desk: Desk) -> None:
     assert desk.made("--no-push") == {"48x48.safetensors": "written"}
     data = (desk.folder / "48x48.safetensors").read_bytes()
     desk.hub.before("GET .*/auth-check", lambda: desk.hub.commit("tester/out", {"48x48.safetensors": data}))
-    ran = desk.run()
+    ran = desk.publish()
     assert (ran.code, ran.out.splitlines()[1].split()[2]) == (0, "unchanged")
     assert "sending" not in ran.err
     assert len(desk.titles("tester/out")) == 1
@@ -537,6 +533,43 @@ def test_what_stands_beside_the_weights_counts(desk: Desk) -> None:
     assert set(desk.made().values()) == {"unchanged"}
 
 
+def test_what_is_there_in_part_is_made_again(desk: Desk) -> None:
+    index = makers.write_shards(desk.folder / "base/unet", makers.tiny("demo.diffusers-unet"), 3)
+    (index.parent / "config.json").write_text("{}")
+    desk.plan(plan("48x48", base="base").replace("{size}.safetensors", "x"))
+    assert desk.made("--keep", "none") == {"x": "published"}
+    whole = {name: desk.hub.read("tester/out", name) for name in desk.names() - {"README.md"}}
+    assert len(whole) == 5
+    for lost in ("diffusion_pytorch_model-00002-of-00003.safetensors", index.name, "config.json"):
+        desk.hub.commit("tester/out", {f"x/unet/{lost}": None})
+        (one,) = desk.publish("--dry-run", "--json").result["variants"]
+        assert (one["action"], one["reason"]) == ("make", "incomplete")
+        desk.hub.commit("tester/out", {f"x/unet/{lost}": whole[f"x/unet/{lost}"]})
+    assert desk.made("--keep", "none") == {"x": "unchanged"}
+
+
+def test_what_a_base_is_decides_the_names(desk: Desk) -> None:
+    """Its headers are read once for all that one reading can make, and tell whether the result is a folder."""
+    folder_with_variants(desk)
+    desk.base()
+    text = 'sizes = ["48"]\n'
+    for base, name, more in (
+        ("org/base", "x", ""), ("org/base", "y.safetensors", ""),
+        ("org/base", "{base}-f.safetensors", 'dtype = "fp32"'),
+        ("org/pipe", "z.safetensors", ""), ("org/pipe", "z", ""), ("org/pipe", None, ""),
+    ):  # fmt: skip
+        text += f'[[base]]\nbase = "{base}"\n{more}\n' + (f'name = "{name}"\n' if name else "")
+    desk.plan(text)
+    variants = desk.publish("--dry-run", "--json").result["variants"]
+    assert [(one["path"], one["action"]) for one in variants] == [
+        ("x", "fail"), ("y.safetensors", "make"), ("base-f.safetensors", "make"),
+        ("z.safetensors", "fail"), ("z", "make"), ("pipe-crdiff-48x48", "make"),
+    ]  # fmt: skip
+    messages = [one["error"]["message"] for one in variants if one["error"]]
+    assert [message.partition(":")[0] for message in messages] == ["x", "z.safetensors"]
+    assert (desk.count("GET /api/models/org/base/tree/"), desk.count("GET /api/models/org/pipe/tree/")) == (2, 1)
+
+
 # --- pull requests ---
 
 
@@ -548,27 +581,27 @@ def test_one_pull_request_for_a_plan(token: str, desk: Desk) -> None:
     repo = "tester/out" if token == WRITE_TOKEN else "org/out"
     desk.plan(plan("48x48", "96x64", repo=repo))
     desk.hub.fail("POST .*/commit/refs%2Fpr%2F1", status=400)
-    first = desk.run("--create-pr", "--json", token=token)
+    first = desk.publish("--create-pr", "--json", token=token)
     assert first.code == 4
     assert statuses(first.result) == {"48x48.safetensors": "published", "96x64.safetensors": "failed"}
     desk.plan(plan("48x48", "96x64", "96x96", repo=repo))
-    dry = desk.run("--create-pr", "--dry-run", "--json", token=token).result["variants"]
+    dry = desk.publish("--create-pr", "--dry-run", "--json", token=token).result["variants"]
     assert [(one["action"], one["reason"]) for one in dry] == [
         ("skip", "unchanged"), ("send", "made by an earlier run"), ("make", "new")
     ]  # fmt: skip
-    second = desk.run("--create-pr", "--json", token=token)
+    second = desk.publish("--create-pr", "--json", token=token)
     assert second.code == 0
     assert list(statuses(second.result).values()) == ["unchanged", "published", "published"]
     (pull,) = desk.hub.repo(repo).pull_requests
     page = f"{desk.hub.url}/{repo}/discussions/{pull.num}"
     assert {one["pull_request"] for one in [*first.result["variants"], *second.result["variants"]]} == {page, None}
     assert pull.title == "Publish variants with crdiff"
-    assert desk.titles(repo, "refs/pr/1")[-3:] == [
+    assert desk.titles(repo, "refs/pr/1")[2::-1] == [
         pull.title,
         *(f"Publish {size}.safetensors with crdiff" for size in ("96x64", "96x96")),
     ]
     assert set(desk.hub.repo(repo).files()) == {".gitattributes", "x.txt"}
-    third = desk.run("--create-pr", "--json", token=token)
+    third = desk.publish("--create-pr", "--json", token=token)
     assert set(statuses(third.result).values()) == {"unchanged"}
     assert desk.changes() == []
 
@@ -585,7 +618,7 @@ def test_somebody_elses_pull_request_is_theirs(desk: Desk) -> None:
 def test_a_pull_request_needs_a_repository(desk: Desk) -> None:
     desk.base()
     desk.plan(plan("48x48"))
-    ran = desk.run("--create-pr", "--json")
+    ran = desk.publish("--create-pr", "--json")
     assert ran.code == 4
     (one,) = ran.result["variants"]
     assert one["error"]["message"] == "tester/out: no such repository, or a private one, to open a pull request for"
@@ -603,13 +636,13 @@ def test_a_tag_is_set_once_all_is_there_and_never_moved(desk: Desk) -> None:
     )
     desk.plan(text)
     desk.hub.fail("POST .*/commit/", status=400)
-    ran = desk.run("--json")
+    ran = desk.publish("--json")
     assert ran.code == 4
     tags = {one["tag"]: one for one in ran.result["tags"]}
     assert desk.hub.repo("tester/out").tags == {"other": tags["other"]["commit"]}
     assert tags["v1_0"]["commit"] is None
     assert tags["other"]["commit"] == ran.result["variants"][-1]["commit"]
-    ran = desk.run("--json")
+    ran = desk.publish("--json")
     assert ran.code == 0
     first = desk.hub.repo("tester/out").branches["main"]
     assert desk.hub.repo("tester/out").tags == {"v1_0": first, "other": tags["other"]["commit"]}
@@ -617,17 +650,17 @@ def test_a_tag_is_set_once_all_is_there_and_never_moved(desk: Desk) -> None:
 
     # What others commit is no reason to move it, nor to complain.
     desk.hub.commit("tester/out", {"notes.txt": b"By hand."})
-    ran = desk.run("--json", token=READ_TOKEN)
+    ran = desk.publish("--json", token=READ_TOKEN)
     assert (ran.code, set(statuses(ran.result).values())) == (0, {"unchanged"})
     assert {one["tag"]: one["commit"] for one in ran.result["tags"]} == desk.hub.repo("tester/out").tags
     assert desk.hub.repo("tester/out").tags["v1_0"] == first
 
     # But other variants under the name of an old tag are.
     desk.plan(text.replace('sizes = ["48x48"', 'sizes = ["64x96", "48x48"', 1))
-    ran = desk.run("--json")
+    ran = desk.publish("--json")
     assert (ran.code, statuses(ran.result)["64x96.safetensors"]) == (4, "published")
     assert f"the tag v1_0 is at {first[:10]}" in ran.result["tags"][0]["error"]["message"]
-    ran = desk.run()
+    ran = desk.publish()
     assert ran.code == 4
     assert f"the tag v1_0 is at {first[:10]}" in ran.err
     assert desk.hub.repo("tester/out").tags["v1_0"] == first
@@ -665,7 +698,7 @@ def test_a_new_repository_is_as_private_as_its_bases(desk: Desk) -> None:
             text += f'[[base]]\nbase = "{base}"\nsizes = ["48x48"]\n'
             text += f'repo = "tester/{name}"\nname = "{number}.safetensors"\n{said}\n'
     desk.plan(text)
-    ran = desk.run("--keep", "none", "--json")
+    ran = desk.publish("--keep", "none", "--json")
     assert ran.code == 4
     assert [one["path"] for one in ran.result["variants"] if one["error"]] == ["1.safetensors"] * 2
     assert {name: desk.hub.repo(f"tester/{name}").private for name in repos} == {

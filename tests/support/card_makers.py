@@ -9,7 +9,7 @@ from markdown_it import MarkdownIt
 
 from crdiff_export.formats.crdiff_keys import GroupStamp, Stamp
 from crdiff_export.models import families
-from crdiff_export.publish.card import BaseModel, Card, Row, render
+from crdiff_export.publish.card import BaseModel, Card, CardVariant, render
 from crdiff_export.sizes import Size
 
 BEGIN, END = "<!-- crdiff:begin -->", "<!-- crdiff:end -->"
@@ -42,14 +42,14 @@ def stamp(**changes: Any) -> Stamp:
     return Stamp(**{**values, **changes})
 
 
-def row(path: str = "sdxl-512x512.safetensors", **changes: Any) -> Row:
+def row(path: str = "sdxl-512x512.safetensors", **changes: Any) -> CardVariant:
     sha256 = (
         hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest() if path.endswith(".safetensors") else None
     )
-    return Row(path, stamp(**changes), 6_938_040_682, sha256)
+    return CardVariant(path, stamp(**changes), 6_938_040_682, sha256)
 
 
-def card(*rows: Row, of: tuple[BaseModel, ...] = (BASE,)) -> Card:
+def card(*rows: CardVariant, of: tuple[BaseModel, ...] = (BASE,)) -> Card:
     return Card("me/x", rows, of)
 
 
@@ -89,6 +89,6 @@ def section(text: str) -> str:
     return parts[1]
 
 
-def told(*rows: Row, of: tuple[BaseModel, ...] = (BASE,), revision: str = "main") -> str:
+def told(*rows: CardVariant, of: tuple[BaseModel, ...] = (BASE,), revision: str = "main") -> str:
     """What the section of a new card says."""
     return section(render(replace(card(*rows, of=of), revision=revision), None))

@@ -8,20 +8,24 @@ sure that no token was shown and that no traceback was. With `hurry` the waits b
 they are; `slept` says of how many seconds each was to be.
 """
 
+import http
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
+from huggingface_hub import errors
 
-from tests.support.isolation import Ran
+from tests.support.isolation import NOWHERE, Ran
 from tests.support.loopback_hub import ACCOUNTS, WRITE_TOKEN, LoopbackHub
 
 # Read now: the tests' own environment has nothing of whoever runs them.
 OLDEST = os.environ.get("CRDIFF_TEST_OLDEST_HUB")
+TOKEN = "hf_" + "secret" * 6
 Client = Literal["installed", "oldest"]
 CLIENTS: tuple[Client, ...] = ("installed", "oldest")
 # Lets no process reach another machine.
@@ -73,27 +77,15 @@ def environment(
 
 
 def start(
-    hub: LoopbackHub,
-    home: Path,
-    cwd: Path,
-    *args: object,
-    client: Client = "installed",
-    token: str | None = WRITE_TOKEN,
-    env: Mapping[str, str] | None = None,
-    xet: bool = False,
-    hurry: bool = False,
+    hub: LoopbackHub, home: Path, cwd: Path, *args: object, hurry: bool = False, **how: Any
 ) -> subprocess.Popen[str]:
     """Begin `crdiff ARGS` in the folder `cwd`; its caches are below `home`, and are shared by what has the same one."""
     program = ["-c", HURRY] if hurry else ["-m", "crdiff_export"]
     return subprocess.Popen(
         [sys.executable, "-P", *program, *map(str, args)],
-        cwd=cwd,
-        env=environment(hub, home, client=client, token=token, env=env, xet=xet),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+        cwd=cwd, env=environment(hub, home, **how),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
 def finish(process: subprocess.Popen[str], patience: float = PATIENCE) -> Ran:
@@ -111,22 +103,23 @@ def finish(process: subprocess.Popen[str], patience: float = PATIENCE) -> Ran:
     return ran
 
 
-def run(
-    hub: LoopbackHub,
-    home: Path,
-    cwd: Path,
-    *args: object,
-    client: Client = "installed",
-    token: str | None = WRITE_TOKEN,
-    env: Mapping[str, str] | None = None,
-    xet: bool = False,
-    hurry: bool = False,
-) -> Ran:
+def run(hub: LoopbackHub, home: Path, cwd: Path, *args: object, **how: Any) -> Ran:
     """What `crdiff ARGS` does in the folder `cwd`."""
-    return finish(start(hub, home, cwd, *args, client=client, token=token, env=env, xet=xet, hurry=hurry))
+    return finish(start(hub, home, cwd, *args, **how))
 
 
 def slept(home: Path) -> list[float]:
     """The waits of all runs in a hurry that had this home, in seconds."""
     noted = home / "slept"
     return [float(line) for line in noted.read_text().splitlines()] if noted.exists() else []
+
+
+def answer(kind: str, status: int, headers: dict[str, str] | None = None) -> Exception:
+    """The client's exception for an answer, whichever HTTP library it is built on."""
+    headers = headers or {}
+    request = SimpleNamespace(headers=headers, method="GET", url=f"{NOWHERE}/x?token={TOKEN}")
+    response = SimpleNamespace(status_code=status, headers=headers, request=request, text="", url=request.url)
+    error_type: Any = getattr(errors, kind, errors.EntryNotFoundError)  # what the remote one was before 1.0
+    text = f"{status} {http.HTTPStatus(status).phrase} for {request.url}"
+    made: Exception = error_type(text, response=response)
+    return made

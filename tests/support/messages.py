@@ -21,6 +21,9 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "messages.txt"
 # A test's own folder below pytest's: its name changes with the run and the test.
 OWN_FOLDER = re.compile(rf"{re.escape(tempfile.gettempdir())}/pytest-of-[^/]+/pytest-\d+(?:/popen-gw\d+)?/[^/:\s'\"]+")
 
+LOOPBACK = re.compile(r"http://127\.0\.0\.1:\d+")
+HASH = re.compile(r"\b(?:0x)?(?=[a-f]*\d)[0-9a-f]{10,64}\b")
+
 # The texts of this process's tests.
 seen: set[str] = set()
 updating = False
@@ -67,8 +70,9 @@ def golden(text: str) -> None:
 
 
 def normalised(text: str) -> str:
-    """A text without what differs from run to run: folders of tests, and space at the end."""
-    return OWN_FOLDER.sub("TMP", text).replace(tempfile.gettempdir(), "TMP").strip()
+    """A text without what differs from run to run: folders of tests, ports, hashes, and space at the end."""
+    text = HASH.sub("HASH", LOOPBACK.sub("http://HUB", OWN_FOLDER.sub("TMP", text)))
+    return text.replace(tempfile.gettempdir(), "TMP").strip()
 
 
 @cache

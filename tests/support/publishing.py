@@ -1,19 +1,68 @@
-"""A desk for tests of `crdiff publish`: a loopback Hub, an empty folder with plans, and what came of a run."""
+"""A desk for tests of `crdiff push` and `crdiff publish`: a loopback Hub, an empty folder, and what came of a run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import pytest
 
-from tests.support import hub_runs, makers
+from crdiff_export.export import ExportRequest, export
+from crdiff_export.sizes import Size
+from tests.support import hub_runs, makers, messages
 from tests.support.forks import Forks, Run
 from tests.support.isolation import Ran
 from tests.support.loopback_hub import ACCOUNTS, LoopbackHub
 
 BASE = "hf://org/base/model.safetensors"
 CARD = b"---\nlicense: mit\n---\n# A base\n"
+REPO = "tester/out"
+# What a push of `Made.one` is called, and its pull request.
+NAME, TITLE, PULL = "one.safetensors", "Upload one.safetensors with crdiff", "Upload one with crdiff"
+
+
+def digest(data: bytes | Path) -> str:
+    return sha256(data if isinstance(data, bytes) else data.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Made:
+    """What has been baked: two files of one name, a diffusers folder, and shards. Not to be changed by a test."""
+
+    home: Path
+    one: Path
+    other: Path
+    pipe: Path
+    shards: Path
+
+    @classmethod
+    def below(cls, home: Path) -> "Made":
+        small = makers.write(home / "small.safetensors", makers.tiny("demo.original-unet"))
+        pipe = home / "base"
+        for name in ("unet", "vae", "tokenizer"):
+            (pipe / name).mkdir(parents=True)
+        makers.write(pipe / "unet/diffusion_pytorch_model.safetensors", makers.tiny("demo.diffusers-unet"))
+        makers.write(pipe / "vae/diffusion_pytorch_model.safetensors", {"a.weight": ("F16", (2,), b"\1" * 4)})
+        for name, text in {
+            "unet/config.json": "{}", "model_index.json": "{}", "tokenizer/merges ü.txt": "a b\r\n", "empty.json": "",
+            "tokenizer/spiece.model": "\0binary", "README.md": "# The base's own", ".gitattributes": "* -text\n",
+        }.items():  # fmt: skip
+            (pipe / name).write_text(text, encoding="utf-8", newline="")
+        makers.write_shards(home / "pieces", makers.tiny("demo.diffusers-unet"), 3)
+        return cls(
+            home,
+            _bake(small, "96x64", home / "a" / NAME),
+            _bake(small, "64x96", home / "b" / NAME),
+            _bake(pipe, "96x64", home / "pipe"),
+            _bake(home / "pieces", "96x64", home / "shards"),
+        )
+
+
+def _bake(base: Path, size: str, output: Path) -> Path:
+    output.parent.mkdir(exist_ok=True)
+    return export(ExportRequest(str(base), Size.parse(size), output=output)).written.path
 
 
 def checked(ran: Ran) -> Ran:
@@ -24,9 +73,15 @@ def checked(ran: Ran) -> Ran:
     return ran
 
 
-# What they load besides the Hub's client itself.
+def refused(ran: Ran, exit_code: int, *keys: object) -> None:
+    """A failure names these keys in its last two lines, and has nothing on stdout."""
+    assert ran.out == ""
+    messages.refused(Ran(ran.code, "", "\n".join(ran.err.splitlines()[-2:])), exit_code, *keys)
+
+
+# What they load besides the Hub's client itself; criteria need torch.
 LOADED = (
-    *("asyncio", "encodings.idna", "tqdm.auto", "_strptime"),
+    *("asyncio", "encodings.idna", "tqdm.auto", "_strptime", "torch"),
     *(f"crdiff_export.{name}" for name in ("cli.publish", "cli.push", "publish.run", "publish.report")),
 )
 
@@ -52,6 +107,45 @@ class Desk:
         (self.tmp / "desk").mkdir(exist_ok=True)
         return self.tmp / "desk"
 
+    @property
+    def home(self) -> Path:
+        return self.tmp / "home"
+
+    def run(self, *args: object, client: hub_runs.Client | None = None, hurry: bool = False, **how: Any) -> Ran:
+        """What `crdiff ARGS` does: in a fork, but for what forks cannot do."""
+        client = client or self.client
+        if self.clients is None or hurry or client != "installed":
+            return hub_runs.run(self.hub, self.home, self.folder, *args, client=client, hurry=hurry, **how)
+        return checked(self.fork(*args, **how).end())
+
+    def fork(self, *args: object, hook: Mapping[str, Any] | None = None, **how: Any) -> Run:
+        """Begin `crdiff ARGS` in a fork."""
+        if not self.clients:
+            pytest.skip("there are no forks here")
+        environment = hub_runs.environment(self.hub, self.home, **how)
+        return self.clients.start(self.folder, *args, hook=hook, env=environment)
+
+    def push(self, path: Path | str, repo: str = REPO, *args: object, **how: Any) -> Ran:
+        return self.run("push", path, repo, *args, **how)
+
+    def start_push(self, path: Path | str, repo: str = REPO, *args: object, **how: Any) -> Popen[str]:
+        return hub_runs.start(self.hub, self.home, self.folder, "push", path, repo, *args, **how)
+
+    def export(self, base: Path | str, *args: object, **how: Any) -> Ran:
+        return self.run("export", base, "--res", "96x64", *args, **how)
+
+    def publish(self, *args: object, **how: Any) -> Ran:
+        """What `crdiff publish plan.toml ARGS` does, or with another plan that is the first of them."""
+        self.hub.requests.clear()
+        return self.run(*publish(args), **how)
+
+    def made(self, *args: object, code: int = 0, **how: Any) -> dict[str, str]:
+        """The status of every variant, by its path, of a `publish` that ends with `code`."""
+        ran = self.publish(*args, "--json", **how)
+        assert ran.code == code, ran.err + ran.out
+        assert ran.err == ""
+        return statuses(ran.result)
+
     def base(self, repo: str = "org/base", seed: int = 0, card: bytes = CARD, **settings: Any) -> bytes:
         """Put a base into a repository, and say its bytes."""
         data = checkpoint(seed)
@@ -64,42 +158,27 @@ class Desk:
         path.write_text(text, encoding="utf-8")
         return name
 
-    def start(self, *args: object, hook: Mapping[str, Any] | None = None, **how: Any) -> Run:
-        """Begin `crdiff publish plan.toml ARGS` in a fork."""
-        if not self.clients:
-            pytest.skip("there are no forks here")
-        environment = hub_runs.environment(self.hub, self.tmp / "home", **how)
-        return self.clients.start(self.folder, *publish(args), hook=hook, env=environment)
-
-    def end(self, run: Run) -> Ran:
-        """What a fork has done by its end."""
-        return checked(run.end())
-
-    def run(self, *args: object, **how: Any) -> Ran:
-        """What `crdiff publish plan.toml ARGS` does, or with another plan that is the first of them."""
-        self.hub.requests.clear()
-        if self.clients:
-            return self.end(self.start(*args, **how))
-        return hub_runs.run(self.hub, self.tmp / "home", self.folder, *publish(args), client=self.client, **how)
-
-    def made(self, *args: object, code: int = 0, **how: Any) -> dict[str, str]:
-        """The status of every variant, by its path, of a run that ends with `code`."""
-        ran = self.run(*args, "--json", **how)
-        assert ran.code == code, ran.err + ran.out
-        assert ran.err == ""
-        return statuses(ran.result)
-
     def files(self) -> set[str]:
         """All that is in the folder but plans."""
         return {p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.suffix != ".toml"}
 
-    def titles(self, repo: str, revision: str = "main") -> list[str]:
-        """Of the commits that a run made, the oldest first."""
-        return [commit.title for commit in self.hub.repo(repo).log(revision)][-2::-1]
+    def titles(self, repo: str = REPO, revision: str = "main") -> list[str]:
+        """Of all commits but the Hub's own first one, the newest first."""
+        return [commit.title for commit in self.hub.repo(repo).log(revision)[:-1]]
+
+    def names(self, repo: str = REPO, revision: str = "main") -> set[str]:
+        return set(self.hub.repo(repo).files(revision)) - {".gitattributes"}
+
+    def head(self, repo: str = REPO) -> str:
+        return self.hub.repo(repo).branches["main"]
 
     def asked(self, *methods: str) -> list[str]:
-        """The paths of the requests by a method."""
-        return [asked.path for asked in self.hub.requests if asked.method in methods]
+        """The requests, or those by some methods."""
+        return [f"{one.method} {one.path}" for one in self.hub.requests if not methods or one.method in methods]
+
+    def count(self, what: str) -> int:
+        """The requests that have this in them."""
+        return sum(what in line for line in self.asked())
 
     def downloads(self, name: str = "model.safetensors") -> list[str]:
         """Requests for the whole of a file."""
@@ -109,7 +188,11 @@ class Desk:
     def changes(self) -> list[str]:
         """What a run asked the Hub to change."""
         reads = ("/paths-info/", "/validate-yaml")
-        return [path for path in self.asked("POST", "PUT", "DELETE", "PATCH") if not any(r in path for r in reads)]
+        return [line for line in self.asked("POST", "PUT", "DELETE", "PATCH") if not any(r in line for r in reads)]
+
+    def is_whole(self, path: Path, repo: str = REPO, revision: str = "main") -> bool:
+        """Whether the Hub holds the very bytes."""
+        return digest(self.hub.read(repo, path.name, revision)) == digest(path)
 
 
 def checkpoint(seed: int = 0, dtype: str = "F16") -> bytes:
@@ -127,8 +210,14 @@ def statuses(result: Mapping[str, Any]) -> dict[str, str]:
     return {one["path"]: one["status"] for one in result["variants"]}
 
 
-def plan(*sizes: str, base: str = BASE, repo: str = "tester/out", more: str = "", each: str = "") -> str:
+def plan(*sizes: str, base: str = BASE, repo: str = REPO, more: str = "", each: str = "") -> str:
     """A plan with one base; `more` stands before it, `each` in it."""
     listed = ", ".join(f'"{size}"' for size in sizes)
     before = f'repo = "{repo}"\nname = "{{size}}.safetensors"\nsizes = [{listed}]\n{more}\n'
     return before + f'[[base]]\nbase = "{base}"\n{each}\n'
+
+
+def changed(newer: Any, older: Any) -> set[str]:
+    """The paths at which two commits differ."""
+    paths = newer.files.keys() | older.files.keys()
+    return {path for path in paths if newer.files.get(path) != older.files.get(path)}

@@ -78,9 +78,11 @@ def fetch(repo: Repo, file: str | None) -> Path:
         HubError: It is not in the cache and cannot be fetched; the hint says what to do.
     """
     from crdiff_export import hub
+    from crdiff_export.hub.location import HubLocation
 
     try:
-        return hub.fetch(repo.id, file, repo.commit, None) if file else hub.fetch_parts(repo.id, repo.commit)
+        location = HubLocation(repo.id, file, repo.commit)
+        return hub.fetch(location) if file else hub.fetch_parts(location)
     except HubError as error:
         if type(error.__cause__).__name__ not in _NOT_HERE:
             raise
@@ -95,7 +97,7 @@ def sha256(path: Path) -> str:
     from crdiff_export.formats.hashing import hash_file
     from crdiff_export.progress import Silent
 
-    return hub.hashes(path).get(path.name) or hash_file(path, Silent())
+    return hub.cached_hashes(path).get(path.name) or hash_file(path, Silent())
 
 
 def transformers() -> Any:

@@ -1,6 +1,9 @@
-"""The model card of a Hub repository that holds pruned variants: text in, text out, without files or network."""
+"""Write the model card of a Hub repository with pruned variants: text in, text out, without files or network.
 
-from crdiff_export.publish.card.model import BaseModel, Card, Origin, Row
+Begin with `render`, which makes a new card or updates one, from a `Card` with its `CardVariant`s and `BaseModel`s.
+"""
+
+from crdiff_export.publish.card.model import BaseModel, Card, CardVariant
 from crdiff_export.publish.card.render import render
 
-__all__ = ["BaseModel", "Card", "Origin", "Row", "render"]
+__all__ = ["BaseModel", "Card", "CardVariant", "render"]

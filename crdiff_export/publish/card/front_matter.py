@@ -1,7 +1,9 @@
-"""The YAML front matter of a card, edited where it stands: comments, order, quotes and line ends stay as they are.
+"""Edit the YAML front matter of a card in place: comments, order, quotes and line ends stay as they are.
 
-PyYAML tells where every value begins and ends; only text is cut and pasted. What was made is parsed again and has to be
-exactly the old mapping with the changes asked for, so that what is not foreseen here is refused, not broken.
+A library that writes YAML (ruamel.yaml) keeps comments and order but not every other byte, which is promised.
+
+PyYAML tells where every value begins and ends; text is only cut and pasted. The result is parsed again and must be the
+old mapping with exactly the wanted changes. So a case that nobody thought of is refused, and nothing is broken.
 """
 
 import re
@@ -18,21 +20,25 @@ _OPENS = re.compile(r"\ufeff?\s*---(?:\r\n|\r|\n)")
 _BLOCK = re.compile(rf"({_OPENS.pattern})((?:[\S\s]*?(?:\r\n|\r|\n))??)(?=---[ \t]*(?:\r\n|\n|\Z))")
 _ALMOST = re.compile(r"\ufeff?\s*---[ \t]+(?:\r|\n|\Z)")
 _LINE_END = re.compile(r"\r\n|\r|\n|\Z")
-# What is text without quotes in YAML 1.1 (PyYAML) and 1.2 (the Hub): no number begins with a letter.
+# Text that needs no quotes in YAML 1.1 (PyYAML) and 1.2 (the Hub): no number begins with a letter.
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*(?: [A-Za-z0-9_./+-]+)*")
 _WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 _TEXT, _NULL, _TRUTH, _WHOLE = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "null", "bool", "int"))
 
-# A YAML value without its place: tag and text, or a list, or a mapping's pairs.
+# A YAML value without its position: tag and text, or a list, or a mapping's pairs.
 Tree = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What the front matter is to have. The keys of a unit go in together, where none begins as the unit is called.
+    """The wanted changes of the front matter.
 
-    Lists gain `items`, and lose those of `stale`; one item alone under a key of `single` needs no list. New keys stand
-    in `order`, others behind them.
+    Attributes:
+        units: Keys to add together, by a stem; none is added if there is a key that begins with the stem.
+        items: Items to add to lists, by key.
+        stale: Items to remove from lists, by key.
+        single: Keys that may have one text in place of a list of one.
+        order: The order of new keys; others follow.
     """
 
     units: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -43,9 +49,10 @@ class Changes:
 
 
 def split(text: str) -> tuple[str, str, str] | None:
-    """The text up to the front matter, the front matter, and the rest from the `---` that ends it; None without one.
+    """Split a card: the text up to the front matter, the front matter, and the rest from the `---` that ends it.
 
-    CardError for what looks like front matter and is none for the Hub.
+    Returns None for a card without front matter. Raises CardError for lines that look like front matter but are none
+    to the Hub.
     """
     if match := _BLOCK.match(text):
         return match[1], match[2], text[match.end() :]
@@ -59,9 +66,9 @@ def split(text: str) -> tuple[str, str, str] | None:
 
 
 def edit(block: str, changes: Changes, newline: str, line: int) -> str:
-    """The front matter with the changes made; `line` is the number of its first line.
+    """Return the front matter with the changes; `line` is the number of its first line in the card.
 
-    CardError where it is not a mapping, or is written in a way that cannot be changed without a risk.
+    Raises CardError if it is not a mapping, or is written in a way that cannot be changed without a risk.
     """
     root = _compose(block, line)
     pairs = _pairs(root, line)
@@ -83,27 +90,27 @@ def edit(block: str, changes: Changes, newline: str, line: int) -> str:
     added.sort(key=lambda pair: changes.order.index(pair[0]) if pair[0] in changes.order else len(changes.order))
     edits.add(added)
     expected += [(_wanted(name), _wanted(value)) for name, value in added]
-    made = edits.apply()
-    after = _pairs(_compose(made, line), line)
+    edited = edits.apply()
+    after = _pairs(_compose(edited, line), line)
     if [(_tree(key), _tree(value)) for key, value in after] != expected:
         _refuse(line, "the front matter is written in a way that crdiff cannot edit safely")
-    return made
+    return edited
 
 
 class _Edits:
-    """Cuts and pastes in one block: noted first, with places in the old text, then made together."""
+    """Cuts and pastes in one block: collected first, with positions in the old text, then applied together."""
 
     def __init__(self, block: str, root: Any, newline: str, line: int) -> None:
         self._block, self._root, self._newline, self._line = block, root, newline, line
         self._flow = root is not None and bool(root.flow_style) and bool(root.value)
         self._column = root.start_mark.column if root is not None and not root.flow_style else 0
         lists = (value for _, value in (root.value if root is not None else ()) if _is_list(value))
-        # As deep as the lists that are there.
+        # The indent of the lists that exist.
         self._dash = next((value.start_mark.column for value in lists if not value.flow_style), self._column)
         self._edits: list[tuple[int, int, str]] = []
 
     def merge(self, key: Any, value: Any, items: Sequence[str], stale: frozenset[str], *, lone: bool) -> Tree:
-        """Note what gives the value the items and takes the stale ones away; the tree that it will have."""
+        """Add and remove items of a value; return the tree that it will have."""
         nodes = self._texts(key, value)
         kept = [node for node in nodes if node.value not in stale]
         new = [text for text in dict.fromkeys(items) if text not in {node.value for node in kept}]
@@ -122,7 +129,7 @@ class _Edits:
         return ("list", *map(_tree, kept), *map(_wanted, new))
 
     def _texts(self, key: Any, value: Any) -> list[Any]:
-        """The nodes of a list's texts, or of one text alone; none where there is no value."""
+        """Return the nodes of a list's texts, or of one text alone; none if there is no value."""
         if not _is_list(value) and (value.tag == _NULL or value.value == ""):
             return []
         nodes = value.value if _is_list(value) else [value]
@@ -133,13 +140,13 @@ class _Edits:
         return list(nodes)
 
     def _replace(self, key: Any, value: Any, text: str) -> None:
-        """The text in place of a value that says nothing."""
+        """Replace an empty value."""
         start = value.start_mark.index
         space = "" if self._block[key.end_mark.index : start][-1:].isspace() else " "
         self._edits.append((start, value.end_mark.index, space + text))
 
     def _to_list(self, key: Any, value: Any, new: Sequence[str]) -> None:
-        """A list in place of one text, which becomes its first item as it stands there."""
+        """Turn one text into a list, whose first item it becomes as it is written."""
         start, end = value.start_mark.index, value.end_mark.index
         if self._flow:
             more = "".join(f", {scalar(text, flow=True)}" for text in new)
@@ -172,11 +179,11 @@ class _Edits:
         lead = self._block[self._start_of_line(start) : start]
         comma = f",{self._newline}{lead}" if lead.isspace() else ", "  # each on a line of its own, or all on one
         texts = comma.join(scalar(text, flow=True) for text in new)
-        place = kept[-1].end_mark.index if kept else nodes[0].start_mark.index
-        self._edits.append((place, nodes[-1].end_mark.index, comma + texts if kept and new else texts))
+        index = kept[-1].end_mark.index if kept else nodes[0].start_mark.index
+        self._edits.append((index, nodes[-1].end_mark.index, comma + texts if kept and new else texts))
 
     def add(self, pairs: Sequence[tuple[str, Any]]) -> None:
-        """Note new keys, behind those that are there."""
+        """Add new keys behind those that exist."""
         if not pairs:
             return
         if self._flow:
@@ -192,15 +199,15 @@ class _Edits:
             self._edits.append((end, end, "".join(line + self._newline for line in lines)))
 
     def apply(self) -> str:
-        """The block with everything done that was noted."""
-        made, done = [], 0
-        for start, end, text in sorted(self._edits, key=lambda edit: edit[0]):  # at one place as they were noted
-            made += [self._block[done:start], text]
+        """Return the block with all edits."""
+        pieces, done = [], 0
+        for start, end, text in sorted(self._edits, key=lambda edit: edit[0]):  # stable: insertions keep their order
+            pieces += [self._block[done:start], text]
             done = end
-        return "".join([*made, self._block[done:]])
+        return "".join([*pieces, self._block[done:]])
 
     def _paste(self, index: int, lines: Sequence[str]) -> None:
-        """Lines of their own, after the one that the index is in."""
+        """Insert lines after the one that the index is in."""
         end = self._end_of_line(index)
         self._edits.append((end, end, "".join(line + self._newline for line in lines)))
 
@@ -214,7 +221,7 @@ class _Edits:
 
 
 def scalar(text: str, *, flow: bool = False) -> str:
-    """The text as a YAML scalar that every reader takes for text; `flow`: within brackets."""
+    """Return a YAML scalar that every reader takes for text; `flow`: inside brackets."""
     plain = _PLAIN.fullmatch(text) or (not flow and re.fullmatch(r"resolution:[0-9]+x[0-9]+", text))
     return text if plain and text.lower() not in _WORDS else quoted(text)
 
@@ -241,9 +248,9 @@ def _lines(name: str, value: Any, indent: str, deeper: str) -> Iterator[str]:
 
 
 def _compose(block: str, line: int) -> Any:
-    """The block's tree with its places, None for an empty one; CardError for what is not YAML, or is more than plain.
+    """Parse the block to a tree with positions; None if it is empty.
 
-    Anchors and tags of somebody's own make a value depend on what stands elsewhere.
+    Raises CardError for what is not YAML, and for anchors and tags, which make a value depend on other places.
     """
     import yaml
 
@@ -253,14 +260,14 @@ def _compose(block: str, line: int) -> Any:
                 _refuse(line + event.start_mark.line, "anchors, aliases and tags in front matter are not edited")
         return yaml.compose(block, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        place = line + error.problem_mark.line if error.problem_mark else line
-        _refuse(place, f"the front matter is not YAML: {error.problem or 'it cannot be read'}", error)
+        at = line + error.problem_mark.line if error.problem_mark else line
+        _refuse(at, f"the front matter is not YAML: {error.problem or 'it cannot be read'}", error)
     except (yaml.YAMLError, RecursionError) as error:
         _refuse(line, "the front matter is not YAML that can be read", error)
 
 
 def _pairs(root: Any, line: int) -> list[tuple[Any, Any]]:
-    """The mapping's keys and values; CardError where it is none, or where a key is there twice or merges another."""
+    """Return the mapping's keys and values; CardError if it is none, or has a key twice or a merge key."""
     if root is None:
         return []
     if root.id != "mapping":
@@ -291,7 +298,7 @@ def _tree(node: Any) -> Tree:
 
 
 def _wanted(value: Any) -> Tree:
-    """The tree that a value of ours is to have."""
+    """Return the tree of a value of ours."""
     if isinstance(value, Mapping):
         return ("mapping", *((_wanted(key), _wanted(inner)) for key, inner in value.items()))
     if isinstance(value, list | tuple):

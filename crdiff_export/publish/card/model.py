@@ -1,4 +1,4 @@
-"""What a card is about, as values: the repository, the variants in it, and the bases that they were made from."""
+"""The content of a card: the repository, its variants and their bases."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -7,35 +7,27 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from crdiff_export.formats.crdiff_keys import Stamp
+from crdiff_export.hub.location import parse_uri
 from crdiff_export.publish.card.text import page
 
 GATING = "extra_gated_"
-# `bases.locate` names what comes from the Hub so.
-_PLACE = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<file>.+))?", re.ASCII | re.DOTALL)
-# The Hub's own cards nest three deep; what is deeper is no form to fill in.
+# Cards on the Hub nest gating forms three deep; deeper values are dropped.
 _DEPTH = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """A place on the Hub that a base came from; `file` None for a folder."""
-
-    repo: str
-    file: str | None
-
-    @classmethod
-    def parse(cls, name: str) -> Self | None:
-        """The place that a stamp's `source_name` means; None for a base that was not taken from the Hub."""
-        match = _PLACE.fullmatch(name)
-        return cls(match["repo"], match["file"]) if match else None
-
-
-@dataclass(frozen=True, slots=True)
 class BaseModel:
-    """What the Hub says of a base; `repo` None for a base that is not on the Hub.
+    """A base as the Hub describes it.
 
-    `gating` are the `extra_gated_*` keys of a gated base's card. `pipeline`: the repository has diffusers' folders,
-    so that its configuration can be taken from there.
+    Attributes:
+        repo: The Hub id; None for a base that is not on the Hub.
+        license: The licence's id on the Hub.
+        license_name: The name of a licence whose id is `other`.
+        license_link: The address of its text.
+        pipeline_tag: The Hub's name for the task.
+        gated: Whether people have to accept terms first.
+        gating: The `extra_gated_*` keys of a gated base's card.
+        pipeline: Whether the repository has diffusers' folders, and so the configuration of the model.
     """
 
     repo: str | None
@@ -49,12 +41,18 @@ class BaseModel:
 
     @classmethod
     def from_front_matter(
-        cls, repo: str | None, gated: bool | str, data: Mapping[str, Any], *, pipeline: bool | None = None
+        cls, repo: str | None, gated: bool | str, data: Mapping[str, Any], *, pipeline: bool = False
     ) -> Self:
-        """Read a base card's parsed front matter; what is not of the type that the Hub documents counts as not there.
+        """Read the front matter of a base's card. Values of a type that the Hub does not document are left out.
 
-        A licence's link that means a file of the base's repository becomes an address. `pipeline` None: go by the
-        card's `library_name`.
+        Args:
+            repo: The Hub id.
+            gated: Whether the base is gated; the Hub says "auto" or "manual".
+            data: The parsed front matter. A link to a file of the repository becomes an address.
+            pipeline: Whether the repository has diffusers' folders.
+
+        Returns:
+            The base.
         """
         licence = data.get("license")
         if isinstance(licence, list) and len(licence) == 1:
@@ -65,18 +63,23 @@ class BaseModel:
             license_name=_text(data.get("license_name")),
             license_link=_absolute(repo, _text(data.get("license_link"))),
             pipeline_tag=_text(data.get("pipeline_tag")),
-            gated=bool(gated),  # the Hub says "auto" or "manual"
+            gated=bool(gated),
             gating=dict(_gating(data)) if gated else {},
-            pipeline=data.get("library_name") == "diffusers" if pipeline is None else pipeline,
+            pipeline=pipeline,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A variant in the repository: `path` is its file, or its folder ('' for the root).
+class CardVariant:
+    """A variant in the repository.
 
-    `sha256` is of the file as the Hub has it, None for a folder of several files. `variant` is diffusers' name for
-    weights such as `*.fp16.safetensors`.
+    Attributes:
+        path: Its file, or its folder ('' for the root).
+        stamp: Its header.
+        size: Bytes of its weights.
+        sha256: The SHA-256 of its file as hex; None for a folder.
+        inpainting: Whether the model is one for inpainting.
+        weights: diffusers' name for weights such as `*.fp16.safetensors`.
     """
 
     path: str
@@ -84,56 +87,61 @@ class Row:
     size: int
     sha256: str | None
     inpainting: bool = False
-    variant: str | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """All that a card says: every variant in the repository, in any order, and their bases.
+    """The content of a card.
 
-    `relation` is what the Hub calls `base_model_relation`: adapter, merge, quantized or finetune. `revision` is the
-    branch that the card and the variants are on.
+    Attributes:
+        repo: The Hub id of the repository.
+        variants: Its variants, in any order.
+        bases: Their bases.
+        relation: The Hub's `base_model_relation`: adapter, merge, quantized or finetune.
+        revision: The branch that the card and the variants are on.
     """
 
     repo: str
-    rows: tuple[Row, ...]
+    variants: tuple[CardVariant, ...]
     bases: tuple[BaseModel, ...]
     relation: str = "finetune"
     revision: str = "main"
 
-    def ordered(self) -> tuple[Row, ...]:
-        """The rows by family, then from small to large, then by name."""
-        return tuple(sorted(self.rows, key=_rank))
+    def sorted_variants(self) -> tuple[CardVariant, ...]:
+        """Return the variants by family, then from small to large, then by name."""
+        return tuple(sorted(self.variants, key=_rank))
 
     def sizes(self) -> tuple[str, ...]:
-        """The sizes that there are variants for, in the rows' order."""
-        return tuple(dict.fromkeys(str(row.stamp.resolution) for row in self.ordered()))
+        """Return the sizes of the variants, in their order."""
+        return tuple(dict.fromkeys(str(variant.stamp.resolution) for variant in self.sorted_variants()))
 
-    def base_of(self, row: Row) -> BaseModel | None:
-        """The base that a variant was made from, as far as the names tell."""
-        origin = Origin.parse(row.stamp.source_name)
-        named = [base for base in self.bases if origin and (base.repo or "").lower() == origin.repo.lower()]
-        unnamed = [base for base in self.bases if not origin and base.repo is None]
-        found = named or (list(self.bases) if len(self.bases) == 1 else unnamed)
-        return found[0] if len(found) == 1 else None
+    def base_of(self, variant: CardVariant) -> BaseModel | None:
+        """Find the base of a variant, as far as the names tell."""
+        if len(self.bases) == 1:
+            return self.bases[0]
+        location = parse_uri(variant.stamp.source_name)
+        repo = location.repo.lower() if location else None
+        candidates = [base for base in self.bases if (base.repo.lower() if base.repo else None) == repo]
+        return candidates[0] if len(candidates) == 1 else None
 
 
-def _rank(row: Row) -> tuple[str, int, int, str]:
-    size = row.stamp.resolution
-    return row.stamp.family, size.width * size.height, size.width, row.path
+def _rank(variant: CardVariant) -> tuple[str, int, int, str]:
+    size = variant.stamp.resolution
+    return variant.stamp.family, size.width * size.height, size.width, variant.path
 
 
 def _text(value: object) -> str | None:
     return value.strip() or None if isinstance(value, str) else None
 
 
-def _absolute(repo: str | None, place: str | None) -> str | None:
-    """A link of the base's card as it is to be written in another repository."""
-    if place is None:
+def _absolute(repo: str | None, link: str | None) -> str | None:
+    """Make a link of the base's card fit for the card of another repository."""
+    if link is None:
         return None
-    if re.match(r"https?://", place, re.IGNORECASE):
-        return place if _is_address(place) else None
-    inside = place.removeprefix("./").removeprefix("/")
+    if re.match(r"https?://", link, re.IGNORECASE):
+        return link if _is_address(link) else None
+    inside = link.removeprefix("./").removeprefix("/")
     return page(repo, inside) if repo and inside and ":" not in inside else None
 
 
@@ -146,12 +154,12 @@ def _is_address(text: str) -> bool:
 
 def _gating(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in data.items():
-        if isinstance(key, str) and key.startswith(GATING) and (kept := _plain(value, _DEPTH)) is not None:
-            yield key, kept
+        if isinstance(key, str) and key.startswith(GATING) and (plain := _plain(value, _DEPTH)) is not None:
+            yield key, plain
 
 
 def _plain(value: object, depth: int) -> Any:
-    """A copy that shares nothing with itself, of text, whole numbers, yes and no; None for what cannot be kept."""
+    """Copy text, numbers and flags in lists and mappings, sharing nothing; None for anything else."""
     if depth and isinstance(value, Mapping):
         pairs = ((str(key), _plain(inner, depth - 1)) for key, inner in value.items())
         return {key: inner for key, inner in pairs if inner is not None}

@@ -1,8 +1,8 @@
-"""The whole card: its front matter and our section of it, made anew or put in step in a card that somebody has."""
+"""Make a card, or update the front matter and the managed section of a card that exists."""
 
 from typing import Any
 
-from crdiff_export.publish.card import front_matter, marked
+from crdiff_export.publish.card import front_matter, managed_section
 from crdiff_export.publish.card.front_matter import Changes
 from crdiff_export.publish.card.model import GATING, Card
 from crdiff_export.publish.card.section import section, sizes, summary
@@ -18,16 +18,26 @@ _ORDER = (
 
 
 def render(card: Card, existing: str | None) -> str:
-    """The card's text: a new one, or `existing` with our keys and our section in step and every other byte as it was.
+    """Write a card. In a card that exists only our keys and our section change, and every other byte stays.
 
-    A key that somebody has set stays; base_model and tags only gain what is missing, and tags lose the sizes that the
-    section had and has no more. CardError where that cannot be done safely; rendering again changes nothing.
+    A key that somebody has set stays. base_model and tags gain what is missing; tags also lose the sizes that the
+    section no longer has. Rendering again changes nothing.
+
+    Args:
+        card: The content.
+        existing: The text of the card that exists, if there is one.
+
+    Returns:
+        The text.
+
+    Raises:
+        CardError: If a card cannot be changed safely.
     """
     text = existing or f"# {prose(card.repo.partition('/')[2] or card.repo)}\n\n{summary(card)}\n"
-    newline = marked.newline(text)
+    newline = managed_section.newline(text)
     head, block, rest = front_matter.split(text) or _without_front_matter(text, newline)
-    ours = marked.find(rest, 1 + marked.line_ends(text) - marked.line_ends(rest))
-    stale = sizes(ours.inside()) - set(card.sizes())
+    ours = managed_section.find(rest, 1 + managed_section.count_lines(text) - managed_section.count_lines(rest))
+    stale = sizes(ours.content()) - set(card.sizes())
     changes = Changes(
         units={"license": _licence(card), **_single(card), GATING: _gating(card)},
         items={"base_model": [base.repo for base in card.bases if base.repo], "tags": _tags(card)},
@@ -35,12 +45,12 @@ def render(card: Card, existing: str | None) -> str:
         single=frozenset({"base_model"}),
         order=_ORDER,
     )
-    made = front_matter.edit(block, changes, newline, 1 + marked.line_ends(head))
-    return head + made + ours.replaced(section(card), newline)
+    edited = front_matter.edit(block, changes, newline, 1 + managed_section.count_lines(head))
+    return head + edited + ours.replace(section(card), newline)
 
 
 def _without_front_matter(text: str, newline: str) -> tuple[str, str, str]:
-    """Front matter with nothing in it, before the text."""
+    """Put empty front matter before the text."""
     mark = "\ufeff" * text.startswith("\ufeff")
     body = text.removeprefix("\ufeff")
     blank = "" if body.startswith(("\r", "\n")) else newline
@@ -48,13 +58,13 @@ def _without_front_matter(text: str, newline: str) -> tuple[str, str, str]:
 
 
 def _licence(card: Card) -> dict[str, str]:
-    """The bases' licence; nothing where one of them is not known."""
+    """The keys for the bases' licence; none if a licence is not known."""
     kinds = list(dict.fromkeys((base.license, base.license_name, base.license_link) for base in card.bases))
     named = {licence for licence, _, _ in kinds}
     if not kinds or None in named:
         return {}
     if len(kinds if "other" in named else named) > 1:
-        # The section says whose is which.
+        # The section lists them.
         return {"license": "other", "license_name": "see-the-bases", "license_link": page(card.repo, "README.md")}
     licence, name, address = kinds[0]
     if licence != "other":
@@ -65,10 +75,10 @@ def _licence(card: Card) -> dict[str, str]:
 
 
 def _single(card: Card) -> dict[str, dict[str, str]]:
-    """The keys that stand for themselves."""
-    library = "diffusers" if any(kind(row) == "pipeline" for row in card.rows) else "diffusion-single-file"
+    """The keys that do not depend on other keys."""
+    library = "diffusers" if any(kind(variant) == "pipeline" for variant in card.variants) else "diffusion-single-file"
     tasks = {base.pipeline_tag for base in card.bases if base.pipeline_tag}
-    refiners = all(row.stamp.family == "sdxl-refiner" for row in card.rows)
+    refiners = all(variant.stamp.family == "sdxl-refiner" for variant in card.variants)
     values = {
         "library_name": library,
         "pipeline_tag": tasks.pop() if len(tasks) == 1 else "image-to-image" if refiners else "text-to-image",
@@ -79,7 +89,7 @@ def _single(card: Card) -> dict[str, dict[str, str]]:
 
 
 def _gating(card: Card) -> dict[str, Any]:
-    """What the first gated base asks of people before they get its files: two forms in one would be neither."""
+    """The gating form of the first gated base; two forms cannot be merged."""
     return next((dict(base.gating) for base in card.bases if base.gated and base.gating), {})
 
 

@@ -1,6 +1,6 @@
-"""How to open a variant: code for diffusers, and the folders that ComfyUI, A1111 and Forge look into.
+"""Show how to open a variant: code for diffusers, and the folders that ComfyUI, A1111 and Forge read.
 
-What diffusers makes of one file: its `loaders/single_file*.py`, of 0.36 to 0.42.
+Source: diffusers' `loaders/single_file*.py`, 0.36 to 0.42, for what it makes of one file.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -8,10 +8,11 @@ from glob import escape
 from itertools import groupby
 from typing import Literal
 
+from crdiff_export.hub.location import parse_uri
 from crdiff_export.models import families
 from crdiff_export.models.families import pipelines
 from crdiff_export.models.families.pipelines import BUNDLED, Pipeline
-from crdiff_export.publish.card.model import Card, Origin, Row
+from crdiff_export.publish.card.model import Card, CardVariant
 from crdiff_export.publish.card.text import prose, quoted, word
 from crdiff_export.sizes import Size
 
@@ -25,62 +26,70 @@ _WEBUI = "stable-diffusion-webui{}/models/Stable-diffusion"
 
 
 def usage(card: Card) -> Iterator[str]:
-    """The lines that say how to open each kind of file that the repository holds, with one of its variants."""
-    rows = sorted(card.ordered(), key=_alike)  # stable: the smallest size of each kind comes first
-    for _, group in groupby(rows, key=_alike):
-        row, *others = group
-        shown = [*_diffusers(card, row), *_folders(card, row)] or [_no_way(row), ""]
+    """Yield the lines on how to open each kind of file in the repository, with one variant as the example."""
+    variants = sorted(card.sorted_variants(), key=_alike)  # stable: the smallest size of each kind comes first
+    for _, group in groupby(variants, key=_alike):
+        variant, *others = group
+        shown = [*_diffusers(card, variant), *_folders(card, variant)] or [_no_way(variant), ""]
         more = " (the others of this kind likewise, each with its own size)" if others else ""
-        yield from (f"{_heading(row)}, here {row.stamp.resolution}{more}:", "", *shown)
+        yield from (f"{_heading(variant)}, here {variant.stamp.resolution}{more}:", "", *shown)
 
 
-def kind(row: Row) -> Kind:
-    """What a variant's path, layout and prefix tell of how it is stored."""
-    if not row.path.endswith(".safetensors"):
-        if row.path.rsplit("/", 1)[-1] in ("unet", "transformer"):
+def kind(variant: CardVariant) -> Kind:
+    """Tell from path, layout and prefix how a variant is stored."""
+    if not variant.path.endswith(".safetensors"):
+        if variant.path.rsplit("/", 1)[-1] in ("unet", "transformer"):
             return "component"
-        if row.stamp.layout != "diffusers":
+        if variant.stamp.layout != "diffusers":
             return "shards"
-        return "folder" if row.path else "pipeline"
-    return "checkpoint" if (row.stamp.layout, row.stamp.prefix) == ("original", BUNDLED) else "network"
+        return "folder" if variant.path else "pipeline"
+    return "checkpoint" if (variant.stamp.layout, variant.stamp.prefix) == ("original", BUNDLED) else "network"
 
 
 def title(family: str) -> str:
-    """What people call a family; one that is not known here by its id."""
+    """Return the title of a family; the id of one that is unknown here."""
     return next((known.title for known in families.all_families() if known.id == family), prose(family))
 
 
-def _alike(row: Row) -> tuple[str, ...]:
+def _alike(variant: CardVariant) -> tuple[str, ...]:
     """Equal for variants that are opened with the same code."""
-    stamp = row.stamp
-    return stamp.family, _special(row), kind(row), stamp.layout, stamp.prefix, stamp.cast or "", row.variant or ""
+    stamp = variant.stamp
+    return (
+        stamp.family,
+        _special(variant),
+        kind(variant),
+        stamp.layout,
+        stamp.prefix,
+        stamp.cast or "",
+        variant.weights or "",
+    )
 
 
-def _special(row: Row) -> str:
-    """Which of a family's models it is: they are of one shape, but need another configuration."""
-    base = row.stamp.family == "sd21" and row.stamp.native == Size(512, 512)
-    return "inpainting" if row.inpainting else "base" if base else ""
+def _special(variant: CardVariant) -> str:
+    """The model of a family that has the same shape as others but needs its own configuration."""
+    base = variant.stamp.family == "sd21" and variant.stamp.native == Size(512, 512)
+    return "inpainting" if variant.inpainting else "base" if base else ""
 
 
-def _heading(row: Row) -> str:
-    network = "UNet" if "down" in row.stamp.groups else "transformer"
+def _heading(variant: CardVariant) -> str:
+    network = "UNet" if "down" in variant.stamp.groups else "transformer"
     what = {
         "pipeline": "the pipeline", "folder": "a pipeline's folder", "component": f"the {network}'s folder",
         "checkpoint": "a checkpoint", "network": f"the {network} alone", "shards": "a checkpoint in shards",
-    }[kind(row)]  # fmt: skip
-    special = "" if not _special(row) else f" ({_special(row)})"
-    return f"**{title(row.stamp.family)}{special}**, {what}"
+    }[kind(variant)]  # fmt: skip
+    special = "" if not _special(variant) else f" ({_special(variant)})"
+    return f"**{title(variant.stamp.family)}{special}**, {what}"
 
 
-def _diffusers(card: Card, row: Row) -> Iterator[str]:
-    """A Python program that makes a picture; nothing for what diffusers has no way to open."""
-    model, stored = pipelines.find(row.stamp.family, _special(row)), kind(row)
+def _diffusers(card: Card, variant: CardVariant) -> Iterator[str]:
+    """A Python program that makes a picture; nothing for what diffusers cannot open."""
+    model, stored = pipelines.find(variant.stamp.family, _special(variant)), kind(variant)
     whole = stored in ("pipeline", "folder")
     if stored == "shards" or not (whole or model):
         return
     model = model or Pipeline("DiffusionPipeline", "")
-    dtype = f"torch_dtype=torch.{_DTYPES.get(row.stamp.cast, model.dtype)}"
-    imports, opening = _whole(card, row, dtype) if whole else _parts(card, row, model, dtype)
+    dtype = f"torch_dtype=torch.{_DTYPES.get(variant.stamp.cast, model.dtype)}"
+    imports, opening = _whole(card, variant, dtype) if whole else _parts(card, variant, model, dtype)
     imports += ["from diffusers.utils import load_image"] if model.pictures else []
     yield "```python"
     yield "import torch"
@@ -88,50 +97,53 @@ def _diffusers(card: Card, row: Row) -> Iterator[str]:
     yield ""
     yield from opening
     yield from (f'{name} = load_image("{name}.png")' for name in model.pictures)
-    yield from (f"prompt = {_PROMPT}", f"image = pipe(prompt, {model.call.format(row.stamp.resolution)}).images[0]")
+    yield from (f"prompt = {_PROMPT}", f"image = pipe(prompt, {model.call.format(variant.stamp.resolution)}).images[0]")
     yield "```"
     yield ""
 
 
-def _whole(card: Card, row: Row, dtype: str) -> tuple[list[str], list[str]]:
+def _whole(card: Card, variant: CardVariant, dtype: str) -> tuple[list[str], list[str]]:
     """Imports and code for a pipeline with all its parts."""
-    imports, opening, place = ["from diffusers import DiffusionPipeline"], [], quoted(card.repo) + _at(card)
-    if row.path:
+    imports, opening, source = ["from diffusers import DiffusionPipeline"], [], quoted(card.repo) + _at(card)
+    if variant.path:
         imports.append("from huggingface_hub import snapshot_download")
-        pattern = quoted(f"{escape(row.path)}/*")
-        inside = quoted(f"/{row.path}")
-        opening = [f"folder = snapshot_download({place}, allow_patterns={pattern}) + {inside}"]
-        place = "folder"
-    return imports, [*opening, f'pipe = DiffusionPipeline.from_pretrained({place}, {dtype}{_variant(row)}).to("cuda")']
+        pattern = quoted(f"{escape(variant.path)}/*")
+        inside = quoted(f"/{variant.path}")
+        opening = [f"folder = snapshot_download({source}, allow_patterns={pattern}) + {inside}"]
+        source = "folder"
+    return imports, [
+        *opening,
+        f'pipe = DiffusionPipeline.from_pretrained({source}, {dtype}{_weights(variant)}).to("cuda")',
+    ]
 
 
-def _parts(card: Card, row: Row, model: Pipeline, dtype: str) -> tuple[list[str], list[str]]:
+def _parts(card: Card, variant: CardVariant, model: Pipeline, dtype: str) -> tuple[list[str], list[str]]:
     """Imports and code for a file, or for a folder with the pruned part alone."""
-    stored, config, repo = kind(row), quoted(_config(card, row, model)), quoted(card.repo)
+    stored, config, repo = kind(variant), quoted(_config(card, variant, model)), quoted(card.repo)
     imports = [f"from diffusers import {model.pipeline}"]
-    opening = [f"file = hf_hub_download({repo}, {quoted(row.path)}{_at(card)})"]
+    opening = [f"file = hf_hub_download({repo}, {quoted(variant.path)}{_at(card)})"]
     if stored != "component":
         imports.append("from huggingface_hub import hf_hub_download")
     if stored == "checkpoint" and model.folder == "unet":
-        made = [f"    file, config={config}, {dtype}"]
-        return imports, [*opening, f"pipe = {model.pipeline}.from_single_file(", *made, ').to("cuda")']
+        arguments = [f"    file, config={config}, {dtype}"]
+        return imports, [*opening, f"pipe = {model.pipeline}.from_single_file(", *arguments, ').to("cuda")']
     # Of SD3 and FLUX there are checkpoints with and without text encoders; this opens both.
     imports[0] = f"from diffusers import {', '.join(sorted((model.pipeline, model.network)))}"
     if stored == "component":
-        where = f"{repo}, subfolder={quoted(row.path)}{_at(card)}, {dtype}{_variant(row)}"
+        where = f"{repo}, subfolder={quoted(variant.path)}{_at(card)}, {dtype}{_weights(variant)}"
         opening = [f"{model.folder} = {model.network}.from_pretrained({where})"]
     else:
-        weights, renaming = _renamed(row, model)
+        weights, renaming = _renamed(variant, model)
         imports += ["from safetensors.torch import load_file"] if renaming else []
         where = f'    {weights}, config={config}, subfolder="{model.folder}", {dtype}'
         opening += [*renaming, f"{model.folder} = {model.network}.from_single_file(", where, ")"]
-    made = [f"    {config}, {model.folder}={model.folder}, {dtype}"]
-    return imports, [*opening, f"pipe = {model.pipeline}.from_pretrained(", *made, ').to("cuda")']
+    arguments = [f"    {config}, {model.folder}={model.folder}, {dtype}"]
+    return imports, [*opening, f"pipe = {model.pipeline}.from_pretrained(", *arguments, ').to("cuda")']
 
 
-def _renamed(row: Row, model: Pipeline) -> tuple[str, list[str]]:
-    """What to give to `from_single_file`, and the lines that make it from the file."""
-    layout, prefix = row.stamp.layout, row.stamp.prefix
+def _renamed(variant: CardVariant, model: Pipeline) -> tuple[str, list[str]]:
+    """The argument for `from_single_file`, and the lines that make it from the file."""
+    layout, prefix = variant.stamp.layout, variant.stamp.prefix
     known = BUNDLED if model.folder == "unet" and layout == "original" else ""
     if prefix == known or (layout == "original" and prefix == BUNDLED):
         return "file", []
@@ -142,50 +154,50 @@ def _renamed(row: Row, model: Pipeline) -> tuple[str, list[str]]:
     return "weights", ["weights = {", f"    {name}: tensor", pairs, "}"]
 
 
-def _config(card: Card, row: Row, model: Pipeline) -> str:
-    """The repository that has the configuration, and what else the model needs: the base, if it has folders."""
-    base, origin = card.base_of(row), Origin.parse(row.stamp.source_name)
+def _config(card: Card, variant: CardVariant, model: Pipeline) -> str:
+    """The repository with the configuration and the other parts of the model: the base, if it has folders."""
+    base, origin = card.base_of(variant), parse_uri(variant.stamp.source_name)
     folders = base and base.repo and (base.pipeline or (origin and not origin.file))
     return base.repo if base and base.repo and folders else model.config
 
 
 def _at(card: Card) -> str:
-    """The argument that says which branch; none for main."""
+    """The argument for the branch; empty for main."""
     return "" if card.revision == "main" else f", revision={quoted(card.revision)}"
 
 
-def _variant(row: Row) -> str:
-    return f", variant={quoted(row.variant)}" if row.variant else ""
+def _weights(variant: CardVariant) -> str:
+    return f", variant={quoted(variant.weights)}" if variant.weights else ""
 
 
-def _folders(card: Card, row: Row) -> Iterator[str]:
-    """Commands that put a file where programs look for it."""
-    family, stored = row.stamp.family, kind(row)
-    flux = family.startswith("flux-") and row.stamp.layout == "original"
+def _folders(card: Card, variant: CardVariant) -> Iterator[str]:
+    """Commands that put a file into the folders of programs."""
+    family, stored = variant.stamp.family, kind(variant)
+    flux = family.startswith("flux-") and variant.stamp.layout == "original"
     bare = "; text encoders and VAE are the base's"
-    places = []
+    folders = []
     if family == "demo":
         return
     if stored == "checkpoint":
-        places = [("ComfyUI, Load Checkpoint", _CHECKPOINTS)]
-        places += [("A1111 and Forge", _WEBUI.format(""))] if "down" in row.stamp.groups else []
-    elif stored == "network" and row.stamp.prefix in ("", BUNDLED):
-        places = [(f"ComfyUI, Load Diffusion Model{bare}", _NETWORKS)]
-    if flux and places:
-        places.append((f"Forge{bare if stored == 'network' else ''}", _WEBUI.format("-forge")))
-    if places:
+        folders = [("ComfyUI, Load Checkpoint", _CHECKPOINTS)]
+        folders += [("A1111 and Forge", _WEBUI.format(""))] if "down" in variant.stamp.groups else []
+    elif stored == "network" and variant.stamp.prefix in ("", BUNDLED):
+        folders = [(f"ComfyUI, Load Diffusion Model{bare}", _NETWORKS)]
+    if flux and folders:
+        folders.append((f"Forge{bare if stored == 'network' else ''}", _WEBUI.format("-forge")))
+    if folders:
         yield "```sh"
-        for program, folder in places:
+        for program, folder in folders:
             yield f"# {program}"
             branch = "" if card.revision == "main" else f" --revision {word(card.revision)}"
-            yield f"hf download {word(card.repo)} {word(row.path)}{branch} --local-dir {folder}"
+            yield f"hf download {word(card.repo)} {word(variant.path)}{branch} --local-dir {folder}"
         yield "```"
         yield ""
 
 
-def _no_way(row: Row) -> str:
-    if row.stamp.family == "demo":
+def _no_way(variant: CardVariant) -> str:
+    if variant.stamp.family == "demo":
         return "The demo model is there to try crdiff out: `crdiff preview demo` draws with it, and nothing else does."
-    if kind(row) == "shards":
+    if kind(variant) == "shards":
         return "It is split as its base is. diffusers and ComfyUI open such a model only when its shards are joined."
     return "Open it as you open its base."

@@ -1,4 +1,4 @@
-"""Anybody's text, made fit for a place in a card: a Markdown line, a literal in code, a word in a shell, a link."""
+"""Escape any text for its place in a card: a Markdown line, a literal in code, a word in a shell, a link."""
 
 import re
 import shlex
@@ -7,38 +7,38 @@ from urllib.parse import quote
 HUB = "https://huggingface.co"
 # A character reference is never markup (CommonMark 2.5), and GFM's tables do not split cells at one.
 _MARKUP = {ord(char): f"&#{ord(char)};" for char in "\\`*[]|~$<>"} | {ord("&"): "&amp;"}
-# What an address may have and a link's destination as well: no brackets, quotes, spaces or pipes.
+# Characters that both an address and a Markdown link's destination may have.
 _IN_ADDRESSES = "/:?#@!$&*+,;=%~"
-# Between letters or digits an underscore is only itself.
+# An underscore between letters or digits is never markup.
 _EMPHASIS = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def prose(text: str, limit: int = 300) -> str:
-    """The text as it reads, on one line of Markdown or in a table's cell: nothing in it is markup."""
+    """Escape a text for one line of Markdown or a table's cell, so that nothing in it is markup."""
     line = " ".join(text.split())
     short = line if len(line) <= limit else f"{line[:limit]}…"
     return _EMPHASIS.sub("&#95;", _printable(short).translate(_MARKUP))
 
 
 def quoted(text: str) -> str:
-    """The text as a string literal that means the same in Python and in YAML."""
+    """Return the text as a string literal for Python and YAML alike."""
     return '"' + _printable(text.replace("\\", "\\\\").replace('"', '\\"')) + '"'
 
 
 def word(text: str) -> str:
-    """The text as one word for a shell."""
+    """Return the text as one word for a shell."""
     if text.isprintable():
         return shlex.quote(text)
     return "$'" + _printable(text.replace("\\", "\\\\").replace("'", "\\'")) + "'"  # bash, zsh
 
 
 def page(repo: str, path: str = "", revision: str = "main") -> str:
-    """The address of a repository's page on the Hub, or of a file in it."""
+    """Return the address of a repository's page on the Hub, or of a file in it."""
     return f"{HUB}/{_address(repo)}" + (f"/blob/{quote(revision, safe='')}/{_address(path)}" if path else "")
 
 
 def link(text: str, address: str) -> str:
-    """A Markdown link that shows the text."""
+    """Return a Markdown link."""
     return f"[{prose(text)}]({quote(address, safe=_IN_ADDRESSES)})"
 
 
@@ -47,7 +47,7 @@ def _address(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Escapes in place of what cannot be seen, or would reorder what is seen around it."""
+    """Escape characters that cannot be seen, or that reorder the text around them."""
     return text if text.isprintable() else "".join(char if char.isprintable() else _escape(char) for char in text)
 
 

@@ -1,0 +1,90 @@
+"""Find out what the Hub and the disk hold of a plan's variants already."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+from crdiff_export.errors import CheckpointError, HubError, PlanError
+from crdiff_export.formats.checkpoint import open_checkpoint
+from crdiff_export.formats.crdiff_keys import Stamp, is_baked
+from crdiff_export.formats.hashing import git_id, hash_file
+from crdiff_export.hub import repository
+from crdiff_export.hub.repository import RemoteFile
+from crdiff_export.progress import Silent
+from crdiff_export.publish.plan_file import PlanFile
+from crdiff_export.publish.target import Destination, find_pull_request
+
+
+@dataclass(frozen=True, slots=True)
+class HubBranch:
+    """A branch of a repository: its commit, its files, and the headers of the plan's variants there, by path."""
+
+    commit: str | None = None
+    files: Mapping[str, RemoteFile] = field(default_factory=dict)
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
+
+
+class HubBranches:
+    """The branches that a plan names; the Hub is asked once about each."""
+
+    def __init__(self, plan: PlanFile, pull_request: str | None) -> None:
+        """Prepare; with `pull_request`, a title, our open pull requests take the place of the branches."""
+        self._plan, self._pull_request = plan, pull_request
+        self._branches: dict[Destination, HubBranch | HubError] = {}
+
+    def read(self, destination: Destination) -> HubBranch:
+        """Read a branch; empty if it or its repository is yet to be made. Raises HubError, each time."""
+        if destination not in self._branches:
+            try:
+                self._branches[destination] = self._read(destination)
+            except HubError as error:
+                missing = type(error.__cause__).__name__ in ("RepositoryNotFoundError", "RevisionNotFoundError")
+                self._branches[destination] = HubBranch() if missing else error
+        branch = self._branches[destination]
+        if isinstance(branch, HubError):
+            raise branch
+        return branch
+
+    def _read(self, destination: Destination) -> HubBranch:
+        revision = destination.revision
+        if self._pull_request:
+            request = find_pull_request(replace(destination, pull_request=self._pull_request))
+            revision = request.revision if request else revision
+        there = repository.read(destination.repo, revision)
+        names = {entry.path for entry in self._plan.entries if entry.repo == destination.repo}
+        folders = tuple(f"{name.removesuffix('.safetensors')}/" for name in names)
+        paths = [path for path in there.files if path in names or path.startswith(folders)]
+        headers = repository.baked_headers(there, paths)
+        return HubBranch(there.commit, there.files, {path: header.stamp for path, header in headers.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class LocalOutput:
+    """What an earlier run left at a target: the headers, in the order of the files' names, and the files beside."""
+
+    stamps: tuple[Stamp, ...] = ()
+    companions: tuple[PurePosixPath, ...] = ()
+
+
+def read_local_output(target: Path) -> LocalOutput:
+    """Read what is at a target; PlanError for something that crdiff did not make, which is not replaced."""
+    try:
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            return LocalOutput()
+    except OSError as error:
+        raise PlanError(f"{target}: {error.strerror}", "Give another name, or another -o.") from error
+    try:
+        checkpoint = open_checkpoint(target)
+        if all(is_baked(file.metadata) for file in checkpoint.files):
+            stamps = (Stamp.from_metadata(file.metadata, str(file.path)) for file in checkpoint.files)
+            return LocalOutput(tuple(stamps), checkpoint.companions)
+    except CheckpointError:
+        pass
+    raise PlanError(f"{target}: not made by crdiff, and so not replaced", "Remove it, or give another -o.")
+
+
+def has_content(path: Path, content: str | None) -> bool:
+    """Compare a file with a `RemoteFile.content`: a SHA-256 or git's id. Without one the file counts as equal."""
+    if content is None:
+        return True
+    return content == (hash_file(path, Silent()) if len(content) == 64 else git_id(path))
