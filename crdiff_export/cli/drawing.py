@@ -1,4 +1,4 @@
-"""What commands that draw pictures share: options, and what happens before the first picture."""
+"""Options and first steps of the commands that draw pictures."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
@@ -66,7 +66,7 @@ class DrawingJob(Protocol):
 
     @property
     def notes(self) -> Iterable[str]:
-        """What is worth knowing before it begins."""
+        """Notes for the user before it begins."""
         ...
 
 

@@ -120,7 +120,7 @@ def _destination(pushing: PushRequest, request: ExportRequest) -> Destination:
 def _planned(job: ExportJob, pushing: PushRequest | None) -> Result:
     plan = job.plan
     groups = _planned_groups(job)
-    found = {
+    record = {
         "dry_run": True, "base": str(plan.checkpoint.path), "family": plan.match.family.id,
         "layout": plan.match.layout.name, "resolution": str(plan.size), "recipe": plan.recipe,
         "variant": str(plan.variant.resolution), "provenance": plan.variant.provenance, **_ranked(job),
@@ -139,7 +139,7 @@ def _planned(job: ExportJob, pushing: PushRequest | None) -> Result:
     facts = {
         "base": f"{plan.checkpoint.path} ({plan.match.family.title}, {plan.match.layout.name} layout)",
         **_choice(job),
-        "targets": f"{', '.join(plan.kinds)} in {len(plan.targets)} layers, {_by(job)}",
+        "targets": f"{', '.join(plan.kinds)} in {len(plan.targets)} layers, {_chosen_by(job)}",
         "dtype": plan.cast or "as in the base",
         "size": f"{amount(plan.data_size)} of tensors",
         **_residual_facts(job),
@@ -147,7 +147,7 @@ def _planned(job: ExportJob, pushing: PushRequest | None) -> Result:
         "would write": str(job.target),
         **({"would push to": pushing.repo} if pushing else {}),
     }
-    return Result(found, [Table(columns, rows, columns[1:]), "", Facts(facts)], bare=[str(job.target)])
+    return Result(record, [Table(columns, rows, columns[1:]), "", Facts(facts)], bare=[str(job.target)])
 
 
 def _ranked(job: ExportJob) -> dict[str, str | None]:
@@ -156,8 +156,8 @@ def _ranked(job: ExportJob) -> dict[str, str | None]:
     return {"criterion": job.criterion.name, "calibration": calibration}
 
 
-def _by(job: ExportJob) -> str:
-    """What decides which weights go."""
+def _chosen_by(job: ExportJob) -> str:
+    """Say by what the weights are chosen."""
     criterion = job.criterion
     scope = job.plan.match.family.scope
     if not criterion.masks:
@@ -194,7 +194,7 @@ def _planned_groups(job: ExportJob) -> dict[str, dict[str, Any]]:
 
 def _done(baked: Baked) -> Result:
     stamp, written = baked.stamp, baked.written
-    found = {
+    record = {
         "output": str(written.path), "bytes": written.size, "family": stamp.family, "layout": stamp.layout,
         "resolution": str(stamp.resolution), "recipe": stamp.recipe, "provenance": stamp.provenance,
         "poa_weight": stamp.poa_weight, "residual": stamp.residual, "criterion": stamp.criterion,
@@ -222,7 +222,7 @@ def _done(baked: Baked) -> Result:
     facts = {**_choice(baked.job), **criterion, "size": amount(written.size)}
     path = str(written.path)
     table = Table(GROUP_COLUMNS, group_rows(stamp), GROUP_COLUMNS[1:])
-    return Result(found, [table, "", Facts(facts), path], bare=[path])
+    return Result(record, [table, "", Facts(facts), path], bare=[path])
 
 
 def _choice(job: ExportJob) -> Mapping[str, str]:

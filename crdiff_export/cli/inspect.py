@@ -18,10 +18,10 @@ def inspect(_out: Output, file: Path, *, metadata: bool) -> Result:
     from crdiff_export.formats.text import printable
     from crdiff_export.verify.inspect import inspect as run
 
-    found = run(file)
-    text: list[Block] = [Facts(found.facts())]
-    if found.rows:
-        text += ["", Table(found.columns, found.rows, found.columns[1:])]
+    inspection = run(file)
+    text: list[Block] = [Facts(inspection.facts())]
+    if inspection.rows:
+        text += ["", Table(inspection.columns, inspection.rows, inspection.columns[1:])]
     if metadata:
-        text += ["", *(f"{printable(key)}: {printable(value)}" for key, value in sorted(found.metadata.items()))]
-    return Result(found.as_json() | ({"metadata": dict(found.metadata)} if metadata else {}), text)
+        text += ["", *(f"{printable(key)}: {printable(value)}" for key, value in sorted(inspection.metadata.items()))]
+    return Result(inspection.as_json() | ({"metadata": dict(inspection.metadata)} if metadata else {}), text)

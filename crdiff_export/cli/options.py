@@ -1,4 +1,4 @@
-"""What several commands share: types of options, options under their headings, and completion."""
+"""Types of options, options that several commands take, and completion."""
 
 import re
 from collections.abc import Callable, Sequence

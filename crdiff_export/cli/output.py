@@ -40,7 +40,7 @@ Block = str | Facts | Table
 
 @dataclass(frozen=True)
 class Result:
-    """What a command has done: an object for --json, blocks of text for people, and those that -q leaves.
+    """The result of a command: an object for --json, blocks of text for people, and those that -q leaves.
 
     `bare` is None where -q leaves all of the text. `notes` go to stderr, before the text.
     """
@@ -58,7 +58,7 @@ class Result:
 
 
 class Output:
-    """Where a command's results, notes and progress go."""
+    """The way of results, notes and progress to stdout and stderr, as --json and -q ask."""
 
     def __init__(self, stopper: Stopper, *, as_json: bool, quiet: bool) -> None:
         self.stopper = stopper

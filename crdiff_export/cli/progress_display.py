@@ -1,4 +1,4 @@
-"""How progress is shown: bars on a terminal, a line for every stage in a log, or nothing."""
+"""Displays of progress: bars on a terminal, a line for every stage in a log, or nothing."""
 
 import os
 import sys
@@ -73,7 +73,7 @@ class LogLines:
                 self._print(f"{_with_unit(self._done, self._unit)} of {_with_unit(self._size, self._unit)}")
 
     def close(self) -> None:
-        """Print a line for the stage, if there is one; after that there is none."""
+        """End the stage, if there is one, with a line."""
         with self._lock:
             if self._title is not None and self._size:
                 rate = rate_text(self._done, time.monotonic() - self._began, self._unit)

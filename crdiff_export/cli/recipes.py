@@ -59,11 +59,11 @@ def show(out: Output, recipe: str, *, toml: bool) -> Result:
 
     if toml and out.as_json:
         raise click.UsageError("--toml and --json do not go together.", click.get_current_context())
-    found = recipe_files.by_alias(recipe) or recipe_files.load(recipe)
-    return Result(_as_json(found), [recipe_toml.dump(found).rstrip("\n")] if toml else _shown(found))
+    loaded = recipe_files.by_alias(recipe) or recipe_files.load(recipe)
+    return Result(_as_json(loaded), [recipe_toml.dump(loaded).rstrip("\n")] if toml else _blocks(loaded))
 
 
-def _shown(recipe: Recipe) -> list[Block]:
+def _blocks(recipe: Recipe) -> list[Block]:
     from crdiff_export.formats.text import printable
     from crdiff_export.verify.inspect import provenance
 

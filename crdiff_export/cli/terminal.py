@@ -91,7 +91,7 @@ class Bars:
 
 
 class _DoneColumn(DownloadColumn):
-    """How much of a stage is done, in its unit."""
+    """A column with the amount that is done, in the unit of the stage."""
 
     def render(self, task: Task) -> Text:
         if task.fields["unit"] == "bytes":
@@ -100,7 +100,7 @@ class _DoneColumn(DownloadColumn):
 
 
 class _RateColumn(SpeedColumn):
-    """How fast it goes, in its unit."""
+    """A column with the rate, in the unit of the stage."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed

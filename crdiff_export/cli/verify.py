@@ -39,28 +39,28 @@ def verify(out: Output, file: Path, base: str | None, calibration: Path | None, 
     if base:
         out.announce_base(base)
     with out.threads_progress() as progress:
-        found = run(file, base, progress, device, calibration)
-    checks = [f"{found.weights:,} target weights"]
-    checks += ["the SHA-256"] if found.hashed else []
-    checks += ["the residual"] if found.residual in ("embedded", "sidecar") else []
-    checks += [COMPARED[found.against].format(found.base)] if found.base else []
+        verified = run(file, base, progress, device, calibration)
+    checks = [f"{verified.weights:,} target weights"]
+    checks += ["the SHA-256"] if verified.hashed else []
+    checks += ["the residual"] if verified.residual in ("embedded", "sidecar") else []
+    checks += [COMPARED[verified.against].format(verified.base)] if verified.base else []
     notes = []
-    if found.residual == "missing":
+    if verified.residual == "missing":
         notes.append("its residual is in a sidecar that is not beside it, and was not checked")
-    if found.against == "zeros":
-        notes.append(f"that {found.stamp.criterion} would choose these zeros was not checked: give --calibration")
-    if found.against == "others":
+    if verified.against == "zeros":
+        notes.append(f"that {verified.stamp.criterion} would choose these zeros was not checked: give --calibration")
+    if verified.against == "others":
         notes.append(
-            f"{found.stamp.criterion} has moved weights: the target weights that stay cannot be checked without "
+            f"{verified.stamp.criterion} has moved weights: the target weights that stay cannot be checked without "
             "--calibration"
         )
-    if not found.hashed:
+    if not verified.hashed:
         notes.append("the header has no hash (--no-hash); bytes outside the target weights were not checked")
     return Result(
         {
-            "verified": True, "file": str(file), "weights": found.weights, "hash": found.hashed,
-            "base": str(found.base) if found.base else None, "against_base": found.against,
-            "residual": found.residual,
+            "verified": True, "file": str(file), "weights": verified.weights, "hash": verified.hashed,
+            "base": str(verified.base) if verified.base else None, "against_base": verified.against,
+            "residual": verified.residual,
         },
         [f"{file}: holds what its header says ({', '.join(checks)})"],
         bare=(),
