@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,9 @@ import pytest
 from crdiff_export.bake import staging
 from crdiff_export.bake.staging import clean, publish, temp_sibling
 from crdiff_export.formats import file_lock
+from tests.support.exporting import failing, names
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="no flock, no rename over folders")
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def fill(part: Path, text: str = "new") -> None:
@@ -35,27 +31,28 @@ def content(target: Path) -> str:
     return (target / "inside/file" if target.is_dir() else target).read_text()
 
 
+def put(target: Path, folder: bool, *, replace: bool = True) -> None:
+    """Write a new file or folder by way of a part."""
+    with temp_sibling(target, folder) as part:
+        fill(part)
+        publish(part, target, replace=replace)
+
+
 both = pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
 
 
 @both
-def test_a_part_is_an_empty_hidden_sibling(tmp_path: Path, folder: bool) -> None:
+def test_a_part_is_a_hidden_sibling_and_then_the_target(tmp_path: Path, folder: bool) -> None:
     with temp_sibling(tmp_path / "o", folder) as part:
         assert part.parent == tmp_path
         assert part.name.startswith(".o.")
         assert part.name.endswith(".crdiff-part")
         assert part.is_dir() == folder
         assert list(part.iterdir()) == [] if folder else part.read_bytes() == b""
-
-
-@both
-def test_a_published_part_is_the_target(tmp_path: Path, folder: bool) -> None:
-    with temp_sibling(tmp_path / "o", folder) as part:
         fill(part)
         assert not (tmp_path / "o").exists()
         publish(part, tmp_path / "o", replace=False)
-    assert names(tmp_path) == ["o"]
-    assert content(tmp_path / "o") == "new"
+    assert (names(tmp_path), content(tmp_path / "o")) == (["o"], "new")
 
 
 @both
@@ -99,22 +96,13 @@ def test_what_came_in_the_meantime_stays(tmp_path: Path, folder: bool) -> None:
 
 def test_an_empty_folder_is_nothing(tmp_path: Path) -> None:
     (tmp_path / "o").mkdir()
-    with temp_sibling(tmp_path / "o", folder=True) as part:
-        fill(part)
-        publish(part, tmp_path / "o", replace=False)
+    put(tmp_path / "o", folder=True, replace=False)
     assert content(tmp_path / "o") == "new"
-
-
-def refusing(number: int) -> Callable[..., None]:
-    def call(*args: object, **kwargs: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    return call
 
 
 @pytest.mark.parametrize("taken", [False, True])
 def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool) -> None:
-    monkeypatch.setattr(os, "link", refusing(errno.EPERM))
+    monkeypatch.setattr(os, "link", failing(errno.EPERM))
     target = tmp_path / "o"
     with contextlib.suppress(FileExistsError), temp_sibling(target, folder=False) as part:
         fill(part)
@@ -143,25 +131,20 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return part, target
 
 
-@posix
-@pytest.mark.usefixtures("in_two_steps")
-def test_two_steps_do_where_one_does_not(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    publish(*folders, replace=True)
-    assert content(folders[1]) == "new"
-    assert names(tmp_path) == ["o"]
+class NoExchange:
+    """A C library whose file system refuses to exchange two names."""
+
+    @staticmethod
+    def renameat2(*_: object) -> int:
+        return -1
 
 
 @posix
-@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
-def test_two_steps_do_where_the_file_system_refuses_one(
-    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("module", "name", "value"), [(sys, "platform", "darwin"), (ctypes, "CDLL", NoExchange)])
+def test_two_steps_do_where_one_does_not(
+    module: Any, name: str, value: Any, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Libc:
-        @staticmethod
-        def renameat2(*_: object) -> int:
-            return -1
-
-    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Libc)
+    monkeypatch.setattr(module, name, value if isinstance(value, str) else lambda *_, **__: value)
     publish(*folders, replace=True)
     assert content(folders[1]) == "new"
     assert names(tmp_path) == ["o"]
@@ -314,9 +297,7 @@ def test_a_part_that_another_run_is_about_to_remove_is_made_again(
         return locked(path)
 
     monkeypatch.setattr(file_lock, "lock", contended)
-    with temp_sibling(tmp_path / "o", folder=False) as part:
-        fill(part)
-        publish(part, tmp_path / "o")
+    put(tmp_path / "o", folder=False)
     assert content(tmp_path / "o") == "new"
     assert others[0] is not None
     os.close(others[0])
@@ -330,12 +311,10 @@ def test_a_part_that_another_run_is_about_to_remove_is_made_again(
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool) -> None:
     import fcntl
 
-    monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOLCK))
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
     left = tmp_path / ".o.0123456789ab.crdiff-part"
     left.touch()
-    with temp_sibling(tmp_path / "o", folder) as part:
-        fill(part)
-        publish(part, tmp_path / "o")
+    put(tmp_path / "o", folder)
     assert names(tmp_path) == [left.name, "o"]  # nobody can know whether it is a left-over
 
 
@@ -343,9 +322,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_system_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool) -> None:
     monkeypatch.setattr(file_lock, "fcntl", None)
     (tmp_path / ".o.0123456789ab.crdiff-part").touch()
-    with temp_sibling(tmp_path / "o", folder) as part:
-        fill(part)
-        publish(part, tmp_path / "o")
+    put(tmp_path / "o", folder)
     assert names(tmp_path) == ["o"]
 
 
@@ -386,31 +363,26 @@ def test_an_interrupt_while_a_part_is_made(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", refusing(errno.EINVAL))
+    monkeypatch.setattr(os, "fsync", failing(errno.EINVAL))
     staging.sync_folder(tmp_path)
     staging.sync_folder(tmp_path / "none")
 
 
-@contextlib.contextmanager
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The order of moves and syncs."""
+@posix
+def test_a_move_is_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    sync, link = os.fsync, os.link
 
-    def noted(name: str, call: Callable[..., None]) -> Callable[..., None]:
-        def do(*args: Any) -> None:
+    def note(name: str) -> None:
+        call = getattr(os, name)
+
+        def noted(*args: Any) -> None:
             order.append(name)
             call(*args)
 
-        return do
+        monkeypatch.setattr(os, name, noted)
 
-    monkeypatch.setattr(os, "fsync", noted("sync", sync))
-    monkeypatch.setattr(os, "link", noted("link", link))
-    yield order
-
-
-@posix
-def test_a_move_is_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with watched(monkeypatch) as order, temp_sibling(tmp_path / "o", folder=False) as part:
+    note("fsync")
+    note("link")
+    with temp_sibling(tmp_path / "o", folder=False) as part:
         publish(part, tmp_path / "o", replace=False)
-    assert order == ["link", "sync"]
+    assert order == ["link", "fsync"]

@@ -416,6 +416,13 @@ def piece_of(base: Base, output: Path) -> tuple[str, np.ndarray[Any, Any]]:
     return piece.tensor, np.frombuffer(oracle.read(output).tensors()[piece.tensor][2], "<u2")
 
 
+def beside_targets(base: Base, output: Path, to: Path) -> tuple[str, Path]:
+    """The name of a tensor that is no target, and a copy of the output with another bit in it."""
+    name = next(n for n in base.files[0] if "attn2.to_q" in n)
+    last = oracle.read(output).tensors()[name][2][2:3]
+    return name, changed(output, name, 2, bytes([last[0] ^ 1]), to)
+
+
 def test_tampering_that_counts_tell(exports: Callable[..., tuple[Base, Path]], tmp_path: Path) -> None:
     base, output = exports("wanda")
     name, bits = piece_of(base, output)
@@ -442,12 +449,8 @@ def test_tampering_that_only_the_base_tells(exports: Callable[..., tuple[Base, P
     other = changed(output, name, 2 * kept, struct.pack("<H", bits[kept] ^ 1), tmp_path / "other")
     assert check(other)
     for calibration in (None, base.calibration):
-        assert (
-            refused(other, base.path, calibration) == f"{other}: {name!r} at byte {2 * kept} is not what the base gives"
-        )
-    outside = next(n for n in base.files[0] if "attn2.to_q" in n)
-    last = oracle.read(output).tensors()[outside][2][2:3]
-    beside = changed(output, outside, 2, bytes([last[0] ^ 1]), tmp_path / "beside")
+        assert f"{other}: {name!r} at byte {2 * kept} " in refused(other, base.path, calibration)
+    outside, beside = beside_targets(base, output, tmp_path / "beside")
     assert check(beside)
     for calibration in (None, base.calibration):
         assert refused(beside, base.path, calibration) == f"{beside}: {outside!r} at byte 2 is not what the base gives"
@@ -472,25 +475,13 @@ def test_tampering_with_moved_weights(exports: Callable[..., tuple[Base, Path]],
     assert "1 of " in refused(sign, base.path, base.calibration)
     near = changed(output, name, 2 * kept, struct.pack("<H", bits[kept] ^ 1), tmp_path / "near")
     assert check(near, base.path, base.calibration).against == "all", "another processor's last bit"
-    outside = next(n for n in base.files[0] if "attn2.to_q" in n)
-    last = oracle.read(output).tensors()[outside][2][2:3]
-    beside = changed(output, outside, 2, bytes([last[0] ^ 1]), tmp_path / "beside")
+    outside, beside = beside_targets(base, output, tmp_path / "beside")
     assert refused(beside, base.path) == f"{beside}: {outside!r} at byte 2 is not what the base gives"
     honest = makers.said(output, {"crdiff.moved": None}, tmp_path / "honest")
     assert "is not what the base gives" in refused(honest, base.path)
-    assert (
-        refused(honest, base.path, base.calibration) == f"{base.path}: 'obs' moves weights, crdiff.moved says otherwise"
-    )
-
-
-def test_what_a_criterion_does_not_move_is_not_excused(
-    exports: Callable[..., tuple[Base, Path]], tmp_path: Path
-) -> None:
-    base, output = exports("wanda")
-    name, bits = piece_of(base, output)
-    kept = int((bits != 0).argmax())
-    other = changed(output, name, 2 * kept, struct.pack("<H", bits[kept] ^ 8), tmp_path / "other")
-    excused = makers.said(other, {"crdiff.moved": "true"}, tmp_path / "excused")
+    assert "crdiff.moved says otherwise" in refused(honest, base.path, base.calibration)
+    base, output = exports("wanda")  # which moves nothing
+    excused = makers.said(output, {"crdiff.moved": "true"}, tmp_path / "excused")
     assert refused(excused, base.path) == f"{excused}: crdiff.moved is true, but 'wanda' moves no weights"
 
 
@@ -523,22 +514,22 @@ def test_a_residual_of_a_mask_that_was_changed(bases: Callable[..., Base], tmp_p
     assert "its bytes hash to" in refused(output)
 
 
+# Changed keys, and what the message names.
 HEADERS: dict[str, tuple[dict[str, str | None], str]] = {
-    "mask": ({"crdiff.mask": "ones"}, "crdiff.mask is 'ones', not zeros"),
-    "mask and threshold": ({"crdiff.threshold.mid": "none"}, "crdiff.mask stands beside 'crdiff.threshold.mid'"),
+    "mask": ({"crdiff.mask": "ones"}, "crdiff.mask is 'ones'"),
+    "mask and threshold": ({"crdiff.threshold.mid": "none"}, "'crdiff.threshold.mid'"),
     "neither": ({"crdiff.mask": None}, "crdiff.threshold.down is missing"),
-    "moved": ({"crdiff.moved": "yes"}, "crdiff.moved is 'yes', not true"),
-    "size": ({"crdiff.calibration.size": "512"}, "crdiff.calibration.size is '512', not a size such as 512x512"),
+    "moved": ({"crdiff.moved": "yes"}, "crdiff.moved is 'yes'"),
+    "size": ({"crdiff.calibration.size": "512"}, "crdiff.calibration.size is '512'"),
     "no size": ({"crdiff.calibration.size": None}, "crdiff.calibration.size is missing"),
-    "hash": ({"crdiff.calibration.file_sha256": "0x12"},
-             "crdiff.calibration.file_sha256 is '0x12', not 0x and 64 lowercase hex digits"),
+    "hash": ({"crdiff.calibration.file_sha256": "0x12"}, "crdiff.calibration.file_sha256 is '0x12'"),
     "no hash": ({"crdiff.calibration.file_sha256": None}, "crdiff.calibration.file_sha256 is missing"),
-    "criterion": ({"crdiff.criterion": "magnitude"}, "crdiff.mask does not go with magnitude, which has thresholds"),
+    "criterion": ({"crdiff.criterion": "magnitude"}, "crdiff.mask does not go with magnitude"),
     "method": ({"crdiff.method": "layer-wise"}, "crdiff.method is not that of SD1.5"),
-    "ratio": ({"crdiff.ratio.mid": "0.9"}, "weights of 'mid' are zero, crdiff.ratio.mid asks for 5760"),
+    "ratio": ({"crdiff.ratio.mid": "0.9"}, "crdiff.ratio.mid asks for 5760"),
     "total": ({"crdiff.total.mid": "1"}, "crdiff.total.mid is 1, the layers have 6400"),
-    "pruned": ({"crdiff.pruned.mid": "7"}, "weights of mid are zero, crdiff.pruned.mid is 7"),
-}  # fmt: skip
+    "pruned": ({"crdiff.pruned.mid": "7"}, "crdiff.pruned.mid is 7"),
+}
 
 
 @pytest.mark.parametrize("case", HEADERS)
@@ -547,7 +538,7 @@ def test_a_header_that_does_not_hold(case: str, exports: Callable[..., tuple[Bas
     broken = makers.said(exports("wanda")[1], changes, tmp_path / "broken")
     found, hint = raised(lambda: check(broken), CrdiffError)
     assert found.startswith(f"{broken}: ")
-    assert found.endswith(message)
+    assert message in found
     assert hint
 
 
@@ -583,14 +574,11 @@ def test_calibrations_that_are_not_the_files(exports: Callable[..., tuple[Base, 
             f"{whole(base.calibration)}"
         )
         assert hint == "Give the calibration that the file was made with."
-    assert raised(lambda: check(output, None, base.calibration), OptionError) == (
-        f"--calibration {base.calibration}: decides nothing without the base's weights", "Give --base, too.",
-    )  # fmt: skip
+    assert str(base.calibration) in raised(lambda: check(output, None, base.calibration), OptionError)[0]
     for criterion in ("magnitude", "random"):
         plain = exports(criterion)[1]
-        assert raised(partial(check, plain, base.path, base.calibration), OptionError) == (
-            f"{plain}: was made without a calibration ({criterion!r})", "Leave --calibration out.",
-        )  # fmt: skip
+        message, _ = raised(partial(check, plain, base.path, base.calibration), OptionError)
+        assert message == f"{plain}: was made without a calibration ({criterion!r})"
 
 
 def test_a_criterion_that_is_not_installed(exports: Callable[..., tuple[Base, Path]], tmp_path: Path) -> None:
@@ -625,43 +613,29 @@ def test_calibrations_that_do_not_fit(bases: Callable[..., Base], tmp_path: Path
     assert not (tmp_path / "out.safetensors").exists()
 
 
-MOVED = (
-    "--residual embed and obs do not go together: weights that stay are moved, too, and a residual holds only those "
-    "that go"
-)
+# Options, the exit code and the key of the message.
 REFUSED = {
-    "unknown": ("--criterion wnda", 2, "no criterion is called 'wnda'", "Did you mean wanda?"),
-    "option": ("--criterion wanda:side=left", 2, "wanda has no option 'side'", "wanda takes compare="),
-    "value": (
-        "--criterion wanda:compare=all", 2, "wanda: compare is block or row, not 'all'", "Write wanda:compare=block",
-    ),
-    "needs one": (
-        "--criterion wanda:compare=row", 2, "wanda:compare=row needs a calibration",
-        "Give --calibration FILE, which `crdiff calibrate` makes.",
-    ),
-    "needs none": (
-        "--criterion random --calibration {cal}", 2, "random needs no calibration",
-        "Leave --calibration out, or choose a criterion that ranks by one, such as wanda.",
-    ),
-    "by default": ("--calibration {cal}", 2, "magnitude needs no calibration", "Leave --calibration out, or choose"),
-    "no file": ("--criterion wanda --calibration gone", 1, "gone: no such file", "Check the path"),
-    "no calibration": ("--criterion wanda --calibration {base}", 1, "{base}: is no calibration", "Its header has no"),
-    "residual": (
-        "--criterion obs --calibration {cal} --residual embed", 2,
-        MOVED, "Leave --residual out, or move none (obs:compensate=off).",
-    ),
-}  # fmt: skip
+    "unknown": ("--criterion wnda", 2, "'wnda'"),
+    "option": ("--criterion wanda:side=left", 2, "'side'"),
+    "value": ("--criterion wanda:compare=all", 2, "'all'"),
+    "needs one": ("--criterion wanda:compare=row", 2, "wanda:compare=row needs a calibration"),
+    "needs none": ("--criterion random --calibration {cal}", 2, "random needs no calibration"),
+    "by default": ("--calibration {cal}", 2, "magnitude needs no calibration"),
+    "no file": ("--criterion wanda --calibration gone", 1, "gone: no such file"),
+    "no calibration": ("--criterion wanda --calibration {base}", 1, "{base}"),
+    "residual": ("--criterion obs --calibration {cal} --residual embed", 2, "--residual embed and obs"),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_the_command_line_refuses(case: str, crdiff: Crdiff, bases: Callable[..., Base], here: Path) -> None:
-    options, code, message, hint = REFUSED[case]
+    options, code, key = REFUSED[case]
     base = bases(UNET)
     paths = {"cal": base.calibration, "base": base.path}
     ran = crdiff("export", base.path, "--res", "512", "-o", "o.safetensors", "--json", *options.format(**paths).split())
     assert ran.code == code
-    assert ran.error["message"] == message.format(**paths)
-    assert ran.error["hint"].startswith(hint)
+    assert key.format(**paths) in ran.error["message"]
+    assert ran.error["hint"]
     assert not (here / "o.safetensors").exists()
 
 
@@ -671,7 +645,6 @@ def test_the_command_line_exports_shows_and_verifies(crdiff: Crdiff, bases: Call
             "wanda:compare=row", "--calibration", base.calibration)  # fmt: skip
     dry = crdiff(*args, "--dry-run")
     assert "with a mask by wanda:compare=row and " in dry.out
-    assert "compared within each row" in dry.out
     planned = crdiff(*args, "--dry-run", "--json").result
     assert (planned["criterion"], planned["calibration"]) == ("wanda:compare=row", str(base.calibration))
     ran = crdiff(*args)
@@ -796,9 +769,6 @@ def test_a_plan_file_tells_it_too(crdiff: Crdiff, bases: Callable[..., Base], he
 # Weights of doubles.
 
 
-NARROWER = "Save it as F32, F16, BF16, F8_E4M3, F8_E5M2 first, then calibrate and export that."
-
-
 def test_doubles_have_no_calibration(crdiff: Crdiff, bases: Callable[..., Base], here: Path) -> None:
     base = bases(UNET)
     double = makers.write(here / "double.safetensors", makers.tiny(UNET, "F64"))
@@ -809,7 +779,7 @@ def test_doubles_have_no_calibration(crdiff: Crdiff, bases: Callable[..., Base],
         for dry in ((), ("--dry-run",)):
             ran = crdiff(*args, *calibrated, *given, *dry)
             assert (ran.code, ran.error["message"]) == (1, f"{double}: {name!r} is F64, which {what}")
-            assert ran.error["hint"] == NARROWER
+            assert "calibrate and export that" in ran.error["hint"]
     for criterion in ("magnitude", "random"):
         ran = crdiff(*args, "--criterion", criterion)
         assert (ran.code, ran.error["message"]) == (1, f"{double}: {name!r} is F64, which cannot be pruned")
