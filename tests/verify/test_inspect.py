@@ -9,13 +9,7 @@ from crdiff_export import ExportRequest, Size, export
 from crdiff_export.errors import CheckpointError
 from crdiff_export.formats.text import amount
 from crdiff_export.models import demo
-from crdiff_export.verify.inspect import (
-    GROUP_COLUMNS,
-    Inspection,
-    group_rows,
-    inspect,
-    provenance,
-)
+from crdiff_export.verify.inspect import GROUP_COLUMNS, Inspection, group_rows, inspect, provenance
 from tests.support import makers
 from tests.support.isolation import Crdiff
 
