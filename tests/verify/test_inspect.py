@@ -7,11 +7,12 @@ import pytest
 
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.errors import CheckpointError
-from crdiff_export.formats.text import amount
 from crdiff_export.models import demo
 from crdiff_export.verify.inspect import GROUP_COLUMNS, Inspection, group_rows, inspect, provenance
 from tests.support import makers
 from tests.support.isolation import Crdiff
+
+INDEX = "shards/diffusion_pytorch_model.safetensors.index.json"
 
 
 def facts(found: Inspection) -> dict[str, str]:
@@ -23,12 +24,7 @@ def facts(found: Inspection) -> dict[str, str]:
     [
         ("sd15.safetensors", "one file, 1133 tensors, 1.13 MB", "SD1.5 (original layout)", "model.diffusion_model."),
         ("dit.safetensors", "one file, 491 tensors, 1.05 MB", "SD3-medium (original layout)", "model.diffusion_model."),
-        (
-            "shards/diffusion_pytorch_model.safetensors.index.json",
-            "shards, 3 files of weights, 686 tensors, 1.02 MB",
-            "SD1.5 (diffusers layout)",
-            "none",
-        ),
+        (INDEX, "shards, 3 files of weights, 686 tensors, 1.02 MB", "SD1.5 (diffusers layout)", "none"),
         ("pipe", "diffusers folder, 286 tensors, 156.71 KB", "demo (diffusers layout)", "none"),
         ("sparse.safetensors", "one file, 2515 tensors, 6.94 GB", "SDXL (original layout)", "model.diffusion_model."),
     ],
@@ -60,11 +56,8 @@ def test_a_file_of_no_known_family(shelf: Path, name: str, what: str) -> None:
     assert found.as_json()["unknown"].startswith(what)
 
 
-def test_one_tensor_is_one(shelf: Path) -> None:
+def test_one_tensor_is_one_and_none_are_tensors(shelf: Path, tmp_path: Path) -> None:
     assert facts(inspect(shelf / "odd.safetensors"))["file"].endswith("(one file, 1 tensor, 8 bytes)")
-
-
-def test_a_file_without_tensors(tmp_path: Path) -> None:
     told = facts(inspect(makers.write(tmp_path / "none.safetensors", {})))
     assert told["file"].endswith("(one file, 0 tensors, 0 bytes)")
     assert told["dtypes"] == "none"
@@ -238,17 +231,6 @@ def test_inspect_reads_headers_only(crdiff: Crdiff, tmp_path: Path) -> None:
 
 
 # --- words ---
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        (0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 KB"), (123456, "123.46 KB"), (10**6, "1.00 MB"),
-        (6_938_000_000, "6.94 GB"), (2.5e12, "2500.00 GB"), (0.4, "0 bytes"),
-    ],
-)  # fmt: skip
-def test_amounts(size: float, text: str) -> None:
-    assert amount(size) == text
 
 
 def test_what_nobody_tuned_says_so() -> None:
