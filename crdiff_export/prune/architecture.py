@@ -1,10 +1,10 @@
-"""Which architecture a checkpoint is of, where the names and shapes of its family leave that open.
+"""Find the architecture of a checkpoint where the names and shapes of its family allow several.
 
-SD2.1 for 512 (epsilon) and for 768 (v-prediction) are such twins, and a loader that takes one for the other makes
-noise. What the checkpoint says of itself counts. Else ComfyUI's rule decides (`comfy/supported_models.py`,
-`SD20.model_type`): the 768 model takes four channels and spreads one small tensor that no pruning touches wider than
-0.09. ComfyUI calls that a guess ("not sure how well this will actually work"), so it names the architecture, which
-has to be named, but no `modelspec.prediction_type`, which does not.
+SD2.1 for 512 (epsilon) and SD2.1 for 768 (v-prediction) have the same names and shapes, and a loader that confuses them
+draws noise. The checkpoint's own metadata has priority. Otherwise ComfyUI's rule decides (`comfy/supported_models.py`,
+`SD20.model_type`): the 768 model has four input channels, and one small tensor that is never pruned has a standard
+deviation above 0.09. ComfyUI calls that a guess ("not sure how well this will actually work"), so it decides the
+architecture, which must be written, but not `modelspec.prediction_type`, which need not be.
 """
 
 import contextlib
@@ -15,22 +15,22 @@ from crdiff_export.prune.plan import CASTABLE, Plan
 from crdiff_export.sizes import Size
 
 STATED = "modelspec.architecture"
-# Inpainting and depth models take more.
+# Inpainting and depth models have more.
 _CHANNELS = 4
-# The tensor has 320 numbers; one of gigabytes is none of the kind.
+# The tensor has 320 numbers; do not read one of gigabytes.
 _MOST_NUMBERS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A ModelSpec architecture id, and the size that models of it were trained for."""
+    """A ModelSpec architecture id, and the native size of its models."""
 
     id: str
     native: Size
 
 
 def find(plan: Plan) -> Architecture:
-    """The architecture of a plan's base; reads one tensor of a few hundred numbers where it must."""
+    """Find the architecture of a plan's base; reads one tensor of a few hundred numbers if necessary."""
     family = plan.match.family
     stated = next((text for f in plan.checkpoint.files if (text := f.metadata.get(STATED))), None)
     twin = family.twin
@@ -54,7 +54,7 @@ def _is_twin(plan: Plan, twin: Twin) -> bool:
 
 
 def _spread(plan: Plan, name: str) -> float | None:
-    """The standard deviation of a tensor's numbers; None where there is none such, or only a hole in its place."""
+    """Return the standard deviation of a tensor; None if it is absent or the file is sparse."""
     import numpy as np
 
     from crdiff_export.prune.kernels.cast import cast

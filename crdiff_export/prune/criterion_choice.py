@@ -35,6 +35,9 @@ class CriterionChoice:
             criterion: The criterion as a user writes it, such as `wanda:compare=row`.
             calibration: The file with its statistics; None for a criterion that needs none.
 
+        Returns:
+            The criterion, ready to rank.
+
         Raises:
             OptionError: The criterion is unknown, or the calibration is missing or not needed.
             CalibrationError: The file is not a calibration.
@@ -58,29 +61,43 @@ class CriterionChoice:
 
     @property
     def masks(self) -> bool:
-        """Whether it decides by masks; magnitude and uniform decide by thresholds."""
+        """Whether it gives masks; magnitude and uniform give thresholds."""
         return self.loaded.criterion is not None
 
     @property
     def moves(self) -> bool:
-        """Whether it changes weights that stay, to make up for those that go."""
+        """Whether it changes weights that are not pruned, to compensate for those that are."""
         return self.loaded.moves
 
     def plan(self, planned: Plan) -> Plan:
-        """The plan that it makes of a recipe's, with its notes; CalibrationError where the calibration is no help."""
-        planned = _evened(planned) if self.name == UNIFORM else planned
-        planned = replace(planned, variant=_judged(planned.variant, self.name, self.calibration))
+        """Adapt a recipe's plan to the criterion, and add its notes.
+
+        Raises:
+            CalibrationError: The calibration does not fit the plan.
+        """
+        planned = _with_equal_ratios(planned) if self.name == UNIFORM else planned
+        planned = replace(planned, variant=_without_foreign_evidence(planned.variant, self.name, self.calibration))
         if self.calibration is None:
             return planned
         notes = self.calibration.check(planned, self.loaded.statistics)
         return replace(planned, notes=(*planned.notes, *notes))
 
     def rank(self, plans: Sequence[Plan], kernel: Kernel, progress: Progress, device: str) -> Ranked:
-        """Rank the weights of plans that share their checkpoint and cast."""
+        """Rank the weights of plans that share their checkpoint and cast.
+
+        Args:
+            plans: The plans.
+            kernel: Counts magnitudes.
+            progress: Told of the bytes read.
+            device: The torch device on which scores are computed.
+
+        Returns:
+            The ranked weights, which decide for any ratios.
+        """
         return criteria.rank(plans, self.loaded, kernel, progress, calibration=self.calibration, device=device)
 
     def calibrated(self, progress: Progress) -> CalibrationStamp | None:
-        """What headers say of the calibration, which is read for its hash."""
+        """Return the header's record of the calibration, whose file is read for its hash."""
         found = self.calibration
         if found is None:
             return None
@@ -88,8 +105,8 @@ class CriterionChoice:
         return CalibrationStamp(found.hashed(progress), found.size)
 
 
-def _evened(planned: Plan) -> Plan:
-    """The same ratio for all groups: as many weights go as with the variant's own."""
+def _with_equal_ratios(planned: Plan) -> Plan:
+    """Give all groups the same ratio, so that as many weights are pruned as with the variant's own ratios."""
     ratios = {planned.ratio(group) for group in planned.groups}
     counts = {group: sum(s.count for s in planned.scopes if s.group == group) for group in planned.groups}
     if len(ratios) == 1 or not any(counts.values()):
@@ -104,11 +121,11 @@ def _evened(planned: Plan) -> Plan:
     return replace(found, variant=variant)
 
 
-def _judged(variant: Variant, criterion: str, calibration: Calibration | None) -> Variant:
-    """The variant, a starting point without evidence where another criterion or calibration has found its numbers.
+def _without_foreign_evidence(variant: Variant, criterion: str, calibration: Calibration | None) -> Variant:
+    """Drop provenance and evidence of numbers that were found with another criterion or calibration.
 
-    Which those were a recipe says in its evidence; one that does not has used magnitude. Ratios that are the same for
-    all groups are uniform's as well.
+    A recipe names both in its evidence; without a name it was magnitude. Equal ratios for all groups belong to uniform
+    as well.
     """
     evidence = variant.evidence
     if evidence is None and variant.provenance == "starting-point":
@@ -119,14 +136,14 @@ def _judged(variant: Variant, criterion: str, calibration: Calibration | None) -
     other = calibration is not None and measured is not None and measured != calibration.hash
     if (theirs == criterion or alike) and not other:
         return variant
-    if variant.provenance == "starting-point":  # measured, but found nowhere
+    if variant.provenance == "starting-point":  # it was measured, but not searched for
         return replace(variant, evidence=None)
     source = f"{variant.source}; found with {theirs}{' by another calibration' if other else ''}"
     return replace(variant, provenance="starting-point", source=source, prompt=None, evidence=None)
 
 
 def _canonical(spec: str) -> str:
-    """A criterion in its one spelling; as it is where it is of a package that is not installed."""
+    """Return the canonical spelling of a criterion, or the text itself if its package is not installed."""
     try:
         return str(Spec.parse(spec))
     except OptionError:

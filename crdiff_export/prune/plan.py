@@ -1,4 +1,4 @@
-"""What an export will do, decided from names, shapes and flags alone, before the first weight is read."""
+"""The plan of an export, made from names, shapes and options before the first weight is read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,17 +15,17 @@ from crdiff_export.models.recipe import Variant
 from crdiff_export.prune import threshold
 from crdiff_export.sizes import Size
 
-# Tensors that `--dtype` casts; flags, ids and everything else that is no float stay.
+# Dtypes that `--dtype` casts; flags, ids and other integers stay as they are.
 CASTABLE = ("F64", *FORMATS)
 
 
 class TooWideError(PlanError):
-    """A dtype that is pruned only after a cast: an export can cast, a model that is drawn with is pruned as it is."""
+    """A dtype that can be pruned only after a cast, which an export can do but a pipeline cannot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One weight to prune, or a run of its rows: `start:stop` are elements of the tensor."""
+    """One layer's weight to prune: elements `start:stop` of a tensor, which are whole rows."""
 
     file: int
     source: TensorSpec
@@ -38,7 +38,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """The tensor's name, with the rows where they are not all."""
+        """The tensor's name, with the range of rows if it is not the whole tensor."""
         columns = self.source.shape[-1]
         whole = (self.start, self.stop) == (0, self.source.count)
         return self.source.name if whole else f"{self.source.name}[{self.start // columns}:{self.stop // columns}]"
@@ -49,13 +49,13 @@ class Target:
         return self.stop - self.start
 
     def span(self, tensor: TensorSpec) -> tuple[int, int]:
-        """Its bytes in the data section that holds `tensor`, which is the source or the output."""
+        """Return the range of its bytes in the data section of `tensor`, which is its source or its output."""
         return tensor.start + self.start * tensor.itemsize, tensor.start + self.stop * tensor.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Weights that share one threshold: a group of blocks (UNet), or one layer (DiT)."""
+    """Weights that share one threshold: a group of blocks (UNet) or one layer (transformers)."""
 
     name: str
     group: str
@@ -64,13 +64,13 @@ class Scope:
 
     @property
     def rank(self) -> int:
-        """k: the threshold is the k-th smallest magnitude; 0 leaves the scope alone."""
+        """k: the threshold is the k-th smallest magnitude; 0 prunes nothing."""
         return threshold.rank(self.ratio, self.count)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Output bytes `start:stop` come from the source's from `source` on, cast where `cast` gives (from, to)."""
+    """Output bytes `start:stop` are the source's bytes from `source` on, cast if `cast` is (from, to)."""
 
     start: int
     stop: int
@@ -81,7 +81,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Output:
-    """One file to write: the source's tensors at their output places, in the order of the source's header."""
+    """One file to write: the source's tensors at their places in the output, in the order of the source's header."""
 
     source: SourceFile
     tensors: tuple[TensorSpec, ...]
@@ -95,7 +95,22 @@ class Output:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole job."""
+    """What an export does: which weights are candidates, how many of them are pruned, and where all bytes go.
+
+    Attributes:
+        checkpoint: The base.
+        match: Its family, layout and prefix.
+        size: The target size.
+        variant: The ratios and the POA weight.
+        recipe: The name of the recipe.
+        kinds: The kinds of layers that are pruned.
+        scopes: Sets of weights with one threshold each.
+        targets: The weights to prune, in the order of files, bytes and rows.
+        outputs: The files to write.
+        cast: The safetensors dtype of all float tensors in the output; None keeps each one's own.
+        allow_nonfinite: Whether targets may hold infinite weights and NaN.
+        notes: What the user should know.
+    """
 
     checkpoint: Checkpoint
     match: Match
@@ -116,7 +131,7 @@ class Plan:
         return self.match.family.groups
 
     def unchanged(self, file: int) -> int:
-        """How many bytes at the start of a file's data section are the source's, whatever the thresholds will be."""
+        """Return how many bytes at the start of a file's data section are the source's, whatever the thresholds."""
         output = self.outputs[file]
         if any(run.cast for run in output.runs):
             return 0
@@ -124,7 +139,7 @@ class Plan:
         return min(starts, default=output.data_size)
 
     def ratio(self, group: str) -> float:
-        """The share of a group's weights that is asked for."""
+        """Return the requested ratio of a group."""
         return float(self.variant.ratios[group])
 
     @cached_property
@@ -134,24 +149,44 @@ class Plan:
 
 
 def with_ratios(plan: Plan, ratios: Mapping[str, float]) -> Plan:
-    """The same plan with other ratios for its groups."""
+    """Change the ratios of a plan.
+
+    Args:
+        plan: The plan.
+        ratios: The new ratio of each group.
+
+    Returns:
+        A new plan.
+    """
     scopes = tuple(replace(scope, ratio=float(ratios[scope.group])) for scope in plan.scopes)
     return replace(plan, scopes=scopes, variant=replace(plan.variant, ratios=dict(ratios)))
 
 
 def quantisation(checkpoint: Checkpoint, prefix: str = "") -> str | None:
-    """How the weights behind `prefix` are quantised and the key that shows it; None where they are not."""
+    """Recognise quantised weights.
+
+    Args:
+        checkpoint: The checkpoint.
+        prefix: Only tensors with this prefix count.
+
+    Returns:
+        The kind of quantisation and the key that shows it; None for plain weights.
+    """
     for file in checkpoint.files:
         names = (t.name for t in file.tensors if t.name.startswith(prefix))
-        if found := families.quantisation(names, file.metadata):
-            return found
+        if kind := families.quantisation(names, file.metadata):
+            return kind
     return None
 
 
 def recognise(checkpoint: Checkpoint) -> Match:
-    """What the checkpoint is; FamilyError if nobody knows, PlanError if it must not be pruned.
+    """Recognise the family of a checkpoint, and refuse one that must not be pruned.
 
-    A quantised text encoder beside a plain UNet does no harm.
+    A quantised text encoder beside a plain UNet is allowed.
+
+    Raises:
+        FamilyError: No family matches.
+        PlanError: The checkpoint is quantised, or was pruned by crdiff before.
     """
     if any("crdiff.schema" in file.metadata for file in checkpoint.files):
         raise PlanError(
@@ -169,9 +204,9 @@ def recognise(checkpoint: Checkpoint) -> Match:
 
 
 def _refuse_quantised(checkpoint: Checkpoint, prefix: str) -> None:
-    if found := quantisation(checkpoint, prefix):
+    if kind := quantisation(checkpoint, prefix):
         raise PlanError(
-            f"{checkpoint.path}: quantised weights ({found}) cannot be pruned by magnitude",
+            f"{checkpoint.path}: quantised weights ({kind}) cannot be pruned by magnitude",
             "Export from the fp16 or bf16 checkpoint, then quantise the result.",
         )
 
@@ -188,41 +223,56 @@ def make(
     allow_nonfinite: bool = False,
     notes: Sequence[str] = (),
 ) -> Plan:
-    """Plan an export of `variant` for `size`; PlanError for all that can be known before a weight is read.
+    """Plan an export.
 
-    `cast` is a safetensors dtype that every float tensor gets; None keeps each as it is.
+    Args:
+        checkpoint: The base.
+        match: Its family, layout and prefix.
+        size: The target size.
+        variant: The ratios and the POA weight.
+        recipe: The name of the recipe.
+        kinds: The kinds of layers to prune; by default the variant's or the family's.
+        cast: The safetensors dtype of all float tensors in the output; None keeps each one's own.
+        allow_nonfinite: Whether targets may hold infinite weights and NaN.
+        notes: What the user should know.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: The family has no such layers, or a target's dtype cannot be pruned.
     """
     chosen = _kinds(match, kinds or variant.targets)
     outputs = tuple(_output(file, cast) for file in checkpoint.files)
     targets, scopes = _targets(outputs, match, chosen, variant.ratios)
-    seen = (
+    ema = (
         [f"{match.ema_tensors} tensors of an EMA copy (model_ema.*) are left as they are"] if match.ema_tensors else []
     )
     sparse = [f"{f.path.name} is mostly a hole: its weights read as zeros" for f in checkpoint.files if f.is_sparse]
     return Plan(
         checkpoint, match, size, variant, recipe, chosen, scopes, targets, outputs, cast, allow_nonfinite,
-        (*checkpoint.notes, *notes, *seen, *sparse),
+        (*checkpoint.notes, *notes, *ema, *sparse),
     )  # fmt: skip
 
 
-def _kinds(match: Match, asked: Sequence[str] | None) -> tuple[str, ...]:
+def _kinds(match: Match, requested: Sequence[str] | None) -> tuple[str, ...]:
     family = match.family
-    if asked is None:
+    if requested is None:
         return tuple(family.default_kinds)
-    for kind in asked:
+    for kind in requested:
         if kind not in family.kinds:
             raise PlanError(
                 f"{family.title} has no {show(kind)} targets", f"It has: {', '.join(family.kinds)} (--targets)."
             )
-    if not asked:
-        raise PlanError("no targets are asked for", f"Give some of: {', '.join(family.kinds)} (--targets).")
-    return tuple(kind for kind in family.kinds if kind in asked)
+    if not requested:
+        raise PlanError("no kinds of targets are given", f"Give some of: {', '.join(family.kinds)} (--targets).")
+    return tuple(kind for kind in family.kinds if kind in requested)
 
 
 def _targets(
     outputs: Sequence[Output], match: Match, kinds: Sequence[str], ratios: Mapping[str, float]
 ) -> tuple[tuple[Target, ...], tuple[Scope, ...]]:
-    """Every target in the order of the bytes: shard by name, place, row. The header's lists use this order."""
+    """List the targets in the order of files, bytes and rows, which is the order of lists in the header."""
     layers: dict[str, list[FamilyLayer]] = {}
     for layer in match.layout.layers:
         if layer.kind in kinds:
@@ -263,7 +313,7 @@ def _check_target(file: SourceFile, tensor: TensorSpec) -> None:
 
 
 def _output(file: SourceFile, cast: str | None) -> Output:
-    """Where every tensor of a file goes. Without a cast that is where it was."""
+    """Place every tensor of a file in the output; without a cast nothing moves."""
     if cast is None:
         return Output(file, file.tensors, (Run(0, file.data_size, 0),) if file.data_size else ())
     placed: dict[str, TensorSpec] = {}

@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """A scope's answer: weights of magnitude at most `bits` (float32 magnitude bits) are zeroed; None zeroes none.
+    """The exact threshold of one scope.
 
-    `pruned` weights are at most the threshold, of `total`; `nonfinite` of them are kept whatever the ratio.
+    Attributes:
+        bits: Weights of at most this magnitude (a float32 pattern) are set to zero; None prunes nothing.
+        pruned: Weights of at most the threshold.
+        total: Weights of the scope.
+        nonfinite: Weights that are infinite or not a number, which are never pruned.
     """
 
     bits: int | None
@@ -33,31 +37,54 @@ class Threshold:
 
     @property
     def value(self) -> float | None:
-        """The threshold as a number, exactly."""
+        """The threshold as an exact number, or None."""
         return None if self.bits is None else dtypes.value(self.bits)
 
 
 def totals(size: int) -> "Totals":
-    """A histogram of a whole scope, all zero."""
+    """Return an empty histogram, int64 [size]."""
     import numpy as np
 
     return np.zeros(size, np.int64)
 
 
 def rank(ratio: float, total: int) -> int:
-    """k of the reference: `int(n * ratio)` in double precision, as its Python computes it."""
+    """Compute the reference's k, `int(n * ratio)` in double precision as Python computes it.
+
+    Args:
+        ratio: The share of weights to prune.
+        total: n, the number of weights.
+
+    Returns:
+        k: the threshold is the k-th smallest magnitude.
+    """
     return int(total * ratio)
 
 
 def upper_bits(counts: Mapping[str, "Totals"], k: int) -> int:
-    """The upper 16 bits of the k-th smallest float32 magnitude (k >= 1), from one histogram per dtype."""
+    """Find the upper 16 bits of the k-th smallest magnitude.
+
+    Args:
+        counts: One histogram per dtype.
+        k: At least 1.
+
+    Returns:
+        The upper bits of a float32 magnitude pattern.
+    """
     return int(_coarse(counts).cumsum().searchsorted(k))
 
 
 def select(counts: Mapping[str, "Totals"], k: int, refined: "Totals | None" = None) -> Threshold:
-    """The threshold of a scope from one histogram per dtype, and, where F32 is among them, its refined one.
+    """Select the threshold of a scope.
 
-    `refined` counts the lower 15 bits of the F32 magnitudes whose upper bits are `upper_bits(counts, k)`.
+    Args:
+        counts: One histogram per dtype.
+        k: The threshold is the k-th smallest magnitude; 0 prunes nothing.
+        refined: A histogram of the lower 15 bits of those F32 magnitudes whose upper bits are `upper_bits(counts, k)`;
+            needed if F32 is among the dtypes.
+
+    Returns:
+        The threshold.
     """
     coarse = _coarse(counts)
     total = int(coarse.sum())
@@ -65,7 +92,7 @@ def select(counts: Mapping[str, "Totals"], k: int, refined: "Totals | None" = No
     if k < 1:
         return Threshold(None, 0, total, nonfinite)
     if k > total - nonfinite:
-        # Infinities and NaN rank last, as in torch.kthvalue; they are kept, so all that is finite goes.
+        # Infinities and NaN rank last, as in torch.kthvalue, and are never pruned: every finite weight is.
         return Threshold(dtypes.LARGEST, total - nonfinite, total, nonfinite)
     upper = upper_bits(counts, k)
     fine = _fine(counts, upper)
@@ -78,7 +105,7 @@ def select(counts: Mapping[str, "Totals"], k: int, refined: "Totals | None" = No
 
 
 def _coarse(counts: Mapping[str, "Totals"]) -> "Totals":
-    """All dtypes' counts together, by the upper 16 bits of the float32 magnitude."""
+    """Sum the counts of all dtypes, by the upper 16 bits of the float32 magnitude."""
     import numpy as np
 
     merged = np.zeros(1 << 16, np.int64)
@@ -91,7 +118,7 @@ def _coarse(counts: Mapping[str, "Totals"]) -> "Totals":
 
 
 def _fine(counts: Mapping[str, "Totals"], upper: int) -> "Totals":
-    """The counts of the dtypes other than F32 within one value of the upper bits, by the lower 15 bits."""
+    """Sum the counts of the dtypes other than F32 whose upper bits are `upper`, by the lower 15 bits."""
     import numpy as np
 
     merged = np.zeros(REFINED, np.int64)

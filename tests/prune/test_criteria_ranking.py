@@ -178,8 +178,8 @@ def test_histograms_find_the_kth(data: list[float], k: st.DataObject) -> None:
     assert int(selection.count_upper(scores).sum()) == len(data) - stay
     assume(stay < len(data))
     rank = k.draw(st.integers(1, len(data) - stay))
-    upper, before = selection.place(selection.count_upper(scores), rank)
-    lower, _ = selection.place(selection.count_lower(scores, upper), rank - before)
+    upper, before = selection.locate(selection.count_upper(scores), rank)
+    lower, _ = selection.locate(selection.count_lower(scores, upper), rank - before)
     right = sorted(data)[rank - 1]
     assert selection.value(upper, lower) == right
     assert float(selection.kth(scores, rank)) == right

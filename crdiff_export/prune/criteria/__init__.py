@@ -1,7 +1,7 @@
-"""How weights are ranked. A criterion that has seen a base's weights decides which of them go, for any ratios.
+"""Criteria: how weights are ranked. A criterion reads a base's weights once and then decides for any ratios.
 
-`magnitude` and `uniform` rank by |w| and have a threshold (`magnitude.py`). Every other criterion gives each weight a
-score, of which the smallest go, and so has masks (`scored.py`). Scores may need statistics that a calibration has
+`magnitude` and `uniform` rank by |w| and give thresholds (`magnitude.py`). Every other criterion gives each weight a
+score, prunes the smallest scores, and gives masks (`scored.py`). Scores may need statistics that a calibration has
 collected (`calibration.py`).
 """
 
@@ -35,11 +35,13 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One weight matrix as a criterion sees it, all of it on the device that computes.
+    """One weight matrix as a criterion receives it, on the device that computes.
 
-    `name` is diffusers' for the weight. `weight` is float32 [out, in] in the dtype that will be written, with 0 in the
-    place of what is not finite. `statistics` are those that the criterion asked for. `ratio` is that of its scope for
-    `compensate` and `choose`, and NaN for `score`, whose scores serve all ratios.
+    Attributes:
+        name: The diffusers name of the weight.
+        weight: float32 [out, in], with the values that will be written, and 0 in place of values that are not finite.
+        statistics: The statistics that the criterion needs.
+        ratio: The ratio of its scope for `compensate` and `choose`; NaN for `score`, whose scores serve all ratios.
     """
 
     name: str
@@ -49,65 +51,79 @@ class Layer:
 
 
 class Criterion(Protocol):
-    """Gives every weight of a layer a score. What an entry point of `crdiff.criteria` makes of its options.
+    """Gives every weight of a layer a score.
 
-    An entry point is a factory `(options: Mapping[str, str]) -> Criterion`; it raises OptionError for options that it
-    does not know. A criterion may have two more methods. `compensate(layer, mask: Tensor[bool]) -> Tensor`: the layer's
-    weights, float32 [out, in], after those of the mask are gone and the others have moved to make up for it.
-    `notes(layers: Sequence[str]) -> Sequence[str]`: what a user should know of how these layers, all of which it has
-    seen, were ranked. It is asked once for every decision, and answers the same for the same layers.
+    An entry point of the group `crdiff.criteria` is a factory `(options: Mapping[str, str]) -> Criterion` that raises
+    OptionError for unknown options. A criterion may have two more methods:
+
+    - `compensate(layer, mask: Tensor[bool]) -> Tensor` returns the layer's weights, float32 [out, in], after
+      those of the mask were pruned and the others were changed to compensate for them.
+    - `notes(layers: Sequence[str]) -> Sequence[str]` returns what a user should know about the ranking of these layers.
+      It is called once for every decision, and must return the same for the same layers.
     """
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """The names of what it needs of a calibration; none if it needs no calibration."""
+        """The names of the statistics that it needs; empty if it needs no calibration."""
         ...
 
     def score(self, layer: Layer) -> "Tensor":
-        """Float32 [out, in], finite; the smallest go first, and they may be negative. The same for the same layer."""
+        """Score a layer: float32 [out, in], finite, deterministic; the smallest are pruned first."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A criterion as it was asked for; `criterion` is None for those that rank by |w|."""
+    """A criterion with its options; `criterion` is None for those that rank by |w|."""
 
     spec: Spec
     criterion: Criterion | None = None
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """What it needs of a calibration."""
+        """The names of the statistics that it needs."""
         return self.criterion.statistics if self.criterion else ()
 
     @property
     def compare(self) -> str:
-        """What weights are compared with: those of the scope (`block`), or the output row; `layer` is for OBS alone."""
+        """The weights that are compared with each other: `block` (the scope), `row`, or `layer` (OBS only)."""
         return self.spec.option("compare") or "block"
 
     @property
     def moves(self) -> bool:
-        """Whether the weights that stay are moved."""
+        """Whether weights that are not pruned are changed."""
         return hasattr(self.criterion, "compensate")
 
 
 class Ranked(Protocol):
-    """A criterion that has seen a base's weights."""
+    """A criterion that has read a base's weights."""
 
     def decide(self, plan: Plan, progress: Progress | None = None) -> Decision:
-        """Which weights go, exactly, for any ratios of a plan for the same checkpoint and cast."""
+        """Decide exactly which weights are pruned.
+
+        Args:
+            plan: A plan for the same checkpoint and cast, with any ratios.
+            progress: Told of weights that are read again.
+
+        Returns:
+            The decision.
+        """
         ...
 
 
 def load(text: str) -> Loaded:
-    """Find a criterion; OptionError where there is no such one, or where its package is broken."""
+    """Load a criterion by its name and options.
+
+    Raises:
+        OptionError: The name or an option is unknown, or the package of the criterion is broken.
+    """
     spec = Spec.parse(text)
     if spec.name in MAGNITUDES:
         return Loaded(spec)
     if spec.name in SCORED:
         factory: Callable[[Mapping[str, str]], Any] = EntryPoint(spec.name, SCORED[spec.name], GROUP).load()
         return Loaded(spec, factory(spec.values))
-    return Loaded(spec, _made(installed()[spec.name], spec))
+    return Loaded(spec, _from_entry_point(installed()[spec.name], spec))
 
 
 def rank(
@@ -119,16 +135,28 @@ def rank(
     calibration: Calibration | None = None,
     device: str = "cpu",
 ) -> Ranked:
-    """Read the weights that the plans, which share their checkpoint and cast, prune, and rank them.
+    """Read and rank the target weights of plans that share their checkpoint and cast.
 
-    `kernel` counts magnitudes; scores are computed on torch's `device`. OptionError where the criterion needs a
-    calibration and there is none; CalibrationError for one of another base, or that lacks something; PlanError for
-    weights that are not finite, unless the plans allow them.
+    Args:
+        plans: The plans.
+        loaded: The criterion.
+        kernel: Counts magnitudes.
+        progress: Told of the bytes read.
+        calibration: The statistics that the criterion needs.
+        device: The torch device on which scores are computed.
+
+    Returns:
+        The ranked weights, which decide for any ratios.
+
+    Raises:
+        OptionError: The criterion needs a calibration and has none.
+        CalibrationError: The calibration is of another base, or lacks a statistic.
+        PlanError: Target weights are not finite, and the plans do not allow that.
     """
     if loaded.criterion is None:
         from crdiff_export.prune.criteria import magnitude
 
-        return magnitude.Ranked(plans, kernel, progress)
+        return magnitude.RankedMagnitudes(plans, kernel, progress)
     if loaded.statistics and calibration is None:
         raise OptionError(
             f"{loaded.spec} needs a calibration",
@@ -139,8 +167,8 @@ def rank(
     return Scored(plans, loaded, progress, calibration, device)
 
 
-def _made(entry: EntryPoint, spec: Spec) -> Criterion:
-    """What another package's entry point makes of the options; its own errors keep their traceback."""
+def _from_entry_point(entry: EntryPoint, spec: Spec) -> Criterion:
+    """Call the entry point of another package; errors of its own code keep their traceback."""
     package = entry.dist.name if entry.dist else entry.value
     hint = f"It has to make a criterion, with statistics and score, of a mapping of options; ask {package}."
     try:
@@ -150,10 +178,12 @@ def _made(entry: EntryPoint, spec: Spec) -> Criterion:
             f"{entry.name}: {entry.value} cannot be loaded: {error}", f"Install {package} again, or whatever it needs."
         ) from error
     if not callable(factory):
-        raise OptionError(f"{entry.name}: {entry.value} is no function", hint)
-    found: Criterion = factory(spec.values)
-    statistics = getattr(found, "statistics", None)
+        raise OptionError(f"{entry.name}: {entry.value} is not a function", hint)
+    criterion: Criterion = factory(spec.values)
+    statistics = getattr(criterion, "statistics", None)
     listed = isinstance(statistics, tuple) and all(isinstance(name, str) for name in statistics)
-    if not listed or not callable(getattr(found, "score", None)):
-        raise OptionError(f"{entry.name}: {entry.value} makes {type(found).__name__}, which is no criterion", hint)
-    return found
+    if not listed or not callable(getattr(criterion, "score", None)):
+        raise OptionError(
+            f"{entry.name}: {entry.value} makes {type(criterion).__name__}, which is not a criterion", hint
+        )
+    return criterion

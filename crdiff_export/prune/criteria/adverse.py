@@ -1,10 +1,10 @@
-"""Rank by the harm a weight does at the target size: our own criterion.
+"""Rank by the harm that a weight does at the target size: our own criterion.
 
-Taking weight w away changes the loss by L(0) - L(w), which is -g * w to first order (Taylor's theorem) with the
+Removing weight w changes the loss by L(0) - L(w), which is -g * w to first order (Taylor's theorem) with the
 gradient g, and -g * w + w^2 * h / 2 to second order with the second derivative h. Below, D_t is that change at the
-target size and D_n at the native one, g_t and g_n being means over time steps, prompts and seeds. The denoising loss is
-that of images which the model itself made at its native size. A negative D_t says that the weight does harm there. All
-forms prune the smallest scores first, which may be negative.
+target size and D_n the one at the native size; g_t and g_n are means over time steps, prompts and seeds. The denoising
+loss is that of images which the model itself drew at its native size. A negative D_t means that the weight does harm
+there. All forms prune the smallest scores first; scores may be negative.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from crdiff_export.prune.criteria.random import Random
 
 
 class Signed:
-    """Score D_t - D_n = (-g_t * w) - (-g_n * w): what gets better at the target size by more than at the native."""
+    """Score D_t - D_n = (-g_t * w) - (-g_n * w): prune what improves the target size more than the native size."""
 
     statistics: tuple[str, ...] = ("gradient", "native_gradient")
 
@@ -26,7 +26,7 @@ class Signed:
 
 
 class Guarded:
-    """Score D_t + max(0, D_n) = -g_t * w + max(0, -g_n * w): harm at the native size counts, a gain there does not."""
+    """Score D_t + max(0, D_n) = -g_t * w + max(0, -g_n * w): harm at the native size counts, improvement does not."""
 
     statistics: tuple[str, ...] = ("gradient", "native_gradient")
 
@@ -37,9 +37,10 @@ class Guarded:
 class Second:
     """Score D_t - D_n with D = -g * w + w^2 * mean(g^2) / 2.
 
-    mean(g^2) is the diagonal of the empirical Fisher information, which stands in for h as in Fisher pruning (Theis et
-    al. 2018, arXiv 1801.05787). Of a loss that is a mean of squares, as here, it is h times a small factor, some twice
-    the loss over the number of outputs: this term is a ten thousandth of the first, and the form in effect `signed`.
+    mean(g^2) is the diagonal of the empirical Fisher information, which replaces h as in Fisher pruning (Theis et
+    al. 2018, arXiv 1801.05787). For a loss that is a mean of squares, as here, it is h times a small factor, about
+    twice the loss over the number of outputs: this term is a ten thousandth of the first,
+    so the form acts like `signed`.
     """
 
     statistics: tuple[str, ...] = ("gradient", "gradient_square", "native_gradient", "native_gradient_square")
@@ -52,7 +53,7 @@ class Second:
 class Channel:
     """Score the mean over outputs i of `Signed`'s score of w_ij, the same for every weight of input channel j.
 
-    A mean has less noise than its parts. All weights of a channel tie, and so go together (`compare=block` and `row`).
+    A mean has less noise than its parts. All weights of a channel tie, so they are pruned together.
     """
 
     statistics: tuple[str, ...] = Signed.statistics
@@ -63,9 +64,9 @@ class Channel:
 
 
 class Small:
-    """Score -1 / (|w| + 1e-8) where D_t < D_n, |w| elsewhere: by magnitude, what does harm before all that does none.
+    """Score -1 / (|w| + 1e-8) where D_t < D_n, |w| elsewhere: harmful weights first, then others, each by magnitude.
 
-    The first order holds near w alone, so that it is trusted for the sign and for small weights, not for the amount.
+    The first-order term holds only near w, so it is used for its sign and for small weights, not for its amount.
     """
 
     statistics: tuple[str, ...] = Signed.statistics
@@ -76,10 +77,11 @@ class Small:
 
 
 class Steady:
-    """Score |w| * (1 + (z_t - z_n) / 2) with z = -sign(w) * g / sqrt(mean(g^2)), from -1 to 1; 0 where no g is any.
+    """Score |w| * (1 + (z_t - z_n) / 2) with z = -sign(w) * g / sqrt(mean(g^2)), from -1 to 1; 0 where g is always 0.
 
-    z is how steadily taking the weight away makes the loss larger: -1 or 1 where every sample agrees, near 0 where they
-    do not. A magnitude counts up to twice where that harms at the target size alone, and not at all where it helps.
+    z is how consistently the removal of the weight increases the loss: -1 or 1 where all samples agree, near 0 where
+    they do not. The magnitude counts up to twice if removal harms only at the target size, and not at all if it
+    helps there.
     """
 
     statistics: tuple[str, ...] = ("gradient", "gradient_square", "native_gradient", "native_gradient_square")
@@ -95,7 +97,7 @@ class Steady:
 
 
 class Coin:
-    """`Small`'s score with a coin in place of the sign: the control that tells what the gradient is worth in it."""
+    """Score as `Small` with a random sign, as a control that shows the value of the gradient."""
 
     statistics: tuple[str, ...] = ()
 
@@ -106,7 +108,7 @@ class Coin:
 
 
 def _first(layer: Layer, gradient: str) -> Tensor:
-    """-g * w."""
+    """Return -g * w."""
     return torch.neg(layer.statistics[gradient] * layer.weight)
 
 
@@ -122,5 +124,5 @@ _FORMS: Mapping[str, Callable[[], Criterion]] = {
 
 
 def adverse(options: Mapping[str, str]) -> Criterion:
-    """The criterion of the `form`."""
+    """Make the criterion with its `form`."""
     return _FORMS[options["form"]]()

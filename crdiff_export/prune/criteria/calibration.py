@@ -1,7 +1,7 @@
-"""The file of a calibration: what running a model has told of its layers. A safetensors file and its header's keys.
+"""The calibration file: statistics of a model's layers, collected by running it. A safetensors file with a header.
 
-A tensor is called `<statistic>/<layer>`, the layer as diffusers calls its weight. `header` makes the metadata for
-whoever writes one; `Calibration` reads it.
+A tensor is called `<statistic>/<layer>` with the diffusers name of the layer's weight. `header` makes the metadata of a
+new file; `Calibration` reads one. docs/calibration.md specifies both.
 """
 
 import json
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 VERSION: Final = "1"
 KEY: Final = "crdiff.calibration"
 FACTS: Final = f"{KEY}.facts."
-# Hex digits that tell a layer's weight apart, of the SHA-256 of its bytes.
+# The number of hex digits of a weight's SHA-256 that identify it.
 DIGITS: Final = 16
-# Each statistic's dtype, and its shape for a weight of (out, in).
+# Each statistic's dtype, and its shape for a weight of shape (out, in).
 STATISTICS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "norm": ("F64", ("in",)),
     "gram": ("F32", ("in", "in")),
@@ -44,7 +44,7 @@ STATISTICS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
 }
 _AGAIN = "Calibrate again, or give another file."
 _OWN = "Give a calibration of this base, or calibrate it."
-# What there is no calibration of: a base that has to be cast before it can be pruned.
+# A calibration describes the uncast weights, so casting is no way out for a base of F64.
 NARROWER: Final = f"Save it as {', '.join(FORMATS)} first, then calibrate and export that."
 
 
@@ -59,7 +59,21 @@ def header(
     layers: Mapping[str, str],
     facts: Mapping[str, str],
 ) -> dict[str, str]:
-    """A calibration's metadata. `layers`: the first 16 hex digits of the SHA-256 of each weight's bytes in the base."""
+    """Make the metadata of a calibration.
+
+    Args:
+        family: The id of the base's family.
+        base: The name of the base.
+        base_hash: The SHA-256 of the base's weights.
+        size: The size that the model was run at.
+        native: The native size.
+        statistics: The names of the statistics.
+        layers: For each layer the first 16 hex digits of the SHA-256 of its weight's bytes in the base.
+        facts: How the calibration was made, for people.
+
+    Returns:
+        The keys and values of the header.
+    """
     return {
         KEY: VERSION,
         f"{KEY}.family": family,
@@ -74,9 +88,9 @@ def header(
 
 @dataclass(frozen=True)
 class Calibration:
-    """A calibration that has been opened: its header is read, its numbers are when they are asked for.
+    """An open calibration: its header is parsed, its tensors are read on request.
 
-    `layers` has the first 16 hex digits of the SHA-256 of each layer's weight as the base holds it.
+    `layers` has the first 16 hex digits of the SHA-256 of each layer's weight in the base.
     """
 
     path: Path
@@ -92,7 +106,11 @@ class Calibration:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Read a calibration's header; CalibrationError for a file that is none or is of another version."""
+        """Read a calibration's header.
+
+        Raises:
+            CalibrationError: The file is unreadable, not a calibration, or of another version.
+        """
         try:
             source = read_file(path, path.name)
         except CheckpointError as error:
@@ -100,24 +118,24 @@ class Calibration:
         except OSError as error:
             what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
             raise CalibrationError(f"{path}: {what}", "Check the path and its permissions.") from error
-        said = source.metadata
-        if KEY not in said:
-            raise CalibrationError(f"{path}: is no calibration", f"Its header has no {KEY}. {_AGAIN}")
-        if said[KEY] != VERSION:
+        metadata = source.metadata
+        if KEY not in metadata:
+            raise CalibrationError(f"{path}: is not a calibration", f"Its header has no {KEY}. {_AGAIN}")
+        if metadata[KEY] != VERSION:
             raise CalibrationError(
-                f"{path}: is a calibration of version {show(said[KEY])}, version {VERSION} is known here",
+                f"{path}: is a calibration of version {show(metadata[KEY])}, version {VERSION} is known here",
                 "Calibrate again, or use the crdiff that made it.",
             )
         return cls(
             path=path,
-            family=_text(path, said, "family"),
-            base=_text(path, said, "base"),
-            base_hash=_text(path, said, "base_hash"),
-            size=_size(path, said, "size"),
-            native=_size(path, said, "native"),
-            statistics=tuple(name for name in _text(path, said, "statistics").split(",") if name),
-            layers=_layers(path, said),
-            facts={key.removeprefix(FACTS): text for key, text in said.items() if key.startswith(FACTS)},
+            family=_text(path, metadata, "family"),
+            base=_text(path, metadata, "base"),
+            base_hash=_text(path, metadata, "base_hash"),
+            size=_size(path, metadata, "size"),
+            native=_size(path, metadata, "native"),
+            statistics=tuple(name for name in _text(path, metadata, "statistics").split(",") if name),
+            layers=_layers(path, metadata),
+            facts={key.removeprefix(FACTS): text for key, text in metadata.items() if key.startswith(FACTS)},
             source=source,
         )
 
@@ -128,11 +146,15 @@ class Calibration:
 
     @cached_property
     def hash(self) -> str:
-        """`0x` and the SHA-256 of the whole file, header and all, as hex; the first call reads it."""
+        """`0x` and the SHA-256 of the whole file as hex; the first access reads the file."""
         return self.hashed(Silent())
 
     def hashed(self, progress: Progress) -> str:
-        """The same, with progress in bytes if it is read; CalibrationError where it is not the file that was opened."""
+        """Return `hash`, and report progress if the file has to be read.
+
+        Raises:
+            CalibrationError: The file cannot be read, or was changed since it was opened.
+        """
         if known := vars(self).get("hash"):
             return str(known)
         try:
@@ -144,13 +166,22 @@ class Calibration:
             raise CalibrationError(
                 f"{self.path}: reading failed: {error.strerror}", "Check the disk, or copy the file to another one."
             ) from error
-        vars(self)["hash"] = found = f"0x{digest}"
-        return found
+        vars(self)["hash"] = text = f"0x{digest}"
+        return text
 
     def read(self, layer: str, statistic: str, shape: tuple[int, int] | None = None) -> "Tensor":
-        """A statistic of a layer, on the CPU in its own dtype; of a weight of `shape` (out, in) if that is given.
+        """Read a statistic of a layer.
 
-        CalibrationError where it is missing, of another shape, or not finite.
+        Args:
+            layer: The diffusers name of its weight.
+            statistic: One of STATISTICS.
+            shape: The shape (out, in) of the weight, if the tensor's shape should be checked against it.
+
+        Returns:
+            The tensor on the CPU, float64 or float32.
+
+        Raises:
+            CalibrationError: The statistic is missing, of another shape or not finite.
         """
         import torch
 
@@ -158,26 +189,34 @@ class Calibration:
 
         tensor = self._find(layer, statistic, shape)
         dtype = {"F64": torch.float64, "F32": torch.float32}[tensor.dtype]
-        found = torch.empty(tensor.shape, dtype=dtype)
+        values = torch.empty(tensor.shape, dtype=dtype)
         try:
             reader = self.source.open()
             try:
-                reader.read_into(tensor.start, found.numpy().reshape(-1).view("u1").data)
+                reader.read_into(tensor.start, values.numpy().reshape(-1).view("u1").data)
             finally:
                 reader.close()
             self.source.check_unchanged()
         except CheckpointError as error:
             raise CalibrationError(error.message, error.hint) from error
-        if not selection.finite(found):
-            broken = tensor.count - int(torch.isfinite(found).sum())
+        if not selection.finite(values):
+            broken = tensor.count - int(torch.isfinite(values).sum())
             raise CalibrationError(f"{self.path}: {broken} numbers of {tensor.name} are not finite", _AGAIN)
-        return found
+        return values
 
     def check(self, plan: Plan, statistics: Sequence[str]) -> tuple[str, ...]:
-        """What a user should know (another size than the plan's), without reading a number of it.
+        """Check a calibration against a plan, by their headers only.
 
-        CalibrationError for another family, for weights of a dtype that cannot be calibrated, and where `statistics` of
-        layers that the plan prunes are missing or are of another shape.
+        Args:
+            plan: The plan.
+            statistics: The statistics that the criterion needs.
+
+        Returns:
+            Notes for the user, such as that the calibration was made at another size.
+
+        Raises:
+            CalibrationError: It is of another family, a weight has a dtype that cannot be calibrated, or a statistic of
+                a pruned layer is missing or of another shape.
         """
         family = plan.match.family
         if self.family != family.id:
@@ -205,7 +244,15 @@ class Calibration:
         )
 
     def check_weight(self, layer: str, digest: str) -> None:
-        """CalibrationError if a layer's weight hashes (SHA-256 as hex) to something else than in this one's base."""
+        """Check that a layer's weight is the one that the calibration was made with.
+
+        Args:
+            layer: The diffusers name of the weight.
+            digest: The SHA-256 of its bytes as hex.
+
+        Raises:
+            CalibrationError: The calibration has no such layer, or was made with other weights.
+        """
         if layer not in self.layers:
             self._missing(layer)
         if self.layers[layer] != digest[:DIGITS]:
@@ -234,24 +281,24 @@ class Calibration:
         return {tensor.name: tensor for tensor in self.source.tensors}
 
 
-def _text(path: Path, said: Mapping[str, str], key: str) -> str:
-    text = said.get(f"{KEY}.{key}")
+def _text(path: Path, metadata: Mapping[str, str], key: str) -> str:
+    text = metadata.get(f"{KEY}.{key}")
     if text is None:
         raise CalibrationError(f"{path}: its header has no {KEY}.{key}", _AGAIN)
     return text
 
 
-def _size(path: Path, said: Mapping[str, str], key: str) -> Size:
-    text = _text(path, said, key)
+def _size(path: Path, metadata: Mapping[str, str], key: str) -> Size:
+    text = _text(path, metadata, key)
     try:
         return Size.parse(text)
     except RecipeError as error:
-        raise CalibrationError(f"{path}: {KEY}.{key} is {show(text)}, which is no size", _AGAIN) from error
+        raise CalibrationError(f"{path}: {KEY}.{key} is {show(text)}, which is not a size", _AGAIN) from error
 
 
-def _layers(path: Path, said: Mapping[str, str]) -> dict[str, str]:
+def _layers(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     try:
-        layers: dict[str, Any] = parse_object(_text(path, said, "layers").encode())
+        layers: dict[str, Any] = parse_object(_text(path, metadata, "layers").encode())
     except MalformedError as error:
         raise CalibrationError(f"{path}: {KEY}.layers {error}", _AGAIN) from error
     for name, digest in layers.items():

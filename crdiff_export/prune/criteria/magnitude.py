@@ -1,4 +1,4 @@
-"""Rank by |w| (Han et al. 2015, arXiv 1506.02626), the criterion of the paper: pass one over the target weights."""
+"""Rank by |w| (Han et al. 2015, arXiv 1506.02626), the criterion of the paper. This is pass one over the weights."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 # Elements read and counted at once.
 CHUNK = 2 << 20
-# Of smaller ones so many are counted in one go.
+# Small targets are counted together up to this number of elements.
 SHARE = 1 << 16
 
 
 @dataclass
 class _Tally:
-    """What has been counted of some weights: a histogram per dtype; of F32 also a refined one for each of `uppers`."""
+    """Counts of some weights: a histogram per dtype, and for F32 refined ones by the upper bits that they belong to."""
 
     counts: "dict[str, threshold.Totals]" = field(default_factory=dict)
     refined: "dict[int, threshold.Totals]" = field(default_factory=dict)
@@ -37,7 +37,7 @@ class _Tally:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Elements `start:stop` of a target's tensor, small enough to be counted at once."""
+    """Elements `start:stop` of a target's tensor, few enough to be counted at once."""
 
     target: Target
     start: int
@@ -45,10 +45,20 @@ class _Piece:
 
 
 def thresholds(plans: Sequence[Plan], kernel: Kernel, progress: Progress) -> tuple[tuple[Threshold, ...], ...]:
-    """The exact k-th smallest magnitude of every scope of every plan, in the dtypes that will be written.
+    """Compute the exact thresholds of plans that share their checkpoint and cast.
 
-    The plans share their checkpoint and cast; its weights are read once for all of them (fp32: twice). Non-finite
-    weights raise PlanError with their tensors' names, unless the plans allow them.
+    The weights are read once for all plans (fp32: twice), and compared in the dtypes that will be written.
+
+    Args:
+        plans: The plans.
+        kernel: Counts magnitudes.
+        progress: Told of the bytes read.
+
+    Returns:
+        For each plan one threshold for each scope: the k-th smallest magnitude.
+
+    Raises:
+        PlanError: Target weights are not finite, and the plans do not allow that.
     """
     ranking = Ranking(plans, kernel, progress)
     ranking.count(refined=True)
@@ -56,10 +66,10 @@ def thresholds(plans: Sequence[Plan], kernel: Kernel, progress: Progress) -> tup
 
 
 class Ranking:
-    """What counting has found of a checkpoint's weights, and the thresholds of any ratios in it.
+    """Counts the weights of a checkpoint, and computes the thresholds of any ratios from the counts.
 
-    One count over all targets on the kernel's threads. Sums of integers: their order cannot change the result.
-    Each layer kind of a group has a tally of its own, so that plans with other kinds of targets find theirs among them.
+    All targets are counted on the kernel's threads. Counts are integers, so the result does not depend on threads.
+    Each kind of layers in a group has its own tally, so that plans with other kinds of targets can use them.
     """
 
     def __init__(self, plans: Sequence[Plan], kernel: Kernel, progress: Progress) -> None:
@@ -73,7 +83,7 @@ class Ranking:
         self._readers: list[Bytes] = []
 
     def count(self, *, refined: bool = False) -> None:
-        """Read every target of the plans that is pruned; with `refined` all that their own ratios need."""
+        """Read every target that is pruned; with `refined` also count what the plans' own ratios need."""
         counted = list(self._targets.values())
         wide = [t for t in counted if t.output.dtype == "F32"] if refined else []
         self._progress.stage("counting", sum(t.count * t.source.itemsize for t in (*counted, *wide)))
@@ -83,16 +93,16 @@ class Ranking:
             self._refine(self._plans, self._progress)
 
     def thresholds(self, plan: Plan) -> tuple[Threshold, ...]:
-        """One for each scope of a plan whose targets were counted, whatever its ratios.
+        """Return one threshold for each scope of a plan whose targets were counted, with any ratios.
 
-        Those of F32 need another look at its weights, unless the same upper bits were asked for before.
+        F32 weights are read again, unless the same upper bits were refined before.
         """
         nonfinite.refuse([plan], self._nonfinite)
         self._refine([plan], Silent())
         return tuple(_select(*scope) for scope in self._scopes(plan))
 
     def _refine(self, plans: Sequence[Plan], progress: Progress) -> None:
-        """Count the lower bits of the F32 weights near the thresholds, where that has not been done."""
+        """Count the lower bits of the F32 weights near the thresholds, if that was not done before."""
         asked: dict[Hashable, set[int]] = {}
         for scope, names in (scope for plan in plans for scope in self._named(plan)):
             tallies = [self._tallies[name] for name in names]
@@ -104,11 +114,11 @@ class Ranking:
         found = {name: {upper: threshold.totals(REFINED) for upper in uppers} for name, uppers in asked.items()}
         wide = [t for t in self._targets.values() if t.output.dtype == "F32" and _tally(self._plans[0], t) in asked]
         self._pass(wide, found, progress)
-        for name, refined in found.items():  # only now: half a count must not be found by the next that asks
+        for name, refined in found.items():  # only when complete: nothing may use half a count
             self._tallies[name].refined |= refined
 
     def _scopes(self, plan: Plan) -> list[tuple[Scope, list[_Tally]]]:
-        """Every scope of a plan with the tallies of its weights."""
+        """Return every scope of a plan with the tallies of its weights."""
         return [(scope, [self._tallies[name] for name in names]) for scope, names in self._named(plan)]
 
     def _named(self, plan: Plan) -> list[tuple[Scope, list[Hashable]]]:
@@ -161,7 +171,7 @@ class Ranking:
         return (piece.stop - piece.start) * target.source.itemsize
 
     def _read(self, piece: _Piece) -> memoryview:
-        """The piece's weights in the dtype that will be written, in a buffer of this thread's own."""
+        """Read the weights of a piece into this thread's buffer, in the dtype that will be written."""
         source, output = piece.target.source, piece.target.output
         own = self._own
         if not hasattr(own, "buffer"):
@@ -185,25 +195,24 @@ class Ranking:
             self._nonfinite[target.name] = self._nonfinite.get(target.name, 0) + found
 
 
-class Ranked:
-    """Magnitude as `criteria.rank` gives it; with `refined` all that the plans' own ratios need is counted at once."""
+class RankedMagnitudes:
+    """Magnitudes as a ranked criterion; with `refined` the plans' own ratios need no further reading."""
 
     def __init__(self, plans: Sequence[Plan], kernel: Kernel, progress: Progress, *, refined: bool = True) -> None:
         self._ranking = Ranking(plans, kernel, progress)
         self._ranking.count(refined=refined)
 
     def decide(self, plan: Plan, progress: Progress | None = None) -> Decision:
-        """The thresholds of a plan whose targets were counted."""
         return Decision(self._ranking.thresholds(plan))
 
 
 def _tally(plan: Plan, target: Target) -> Hashable:
-    """Which tally a target is counted in: its own where thresholds are per layer, else that of its group and kind."""
+    """Return the key of a target's tally: its name if thresholds are per layer, else its group and kind."""
     return target.name if plan.match.family.scope == "layer" else (target.group, target.kind)
 
 
 def _merged(tallies: Sequence[_Tally]) -> "dict[str, threshold.Totals]":
-    """The histograms of several tallies together."""
+    """Sum the histograms of several tallies."""
     merged: dict[str, threshold.Totals] = {}
     for dtype, counts in ((dtype, counts) for tally in tallies for dtype, counts in tally.counts.items()):
         merged[dtype] = merged[dtype] + counts if dtype in merged else counts
@@ -223,7 +232,7 @@ def _select(scope: Scope, tallies: Sequence[_Tally]) -> Threshold:
 
 
 def _shares(targets: list[Target]) -> Iterator[list[_Piece]]:
-    """Pieces that a thread counts in one go: a large one, or many small ones."""
+    """Yield the pieces that a thread counts together: a large one, or many small ones."""
     share: list[_Piece] = []
     size = 0
     for piece in _pieces(targets):

@@ -1,4 +1,4 @@
-"""The refusal of weights that are no finite numbers, which every criterion words alike."""
+"""Refuse target weights that are infinite or not a number."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,15 @@ from crdiff_export.prune.plan import Plan
 
 
 def refuse(plans: Sequence[Plan], found: Mapping[str, int]) -> None:
-    """PlanError naming the pruned targets among `found` (their names, how many), unless the plans allow them."""
+    """Refuse plans that prune targets with weights that are not finite.
+
+    Args:
+        plans: Plans for one checkpoint.
+        found: The number of such weights, by the name of the target.
+
+    Raises:
+        PlanError: A plan prunes such a target, and the plans do not allow that.
+    """
     pruned = {target.name for plan in plans for target in plan.targets if plan.scopes[target.scope].rank}
     names = sorted(pruned & found.keys())
     if not names or plans[0].allow_nonfinite:

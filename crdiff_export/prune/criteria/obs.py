@@ -1,14 +1,13 @@
-"""Rank by Optimal Brain Surgeon, and move the weights that stay: SparseGPT (arXiv 2301.00774) on OBS-Diff's Hessian.
+"""Rank by Optimal Brain Surgeon and change the remaining weights: SparseGPT (arXiv 2301.00774), OBS-Diff's Hessian.
 
 H = G + damping * mean(diag G) * I, where G is `gram`, the sum over sampling steps of alpha_t * X_t X_t^T (OBS-Diff,
 arXiv 2510.06751, whose alpha_t fall from 1.2 to 0.8 with the logarithm of the step), with 1 on its diagonal for dead
-inputs, those that are zero there (as in SparseGPT). U is the upper Cholesky factor of H^-1 = U^T U. U_jj^2 is
-[(H_S)^-1]_jj for S = {j, j+1, ...}: what is left of the inverse once the columns before j are settled. Row j of U over
-U_jj is the update that the columns after j get.
+inputs, whose diagonal is zero (as in SparseGPT). U is the upper Cholesky factor of H^-1 = U^T U. U_jj^2 is
+[(H_S)^-1]_jj for S = {j, j+1, ...}, the inverse after the columns before j are done. Row j of U over U_jj is the update
+of the columns after j.
 
-No inverse is needed: U = R^-1 for the upper triangular R with H = R R^T, which is Cholesky's factor of H from its last
-row and column on. So U_jj = 1 / R_jj, and W' = W - E U, in which E has the errors w_j / U_jj of what goes, is
-(W - W') R = E.
+No inverse is needed: U = R^-1 for the upper triangular R with H = R R^T, the Cholesky factor of H with rows and columns
+reversed. So U_jj = 1 / R_jj, and W' = W - E U, where E has the errors w_j / U_jj of pruned weights, is (W - W') R = E.
 """
 
 import hashlib
@@ -21,27 +20,26 @@ from torch import Tensor
 from crdiff_export.errors import CalibrationError
 from crdiff_export.prune.criteria import Criterion, Layer, selection
 
-# Columns that are settled together before the others hear of it (SparseGPT's blocksize).
+# Columns that are processed together before the columns after them are updated (SparseGPT's blocksize).
 BLOCK = 128
-# How often it is tried, each time with ten times the damping.
+# Attempts, each with ten times the damping of the one before.
 TRIES = 4
 
 
 class _Choice(Protocol):
-    """Which weights of a block go, which begins at column `start`, by what they have become and U's diagonal there."""
+    """Chooses the weights to prune in the block from column `start` on, from their current values and U's diagonal."""
 
     def __call__(self, start: int, block: Tensor, diagonal: Tensor, /) -> Tensor: ...
 
 
 class Obs:
-    """Score w_ij^2 / U_jj^2, the error of the layer's output when w_ij goes and the columns after j make up for it.
+    """Score w_ij^2 / U_jj^2, the error of the layer's output if w_ij is pruned and the columns after j compensate.
 
-    Compared across the scope or a row, the scores are those of the weights as they are, before any has moved. A dead
-    input scores 0, so its weights go first, as in SparseGPT. A common factor of all grams is one of all scores too, and
-    changes no order unless inputs are dead: their 1 on the diagonal, which enters the mean, has no such factor.
-    R is computed in float64 where the device has it. The damping is a share of the mean diagonal, 0.01 by default;
-    where Cholesky's method fails it is raised tenfold, up to 3 times, which `notes` tells, then CalibrationError names
-    the layer.
+    Scores are those of the original weights, before any was changed. A dead input scores 0, so its weights are pruned
+    first, as in SparseGPT. A common factor of all grams is a common factor of all scores and changes no order, unless
+    inputs are dead: their 1 on the diagonal, which enters the mean, has no such factor. R is computed in float64 where
+    the device has it. The damping is a share of the mean diagonal, 0.01 by default. If Cholesky's method fails, it
+    is raised tenfold, up to 3 times, and reported by `notes`; then CalibrationError names the layer.
     """
 
     statistics: tuple[str, ...] = ("gram",)
@@ -50,14 +48,14 @@ class Obs:
         self._damping = damping
         self._last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
         self._diagonals: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-        self._raised: dict[str, float] = {}  # the damping of layers that took more than was asked for
+        self._raised: dict[str, float] = {}  # the damping of layers that needed more than requested
 
     def score(self, layer: Layer) -> Tensor:
         diagonal, dead = self._diagonal(layer)
         return (layer.weight * diagonal).square().masked_fill(dead, 0.0)
 
     def notes(self, layers: Sequence[str]) -> tuple[str, ...]:
-        """Of these layers, those whose damping was raised."""
+        """Report the layers whose damping was raised."""
         raised = [name for name in layers if name in self._raised]
         if not raised:
             return ()
@@ -68,7 +66,7 @@ class Obs:
         )
 
     def _diagonal(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """R's diagonal, which is all that scores need, and the dead inputs; kept for further looks at the scores."""
+        """Return R's diagonal, which is all that scores need, and the dead inputs; both are cached."""
         gram = layer.statistics["gram"]
         key = layer.name, hashlib.sha256(gram.cpu().contiguous().numpy().data).hexdigest()
         if key not in self._diagonals:
@@ -77,10 +75,10 @@ class Obs:
         return self._diagonals[key]
 
     def _factor(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """R and which inputs are dead; that of the last layer is kept, as its compensation follows its scores."""
+        """Return R and the dead inputs; those of the last layer are cached, because compensation follows the scores."""
         gram = layer.statistics["gram"]
         if self._last is None or self._last[0] is not gram:
-            self._last = None  # the other layer's, before there is another
+            self._last = None  # free the other layer's factor first
             factor, dead, attempt = _factorise(layer.name, gram, self._damping)
             self._last = gram, (factor, dead)
             self._raised.pop(layer.name, None)
@@ -90,24 +88,24 @@ class Obs:
 
 
 class Compensating(Obs):
-    """The same, and the weights that stay move to make up for those that go."""
+    """Scores like `Obs`, and changes the remaining weights to compensate for the pruned ones."""
 
     def compensate(self, layer: Layer, mask: Tensor) -> Tensor:
-        """The weights after those of the mask are gone, float32 [out, in]; what goes is exactly 0.
+        """Return the weights after those of the mask were pruned, float32 [out, in]; pruned weights are exactly 0.
 
-        Column by column (SparseGPT, algorithm 1): a weight w_j that goes leaves the error w_j / U_jj, which times row j
-        of U is taken from the columns after j of its row. Those beyond a block of 128 get theirs when it is done. Each
-        step is the best for the columns that are left; all steps together are where what goes comes before what stays.
+        Column by column (SparseGPT, algorithm 1): a pruned weight w_j leaves the error w_j / U_jj, which times row j of
+        U is subtracted from the columns after j. Columns beyond a block of 128 are updated when the block is done. Each
+        step is optimal for the columns that follow it.
         """
         factor, _ = self._factor(layer)
         return _settle(layer.weight, factor, lambda start, _block, _diagonal: mask[:, start : start + BLOCK])[1]
 
     def choose(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """SparseGPT's own choice (`compare=layer`): the mask, and the weights after it.
+        """Choose as SparseGPT does (`compare=layer`): the mask, and the weights after it.
 
-        In each block of 128 columns the int(n * ratio) smallest w^2 / U_jj^2 go, of the weights as the blocks before
-        have left them, and with them what ties (SparseGPT takes one more). So the layer's ratio holds in every block,
-        and the scope's to within the rounding. Weights of dead inputs, and those that were 0, go whatever the ratio.
+        In each block of 128 columns the int(n * ratio) smallest w^2 / U_jj^2 of the updated weights are pruned, and all
+        that tie with them (SparseGPT prunes one more). So the layer's ratio holds in every block, and the scope's up to
+        rounding. Weights of dead inputs, and weights that were 0, are pruned whatever the ratio.
         """
         factor, dead = self._factor(layer)
         gone = (layer.weight == 0) | dead
@@ -117,18 +115,18 @@ class Compensating(Obs):
             if not (k := int(block.numel() * layer.ratio)):
                 return settled
             scores = (block / diagonal).square().masked_fill(settled, 0.0)
-            return scores <= selection.kth(scores.flatten(), k)  # what is settled among them: it scores 0
+            return scores <= selection.kth(scores.flatten(), k)  # weights that are pruned already score 0
 
         return _settle(layer.weight, factor, choice)
 
 
 def _settle(weight: Tensor, factor: Tensor, choice: _Choice) -> tuple[Tensor, Tensor]:
-    """Every column in turn; the mask and the weights that stay.
+    """Process the columns in turn; return the mask and the changed weights.
 
-    What the blocks before have left of a block b is W_b - D_b with D_b R_bb = -D R_:b, where D = W - W' has the columns
-    before it. Within b the rows of U tell each column what those before it have left, and U_bb is R_bb's own inverse.
+    Block b is first updated to W_b - D_b with D_b R_bb = -D R_:b, where D = W - W' has the columns before it. Inside
+    the block the rows of U give the updates, and U_bb is the inverse of R_bb.
     """
-    columns = weight.t().contiguous()  # one column after another in memory, as they are gone through
+    columns = weight.t().contiguous()  # columns are contiguous in memory, as they are processed
     mask, moved = torch.zeros_like(weight, dtype=torch.bool), torch.empty_like(columns)
     for start in range(0, len(columns), BLOCK):
         stop = min(start + BLOCK, len(columns))
@@ -136,7 +134,7 @@ def _settle(weight: Tensor, factor: Tensor, choice: _Choice) -> tuple[Tensor, Te
         own = _inverse(factor[start:stop, start:stop])
         block.addmm_(own.t(), factor[:start, start:stop].t() @ moved[:start])
         mask[:, start:stop] = choice(start, block.t(), own.diagonal())
-        own /= own.diagonal()[:, None].clone()  # with 1 on the diagonal, which takes a weight that goes from itself
+        own /= own.diagonal()[:, None].clone()  # with 1 on the diagonal, which subtracts a pruned weight from itself
         for j, stays in enumerate(~mask[:, start:stop].t().contiguous()):
             block[j:].addr_(own[j, j:], block[j].masked_fill(stays, 0.0), alpha=-1)
         moved[start:stop] = before - block
@@ -149,7 +147,7 @@ def _inverse(factor: Tensor) -> Tensor:
 
 
 def _factorise(name: str, gram: Tensor, damping: float) -> tuple[Tensor, Tensor, int]:
-    """R in float32, which inputs are dead, and how often the damping was raised.
+    """Return R in float32, the dead inputs, and how often the damping was raised.
 
     A dead input gets 1 on the diagonal, as in SparseGPT's code.
     """
@@ -167,25 +165,25 @@ def _factorise(name: str, gram: Tensor, damping: float) -> tuple[Tensor, Tensor,
 
 
 def _upper_factor(gram: Tensor, diagonal: Tensor) -> Tensor | None:
-    """R of the gram with this diagonal, computed in its dtype; None where there is none.
+    """Factorise the gram with this diagonal in its dtype; None if that fails.
 
-    Cholesky's method goes from the first row and column on, so both are turned round before it and after. On a CPU
-    there is one matrix in that dtype, in which the method leaves its factor: by columns, as LAPACK wants it.
+    The Cholesky method starts with the first row and column, so both are reversed before and after it. On a CPU the
+    factor takes the place of its matrix, in column order as LAPACK needs it.
     """
-    matrix = _turned(gram, diagonal.dtype).t()
+    matrix = _reversed(gram, diagonal.dtype).t()
     matrix.diagonal().copy_(diagonal.flip(0))
     if _in_place(matrix):
         failed = torch.empty((), dtype=torch.int32)
         torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
     else:
         matrix, failed = torch.linalg.cholesky_ex(matrix)
-    factor = _turned(matrix.t(), torch.float32).t()
-    ends = torch.aminmax(factor.diagonal())  # no other is larger than the root of H's diagonal in its row
+    factor = _reversed(matrix.t(), torch.float32).t()
+    ends = torch.aminmax(factor.diagonal())  # no element is larger than the root of H's diagonal in its row
     return factor if not int(failed) and 0 < float(ends.min) <= float(ends.max) < torch.inf else None
 
 
-def _turned(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix from its last row and column on: some rows at a time, as torch turns copies alone."""
+def _reversed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Reverse the rows and columns of a matrix, some rows at a time, because torch reverses only copies."""
     found = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
     for start in range(0, len(matrix), BLOCK):
         rows = matrix[start : start + BLOCK]
@@ -194,11 +192,11 @@ def _turned(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _in_place(matrix: Tensor) -> bool:
-    """Whether a result may take its matrix's place: torch promises nothing, so only where it was tried."""
+    """Whether a factor may take the place of its matrix: torch does not document it, so only where it was tested."""
     return matrix.device.type == "cpu"
 
 
 def obs(options: Mapping[str, str]) -> Criterion:
-    """The criterion with `damping` (0.01) and `compensate` (on)."""
+    """Make the criterion with `damping` (0.01) and `compensate` (on)."""
     kind = Compensating if options["compensate"] == "on" else Obs
     return kind(float(options["damping"]))

@@ -1,4 +1,4 @@
-"""Rank at random: the control. Any criterion that is no better than this has told nothing of the weights."""
+"""Rank at random, as a control: a criterion that is not better than this one is useless."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ from crdiff_export.prune.criteria import Criterion, Layer
 # The bits of the smallest normal float32, and how many positive normal finite ones there are.
 _FIRST = 0x0080_0000
 _NUMBERS = 0x7F80_0000 - _FIRST
-# So many are drawn at once: they stay in the processor's cache.
+# Numbers drawn at once, which fit the processor's cache.
 _ATONCE = 1 << 15
 
 
 class Random:
-    """Every order of a layer's weights is as likely as any other; the seed and the layer's name decide.
+    """Random scores: every order of a layer's weights is equally likely, decided by the seed and the layer's name.
 
     Philox 4x64-10 (Salmon et al. 2011, SC '11) is a counter-based generator, here with the first 128 bits of the
-    SHA-256 of `SEED/NAME` as its key: neither the order of the layers nor the device can change a score. Its numbers
-    pick from all positive normal float32, so that ties are as rare as float32 allows.
+    SHA-256 of `SEED/NAME` as its key: neither the order of layers nor the device can change a score. Scores are
+    chosen from all positive normal float32, so that ties are as rare as float32 allows.
     """
 
     statistics: tuple[str, ...] = ()
@@ -43,5 +43,5 @@ class Random:
 
 
 def random(options: Mapping[str, str]) -> Criterion:
-    """The criterion with `seed`."""
+    """Make the criterion with its `seed`."""
     return Random(int(options["seed"]))

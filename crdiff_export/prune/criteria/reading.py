@@ -1,4 +1,4 @@
-"""Target weights as tensors: read from the checkpoint, cast to the dtype that will be written, and back to raw bits."""
+"""Read target weights as tensors in the dtype that will be written, and convert changed weights to raw bits."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -29,8 +29,11 @@ _LESS = "Ask for more damping (obs:damping=0.1), for none of it (obs:compensate=
 class Weights:
     """One target's weights.
 
-    `bits` are flat, raw, in the output dtype. `values` is float32 [out, in] on the device, 0 for what is not finite.
-    `broken` marks that and `zero` what is +0.0 or -0.0, both None where there is none.
+    Attributes:
+        bits: Raw bits in the output dtype, flat.
+        values: float32 [out, in] on the device, 0 in place of values that are not finite.
+        broken: bool [out, in], True for values that are not finite; None if all are finite.
+        zero: bool [out, in], True for +0.0 and -0.0; None if no value is zero.
     """
 
     bits: NDArray[Any]
@@ -47,7 +50,7 @@ class Reader:
         self._open: dict[int, Bytes] = {}
 
     def raw(self, target: Target) -> memoryview:
-        """The bytes of a target as the base holds them."""
+        """Read the bytes of a target from the base."""
         if target.file not in self._open:
             self._open[target.file] = self._files[target.file].open()
         start, stop = target.span(target.source)
@@ -56,7 +59,7 @@ class Reader:
         return data
 
     def weights(self, target: Target, data: memoryview) -> Weights:
-        """The weights that a target's bytes are, in the dtype that will be written."""
+        """Convert the bytes of a target to weights in the dtype that will be written."""
         source, output = target.source.dtype, target.output.dtype
         if source != output:
             from crdiff_export.prune.kernels.cast import cast
@@ -72,15 +75,15 @@ class Reader:
         return Weights(bits, values, broken, zero if bool(zero.any()) else None)
 
     def close(self) -> None:
-        """Close the files; they are opened again when they are needed."""
+        """Close the files; the next read opens them again."""
         for file in self._open.values():
             file.close()
         self._open = {}
 
 
 @contextmanager
-def reading(files: Sequence[SourceFile], device: torch.device) -> Iterator[Reader]:
-    """A reader that is closed at the end."""
+def open_reader(files: Sequence[SourceFile], device: torch.device) -> Iterator[Reader]:
+    """Open a reader for the time of a block."""
     reader = Reader(files, device)
     try:
         yield reader
@@ -89,18 +92,18 @@ def reading(files: Sequence[SourceFile], device: torch.device) -> Iterator[Reade
 
 
 def digest(data: memoryview) -> str:
-    """The SHA-256 of a weight's bytes as hex."""
+    """Return the SHA-256 of a weight's bytes as hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def rounded(
     target: Target, layer: str, weights: Weights, mask: Tensor, moved: Tensor, spec: Spec
 ) -> tuple[Mask, NDArray[Any]]:
-    """Weights after compensation as raw bits in the output dtype, to nearest even, and the mask of their zeros.
+    """Round compensated weights to raw bits in the output dtype, to nearest even, and return the mask of their zeros.
 
-    What goes is +0.0, and so is what rounds to zero, which joins the mask: the file's zeros are the mask. What is not
-    finite keeps its bits. CalibrationError where the criterion has moved a weight to what is no number or beyond what
-    the dtype holds, and where what it gives is no weight for each.
+    Pruned weights are +0.0. Weights that round to zero join the mask, because the file's zeros are the mask. Weights
+    that are not finite keep their bits. A CalibrationError is raised if the criterion returned another shape, or a
+    weight that is not finite or too large for the dtype.
     """
     dtype, ours = target.output.dtype, spec.name in SCORED
     if moved.shape != weights.values.shape:

@@ -1,9 +1,10 @@
-"""Criteria that give each weight a score: the smallest of every scope, or of every output row, go.
+"""Criteria that score each weight: the smallest scores of every scope, or of every output row, are pruned.
 
-The rule is the reference's (`prune_by_ratio`) with the score in the place of |w|: k = int(n * ratio), t = the k-th
-smallest score, and what scores at most t goes. n and t are those of the scope (`compare=block`, the paper's way) or of
-each output row (`compare=row`, the way of Wanda, arXiv 2306.11695, section 3). Weights that are zero already always
-count as gone, so that the zeros of the written file are the mask. Weights that are not finite rank last, and stay.
+The rule is the reference's (`prune_by_ratio`) with the score in place of |w|: k = int(n * ratio), t = the k-th smallest
+score, and weights with a score of at most t are pruned. n and t are those of the scope (`compare=block`, the paper's
+way) or of each output row (`compare=row`, the way of Wanda, arXiv 2306.11695, section 3). Weights that are already zero
+always count as pruned, so that the zeros of the written file are the mask. Weights that are not finite rank last and
+are never pruned.
 """
 
 import math
@@ -21,20 +22,20 @@ from crdiff_export.prune import layer_names
 from crdiff_export.prune.criteria import Layer, Loaded, nonfinite, selection
 from crdiff_export.prune.criteria.calibration import Calibration
 from crdiff_export.prune.criteria.decision import Decision, Mask
-from crdiff_export.prune.criteria.reading import Reader, Weights, digest, reading, rounded
+from crdiff_export.prune.criteria.reading import Reader, Weights, digest, open_reader, rounded
 from crdiff_export.prune.criteria.spec import SCORED
 from crdiff_export.prune.plan import Plan, Target
 from crdiff_export.prune.threshold import Threshold
 
-# Scores of at most so many bytes are kept, so that a decision reads nothing: the search makes many.
+# Scores of up to this many bytes stay in memory, so that the many decisions of a search read nothing.
 KEEP = 256 << 20
-# The largest score there is: infinity marks weights that stay.
+# The largest finite score; infinity marks weights that are never pruned.
 _LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    """What is kept of a target: its scores, infinite where its weights are not finite, and which weights are zero."""
+class _TargetScores:
+    """A target's scores, infinite for weights that are not finite, and the mask of its zeros."""
 
     scores: Tensor
     zero: Tensor | None
@@ -42,7 +43,7 @@ class _Seen:
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    """A decision about one target."""
+    """The decision about one target."""
 
     mask: Mask
     pruned: int
@@ -50,10 +51,10 @@ class _Chosen:
 
 
 class Scored:
-    """Scores of a base's weights, and the masks of any ratios in it.
+    """Scores a base's weights, and computes the masks of any ratios.
 
-    Up to `keep` bytes of scores (float32) stay in memory. Where there are more, one target at a time is in memory, and
-    scores are computed again for every look at them: two looks find a scope's threshold, a third one makes the masks.
+    Up to `keep` bytes of scores (float32) stay in memory. If there are more, only one target at a time is in memory and
+    scores are computed anew in every pass: two passes find the threshold of a scope, a third one makes the masks.
     """
 
     def __init__(
@@ -71,14 +72,14 @@ class Scored:
         self._files, self._device = plans[0].checkpoint.files, _device(device)
         targets = {target.name: target.count for plan in plans for target in plan.targets}
         self._keeps = 4 * sum(targets.values()) <= keep and loaded.compare != "layer"
-        self._kept: dict[str, _Seen] = {}
+        self._kept: dict[str, _TargetScores] = {}
         self._upper: dict[Hashable, Tensor] = {}
         self._known: set[str] = set()
         self._nonfinite: dict[str, int] = {}
         self._see(plans, progress)
 
     def decide(self, plan: Plan, progress: Progress | None = None) -> Decision:
-        """Which weights go, for any ratios of a plan for the same checkpoint and cast."""
+        """Decide which weights are pruned, for a plan of the same checkpoint and cast with any ratios."""
         progress = progress or Silent()
         self._see([plan], progress)
         names = _names(plan)
@@ -88,7 +89,7 @@ class Scored:
         if reads:
             progress.stage("choosing", sum(_size(target) for _, target in asked))
         chosen: dict[int, _Chosen] = {}
-        with reading(self._files, self._device) as reader:
+        with open_reader(self._files, self._device) as reader:
             for number, target in asked:
                 chosen[number] = self._choose(plan, target, names[number], limits.get(target.scope), reader)
                 if reads:
@@ -99,7 +100,7 @@ class Scored:
         return Decision(self._counts(plan, chosen), masks, moved, notes)
 
     def _see(self, plans: Sequence[Plan], progress: Progress) -> None:
-        """Read what the plans prune and has not been read yet: check it, and score it where that is of use."""
+        """Read, check and score the pruned targets that were not read before."""
         new = {t.name: (plan, i) for plan in plans for i, t in enumerate(plan.targets) if self._is_new(plan, t)}
         if new:
             if self._calibration:
@@ -107,7 +108,7 @@ class Scored:
                     self._calibration.check(plan, self._criterion.statistics)
             progress.stage("scoring", sum(_size(p.targets[i]) for p, i in new.values()))
             names = {id(plan): _names(plan) for plan in plans}
-            with reading(self._files, self._device) as reader:
+            with open_reader(self._files, self._device) as reader:
                 for plan, number in new.values():
                     target = plan.targets[number]
                     self._look(plan, target, names[id(plan)][number], reader)
@@ -127,7 +128,7 @@ class Scored:
         if self._keeps or self._is_shared(plan):
             scores = self._score(self._layer(plan, target, name, weights), weights)
             if self._keeps:
-                self._kept[target.name] = _Seen(scores, weights.zero)
+                self._kept[target.name] = _TargetScores(scores, weights.zero)
             else:
                 counts = selection.count_upper(scores)
                 tally = (target.group, target.kind)
@@ -135,7 +136,7 @@ class Scored:
         self._known.add(target.name)
 
     def _is_shared(self, plan: Plan) -> bool:
-        """Whether several targets are compared with each other."""
+        """Whether weights of several targets are compared with each other."""
         return self._loaded.compare == "block" and plan.match.family.scope == "group"
 
     def _layer(self, plan: Plan, target: Target, name: str, weights: Weights) -> Layer:
@@ -149,7 +150,7 @@ class Scored:
         return Layer(name, weights.values, statistics, plan.scopes[target.scope].ratio)
 
     def _score(self, layer: Layer, weights: Weights) -> Tensor:
-        """A layer's scores, checked, infinite where its weights are not finite."""
+        """Score a layer and check the scores; they are infinite for weights that are not finite."""
         scores = self._criterion.score(replace(layer, ratio=math.nan)).detach().to(self._device, torch.float32)
         if scores.shape != layer.weight.shape:
             raise CalibrationError(
@@ -170,7 +171,7 @@ class Scored:
         return scores if weights.broken is None else scores.masked_fill(weights.broken, torch.inf)
 
     def _limits(self, plan: Plan, names: Sequence[str], progress: Progress) -> Mapping[int, float]:
-        """The thresholds of scopes whose targets are compared with each other, by index; others have none."""
+        """Return the thresholds of scopes whose targets are compared with each other, by index of the scope."""
         pruned = [number for number, scope in enumerate(plan.scopes) if scope.rank] if self._is_shared(plan) else []
         members = {scope: [i for i, t in enumerate(plan.targets) if t.scope == scope] for scope in pruned}
         if not self._keeps:
@@ -184,7 +185,7 @@ class Scored:
     def _streamed(
         self, plan: Plan, names: Sequence[str], members: Mapping[int, Sequence[int]], progress: Progress
     ) -> dict[int, float]:
-        """The same from histograms: that of the upper bits is there, that of the lower ones takes a look at all."""
+        """Compute the thresholds from histograms: that of the upper bits exists, the other takes a pass."""
         upper: dict[int, tuple[int, int]] = {}
         limits: dict[int, float] = {}
         for scope, numbers in members.items():
@@ -192,21 +193,21 @@ class Scored:
             counts = torch.stack([self._upper[tally] for tally in tallies]).sum(0)
             k = min(plan.scopes[scope].rank, int(counts.sum()))
             limits[scope] = -torch.inf
-            if k:  # else none is finite
-                place, before = selection.place(counts, k, self._loaded.spec)
-                upper[scope] = place, k - before
+            if k:  # otherwise no score is finite
+                index, before = selection.locate(counts, k, self._loaded.spec)
+                upper[scope] = index, k - before
         looks = [(scope, i) for scope in upper for i in members[scope]]
         progress.stage("ranking", sum(_size(plan.targets[i]) for _, i in looks))
         lower = {scope: torch.zeros(selection.SIZE, dtype=torch.int64, device=self._device) for scope in upper}
-        with reading(self._files, self._device) as reader:
+        with open_reader(self._files, self._device) as reader:
             for scope, i in looks:
                 target = plan.targets[i]
                 weights = reader.weights(target, reader.raw(target))
                 scores = self._score(self._layer(plan, target, names[i], weights), weights)
                 lower[scope] += selection.count_lower(scores, upper[scope][0])
                 progress.advance(_size(target))
-        for scope, (place, k) in upper.items():
-            limits[scope] = selection.value(place, selection.place(lower[scope], k, self._loaded.spec)[0])
+        for scope, (index, k) in upper.items():
+            limits[scope] = selection.value(index, selection.locate(lower[scope], k, self._loaded.spec)[0])
         return limits
 
     def _choose(self, plan: Plan, target: Target, name: str, limit: float | None, reader: Reader) -> _Chosen:
@@ -227,7 +228,7 @@ class Scored:
         return _counted(*rounded(target, name, weights, mask, compensate(layer, mask), self._loaded.spec))
 
     def _notes(self, layers: Sequence[str]) -> tuple[str, ...]:
-        """What the criterion has to say of these layers, under its name."""
+        """Return the criterion's notes on these layers, with its name."""
         told: Any = getattr(self._criterion, "notes", None)
         return tuple(f"{self._loaded.spec.name}: {text}" for text in told(layers)) if told and layers else ()
 
@@ -244,7 +245,7 @@ class Scored:
 
 
 def _mask(scores: Tensor, zero: Tensor | None, limit: float | None, ratio: float, compare: str) -> Tensor:
-    """Which weights of a target go; `limit` is that of its scope, None where the target or its rows have their own."""
+    """Return the mask of a target; `limit` is its scope's threshold, None if the target or its rows have their own."""
     if compare == "row":
         k = int(scores.shape[1] * ratio)
         found = selection.kth(scores, k) if k else scores.new_full((len(scores), 1), -torch.inf)
@@ -261,14 +262,14 @@ def _counted(mask: Mask, moved: NDArray[Any] | None = None) -> _Chosen:
 
 
 def _size(target: Target) -> int:
-    """Its bytes in the base."""
+    """Return the bytes of a target in the base."""
     return target.count * target.source.itemsize
 
 
 def _names(plan: Plan) -> list[str]:
-    """diffusers' names of the targets."""
-    twin = layer_names.by_key(plan)
-    return [twin[layer_names.key(plan, target)][1] for target in plan.targets]
+    """Return the diffusers names of the targets."""
+    names = layer_names.by_key(plan)
+    return [names[layer_names.key(plan, target)][1] for target in plan.targets]
 
 
 def _device(name: str) -> torch.device:

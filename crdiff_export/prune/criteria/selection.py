@@ -1,9 +1,9 @@
-"""The exact k-th smallest of float32 scores: at once where they are in memory, or from two histograms where not.
+"""Find the exact k-th smallest of float32 scores, in memory or from two histograms.
 
-A float32 orders like its bits once those of negative numbers are turned round (Herf, "Radix Tricks", 2001). So the
-upper 16 bits of all scores find those of the k-th smallest, and the lower 16 bits of the scores that share them find
-the rest. Counts are integers: neither the order of the layers nor the device can change the answer. -0.0 comes before
-0.0, but as thresholds they are the same.
+The patterns of float32 numbers have their order once those of negative numbers are inverted (Herf, "Radix Tricks",
+2001). So a histogram of the upper 16 bits finds the upper bits of the k-th smallest score, and one of the lower 16 bits
+of the scores with those upper bits finds the rest. Counts are integers, so neither the order of layers nor the device
+can change the result. -0.0 comes before 0.0, which makes no difference to a threshold.
 """
 
 import struct
@@ -17,13 +17,13 @@ from crdiff_export.errors import CalibrationError
 
 BITS = 16
 SIZE = 1 << BITS
-_HALF, _TURNED = SIZE // 2, 0x7FFF_FFFF
-# Where +infinity is among the upper bits.
+_HALF, _ALL_BUT_SIGN = SIZE // 2, 0x7FFF_FFFF
+# The index of +infinity in a histogram of the upper bits.
 _INFINITE = _HALF + (0x7F80_0000 >> BITS)
 
 
 def kth(scores: Tensor, k: int) -> Tensor:
-    """The k-th smallest (k >= 1) of each row of a matrix as a column, or of all of a flat tensor as a single number."""
+    """Return the k-th smallest score (k >= 1): of each row of a matrix, or of a flat tensor."""
     if scores.device.type == "cpu":  # NumPy takes half the time
         flat = scores.numpy()
         return torch.from_numpy(np.asarray(np.partition(flat, k - 1, axis=-1)[..., k - 1 : k]))
@@ -31,12 +31,12 @@ def kth(scores: Tensor, k: int) -> Tensor:
 
 
 def finite(numbers: Tensor) -> bool:
-    """Whether all of some numbers are, in a fifth of the time that looking at each of them takes."""
+    """Whether all numbers are finite; comparing minimum and maximum takes a fifth of the time of isfinite."""
     return not numbers.numel() or all(torch.isfinite(end) for end in torch.aminmax(numbers))
 
 
 def count_upper(scores: Tensor) -> Tensor:
-    """A histogram of the upper bits of the scores' keys, int64; scores of +infinity are left out."""
+    """Count the upper bits of the scores' sort keys: int64 [SIZE], without scores of +infinity."""
     if scores.device.type == "cpu":
         from crdiff_export.prune.kernels import cpu
 
@@ -45,12 +45,12 @@ def count_upper(scores: Tensor) -> Tensor:
         found = torch.from_numpy(counts)
     else:
         found = torch.bincount((_keys(scores) >> BITS) + _HALF, minlength=SIZE)
-    found[_INFINITE] = 0  # no other score has those bits: it would be no number
+    found[_INFINITE] = 0  # any other score with those bits would be NaN
     return found
 
 
 def count_lower(scores: Tensor, upper: int) -> Tensor:
-    """A histogram of the lower bits of the keys whose upper bits are `upper`."""
+    """Count the lower bits of the sort keys whose upper bits have the index `upper`: int64 [SIZE]."""
     if scores.device.type == "cpu":
         from crdiff_export.prune.kernels import cpu
 
@@ -67,15 +67,16 @@ def _bits(scores: Tensor) -> NDArray[np.int32]:
 
 
 def _keys(scores: Tensor) -> Tensor:
-    """Int32 that order as the float32 scores do."""
+    """Return int32 sort keys, which have the order of the float32 scores."""
     bits = scores.flatten().view(torch.int32)
-    return bits ^ ((bits >> 31) & _TURNED)
+    return bits ^ ((bits >> 31) & _ALL_BUT_SIGN)
 
 
-def place(counts: Tensor, k: int, criterion: object = "a criterion") -> tuple[int, int]:
-    """Where in a histogram the k-th smallest is (k >= 1), and how many come before that place.
+def locate(counts: Tensor, k: int, criterion: object = "a criterion") -> tuple[int, int]:
+    """Return the index of the k-th smallest (k >= 1) in a histogram, and the number of counts before it.
 
-    CalibrationError where it holds fewer than k: the criterion has given other scores for the same layers before.
+    A CalibrationError is raised if the histogram has fewer than k counts: then the criterion gave other scores for the
+    same layers before.
     """
     at_most = counts.cumsum(0)
     if int(at_most[-1]) < k:
@@ -88,8 +89,8 @@ def place(counts: Tensor, k: int, criterion: object = "a criterion") -> tuple[in
 
 
 def value(upper: int, lower: int) -> float:
-    """The number whose key has these upper and lower bits."""
+    """Return the number whose sort key has these upper and lower bits."""
     key = (upper - SIZE // 2) << BITS | lower
-    bits = key ^ ((key >> 31) & _TURNED)
+    bits = key ^ ((key >> 31) & _ALL_BUT_SIGN)
     (number,) = struct.unpack("<f", struct.pack("<i", bits))
     return float(number)

@@ -1,7 +1,7 @@
-"""What a user writes for a criterion: `NAME[:option=value[,option=value]]`, as in `wanda:compare=row`.
+"""Parse the text of a criterion: `NAME[:option=value[,option=value]]`, such as `wanda:compare=row`.
 
-Names are the built-in ones and those of the entry-point group `crdiff.criteria`; a built-in name cannot be taken by
-another package. Nothing here imports a criterion.
+Names are the built-in ones and those of the entry-point group `crdiff.criteria`; another package cannot replace a
+built-in name. This module imports no criterion.
 """
 
 import math
@@ -14,7 +14,7 @@ from crdiff_export.errors import OptionError
 from crdiff_export.formats.text import did_you_mean
 
 GROUP: Final = "crdiff.criteria"
-# What ranks by |w|, and so has a threshold: they score nothing.
+# Criteria that rank by |w| and have thresholds instead of scores.
 MAGNITUDES: Final = ("magnitude", "uniform")
 SCORED: Final = {
     "random": "crdiff_export.prune.criteria.random:random",
@@ -27,7 +27,7 @@ SCORED: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option: its default, and the values it may have, or what they are and how to spell one (ValueError else)."""
+    """One option: its default, and its valid values, or a description of them and a function that spells one."""
 
     default: str
     values: tuple[str, ...] = ()
@@ -73,26 +73,29 @@ OPTIONS: Final[Mapping[str, Mapping[str, Option]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A criterion by its name and the options that are not the default; `str` gives the one spelling of each."""
+    """A criterion's name and the options that differ from the default; `str` is its canonical spelling."""
 
     name: str
     options: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read what a user wrote; OptionError for names, options and values that there are not.
+        """Parse the text of a criterion.
 
-        Of another package's criterion only `compare` is known here: its factory sees to the rest.
+        For another package's criterion only `compare` is checked here; its factory checks the other options.
+
+        Raises:
+            OptionError: The name, an option or a value is unknown.
         """
         name, colon, rest = text.strip().partition(":")
-        if name not in OPTIONS and name not in installed():  # which takes a look at every package
-            what = f"no criterion is called {name!r}" if name else f"{text!r} names no criterion"
+        if name not in OPTIONS and name not in installed():  # installed() looks at every package, which takes time
+            what = f"no criterion is called {name!r}" if name else f"{text!r} has no name of a criterion"
             raise OptionError(what, did_you_mean(name, names(), "criteria"))
         options: dict[str, str] = {}
         for part in rest.split(",") if colon else ():
             key, equals, value = (piece.strip() for piece in part.partition("="))
             if not (key and equals and value):
-                raise OptionError(f"{text!r}: {part!r} is no option=value", _takes(name))
+                raise OptionError(f"{text!r}: {part!r} is not option=value", _takes(name))
             if key in options:
                 raise OptionError(f"{text!r}: {key} is given twice", "Give it once.")
             options[key] = _value(name, key, value)
@@ -109,23 +112,23 @@ class Spec:
         return f"{self.name}:{options}" if options else self.name
 
     def option(self, key: str) -> str | None:
-        """An option's value, the default if it was not given; None where the criterion has no such option."""
+        """Return an option's value, by default the default; None if the criterion has no such option."""
         return self.options.get(key, _default(self.name, key))
 
     @property
     def values(self) -> dict[str, str]:
-        """All options with their values but `compare`, which is not the criterion's own business: a factory's."""
+        """All options with their values for the factory, without `compare`, which does not concern scores."""
         known = {key: option.default for key, option in _options(self.name).items()} | dict(self.options)
         return {key: value for key, value in known.items() if key != "compare"}
 
 
 def names() -> tuple[str, ...]:
-    """All names that are known here, the built-in ones first."""
+    """Return all names, the built-in ones first."""
     return (*MAGNITUDES, *SCORED, *sorted(installed()))
 
 
 def installed() -> dict[str, EntryPoint]:
-    """What other packages offer, by name."""
+    """Return the criteria of other packages, by name."""
     return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in OPTIONS}
 
 
@@ -139,7 +142,7 @@ def _default(name: str, key: str) -> str | None:
 
 
 def _value(name: str, key: str, value: str) -> str:
-    """The one spelling of an option's value."""
+    """Return the canonical spelling of an option's value."""
     known = _options(name)
     if key not in known:
         if name not in OPTIONS:

@@ -29,5 +29,5 @@ class Absolute:
 
 
 def taylor(options: Mapping[str, str]) -> Criterion:
-    """The criterion of the `form`."""
+    """Make the criterion; `form` is `square` or `abs`."""
     return Absolute() if options["form"] == "abs" else Square()

@@ -8,7 +8,7 @@ from crdiff_export.prune.criteria import Criterion, Layer
 
 
 class Wanda:
-    """Score |W_ij| * ||X_j||_2 (arXiv 2306.11695, equation 1), X_j being input j over all tokens of the calibration.
+    """Score |W_ij| * ||X_j||_2 (arXiv 2306.11695, equation 1); X_j is input j over all tokens of the calibration.
 
     Computed from `norm`, ||X_j||_2 squared, whose root is taken in float64. The paper compares within an output row
     (`compare=row`).
@@ -21,5 +21,5 @@ class Wanda:
 
 
 def wanda(_options: Mapping[str, str]) -> Criterion:
-    """The criterion, which has no options of its own."""
+    """Make the criterion, which has no options of its own."""
     return Wanda()

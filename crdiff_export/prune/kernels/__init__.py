@@ -1,7 +1,7 @@
-"""The hot loops, on raw bits: counting magnitudes, zeroing the small ones, casting. One protocol, two makers.
+"""The hot loops on raw bits: count magnitudes, set small ones to zero, cast. One protocol with two implementations.
 
-`cpu.py` runs them in numba, `device.py` in torch on an accelerator. Both give the same bits. Importing this package
-imports neither; `load` does.
+`cpu.py` runs them in numba, `device.py` in torch on an accelerator, with the same results. This package imports neither
+of them before `load` is called.
 """
 
 import os
@@ -17,58 +17,92 @@ if TYPE_CHECKING:
     Counts = NDArray[np.uint32]
     Flags = NDArray[np.bool_]
 
-# A histogram has a counter for each magnitude, of a float32 for each value of the upper 16 of its 31 bits;
-# REFINED counters then tell the lower 15 apart.
+# A histogram has a counter for each magnitude; for float32 one for each value of the upper 16 of 31 bits, and REFINED
+# counters for the lower 15 bits of one such value.
 LOWER_BITS = 15
 REFINED = 1 << LOWER_BITS
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 
 
 class Kernel(Protocol):
-    """What the passes over the weights need of a device. All methods may be called by several threads at once."""
+    """The loops over weights on one device. All methods may be called by several threads at once."""
 
     name: str
     threads: int
 
     def buffer(self, size: int) -> memoryview:
-        """A page-aligned buffer of `size` bytes that this kernel reaches fastest."""
+        """Return a page-aligned buffer of `size` bytes that this device reads fastest."""
         ...
 
     def count(self, weights: memoryview, dtype: str, counts: "Counts") -> None:
-        """Add every weight's magnitude to `counts`: one counter per magnitude, for F32 one per upper 16 bits."""
+        """Count magnitudes.
+
+        Args:
+            weights: Weights, as bytes.
+            dtype: Their safetensors dtype.
+            counts: uint32 [magnitudes(dtype)], to which the counts are added.
+        """
         ...
 
     def refine(self, weights: memoryview, upper: int, counts: "Counts") -> None:
-        """Add the lower 15 bits of every F32 magnitude whose upper bits are `upper` to `counts`."""
+        """Count the lower 15 bits of the F32 magnitudes with certain upper bits.
+
+        Args:
+            weights: F32 weights, as bytes.
+            upper: The upper 16 bits of the magnitude.
+            counts: uint32 [REFINED], to which the counts are added.
+        """
         ...
 
     def zero(self, weights: memoryview, dtype: str, limit: int) -> None:
-        """Set every weight whose magnitude pattern is at most `limit` to +0.0, in place."""
+        """Set weights of small magnitude to +0.0 in place.
+
+        Args:
+            weights: Weights, as bytes.
+            dtype: Their safetensors dtype.
+            limit: The largest magnitude pattern that is set to zero.
+        """
         ...
 
     def clear(self, weights: memoryview, dtype: str, gone: "Flags") -> None:
-        """Set every weight that is True in `gone`, which has one for each, to +0.0, in place."""
+        """Set the weights of a mask to +0.0 in place.
+
+        Args:
+            weights: Weights, as bytes.
+            dtype: Their safetensors dtype.
+            gone: bool [weights], True for weights to set to zero.
+        """
         ...
 
 
 def magnitudes(dtype: str) -> int:
-    """How many counters a histogram of `dtype` has."""
+    """Return the number of counters in a histogram of a dtype."""
     width = FORMATS[dtype].width
     return 1 << (width - 1 - LOWER_BITS if width == 32 else width - 1)
 
 
 def counters(size: int) -> "Counts":
-    """A histogram, all zero; wide enough for any one piece of weights."""
+    """Return an empty histogram, uint32 [size], which is wide enough for one piece of weights."""
     import numpy as np
 
     return np.zeros(size, np.uint32)
 
 
 def load(device: str = "auto", threads: int | None = None) -> Kernel:
-    """The kernel for `device`; PlanError for one that this machine does not have.
+    """Load the kernel of a device.
 
-    `auto` is the CPU: its loops run at several Gelements/s a core, faster than a disk delivers weights and far faster
-    than torch starts, so an accelerator can only add transfers (benchmarks/NOTES.md).
+    `auto` is the CPU: each core processes several Gelements/s, which is faster than a disk delivers weights, so an
+    accelerator would only add transfers and the start of torch (benchmarks/NOTES.md).
+
+    Args:
+        device: auto, cpu, cuda, cuda:N or mps.
+        threads: Threads on the CPU; by default one for each core.
+
+    Returns:
+        The kernel.
+
+    Raises:
+        PlanError: This machine has no such device.
     """
     if device in ("auto", "cpu"):
         from crdiff_export.prune.kernels.cpu import CpuKernel
@@ -82,6 +116,6 @@ def load(device: str = "auto", threads: int | None = None) -> Kernel:
 
 
 def cores() -> int:
-    """The processors this process may use."""
+    """Return the number of cores that this process may use."""
     affinity: Any = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -11,16 +11,33 @@ _NUMPY: dict[str, type[np.floating[Any]]] = {"F64": np.float64, "F32": np.float3
 
 
 def cast(data: memoryview, source: str, target: str) -> bytes | memoryview:
-    """The bytes of `data`'s weights in another dtype; numbers too large for it become infinite, as in torch."""
+    """Cast weights; numbers that are too large for the new dtype become infinite, as in torch.
+
+    Args:
+        data: Weights, as bytes.
+        source: Their dtype: F64 or one of `dtypes.FORMATS`.
+        target: The new dtype: F32, F16 or BF16.
+
+    Returns:
+        The cast weights, as bytes.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         wide = np.frombuffer(data, _NUMPY[source]) if source in _NUMPY else _widen(data, source)
-        if source == "F64":  # torch, too, goes by float32, and so rounds twice
+        if source == "F64":  # torch also casts by way of float32, and so rounds twice
             wide = wide.astype(np.float32)
         return _narrow(wide) if target == "BF16" else wide.astype(_NUMPY[target]).data.cast("B")
 
 
 def nonfinite(data: bytes | memoryview, dtype: str) -> int:
-    """How many of the weights are infinite or not numbers."""
+    """Count weights that are infinite or not a number.
+
+    Args:
+        data: Weights, as bytes.
+        dtype: Their dtype: F64 or one of `dtypes.FORMATS`.
+
+    Returns:
+        The number of such weights.
+    """
     if dtype == "F64":
         return int(np.count_nonzero(~np.isfinite(np.frombuffer(data, np.float64))))
     form = FORMATS[dtype]
@@ -29,7 +46,7 @@ def nonfinite(data: bytes | memoryview, dtype: str) -> int:
 
 
 def _widen(data: memoryview, source: str) -> NDArray[np.float32]:
-    """BF16 and F8 as float32, which holds each of their numbers exactly."""
+    """Widen BF16 and F8 to float32, which is exact."""
     form = FORMATS[source]
     bits = np.frombuffer(data, f"u{form.itemsize}")
     sign = (bits >> (form.width - 1)).astype(np.uint32) << np.uint32(31)
@@ -38,7 +55,7 @@ def _widen(data: memoryview, source: str) -> NDArray[np.float32]:
 
 
 def _narrow(wide: NDArray[np.float32]) -> memoryview:
-    """float32 as BF16: half of the last kept bit is added, less one where that bit is even."""
+    """Round float32 to BF16, to nearest even: add half of the last remaining bit, less one if that bit is even."""
     bits = wide.astype(np.float32, copy=False).view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
     nan = (bits & np.uint32(INFINITY | 0x7FFFFF)) > INFINITY

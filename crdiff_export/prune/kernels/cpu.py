@@ -1,4 +1,4 @@
-"""The loops in numba, without the interpreter's lock, so that plain threads run them side by side."""
+"""The loops in numba. They release the interpreter's lock, so that threads run them in parallel."""
 
 import functools
 import mmap
@@ -19,18 +19,18 @@ _UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {8: np.uint8, 16: np.uint1
 
 
 def compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
-    """The loop as machine code, from numba's cache where it can have one."""
+    """Compile a loop to machine code, with numba's cache where possible."""
     try:
-        made = numba.njit(nogil=True, cache=True)(loop)
-    except RuntimeError:  # no folder to cache in: a read-only home, say
-        made = numba.njit(nogil=True)(loop)
+        loop_code = numba.njit(nogil=True, cache=True)(loop)
+    except RuntimeError:  # no folder for a cache, such as in a read-only home
+        loop_code = numba.njit(nogil=True)(loop)
 
-    @functools.wraps(made)
+    @functools.wraps(loop_code)
     def call(*args: Any) -> Any:
         try:
-            return made(*args)
-        except OSError:  # the folder is full: the code was not kept, but it is there, and it has not run yet
-            return made(*args)
+            return loop_code(*args)
+        except OSError:  # the folder is full: the code was compiled but not cached, and has not run
+            return loop_code(*args)
 
     return call
 
@@ -76,17 +76,30 @@ def _refine_keys(bits: Any, upper: Any, counts: Any) -> None:
 
 
 def count_keys(bits: NDArray[np.int32], counts: NDArray[np.int64]) -> None:
-    """Add float32 numbers, given as bits, to a histogram by the upper 16 bits of keys that order as they do."""
+    """Count the upper 16 bits of the sort keys of float32 numbers.
+
+    A sort key is an integer that has the order of the number (Herf, "Radix Tricks", 2001).
+
+    Args:
+        bits: int32, the patterns of the numbers.
+        counts: int64 [65536], to which the counts are added.
+    """
     _count_keys(bits, counts)
 
 
 def refine_keys(bits: NDArray[np.int32], upper: int, counts: NDArray[np.int64]) -> None:
-    """Add those in place `upper` of that histogram to one by the lower 16 bits of their keys."""
+    """Count the lower 16 bits of the sort keys with certain upper bits.
+
+    Args:
+        bits: int32, the patterns of the numbers.
+        upper: The index of the upper bits in the histogram of `count_keys`.
+        counts: int64 [65536], to which the counts are added.
+    """
     _refine_keys(bits, np.int32(upper - 0x8000), counts)
 
 
 class CpuKernel:
-    """The kernel for processors; `threads` of them work at once."""
+    """The kernel of the CPU; `threads` is the number of threads that should use it at once."""
 
     name = "cpu"
 
@@ -94,7 +107,7 @@ class CpuKernel:
         self.threads = threads
 
     def buffer(self, size: int) -> memoryview:
-        return memoryview(mmap.mmap(-1, size))  # starts on a page, as unbuffered writes want
+        return memoryview(mmap.mmap(-1, size))  # starts on a page, as unbuffered writes need
 
     def count(self, weights: memoryview, dtype: str, counts: "Counts") -> None:
         bits, mask = as_bits(weights, dtype)
@@ -116,13 +129,13 @@ class CpuKernel:
 
 
 def as_bits(weights: memoryview, dtype: str) -> tuple[NDArray[Any], Any]:
-    """The weights as unsigned integers, and the mask of their magnitude."""
+    """Return weights as unsigned integers, and the bit mask of their magnitude."""
     unsigned = _UNSIGNED[FORMATS[dtype].width]
     bits = np.frombuffer(weights, unsigned)
     return bits if bits.flags.aligned else bits.copy(), unsigned(FORMATS[dtype].mask)
 
 
 def put_back(weights: memoryview, bits: NDArray[Any]) -> None:
-    """Write what `as_bits` gave where that is a copy, because the weights do not lie on a multiple of their size."""
+    """Write the result of `as_bits` back if it is a copy, which it is for weights that are not aligned."""
     if bits.base is None:
         weights[:] = bits.data.cast("B")

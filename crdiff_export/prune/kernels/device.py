@@ -1,4 +1,4 @@
-"""The loops in torch, on an accelerator: weights go there from pinned memory, come back as the same bits."""
+"""The loops in torch on an accelerator; weights are sent there from pinned memory and come back bit for bit."""
 
 import mmap
 from typing import TYPE_CHECKING
@@ -13,16 +13,16 @@ from crdiff_export.prune.kernels import LOWER_BITS, REFINED, counters, magnitude
 if TYPE_CHECKING:
     from crdiff_export.prune.kernels import Counts, Flags
 
-# Signed, because torch computes little on unsigned integers; the mask takes the sign away.
+# Signed, because torch has few operations on unsigned integers; the mask removes the sign.
 _SIGNED = {8: torch.int8, 16: torch.int16, 32: torch.int32}
 
 
 class DeviceKernel:
-    """The kernel for a torch device; PlanError where torch cannot reach it."""
+    """The kernel of a torch device; PlanError if torch cannot use it."""
 
     def __init__(self, device: str) -> None:
         self.name = device
-        self.threads = 2  # one transfers while the other computes
+        self.threads = 2  # one sends while the other computes
         try:
             self._device = torch.device(device)
             self._pinned = self._device.type == "cuda"
@@ -33,7 +33,7 @@ class DeviceKernel:
             ) from error
 
     def _try(self) -> None:
-        """Every loop once, before the work begins: not every device has every operation for every dtype."""
+        """Run every loop once, because not every device has every operation for every dtype."""
         for form in FORMATS.values():
             weights = self.buffer(64)
             self.count(weights, form.dtype, counters(magnitudes(form.dtype)))
@@ -50,14 +50,14 @@ class DeviceKernel:
         return pinned.numpy().data[start : start + size]
 
     def count(self, weights: memoryview, dtype: str, counts: "Counts") -> None:
-        found = self._magnitudes(weights, dtype)
+        patterns = self._magnitudes(weights, dtype)
         if dtype == "F32":
-            found >>= LOWER_BITS
-        counts += _histogram(found, len(counts))
+            patterns >>= LOWER_BITS
+        counts += _histogram(patterns, len(counts))
 
     def refine(self, weights: memoryview, upper: int, counts: "Counts") -> None:
-        found = self._magnitudes(weights, "F32")
-        inside = found[(found >> LOWER_BITS) == upper]
+        patterns = self._magnitudes(weights, "F32")
+        inside = patterns[(patterns >> LOWER_BITS) == upper]
         counts += _histogram(inside & (REFINED - 1), REFINED)
 
     def zero(self, weights: memoryview, dtype: str, limit: int) -> None:

@@ -1,6 +1,6 @@
-"""The loops of a residual, in numba: taking out the weights that are about to be zeroed, and putting them back.
+"""The loops of a residual in numba: copy the weights that will be set to zero, and put them back.
 
-They run on the CPU whatever the device, which has the weights in reach: an accelerator would have to send them back.
+They always run on the CPU, because the weights are in its memory.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,11 @@ from crdiff_export.prune.kernels.cpu import as_bits, compiled, put_back
 if TYPE_CHECKING:
     from crdiff_export.prune.kernels import Flags
 
-# Weights whose zeros are found before any of them is filled: three times as fast as one loop for both.
+# Zeros are located for this many weights before any is filled: three times as fast as one loop for both.
 _BLOCK = 4096
 
 
-# Without a branch, which a processor would guess wrong for every third weight.
+# Without a branch, which the processor would predict wrongly for every third weight.
 @compiled
 def _take(weights: Any, mask: Any, limit: Any, into: Any) -> int:
     taken = 0
@@ -37,29 +37,36 @@ def _pick(weights: Any, gone: Any, into: Any) -> int:
 
 @compiled
 def _zeros(weights: Any) -> int:
-    found = 0
+    count = 0
     for i in range(weights.size):
-        found += 0 if weights[i] else 1
-    return found
+        count += 0 if weights[i] else 1
+    return count
 
 
 @compiled
 def _put(weights: Any, values: Any) -> None:
-    places, done = np.empty(_BLOCK + 1, np.int64), 0
+    indices, done = np.empty(_BLOCK + 1, np.int64), 0
     for start in range(0, weights.size, _BLOCK):
-        found = 0
+        count = 0
         for i in range(start, min(start + _BLOCK, weights.size)):
-            places[found] = i
-            found += 0 if weights[i] else 1
-        for j in range(found):
-            weights[places[j]] = values[done + j]
-        done += found
+            indices[count] = i
+            count += 0 if weights[i] else 1
+        for j in range(count):
+            weights[indices[j]] = values[done + j]
+        done += count
 
 
 def take(weights: memoryview, dtype: str, limit: int, into: memoryview) -> int:
-    """Copy every weight of magnitude pattern at most `limit` to `into`, in order; how many bytes they are.
+    """Copy the weights of small magnitude, in order.
 
-    `into` lies on a multiple of their size and has room for all weights.
+    Args:
+        weights: Weights, as bytes.
+        dtype: Their safetensors dtype.
+        limit: The largest magnitude pattern to copy.
+        into: An aligned buffer with room for all weights.
+
+    Returns:
+        The number of bytes copied.
     """
     bits, mask = as_bits(weights, dtype)
     room = np.frombuffer(into[: len(weights)], bits.dtype)
@@ -67,21 +74,42 @@ def take(weights: memoryview, dtype: str, limit: int, into: memoryview) -> int:
 
 
 def pick(weights: memoryview, dtype: str, gone: "Flags", into: memoryview) -> int:
-    """Copy every weight that is True in `gone`, which has one for each, to `into`, as `take` does."""
+    """Copy the weights of a mask, in order.
+
+    Args:
+        weights: Weights, as bytes.
+        dtype: Their safetensors dtype.
+        gone: bool [weights], True for weights to copy.
+        into: An aligned buffer with room for all weights.
+
+    Returns:
+        The number of bytes copied.
+    """
     bits, _ = as_bits(weights, dtype)
     room = np.frombuffer(into[: len(weights)], bits.dtype)
     return int(_pick(bits, gone, room)) * bits.itemsize
 
 
 def zeros(weights: memoryview, dtype: str) -> int:
-    """How many of the weights are +0.0."""
+    """Count the weights that are +0.0.
+
+    Args:
+        weights: Weights, as bytes.
+        dtype: Their safetensors dtype.
+
+    Returns:
+        The number of such weights.
+    """
     return int(_zeros(as_bits(weights, dtype)[0]))
 
 
 def put(weights: memoryview, dtype: str, values: memoryview) -> None:
-    """Put the values in the places of the weights that are +0.0, in order; there is one for each, no more and no less.
+    """Replace the weights that are +0.0 by values, in order.
 
-    `values` lies on a multiple of their size.
+    Args:
+        weights: Weights, as bytes.
+        dtype: Their safetensors dtype.
+        values: Aligned, exactly one value for each such weight.
     """
     bits, _ = as_bits(weights, dtype)
     _put(bits, np.frombuffer(values, bits.dtype))

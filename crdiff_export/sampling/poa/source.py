@@ -100,7 +100,7 @@ class Counted:
         if criterion and criterion.masks:
             self._ranked = criterion.rank(every, kernel, shown, device)
         else:  # thresholds are looked up, where their ratios are known
-            self._ranked = magnitude.Ranked(every, kernel, shown, refined=False)
+            self._ranked = magnitude.RankedMagnitudes(every, kernel, shown, refined=False)
 
     def source(self, plan: Plan, weight: float = 1.0) -> Source:
         """The source of a plan whose layers were ranked; at least one of its ratios prunes something.
