@@ -101,14 +101,14 @@ class Ours:
 
 def theirs(job: Job, candidate: Candidate, folder: Path, config: str, steps: int) -> tuple[float, float]:
     """The same trial in the public code's way: its seconds and the score."""
-    easel, began, found = job.easel, time.perf_counter(), []
+    drawing, began, found = job.drawing, time.perf_counter(), []
     for prompt, seed in job.pairs.search:
         picture = folder / "picture.png"
         task = {
-            "base": str(easel.base.path), "config": config, "ratios": candidate.by_group, "prompt": prompt,
+            "base": str(drawing.base.path), "config": config, "ratios": candidate.by_group, "prompt": prompt,
             "seed": seed, "width": job.request.size.width, "height": job.request.size.height, "steps": steps,
-            "device": easel.device, "guidance": job.request.guidance, "picture": str(picture), "scorer": job.scorer,
-            "dtype": easel.dtype,
+            "device": drawing.device, "guidance": job.request.guidance, "picture": str(picture), "scorer": job.scorer,
+            "dtype": drawing.dtype,
         }  # fmt: skip
         for child in ("draw", "score"):
             ran = subprocess.run(
@@ -196,7 +196,7 @@ def main() -> None:
             )
         )  # fmt: skip
         ours, mine, others = Ours(job), [], []
-        place = f"{job.easel.device}, {job.easel.dtype}"
+        place = f"{job.drawing.device}, {job.drawing.dtype}"
         print(f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, {place}")
         with ours.opened() as opening:
             for number in range(args.trials):

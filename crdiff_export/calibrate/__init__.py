@@ -20,7 +20,7 @@ from crdiff_export.prune import criteria
 from crdiff_export.prune.criteria.calibration import STATISTICS
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sampling import drawing_setup, pipelines, prompts, request_checks
-from crdiff_export.sampling.drawing_setup import Easel
+from crdiff_export.sampling.drawing_setup import DrawingSetup
 from crdiff_export.sampling.request_checks import DrawingRequest
 from crdiff_export.sizes import Size
 
@@ -56,7 +56,7 @@ class Job:
     """A request that nothing stands against."""
 
     request: CalibrateRequest
-    easel: Easel
+    drawing: DrawingSetup
     plan: Plan
     setting: Setting
     target: Path
@@ -108,12 +108,12 @@ def run(job: Job, progress: Progress) -> Calibrated:
     from crdiff_export.calibrate import runner
     from crdiff_export.sampling.session import Place, session
 
-    family, easel = job.plan.match.family.id, job.easel
-    place = Place(easel.device, easel.dtype, advice="a smaller --batch or --memory")
-    with session(easel.opening, family, place, easel.base.name) as opened:
+    family, drawing = job.plan.match.family.id, job.drawing
+    place = Place(drawing.device, drawing.dtype, advice="a smaller --batch or --memory")
+    with session(drawing.opening, family, place, drawing.base.name) as opened:
         return runner.collect(
             opened, job.plan, job.setting, job.target, progress,
-            base=easel.base.name, room=job.room, replace=job.request.force,
+            base=drawing.base.name, room=job.room, replace=job.request.force,
         )  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def _facts(calibrated: Calibrated) -> list[tuple[str, str]]:
 
 def _as_json(job: Job, calibrated: Calibrated) -> dict[str, Any]:
     return {
-        "base": job.easel.base.name, "family": job.plan.match.family.id, "resolution": str(job.setting.size),
+        "base": job.drawing.base.name, "family": job.plan.match.family.id, "resolution": str(job.setting.size),
         "native": str(job.setting.native), "criteria": list(job.request.criteria),
         "statistics": list(calibrated.statistics), "layers": calibrated.layers, "size": calibrated.size,
         "facts": dict(calibrated.facts), "notes": [*job.notes, *calibrated.notes], "resumed": calibrated.resumed,

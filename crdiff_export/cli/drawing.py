@@ -9,7 +9,7 @@ from crdiff_export.cli.command import Decorator, OptionMaker, option, option_gro
 from crdiff_export.cli.options import COUNT, DEVICE, prompts_file, variant
 from crdiff_export.cli.output import Output
 from crdiff_export.formats.dtypes import DTYPES
-from crdiff_export.sampling.drawing_setup import Easel
+from crdiff_export.sampling.drawing_setup import DrawingSetup
 from crdiff_export.sampling.request_checks import DrawingRequest
 
 batch = option("--batch N", "Pictures to draw at once. Default: 4 on a GPU; demo: 16.", COUNT)
@@ -60,7 +60,7 @@ class DrawingJob(Protocol):
     """Checked work of a command that draws."""
 
     @property
-    def easel(self) -> Easel:
+    def drawing(self) -> DrawingSetup:
         """The base, and how and where it draws."""
         ...
 
@@ -92,12 +92,12 @@ def prepare(
     out.announce_base(request.base)
     job = check(request)
     out.notes([*job.notes, *describe(job)])
-    if source := job.easel.opening.remote:
+    if source := job.drawing.opening.remote:
         out.quiet_hub_client()
-        out.notes([f"what {job.easel.base.name} lacks comes from {source}, unless it is in the local cache"])
+        out.notes([f"what {job.drawing.base.name} lacks comes from {source}, unless it is in the local cache"])
     return job
 
 
 def device_text(job: DrawingJob) -> str:
     """Name the device and the dtype that pictures are drawn with."""
-    return f"on {job.easel.device} in {job.easel.dtype}"
+    return f"on {job.drawing.device} in {job.drawing.dtype}"

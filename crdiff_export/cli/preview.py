@@ -89,14 +89,14 @@ def _times(made: Preview) -> str:
 def _as_json(made: Preview) -> dict[str, Any]:
     job = made.job
     return {
-        "files": [str(path) for path in made.files], "base": job.easel.base.name, "family": job.plan.match.family.id,
-        "resolution": str(job.size), "native": str(job.easel.native), "ratios": job.ratios,
+        "files": [str(path) for path in made.files], "base": job.drawing.base.name, "family": job.plan.match.family.id,
+        "resolution": str(job.size), "native": str(job.drawing.native), "ratios": job.ratios,
         "provenance": job.provenance, "ratios_from": job.ratios_from,
         "criterion": job.criterion, "baked": str(job.request.baked) if job.request.baked else None,
         "columns": [{"name": model_name(weight), "poa_weight": weight} for weight in job.weights],
         "poa_start": job.request.start, "poa_stop": job.request.stop, "steps": made.steps,
         "guidance": made.guidance, "scheduler": made.scheduler, "negative": job.request.negative,
-        "device": job.easel.device, "dtype": job.easel.dtype,
+        "device": job.drawing.device, "dtype": job.drawing.dtype,
         "pictures": [
             {"column": model_name(p.weight), "prompt": p.prompt, "seed": p.seed, "seconds": round(p.seconds, 3)}
             for p in made.pictures

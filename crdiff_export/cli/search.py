@@ -192,8 +192,8 @@ def _notes(found: Found) -> tuple[str, ...]:
 def _as_json(found: Found) -> dict[str, Any]:
     job, variant = found.job, found.variant if found.recipe else None
     return {
-        "base": job.easel.base.name, "family": job.plan.match.family.id, "resolution": str(job.request.size),
-        "native": str(job.easel.native), "scorer": scorers.public(job.scorer), "storage": found.where,
+        "base": job.drawing.base.name, "family": job.plan.match.family.id, "resolution": str(job.request.size),
+        "native": str(job.drawing.native), "scorer": scorers.public(job.scorer), "storage": found.where,
         "study": job.study, "method": job.setup.method.name, "verdict": found.verdict,
         "conclusion": report_text.conclusion(found),
         "ratios": dict(variant.ratios) if variant else None, "poa_weight": variant.poa_weight if variant else None,

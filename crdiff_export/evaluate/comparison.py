@@ -16,7 +16,7 @@ from crdiff_export.progress import Progress
 from crdiff_export.prune import criterion_choice
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sampling import request_checks
-from crdiff_export.sampling.drawing_setup import Easel
+from crdiff_export.sampling.drawing_setup import DrawingSetup
 from crdiff_export.sampling.request_checks import DrawingRequest
 from crdiff_export.sizes import Size
 
@@ -135,7 +135,7 @@ def sampling_facts(style: "Style", session: "Session") -> Iterator[tuple[str, st
         yield "negative", style.negative
 
 
-def closing_facts(notes: Iterable[str], setup: Easel, more: str = "") -> Iterator[tuple[str, str]]:
+def closing_facts(notes: Iterable[str], setup: DrawingSetup, more: str = "") -> Iterator[tuple[str, str]]:
     """Yield the notes, where pictures are drawn, and the versions of the programs, as name and text."""
     for note in notes:
         yield "note", note

@@ -39,21 +39,21 @@ def draw_and_score(job: EvaluateJob, counted: poa.Counted, progress: Progress) -
     Raises:
         CrdiffError: The pipeline or the scorer cannot be opened, or fails.
     """
-    easel, criterion = job.easel, job.criterion
-    place = Place(easel.device, easel.dtype, advice=ADVICE)
+    drawing, criterion = job.drawing, job.criterion
+    place = Place(drawing.device, drawing.dtype, advice=ADVICE)
     scorer = scorers.load(job.scorer, job.scorer_device)
     try:
         fingerprint = scorer.fingerprint()
         meter = fid.open_meter(job.fid, job.scorer_device, progress)
-        with session(easel.opening, job.plan.match.family.id, place, easel.base.name) as pipeline:
+        with session(drawing.opening, job.plan.match.family.id, place, drawing.base.name) as pipeline:
             renderer = Renderer(pipeline, job.request, progress, job.batch)
             studio = _Studio(job, renderer, scorer, meter, counted)
             models = studio.draw_all()
-            facts = comparison.printable_facts(_facts(job, renderer.style(easel.native), pipeline))
+            facts = comparison.printable_facts(_facts(job, renderer.style(drawing.native), pipeline))
         return Evaluation(
-            base=easel.base.name,
+            base=drawing.base.name,
             family=job.plan.match.family.id,
-            native=easel.native,
+            native=drawing.native,
             pairs=job.pairs,
             pictures=job.request.pictures,
             scorer=scorer.name,
@@ -86,10 +86,10 @@ class _Studio:
         job = self._job
         dense = len({subject.size for subject in job.subjects}) + bool(job.reference_pairs)
         pruned = [weight for subject in job.subjects for weight in subject.weights if weight != DENSE]
-        self._renderer.start(len(job.pairs), [DENSE] * dense + pruned, job.easel.native)
+        self._renderer.start(len(job.pairs), [DENSE] * dense + pruned, job.drawing.native)
         if job.reference_pairs:
             assert self._meter
-            batches = self._renderer.draw(job.reference_pairs, job.easel.native, DENSE)
+            batches = self._renderer.draw(job.reference_pairs, job.drawing.native, DENSE)
             self._meter.set_reference(images for _, images, _ in batches)
         return tuple(self._draw_model(subject, weight) for subject in job.subjects for weight in subject.weights)
 
@@ -136,8 +136,8 @@ def _png(image: "Image") -> bytes:
 
 def _facts(job: EvaluateJob, style: Style, pipeline: Session) -> Iterator[tuple[str, str]]:
     """Yield what everyone who sees the numbers should know."""
-    request, easel, criterion = job.request, job.easel, job.criterion
-    yield "base", f"{easel.base.name} ({job.plan.match.family.title}), native {easel.native}"
+    request, drawing, criterion = job.request, job.drawing, job.criterion
+    yield "base", f"{drawing.base.name} ({job.plan.match.family.title}), native {drawing.native}"
     yield "scorer", scorers.public(job.scorer)
     prompts = len({prompt for prompt, _ in job.pairs})
     yield "pictures", f"{prompts} prompts, {request.pictures} of each, seeds from {request.seed}"
@@ -152,5 +152,5 @@ def _facts(job: EvaluateJob, style: Style, pipeline: Session) -> Iterator[tuple[
     of = "prompts" if prompts > 1 else "the pictures of this one prompt, which says nothing about others"
     yield "intervals", f"95 % each, so that one of 20 misses; over {of}; differences are paired, picture by picture"
     if job.fid:
-        yield "FID", job.fid.describe(easel.native)
-    yield from comparison.closing_facts(job.notes, easel, f", {job.batch} at once")
+        yield "FID", job.fid.describe(drawing.native)
+    yield from comparison.closing_facts(job.notes, drawing, f", {job.batch} at once")

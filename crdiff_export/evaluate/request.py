@@ -8,7 +8,7 @@ from crdiff_export.evaluate.fid import FidReference
 from crdiff_export.evaluate.results import Subject
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
-from crdiff_export.sampling.drawing_setup import Easel
+from crdiff_export.sampling.drawing_setup import DrawingSetup
 from crdiff_export.sizes import Size
 
 
@@ -38,7 +38,7 @@ class EvaluateJob:
     """A request that has been checked and planned. `pairs` are the prompts and the seeds of their noise."""
 
     request: EvaluateRequest
-    easel: Easel
+    drawing: DrawingSetup
     plan: Plan
     criterion: CriterionChoice
     subjects: tuple[Subject, ...]

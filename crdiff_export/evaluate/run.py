@@ -58,20 +58,20 @@ def prepare(request: EvaluateRequest) -> EvaluateJob:
     pairs = _choose_pairs(request, scorer)
     reference = fid.choose(request.fid, request.fid_weights, len(pairs))
     request_checks.check_seeds(pairs[-1][1] + (len(pairs) if reference and reference.is_drawn else 0))
-    easel = drawing_setup.set_up(request, base, plans[0])
+    drawing = drawing_setup.set_up(request, base, plans[0])
     from crdiff_export.sampling import session
 
     notes = [note for plan in plans for note in plan.notes]
     return EvaluateJob(
         request,
-        easel,
+        drawing,
         plans[0],
         criterion,
-        subjects=tuple(_subjects(plans, easel.native, request)),
+        subjects=tuple(_subjects(plans, drawing.native, request)),
         pairs=pairs,
-        batch=request.batch or session.usual_batch(base.match.family.id, easel.device),
+        batch=request.batch or session.usual_batch(base.match.family.id, drawing.device),
         scorer=scorer,
-        scorer_device=session.device(request.scorer_device or easel.device, offload=False),
+        scorer_device=session.device(request.scorer_device or drawing.device, offload=False),
         outputs=outputs,
         notes=tuple(dict.fromkeys((*notes, *(reference.notes(len(pairs)) if reference else ())))),
         fid=reference,
@@ -93,7 +93,7 @@ def measure(job: EvaluateJob, progress: Progress) -> poa.Counted:
     """
     job.criterion.calibrated(progress)  # opens the calibration, whose hash the evidence names
     plans = [subject.plan for subject in job.subjects]
-    counted = poa.Counted(plans, job.easel.base.name, progress, criterion=job.criterion, device=job.easel.device)
+    counted = poa.Counted(plans, job.drawing.base.name, progress, criterion=job.criterion, device=job.drawing.device)
     for subject in job.subjects:
         if len(subject.weights) > 1:
             counted.source(subject.plan)  # if the weights must be read again, it happens here

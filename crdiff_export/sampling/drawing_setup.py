@@ -27,7 +27,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Easel:
+class DrawingSetup:
     """A base, the size that it was trained for, how diffusers opens it, and on which device, in which dtype."""
 
     base: bases.Base
@@ -55,7 +55,7 @@ def planned(found: Found, request: ExportRequest, criterion: CriterionChoice | N
         raise PlanError(error.message, hint) from error
 
 
-def set_up(request: DrawingRequest, found: Found, plan: Plan, *, offload: bool = False) -> Easel:
+def set_up(request: DrawingRequest, found: Found, plan: Plan, *, offload: bool = False) -> DrawingSetup:
     """Decide how a base is drawn with; a CrdiffError where it cannot be. From here on torch is imported."""
     native = architecture.find(plan).native
     way = pipelines.choose(
@@ -64,4 +64,4 @@ def set_up(request: DrawingRequest, found: Found, plan: Plan, *, offload: bool =
     from crdiff_export.sampling import session
 
     device = session.device(request.device, offload=offload)
-    return Easel(found.base, native, way, device, session.dtype(request.dtype, way.pipeline, device))
+    return DrawingSetup(found.base, native, way, device, session.dtype(request.dtype, way.pipeline, device))

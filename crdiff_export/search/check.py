@@ -43,7 +43,7 @@ def checked(found: Found, progress: Progress) -> Found:
     )  # fmt: skip
     made = evaluate.draw(
         evaluate.EvaluateJob(
-            asked, job.easel, planned, job.criterion, subjects, job.pairs.check, job.batch, job.scorer,
+            asked, job.drawing, planned, job.criterion, subjects, job.pairs.check, job.batch, job.scorer,
             job.scorer_device, outputs=(), notes=job.notes,
         ),
         found.counted,
@@ -94,8 +94,8 @@ def recipe(found: Found) -> Recipe:
 def _subjects(job: "Job", planned: Plan) -> Iterator[Subject]:
     """The size that was searched for; and the native one, where the same ratios may hurt."""
     yield Subject.of_plan(planned.size, planned, ())
-    if job.request.native and planned.size != job.easel.native:
-        yield Subject.of_plan(job.easel.native, planned, ())
+    if job.request.native and planned.size != job.drawing.native:
+        yield Subject.of_plan(job.drawing.native, planned, ())
 
 
 def _source(found: Found, scorer: str) -> str:
@@ -121,7 +121,7 @@ def _evidence(found: Found, measured: Evidence | None) -> Evidence:
     job = found.job
     extra: dict[str, Scalar] = {
         **measured.extra,
-        "base": printable(job.easel.base.name),
+        "base": printable(job.drawing.base.name),
         "method": job.setup.method.name,
         "trials": len(found.trials),
         "searched_pairs": len(job.pairs.search),

@@ -34,9 +34,9 @@ class Read:
 
 def read(job: "Job", progress: Progress) -> Read:
     """Hash and count a base's weights."""
-    easel = job.easel
+    drawing = job.drawing
     job.criterion.calibrated(progress)  # whose hash the fingerprint has
-    counted = poa.Counted([job.plan], easel.base.name, progress, criterion=job.criterion, device=easel.device)
+    counted = poa.Counted([job.plan], drawing.base.name, progress, criterion=job.criterion, device=drawing.device)
     found = Read(_base(job, progress), counted)
     progress.stage("opening", 0)  # so that its time is not taken for that of the counting
     return found
@@ -45,11 +45,11 @@ def read(job: "Job", progress: Progress) -> Read:
 @contextmanager
 def opened(job: "Job", base: Read, on_step: Callable[[], None]) -> "Iterator[Objective]":
     """An objective, open until the block ends; a CrdiffError where the pipeline or the scorer cannot be opened."""
-    easel = job.easel
+    drawing = job.drawing
     scorer = scorers.load(job.scorer, job.scorer_device)
     try:
         with session(
-            easel.opening, job.plan.match.family.id, Place(easel.device, easel.dtype), easel.base.name
+            drawing.opening, job.plan.match.family.id, Place(drawing.device, drawing.dtype), drawing.base.name
         ) as pipeline:
             request = job.request
             style = pipeline.style(request.size, request.steps, request.guidance, request.negative)
@@ -127,7 +127,7 @@ def fingerprint(job: "Job", base: str, pipeline: Session, scorer: scorers.Scorer
     return {
         "base": base,
         "family": job.plan.match.family.id,
-        "other parts": parts.others(pipe, getattr(pipe, job.easel.opening.pipeline.folder)),
+        "other parts": parts.others(pipe, getattr(pipe, job.drawing.opening.pipeline.folder)),
         "size": str(style.size),
         "targets": ", ".join(job.plan.kinds),
         **_criterion(job),
@@ -136,8 +136,8 @@ def fingerprint(job: "Job", base: str, pipeline: Session, scorer: scorers.Scorer
         "guidance": repr(style.guidance),
         "negative": style.negative or "none",
         "prompts and seeds": pairs_digest(job.pairs.search),
-        "dtype": job.easel.dtype,
-        "device": job.easel.device.partition(":")[0],
+        "dtype": job.drawing.dtype,
+        "device": job.drawing.device.partition(":")[0],
         "batch": str(job.batch),
         "crdiff": tool_version(),
         **{package: version(package) for package in ("diffusers", "torch", "transformers")},

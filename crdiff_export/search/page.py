@@ -11,7 +11,7 @@ from crdiff_export.search.found import Found
 
 def render(found: Found) -> str:
     """Render the page."""
-    title = f"Ratios of {found.job.easel.base.name} for {found.job.request.size}"
+    title = f"Ratios of {found.job.drawing.base.name} for {found.job.request.size}"
     return page.render(title, report_text.facts(found), list(_sections(found)))
 
 

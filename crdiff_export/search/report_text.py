@@ -74,7 +74,7 @@ def facts(found: Found) -> tuple[tuple[str, str], ...]:
     pictures = plural(len(job.pairs.search), "picture")
     of_check = dict(found.evaluation.facts) if found.evaluation else {}
     return (
-        ("base", f"{printable(job.easel.base.name)} ({job.plan.match.family.title}) at {job.request.size}"),
+        ("base", f"{printable(job.drawing.base.name)} ({job.plan.match.family.title}) at {job.request.size}"),
         ("search", f"{method.name}, seed {method.seed}, {box}{weights}"),
         ("trials", f"{len(states)}{stopped}{failed}, kept in {found.where}"),
         ("judged by", f"{printable(scorers.public(job.scorer))}, {pictures} of {plural(prompts, 'prompt')}"),

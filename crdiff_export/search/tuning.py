@@ -19,7 +19,7 @@ from crdiff_export.prune import criterion_choice
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sampling import drawing_setup, pipelines, request_checks
-from crdiff_export.sampling.drawing_setup import Easel
+from crdiff_export.sampling.drawing_setup import DrawingSetup
 from crdiff_export.sampling.request_checks import DrawingRequest
 from crdiff_export.search import engine, files, pairs, setting
 from crdiff_export.search.found import Found, Standing
@@ -80,7 +80,7 @@ class Job:
     """A request that nothing stands against."""
 
     request: SearchRequest
-    easel: Easel
+    drawing: DrawingSetup
     plan: Plan
     criterion: CriterionChoice
     pairs: Pairs

@@ -23,11 +23,11 @@ def draw_all(job: PreviewJob, source: poa.Source, progress: Progress) -> Preview
     Raises:
         PreviewError: The pipeline cannot be opened, or the memory is too small.
     """
-    family, easel, request = job.plan.match.family.id, job.easel, job.request
+    family, drawing, request = job.plan.match.family.id, job.drawing, job.request
     # A single small picture is drawn no faster by several threads, and on a busy machine much slower.
-    place = Place(easel.device, easel.dtype, request.offload, threads=1 if family == "demo" else None)
+    place = Place(drawing.device, drawing.dtype, request.offload, threads=1 if family == "demo" else None)
     pairs = [(prompt, seed) for prompt in request.prompts for seed in request.seeds]
-    with session(easel.opening, family, place, easel.base.name) as pipeline:
+    with session(drawing.opening, family, place, drawing.base.name) as pipeline:
         renderer = Renderer(pipeline, request, progress)
         renderer.start(len(pairs), job.weights, job.size)
 

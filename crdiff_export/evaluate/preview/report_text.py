@@ -28,8 +28,8 @@ def facts(job: PreviewJob, style: "Style", pipeline: "Session") -> Facts:
 
 def _facts(job: PreviewJob, style: "Style", pipeline: "Session") -> Iterator[tuple[str, str]]:
     request = job.request
-    yield "base", f"{job.easel.base.name} ({job.plan.match.family.title})"
-    yield "size", f"{job.size}, native {job.easel.native}"
+    yield "base", f"{job.drawing.base.name} ({job.plan.match.family.title})"
+    yield "size", f"{job.size}, native {job.drawing.native}"
     yield "ratios", f"{ratios_text(job.plan)}: {job.ratios_from}"
     if job.criterion != MAGNITUDE:
         yield "criterion", job.criterion
@@ -38,7 +38,7 @@ def _facts(job: PreviewJob, style: "Style", pipeline: "Session") -> Iterator[tup
     yield from sampling_facts(style, pipeline)
     if (request.start, request.stop) != (0, 1):
         yield "POA", f"from {request.start:g} to {request.stop:g} of the steps"
-    yield from closing_facts(job.notes, job.easel)
+    yield from closing_facts(job.notes, job.drawing)
 
 
 def contact_sheet(preview: Preview) -> ContactSheet:
@@ -50,7 +50,7 @@ def contact_sheet(preview: Preview) -> ContactSheet:
         row = pictures[start : start + width]
         labelled = tuple(SheetPicture(picture.image, _parameters(preview, picture)) for picture in row)
         rows.append(SheetRow(row[0].prompt, row[0].seed, labelled))
-    return ContactSheet(f"{printable(job.easel.base.name)} at {job.size}", preview.facts, job.columns, tuple(rows))
+    return ContactSheet(f"{printable(job.drawing.base.name)} at {job.size}", preview.facts, job.columns, tuple(rows))
 
 
 def _parameters(preview: Preview, picture: PreviewPicture) -> str:
@@ -58,7 +58,7 @@ def _parameters(preview: Preview, picture: PreviewPicture) -> str:
     job = preview.job
     last = {
         "Steps": str(preview.steps), "Sampler": preview.scheduler, "CFG scale": f"{preview.guidance:g}",
-        "Seed": str(picture.seed), "Size": str(job.size), "Model": printable(job.easel.base.name),
+        "Seed": str(picture.seed), "Size": str(job.size), "Model": printable(job.drawing.base.name),
         "crdiff": model_name(picture.weight),
     }  # fmt: skip
     if picture.weight:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from crdiff_export.evaluate.comparison import ComparisonRequest, Facts, model_name
 from crdiff_export.prune.criteria.spec import Spec
 from crdiff_export.prune.plan import Plan
-from crdiff_export.sampling.drawing_setup import Easel
+from crdiff_export.sampling.drawing_setup import DrawingSetup
 from crdiff_export.sizes import Size
 from crdiff_export.verify.inspect import provenance
 from crdiff_export.verify.reopen import BakedCheckpoint
@@ -41,7 +41,7 @@ class PreviewJob:
     """
 
     request: PreviewRequest
-    easel: Easel
+    drawing: DrawingSetup
     plan: Plan
     baked: BakedCheckpoint | None
     size: Size

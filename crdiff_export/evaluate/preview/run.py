@@ -71,9 +71,9 @@ def prepare(request: PreviewRequest) -> PreviewJob:
     files.check_sheet(outputs, len(request.prompts) * len(request.seeds), len(weights), size)
     if not any(scope.rank for scope in plan.scopes):
         raise PreviewError("all ratios are 0, so there is no pruned model to look at", "Give --ratio, or a --recipe.")
-    easel = drawing_setup.set_up(request, base, plan, offload=request.offload)
+    drawing = drawing_setup.set_up(request, base, plan, offload=request.offload)
     notes = (*(() if baked else plan.notes), *(demo_notes(request.prompts) if family.id == "demo" else ()))
-    return PreviewJob(request, easel, plan, baked, size, weights, outputs, notes)
+    return PreviewJob(request, drawing, plan, baked, size, weights, outputs, notes)
 
 
 def measure(job: PreviewJob, progress: Progress) -> poa.Source:
