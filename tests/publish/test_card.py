@@ -390,43 +390,12 @@ def test_any_markdown(lines: list[str], newline: str, ends: bool) -> None:
 # What anybody may have written into a header or a name.
 
 HOSTILE = [
-    *(
-        END,
-        f"\n{END}\n",
-        f"{BEGIN}\n",
-        "<!--",
-        "-->",
-        "<script>alert(1)</script>",
-        "&lt;&amp;",
-        "<https://evil.example>",
-    ),
-    *(
-        "a|b",
-        "\\|",
-        "| a | size |",
-        "512x512",
-        "`x`",
-        "```\n",
-        "~~~",
-        "*a* _b_ __c__ ~d~",
-        "$$x$$",
-        "\\",
-        "\\\n",
-        "---",
-    ),
-    *(
-        "[x](https://evil.example)",
-        "![x](https://evil.example)",
-        "# x",
-        "- x",
-        "1. x",
-        "> x",
-        "\r\n\r\n## x",
-        "x" * 5000,
-    ),
-    *("a\tb", "\x00\x07\x1b[31m", "\u202egnp", "\u2028", "é😀", "\ud800", " ", "", "{x}", "{0.width}", "%s", "../.."),
-    *("$(rm -rf ~)", "'; rm -rf ~; '", '"""', '"); import os; ("', "hf://a/b/`|", "hf://a/b@c/<!--", "a b.safetensors"),
-]
+    END, f"\n{END}\n", f"{BEGIN}\n", "<!--", "-->", "<script>alert(1)</script>", "&lt;&amp;", "<https://evil.example>",
+    "a|b", "\\|", "| a | size |", "512x512", "`x`", "```\n", "~~~", "*a* _b_ __c__ ~d~", "$$x$$", "\\", "\\\n", "---",
+    "[x](https://evil.example)", "![x](https://evil.example)", "# x", "- x", "1. x", "> x", "\r\n\r\n## x", "x" * 5000,
+    "a\tb", "\x00\x07\x1b[31m", "\u202egnp", "\u2028", "é😀", "\ud800", " ", "", "{x}", "{0.width}", "%s", "../..",
+    "$(rm -rf ~)", "'; rm -rf ~; '", '"""', '"); import os; ("', "hf://a/b/`|", "hf://a/b@c/<!--", "a b.safetensors",
+]  # fmt: skip
 
 
 def hostile(text: str, layout: str, path: str) -> Card:

@@ -138,13 +138,8 @@ def test_configuration_of_a_finetune(base: BaseModel, name: str, config: str) ->
 
 
 def test_dtypes() -> None:
-    for cast, dtype in {
-        "F16": "float16",
-        "BF16": "bfloat16",
-        "F32": "float32",
-        None: "float16",
-        "F8": "float16",
-    }.items():
+    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", None: "float16", "F8": "float16"}
+    for cast, dtype in names.items():
         assert f"torch_dtype=torch.{dtype}" in code_of(row(cast=cast))
     assert 'torch_dtype=torch.float16, variant="fp16"' in code_of(OPENED["fp16"])
 

@@ -79,7 +79,7 @@ def test_github(job: LoopbackHub, tmp_path: Path, here: Path, way: str) -> None:
     }  # fmt: skip
     steps = [step["run"] for step in work["steps"] if "crdiff publish" in step.get("run", "")]
     assert len(steps) == 2
-    for step in steps:
+    for step in steps if way == "trusted publishing" else steps[-1:]:
         ran = bash(job, tmp_path / "home", here, step, env)
         assert ran.returncode == 0, ran.stderr
     check_published(job)
