@@ -118,9 +118,8 @@ def _has_criteria(card: Card) -> bool:
 
 
 def _criterion(stamp: Stamp) -> str:
-    calibrated = (
-        f", calibrated at {stamp.calibrated.size} ({_digest(stamp.calibrated.hash)})" if stamp.calibrated else ""
-    )
+    source = stamp.calibrated
+    calibrated = f", calibrated at {source.size} ({_digest(source.hash)})" if source else ""
     return f"{prose(stamp.criterion)}{calibrated}{'; the others were moved' if stamp.moved else ''}"
 
 
@@ -234,10 +233,9 @@ def _origin(stamp: Stamp) -> str:
 def _sizes(card: Card, variants: Sequence[CardVariant]) -> str:
     """The variants' sizes, with the family if there are several."""
     several = len({variant.stamp.family for variant in card.variants}) > 1
-    names = (f"{snippets.title(variant.stamp.family)} " if several else "" for variant in variants)
-    return _listed(
-        list(dict.fromkeys(f"{name}{variant.stamp.resolution}" for name, variant in zip(names, variants, strict=True)))
-    )
+    stamps = [variant.stamp for variant in variants]
+    names = (f"{snippets.title(stamp.family)} " * several + str(stamp.resolution) for stamp in stamps)
+    return _listed(list(dict.fromkeys(names)))
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -53,16 +53,8 @@ def title(family: str) -> str:
 
 def _alike(variant: CardVariant) -> tuple[str, ...]:
     """Equal for variants that are opened with the same code."""
-    stamp = variant.stamp
-    return (
-        stamp.family,
-        _special(variant),
-        kind(variant),
-        stamp.layout,
-        stamp.prefix,
-        stamp.cast or "",
-        variant.weights or "",
-    )
+    stamp, weights = variant.stamp, variant.weights or ""
+    return stamp.family, _special(variant), kind(variant), stamp.layout, stamp.prefix, stamp.cast or "", weights
 
 
 def _special(variant: CardVariant) -> str:
@@ -111,10 +103,8 @@ def _whole(card: Card, variant: CardVariant, dtype: str) -> tuple[list[str], lis
         inside = quoted(f"/{variant.path}")
         opening = [f"folder = snapshot_download({source}, allow_patterns={pattern}) + {inside}"]
         source = "folder"
-    return imports, [
-        *opening,
-        f'pipe = DiffusionPipeline.from_pretrained({source}, {dtype}{_weights(variant)}).to("cuda")',
-    ]
+    arguments = f"{source}, {dtype}{_weights(variant)}"
+    return imports, [*opening, f'pipe = DiffusionPipeline.from_pretrained({arguments}).to("cuda")']
 
 
 def _parts(card: Card, variant: CardVariant, model: Pipeline, dtype: str) -> tuple[list[str], list[str]]:
