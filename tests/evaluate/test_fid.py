@@ -367,7 +367,17 @@ def test_against_the_dense_model(against_dense: Evaluation) -> None:
     assert other.fid is None
 
 
-def test_against_a_folder(weights: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise in place of pictures, other noise for each seed."""
+
+    def draw(_: Session, _texts: list[str], seeds: list[int], style: Any, _on_step: Any) -> list[Image.Image]:
+        return [noise(1, style.size.width, style.size.height, seed)[0] for seed in seeds]
+
+    monkeypatch.setattr(Session, "draw", draw)
+
+
+def test_against_a_folder(weights: Path, undrawn: None, tmp_path: Path) -> None:
     """A folder below, and files of other kinds, are not read; the path of the folder is not published."""
     folder = tmp_path / "somebody" / "pictures <b>"
     (folder / "deeper").mkdir(parents=True)
@@ -413,7 +423,7 @@ def test_few_pictures_are_pointed_out() -> None:
     assert "some of the reference are JPEG files" in note
 
 
-def test_it_is_told(line: Line, weights: Path, here: Path) -> None:
+def test_it_is_told(line: Line, weights: Path, undrawn: None, here: Path) -> None:
     command = f"evaluate demo --res 48 --limit 2 --steps 1 --ratio 0.4 --no-native --fid dense --fid-weights {weights}"
     ran = line(f"{command} -o e.html -o e.toml")
     assert ran.code == 0, ran.err
@@ -555,6 +565,7 @@ STUB = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("torch_fidelity") is None, reason="torch-fidelity is not installed")
 def test_the_number_is_that_of_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its own network, of random weights, and with all of its own code on the other side."""
