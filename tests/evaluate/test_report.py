@@ -11,16 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crdiff_export.evaluate.report import (
-    ContactSheet,
-    SheetPicture,
-    SheetRow,
-    fonts,
-    page,
-    sheet,
-)
+from crdiff_export.evaluate.report import ContactSheet, SheetPicture, SheetRow, fonts, page, sheet
 from crdiff_export.evaluate.report.contact import printable_prompt
 from crdiff_export.evaluate.report.sheet import PAPER, SheetLayout, TextLine
+from tests.support.scoring import noise
 
 COLUMNS = ("dense", "pruned", "POA 1.5")
 FACTS = (("base", "demo"), ("ratios", "starting point, tuned by nobody (" + "a long story " * 12 + "ends)"))
@@ -28,19 +22,14 @@ LONG = " ".join(f"word{number}" for number in range(120))
 HOSTILE = '<script src="https://example.org/x.js">alert(1)</script> & "quotes" \u202e'
 
 
-def picture(number: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
-    rng = np.random.default_rng(number)
-    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
-
-
 def contact(*prompts: str, seeds: tuple[int, ...] = (0, 7), size: tuple[int, int] = (96, 64)) -> ContactSheet:
+    """A sheet of three columns, each picture with other noise."""
+    images = iter(noise([size] * (3 * len(prompts) * len(seeds)), seed=0))
     rows = []
-    for i, prompt in enumerate(prompts):
+    for prompt in prompts:
         for seed in seeds:
-            images = [picture(100 * i + 10 * seed + j, size) for j in range(3)]
-            rows.append(
-                SheetRow(prompt, seed, tuple(SheetPicture(image, f"{prompt}\nSeed: {seed}") for image in images))
-            )
+            pictures = tuple(SheetPicture(next(images), f"{prompt}\nSeed: {seed}") for _ in COLUMNS)
+            rows.append(SheetRow(prompt, seed, pictures))
     return ContactSheet("demo at 96x64", FACTS, COLUMNS, tuple(rows))
 
 
@@ -63,57 +52,36 @@ def test_every_picture_is_in_its_place_bit_by_bit(size: tuple[int, int]) -> None
     assert steps.min() == steps.max() > size[0]  # a gap between them
 
 
-def boxes(layout: SheetLayout, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-    texts = [
-        (line.x, line.y, line.x + fonts.width(line.text, round(line.font.size)), line.y + round(line.font.size))
-        for line in layout.lines
-    ]
-    return [*texts, *((x, y, x + size[0], y + size[1]) for places in layout.corners for x, y in places)]
+def box(line: TextLine, height: float = 1.0) -> tuple[int, int, int, int]:
+    """Where a line of text is: left, top, right, bottom."""
+    size = round(line.font.size)
+    return line.x, line.y, line.x + fonts.width(line.text, size), line.y + round(height * size)
 
 
 @pytest.mark.parametrize("size", [(96, 64), (8, 8), (1024, 64)], ids=["small", "tiny", "wide"])
 def test_nothing_covers_anything_or_leaves_the_sheet(size: tuple[int, int]) -> None:
-    made = contact("a red fox", LONG, "x" * 400, size=size)
-    layout = SheetLayout(made)
-    found = boxes(layout, size)
-    for i, (left, top, right, bottom) in enumerate(found):
-        assert left >= 0
-        assert top >= 0
-        assert right <= layout.width
-        assert bottom <= layout.height
-        for other in found[:i]:
+    layout = SheetLayout(contact("a red fox", LONG, "x" * 400, size=size))
+    corners = (corner for row in layout.corners for corner in row)
+    boxes = [*map(box, layout.lines), *((x, y, x + size[0], y + size[1]) for x, y in corners)]
+    for i, (left, top, right, bottom) in enumerate(boxes):
+        assert 0 <= left <= right <= layout.width
+        assert 0 <= top <= bottom <= layout.height
+        for other in boxes[:i]:
             apart = right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
-            assert apart, (found[i], other)
-
-
-def words(lines: list[TextLine]) -> str:
-    return " ".join(line.text for line in lines)
+            assert apart, (boxes[i], other)
 
 
 def test_every_label_is_there_whole() -> None:
     made = contact("a red fox", LONG)
     layout = SheetLayout(made)
-    text = words(layout.lines)
-    for part in (
-        made.title,
-        *COLUMNS,
-        "a red fox",
-        LONG,
-        "seed 0",
-        "seed 7",
-        *(text for pair in FACTS for text in pair),
-    ):
+    text = " ".join(line.text for line in layout.lines)
+    facts = [word for fact in FACTS for word in fact]
+    for part in (made.title, *COLUMNS, "a red fox", LONG, "seed 0", "seed 7", *facts):
         assert part in text
     assert "".join(line.text for line in SheetLayout(contact("x" * 400)).lines).count("x" * 400) == 1
     drawn = layout.draw()
     for line in layout.lines:
-        box = (
-            line.x,
-            line.y,
-            line.x + fonts.width(line.text, round(line.font.size)),
-            line.y + round(1.3 * round(line.font.size)),
-        )
-        colours = {colour for _, colour in drawn.crop(box).getcolors(1 << 16) or []}
+        colours = {colour for _, colour in drawn.crop(box(line, 1.3)).getcolors(1 << 16) or []}
         assert colours - {PAPER}, line.text
 
 
@@ -124,16 +92,14 @@ def test_letters_grow_with_the_sheet() -> None:
 
 @pytest.mark.parametrize("prompt", ["狐", "лиса", "ثعلب", "🦊", "\udcff", "a\nb\tc\x00\x1b[31m", ""])
 @pytest.mark.parametrize("installed", [True, False], ids=["system-fonts", "none"])
-def test_any_prompt_can_be_drawn(prompt: str, installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_prompt_can_be_drawn(prompt: str, installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not installed:
         monkeypatch.setattr(fonts, "SYSTEM", ())
     made = contact(prompt, seeds=(0,))
-    (tmp_path / "sheet.png").write_bytes(sheet.render(made))
-    (tmp_path / "page.html").write_text(page.render_sheet(made), "utf-8")
+    assert sheet.render(made)
     (label,) = (line for line in SheetLayout(made).lines if line.text == (printable_prompt(prompt) or "(no prompt)"))
     assert label.text.isprintable() or prompt == "ثعلب"
-    text = (tmp_path / "page.html").read_text("utf-8")
-    assert f"<h2>{label.text}</h2>" in text
+    assert f"<h2>{label.text}</h2>" in page.render_sheet(made)
 
 
 def test_a_font_of_the_system_helps_out(monkeypatch: pytest.MonkeyPatch) -> None:
