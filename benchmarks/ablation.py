@@ -1,9 +1,9 @@
-"""Would any sparsity do? `python benchmarks/ablation.py OUT [--device cuda --dtype fp16 --jobs 8]`.
+"""Would any other sparsity do as well? `python benchmarks/ablation.py OUT [--device cuda --dtype fp16 --jobs 8]`.
 
 On the demo model, at sizes that it was not made for: every criterion, with the starting ratios and with ratios that
-were searched for it, without and with POA, each against the dense model from the same noise on held-out prompts;
-uniform ratios against block-wise ones; random weights as the control. Writes `ablation.md`, the table of
-docs/ablation.md, and `ablation.png`. What is finished stays in OUT, so that a run that was stopped goes on.
+were searched for it, without and with POA, each compared with the dense model from the same noise on held-out prompts;
+uniform ratios compared with block-wise ones; random weights as the control. Writes `ablation.md`, the table of
+docs/ablation.md, and `ablation.png`. Finished results stay in OUT, so an interrupted run goes on where it stopped.
 """
 
 import argparse
@@ -18,31 +18,31 @@ from pathlib import Path
 from typing import Any
 
 SIZES = ("48x48", "80x80", "96x64")
-# Searched as well, each with as many trials.
+# Criteria that are searched, too, each with as many trials.
 MAIN = ("magnitude", "random", "wanda", "taylor", "obs", "adverse")
-# What differs from those in one thing.
+# Criteria that differ from those in one thing.
 OTHERS = (
     "uniform", "adverse:form=coin", "wanda:compare=row", "taylor:form=abs", "obs:compensate=off", "adverse:form=steady",
     "adverse:form=signed", "adverse:form=guarded", "adverse:form=second", "adverse:form=channel",
 )  # fmt: skip
 CALIBRATED = ("wanda", "taylor", "obs", "adverse")
-COIN = "adverse:form=coin"  # which needs none
-# Between them they need every statistic.
+COIN = "adverse:form=coin"  # needs no calibration
+# Together these need every statistic.
 WITH_ALL = ("wanda", "taylor", "taylor:form=abs", "obs", "adverse:form=second")
 RATIO, WEIGHT = 0.3, 1.5  # where the search of the paper's public code begins, and its POA weight
 STARTING, SEARCHED = "starting", "searched"
 PLAIN = "magnitude"
-SHOWN = (-0.2, 0.15)  # of the plot: what is worse is too bad to be told apart
+SHOWN = (-0.2, 0.15)  # the plot's range: worse differences look alike
 
 
 def needs(criterion: str) -> bool:
-    """Whether it ranks by a calibration."""
+    """Say whether a criterion ranks by a calibration."""
     return criterion.partition(":")[0] in CALIBRATED and criterion != COIN
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """How all of it is drawn."""
+class Settings:
+    """The folder of the results, and how pictures are drawn."""
 
     out: Path
     device: str
@@ -54,7 +54,7 @@ class Asked:
 
     @property
     def start(self) -> Path:
-        """Where searches begin."""
+        """The recipe that searches begin with."""
         return self.out / "start.toml"
 
     def calibration(self, size: str, criterion: str) -> Path | None:
@@ -64,23 +64,22 @@ class Asked:
         return self.out / f"{size}-{criterion.replace(':', '-').replace('=', '-')}-{ratios}.json"
 
 
-def calibrate(asked: Asked, size: str) -> str:
-    """The statistics of all criteria at a size."""
+def calibrate(settings: Settings, size: str) -> str:
+    """Collect the statistics of all criteria at a size."""
     from crdiff_export import Size
     from crdiff_export.calibrate import CalibrateRequest
-    from crdiff_export.calibrate import calibrate as made
+    from crdiff_export.calibrate import calibrate as run
 
-    path = asked.calibration(size, CALIBRATED[0])
+    path = settings.calibration(size, CALIBRATED[0])
     assert path
     if path.exists():
         return f"{path.name}: there"
-    made(
-        CalibrateRequest("demo", Size.parse(size), WITH_ALL, path, device=asked.device, dtype="fp32", batch=asked.batch)
-    )
+    device, batch = settings.device, settings.batch
+    run(CalibrateRequest("demo", Size.parse(size), WITH_ALL, path, device=device, dtype="fp32", batch=batch))
     return f"{path.name}: {path.stat().st_size / 1e6:.1f} MB"
 
 
-def search(asked: Asked, size: str, criterion: str) -> str:
+def search(asked: Settings, size: str, criterion: str) -> str:
     """Ratios for a criterion."""
     from crdiff_export import Size
     from crdiff_export.progress import Silent
@@ -108,59 +107,59 @@ def search(asked: Asked, size: str, criterion: str) -> str:
     return f"{path.name}: {best.candidate.by_group}, {best.value:.4f} (dense {found.dense.value:.4f})"
 
 
-def measure(asked: Asked, size: str, criterion: str, which: str) -> str:
-    """Dense, pruned and POA on held-out prompts."""
+def measure(settings: Settings, size: str, criterion: str, which: str) -> str:
+    """Evaluate dense, pruned and POA on held-out prompts."""
     from crdiff_export import Size
-    from crdiff_export.evaluate import EvaluateRequest
-    from crdiff_export.evaluate import evaluate as made
+    from crdiff_export.evaluate import EvaluateRequest, evaluate
     from crdiff_export.sampling import prompts
 
-    path = asked.result(size, criterion, which)
+    path = settings.result(size, criterion, which)
     if path.exists():
         return f"{path.name}: there"
     if which == STARTING:
         ratios: dict[str, float] = dict.fromkeys(("down", "mid", "up"), RATIO)
     else:
         of = PLAIN if criterion == "uniform" else criterion
-        ratios = json.loads(asked.result(size, of, "ratios").read_text())["ratios"]
-    found = made(
+        ratios = json.loads(settings.result(size, of, "ratios").read_text())["ratios"]
+    evaluation = evaluate(
         EvaluateRequest(
-            "demo", (Size.parse(size),), prompts=prompts.held_out(asked.held_out), ratios=ratios, criterion=criterion,
-            calibration=asked.calibration(size, criterion), weights=(WEIGHT,), native=False, batch=asked.batch,
-            device=asked.device, dtype=asked.dtype,
+            "demo", (Size.parse(size),), prompts=prompts.held_out(settings.held_out), ratios=ratios,
+            criterion=criterion, calibration=settings.calibration(size, criterion), weights=(WEIGHT,), native=False,
+            batch=settings.batch, device=settings.device, dtype=settings.dtype,
         )
     )  # fmt: skip
-    said = {
-        "ratios": dict(found.subjects[0].ratios), "pairs": len(found.pairs),
-        "scores": {one.model.name: [score.value for score in one.model.scores] for one in found.findings},
-        "right": {one.model.name: one.right and one.right.value for one in found.findings},
-        "facts": found.facts,
+    models = [finding.model for finding in evaluation.findings]
+    record = {
+        "ratios": evaluation.subjects[0].ratios, "pairs": len(evaluation.pairs),
+        "scores": {model.name: model.values for model in models},
+        "right": {f.model.name: f.right and f.right.value for f in evaluation.findings},
+        "facts": evaluation.facts,
     }  # fmt: skip
-    path.write_text(json.dumps(said))
-    told = ", ".join(f"{f.model.name} {f.mean.value:.4f}" for f in found.findings)
-    return f"{path.name}: {told}"
+    path.write_text(json.dumps(record))
+    means = ", ".join(f"{f.model.name} {f.mean.value:.4f}" for f in evaluation.findings)
+    return f"{path.name}: {means}"
 
 
-def begin(asked: Asked) -> None:
-    """Write down with what it begins; a folder of other settings is not gone on with."""
+def begin(settings: Settings) -> None:
+    """Write the settings into the folder, or refuse a folder with results of other settings."""
     import search_demo
 
     from crdiff_export.models import recipe_toml
 
-    said = json.dumps({key: getattr(asked, key) for key in ("dtype", "trials", "prompts", "held_out")})
-    settings = asked.out / "settings.json"
-    if settings.exists() and settings.read_text() != said:
-        raise SystemExit(f"{settings}: of other settings; give another folder")
-    settings.write_text(said)
-    asked.start.write_text(recipe_toml.dump(search_demo.start()))
+    text = json.dumps({key: getattr(settings, key) for key in ("dtype", "trials", "prompts", "held_out")})
+    path = settings.out / "settings.json"
+    if path.exists() and path.read_text() != text:
+        raise SystemExit(f"{path}: of other settings; give another folder")
+    path.write_text(text)
+    settings.start.write_text(recipe_toml.dump(search_demo.start()))
 
 
-def each(asked: Asked, jobs: int) -> None:
-    """Do all of it, so many at once."""
+def each(settings: Settings, jobs: int) -> None:
+    """Calibrate, search and measure everything, as many at once as there are jobs."""
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_quiet) as pool:
 
         def finish(work: Callable[..., str], arguments: Iterable[tuple[str, ...]]) -> None:
-            for future in as_completed([pool.submit(work, asked, *one) for one in arguments]):
+            for future in as_completed([pool.submit(work, settings, *words) for words in arguments]):
                 print(future.result(), flush=True)
 
         finish(calibrate, [(size,) for size in SIZES])
@@ -176,8 +175,8 @@ def _quiet() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One model at one size: its score, and what it is better or worse by than the dense model and than magnitude."""
+class AblationRow:
+    """One model at one size: its score, and its differences to the dense model and to magnitude."""
 
     size: str
     criterion: str
@@ -189,82 +188,82 @@ class Row:
     high: float
     difference: float
     verdict: str
-    beside: tuple[float, float, float, str] | None
+    to_magnitude: tuple[float, float, float, str] | None
 
 
-def rows(asked: Asked) -> Iterator[Row]:
-    """Every row of the table."""
+def rows(settings: Settings) -> Iterator[AblationRow]:
+    """Yield every row of the table."""
     from crdiff_export.evaluate import statistics
 
     def read(size: str, criterion: str, which: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(asked.result(size, criterion, which).read_text())
-        return found
+        record: dict[str, Any] = json.loads(settings.result(size, criterion, which).read_text())
+        return record
 
     def grid(scores: list[float]) -> list[list[float]]:
         return [[score] for score in scores]
 
     for size in SIZES:
         starting = [criterion for criterion in (*MAIN, *OTHERS) if criterion != "uniform"]
-        for which, some in ((STARTING, starting), (SEARCHED, [*MAIN, "uniform"])):
+        for which, criteria in ((STARTING, starting), (SEARCHED, [*MAIN, "uniform"])):
             plain = read(size, PLAIN, which)
-            for criterion in some:
-                if not asked.result(size, criterion, which).exists():
-                    print(f"missing: {asked.result(size, criterion, which).name}")
+            for criterion in criteria:
+                if not settings.result(size, criterion, which).exists():
+                    print(f"missing: {settings.result(size, criterion, which).name}")
                     continue
-                found = read(size, criterion, which)
-                dense = grid(found["scores"]["dense"])
+                record = read(size, criterion, which)
+                dense = grid(record["scores"]["dense"])
                 for model in ("pruned", f"POA {WEIGHT:g}"):
-                    own = grid(found["scores"][model])
-                    to_dense = statistics.difference(own, dense)
-                    to_plain = statistics.difference(own, grid(plain["scores"][model]))
-                    # Pictures of another device or dtype are no pairs.
-                    alike = criterion != PLAIN and dict(found["facts"])["drawn on"] == dict(plain["facts"])["drawn on"]
-                    yield Row(
-                        size, criterion, which, model, statistics.mean(own).value, found["right"][model], to_dense.low,
-                        to_dense.high, to_dense.value, to_dense.verdict,
+                    scores = grid(record["scores"][model])
+                    to_dense = statistics.difference(scores, dense)
+                    to_plain = statistics.difference(scores, grid(plain["scores"][model]))
+                    # Pictures of another device or dtype cannot be paired.
+                    alike = criterion != PLAIN and dict(record["facts"])["drawn on"] == dict(plain["facts"])["drawn on"]
+                    yield AblationRow(
+                        size, criterion, which, model, statistics.mean(scores).value, record["right"][model],
+                        to_dense.low, to_dense.high, to_dense.value, to_dense.verdict,
                         (to_plain.value, to_plain.low, to_plain.high, to_plain.verdict) if alike else None,
                     )  # fmt: skip
 
 
-def table(found: list[Row]) -> str:
-    """All rows in Markdown."""
+def table(table_rows: list[AblationRow]) -> str:
+    """Return all rows in Markdown."""
     lines = [
         "| size | ratios | criterion | model | score | right | minus dense (95 %) | | minus magnitude (95 %) | |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     short = {"no difference shown": ""}
-    for row in found:
-        own = f"{row.difference:+.3f} ({row.low:+.3f} to {row.high:+.3f})"
+    for row in table_rows:
+        to_dense = f"{row.difference:+.3f} ({row.low:+.3f} to {row.high:+.3f})"
         verdict = short.get(row.verdict, f"**{row.verdict}**")
-        beside = ["", ""]
-        if row.beside:
-            value, low, high, said = row.beside
-            beside = [f"{value:+.3f} ({low:+.3f} to {high:+.3f})", short.get(said, f"**{said}**")]
+        to_magnitude = ["", ""]
+        if row.to_magnitude:
+            value, low, high, shown = row.to_magnitude
+            to_magnitude = [f"{value:+.3f} ({low:+.3f} to {high:+.3f})", short.get(shown, f"**{shown}**")]
         cells = [
-            row.size, row.which, f"`{row.criterion}`", row.model, f"{row.score:.3f}", f"{row.right:.0%}", own, verdict,
-            *beside,
+            row.size, row.which, f"`{row.criterion}`", row.model, f"{row.score:.3f}", f"{row.right:.0%}", to_dense,
+            verdict, *to_magnitude,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(found: list[Row], path: Path) -> None:
-    """Differences to the dense model with their intervals, a panel for each size; arrows for what lies further left."""
+def plot(table_rows: list[AblationRow], path: Path) -> None:
+    """Plot differences to the dense model with their intervals, a panel for each size; arrows mark worse ones."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, len(SIZES), figsize=(4.2 * len(SIZES), 9), sharey=True, layout="constrained")
-    names = list(dict.fromkeys((row.which, row.criterion) for row in found))
+    names = list(dict.fromkeys((row.which, row.criterion) for row in table_rows))
     for panel, size in zip(panels, SIZES, strict=True):
         for shift, (model, colour) in enumerate((("pruned", "#0072B2"), (f"POA {WEIGHT:g}", "#D55E00"))):
-            own = [row for row in found if row.size == size and row.model == model]
-            places = [names.index((row.which, row.criterion)) + 0.3 * shift - 0.15 for row in own]
-            values = [row.difference for row in own]
-            spread = [[row.difference - row.low for row in own], [row.high - row.difference for row in own]]
-            panel.errorbar(values, places, xerr=spread, fmt="o", ms=4, lw=1.2, color=colour, label=model)
-            off = [place for place, value in zip(places, values, strict=True) if value < SHOWN[0]]
+            points = [row for row in table_rows if row.size == size and row.model == model]
+            heights = [names.index((row.which, row.criterion)) + 0.3 * shift - 0.15 for row in points]
+            values = [row.difference for row in points]
+            spread = [[row.difference - row.low for row in points], [row.high - row.difference for row in points]]
+            panel.errorbar(values, heights, xerr=spread, fmt="o", ms=4, lw=1.2, color=colour, label=model)
+            off = [height for height, value in zip(heights, values, strict=True) if value < SHOWN[0]]
             panel.plot([SHOWN[0]] * len(off), off, "<", ms=7, color=colour, clip_on=False)
         panel.axvline(0, color="0.4", lw=0.8)
         panel.set_xlim(*SHOWN)
@@ -290,14 +289,14 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the table and the plot again")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    asked = Asked(args.out, args.device, args.dtype, args.batch, args.trials, args.prompts, args.held_out)
+    settings = Settings(args.out, args.device, args.dtype, args.batch, args.trials, args.prompts, args.held_out)
     if not args.report:
-        begin(asked)
-        each(asked, args.jobs)
-    found = list(rows(asked))
-    (args.out / "ablation.json").write_text(json.dumps([asdict(row) for row in found]))
-    (args.out / "ablation.md").write_text(table(found) + "\n")
-    plot(found, args.out / "ablation.png")
+        begin(settings)
+        each(settings, args.jobs)
+    table_rows = list(rows(settings))
+    (args.out / "ablation.json").write_text(json.dumps([asdict(row) for row in table_rows]))
+    (args.out / "ablation.md").write_text(table(table_rows) + "\n")
+    plot(table_rows, args.out / "ablation.png")
     print(f"{args.out / 'ablation.md'}\n{args.out / 'ablation.png'}")
 
 
