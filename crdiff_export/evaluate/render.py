@@ -47,8 +47,8 @@ def draw_and_score(job: EvaluateJob, counted: poa.Counted, progress: Progress) -
         meter = fid.open_meter(job.fid, job.scorer_device, progress)
         with session(drawing.opening, job.plan.match.family.id, place, drawing.base.name) as pipeline:
             renderer = Renderer(pipeline, job.request, progress, job.batch)
-            studio = _Studio(job, renderer, scorer, meter, counted)
-            models = studio.draw_all()
+            scoring = _ScoringRenderer(job, renderer, scorer, meter, counted)
+            models = scoring.draw_all()
             facts = comparison.printable_facts(_facts(job, renderer.style(drawing.native), pipeline))
         return Evaluation(
             base=drawing.base.name,
@@ -60,7 +60,7 @@ def draw_and_score(job: EvaluateJob, counted: poa.Counted, progress: Progress) -
             fingerprint=fingerprint,
             models=models,
             facts=facts,
-            notes=(*studio.notes, *black_note(studio.black, job.pictures - len(job.reference_pairs))),
+            notes=(*scoring.notes, *black_note(scoring.black, job.pictures - len(job.reference_pairs))),
             fid=meter.record(len(job.pairs)) if meter else None,
             criterion=criterion.name,
             calibration=criterion.calibration.hash if criterion.calibration else None,
@@ -69,8 +69,8 @@ def draw_and_score(job: EvaluateJob, counted: poa.Counted, progress: Progress) -
         scorer.close()
 
 
-class _Studio:
-    """A renderer with the scorer and the FID meter that see its pictures."""
+class _ScoringRenderer:
+    """Draws every model, and shows the pictures to the scorer and to the FID meter."""
 
     def __init__(
         self, job: EvaluateJob, renderer: Renderer, scorer: scorers.Scorer, meter: fid.FidMeter | None,
