@@ -122,7 +122,7 @@ def test_the_truth_of_every_scene_is_right(size: tuple[int, int]) -> None:
     assert rights(found) >= 0.99
 
 
-@pytest.mark.parametrize("size", [(48, 48), (64, 64), (96, 64)], ids=name)
+@pytest.mark.parametrize("size", [(48, 48), (96, 64)], ids=name)
 @pytest.mark.parametrize(
     "damage",
     [blurred(0.7), blurred(1), jpeg, noisy(10), shifted(8), uneven(10), decoded],
@@ -167,7 +167,7 @@ def others(scene: Scene) -> Iterator[tuple[str, Scene]]:
         yield "count", replace(scene, first=replace(first, size="small", count=1))
 
 
-@pytest.mark.parametrize("size", [(48, 48), (96, 64), (128, 128)], ids=name)
+@pytest.mark.parametrize("size", [(48, 48), (96, 64)], ids=name)
 def test_one_wrong_attribute_is_wrong(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(4)
     wrong: dict[str, list[float]] = {}
@@ -216,7 +216,7 @@ NOISES: dict[str, Damage] = {
 }
 
 
-@pytest.mark.parametrize("size", SIZES[:-1], ids=name)
+@pytest.mark.parametrize("size", SIZES[::3], ids=name)
 @pytest.mark.parametrize("noise", NOISES)
 def test_noise_scores_next_to_nothing(noise: str, size: tuple[int, int]) -> None:
     found = judged(SOME[:30], *size, NOISES[noise])
