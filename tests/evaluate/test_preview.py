@@ -211,7 +211,7 @@ def test_the_sheet_has_the_pictures_and_says_what_they_are(made: tuple[Preview, 
     assert facts["ratios"] == "down 0.4, mid 0.4, up 0.4: starting point, tuned by nobody (given on the command line)"
     assert facts["sampling"] == "2 steps of DDIM, guidance 3"
     assert facts["negative"] == "blurry"
-    assert facts["note"].startswith('"a red fox" is no prompt of the demo model: it does not know fox; ')
+    assert facts["note"].startswith('"a red fox" is not a prompt of the demo model: it does not know fox; ')
     assert facts["drawn on"] == "cpu, fp32"
     for name, fact in facts.items():
         assert f"{name}: {fact}" in text
@@ -275,7 +275,7 @@ def test_the_command_shows_facts_and_files(line: Line, here: Path) -> None:
     assert sorted(path.name for path in here.iterdir()) == sorted(names)
     notes = ran.err.splitlines()
     assert notes[0].startswith("note: no variant for 72x72; using the one for ")
-    assert notes[1].startswith('note: "a red fox" is no prompt of the demo model: it does not know fox; ')
+    assert notes[1].startswith('note: "a red fox" is not a prompt of the demo model: it does not know fox; ')
     assert notes[2] == "note: 3 pictures, 1 row of dense, pruned, POA 1.2519, on cpu in fp32"
     assert [text.partition(":")[0] for text in notes[3:]] == ["counting", "drawing"]
     assert re.fullmatch(r"drawing: 4 passes in [\d.]+ s(, [\d.]+/s)?", notes[4])
