@@ -3,12 +3,14 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import Self
 
 from crdiff_export.errors import BakeError
+from crdiff_export.formats import safetensors
+from crdiff_export.formats.safetensors import TensorSpec
 
 # Bytes that are read back at once.
 _PIECE = 8 << 20
@@ -103,9 +105,26 @@ class DirectWriter:
             raise
         return True
 
-    def patch(self, head: bytes) -> None:
-        """Replace the reserved header by the final one, which has the same length."""
-        _write_all(self._cached, memoryview(head), 0)
+    def complete(self, tensors: Sequence[TensorSpec], metadata: Mapping[str, str], header_size: int) -> int:
+        """Write the final header over the reserved one, make the file durable, and check that it reads back.
+
+        Args:
+            tensors: The tensors, which are written.
+            metadata: The metadata for the header.
+            header_size: Bytes of the reserved header.
+
+        Returns:
+            The bytes of the file.
+
+        Raises:
+            BakeError: The file is not what was to be written.
+        """
+        size = header_size + max((tensor.end for tensor in tensors), default=0)
+        _write_all(self._cached, memoryview(safetensors.serialise(tensors, metadata, header_size)), 0)
+        self.finish(size)
+        self.close()
+        _check(self.path, size, tensors, metadata)
+        return size
 
     def finish(self, size: int) -> None:
         """Check the file's size in bytes and make it durable.
@@ -123,3 +142,18 @@ def _write_all(handle: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.write(handle, data[done:])
+
+
+def _check(path: Path, size: int, tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
+    """Open a file with the safetensors library and compare it with what was to be written."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.stat().st_size != size:
+        raise BakeError(f"{path.name}: has another size than was written", "Check the disk, then run it again.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names, header = set(file.keys()), file.metadata()
+    except SafetensorError as error:
+        raise BakeError(f"{path.name}: does not open again: {error}", "This is a bug; please report it.") from error
+    if names != {t.name for t in tensors} or header != dict(metadata):
+        raise BakeError(f"{path.name}: reads back otherwise than written", "Check the disk, then run it again.")

@@ -1,6 +1,5 @@
 """Write a residual while the weights of its base stream past."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -23,12 +22,10 @@ _UNKNOWN_HASH = f"0x{'0' * 64}"
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """A finished sidecar: its path, size in bytes, tensors and metadata."""
+    """A finished sidecar: its path, and its size in bytes."""
 
     path: Path
     size: int
-    tensors: tuple[TensorSpec, ...]
-    metadata: Mapping[str, str]
 
 
 class ResidualWriter:
@@ -75,12 +72,9 @@ class ResidualWriter:
         """Complete the sidecar of the file with this hash and make it durable."""
         digest = sha256()
         self.complete(digest)
-        tensors, metadata = self.tensors(0), _sidecar_metadata(owner_hash, f"0x{digest.hexdigest()}")
-        size = self._header_size + tensors[-1].end
-        self._writer.patch(safetensors.serialise(tensors, metadata, self._header_size))
-        self._writer.finish(size)
-        self._writer.close()
-        return Sidecar(self._writer.path, size, tensors, metadata)
+        metadata = _sidecar_metadata(owner_hash, f"0x{digest.hexdigest()}")
+        size = self._writer.complete(self.tensors(0), metadata, self._header_size)
+        return Sidecar(self._writer.path, size)
 
 
 def _sidecar_metadata(owner_hash: str, own_hash: str = _UNKNOWN_HASH) -> dict[str, str]:

@@ -16,7 +16,6 @@ from crdiff_export.bake.stream import CHUNK, Chunk, Pruning, Stream
 from crdiff_export.errors import BakeError, CrdiffError
 from crdiff_export.formats import safetensors
 from crdiff_export.formats.crdiff_keys import Stamp
-from crdiff_export.formats.safetensors import TensorSpec
 from crdiff_export.progress import Progress
 from crdiff_export.prune.architecture import Architecture
 from crdiff_export.prune.criteria import Decision
@@ -84,14 +83,12 @@ class BakedFile:
         path: Its path.
         size: Its bytes.
         hashes: The hashes in its header; None for an export without hashes.
-        residual: The tensors of the residual that it embeds.
         sidecar: The sidecar with its residual, if there is one.
     """
 
     path: Path
     size: int
     hashes: Hashes | None
-    residual: tuple[TensorSpec, ...] = ()
     sidecar: Sidecar | None = None
 
 
@@ -150,8 +147,6 @@ def write(
             writer.do(writer.copy_companions, progress)
         for output in plan.outputs:
             output.source.check_unchanged()
-        for writer in _active(writers):
-            writer.do(writer.check)
         progress.advance(0)  # the last moment to interrupt
         for writer in _active(writers):
             writer.do(writer.publish)
@@ -246,7 +241,8 @@ class VariantWriter:
         self._residual = ResidualWriter(job.plan, number) if job.residual != NONE else None
         embedded = self._residual if job.residual == EMBED else None
         end = self._output.data_size
-        self._reserved = self._header(reserved, embedded.largest_tensors(end) if embedded else ())
+        tensors = self._output.tensors + (embedded.largest_tensors(end) if embedded else ())
+        self._reserved = safetensors.serialise(tensors, job.metadata(self._output, reserved))
         path = self._part / self._output.source.name if self._folder else self._part
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self._resources.enter_context(DirectWriter(path))
@@ -256,9 +252,6 @@ class VariantWriter:
             sidecar = DirectWriter(self._sidecar_part or sidecar_path(path))
             self._residual.begin_sidecar(self._resources.enter_context(sidecar))
 
-    def _header(self, hashes: Hashes | None, more: Sequence[TensorSpec], size: int = 0) -> bytes:
-        return safetensors.serialise((*self._output.tensors, *more), self.job.metadata(self._output, hashes), size)
-
     def write(self, chunk: Chunk) -> None:
         """Write a chunk."""
         self.file.write(chunk.data, len(self._reserved) + chunk.start)
@@ -266,32 +259,22 @@ class VariantWriter:
             self._residual.add(chunk.pruned)
 
     def finish(self, source: str | None, source_file: str | None, digest: "_Hash | None") -> None:
-        """Write what comes behind the tensors, then the header, and make the file durable."""
-        embedded: tuple[TensorSpec, ...] = ()
-        end = self._output.data_size
+        """Write what comes behind the tensors and then the header, make the file durable, and check it."""
+        tensors = self._output.tensors
         if digest and self._residual and self.job.residual == EMBED:
             self._residual.complete(digest)
-            embedded = self._residual.tensors(end)
-            end = embedded[-1].end
-        size = len(self._reserved) + end
+            tensors += self._residual.tensors(self._output.data_size)
         hashes = _hashes(source, source_file, digest.hexdigest()) if digest else None
-        self.file.patch(self._header(hashes, embedded, len(self._reserved)))
-        self.file.finish(size)
-        self.file.close()
-        sidecar = self._residual.finish_sidecar(hashes.output) if hashes and self._residual and not embedded else None
-        self._files.append(BakedFile(self.file.path, size, hashes, embedded, sidecar))
+        size = self.file.complete(tensors, self.job.metadata(self._output, hashes), len(self._reserved))
+        sidecar = None
+        if hashes and self._residual and self.job.residual == SIDECAR:
+            sidecar = self._residual.finish_sidecar(hashes.output)
+        self._files.append(BakedFile(self.file.path, size, hashes, sidecar))
 
     def copy_companions(self, progress: Progress) -> None:
         """Copy everything else of a folder."""
         checkpoint = self.job.plan.checkpoint
         staging.copy_companions(checkpoint.home, checkpoint.companions, self._part, progress)
-
-    def check(self) -> None:
-        """Open the written files again and compare them with what was to be written."""
-        for output, file in zip(self.job.plan.outputs, self._files, strict=True):
-            _check(file.path, file.size, (*output.tensors, *file.residual), self.job.metadata(output, file.hashes))
-            if sidecar := file.sidecar:
-                _check(sidecar.path, sidecar.size, sidecar.tensors, sidecar.metadata)
 
     def publish(self) -> None:
         """Give the output its name, and remove what it replaces."""
@@ -317,18 +300,3 @@ class VariantWriter:
         path = target / file.path.relative_to(self._part) if self._folder else target
         sidecar = file.sidecar and replace(file.sidecar, path=sidecar_path(path))
         return replace(file, path=path, sidecar=sidecar)
-
-
-def _check(path: Path, size: int, tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
-    """Open a file with the safetensors library and compare it with what was to be written."""
-    from safetensors import SafetensorError, safe_open
-
-    if path.stat().st_size != size:
-        raise BakeError(f"{path.name}: has another size than was written", "Check the disk, then run it again.")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names, header = set(file.keys()), file.metadata()
-    except SafetensorError as error:
-        raise BakeError(f"{path.name}: does not open again: {error}", "This is a bug; please report it.") from error
-    if names != {t.name for t in tensors} or header != dict(metadata):
-        raise BakeError(f"{path.name}: reads back otherwise than written", "Check the disk, then run it again.")

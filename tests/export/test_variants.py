@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from crdiff_export import ExportRequest, export
-from crdiff_export.bake import write
+from crdiff_export.bake import direct_writer
 from crdiff_export.bake.direct_writer import DirectWriter
 from crdiff_export.errors import BakeError, PlanError
 from crdiff_export.export import Baked, Failure, run_in_turn, run_together
@@ -202,7 +202,7 @@ def test_a_last_step_that_fails_ends_only_its_own(
     if step == "publish":
         made[0].target.write_bytes(b"it came there during the export")
     else:
-        check, calls = write._check, []
+        check, calls = direct_writer._check, []
 
         def failing(*args: Any) -> None:
             calls.append(args)
@@ -210,7 +210,7 @@ def test_a_last_step_that_fails_ends_only_its_own(
                 raise BakeError("0: does not open again", "This is a bug; please report it.")
             check(*args)
 
-        monkeypatch.setattr(write, "_check", failing)
+        monkeypatch.setattr(direct_writer, "_check", failing)
     first, second = run_together(made, Silent())
     assert isinstance(first, Failure)
     assert isinstance(first.error, BakeError)
