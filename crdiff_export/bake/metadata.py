@@ -42,7 +42,7 @@ class Hashes:
     output: str
 
 
-def intended(
+def stamp_of_plan(
     plan: Plan, criterion: str, source_name: str, residual: str = "none", calibrated: CalibrationStamp | None = None
 ) -> Stamp:
     """Make the part of an export's stamp that is known before a weight is read.
@@ -120,7 +120,7 @@ def stamp(
             nonfinite=sum(t.nonfinite for t in thresholds),
         )
     return replace(
-        intended(plan, criterion, source_name, residual, calibrated),
+        stamp_of_plan(plan, criterion, source_name, residual, calibrated),
         groups=groups,
         native=architecture.native,
         thresholds=tuple(t.value for t in decision.thresholds) if per_layer and not masked else None,
@@ -132,9 +132,9 @@ def stamp(
 def _evidence(evidence: Evidence | None) -> dict[str, str]:
     if evidence is None:
         return {}
-    known = {"scorer": evidence.scorer, "pruned": evidence.pruned, "dense": evidence.dense, "prompts": evidence.prompts}
+    keys = {"scorer": evidence.scorer, "pruned": evidence.pruned, "dense": evidence.dense, "prompts": evidence.prompts}
     interval = {} if evidence.interval is None else {"interval": json.dumps(list(evidence.interval))}
-    values = {**dict(evidence.extra), **known, **interval}
+    values = {**dict(evidence.extra), **keys, **interval}
     return {_text(key): _text(v if isinstance(v, str) else repr(v)) for key, v in values.items() if v is not None}
 
 
@@ -159,8 +159,8 @@ def header(
         The metadata by key.
     """
     stale = (PREFIX, *(("modelspec.unet_dtype", "modelspec.vae_dtype") if plan.cast else ()))
-    kept = {key: text for key, text in source.items() if not STALE.fullmatch(key) and not key.startswith(stale)}
-    title = kept.get("modelspec.title") or _title(stamp.source_name)
+    inherited = {key: text for key, text in source.items() if not STALE.fullmatch(key) and not key.startswith(stale)}
+    title = inherited.get("modelspec.title") or _title(stamp.source_name)
     implementation = "diffusers" if plan.match.layout.name == "diffusers" else plan.match.family.implementation
     ours = {
         "format": "pt",
@@ -168,13 +168,13 @@ def header(
         "modelspec.title": safe(f"{title} CR-Diff {plan.size}"),
         "modelspec.resolution": str(plan.size),
         "modelspec.merged_from": safe(title),
-        "modelspec.architecture": kept.get("modelspec.architecture") or architecture.id,
-        "modelspec.implementation": kept.get("modelspec.implementation") or implementation,
+        "modelspec.architecture": inherited.get("modelspec.architecture") or architecture.id,
+        "modelspec.implementation": inherited.get("modelspec.implementation") or implementation,
     }
     if hashes:
         ours["modelspec.hash_sha256"] = hashes.output
         stamp = replace(stamp, source_hash=hashes.source, source_file_hash=hashes.source_file)
-    return {**kept, **ours, **stamp.to_metadata()}
+    return {**inherited, **ours, **stamp.to_metadata()}
 
 
 def _title(name: str) -> str:

@@ -23,12 +23,12 @@ class SourceHashes:
 
     Args:
         plans: The plans to write; they share their checkpoint and cast.
-        known: Hashes of whole files, by file name, that need no computing. The rest of such a file is not hashed.
+        file_hashes: Hashes of whole files, by file name, that need no computing. The rest of such a file is not hashed.
     """
 
-    def __init__(self, plans: Sequence[Plan], known: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(self, plans: Sequence[Plan], file_hashes: Mapping[str, str] = MappingProxyType({})) -> None:
         self._files: Sequence[SourceFile] = plans[0].checkpoint.files
-        self._known = known
+        self._file_hashes = file_hashes
         self._shared = [min(plan.unchanged(number) for plan in plans) for number in range(len(self._files))]
         self._states: list[Future[_Hash]] = [Future() for _ in self._files]
         self._digests: list[Future[str]] = [Future() for _ in self._files]
@@ -51,13 +51,13 @@ class SourceHashes:
         """Wait for the hash state after the bytes that file `number` shares with its outputs, and copy it."""
         return self._states[number].result().copy()
 
-    def known(self, number: int) -> str | None:
-        """Return the hash of the whole file `number` as hex, if it was known."""
-        return self._known.get(self._files[number].name)
+    def file_hash(self, number: int) -> str | None:
+        """Return the hash of the whole file `number` as hex, if it was given."""
+        return self._file_hashes.get(self._files[number].name)
 
     def digest(self, number: int) -> str | None:
-        """Wait for the hash of the data section of file `number`, as hex; None if the whole file's hash is known."""
-        return None if self.known(number) else self._digests[number].result()
+        """Wait for the hash of the data section of file `number`, as hex; None if the whole file's hash was given."""
+        return None if self.file_hash(number) else self._digests[number].result()
 
     def _run(self) -> None:
         for number, file in enumerate(self._files):
@@ -77,6 +77,6 @@ class SourceHashes:
         digest, shared = hashlib.sha256(), self._shared[number]
         feed(digest, file, 0, shared, self._stopped)
         self._states[number].set_result(digest.copy())
-        if not self.known(number):
+        if not self.file_hash(number):
             feed(digest, file, shared, file.data_size, self._stopped)
             self._digests[number].set_result(digest.hexdigest())

@@ -242,12 +242,12 @@ class Stream:
         digests = None
         # Variants share the source's buffer, so each needs its own copy, unless there is only one.
         copies = None if len(self._ranges) == 1 else self._buffers(STAGES - 1 + DEPTH)
-        kept = self._buffers(STAGES - 1 + DEPTH) if any(self._keep) else None
+        value_buffers = self._buffers(STAGES - 1 + DEPTH) if any(self._keep) else None
         for chunk in stream:
             if self._hashes and digests is None and chunk.stop > self._unchanged:
                 digests = [self._hashes.state(self._file) for _ in self._ranges]
             for variant, ranges in enumerate(self._ranges):
-                output = self._prune(replace(chunk, variant=variant), ranges, copies, kept)
+                output = self._prune(replace(chunk, variant=variant), ranges, copies, value_buffers)
                 if digests:
                     digests[variant].update(output.part(max(chunk.start, self._unchanged), chunk.stop))
                 yield output
@@ -260,7 +260,7 @@ class Stream:
         chunk: Chunk,
         ranges: Sequence[PruneRange],
         copies: Iterator[memoryview] | None,
-        kept: Iterator[memoryview] | None,
+        value_buffers: Iterator[memoryview] | None,
     ) -> Chunk:
         """Prune a chunk, in a copy where other variants need the source's bytes."""
         parts = list(overlaps(ranges, chunk.start, chunk.stop))
@@ -269,8 +269,8 @@ class Stream:
             copy = replace(chunk, buffer=next(copies))
             copy.part(low, high)[:] = chunk.part(low, high)
             chunk = copy
-        if parts and kept is not None and self._keep[chunk.variant]:
-            chunk = replace(chunk, pruned=_copy_pruned(chunk, parts, next(kept)))
+        if parts and value_buffers is not None and self._keep[chunk.variant]:
+            chunk = replace(chunk, pruned=_copy_pruned(chunk, parts, next(value_buffers)))
         for target, start, stop in parts:
             self._prune_target(target, chunk.part(start, stop), start - target.start)
         return chunk

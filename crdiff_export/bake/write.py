@@ -162,8 +162,8 @@ def _write_file(
     chunk: int,
 ) -> None:
     """Write file `number` of every variant."""
-    known = hashes.known(number) if hashes else None
-    reserved = _hashes(None if known else _UNKNOWN_HASH, known, _UNKNOWN_HASH) if hashes else None
+    file_hash = hashes.file_hash(number) if hashes else None
+    reserved = _hashes(None if file_hash else _UNKNOWN_HASH, file_hash, _UNKNOWN_HASH) if hashes else None
     for writer in _active(writers):
         writer.do(writer.begin, number, reserved)
     active = _active(writers)
@@ -179,7 +179,7 @@ def _write_file(
                 return
     source = hashes.digest(number) if hashes else None
     for variant, writer in enumerate(active):
-        writer.do(writer.finish, source, known, stream.digests[variant] if hashes else None)
+        writer.do(writer.finish, source, file_hash, stream.digests[variant] if hashes else None)
 
 
 def _hashes(source: str | None, source_file: str | None, output: str) -> Hashes:

@@ -292,7 +292,7 @@ class _ExpectedStamps:
     def stamps(self, plan: Plan) -> list[Stamp]:
         """Return the header of each file."""
         criterion, calibrated = self._criterion
-        stamp = metadata.intended(plan, criterion, self._remote.base.name, calibrated=calibrated)
+        stamp = metadata.stamp_of_plan(plan, criterion, self._remote.base.name, calibrated=calibrated)
         return [self._with_source_hash(stamp, number) for number in range(len(plan.outputs))]
 
     @cached_property

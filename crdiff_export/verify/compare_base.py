@@ -83,7 +83,7 @@ def check_base(
             # Moved weights were compared above, where they could be.
             skipped = prunable_ranges(plan_again, number) if baked.stamp.moved else ()
             _compare(stream, output, file, residuals[number] if residuals else None, skipped, progress)
-            if hashes and not hashes.known(number):
+            if hashes and not hashes.file_hash(number):
                 _check_source(output.source, file, DATA_HASH, hashes.digest(number))
             if FILE_HASH in file.metadata:
                 _check_source(output.source, file, FILE_HASH, _hash_whole(output.source))

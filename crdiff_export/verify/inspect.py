@@ -183,8 +183,8 @@ def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, s
 def mask(stamp: Stamp) -> str:
     """Describe the mask of a file without thresholds."""
     per_layer = stamp.masked == LAYER_WISE
-    known = {"block": "layer" if per_layer else "group of blocks", "row": "output row"}
-    among = known.get(stamp.compare, stamp.compare)
+    names = {"block": "layer" if per_layer else "group of blocks", "row": "output row"}
+    among = names.get(stamp.compare, stamp.compare)
     moved = "; the weights that stay were moved" if stamp.moved else ""
     return f"its zeros, compared within each {among}{moved}"
 
