@@ -431,7 +431,7 @@ def test_a_signal_that_python_drops_comes_again(stopper: Stopper, monkeypatch: p
 
 
 def test_a_dropped_signal_waits_for_the_next_step_too(stopper: Stopper, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "ELSEWHERE", 0.2)
+    monkeypatch.setattr(signals, "REPEAT_AFTER", 0.2)
 
     class Last:
         def __del__(self) -> None:
@@ -530,7 +530,7 @@ def test_a_disk_that_fills_up(small_disk: Path, either: Case, force: bool, monke
         export(ExportRequest("demo", Size(64, 64), small_disk / "o.safetensors"))
         target = small_disk / "o.safetensors"
     else:
-        (small_disk / "filler").write_bytes(bytes(12 << 20))
+        (small_disk / "filler").write_bytes(bytes(21 << 20))
     before = state(small_disk)
     base = either.base if not force or either.base.is_file() else demo.path()
     if base == demo.path():
