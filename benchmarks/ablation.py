@@ -83,22 +83,23 @@ def search(asked: Settings, size: str, criterion: str) -> str:
     """Ratios for a criterion."""
     from crdiff_export import Size
     from crdiff_export.progress import Silent
-    from crdiff_export.search.tuning import SearchRequest, Unwatched, prepare, work
+    from crdiff_export.search import SearchRequest, prepare
+    from crdiff_export.search import search as run_search
 
     path = asked.result(size, criterion, "ratios")
     if path.exists():
         return f"{path.name}: there"
-    found = work(
+    found = run_search(
         prepare(
             SearchRequest(
                 "demo", Size.parse(size), criterion=criterion, calibration=asked.calibration(size, criterion),
                 recipe=asked.start, limit=asked.prompts, trials=asked.trials, batch=-(-asked.prompts // 2),
                 device=asked.device, dtype=asked.dtype,
-                storage=str(path.with_suffix(".journal")), outputs=(path.with_suffix(".toml"),),
+                storage=str(path.with_suffix(".db")), outputs=(path.with_suffix(".toml"),),
                 force=True,
             )
         ),
-        Silent(), Unwatched(),
+        Silent(),
     )  # fmt: skip
     trials = [one for one in found.trials if one.value is not None and not one.candidate.dense and one.scores]
     whole = [one for one in trials if one.state == "complete"]

@@ -27,9 +27,8 @@ from crdiff_export import Size
 from crdiff_export.evaluate import scorers
 from crdiff_export.progress import Silent
 from crdiff_export.sampling import prompts
-from crdiff_export.search import engine
-from crdiff_export.search.engine import Candidate
-from crdiff_export.search.tuning import Job, SearchRequest, prepare
+from crdiff_export.search import Candidate, SearchJob, SearchRequest, prepare
+from crdiff_export.search.setup import SearchBudget
 
 
 class Clock:
@@ -71,35 +70,38 @@ def watched(clock: Clock) -> Iterator[None]:
 class Ours:
     """A search that is asked for one more trial each time, in one open pipeline."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: SearchJob) -> None:
         self._job, self._clock = job, Clock()
         self.shares: list[float] = []
 
     @contextmanager
     def opened(self) -> Iterator[float]:
         """The search, open; what it took to open it."""
-        from crdiff_export.search import objective
+        from crdiff_export.search.objective import open_objective, read_base
+        from crdiff_export.search.study import open_study
 
         job, began = self._job, time.perf_counter()
         with (
             watched(self._clock),
-            objective.opened(job, objective.read(job, Silent()), lambda: None) as self._judge,
-            engine.open_study(job.storage, job.study, job.setup, self._judge.fingerprint()) as self._study,
+            open_objective(job, read_base(job, Silent()), lambda: None) as self._objective,
+            open_study(job.storage, job.study, job.setup, self._objective.fingerprint) as self._study,
         ):
             yield time.perf_counter() - began
 
     def trial(self, number: int) -> tuple[float, Candidate, float]:
         """One trial: its seconds, what was tried, and the score."""
+        from crdiff_export.search.worker import run_trials
+
         self._clock.seconds, began = 0.0, time.perf_counter()
-        engine.run(self._study, self._judge, self._job.setup.method, budget=engine.Budget(number + 1))
+        run_trials(self._study, self._objective, SearchBudget(number + 1))
         seconds = time.perf_counter() - began
         self.shares.append(1 - self._clock.seconds / seconds)
-        done = engine.history(self._study)[number]
+        done = self._study.trials()[number]
         assert done.value is not None
         return seconds, done.candidate, done.value
 
 
-def theirs(job: Job, candidate: Candidate, folder: Path, config: str, steps: int) -> tuple[float, float]:
+def theirs(job: SearchJob, candidate: Candidate, folder: Path, config: str, steps: int) -> tuple[float, float]:
     """The same trial in the public code's way: its seconds and the score."""
     drawing, began, found = job.drawing, time.perf_counter(), []
     for prompt, seed in job.pairs.search:
@@ -192,7 +194,7 @@ def main() -> None:
             SearchRequest(
                 args.base, args.res, args.scorer, prompts=known, held_out=prompts.held_out(8), steps=args.steps,
                 guidance=args.guidance, batch=args.batch, trials=args.trials, early_stop=False,
-                storage=str(folder / "b.journal"), outputs=(folder / "b.toml",),
+                storage=str(folder / "b.db"), outputs=(folder / "b.toml",),
             )
         )  # fmt: skip
         ours, mine, others = Ours(job), [], []

@@ -27,12 +27,12 @@ import numpy as np
 import optuna
 from scipy.optimize import minimize
 
-from crdiff_export.search import anneal, methods
-from crdiff_export.search.space import Point, Space
+from crdiff_export.search.methods import METHODS, PointScore, SearchMethod, TrialHistory, suggest
+from crdiff_export.search.space import Point, RatioSpace
 
 GROUPS = ("down", "mid", "up")
-SPACE = Space(GROUPS)
-PAPER = Space(GROUPS, 0.1, 0.8)
+SPACE = RatioSpace(GROUPS)
+PAPER = RatioSpace(GROUPS, 0.1, 0.8)
 START: Point = (0.3, 0.3, 0.3)
 WAYS = ("anneal (paper)", "anneal", "sobol", "tpe", "cmaes", "gp")
 
@@ -73,18 +73,14 @@ def search(way: str, score: Callable[[Point], float], seed: int, trials: int) ->
     """The point whose score was best."""
     name, _, paper = way.partition(" (")
     space = PAPER if paper else SPACE
-    told = [methods.Known(point, score(point)) for point in (space.dense, START)]
-    while len(told) < trials:
-        if name == "anneal":
-            chain = [(one.point, one.score) for one in told[1:]]
-            point = anneal.following(space, START, seed, 0, chain)
-            if point is None:
-                break
-        else:
-            question = methods.Question(space, START, seed, len(told), told)
-            point = methods.suggest(next(known for known in methods.METHODS if known == name), question)
-        told.append(methods.Known(point, score(point)))
-    return max(told, key=lambda one: one.score).point
+    method = SearchMethod(next(known for known in METHODS if known == name), seed)
+    scores = [(point, score(point)) for point in (space.dense, START)]
+    while len(scores) < trials:
+        point = suggest(method, TrialHistory(space, START, len(scores), [PointScore(*pair) for pair in scores]))
+        if point is None:
+            break
+        scores.append((point, score(point)))
+    return max(scores, key=lambda pair: pair[1])[0]
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ LOADED_LATE = (
     *(f"calibrate/{name}" for name in ("collect", "denoise", "gradients", "runner")),
     *("evaluate/render", "evaluate/preview/render"),
     *(f"evaluate/scorers/{name}" for name in ("aesthetic", "blip", "clip", "demo_scorer", "image_reward", "weights")),
-    *(f"search/{name}" for name in ("journal", "ledger", "pruning", "study")),
+    *(f"search/{name}" for name in ("storage", "study", "worker")),
 )
 ONLY_IN = {
     "rich": {"cli"},

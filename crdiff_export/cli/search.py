@@ -16,13 +16,21 @@ from crdiff_export.cli.signals import Stopped
 from crdiff_export.evaluate import scorers
 from crdiff_export.evaluate.results import Evaluation
 from crdiff_export.formats.text import plural
-from crdiff_export.search import report_text
-from crdiff_export.search.engine import METHODS
-from crdiff_export.search.tuning import Found, Job, SearchRequest, Standing, finish, prepare, work
+from crdiff_export.search import (
+    METHODS,
+    SearchJob,
+    SearchProgress,
+    SearchRequest,
+    SearchResult,
+    TrialEvent,
+    check_and_write,
+    prepare,
+    report_text,
+)
+from crdiff_export.search import search as run_search
 
 if TYPE_CHECKING:
     from crdiff_export.cli.progress_display import ProgressDisplay
-    from crdiff_export.search.engine import Event
 
 
 @command(
@@ -62,8 +70,8 @@ if TYPE_CHECKING:
     options.recipe,
     options.targets,
     option("--native/--no-native", "Look at the native size in the check. Default: yes.", default=True),
-    option("--storage FILE|URL", "Where trials are kept: a .journal file (default: beside the first output), or "
-           "postgresql://… for many hosts."),
+    option("--storage FILE|URL", "Where trials are kept: a .db file (default: beside the first output), or "
+           "postgresql://… for many machines."),
     option("--study NAME", "The search's name there. Default: from the base, the size, the prompt."),
     option("--worker", "Only work on the search: no check, no outputs."),
 )  # fmt: skip
@@ -88,19 +96,19 @@ def search(out: Output, listed: tuple[str, ...], **settings: Any) -> Result:
     """
     request = SearchRequest(prompts=listed, **settings)
     job = drawing.prepare(out, request, prepare, _describe)
-    with out.progress() as display, _resumable(request) as standings:
-        with _Watching(out, display, standings) as watch, out.stopper.watch(display) as progress:
-            found = work(job, progress, watch)
-        found = finish(found, display)
-    files = [str(path) for path in found.files]
-    return Result(_as_json(found), [*_text(found), *files], bare=files, notes=_notes(found))
+    with out.progress() as display, _resumable(request) as course:
+        with _Watcher(out, display, course) as watcher, out.stopper.watch(display) as progress:
+            result = run_search(job, progress, watcher.trial, watcher.step)
+        result = check_and_write(result, display)
+    files = [str(path) for path in result.files]
+    return Result(_as_json(result), [*_text(result), *files], bare=files, notes=_notes(result))
 
 
-class _Watching:
+class _Watcher:
     """A bar of trials on a terminal, elsewhere a line for each; any step may be the last that a signal leaves."""
 
-    def __init__(self, out: Output, display: "ProgressDisplay", standings: list[Standing]) -> None:
-        self._out, self._display, self._standings = out, display, standings
+    def __init__(self, out: Output, display: "ProgressDisplay", course: list[SearchProgress]) -> None:
+        self._out, self._display, self._course = out, display, course
         self._stack = ExitStack()
         self._bar: Any = None
 
@@ -113,51 +121,51 @@ class _Watching:
     def step(self) -> None:
         self._out.stopper.check()
 
-    def trial(self, event: "Event", standing: Standing) -> None:
-        if not self._standings:
-            self._begin(standing)
-        self._standings[:] = [standing]
+    def trial(self, event: TrialEvent, progress: SearchProgress) -> None:
+        if not self._course:
+            self._begin(progress)
+        self._course[:] = [progress]
         if sys.stderr.isatty() and not self._out.silent:
-            self._draw(event, standing)
-        elif text := report_text.trial(event, standing):
+            self._draw(event, progress)
+        elif text := report_text.event_text(event, progress):
             self._out.log(text)
         if event.kind == "ended":
             self._stack.close()
             self._bar = None
         self._out.stopper.check()
 
-    def _begin(self, standing: Standing) -> None:
+    def _begin(self, progress: SearchProgress) -> None:
         self._stack.enter_context(self._display.paused())
-        if text := report_text.resumed(standing):
+        if text := report_text.resumed_text(progress):
             self._out.notes([text])
 
-    def _draw(self, event: "Event", standing: Standing) -> None:
+    def _draw(self, event: TrialEvent, progress: SearchProgress) -> None:
         if self._bar is None:
             self._bar = self._stack.enter_context(
                 click.progressbar(
-                    length=max(1, standing.trials or 0) * 1000, file=sys.stderr, width=24, show_eta=False,
+                    length=max(1, progress.trials or 0) * 1000, file=sys.stderr, width=24, show_eta=False,
                     show_percent=False, bar_template="%(label)s %(bar)s %(info)s",
                     item_show_func=lambda text: text,
                 )
             )  # fmt: skip
         part = event.done / event.pairs if event.kind == "scored" and event.pairs else 0
-        self._bar.label = "searched" if event.place is None else f"trial {event.place}"
-        self._bar.pos = min(self._bar.length, round(1000 * (standing.over + part)))
-        self._bar.current_item = report_text.progressed(standing)
+        self._bar.label = "searched" if event.number is None else f"trial {event.number}"
+        self._bar.pos = min(self._bar.length, round(1000 * (progress.over + part)))
+        self._bar.current_item = report_text.progress_text(progress)
         self._bar.render_progress()
 
 
 @contextmanager
-def _resumable(request: SearchRequest) -> Iterator[list[Standing]]:
+def _resumable(request: SearchRequest) -> Iterator[list[SearchProgress]]:
     """If a signal ends a search that has begun, say what is kept and how it goes on."""
-    standings: list[Standing] = []
+    course: list[SearchProgress] = []
     try:
-        yield standings
+        yield course
     except Stopped as stop:
-        if standings:
-            where = standings[-1].where
+        if course:
+            where = course[-1].where
             invocation = click.get_current_context().find_object(Invocation) or Invocation()
-            stop.outcome = f"{plural(standings[-1].over, 'finished trial')} kept in {where}"
+            stop.outcome = f"{plural(course[-1].over, 'finished trial')} kept in {where}"
             stop.hint = f"To go on: {_again(invocation.words, request.storage, where)}"
         raise
 
@@ -168,46 +176,46 @@ def _again(words: Sequence[str], storage: str | None, where: str) -> str:
     return shlex.join(["crdiff", *(without_password.get(word, word) for word in words)])
 
 
-def _describe(job: Job) -> list[str]:
+def _describe(job: SearchJob) -> list[str]:
     searched, checked = (len({prompt for prompt, _ in pairs}) for pairs in (job.pairs.search, job.pairs.check))
     pictures = f"{len(job.pairs.search)} pictures of {plural(searched, 'prompt')}"
     check = f"{len(job.pairs.check)} of {checked}" if job.request.prompt is None else f"{len(job.pairs.check)} others"
     return [f"a trial is {pictures}, the check {check}; {drawing.device_text(job)}"]
 
 
-def _text(found: Found) -> list[Block]:
+def _text(result: SearchResult) -> list[Block]:
     from crdiff_export.evaluate import report_text as evaluation_text
 
-    text: list[Block] = [Facts(report_text.facts(found))]
-    if found.evaluation:
-        text += ["", Table(*evaluation_text.table(found.evaluation), evaluation_text.NUMERIC)]
-    return [*text, "", report_text.conclusion(found)]
+    text: list[Block] = [Facts(report_text.facts(result))]
+    if result.evaluation:
+        text += ["", Table(*evaluation_text.table(result.evaluation), evaluation_text.NUMERIC)]
+    return [*text, "", report_text.conclusion(result)]
 
 
-def _notes(found: Found) -> tuple[str, ...]:
+def _notes(result: SearchResult) -> tuple[str, ...]:
     """Give the notes of the check, if there was one."""
-    return found.evaluation.notes if found.evaluation else ()
+    return result.evaluation.notes if result.evaluation else ()
 
 
-def _as_json(found: Found) -> dict[str, Any]:
-    job, variant = found.job, found.variant if found.recipe else None
+def _as_json(result: SearchResult) -> dict[str, Any]:
+    job, variant = result.job, result.variant if result.recipe else None
     return {
         "base": job.drawing.base.name, "family": job.plan.match.family.id, "resolution": str(job.request.size),
-        "native": str(job.drawing.native), "scorer": scorers.public(job.scorer), "storage": found.where,
-        "study": job.study, "method": job.setup.method.name, "verdict": found.verdict,
-        "conclusion": report_text.conclusion(found),
+        "native": str(job.drawing.native), "scorer": scorers.public(job.scorer), "storage": result.where,
+        "study": job.study, "method": job.setup.method.name, "verdict": result.verdict,
+        "conclusion": report_text.conclusion(result),
         "ratios": dict(variant.ratios) if variant else None, "poa_weight": variant.poa_weight if variant else None,
-        "best": found.best.place, "notes": [*job.notes, *_notes(found)],
+        "best": result.best.number, "notes": [*job.notes, *_notes(result)],
         "trials": [
             {
-                "place": trial.place, "state": trial.state, "ratios": trial.candidate.by_group,
+                "place": trial.number, "state": trial.state, "ratios": trial.candidate.by_group,
                 "poa_weight": trial.candidate.poa_weight, "score": trial.value, "pictures": len(trial.scores),
                 "seconds": trial.seconds, "reason": trial.reason,
             }
-            for trial in found.trials
+            for trial in result.trials
         ],
-        "check": _check_json(found.evaluation) if found.evaluation else None,
-        "files": [str(path) for path in found.files],
+        "check": _check_json(result.evaluation) if result.evaluation else None,
+        "files": [str(path) for path in result.files],
     }  # fmt: skip
 
 

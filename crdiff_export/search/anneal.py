@@ -1,25 +1,24 @@
-"""Simulated annealing as the paper's Algorithm 1 has it: a walk that depends on its seed and the scores alone.
+"""Simulated annealing, the paper's Algorithm 1: a walk that depends on its seed and the scores alone.
 
-CR-Diff, arXiv 2604.05524; every constant and the order of the draws are those of the public code's BWP_strategy.py.
-Nothing is kept: the walk is taken again from its seed and the scores of its finished trials each time a point is asked
-for, so that a search that was killed goes on as if it had not been. No trial of a walk is pruned, for the walk needs
-the mean over all pairs: a trial is complete, or it failed for good and counts `failed`.
+Source: CR-Diff, arXiv 2604.05524; every constant and the order of the random draws are those of the public code's
+BWP_strategy.py. A walk keeps no state: it is taken again from the finished trials whenever a point is wanted, so any
+worker can continue it. No trial of a walk is stopped early, because the walk needs the mean over all pairs.
 """
 
 import math
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Final
 
-from crdiff_export.errors import SearchError
-from crdiff_export.search.space import Point, Space
+from crdiff_export.search.space import Point, RatioSpace
 
 ORDER: Final = ("down", "up", "mid")  # PARAM_RANGES, from which the public code draws the ratio to change
 
 
 @dataclass(frozen=True, slots=True)
-class Constants:
+class AnnealingConstants:
     """The constants of the public code; its names are in the comments."""
 
     iterations: int = 120  # ITERATION_COUNT
@@ -37,12 +36,14 @@ class Constants:
     failed: float = -2.0  # what a failed run counts
 
 
-PAPER: Final = Constants()
+PAPER: Final = AnnealingConstants()
 SEED: Final = 42  # random.seed(42)
 
 
-def walk(space: Space, start: Point, seed: int | str, constants: Constants = PAPER) -> Generator[Point, float, None]:
-    """Yield the points to try, taking the score of each; it ends after the iterations, or when restarts are used up."""
+def walk(
+    space: RatioSpace, start: Point, seed: int | str, constants: AnnealingConstants = PAPER
+) -> Generator[Point, float, None]:
+    """Yield the points to try and take the score of each; end after the iterations, or when no restart is left."""
     chance = random.Random(seed)  # noqa: S311 - the public code's generator
     order = _order(space)
     side = space.high - space.low
@@ -62,11 +63,11 @@ def walk(space: Space, start: Point, seed: int | str, constants: Constants = PAP
     unlocked, idle, reheats, restarts = False, 0, 0, 0
     for _ in range(constants.iterations):
         point = near(current, temperature)
-        found = yield point
-        better = found - score
+        new = yield point
+        change = new - score
         idle += 1
-        if better > 0 or chance.random() < math.exp(better / temperature):
-            current, score = point, found
+        if change > 0 or chance.random() < math.exp(change / temperature):
+            current, score = point, new
             if score > top:
                 best, top, idle = current, score, 0
                 unlocked = unlocked or top > constants.unlock
@@ -88,37 +89,56 @@ def walk(space: Space, start: Point, seed: int | str, constants: Constants = PAP
             return
 
 
-def following(
-    space: Space, start: Point, seed: int, chain: int, told: Sequence[tuple[Point, float]], constants: Constants = PAPER
+def next_point(
+    space: RatioSpace,
+    start: Point,
+    seed: int,
+    scores: Mapping[Point, float],
+    running: Collection[Point] = (),
+    constants: AnnealingConstants = PAPER,
 ) -> Point | None:
-    """The point that follows the finished trials of a chain, in order; None where the chain has ended.
+    """Choose the point to try next, as the continuation of a walk that nobody is at.
 
-    Chain 0 is the public code's walk. Those of further workers (ours) begin anywhere in the box.
-    SearchError where the trials are not the chain's.
+    Walk 0 is the public code's. Where workers are at all walks (ours, for several workers), another one begins at a
+    random point of the box, unless one has ended already. Walks are recognised by their points alone. Two workers that
+    choose the same point at the same moment therefore do no harm: the point counts once.
+
+    Args:
+        space: The box to search.
+        start: Where walk 0 begins.
+        seed: The seed of walk 0; the other walks derive theirs from it.
+        scores: The score at each point that was tried. Failed points count `constants.failed`.
+        running: The points that workers are at.
+        constants: The constants of the annealing.
+
+    Returns:
+        A point, or None once a walk has ended and workers are at all others.
     """
-    path = walk(space, start if chain == 0 else _anywhere(space, seed, chain), _seed(seed, chain), constants)
-    try:
+    ended = False
+    for number in count():
+        begin, walk_seed = (
+            (start, seed) if number == 0 else (_random_point(space, f"{seed}:{number}"), f"{seed}:{number}")
+        )
+        path = walk(space, begin, walk_seed, constants)
         point = next(path)
-        for number, (tried, score) in enumerate(told):
-            if tried != point:
-                message = f"trial {number} of chain {chain} is at {tried}, where this seed leads to {point}"
-                raise SearchError(message, "The study was changed, or begun by another version; begin a new one.")
-            point = path.send(score)
-    except StopIteration:
-        return None
-    return point
+        begun = point in scores or point in running
+        try:
+            while point in scores:
+                point = path.send(scores[point])
+        except StopIteration:
+            ended = True
+            continue
+        if point not in running:
+            return None if ended and not begun else point
+    raise AssertionError("unreachable")
 
 
-def _seed(seed: int, chain: int) -> int | str:
-    return seed if chain == 0 else f"{seed}:{chain}"
-
-
-def _anywhere(space: Space, seed: int, chain: int) -> Point:
-    chance = random.Random(f"{seed}:{chain}:start")  # noqa: S311 - not a secret
+def _random_point(space: RatioSpace, seed: str) -> Point:
+    chance = random.Random(f"{seed}:start")  # noqa: S311 - not a secret
     return space.scale([chance.random() for _ in space.names])
 
 
-def _order(space: Space) -> list[int]:
-    """The coordinates in the order in which the public code draws one; what it does not have comes last."""
-    known = [space.names.index(name) for name in ORDER if name in space.names]
-    return [*known, *(at for at in range(len(space.names)) if at not in known)]
+def _order(space: RatioSpace) -> list[int]:
+    """Return the coordinates in the public code's order; those that it does not have come last."""
+    ordered = [space.names.index(name) for name in ORDER if name in space.names]
+    return [*ordered, *(at for at in range(len(space.names)) if at not in ordered)]

@@ -1,158 +1,152 @@
-"""What to try next: pure functions of the seed, the trial's place in the search and what is known of the others."""
+"""The methods of a search: each chooses the next point from the seed, the trial's number and the other trials alone.
+
+A method keeps no state, so a search that was killed goes on, and any number of workers can ask. TPE and the Gaussian
+process are Optuna's samplers, each time asked of a study in memory: so they begin with points of a Sobol sequence, get
+an estimate for trials that were stopped early, and leave out the dense model where it lies outside the box.
+CMA-ES is taken from its library: Optuna's sampler unpickles its state from the storage, which may be another's file.
+"""
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from crdiff_export.errors import SearchError
 from crdiff_export.formats.text import did_you_mean
 from crdiff_export.search import anneal
-from crdiff_export.search.space import Point, Space
+from crdiff_export.search.space import Point, RatioSpace
 
-if TYPE_CHECKING:
-    from optuna.samplers import BaseSampler
-
-Name = Literal["tpe", "anneal", "cmaes", "gp", "sobol"]
-METHODS: Final[tuple[Name, ...]] = ("tpe", "anneal", "cmaes", "gp", "sobol")
+MethodName = Literal["tpe", "anneal", "cmaes", "gp", "sobol"]
+METHODS: Final[tuple[MethodName, ...]] = ("tpe", "anneal", "cmaes", "gp", "sobol")
 
 STARTUP: Final = 10  # Optuna's n_startup_trials for TPE and GP; ours come from a Sobol sequence
 SIGMA: Final = 0.2  # of the box's side: CMA-ES's first step, with which it did well on the surfaces of the benchmark
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
-    """A way to search. `pruning` stops bad trials early; `anneal`, which takes its `constants`, never does."""
+class SearchMethod:
+    """A way to search. `early_stop` ends bad trials early, except for `anneal`, which takes `constants`."""
 
-    name: Name = "tpe"
+    name: MethodName = "tpe"
     seed: int = anneal.SEED
-    pruning: bool = True
-    constants: anneal.Constants = field(default=anneal.PAPER)
+    early_stop: bool = True
+    constants: anneal.AnnealingConstants = field(default=anneal.PAPER)
 
     def __post_init__(self) -> None:
         if self.name not in METHODS:
             raise SearchError(f"no method is called {self.name!r}", did_you_mean(self.name, METHODS, "methods"))
 
     @property
-    def prunes(self) -> bool:
-        """Whether trials are stopped early."""
-        return self.pruning and self.name != "anneal"
+    def stops_early(self) -> bool:
+        """Whether bad trials are stopped early."""
+        return self.early_stop and self.name != "anneal"
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """A trial that is over, with its score: the mean over all pairs, or an estimate of it."""
+class PointScore(NamedTuple):
+    """A finished trial: its mean over all pairs, or an estimate of it; None if the trial failed."""
 
     point: Point
-    score: float
+    score: float | None
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """What a method is asked: the point of the trial in this place, given the trials that are over and those that run.
+class TrialHistory:
+    """All that a method knows when it chooses the point of the trial with this number.
 
-    Places 0 and 1 are the dense model's and the recipe's, and asked of no method.
+    Trials 0 and 1 are the dense model and the recipe's variant, which no method chooses.
     """
 
-    space: Space
+    space: RatioSpace
     start: Point
-    seed: int
-    place: int
-    known: Sequence[Known] = ()
+    number: int
+    finished: Sequence[PointScore] = ()
     running: Sequence[Point] = ()
 
-
-def suggest(name: Name, question: Question) -> Point:
-    """The point to try next. `anneal` is asked elsewhere, by `anneal.following`."""
-    ways: Mapping[Name, Callable[[Question], Point]] = {"tpe": _tpe, "gp": _gp, "cmaes": _cmaes, "sobol": _sobol}
-    return ways[name](question)
-
-
-def _seed(question: Question) -> int:
-    """A seed for one place alone: what a sampler draws there depends on no generator that a restart would lose."""
-    return int.from_bytes(hashlib.sha256(f"{question.seed}:{question.place}".encode()).digest()[:4])
+    @property
+    def scores(self) -> list[tuple[Point, float]]:
+        """The finished trials without those that failed."""
+        return [(point, score) for point, score in self.finished if score is not None]
 
 
-def _sobol(question: Question) -> Point:
-    """A scrambled Sobol sequence; it depends on nothing but seed and place, so no two workers try one point."""
+def suggest(method: SearchMethod, history: TrialHistory) -> Point | None:
+    """Return the point to try next; None where an annealing has come to its end."""
+    if method.name == "anneal":
+        failed = method.constants.failed
+        scores = {point: failed if score is None else score for point, score in history.finished}
+        return anneal.next_point(history.space, history.start, method.seed, scores, history.running, method.constants)
+    if method.name == "sobol":
+        return _sobol(history, method.seed)
+    return _cmaes(history, method.seed) if method.name == "cmaes" else _ask_optuna(history, method)
+
+
+def _trial_seed(history: TrialHistory, seed: int) -> int:
+    """Derive a seed for one trial alone, so that no generator has to outlive a restart."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{history.number}".encode()).digest()[:4])
+
+
+def _sobol(history: TrialHistory, seed: int) -> Point:
+    """Take the trial's point of a scrambled Sobol sequence; no two trials have the same."""
     import numpy as np
     from scipy.stats import qmc
 
-    sequence = qmc.Sobol(len(question.space.names), scramble=True, rng=np.random.default_rng(question.seed))
-    if question.place > 2:  # a step of 0 is an error
-        sequence.fast_forward(question.place - 2)
+    sequence = qmc.Sobol(len(history.space.names), scramble=True, rng=np.random.default_rng(seed))
+    if history.number > 2:  # a step of 0 is an error
+        sequence.fast_forward(history.number - 2)
     with warnings.catch_warnings():
-        # It says that its balance needs powers of 2, which is of no use to whoever takes one point at a time.
+        # The warning that balance needs powers of 2 is of no use where points are taken one by one.
         warnings.filterwarnings("ignore", "The balance properties of Sobol", UserWarning)
-        return question.space.scale(sequence.random(1)[0].tolist())
+        return history.space.scale(sequence.random(1)[0].tolist())
 
 
-def _tpe(question: Question) -> Point:
-    """Optuna's tree of Parzen estimators over all coordinates together; what runs counts as bad (constant liar)."""
-    from optuna.samplers import TPESampler
-
-    return _optuna(
-        question,
-        lambda seed: TPESampler(n_startup_trials=1, multivariate=True, constant_liar=True, seed=seed),
-    )
-
-
-def _gp(question: Question) -> Point:
-    """Optuna's Gaussian process, for scores that are noisy; it needs torch and scipy."""
-    from optuna.samplers import GPSampler
-
-    return _optuna(question, lambda seed: GPSampler(n_startup_trials=1, deterministic_objective=False, seed=seed))
-
-
-def _optuna(question: Question, sampler: Callable[[int], "BaseSampler"]) -> Point:
-    """Ask a sampler that is told all trials anew, of a study in memory: it has no state that could be lost."""
+def _ask_optuna(history: TrialHistory, method: SearchMethod) -> Point:
+    """Ask a sampler of Optuna in a study in memory that holds the finished and the running trials."""
     import optuna
+    from optuna.samplers import BaseSampler, GPSampler, TPESampler
+    from optuna.trial import TrialState, create_trial
 
-    space = question.space
-    known = [one for one in question.known if space.contains(one.point)]
-    if len(known) < STARTUP:
-        return _sobol(question)
-    sides = {
+    space = history.space
+    scores = [(point, score) for point, score in history.scores if space.contains(point)]
+    if len(scores) < STARTUP:
+        return _sobol(history, method.seed)
+    seed = _trial_seed(history, method.seed)
+    sides: dict[str, optuna.distributions.BaseDistribution] = {
         name: optuna.distributions.FloatDistribution(*bounds)
         for name, bounds in zip(space.names, space.bounds, strict=True)
     }
-
-    def trial(point: Point, score: float | None) -> optuna.trial.FrozenTrial:
-        return optuna.trial.create_trial(
-            state=optuna.trial.TrialState.RUNNING if score is None else optuna.trial.TrialState.COMPLETE,
-            params=dict(zip(space.names, point, strict=True)),
-            distributions=dict(sides),
-            value=score,
-        )
-
+    running = [(point, None) for point in history.running if space.contains(point)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = optuna.create_study(direction="maximize", sampler=sampler(_seed(question)))
-        study.add_trials([trial(one.point, one.score) for one in known])
-        study.add_trials([trial(point, None) for point in question.running if space.contains(point)])
-        found = study.ask(dict(sides)).params
-    return space.clip(tuple(float(found[name]) for name in space.names))
+        sampler: BaseSampler = (
+            # Running trials count as bad.
+            TPESampler(n_startup_trials=1, multivariate=True, constant_liar=True, seed=seed)
+            if method.name == "tpe"
+            else GPSampler(n_startup_trials=1, deterministic_objective=False, seed=seed)
+        )
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        for point, score in (*scores, *running):
+            state = TrialState.RUNNING if score is None else TrialState.COMPLETE
+            params = dict(zip(space.names, point, strict=True))
+            study.add_trial(create_trial(state=state, params=params, distributions=sides, value=score))
+        params = study.ask(sides).params
+    return space.clip(tuple(float(params[name]) for name in space.names))
 
 
-def _cmaes(question: Question) -> Point:
-    """CMA-ES, its generations told again from the trials, in their order: nothing is kept, and nothing unpickled.
-
-    Optuna's own sampler pickles its optimizer into the storage, which a journal from elsewhere could abuse.
-    """
+def _cmaes(history: TrialHistory, seed: int) -> Point:
+    """Ask CMA-ES, whose generations are told again from the finished trials, in their order."""
     import numpy as np
     from cmaes import CMA
 
-    space = question.space
-    # It is at home in two dimensions and more: where there is one coordinate, a second one does nothing.
+    space = history.space
+    # CMA-ES needs two dimensions: where the box has one coordinate, a second one without effect is added.
     idle = [0.5] if len(space.names) == 1 else []
-    mean = np.clip([*space.unit(question.start), *idle], 0.0, 1.0)
+    mean = np.clip([*space.unit(history.start), *idle], 0.0, 1.0)
     bounds = np.array([[0.0, 1.0]] * len(mean))
-    optimizer = CMA(mean=mean, sigma=SIGMA, bounds=bounds, seed=_seed(question))
-    told = [
-        (np.array([*space.unit(one.point), *idle]), -one.score) for one in question.known if one.point != space.dense
+    optimizer = CMA(mean=mean, sigma=SIGMA, bounds=bounds, seed=_trial_seed(history, seed))
+    results = [
+        (np.array([*space.unit(point), *idle]), -score) for point, score in history.scores if point != space.dense
     ]
     size = optimizer.population_size
-    for generation in range(len(told) // size):
-        optimizer.tell(told[generation * size : (generation + 1) * size])
+    for generation in range(len(results) // size):
+        optimizer.tell(results[generation * size : (generation + 1) * size])
     return space.scale(optimizer.ask().tolist()[: len(space.names)])

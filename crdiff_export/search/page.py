@@ -1,38 +1,49 @@
-"""The HTML page of a search: what it found, its course, the check with its pictures, and all trials."""
+"""The HTML page of a search: the result, its course, the check with its pictures, and all trials."""
 
 from collections.abc import Iterator
 
+from crdiff_export.evaluate import page as evaluation_page
 from crdiff_export.evaluate import report_text as evaluation_text
-from crdiff_export.evaluate.report import page
+from crdiff_export.evaluate.report import ContactSheet, page
 from crdiff_export.evaluate.report.page import PageSection
-from crdiff_export.search import pictures, plot, report_text
-from crdiff_export.search.found import Found
+from crdiff_export.search import plot, report_text
+from crdiff_export.search.result import SearchResult
+from crdiff_export.sizes import Size
 
 
-def render(found: Found) -> str:
+def render(result: SearchResult) -> str:
     """Render the page."""
-    title = f"Ratios of {found.job.drawing.base.name} for {found.job.request.size}"
-    return page.render(title, report_text.facts(found), list(_sections(found)))
+    title = f"Ratios of {result.job.drawing.base.name} for {result.job.request.size}"
+    return page.render(title, report_text.facts(result), list(_sections(result)))
 
 
-def _sections(found: Found) -> Iterator[PageSection]:
-    scores = evaluation_text.table(found.evaluation) if found.evaluation else None
-    yield PageSection("Result", report_text.conclusion(found), scores)
-    yield PageSection("Course of the search", plot=plot.draw(found, "svg"))
-    for subject in found.evaluation.subjects if found.evaluation else ():
-        sheet = pictures.contact(found, subject.size)
+def contact_sheet(result: SearchResult, size: Size) -> ContactSheet:
+    """Return the check's pictures at a size, dense beside the best, where the two differ most."""
+    evaluation = result.evaluation
+    assert evaluation
+    subject = next(subject for subject in evaluation.subjects if subject.size == size)
+    title = f"{evaluation.base} at {size}: where the models differ most"
+    return evaluation_page.differences(evaluation, subject, title, report_text.facts(result))
+
+
+def _sections(result: SearchResult) -> Iterator[PageSection]:
+    scores = evaluation_text.table(result.evaluation) if result.evaluation else None
+    yield PageSection("Result", report_text.conclusion(result), scores)
+    yield PageSection("Course of the search", plot=plot.draw(result, "svg"))
+    for subject in result.evaluation.subjects if result.evaluation else ():
+        sheet = contact_sheet(result, subject.size)
         yield PageSection(sheet.title, sheet=sheet)
-    yield PageSection("Trials", table=(("trial", "candidate", "score", ""), _trials(found)))
+    yield PageSection("Trials", table=(("trial", "candidate", "score", ""), _trials(result)))
 
 
-def _trials(found: Found) -> list[tuple[str, ...]]:
-    """All trials, the best first; what was stopped early has the estimate that the method was told."""
+def _trials(result: SearchResult) -> list[tuple[str, ...]]:
+    """Return all trials, the best first; those that were stopped early have the estimate that the method was told."""
     return [
         (
-            str(one.place),
-            report_text.spelled(one.candidate),
-            f"{value:.4f}",
-            "" if one.state == "complete" else "estimated",
+            str(trial.number),
+            report_text.candidate_text(trial.candidate),
+            f"{score:.4f}",
+            "" if trial.state == "complete" else "estimated",
         )
-        for one, value in sorted(plot.scored(found), key=lambda pair: -pair[1])
+        for trial, score in sorted(plot.scores(result), key=lambda pair: -pair[1])
     ]

@@ -1,109 +1,218 @@
-"""Where a search is kept: a journal file, or PostgreSQL for workers on many machines."""
+"""The storage of a search: an SQLite file on one machine, or PostgreSQL for workers on many machines.
 
+Both are Optuna's RDBStorage with its heartbeat: each worker records a sign of life for the trial that it is at, and a
+trial without one for longer than the grace period is failed and queued again, by whichever worker looks first.
+"""
+
+import contextlib
 import logging
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+import sqlite3
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
+
+import optuna
+import sqlalchemy
+import sqlalchemy.exc
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 
 from crdiff_export.errors import SearchError
+from crdiff_export.formats import file_lock
 
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-
+SUFFIX: Final = ".db"
+RETRIES: Final = 2  # a trial that failed three times stays failed
+INTERVAL: Final = 10  # seconds between two signs of life
+GRACE: Final = 60  # seconds without one after which a worker is thought dead
 TIMEOUT: Final = 10  # seconds that a server has to answer
-# Whoever makes the tables keeps the others waiting with this key: two who make them at once both fail.
+BUSY: Final = 60.0  # seconds that another worker may write to the file
+# PostgreSQL's name for the lock that is held while tables and a search are made: two who make them at once both fail.
 KEY: Final = int.from_bytes(b"crdiff")
 
 
+class SearchStorage(RDBStorage):
+    """Optuna's storage; a sign of life that cannot be recorded is left out, and the next one tried."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        with suppress(StorageInternalError):
+            super().record_heartbeat(trial_id)
+
+
+def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    """Queue a failed trial again, unless it has been tried often enough."""
+    with quiet_optuna():
+        RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)(study, trial)
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Ignore the warnings that say that heartbeats, retries and the pruner may change in later versions of Optuna."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
+
+
+@contextmanager
+def as_search_error(where: str, secrets: Sequence[str] = ()) -> Iterator[None]:
+    """Turn what a storage raises into a SearchError, without the words that are to stay secret."""
+    try:
+        yield
+    except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+        cause = error.__cause__ or error
+        cause = getattr(cause, "orig", None) or cause
+        words = next(iter(str(cause).splitlines()), "") or type(cause).__name__
+        for secret in filter(None, secrets):
+            words = words.replace(secret, "***")
+        hint = "Finished trials are kept; when the storage answers again, run the same command once more."
+        raise SearchError(f"{where}: {words}", hint) from (None if secrets else error)
+
+
 @dataclass(frozen=True, slots=True)
-class Storage:
-    """A storage that is open, and its name as people may see it, without a password."""
+class OpenStorage:
+    """A storage that is open, its name without a password, and a lock against others who make something in it."""
 
-    optuna: "BaseStorage"
+    optuna: SearchStorage
     where: str
-
-    def close(self) -> None:
-        """Give connections back."""
-        self.optuna.remove_session()
-        if engine := getattr(self.optuna, "engine", None):
-            engine.dispose()
+    lock: Callable[[], AbstractContextManager[None]]
 
 
-def open_storage(spec: str | Path | None, name: str, *, create: bool = True) -> Storage:
-    """Open what `--storage` names: None is a journal in the current folder, called like the study.
+@contextmanager
+def open_storage(storage: str | Path, *, interval: int = INTERVAL, grace: int = GRACE) -> Iterator[OpenStorage]:
+    """Open a storage until the block ends; its errors in the block become SearchErrors that show no password.
 
-    SearchError for one that cannot be used; no message ever holds a password.
+    Args:
+        storage: A file that ends with .db, made where there is none; or the address of a PostgreSQL server.
+        interval: Seconds between two signs of life of a worker.
+        grace: Seconds without one after which others try its trial again; the same for all workers.
+
+    Yields:
+        The open storage.
+
+    Raises:
+        SearchError: The storage cannot be used.
     """
-    _silence()
-    scheme, separator, _ = str(spec or "").partition("://")
-    if not separator:
-        from crdiff_export.search.journal import SUFFIX, open_journal
-
-        path = Path(spec or re.sub(r"[^\w.-]+", "-", name) + SUFFIX)
-        return Storage(open_journal(path, create=create), str(path))
-    if scheme.partition("+")[0] not in ("postgresql", "postgres"):
-        hint = "Leave --storage out or name a .journal file; for many machines name a postgresql:// server."
-        if scheme.startswith("sqlite"):
-            hint = f"SQLite fails with several workers and on network drives. {hint}"
-        raise SearchError(f"a search cannot be kept in {scheme[:20]}", hint)
-    return _postgres(str(spec))
-
-
-def _silence() -> None:
-    """Keep Optuna off stderr: what its log would say is in our events and errors."""
-    import optuna
-
     optuna.logging.disable_default_handler()
-    root = logging.getLogger("optuna")
-    if not root.handlers:
-        root.addHandler(logging.NullHandler())
+    if not logging.getLogger("optuna").handlers:
+        logging.getLogger("optuna").addHandler(logging.NullHandler())  # else Python's last resort prints warnings
+    options: dict[str, Any] = {
+        "heartbeat_interval": interval, "grace_period": grace, "heartbeat_stale_trial_callback": retry,
+    }  # fmt: skip
+    open_it = _open_postgresql if is_address(storage) else _open_file
+    with open_it(storage, options) as opened:
+        try:
+            yield opened
+        finally:
+            opened.optuna.remove_session()
+            opened.optuna.engine.dispose()
 
 
-def _postgres(spec: str) -> Storage:
+def is_address(storage: str | Path) -> bool:
+    """Return whether a storage is the address of a server rather than a file."""
+    return "://" in str(storage)
+
+
+@contextmanager
+def _open_file(storage: str | Path, options: Mapping[str, Any]) -> Iterator[OpenStorage]:
+    path = Path(storage)
+    check_file(path)
+    lock = partial(_lock_folder, path.parent)
+    engine = {"creator": partial(_connect, path), "poolclass": sqlalchemy.QueuePool}
+    with as_search_error(str(path)):
+        with lock():
+            opened = _make("sqlite://", engine, options, str(path))
+        yield OpenStorage(opened, str(path), lock)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=BUSY, check_same_thread=False)
+    # A commit then waits for one write to the disk instead of several; where this cannot be, nothing changes.
+    connection.execute("PRAGMA journal_mode=WAL")
+    return connection
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that is not a search's, before it is touched."""
+    if path.suffix != SUFFIX:
+        hint = f"A search is kept in NAME{SUFFIX}, or on a server, as in postgresql://host/database."
+        raise SearchError(f"{path}: not the name of a search's file", hint)
+    if not path.parent.is_dir():
+        raise SearchError(f"{path}: the folder {path.parent} does not exist", "Create it, or name a file elsewhere.")
+    if not path.exists():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.Error as error:
+        hint = "It was left as it is; name another file, or restore this one from a copy."
+        raise SearchError(f"{path}: no file of a search, or a damaged one", hint) from error
+    if tables and "studies" not in tables:
+        raise SearchError(f"{path}: a database, but none of a search", "It was left as it is; name another file.")
+
+
+@contextmanager
+def _lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other workers of this machine from making tables or a search in the same folder, where the system can."""
+    handle = None
+    with suppress(OSError):  # a file system without locks
+        while True:
+            try:
+                handle = file_lock.lock(folder)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+@contextmanager
+def _open_postgresql(storage: str | Path, options: Mapping[str, Any]) -> Iterator[OpenStorage]:
+    scheme = str(storage).partition("://")[0]
+    if scheme.partition("+")[0] not in ("postgresql", "postgres"):
+        hint = f"Leave --storage out or name a {SUFFIX} file; for many machines name a postgresql:// server."
+        raise SearchError(f"a search cannot be kept in {scheme[:20]}", hint)
     try:
         import psycopg  # noqa: F401
-        import sqlalchemy
     except ImportError as error:
         hint = "Install it: pip install 'crdiff-export[search]'."
         raise SearchError("PostgreSQL's driver psycopg is not installed, or cannot be loaded", hint) from error
-    from optuna.storages import RDBStorage
-
     try:
-        url = sqlalchemy.make_url(spec).set(drivername="postgresql+psycopg")
+        url = sqlalchemy.make_url(str(storage)).set(drivername="postgresql+psycopg")
     except (sqlalchemy.exc.ArgumentError, ValueError):
         hint = "Write postgresql://user:password@host:5432/database, with %40 for an @ in the password."
         raise SearchError("the address of the PostgreSQL server cannot be read", hint) from None
     where = url.set(drivername="postgresql", query={}).render_as_string(hide_password=True)
-    hidden = [str(url.password or ""), *(str(value) for value in url.query.values())]
-    options = {"connect_args": {"connect_timeout": TIMEOUT}, "pool_pre_ping": True}
-    with speaking(where, hidden):
-        # Optuna formats the address.
-        address = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
-        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **options)
-        with engine.connect() as connection:
-            connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), {"key": KEY})
-            try:
-                return Storage(RDBStorage(address, engine_kwargs=options), where)
-            except RuntimeError as error:
-                hint = "Use the version of Optuna that the other workers have, or another database."
-                raise SearchError(f"{where}: its tables are another version of Optuna's", hint) from error
+    secrets = [str(url.password or ""), *(str(value) for value in url.query.values())]
+    engine = {"connect_args": {"connect_timeout": TIMEOUT}, "pool_pre_ping": True}
+    lock = partial(_lock_server, sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **engine))
+    # Optuna formats the address.
+    address = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+    with as_search_error(where, secrets):
+        with lock():
+            opened = _make(address, engine, options, where)
+        yield OpenStorage(opened, where, lock)
 
 
 @contextmanager
-def speaking(where: str, hidden: Sequence[str] = ()) -> Iterator[None]:
-    """Turn what a storage raises into a SearchError, without the words that are to stay hidden."""
-    import sqlalchemy.exc
-    from optuna.exceptions import StorageInternalError
-
-    try:
+def _lock_server(engine: sqlalchemy.Engine) -> Iterator[None]:
+    with engine.connect() as connection:  # the lock ends with the connection
+        connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), {"key": KEY})
         yield
-    except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        cause = getattr(error, "orig", None) or error.__cause__ or error
-        words = next(iter(str(cause).splitlines()), "") or type(cause).__name__
-        for secret in filter(None, hidden):
-            words = words.replace(secret, "***")
-        hint = "Finished trials are kept; when the storage answers again, run the same command once more."
-        raise SearchError(f"{where}: {words}", hint) from (None if hidden else error)
+
+
+def _make(address: str, engine: dict[str, Any], options: Mapping[str, Any], where: str) -> SearchStorage:
+    """Open Optuna's storage, with its tables, which must be those of the installed version."""
+    try:
+        with quiet_optuna():
+            return SearchStorage(address, engine, **options)
+    except RuntimeError as error:
+        hint = "Use the version of Optuna that the other workers have, or another storage."
+        raise SearchError(f"{where}: its tables are another version of Optuna's", hint) from error

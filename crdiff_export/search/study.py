@@ -1,271 +1,224 @@
-"""A search in its storage: begin it or join it, and what came out so far."""
+"""A search in its storage: an Optuna study with our methods as its sampler, and the settings that all workers share."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal
 
-from optuna.exceptions import DuplicatedStudyError
-from optuna.study import StudyDirection
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState
 
 from crdiff_export.errors import SearchError
-from crdiff_export.formats.text import did_you_mean
-from crdiff_export.search import anneal
-from crdiff_export.search.board import Board, Finished
-from crdiff_export.search.journal import SUFFIX
-from crdiff_export.search.ledger import Ledger
-from crdiff_export.search.methods import Method
-from crdiff_export.search.space import Candidate, Point, Space
-from crdiff_export.search.storage import Storage, open_storage, speaking
+from crdiff_export.search import methods
+from crdiff_export.search.methods import PointScore, TrialHistory
+from crdiff_export.search.setup import SearchBudget, SearchSetup
+from crdiff_export.search.space import POA_WEIGHT, Point, RatioSpace
+from crdiff_export.search.storage import (
+    GRACE,
+    INTERVAL,
+    SearchStorage,
+    check_file,
+    is_address,
+    open_storage,
+    quiet_optuna,
+)
+from crdiff_export.search.trials import FinishedTrial, SearchProgress, best_trial, dense_trial, estimates
 
 ATTRIBUTE: Final = "crdiff"
 SCHEMA: Final = 1
-PATIENCE: Final = 10.0  # seconds between a study's beginning and its settings, after which whoever began it is dead
-DENSE: Final = 0
-START: Final = 1
+ORPHANED: Final = "its worker died"
+THRESHOLD: Final = 0.1  # WilcoxonPruner's p_threshold
+STARTUP: Final = 4  # ours: pairs before the first test; with one-sided p < 0.1 three in a row cannot decide (2**-3)
+STATES: Final[dict[TrialState, Literal["complete", "pruned", "failed"]]] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+
+
+class RatioSampler(optuna.samplers.BaseSampler):
+    """Lets a method of ours choose the point of a new trial; queued trials keep the point that they have."""
+
+    def __init__(self, setup: SearchSetup) -> None:
+        self._setup = setup
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return dict(distributions(self._setup.space))
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        history = trial_history(self._setup, study.get_trials(deepcopy=False), trial.number)
+        # An annealing that another worker has just ended leaves a trial without a point; the start is a point, too.
+        point = methods.suggest(self._setup.method, history) or self._setup.start_point
+        return dict(zip(search_space, point, strict=True))
+
+    def sample_independent(self, *_: object) -> Any:
+        raise AssertionError("a method chooses all coordinates together")
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
-    """What is searched: the box, the recipe's variant, how many pairs judge a candidate, and the method."""
+class SearchStudy:
+    """An open search: Optuna's study and storage, the setup, and the storage's name without a password."""
 
-    space: Space
-    start: Candidate
-    pairs: int
-    method: Method
+    setup: SearchSetup
+    where: str
+    optuna: optuna.Study
+    storage: SearchStorage
 
-    def __post_init__(self) -> None:
-        if self.pairs < 1:
-            raise SearchError("there is nothing to judge a candidate by", "Give at least one prompt and one seed.")
-        self.space.require(self.start)
+    def trials(self) -> tuple[FinishedTrial, ...]:
+        """Return the trials that are over, by number."""
+        return finished_trials(self.setup, self.optuna.get_trials(deepcopy=False))
 
-    @property
-    def point(self) -> Point:
-        """Where the recipe's variant lies."""
-        return self.space.point(self.start)
-
-    def settings(self) -> dict[str, str]:
-        """The parts that have to agree between all who work on a study."""
-        method, space = self.method, self.space
-        found = {
-            "groups": ", ".join(space.groups),
-            "ratios": f"{space.low!r} to {space.high!r}",
-            "POA weights": "{!r} to {!r}".format(*space.weights) if space.weights else "none",
-            "start": ", ".join(f"{name} {at!r}" for name, at in zip(space.names, self.point, strict=True)),
-            "pairs": str(self.pairs),
-            "method": method.name,
-            "search seed": str(method.seed),
-            "pruning": "yes" if method.prunes else "no",
-        }
-        if method.name == "anneal":
-            found["annealing"] = ", ".join(f"{name} {value!r}" for name, value in asdict(method.constants).items())
-        return found
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it, for a storage."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Any) -> Self:
-        """What `to_json` gave; a KeyError, TypeError, ValueError or SearchError for anything else."""
-        space, start, method = dict(value["space"]), value["start"], dict(value["method"])
-        space["groups"] = tuple(space["groups"])
-        space["weights"] = None if space["weights"] is None else tuple(space["weights"])
-        ratios = tuple((str(group), float(ratio)) for group, ratio in start["ratios"])
-        method["constants"] = anneal.Constants(**method["constants"])
-        return cls(Space(**space), Candidate(ratios, start["poa_weight"]), int(value["pairs"]), Method(**method))
+    def progress(self, budget: SearchBudget, began: float) -> SearchProgress:
+        """Return how far the search is, for a worker that began at this time of the monotonic clock."""
+        attempts = self.optuna.get_trials(deepcopy=False)
+        trials = finished_trials(self.setup, attempts)
+        left = None if budget.seconds is None else max(0.0, began + budget.seconds - time.monotonic())
+        seconds = [trial.seconds for trial in trials if trial.seconds is not None]
+        if budget.trials is not None and seconds:
+            workers = sum(trial.state == TrialState.RUNNING for trial in attempts)
+            rest = sum(seconds) / len(seconds) * max(0, budget.trials - len(trials)) / max(1, workers)
+            left = rest if left is None else min(left, rest)
+        return SearchProgress(self.where, len(trials), budget.trials, best_trial(trials), dense_trial(trials), left)
 
 
-@dataclass(frozen=True, slots=True)
-class Study:
-    """A search that can be worked on and asked; close it, or use it in a `with`."""
+@contextmanager
+def open_study(
+    storage: str | Path,
+    name: str,
+    setup: SearchSetup,
+    fingerprint: Mapping[str, str],
+    *,
+    interval: int = INTERVAL,
+    grace: int = GRACE,
+) -> Iterator[SearchStudy]:
+    """Begin a search, or join one that others work on or that was stopped; open until the block ends.
 
-    name: str
-    setup: Setup
-    fingerprint: Mapping[str, str]
-    ledger: Ledger
+    Args:
+        storage: A .db file, or the address of a PostgreSQL server.
+        name: The search's name there.
+        setup: What is searched.
+        fingerprint: All else that the scores depend on.
+        interval: Seconds between two signs of life of a worker.
+        grace: Seconds without one after which its trial is tried again.
 
-    @property
-    def where(self) -> str:
-        """What it is kept in, without a password."""
-        return self.ledger.storage.where
+    Yields:
+        The open search.
 
-    def close(self) -> None:
-        """Give connections back."""
-        self.ledger.storage.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def open_study(storage: str | Path | None, name: str, setup: Setup, fingerprint: Mapping[str, str]) -> Study:
-    """Begin a search, or join one that others work on or that was stopped.
-
-    SearchError, naming what differs, if it was begun with another setup or fingerprint.
+    Raises:
+        SearchError: The storage cannot be used, or the search was begun with other settings, which are named.
     """
-    opened = open_storage(storage, name)
-    try:
-        study_id, new = _begin(opened, name)
-        mine = {"schema": SCHEMA, "fingerprint": dict(fingerprint), "setup": setup.to_json()}
-        entry = None if new else _wait(opened, study_id, name)
-        if entry is None:
-            entry = mine
-            with speaking(opened.where):
-                opened.optuna.set_study_user_attr(study_id, ATTRIBUTE, mine)
-        began, prints = _read(opened, name, entry)
-        _agree(name, {**prints, **began.settings()}, {**fingerprint, **setup.settings()})
-    except BaseException:
-        opened.close()
-        raise
-    return Study(name, setup, prints, Ledger(opened, study_id, name, setup.space))
-
-
-def check(storage: str | Path, name: str, setup: Setup) -> None:
-    """SearchError where `open_study` would refuse the storage or the setup; nothing is begun."""
-    path = Path(storage)
-    if "://" not in str(storage) and path.suffix == SUFFIX and not path.exists():
-        return
-    opened = open_storage(storage, name, create=False)
-    try:
-        if name in _names(opened):
-            with speaking(opened.where):
-                study_id = opened.optuna.get_study_id_from_name(name)
-            if (entry := _entry(opened, study_id)) is not None:
-                _agree(name, _read(opened, name, entry)[0].settings(), setup.settings())
-    finally:
-        opened.close()
-
-
-def load_study(storage: str | Path, name: str) -> Study:
-    """Open a search that was begun, with whatever setup it has, to ask what came out."""
-    opened = open_storage(storage, name, create=False)
-    try:
-        setup, prints, study_id = _load(opened, name)
-    except BaseException:
-        opened.close()
-        raise
-    return Study(name, setup, prints, Ledger(opened, study_id, name, setup.space))
-
-
-def _load(opened: Storage, name: str) -> tuple[Setup, dict[str, str], int]:
-    names = _names(opened)
-    if name not in names:
-        hint = did_you_mean(name, names, "searches in it") if names else "There is none in it."
-        raise SearchError(f"{opened.where} has no search {name!r}", hint)
-    with speaking(opened.where):
-        study_id = opened.optuna.get_study_id_from_name(name)
-    return *_read(opened, name, _entry(opened, study_id)), study_id
-
-
-def study_names(storage: str | Path) -> tuple[str, ...]:
-    """The searches that a storage holds."""
-    opened = open_storage(storage, "", create=False)
-    try:
-        return _names(opened)
-    finally:
-        opened.close()
-
-
-def history(study: Study) -> tuple[Finished, ...]:
-    """All places that are over, in order: 0 is the dense model, 1 the recipe's variant."""
-    return finished(study.ledger.board(), study.setup.space)
-
-
-def finished(board: Board, space: Space) -> tuple[Finished, ...]:
-    """The places of a board that are over."""
-    found = []
-    for place in board.places:
-        last = place.last
-        if place.over and last.state != "running":
-            found.append(
-                Finished(
-                    place=last.place, number=last.number, state=last.state, candidate=space.candidate(last.point),
-                    value=last.value, scores=last.scores, seconds=last.seconds, worker=last.worker, chain=last.chain,
-                    attempts=len(place.attempts), reason=last.reason,
-                )
+    settings = {**fingerprint, **setup.settings()}
+    with quiet_optuna():
+        pruner = optuna.pruners.WilcoxonPruner(p_threshold=THRESHOLD, n_startup_steps=STARTUP)
+    with open_storage(storage, interval=interval, grace=grace) as opened:
+        with opened.lock():
+            study = optuna.create_study(
+                storage=opened.optuna, study_name=name, direction="maximize", load_if_exists=True,
+                sampler=RatioSampler(setup), pruner=pruner,
             )  # fmt: skip
-    return tuple(found)
+            if ATTRIBUTE not in study.user_attrs and not study.trials:
+                study.set_user_attr(ATTRIBUTE, {"schema": SCHEMA, "settings": settings})
+            _compare(name, _settings(study, opened.where), settings)
+            _queue_first(study, setup)
+        yield SearchStudy(setup, opened.where, study, opened.optuna)
 
 
-def best(study: Study) -> Finished | None:
-    """The complete trial with the highest mean over all pairs, the earliest of several; None before the first."""
-    found = [one for one in history(study) if one.value is not None]
-    return max(found, key=lambda one: (one.value, -one.place), default=None)
+def check_settings(storage: str | Path, name: str, setup: SearchSetup) -> None:
+    """Raise SearchError where `open_study` would refuse the storage or the setup; nothing is begun."""
+    if not is_address(storage) and not Path(storage).exists():
+        check_file(Path(storage))
+        return
+    with open_storage(storage) as opened:
+        if name in optuna.get_all_study_names(opened.optuna):
+            study = optuna.load_study(study_name=name, storage=opened.optuna)
+            began, settings = _settings(study, opened.where), setup.settings()
+            _compare(name, {key: value for key, value in began.items() if key in settings}, settings)
 
 
-def dense(study: Study) -> Finished | None:
-    """The dense model's trial, once it is complete."""
-    found = history(study)[:1]
-    return next((one for one in found if one.place == DENSE and one.value is not None), None)
+def distributions(space: RatioSpace) -> dict[str, FloatDistribution]:
+    """Return Optuna's description of the coordinates: the box, and the dense model, which may be outside."""
+    names = (name if name == POA_WEIGHT else f"ratio.{name}" for name in space.names)
+    sides = zip(names, space.bounds, space.dense, strict=True)
+    return {name: FloatDistribution(min(low, dense), high) for name, (low, high), dense in sides}
 
 
-def time_left(study: Study, trials: int) -> float | None:
-    """Seconds until so many trials are over, at the pace so far of those who work now; None before the first."""
-    board = study.ledger.board()
-    taken = [one.seconds for one in finished(board, study.setup.space) if one.seconds is not None]
-    left = trials - sum(place.over for place in board.places)
-    if left <= 0:
-        return 0.0
-    workers = sum(place.running for place in board.places)
-    return sum(taken) / len(taken) * left / max(1, workers) if taken else None
+def first_number(attempt: FrozenTrial) -> int:
+    """Return the number of a trial's first attempt, which Optuna's retries carry."""
+    return int(attempt.system_attrs.get("failed_trial", attempt.number))
 
 
-def _names(opened: Storage) -> tuple[str, ...]:
-    with speaking(opened.where):
-        return tuple(sorted(study.study_name for study in opened.optuna.get_all_studies()))
+def latest_attempts(attempts: Iterable[FrozenTrial]) -> dict[int, FrozenTrial]:
+    """Return the latest attempt of each trial, by the number of the first."""
+    return dict(sorted({first_number(attempt): attempt for attempt in attempts}.items()))
 
 
-def _begin(opened: Storage, name: str) -> tuple[int, bool]:
-    """The study's number, and whether it is new: of several who begin it at once one alone is told so."""
-    with speaking(opened.where):
-        if name in _names(opened):
-            return opened.optuna.get_study_id_from_name(name), False
-        try:
-            return opened.optuna.create_new_study([StudyDirection.MAXIMIZE], name), True
-        except DuplicatedStudyError:
-            return opened.optuna.get_study_id_from_name(name), False
+def finished_trials(setup: SearchSetup, attempts: Iterable[FrozenTrial]) -> tuple[FinishedTrial, ...]:
+    """Return the trials whose latest attempt is over."""
+    trials = []
+    for number, trial in latest_attempts(attempts).items():
+        point = _point(setup.space, trial)
+        if trial.state not in STATES or point is None:
+            continue
+        complete, failed = trial.state == TrialState.COMPLETE, trial.state == TrialState.FAIL
+        trials.append(
+            FinishedTrial(
+                number, STATES[trial.state], setup.space.candidate(point),
+                value=trial.value if complete else None,
+                scores=dict(trial.intermediate_values),
+                seconds=trial.duration.total_seconds() if trial.duration else None,
+                reason=trial.user_attrs.get("reason", ORPHANED) if failed else None,
+            )
+        )  # fmt: skip
+    return tuple(trials)
 
 
-def _entry(opened: Storage, study_id: int) -> Any:
-    with speaking(opened.where):
-        return opened.optuna.get_study_user_attrs(study_id).get(ATTRIBUTE)
+def trial_history(setup: SearchSetup, attempts: Sequence[FrozenTrial], number: int) -> TrialHistory:
+    """Return what a method knows when it chooses the point of the trial with this number."""
+    trials = finished_trials(setup, attempts)
+    running = [
+        point
+        for trial in attempts
+        if not trial.state.is_finished() and (point := _point(setup.space, trial)) is not None
+    ]
+    points = (setup.space.point(trial.candidate) for trial in trials)
+    finished = [PointScore(*pair) for pair in zip(points, estimates(trials), strict=True)]
+    return TrialHistory(setup.space, setup.start_point, number, finished, running)
 
 
-def _wait(opened: Storage, study_id: int, name: str) -> Any:
-    """The settings of a study that someone else began, perhaps this moment; None if they died before they wrote any."""
-    until = time.monotonic() + PATIENCE
-    while (entry := _entry(opened, study_id)) is None:
-        with speaking(opened.where):
-            if opened.optuna.get_all_trials(study_id, deepcopy=False):
-                _read(opened, name, None)
-        if time.monotonic() > until:
-            return None
-        time.sleep(0.05)
-    return entry
+def _point(space: RatioSpace, trial: FrozenTrial) -> Point | None:
+    """Return where a trial lies; None if it began this moment and has no point yet."""
+    params = trial.params or trial.system_attrs.get("fixed_params", {})
+    names = distributions(space)
+    return tuple(float(params[name]) for name in names) if params.keys() >= names.keys() else None
 
 
-def _read(opened: Storage, name: str, entry: Any) -> tuple[Setup, dict[str, str]]:
-    try:
-        if entry["schema"] != SCHEMA:
-            message = f"{opened.where}: {name!r} was begun by another version of crdiff"
-            raise SearchError(message, "Go on with that version, or begin a new search under another name.")
-        prints = {str(key): str(value) for key, value in entry["fingerprint"].items()}
-        return Setup.from_json(entry["setup"]), prints
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        hint = "Give the search another name."
-        raise SearchError(f"{opened.where}: {name!r} is no search of crdiff", hint) from error
+def _queue_first(study: optuna.Study, setup: SearchSetup) -> None:
+    """Queue the dense model and the start, unless they are over or at work."""
+    present = {_point(setup.space, trial) for trial in study.trials if trial.state != TrialState.FAIL}
+    for point in (setup.space.dense, setup.start_point):
+        if point not in present:
+            study.enqueue_trial(dict(zip(distributions(setup.space), point, strict=True)))
 
 
-def _agree(name: str, began: Mapping[str, str], now: Mapping[str, str]) -> None:
+def _settings(study: optuna.Study, where: str) -> dict[str, str]:
+    """Return what a study was begun with; SearchError for a study of something else."""
+    entry = study.user_attrs.get(ATTRIBUTE)
+    if not isinstance(entry, dict) or not isinstance(entry.get("settings"), dict):
+        raise SearchError(f"{where}: {study.study_name!r} is no search of crdiff", "Give the search another name.")
+    if entry.get("schema") != SCHEMA:
+        message = f"{where}: {study.study_name!r} was begun by another version of crdiff"
+        raise SearchError(message, "Go on with that version, or begin a new search under another name.")
+    return {str(key): str(value) for key, value in entry["settings"].items()}
+
+
+def _compare(name: str, began: Mapping[str, str], now: Mapping[str, str]) -> None:
     keys = sorted(key for key in {*began, *now} if began.get(key) != now.get(key))
     if keys:
-        told = "; ".join(f"{key} was {began.get(key, 'not set')}, now {now.get(key, 'not set')}" for key in keys)
+        changes = "; ".join(f"{key} was {began.get(key, 'not set')}, now {now.get(key, 'not set')}" for key in keys)
         hint = "Repeat what it was begun with, or give the new search another name."
-        raise SearchError(f"the search {name!r} cannot go on with other settings: {told}", hint)
+        raise SearchError(f"the search {name!r} cannot go on with other settings: {changes}", hint)

@@ -1,246 +1,233 @@
-"""A worker: take a place, judge its candidate pair by pair, write down what came out; until the budget is spent.
+"""A worker: it takes a trial, judges its candidate pair by pair, and reports the scores, until the budget is spent.
 
-Guarantees, with any number of workers on any machines, whenever any of them is killed:
-- no more than `Budget.trials` places are ever taken, and each has one result;
-- a trial whose worker died is tried again by another, up to twice; what is finished stays;
-- one worker alone, killed and started again on its machine (or after the lease), tries the same points with the same
-  outcome as if it had not been killed: every method is a function of the seed, the place and the finished trials. With
-  several workers the points of `anneal` and `sobol` are still those of their chains and of their places; those of
-  the other methods depend on who finished first.
+Optuna's `Study.optimize` runs each trial, with a thread that records a sign of life. With any number of workers,
+whenever any of them is killed:
+- what is finished stays, and a trial whose worker died is tried again, up to twice;
+- a worker that was only thought dead finds its trial failed when it ends it, and goes on with another one;
+- an interruption gives the trial back to the queue.
 """
 
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import fail_stale_trials
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from crdiff_export.errors import CrdiffError, SearchError
-from crdiff_export.search import anneal, methods
-from crdiff_export.search.board import INTERRUPTED, Attempt, Board, Place, mean
-from crdiff_export.search.lease import LEASE, Lost, Worker, held
-from crdiff_export.search.ledger import Claim
-from crdiff_export.search.methods import Known, Method, Question
-from crdiff_export.search.pruning import THRESHOLD
-from crdiff_export.search.space import Candidate, Objective
-from crdiff_export.search.study import DENSE, START, Study
+from crdiff_export.search import methods
+from crdiff_export.search.setup import SearchBudget
+from crdiff_export.search.space import Candidate
+from crdiff_export.search.storage import RETRIES, as_search_error, quiet_optuna, retry
+from crdiff_export.search.study import (
+    ORPHANED,
+    SearchStudy,
+    distributions,
+    first_number,
+    latest_attempts,
+    trial_history,
+)
+from crdiff_export.search.trials import EventKind, Objective, TrialEvent, mean
 
-POLL: Final = 1.0  # seconds between two looks at what other workers do
-Kind = Literal["started", "scored", "complete", "pruned", "failed", "lost", "orphaned", "waiting", "ended"]
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """When to stop: after so many trials of all workers, the dense model's and retries included only once, or when
-    this worker has been at it for so many seconds; it finishes the trial that it is at."""
-
-    trials: int | None = None
-    seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        given = [amount for amount in (self.trials, self.seconds) if amount is not None]
-        if not given or not all(amount > 0 for amount in given):
-            raise SearchError("this search would have no end, or no beginning", "Give a number of trials or a time.")
+POLL: Final = 1.0  # seconds between two looks at the trials of other workers
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """What happened: to a trial (`scored` after every batch), or to the worker (`waiting`, `ended`, with a `note`)."""
-
-    kind: Kind
-    place: int | None = None
-    candidate: Candidate | None = None
-    done: int = 0
-    pairs: int = 0
-    value: float | None = None
-    note: str | None = None
-
-
-OnEvent = Callable[[Event], None]
-
-
-def run(
-    study: Study,
+def run_trials(
+    study: SearchStudy,
     objective: Objective,
-    method: Method,
+    budget: SearchBudget,
+    on_event: Callable[[TrialEvent], None] = lambda _: None,
     *,
-    budget: Budget,
-    on_event: OnEvent | None = None,
-    lease: float = LEASE,
     poll: float = POLL,
 ) -> None:
-    """Work on a study until its budget is spent; return when no other worker is at a trial that might yet be lost.
+    """Work on a search until its budget is spent and no other worker is at a trial that might yet be lost.
 
-    An interruption leaves what is finished, and gives the trial at hand back. What the objective raises fails the
-    trial; it is raised once one candidate has failed for good. SearchError where the storage fails.
+    Args:
+        study: The open search.
+        objective: Judges the candidates.
+        budget: When to stop.
+        on_event: Called at each event; what it raises stops the search.
+        poll: Seconds between two looks at the trials of other workers, while nothing else is to do.
+
+    Raises:
+        SearchError: The objective has another number of pairs than the search.
+        CrdiffError: The objective failed three times at one candidate.
     """
-    if method != study.setup.method or objective.pairs != study.setup.pairs:
-        message = f"the search {study.name!r} was opened with another method, or for other pairs"
-        raise SearchError(message, "Open it with those that it is to be run with.")
-    _Run(study, objective, budget, on_event or (lambda _: None), lease, poll, Worker.here()).all()
+    if objective.pairs != study.setup.pairs:
+        raise SearchError("the search was opened for another number of pairs", "Open it for those of the objective.")
+    _Worker(study, objective, budget, on_event).run(poll)
 
 
-class _Failed(Exception):
-    """The objective has no score; an error of the storage is another matter."""
-
-    def __init__(self, error: CrdiffError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-class _Run:
-    """What one call of `run` holds."""
+class _Worker:
+    """The state of one call of `run_trials`."""
 
     def __init__(
-        self, study: Study, objective: Objective, budget: Budget, on_event: OnEvent, lease: float, poll: float,
-        worker: Worker,
-    ) -> None:  # fmt: skip
-        self.study, self.objective, self.budget, self.tell = study, objective, budget, on_event
-        self.lease, self.poll, self.worker = lease, poll, worker
-        self.until = math.inf if budget.seconds is None else time.monotonic() + budget.seconds
-        self.chain: int | None = None  # of `anneal`, which we keep to
-        self.annealed = False  # whether it has ended: we begin no other
+        self,
+        study: SearchStudy,
+        objective: Objective,
+        budget: SearchBudget,
+        on_event: Callable[[TrialEvent], None],
+    ) -> None:
+        self._study, self._objective, self._budget, self._tell = study, objective, budget, on_event
+        self._trial: optuna.Trial | None = None  # the attempt at hand, until it is over or queued again
+        self._number: int | None = None  # of its first attempt
+        self._candidate: Candidate | None = None
+        self._scores: dict[int, float] = {}
+        self._error: BaseException | None = None  # what the objective raised in it
 
-    def all(self) -> None:
-        """Take places until there is none."""
+    def run(self, poll: float) -> None:
+        until = math.inf if self._budget.seconds is None else time.monotonic() + self._budget.seconds
         waiting = False
-        while time.monotonic() < self.until:
-            board = self.study.ledger.board()
-            dead = self.study.ledger.reap(board, self.worker)
-            for attempt in dead:
-                self._say("orphaned", attempt, note=attempt.worker)
-            if dead:
-                continue
-            if claim := self._choose(board):
+        while time.monotonic() < until:
+            reason = self._no_more(self._study.optuna.get_trials(deepcopy=False))
+            if reason is None:
                 waiting = False
-                claimed = self.study.ledger.claim(claim, self.worker, self.lease)
-                if claimed:
-                    self._do(claimed)
-            elif any(place.running for place in board.places):
-                if not waiting:
-                    self.tell(Event("waiting", note="others are at the last trials"))
-                waiting = True
-                time.sleep(min(self.poll, max(0.0, self.until - time.monotonic())))
-            else:
-                self.tell(Event("ended", note=self._why(board)))
+                self._try_next()
+                continue
+            with quiet_optuna():
+                fail_stale_trials(self._study.optuna)  # `optimize` does so before each trial
+            attempts = self._study.optuna.get_trials(deepcopy=False)
+            states = {attempt.state for attempt in attempts}
+            if TrialState.WAITING in states:
+                continue
+            if TrialState.RUNNING not in states:
+                self._tell(TrialEvent("ended", note=reason))
                 return
-        self.tell(Event("ended", note="the time is over"))
+            if not waiting:
+                self._tell(TrialEvent("waiting", note="others are at the last trials"))
+                self._give_signs(attempts)
+            waiting = True
+            time.sleep(min(poll, max(0.0, until - time.monotonic())))
+        self._tell(TrialEvent("ended", note="the time is over"))
 
-    def _why(self, board: Board) -> str:
-        full = self.budget.trials is not None and len(board.places) >= self.budget.trials
-        return "all trials are over" if full else "the annealing has come to its end"
-
-    def _choose(self, board: Board) -> Claim | None:
-        """A place to try again, else the next one; None if there is none."""
-        for taken in board.places:
-            if taken.open:
-                last = taken.last
-                return Claim(last.place, last.point, last.attempt + 1, retry_of=last.number, chain=last.chain)
-        place = len(board.places)
-        if self.budget.trials is not None and place >= self.budget.trials:
+    def _no_more(self, attempts: Sequence[FrozenTrial]) -> str | None:
+        """Return why no trial is left to begin; None if there is one."""
+        if any(trial.state == TrialState.WAITING for trial in attempts):
             return None
-        setup = self.study.setup
-        if place == DENSE:
-            return Claim(place, setup.space.dense)
+        if self._budget.trials is not None and len(latest_attempts(attempts)) >= self._budget.trials:
+            return "all trials are over"
+        setup = self._study.setup
         if setup.method.name == "anneal":
-            return self._anneal(board, place)
-        if place == START:
-            return Claim(place, setup.point)
-        known = [Known(point, score) for point, score in board.estimates()]
-        running = [one.last.point for one in board.places if one.running]
-        question = Question(setup.space, setup.point, setup.method.seed, place, known, running)
-        return Claim(place, methods.suggest(setup.method.name, question))
-
-    def _anneal(self, board: Board, place: int) -> Claim | None:
-        """The next point of a chain that nobody is at: ours, the first one, or a new one where others are at all."""
-        setup, chains = self.study.setup, board.chains()
-        idle = [chain for chain, places in chains.items() if all(one.over for one in places)]
-        mine = [self.chain] if self.chain in idle else []
-        new = [len(chains)] if not chains or len(idle) < len(chains) else []
-        for chain in (*mine, *sorted(idle), *new):
-            if chain in new and self.annealed:
-                break
-            told = [(one.last.point, self._told(one)) for one in chains.get(chain, [])]
-            constants = setup.method.constants
-            point = anneal.following(setup.space, setup.point, setup.method.seed, chain, told, constants)
-            if point is not None:
-                self.chain = chain
-                return Claim(place, point, chain=chain)
-            self.annealed = self.annealed or chain == self.chain
+            history = trial_history(setup, attempts, len(attempts))
+            if methods.suggest(setup.method, history) is None:
+                return "the annealing has come to its end"
         return None
 
-    def _told(self, place: Place) -> float:
-        return self.study.setup.method.constants.failed if place.last.value is None else place.last.value
+    def _give_signs(self, attempts: Sequence[FrozenTrial]) -> None:
+        """Record a sign of life for all running trials, once.
 
-    def _do(self, attempt: Attempt) -> None:
-        """Judge a candidate; whatever happens, the trial is over or can be taken by others afterwards."""
-        ledger = self.study.ledger
-        storage = ledger.storage.optuna
+        Optuna never looks at a trial whose worker died before its first sign; with this one it is found stale as well.
+        """
+        for trial in attempts:
+            if trial.state == TrialState.RUNNING:
+                self._study.storage.record_heartbeat(trial._trial_id)  # noqa: SLF001 - the storage takes no number
+
+    def _try_next(self) -> None:
+        """Take one trial to its end; it is over, or queued again, whatever happens."""
+        self._trial, self._number, self._candidate, self._error = None, None, None, None
+        self._scores = {}
         try:
-            self._say("started", attempt)
-            with held(lambda until: ledger.renew(attempt, until), storage.remove_session, self.lease) as check:
-                self._judge(attempt, check)
-        except Lost:
-            self._say("lost", attempt, note="another worker has taken the trial")
-        except _Failed as failed:
-            message = failed.error.message
-            with suppress(Lost):
-                ledger.fail(attempt, message)
-            self._say("failed", attempt, note=message)
-            if not ledger.board().places[attempt.place].open:
-                raise failed.error from None
+            self._finish(self._optimize())
         except BaseException:
-            with suppress(Lost, SearchError):
-                ledger.fail(attempt, INTERRUPTED)
+            self._put_back()
             raise
 
-    def _judge(self, attempt: Attempt, check: Callable[[], None]) -> None:
-        began = time.monotonic()
-        ledger, method = self.study.ledger, self.study.setup.method
-        candidate = self.study.setup.space.candidate(attempt.point)
-        pairs = list(range(self.objective.pairs))
-        # Shuffled, so that a trial is not stopped for the first pairs alone; a retry takes them in the same order.
-        random.Random(f"{method.seed}:{attempt.place}").shuffle(pairs)  # noqa: S311 - not a secret
-        scores: dict[int, float] = {}
-        prunable = method.prunes and attempt.place > START
-        for batch in _batches(pairs, self.objective.batch):
-            found = self._scores(candidate, batch)
-            check()
-            ledger.record(attempt, found)
-            scores.update(found)
-            self._say("scored", attempt, scores)
-            if prunable and len(scores) < len(pairs) and ledger.hopeless(attempt, THRESHOLD):
-                ledger.finish(attempt, scores, time.monotonic() - began, None)
-                self._say("pruned", attempt, scores)
-                return
-        ledger.finish(attempt, scores, time.monotonic() - began, mean(scores))
-        self._say("complete", attempt, scores)
-
-    def _scores(self, candidate: Candidate, batch: Sequence[int]) -> dict[int, float]:
+    def _optimize(self) -> EventKind:
+        """Have Optuna run one trial, and return how it ended."""
         try:
-            return _checked(batch, self.objective.scores(candidate, batch))
-        except CrdiffError as error:
-            raise _Failed(error) from error
+            self._study.optuna.optimize(self._judge, n_trials=1, catch=(CrdiffError,))
+        except (ValueError, UpdateFinishedTrialError) as error:
+            if error is self._error or self._trial is None:
+                raise
+            return "lost"  # Optuna refuses to end a trial that another worker has failed
+        if self._error is None:
+            return "complete"
+        return "pruned" if isinstance(self._error, optuna.TrialPruned) else "failed"
 
-    def _say(
-        self, kind: Kind, attempt: Attempt, scores: Mapping[int, float] | None = None, note: str | None = None
-    ) -> None:
-        candidate = self.study.setup.space.candidate(attempt.point)
-        value = mean(scores) if scores else None
-        self.tell(Event(kind, attempt.place, candidate, len(scores or ()), self.objective.pairs, value, note))
+    def _judge(self, trial: optuna.Trial) -> float:
+        """Return the mean score of a trial's candidate; Optuna's objective."""
+        self._trial = trial
+        try:
+            return self._score(trial)
+        except BaseException as error:
+            self._error = error
+            raise
+
+    def _score(self, trial: optuna.Trial) -> float:
+        setup = self._study.setup
+        sides = distributions(setup.space).items()
+        point = tuple(trial.suggest_float(name, side.low, side.high) for name, side in sides)
+        attempt = self._study.optuna.get_trials(deepcopy=False)[trial.number]
+        self._number = first_number(attempt)
+        self._candidate = setup.space.candidate(point)
+        if attempt.system_attrs.get("retry_history"):
+            self._say("retried", attempt.user_attrs.get("reason", ORPHANED))
+        self._say("started")
+        pairs = list(range(self._objective.pairs))
+        # Shuffled, so that a trial is not stopped for the first pairs alone; a retry takes them in the same order.
+        random.Random(f"{setup.method.seed}:{self._number}").shuffle(pairs)  # noqa: S311 - not a secret
+        may_stop = setup.method.stops_early and point not in (setup.space.dense, setup.start_point)
+        for batch in _batches(pairs, self._objective.batch):
+            for pair, score in self._score_batch(trial, self._candidate, batch).items():
+                trial.report(score, pair)
+                self._scores[pair] = score
+            self._say("scored")
+            if may_stop and len(self._scores) < len(pairs) and trial.should_prune():
+                raise optuna.TrialPruned
+        return mean(self._scores)
+
+    def _score_batch(self, trial: optuna.Trial, candidate: Candidate, batch: Sequence[int]) -> dict[int, float]:
+        try:
+            scores = self._objective.scores(candidate, batch)
+        except CrdiffError as error:
+            trial.set_user_attr("reason", error.message)
+            raise
+        by_pair = dict(zip(batch, map(float, scores), strict=True))
+        if not all(map(math.isfinite, by_pair.values())):
+            raise ValueError(f"an objective gave {by_pair}")
+        return by_pair
+
+    def _finish(self, kind: EventKind) -> None:
+        """Tell how the trial ended; queue a failed one again, and raise its error after the last retry."""
+        trial, note, last = self._trial, None, False
+        if kind == "lost":
+            self._trial, note = None, "another worker has taken the trial"
+        elif kind == "failed" and trial and self._error:
+            attempt = self._study.optuna.trials[trial.number]
+            note, last = attempt.user_attrs["reason"], len(attempt.system_attrs.get("retry_history", ())) >= RETRIES
+            retry(self._study.optuna, attempt)
+            self._trial = None
+        self._say(kind, note)
+        if last and self._error:
+            raise self._error
+
+    def _put_back(self) -> None:
+        """Queue the trial at hand again if it was interrupted, which does not count as a failure."""
+        if self._trial is None:
+            return
+        with suppress(SearchError), as_search_error(self._study.where):
+            attempt = self._study.optuna.tell(self._trial, state=TrialState.FAIL, skip_if_finished=True)
+            if attempt.state == TrialState.FAIL:
+                self._study.optuna.add_trial(
+                    create_trial(
+                        state=TrialState.WAITING, params=attempt.params, distributions=attempt.distributions,
+                        user_attrs=attempt.user_attrs,
+                        system_attrs={**attempt.system_attrs, "failed_trial": first_number(attempt)},
+                    )
+                )  # fmt: skip
+
+    def _say(self, kind: EventKind, note: str | None = None) -> None:
+        value = mean(self._scores) if self._scores else None
+        done, pairs = len(self._scores), self._objective.pairs
+        self._tell(TrialEvent(kind, self._number, self._candidate, done, pairs, value, note))
 
 
 def _batches(pairs: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     step = max(1, size)
     for start in range(0, len(pairs), step):
         yield pairs[start : start + step]
-
-
-def _checked(pairs: Sequence[int], scores: Sequence[float]) -> dict[int, float]:
-    """The score of each pair; an objective that breaks its promise has a bug."""
-    found = dict(zip(pairs, map(float, scores), strict=True))
-    if not all(map(math.isfinite, found.values())):
-        raise ValueError(f"an objective gave {found}")
-    return found

@@ -21,8 +21,8 @@ from crdiff_export.hub import bases
 from crdiff_export.models import demo
 from crdiff_export.progress import Progress
 from crdiff_export.prune import criteria
-from crdiff_export.search import tuning
-from crdiff_export.search.tuning import SearchRequest
+from crdiff_export.search import SearchRequest, tune
+from crdiff_export.search import prepare as prepare_search
 from tests.support import criteria_makers, makers
 
 SIZE = Size(48, 48)
@@ -39,7 +39,7 @@ DRAWING: dict[str, Callable[[str, Any], object]] = {
         EvaluateRequest(base, (Size(512, 512),), scorer="clip-score", prompts=("a",), **how)
     ),
     "preview": lambda base, how: preview.prepare(PreviewRequest(base, ("a",), Size(512, 512), **how)),
-    "search": lambda base, how: tuning.prepare(
+    "search": lambda base, how: prepare_search(
         SearchRequest(base, Size(512, 512), scorer="clip-score", prompts=("a", "b", "c"), **how)
     ),
 }
@@ -103,9 +103,7 @@ def test_a_calibration_is_hashed_once_and_what_ranking_shows_is_told(
     how: dict[str, Any] = {"criterion": "obs:compensate=off", "calibration": file, "steps": 1, "native": False}
     if command == "search":
         paths = (tmp_path / "found.toml",)
-        sought = tuning.tune(
-            SearchRequest("demo", SIZE, limit=2, held_out_limit=2, trials=3, low=0.2, outputs=paths, **how)
-        )
+        sought = tune(SearchRequest("demo", SIZE, limit=2, held_out_limit=2, trials=3, low=0.2, outputs=paths, **how))
         assert read == [file]
         (note,) = [text for text in search._as_json(sought)["notes"] if "damping" in text]
         assert note.endswith(f"to at most 0.1 ({spoilt})")

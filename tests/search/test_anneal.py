@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crdiff_export.errors import SearchError
-from crdiff_export.search.anneal import PAPER, Constants, following, walk
-from crdiff_export.search.space import Point, Space
+from crdiff_export.search.anneal import PAPER, AnnealingConstants, next_point, walk
+from crdiff_export.search.space import Point, RatioSpace
 
-PAPERS = Space(("down", "mid", "up"), 0.1, 0.8)
+PAPERS = RatioSpace(("down", "mid", "up"), 0.1, 0.8)
 START: Point = (0.3, 0.3, 0.3)
 Score = Callable[[Point], float]
 
@@ -117,37 +116,52 @@ def test_for_any_seed_and_surface(seed: int, height: float, noise: float) -> Non
     assert walked(score, seed) == retold(score, seed)
 
 
-def test_what_follows_depends_on_seed_and_scores_alone() -> None:
+def test_the_next_point_depends_on_seed_and_scores_alone() -> None:
+    """A point that the walk comes to again is not tried again."""
+    score, scores = bump(2.0, 0.1), dict[Point, float]()
+    for point in walked(score):
+        if point not in scores:
+            assert next_point(PAPERS, START, 42, scores) == point
+            scores[point] = score(point)
+    assert next_point(PAPERS, START, 42, scores) is None
+
+
+def test_walks_are_independent_and_stay_in_the_box() -> None:
+    """Where a worker is at a walk, another one takes or begins another; once one has ended, no more begin."""
+    space, start = RatioSpace(("blocks",), poa_weights=(1.0, 2.5)), (0.3, 1.5)
+    scores: dict[Point, float] = {}
+    running: list[Point] = []
+    for number in range(3):
+        point = next_point(space, start, 1, scores, running)
+        assert point is not None
+        assert space.contains(point)
+        assert (point == start) == (number == 0)
+        running.append(point)
+    assert len(set(running)) == 3
+    first, *others = running
+    second = next_point(space, start, 1, {first: 1.0}, others)
+    assert second is not None
+    assert second not in running  # the walk goes on
+    scores = {first: 1.0}
+    while (point := next_point(space, start, 1, scores, others)) is not None:
+        assert space.contains(point)
+        scores[point] = sum(point)
+    assert len({weight for _, weight in scores}) > 1
+    assert next_point(space, start, 1, {**scores, others[0]: 0.0}, others[1:]) is not None  # a walk that was begun
+
+
+def test_points_of_no_walk_do_no_harm() -> None:
     score = bump(2.0, 0.1)
-    points = walked(score)
-    told = [(point, score(point)) for point in points]
-    for count in range(len(points)):
-        assert following(PAPERS, START, 42, 0, told[:count]) == points[count]
-    assert following(PAPERS, START, 42, 0, told) is None
-
-
-def test_chains_are_independent_and_stay_in_the_box() -> None:
-    space = Space(("blocks",), weights=(1.0, 2.5))
-    seen = set()
-    for chain in range(3):
-        told: list[tuple[Point, float]] = []
-        while (point := following(space, (0.3, 1.5), 1, chain, told)) is not None:
-            assert space.contains(point)
-            told.append((point, sum(point)))
-        assert len({point[1] for point, _ in told}) > 1
-        seen.add(tuple(told))
-    assert len(seen) == 3
-
-
-def test_another_history_is_refused() -> None:
-    with pytest.raises(SearchError, match="trial 1 of chain 0 is at"):
-        following(PAPERS, START, 42, 0, [(START, 0.0), ((0.3, 0.3, 0.31), 0.0)])
+    scores: dict[Point, float] = {(0.31, 0.3, 0.3): 9.0, (0.1, 0.1, 0.1): 0.0}
+    for point in walked(score)[:5]:
+        assert next_point(PAPERS, START, 42, scores) == point
+        scores[point] = score(point)
 
 
 def test_a_short_walk_has_its_least_patience() -> None:
-    assert Constants() == PAPER
-    told: list[tuple[Point, float]] = []
-    constants = Constants(iterations=12, restarts=0)
-    while (point := following(PAPERS, START, 42, 0, told, constants)) is not None:
-        told.append((point, -float(len(told)) * 1000))
-    assert len(told) == 1 + 5
+    assert AnnealingConstants() == PAPER
+    scores: dict[Point, float] = {}
+    constants = AnnealingConstants(iterations=12, restarts=0)
+    while (point := next_point(PAPERS, START, 42, scores, (), constants)) is not None:
+        scores[point] = -float(len(scores)) * 1000
+    assert len(scores) == 1 + 5

@@ -8,19 +8,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
 
-from crdiff_export import cli
 from crdiff_export.cli.search import _again
-from crdiff_export.search import engine
-from crdiff_export.search.engine import Finished
+from crdiff_export.models import recipe_files
 from tests.support import makers
 from tests.support.forks import Forks
 from tests.support.isolation import Crdiff, Ran
+from tests.support.messages import refused
+from tests.support.search_objective import let_grace_pass
 
 Line = Callable[[str], Ran]
 
-LISTED = "Search for ratios."
 QUICK = "--res 48 --limit 4 --held-out-limit 8 --steps 1 --batch 2 --no-native"
 # A scorer that, at one of its calls, does what a user or a machine may do: the picture's brightness is the score.
 JUDGE = """
@@ -33,7 +33,6 @@ def score(images, prompts):
         os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
     return [sum(image.convert("L").tobytes()) / 1e5 + 1e-9 * len(prompt) for image, prompt in zip(images, prompts)]
 """
-RUN = f"from crdiff_export import commands; commands.COMMANDS['search'] = {LISTED!r}; commands.main()"
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +40,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def line(crdiff: Crdiff, here: Path, monkeypatch: pytest.MonkeyPatch) -> Line:
-    monkeypatch.setitem(cli.COMMANDS, "search", LISTED)
     return lambda text: crdiff(*shlex.split(text))
 
 
@@ -55,11 +53,11 @@ def judge(here: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
     return yield_name
 
 
-def told(journal: Path, name: str = "demo-48x48") -> list[tuple[object, ...]]:
-    """A search's history apart from who made it and when."""
-    with engine.load_study(journal, name) as study:
-        found: tuple[Finished, ...] = engine.history(study)
-    return [(one.place, one.state, one.candidate, one.value, dict(one.scores)) for one in found]
+def trials_of(path: Path, name: str = "demo-48x48") -> list[tuple[object, ...]]:
+    """A search's finished trials, apart from their numbers and from how long they took."""
+    trials = optuna.load_study(study_name=name, storage=f"sqlite:///{path}").trials
+    done = [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED")]
+    return [(trial.state, trial.params, trial.value, trial.intermediate_values) for trial in done]
 
 
 # --- what people see ---
@@ -77,7 +75,7 @@ def test_lines_facts_table_and_files(line: Line, here: Path) -> None:
     assert all(" of 3 over, best 0." in text for text in trials)
     out = ran.out.splitlines()
     assert out[0].split() == ["base:", "demo", "(demo)", "at", "48x48"]
-    assert (here / "a.journal").exists()
+    assert (here / "a.db").exists()
     written = [name for name in ("a.toml", "a.html", "best.png") if (here / name).exists()]
     assert out[-len(written) :] == written
     assert out[-len(written) - 1].startswith("on 8 held-out prompts, " if "a.toml" in written else "the dense model")
@@ -88,7 +86,7 @@ def test_recipe_is_valid_exports_and_publishes_its_evidence(line: Line, here: Pa
     ran = line(f"search demo {QUICK} --scorer {judge} --trials 4 --method sobol --json")
     assert ran.code == 0, ran.err
     said = ran.result
-    assert (said["schema"], said["study"], said["storage"]) == (1, "demo-48x48", "demo-48x48.journal")
+    assert (said["schema"], said["study"], said["storage"]) == (1, "demo-48x48", "demo-48x48.db")
     assert [trial["place"] for trial in said["trials"]] == [0, 1, 2, 3]
     assert said["trials"][said["best"]]["score"] == max(t["score"] for t in said["trials"] if t["score"] is not None)
     assert said["verdict"] in ("better", "no difference shown"), said["conclusion"]
@@ -141,10 +139,10 @@ def test_a_worker_leaves_the_check_to_others(line: Line, here: Path) -> None:
     ran = line(f"search demo {QUICK} --trials 3 -o a.toml --worker")
     assert ran.code == 0, ran.err
     assert "this worker checked nothing" in ran.out
-    assert [path.name for path in here.iterdir()] == ["a.journal"]
-    before = told(here / "a.journal")
+    assert [path.name for path in here.iterdir()] == ["a.db"]
+    before = trials_of(here / "a.db")
     assert line(f"search demo {QUICK} --trials 3 -o a.toml").code == 0
-    assert told(here / "a.journal") == before
+    assert trials_of(here / "a.db") == before
 
 
 def test_the_best_being_dense_is_said(line: Line, here: Path) -> None:
@@ -173,14 +171,14 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(
     over = (number - 1) // 2
     kept = "1 finished trial" if over == 1 else f"{over} finished trials"
     message, hint = ran.err.splitlines()[-2:]
-    assert message == f"crdiff: interrupted; {kept} kept in a.journal"
+    assert message == f"crdiff: interrupted; {kept} kept in a.db"
     assert hint.startswith("  To go on: crdiff search demo --res 48 ")
-    assert [place for place, *_ in told(here / "a.journal")] == list(range(over))
+    assert len(trials_of(here / "a.db")) == over
     monkeypatch.setenv("AT", "0")
     ran = line(hint.removeprefix("  To go on: crdiff "))
     assert ran.code == 0, ran.err
     assert line(f"{words} -o b.toml").code == 0
-    assert told(here / "a.journal") == told(here / "b.journal")
+    assert trials_of(here / "a.db") == trials_of(here / "b.db")
 
 
 def test_ctrl_c_in_json(line: Line, here: Path, judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,26 +190,26 @@ def test_ctrl_c_in_json(line: Line, here: Path, judge: str, monkeypatch: pytest.
     assert ran.error["hint"].startswith("To go on: crdiff search demo --res 48 ")
 
 
-def test_killed_and_started_again_it_is_as_if_it_had_not_been(
-    line: Line, here: Path, judge: str, drawing: Forks
-) -> None:
-    words = f"search demo {QUICK} --scorer {judge} --trials 5 --method anneal"
+def test_killed_and_started_again_it_goes_on(line: Line, here: Path, judge: str, drawing: Forks) -> None:
+    words = f"search demo {QUICK} --scorer {judge} --trials 4 --method anneal"
     ran = drawing.start(here, *shlex.split(f"{words} -o a.toml"), env={"SIGNAL": "SIGKILL", "AT": "6"}).end()
     assert ran.code == -signal.SIGKILL, ran.err
-    assert len(told(here / "a.journal")) == 2
+    assert len(trials_of(here / "a.db")) == 2
+    let_grace_pass(here / "a.db")
     again = line(f"{words} -o a.toml")
     assert again.code == 0, again.err
-    assert "trial 2: its worker died" in again.err
+    assert "trial 2: tried again (its worker died)" in again.err
     assert line(f"{words} -o b.toml").code == 0
-    assert told(here / "a.journal") == told(here / "b.journal")
-    assert (here / "a.toml").read_bytes() == (here / "b.toml").read_bytes()
+    assert trials_of(here / "a.db") == trials_of(here / "b.db")
+    first, second = (recipe_files.load(here / name).variants[0] for name in ("a.toml", "b.toml"))
+    assert first.ratios == second.ratios
 
 
 def test_more_trials_go_on_where_it_ended(line: Line, here: Path) -> None:
     assert line(f"search demo {QUICK} --trials 2 -o a.toml --worker").code == 0
-    before = told(here / "a.journal")
+    before = trials_of(here / "a.db")
     ran = line(f"search demo {QUICK} --trials 4 -o a.toml --worker")
-    assert told(here / "a.journal")[:2] == before
+    assert trials_of(here / "a.db")[:2] == before
     assert [text.split(":")[0] for text in ran.err.splitlines() if text.startswith("trial")] == ["trial 2", "trial 3"]
 
 
@@ -226,66 +224,69 @@ def test_the_command_that_goes_on_has_no_password() -> None:
 # --- what is refused ---
 
 REFUSED = {
-    "no-size": ("search demo", 2, "Missing option '--res'", ""),
-    "no-scorer": ("search {sd15} --res 512 --prompt x", 2, "there is no scorer", "image-reward"),
-    "no-such-scorer": ("search demo --res 48 --scorer beauty", 1, "no scorer is called 'beauty'", "aesthetic"),
-    "no-prompts": ("search {sd15} --res 512 --scorer aesthetic", 2, "there are no prompts", "--prompts FILE"),
-    "one-prompt": ("search demo --res 48 --prompts one.txt", 2, "leaves none for the check", "--held-out FILE"),
-    "no-such-file": ("search demo --res 48 --prompts no.txt", 2, "no.txt: no such prompt file", "one prompt a line"),
-    "seen-prompts": (
-        "search demo --res 48 --prompts two.txt --held-out one.txt", 2, "1 held-out prompts are among", "never saw",
-    ),
-    "two-kinds": ("search demo --res 48 --prompt x --prompts two.txt", 2, "one prompt alone", "Leave out --prompts"),
-    "limit-of-one": ("search demo --res 48 --prompt x --limit 2", 2, "a single prompt has no limit", "--pictures"),
-    "empty-prompt": ("search demo --res 48 --prompt ' '", 2, "a prompt is empty", "what the pictures"),
-    "too-many": ("search demo --res 48 --limit 1000", 2, "prompts that it was not trained on, 1000", "--limit"),
-    "off-grid": ("search demo --res 50", 1, "50x50 does not fit", "Use 48x48"),
-    "paper": ("search demo --res 48 --paper --method tpe", 2, "--paper has its own method", "Leave out --method"),
-    "empty-box": ("search demo --res 48 --low 0.5 --high 0.2", 1, "from 0.5 to 0.2 cannot be searched", "0 to 0.9"),
-    "weight-0": ("search demo --res 48 --poa-range 0 2", 2, "a POA weight of 0 is the dense model", "1 2.5"),
-    "no-method": ("search demo --res 48 --method guess", 2, "'guess' is not one of", ""),
-    "one-trial": ("search demo --res 48 --trials 1", 2, "1 is not in the range", ""),
-    "strange-output": ("search demo --res 48 -o a.jpg", 1, "neither a recipe (TOML)", "a.jpg.toml"),
-    "two-recipes": ("search demo --res 48 -o a.toml -o b.toml", 2, "a search makes one recipe", "one .toml"),
-    "same-name": ("search demo --res 48 -o a.png --pictures-of-best a.png", 2, "a.png: named twice", "another name"),
-    "exists": ("search demo --res 48 -o taken.toml", 1, "taken.toml: already exists", "--force"),
-    "no-folder": ("search demo --res 48 -o no/a.toml", 1, "the folder no does not exist", "Create it"),
-    "no-journal": ("search demo --res 48 --storage two.txt", 1, "not the name of a search's journal", ".journal"),
-    "sqlite": ("search demo --res 48 --storage sqlite:///a.db", 1, "cannot be kept in sqlite", "postgresql://"),
-    "not-a-journal": ("search demo --res 48 --storage odd.journal", 1, "no journal of a search", "left as it is"),
-    "no-server": (
-        "search demo --res 48 --storage postgresql://me:s3cret@127.0.0.1:9/x", 1, "postgresql://me:***@127.0.0.1:9/x",
-        "run the same command once more",
-    ),
-    "not-a-scene": ("search demo --res 48 --prompt fox --pictures 2 --steps 1", 1, "it does not know fox", "Write it"),
+    "no-scorer": ("search {sd15} --res 512 --prompt x", 2, "--scorer"),
+    "no-such-scorer": ("search demo --res 48 --scorer beauty", 1, "'beauty'"),
+    "no-prompts": ("search {sd15} --res 512 --scorer aesthetic", 2, "--prompts FILE"),
+    "one-prompt": ("search demo --res 48 --prompts one.txt", 2, "--held-out FILE"),
+    "no-such-file": ("search demo --res 48 --prompts no.txt", 2, "no.txt"),
+    "seen-prompts": ("search demo --res 48 --prompts two.txt --held-out one.txt", 2, "--held-out"),
+    "two-kinds": ("search demo --res 48 --prompt x --prompts two.txt", 2, "--prompt"),
+    "limit-of-one": ("search demo --res 48 --prompt x --limit 2", 2, "--pictures"),
+    "empty-prompt": ("search demo --res 48 --prompt ' '", 2, "prompt"),
+    "too-many": ("search demo --res 48 --limit 1000", 2, "1000"),
+    "off-grid": ("search demo --res 50", 1, "50x50"),
+    "paper": ("search demo --res 48 --paper --method tpe", 2, "--paper"),
+    "empty-box": ("search demo --res 48 --low 0.5 --high 0.2", 1, "0.5 to 0.2"),
+    "weight-0": ("search demo --res 48 --poa-range 0 2", 2, "--poa-range"),
+    "strange-output": ("search demo --res 48 -o a.jpg", 1, "a.jpg"),
+    "two-recipes": ("search demo --res 48 -o a.toml -o b.toml", 2, ".toml"),
+    "same-name": ("search demo --res 48 -o a.png --pictures-of-best a.png", 2, "a.png"),
+    "exists": ("search demo --res 48 -o taken.toml", 1, "taken.toml"),
+    "no-folder": ("search demo --res 48 -o no/a.toml", 1, "folder no"),
+    "old-journal": ("search demo --res 48 --storage old.journal", 1, "NAME.db"),
+    "other-server": ("search demo --res 48 --storage mysql://host/a", 1, "mysql"),
+    "no-database": ("search demo --res 48 --storage odd.db", 1, "odd.db"),
+    "not-a-scene": ("search demo --res 48 --prompt fox --pictures 2 --steps 1", 1, "fox"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "code", "message", "hint"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_is_refused(words: str, code: int, message: str, hint: str, line: Line, here: Path) -> None:
+@pytest.mark.parametrize(("words", "code", "key"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused(words: str, code: int, key: str, line: Line, here: Path) -> None:
     (here / "one.txt").write_text("a large red circle on white\n")
     (here / "two.txt").write_text("a large red circle on white\ntwo red circles on white\n")
     (here / "taken.toml").write_text("")
-    (here / "odd.journal").write_text("what is this?\n")
+    (here / "odd.db").write_text("what is this?\n")
+    (here / "old.journal").touch()
     sd15 = makers.write(here / "sd15.safetensors", makers.tiny("sd15.original"))
     before = {path.name for path in here.iterdir()}
     ran = line(words.format(sd15=sd15))
-    assert ran.code == code, ran.err
-    assert message in ran.err
-    assert hint in ran.err
-    assert "Traceback" not in ran.err
-    assert "s3cret" not in ran.err + ran.out
+    refused(ran, code, key)
     assert {path.name for path in here.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "key"),
+    [
+        ("search demo", 2, "'--res'"),
+        ("search demo --res 48 --method guess", 2, "'guess'"),
+        ("search demo --res 48 --trials 1", 2, "'--trials'"),
+        ("search demo --res 48 --storage postgresql://me:s3cret@127.0.0.1:9/x", 1, "postgresql://me:***@127.0.0.1:9/x"),
+    ],
+    ids=["no-size", "no-method", "one-trial", "no-server"],
+)
+def test_what_libraries_refuse_in_their_own_words(words: str, code: int, key: str, line: Line, here: Path) -> None:
+    ran = line(words)
+    assert ran.code == code, ran.err
+    assert key in ran.err
+    assert "Traceback" not in ran.err
+    assert "s3cret" not in ran.err
 
 
 def test_other_settings_are_refused_with_their_names(line: Line, here: Path) -> None:
     words = "search demo --res 48 --limit 4 --batch 2 -o a.toml --worker --trials 2"
     assert line(f"{words} --steps 1").code == 0
     ran = line(f"{words} --steps 2 --noise 9")
-    assert ran.code == 1
-    assert "the search 'demo-48x48' cannot go on with other settings: prompts and seeds was " in ran.err
-    assert "; steps was 1, now 2" in ran.err
-    assert "Repeat what it was begun with, or give the new search another name." in ran.err
+    refused(ran, 1, "'demo-48x48'", "prompts and seeds was ", "; steps was 1, now 2")
     early = line(f"{words} --steps 1 --seed 5")
     assert "search seed was 42, now 5" in early.err
     assert "hashing" not in early.err  # before a weight is read
@@ -293,13 +294,13 @@ def test_other_settings_are_refused_with_their_names(line: Line, here: Path) -> 
 
 
 def test_help_imports_neither_torch_nor_optuna() -> None:
-    code = f"""{RUN.removesuffix("commands.main()")}
-import sys
+    code = """import sys
+from crdiff_export.cli import main
 try:
-    commands.main(["search", "--help"])
+    main(["search", "--help"])
 except SystemExit as end:
     assert end.code == 0
-print(sorted({{"torch", "optuna", "numpy", "scipy", "diffusers", "matplotlib"}} & sys.modules.keys()))
+print(sorted({"torch", "optuna", "numpy", "scipy", "diffusers", "matplotlib"} & sys.modules.keys()))
 """
     ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert ran.stdout.splitlines()[-1] == "[]"
@@ -308,11 +309,9 @@ print(sorted({{"torch", "optuna", "numpy", "scipy", "diffusers", "matplotlib"}} 
 
 def test_a_terminal_has_a_bar_of_trials(monkeypatch: pytest.MonkeyPatch, line: Line, here: Path) -> None:
     pty = pytest.importorskip("pty")
-    code = f"{RUN.removesuffix('commands.main()')}commands.main({shlex.split(f'search demo {QUICK} --trials 3')!r})"
+    command = [sys.executable, "-m", "crdiff_export", *shlex.split(f"search demo {QUICK} --trials 2 --worker")]
     reader, writer = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=writer, env={**os.environ, "COLUMNS": "120"}
-    )
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=writer, env={**os.environ, "COLUMNS": "120"})
     os.close(writer)
     seen = b""
     try:
@@ -323,7 +322,7 @@ def test_a_terminal_has_a_bar_of_trials(monkeypatch: pytest.MonkeyPatch, line: L
     os.close(reader)
     assert process.wait(600) == 0
     text = seen.decode()
-    assert "trial 2" in text
-    assert "2 of 3 over, best 0." in text
+    assert "trial 1" in text
+    assert "1 of 2 over, best 0." in text
     assert "trial 1: down" not in text
-    assert "\n" not in text[text.index("0 of 3 over") : text.index("3 of 3 over")]
+    assert "\n" not in text[text.index("0 of 2 over") : text.index("2 of 2 over")]

@@ -5,102 +5,113 @@ import math
 import pytest
 
 from crdiff_export.errors import SearchError
-from crdiff_export.search.engine import METHODS, Candidate, Method, Space
-from crdiff_export.search.methods import Known, Name, Question, suggest
+from crdiff_export.search import METHODS, Candidate, RatioSpace
+from crdiff_export.search.methods import MethodName, PointScore, SearchMethod, TrialHistory, suggest
 from crdiff_export.search.space import Point
+from tests.support.messages import raises
 from tests.support.search_objective import SPACE
 
-ASKED: tuple[Name, ...] = ("tpe", "cmaes", "gp", "sobol")
+OPTUNA: tuple[MethodName, ...] = ("tpe", "cmaes", "gp", "sobol")
 TOP = 0.6
 SPACES = {
     "unet": (SPACE, (0.3, 0.3, 0.3)),
-    "dit": (Space(("blocks",)), (0.3,)),
-    "weight": (Space(("down", "mid", "up"), weights=(1.0, 2.5)), (0.3, 0.3, 0.3, 1.5)),
-    "paper's box": (Space(("down", "mid", "up"), 0.1, 0.8), (0.3, 0.3, 0.3)),
+    "dit": (RatioSpace(("blocks",)), (0.3,)),
+    "weight": (RatioSpace(("down", "mid", "up"), poa_weights=(1.0, 2.5)), (0.3, 0.3, 0.3, 1.5)),
+    "paper's box": (RatioSpace(("down", "mid", "up"), 0.1, 0.8), (0.3, 0.3, 0.3)),
 }
 
 
-def height(space: Space, point: Point) -> float:
+def height(space: RatioSpace, point: Point) -> float:
     return -sum((at - TOP) ** 2 for at in space.unit(point))
 
 
-def searched(name: Name, space: Space, start: Point, trials: int, seed: int = 3) -> list[Known]:
-    known = [Known(point, height(space, point)) for point in (space.dense, start)]
-    while len(known) < trials:
-        point = suggest(name, Question(space, start, seed, len(known), known))
+def suggest_point(name: MethodName, history: TrialHistory, seed: int = 3) -> Point:
+    point = suggest(SearchMethod(name, seed), history)
+    assert point is not None
+    return point
+
+
+def climb(name: MethodName, space: RatioSpace, start: Point, trials: int) -> list[PointScore]:
+    finished = [PointScore(point, height(space, point)) for point in (space.dense, start)]
+    while len(finished) < trials:
+        point = suggest_point(name, TrialHistory(space, start, len(finished), finished))
         assert space.contains(point)
         assert len(point) == len(space.names)
-        known.append(Known(point, height(space, point)))
-    return known
+        finished.append(PointScore(point, height(space, point)))
+    return finished
 
 
-@pytest.mark.parametrize("name", ASKED)
+def best(finished: list[PointScore]) -> float:
+    return max(score for _, score in finished if score is not None)
+
+
+@pytest.mark.parametrize("name", OPTUNA)
 @pytest.mark.parametrize(("space", "start"), SPACES.values(), ids=SPACES)
-def test_an_answer_depends_on_the_question_alone(name: Name, space: Space, start: Point) -> None:
-    trials = 14
-    known = searched(name, space, start, trials)
-    assert len({one.point for one in known}) == trials
-    place = trials // 2
-    for asked in (place, trials - 1):
-        question = Question(space, start, 3, asked, known[:asked])
-        assert suggest(name, question) == known[asked].point
-    assert suggest(name, Question(space, start, 4, place, known[:place])) != known[place].point
+def test_a_point_depends_on_the_history_alone(name: MethodName, space: RatioSpace, start: Point) -> None:
+    trials = 13
+    finished = climb(name, space, start, trials)
+    assert len({point for point, _ in finished}) == trials
+    middle = trials // 2
+    for number in (middle, trials - 1):
+        history = TrialHistory(space, start, number, [*finished[:number], PointScore(start, None)])
+        assert suggest_point(name, history) == finished[number].point
+    assert suggest_point(name, TrialHistory(space, start, middle, finished[:middle]), 4) != finished[middle].point
 
 
 @pytest.mark.parametrize("name", ["tpe", "cmaes"])
-def test_it_climbs(name: Name) -> None:
-    known = searched(name, SPACE, (0.3, 0.3, 0.3), 60)
-    assert max(one.score for one in known) > -0.02
-    assert max(one.score for one in known) >= max(one.score for one in searched("sobol", SPACE, (0.3,) * 3, 60))
+def test_it_climbs(name: MethodName) -> None:
+    top = best(climb(name, SPACE, (0.3, 0.3, 0.3), 60))
+    assert top > -0.02
+    assert top >= best(climb("sobol", SPACE, (0.3,) * 3, 60))
 
 
 def test_a_process_climbs_on_few_trials() -> None:
-    assert max(one.score for one in searched("gp", SPACE, (0.3, 0.3, 0.3), 24)) > -0.01
+    assert best(climb("gp", SPACE, (0.3, 0.3, 0.3), 24)) > -0.01
 
 
-@pytest.mark.parametrize("name", ASKED)
-def test_what_others_are_at_is_not_tried_again(name: Name) -> None:
-    known = searched(name, SPACE, (0.3, 0.3, 0.3), 12)
+@pytest.mark.parametrize("name", OPTUNA)
+def test_what_others_are_at_is_not_tried_again(name: MethodName) -> None:
+    finished = climb(name, SPACE, (0.3, 0.3, 0.3), 12)
     running: list[Point] = []
-    for place in range(12, 15):
-        running.append(suggest(name, Question(SPACE, (0.3, 0.3, 0.3), 3, place, known, running)))
+    for number in range(12, 15):
+        running.append(suggest_point(name, TrialHistory(SPACE, (0.3, 0.3, 0.3), number, finished, running)))
     assert len(set(running)) == 3
 
 
 def test_a_sobol_sequence_covers_the_box() -> None:
-    points = [suggest("sobol", Question(SPACE, (0.3,) * 3, 0, place)) for place in range(2, 66)]
+    points = [suggest_point("sobol", TrialHistory(SPACE, (0.3,) * 3, number), 0) for number in range(2, 66)]
     for at in range(3):
         eighths = [math.floor(point[at] / 0.9 * 8) for point in points]
         assert [eighths.count(eighth) for eighth in range(8)] == [8] * 8
 
 
 def test_a_method_has_a_name() -> None:
-    assert [Method(name).prunes for name in METHODS] == [True, False, True, True, True]
-    with pytest.raises(SearchError, match=r"no method is called 'anneel'\nDid you mean anneal\?"):
-        Method("anneel")  # type: ignore[arg-type]
+    assert [SearchMethod(name).stops_early for name in METHODS] == [True, False, True, True, True]
+    with raises(SearchError, "anneel"):
+        SearchMethod("anneel")  # type: ignore[arg-type]
 
 
 WRONG_SPACES = [
-    ((), 0.0, 0.9, None, "are no groups to search"),
-    (("up", "up"), 0.0, 0.9, None, "are no groups to search"),
-    (("up",), 0.9, 0.9, None, "ratios from 0.9 to 0.9"),
-    (("up",), 0.0, 1.0, None, "ratios from 0.0 to 1.0"),
-    (("up",), math.nan, 0.9, None, "ratios from nan"),
-    (("up",), 0.0, 0.9, (2.0, 1.0), "POA weights from 2.0 to 1.0"),
-    (("up",), 0.0, 0.9, (1.0, math.inf), "POA weights from 1.0 to inf"),
+    ((), 0.0, 0.9, None, "()"),
+    (("up", "up"), 0.0, 0.9, None, "('up', 'up')"),
+    (("up",), 0.9, 0.9, None, "0.9 to 0.9"),
+    (("up",), 0.0, 1.0, None, "0.0 to 1.0"),
+    (("up",), math.nan, 0.9, None, "nan"),
+    (("up",), 0.0, 0.9, (2.0, 1.0), "2.0 to 1.0"),
+    (("up",), 0.0, 0.9, (1.0, math.inf), "1.0 to inf"),
 ]
 
 
-@pytest.mark.parametrize(("groups", "low", "high", "weights", "said"), WRONG_SPACES)
+@pytest.mark.parametrize(("groups", "low", "high", "weights", "key"), WRONG_SPACES)
 def test_a_box_is_a_box(
-    groups: tuple[str, ...], low: float, high: float, weights: tuple[float, float] | None, said: str
+    groups: tuple[str, ...], low: float, high: float, weights: tuple[float, float] | None, key: str
 ) -> None:
-    with pytest.raises(SearchError, match=said):
-        Space(groups, low, high, weights)
+    with raises(SearchError, key):
+        RatioSpace(groups, low, high, weights)
 
 
 def test_a_point_is_a_candidate() -> None:
-    space = Space(("down", "up"), weights=(1.0, 2.5))
+    space = RatioSpace(("down", "up"), poa_weights=(1.0, 2.5))
     candidate = Candidate.of({"down": 0.25, "up": 0.5}, 1.5)
     assert space.candidate(space.point(candidate)) == candidate
     assert space.point(Candidate.of({"up": 0.5, "down": 0.25})) == (0.25, 0.5, 1.0)
@@ -109,10 +120,8 @@ def test_a_point_is_a_candidate() -> None:
     assert space.candidate(space.dense) == Candidate.of({"down": 0, "up": 0})
     assert space.scale(space.unit((0.25, 0.5, 1.5))) == pytest.approx((0.25, 0.5, 1.5))
     for other in (Candidate.of({"down": 0.1}), Candidate.of({"down": 0.1, "mid": 0.2}), candidate):
-        narrow = Space(("down", "up"))
-        with pytest.raises(SearchError, match=r"is no candidate of this search\nGive down, up, and no more\."):
+        narrow = RatioSpace(("down", "up"))
+        with raises(SearchError, "down"):
             narrow.point(other)
-    with pytest.raises(
-        SearchError, match=r"cannot begin at down 0\.95, up 0\.1\nThe search goes over down 0 to 0\.9, up"
-    ):
-        Space(("down", "up")).require(Candidate.of({"down": 0.95, "up": 0.1}))
+    with raises(SearchError, "down 0.95, up 0.1"):
+        RatioSpace(("down", "up")).require(Candidate.of({"down": 0.95, "up": 0.1}))

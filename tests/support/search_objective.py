@@ -1,36 +1,33 @@
 """A search to test with: a smooth hill, a noise of its own for each pair, and a worker's command line.
 
-    python search_objective.py STORAGE METHOD TRIALS DELAY [LEASE]
+    python search_objective.py STORAGE METHOD TRIALS DELAY
 
 works on the search and prints one JSON object for each event.
 """
 
 import json
 import random
+import sqlite3
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from crdiff_export.errors import CrdiffError, PreviewError
-from crdiff_export.search.engine import (
-    Budget,
-    Candidate,
-    Event,
-    Finished,
-    Method,
-    Setup,
-    Space,
-    history,
-    open_study,
-    run,
-)
+from crdiff_export.search import METHODS, Candidate, FinishedTrial, RatioSpace, TrialEvent
+from crdiff_export.search.methods import SearchMethod
+from crdiff_export.search.setup import SearchBudget, SearchSetup
+from crdiff_export.search.study import SearchStudy, open_study
+from crdiff_export.search.worker import run_trials
 
 NAME = "tiny"
 PRINTS = {"base": "0123", "steps": "20", "size": "64x64"}
 START = Candidate.of({"down": 0.3, "mid": 0.3, "up": 0.3})
-SPACE = Space(("down", "mid", "up"))
+SPACE = RatioSpace(("down", "mid", "up"))
+# Seconds between two signs of life, and without one after which a worker is dead; SQLite's clock has whole seconds.
+INTERVAL, GRACE = 1, 3
 
 
 @dataclass
@@ -53,13 +50,10 @@ class Hill:
         time.sleep(self.delay)
         weight = 0.0 if candidate.poa_weight is None else (candidate.poa_weight - 1.4) ** 2
         height = -4 * sum((ratio - 0.45) ** 2 for _, ratio in candidate.ratios) - weight
-        return [height + random.Random(f"{pair}").gauss(0, 1) + self._own(candidate, pair) for pair in pairs]
+        return [height + random.Random(f"{pair}").gauss(0, 1) + self._noise(candidate, pair) for pair in pairs]
 
-    def _own(self, candidate: Candidate, pair: int) -> float:
+    def _noise(self, candidate: Candidate, pair: int) -> float:
         return random.Random(f"{candidate}:{pair}").gauss(0, 0.05)
-
-    def fingerprint(self) -> Mapping[str, str]:
-        return PRINTS
 
 
 class Flat(Hill):
@@ -70,44 +64,76 @@ class Flat(Hill):
         return [float(pair) for pair in pairs]
 
 
-def setup(name: str = "anneal", *, pairs: int = 8, space: Space = SPACE, pruning: bool = True) -> Setup:
+def setup(name: str = "sobol", *, pairs: int = 8, space: RatioSpace = SPACE, early_stop: bool = True) -> SearchSetup:
     """A search with a method."""
-    method = next(Method(known, seed=7, pruning=pruning) for known in ("tpe", "anneal", "cmaes", "gp", "sobol")
-                  if known == name)  # fmt: skip
-    return Setup(space, START, pairs, method)
+    (method,) = (SearchMethod(known, seed=7, early_stop=early_stop) for known in METHODS if known == name)
+    return SearchSetup(space, START, pairs, method)
 
 
-def told(found: Sequence[Finished]) -> list[tuple[object, ...]]:
-    """What a history is apart from who made it, when, and how often it was tried."""
-    return [(one.place, one.state, one.candidate, one.value, dict(one.scores)) for one in found]
+@contextmanager
+def opened(storage: object, search: SearchSetup, prints: Mapping[str, str] = PRINTS) -> Iterator[SearchStudy]:
+    """A search in a storage."""
+    with open_study(str(storage), NAME, search, prints, interval=INTERVAL, grace=GRACE) as study:
+        yield study
 
 
-PYTHON = [sys.executable, "-c"]
+def trials_of(storage: object, search: SearchSetup) -> tuple[FinishedTrial, ...]:
+    """The trials that are over."""
+    with opened(storage, search) as study:
+        return study.trials()
 
 
-def searched(
-    path: Path, search: Setup, trials: int, objective: Hill | None = None, lease: float = 120.0
-) -> tuple[Finished, ...]:
-    """Work on a search in a journal until it has so many trials."""
-    objective = objective or Hill(search.pairs)
-    with open_study(path, NAME, search, objective.fingerprint()) as study:
-        run(study, objective, search.method, budget=Budget(trials), lease=lease, poll=0.02)
-        return history(study)
+def attempts_of(storage: object, search: SearchSetup) -> dict[int, int]:
+    """How often each trial was begun, by its number."""
+    with opened(storage, search) as study:
+        numbers = [trial.system_attrs.get("failed_trial", trial.number) for trial in study.optuna.trials]
+    return {number: numbers.count(number) for number in numbers}
+
+
+def run_hill(
+    storage: object,
+    search: SearchSetup,
+    trials: int | None,
+    objective: Hill | None = None,
+    on_event: Callable[[TrialEvent], None] = lambda _: None,
+    seconds: float | None = None,
+) -> tuple[FinishedTrial, ...]:
+    """Work on a search until it has so many trials, or for so many seconds."""
+    with opened(storage, search) as study:
+        run_trials(study, objective or Hill(search.pairs), SearchBudget(trials, seconds), on_event, poll=0.1)
+        return study.trials()
+
+
+def let_grace_pass(path: Path) -> None:
+    """Set back all signs of life in a file, as if the grace period had passed."""
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE trial_heartbeats SET heartbeat = '2000-01-01 00:00:00.000000'")
+
+
+def scores_of(trials: Sequence[FinishedTrial]) -> list[tuple[object, ...]]:
+    """Trials apart from their numbers, of which a retry takes one, and from how long they took."""
+    return [(trial.state, trial.candidate, trial.value, dict(trial.scores)) for trial in trials]
+
+
+def check_scores(trials: Sequence[FinishedTrial]) -> None:
+    """Assert that each score is that of the hill, and each value the mean of all pairs."""
+    for trial in trials:
+        exact = {pair: Hill().scores(trial.candidate, [pair])[0] for pair in trial.scores}
+        assert dict(trial.scores) == exact
+        whole = trial.state == "complete"
+        assert len(exact) == (8 if whole else 4)
+        assert (trial.value is not None) == whole
+        assert trial.value is None or abs(trial.value - sum(exact.values()) / 8) < 1e-12
 
 
 def main() -> None:
-    storage, name, trials, delay, *lease = sys.argv[1:]
-    objective = Hill(delay=float(delay))
+    storage, name, trials, delay = sys.argv[1:]
 
-    def say(event: Event) -> None:
+    def say(event: TrialEvent) -> None:
         print(json.dumps(asdict(event)), flush=True)  # noqa: T201
 
-    search = setup(name)
     try:
-        with open_study(storage, NAME, search, objective.fingerprint()) as study:
-            budget = Budget(trials=int(trials))
-            seconds = float(lease[0]) if lease else 120.0
-            run(study, objective, search.method, budget=budget, on_event=say, lease=seconds, poll=0.05)
+        run_hill(storage, setup(name), int(trials), Hill(delay=float(delay)), say)
     except CrdiffError as error:
         sys.exit(str(error))
 

@@ -9,34 +9,40 @@ from pathlib import Path
 from typing import Any
 
 SCRIPT = Path(__file__).with_name("search_objective.py")
+ROOT = SCRIPT.parents[2]
 PATIENCE = 60.0
 
 
-class Working:
-    """A worker, and what it has said so far."""
+class WorkerProcess:
+    """A worker, and the events that it has told so far."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
         self.events: list[dict[str, Any]] = []
 
-    def until(self, kind: str, after: int = -1, **wanted: object) -> dict[str, Any]:
-        """The first event from now on of a kind, with these fields, and of a place after another."""
+    def until(self, kind: str, after: int = -1, **wanted: object) -> int:
+        """The number of the first trial beyond another one that has an event of a kind, with these fields."""
         for event in self._lines():
-            found = event["kind"] == kind and event["place"] is not None and event["place"] > after
-            if found and all(event[key] == value for key, value in wanted.items()):
-                return event
+            matches = all(event[key] == value for key, value in {"kind": kind, **wanted}.items())
+            if matches and event["number"] is not None and event["number"] > after:
+                return int(event["number"])
         raise AssertionError(f"the worker ended after {self.events[-3:]}: {self._errors()}")
 
-    def end(self) -> list[dict[str, Any]]:
-        """Everything that it said, once it has ended well and without another word."""
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> list[str]:
+        """The kinds of all events, once the worker has ended well and without another word."""
         list(self._lines())
         assert self.process.wait(PATIENCE) == 0
         assert self._errors() == ""
-        return self.events
+        return [event["kind"] for event in self.events]
 
     def finished(self) -> list[int]:
-        """The places that it finished."""
-        return [event["place"] for event in self.events if event["kind"] in ("complete", "pruned")]
+        """The trials that it finished."""
+        return [event["number"] for event in self.events if event["kind"] in ("complete", "pruned")]
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         assert self.process.stdout
@@ -50,11 +56,11 @@ class Working:
 
 
 @contextmanager
-def worker(storage: object, method: str, trials: int, delay: float, lease: float = 120.0) -> Iterator[Working]:
+def worker(storage: object, method: str, trials: int, delay: float) -> Iterator[WorkerProcess]:
     """A worker that runs; it is killed at the end, unless it has ended."""
-    command = [sys.executable, "-W", "error", str(SCRIPT), str(storage), method, str(trials), str(delay), str(lease)]
+    command = [sys.executable, "-W", "error", str(SCRIPT), str(storage), method, str(trials), str(delay)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            yield Working(process)
+            yield WorkerProcess(process)
         finally:
             process.kill()
