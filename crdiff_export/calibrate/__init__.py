@@ -1,7 +1,7 @@
-"""What a model's layers see, and how its loss changes with their weights, at a size: measured once, kept in a file.
+"""Calibrations: statistics of a model's layers at a size, collected by running the model, and stored in a file.
 
-The whole story, as in `export.py`: plan, open the pipeline, collect in groups of layers (`runner.py`), write. Criteria
-read the file (`criteria/calibration.py`); docs/calibration.md says what is in it.
+This module has the whole story: plan, open the pipeline, collect in groups of layers (`runner.py`), write. Criteria
+read the file (`prune/criteria/calibration.py`); docs/calibration.md specifies it.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from crdiff_export.calibrate import folder
-from crdiff_export.calibrate.setting import SAMPLES, Calibrated, Room, Setting, check_statistics
+from crdiff_export.calibrate.setting import SAMPLES, CalibrationResult, MemoryLimit, Setting, check_statistics
 from crdiff_export.errors import OptionError
 from crdiff_export.export import ExportRequest
 from crdiff_export.hub import bases
@@ -24,16 +24,28 @@ from crdiff_export.sampling.drawing_setup import DrawingSetup
 from crdiff_export.sampling.request_checks import DrawingRequest
 from crdiff_export.sizes import Size
 
-# Ours: Wanda's norms and a gradient's mean are steady with that many of the demo model's (docs/calibration.md).
+# Ours: with this many prompts of the demo model Wanda's norms and mean gradients are stable (docs/calibration.md).
 PROMPTS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrateRequest(DrawingRequest):
-    """What someone wants: the statistics of which criteria, of which base, at which size, on which prompts.
+    """A request for a calibration.
 
-    Each prompt is drawn `pictures` times; the seeds count up from `seed`. `samples` is how often the loss is taken of
-    each picture. `memory` bytes and `layers` bound what is held at once, and change no number.
+    Attributes:
+        size: The target size in pixels.
+        criteria: The criteria whose statistics are needed.
+        output: The file to write; by default STEM-WxH-calibration.safetensors in the current folder.
+        prompts: What to draw; for the demo model scenes by default.
+        limit: The number of prompts to use.
+        pictures: Pictures of each prompt; their seeds count up from `seed`.
+        seed: The first seed.
+        samples: Samples of the loss for each picture.
+        targets: The kinds of layers; by default the family's.
+        batch: Pictures that are drawn at once.
+        memory: Bytes of statistics that may be in memory at once; changes no number.
+        layers: Layers that may be measured at once; changes no number.
+        force: Whether to replace an existing output.
     """
 
     size: Size
@@ -52,8 +64,8 @@ class CalibrateRequest(DrawingRequest):
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A request that nothing stands against."""
+class CalibrationJob:
+    """A checked request: the base is found, its headers are read, and the plan is made."""
 
     request: CalibrateRequest
     drawing: DrawingSetup
@@ -63,24 +75,39 @@ class Job:
     notes: tuple[str, ...]
 
     @property
-    def room(self) -> Room:
-        """What may be held at once."""
-        return Room(self.request.memory, self.request.layers)
+    def room(self) -> MemoryLimit:
+        """What may be in memory at once."""
+        return MemoryLimit(self.request.memory, self.request.layers)
 
 
-def calibrate(request: CalibrateRequest, progress: Progress | None = None) -> Calibrated:
-    """Collect and write; raises a CrdiffError if it cannot, and then keeps the groups of layers that are finished."""
+def calibrate(request: CalibrateRequest, progress: Progress | None = None) -> CalibrationResult:
+    """Collect the statistics and write them.
+
+    Args:
+        request: What to collect.
+        progress: Told of every stage.
+
+    Returns:
+        The written calibration.
+
+    Raises:
+        CrdiffError: Something is wrong; finished groups of layers are kept, and the same request goes on with them.
+    """
     return run(prepare(request), progress or Silent())
 
 
-def prepare(request: CalibrateRequest) -> Job:
-    """Find the base, read its headers and plan; any refusal comes from here, before a weight is read."""
+def prepare(request: CalibrateRequest) -> CalibrationJob:
+    """Find the base, read its headers and plan; whatever can be refused is refused before a weight is read.
+
+    Raises:
+        OptionError: The request is impossible.
+    """
     _check(request)
     wanted = statistics(request.criteria)
     pipelines.check_packages(offload=False)
     demo = request.base == bases.BUILT_IN
     if not (request.prompts or demo):
-        raise OptionError("there are no prompts", "Give --prompts FILE, one a line.")
+        raise OptionError("no prompt is given", "Give --prompts FILE, one a line.")
     found = drawing_setup.find(request)
     exported = ExportRequest(request.base, request.size, targets=request.targets, variant=request.variant, force=True)
     planned = drawing_setup.planned(found, exported)
@@ -100,11 +127,19 @@ def prepare(request: CalibrateRequest) -> Job:
         request.size, set_up.native, wanted, pairs, request.steps, request.guidance, request.negative, batch,
         request.samples,
     )  # fmt: skip
-    return Job(request, set_up, planned, setting, target, planned.notes)
+    return CalibrationJob(request, set_up, planned, setting, target, planned.notes)
 
 
-def run(job: Job, progress: Progress) -> Calibrated:
-    """Open the base once, collect, and write."""
+def run(job: CalibrationJob, progress: Progress) -> CalibrationResult:
+    """Open the base once, collect, and write.
+
+    Args:
+        job: The result of `prepare`.
+        progress: Told of every stage.
+
+    Returns:
+        The written calibration.
+    """
     from crdiff_export.calibrate import runner
     from crdiff_export.sampling.session import Place, session
 
@@ -118,16 +153,20 @@ def run(job: Job, progress: Progress) -> Calibrated:
 
 
 def statistics(specs: Sequence[str]) -> tuple[str, ...]:
-    """What some criteria need, in our order; a CrdiffError for a criterion that is none or needs nothing we have."""
+    """Return the statistics that criteria need, in the order of STATISTICS.
+
+    Raises:
+        OptionError: No criterion is given, one is unknown, or none of them needs a calibration.
+    """
     if not specs:
-        raise OptionError("there is no criterion", "Give --criterion: wanda, taylor, obs or adverse.")
+        raise OptionError("no criterion is given", "Give --criterion: wanda, taylor, obs or adverse.")
     needed = {name for text in specs for name in criteria.load(text).statistics}
     check_statistics(sorted(needed))
     return tuple(name for name in STATISTICS if name in needed)
 
 
 def _pairs(request: CalibrateRequest) -> tuple[tuple[str, int], ...]:
-    """Prompts and the seeds of their noise; scenes for the demo model, which a check of what is found never sees."""
+    """Return prompts with the seeds of their noise; for the demo model scenes that no evaluation uses."""
     given = tuple(dict.fromkeys(request.prompts))[: request.limit]
     chosen = given or prompts.to_search(request.limit or PROMPTS)
     return tuple(
@@ -138,15 +177,23 @@ def _pairs(request: CalibrateRequest) -> tuple[tuple[str, int], ...]:
 
 
 def _check(request: CalibrateRequest) -> None:
-    """Refuse what the request alone shows to be impossible."""
+    """Refuse a request that is impossible for any base."""
     request_checks.check(request, request.prompts)
     counts = (request.limit, request.pictures, request.samples, request.batch, request.layers)
     if any(count is not None and count < 1 for count in counts) or request.seed < 0:
         raise OptionError("a number is too small", "Count prompts, pictures and samples from 1, seeds from 0.")
     if request.memory is not None and request.memory < 1:
-        raise OptionError("no memory is no room for a statistic", "Give --memory 4GB, or leave it out.")
+        raise OptionError("--memory must be at least one byte", "Give --memory 4GB, or leave it out.")
 
 
 __all__ = [
-    "CalibrateRequest", "Calibrated", "Job", "Room", "Setting", "calibrate", "prepare", "run", "statistics",
+    "CalibrateRequest",
+    "CalibrationJob",
+    "CalibrationResult",
+    "MemoryLimit",
+    "Setting",
+    "calibrate",
+    "prepare",
+    "run",
+    "statistics",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
-"""Where a calibration that goes on for hours keeps what it has finished, and the file that is made of it at the end.
+"""The folder of an unfinished calibration, and the file that is made from it at the end.
 
-`OUT.part/` beside the output holds `run.json`, which says of what run it is, a safetensors file for every finished
-group of layers, and the pictures that gradients are taken on. A run that was killed goes on there.
+`OUT.part/` beside the output holds `run.json` with the settings of the run, a safetensors file for every finished group
+of layers, and the pictures for gradients. An interrupted run goes on there.
 """
 
 import contextlib
@@ -30,12 +30,21 @@ if TYPE_CHECKING:
 
 SUFFIX: Final = ".safetensors"
 _RUN: Final = "run.json"
-# What the others are called: groups and pictures.
-_OWN: Final = re.compile(r"[0-9]{4,}\.safetensors|picture-[0-9]{5,}\.png")
+# The names of the other files: groups and pictures.
+_FILES: Final = re.compile(r"[0-9]{4,}\.safetensors|picture-[0-9]{5,}\.png")
 
 
 def check_target(target: Path, plan: Plan, *, force: bool) -> None:
-    """PlanError where a calibration must not or cannot be written to `target`."""
+    """Check that a calibration can be written.
+
+    Args:
+        target: The file to write.
+        plan: The plan of the base, which must not be overwritten.
+        force: Whether an existing file may be replaced.
+
+    Raises:
+        PlanError: It cannot or must not be written there.
+    """
     try:
         _check_target(target, plan, force=force)
     except OSError as error:
@@ -62,32 +71,32 @@ def _check_target(target: Path, plan: Plan, *, force: bool) -> None:
 
 
 class Folder:
-    """`OUT.part/`, in the hands of one run."""
+    """`OUT.part/`, in use by one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def finished(self) -> dict[str, Path]:
-        """The group's file of every tensor that is there."""
-        found = {}
+        """Map every finished tensor to the file of its group."""
+        files = {}
         for path in sorted(self.path.glob(f"[0-9]*{SUFFIX}")):
             try:
                 file = read_file(path, path.name)
             except CheckpointError as error:
                 raise _damaged(self.path, path.name) from error
-            found.update({tensor.name: path for tensor in file.tensors})
-        return found
+            files.update({tensor.name: path for tensor in file.tensors})
+        return files
 
     def keep(self, tensors: "Mapping[str, Tensor]") -> None:
-        """Make a finished group durable."""
+        """Store a finished group."""
         from safetensors.torch import save_file
 
         number = 1 + max((int(path.stem) for path in self.path.glob(f"[0-9]*{SUFFIX}")), default=0)
-        own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        self._publish(f"{number:04d}{SUFFIX}", lambda part: save_file(own, part))
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self._publish(f"{number:04d}{SUFFIX}", lambda part: save_file(on_cpu, part))
 
     def picture(self, number: int) -> "Image | None":
-        """A picture that is there."""
+        """Load a stored picture; None if it does not exist."""
         from PIL import Image
 
         path = self.path / _name(number)
@@ -96,27 +105,37 @@ class Folder:
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's for a PNG that breaks off, or goes wrong
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's errors for a truncated or damaged PNG
             raise _damaged(self.path, path.name) from error
 
     def keep_picture(self, number: int, image: "Image") -> None:
-        """Make a picture durable, without loss."""
+        """Store a picture without loss."""
         self._publish(_name(number), lambda part: image.save(part, format="PNG", compress_level=1))
 
     def assemble(
         self, target: Path, names: Sequence[str], metadata: Mapping[str, str], progress: Progress, *, replace: bool
     ) -> int:
-        """Write the calibration, its tensors in the order of `names`, and give it its name; its size in bytes.
+        """Write the calibration under its name.
 
-        Nothing in it depends on the groups, nor on the run: the stock writer's order of metadata would
-        (safetensors#584), and it holds all tensors in memory. It is opened with the stock reader before it appears.
+        The file does not depend on the groups or the run. The safetensors library is not used, because its order of
+        metadata is random (safetensors#584) and it needs all tensors in memory; it reads the file before it appears.
+
+        Args:
+            target: The file.
+            names: The tensors, in the order of the file.
+            metadata: The header's metadata.
+            progress: Told of every byte written.
+            replace: Whether to replace an existing file.
+
+        Returns:
+            Bytes of the file.
         """
         finished = self.finished()
         files = {path: read_file(path, path.name) for path in set(finished.values())}
-        known = {tensor.name: (files[path], tensor) for path in files for tensor in files[path].tensors}
+        sources = {tensor.name: (files[path], tensor) for path in files for tensor in files[path].tensors}
         placed, position = [], 0
         for name in names:
-            tensor = known[name][1]
+            tensor = sources[name][1]
             placed.append(TensorSpec(name, tensor.dtype, tensor.shape, position, position + tensor.nbytes))
             position += tensor.nbytes
         head = safetensors.serialise(placed, metadata)
@@ -126,7 +145,7 @@ class Folder:
                 with part.open("wb") as out:
                     out.write(head)
                     for name in names:
-                        file, tensor = known[name]
+                        file, tensor = sources[name]
                         _copy(file.path, file.data_start + tensor.start, tensor.nbytes, out, progress)
                     out.flush()
                     os.fsync(out.fileno())
@@ -138,7 +157,7 @@ class Folder:
         return len(head) + position
 
     def remove(self) -> None:
-        """Take the folder away: its calibration is written."""
+        """Remove the folder after its calibration was written."""
         with contextlib.suppress(OSError):
             _clear(self.path)
         shutil.rmtree(self.path, ignore_errors=True)
@@ -156,10 +175,19 @@ class Folder:
 
 
 @contextlib.contextmanager
-def begun(target: Path, run: Mapping[str, str], *, force: bool) -> Iterator[Folder]:
-    """The folder of a run to `target`, with what an earlier one has finished if it was the same.
+def open_folder(target: Path, run: Mapping[str, str], *, force: bool) -> Iterator[Folder]:
+    """Open and lock the folder of a run, with the finished groups of an interrupted run.
 
-    CalibrationError where it is of another run, unless `force` gives that up, and where another process is at work.
+    Args:
+        target: The file that will be written.
+        run: The settings of the run.
+        force: Whether to delete the folder of a run with other settings.
+
+    Yields:
+        The folder.
+
+    Raises:
+        CalibrationError: It belongs to a run with other settings, or another process uses it.
     """
     path = target.with_name(f"{target.name}.part")
     with contextlib.ExitStack() as held:
@@ -177,7 +205,7 @@ def _lock(path: Path) -> int | None:
     try:
         return file_lock.lock(path)
     except BlockingIOError as error:
-        raise CalibrationError(f"{path}: another run is at work there", "Wait for it, or give another -o.") from error
+        raise CalibrationError(f"{path}: another run uses it", "Wait for it, or give another -o.") from error
     except OSError:  # a file system without locks
         return None
 
@@ -190,16 +218,16 @@ def _begin(path: Path, run: Mapping[str, str], *, force: bool) -> None:
             return
         if not force:
             raise CalibrationError(
-                f"{path}: begun with other settings: {other}",
+                f"{path}: started with other settings: {other}",
                 f"Give those again to go on, or --force to start over, which deletes {path.name}.",
             )
         _clear(path)
-    elif found := [name.name for name in path.iterdir() if not name.name.startswith(".")]:
-        if not all(map(_OWN.fullmatch, found)):
+    elif names := [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]:
+        if not all(map(_FILES.fullmatch, names)):
             raise CalibrationError(f"{path}: not a folder that crdiff made", "Remove it yourself, or give another -o.")
         if not force:
             raise CalibrationError(
-                f"{path}: {_RUN}, which says of what run it is, is gone",
+                f"{path}: {_RUN} with the settings of its run is missing",
                 f"Give --force to start over, which deletes {path.name}, or another -o.",
             )
         _clear(path)
@@ -209,20 +237,20 @@ def _begin(path: Path, run: Mapping[str, str], *, force: bool) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Empty a folder that is ours, which stays: it is locked. Its record goes last, so that it is known until then."""
+    """Empty the folder, which stays because it is locked. The record is removed last."""
     for old in sorted(path.iterdir(), key=lambda old: old.name == _RUN):
         old.unlink()
 
 
 def _difference(record: Path, run: Mapping[str, str]) -> str | None:
-    """The first setting in which another run differs; None where it is the same run."""
+    """Return the first setting that differs from an earlier run; None if all are the same."""
     try:
-        known = parse_object(record.read_bytes(), fractions=True)
+        earlier = parse_object(record.read_bytes(), fractions=True)
     except MalformedError:
         return f"{record.name} cannot be read"
-    for name in sorted({*known, *run}):
-        if known.get(name) != run.get(name):
-            return f"{name.replace('_', ' ')} {_shown(known.get(name))}, now {_shown(run.get(name))}"
+    for name in sorted({*earlier, *run}):
+        if earlier.get(name) != run.get(name):
+            return f"{name.replace('_', ' ')} {_shown(earlier.get(name))}, now {_shown(run.get(name))}"
     return None
 
 
@@ -244,13 +272,13 @@ def _copy(path: Path, start: int, size: int, out: Any, progress: Progress) -> No
 
 
 def _verify(part: Path, placed: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
-    """CalibrationError where the stock reader sees anything else than was to be written."""
+    """Check that the safetensors library reads what should have been written."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(part, framework="np") as file:
-            seen = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no mapping
-            same = file.metadata() == dict(metadata) and seen == {tensor.name: tensor.shape for tensor in placed}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a mapping
+            same = file.metadata() == dict(metadata) and shapes == {tensor.name: tensor.shape for tensor in placed}
     except SafetensorError:
         same = False
     if not same:
@@ -266,10 +294,19 @@ def _damaged(path: Path, name: str) -> CalibrationError:
 
 
 def explained(error: OSError, path: Path, part: Path) -> CalibrationError:
-    """What went wrong with the file system, as one of our errors."""
+    """Return an error of the file system as a CalibrationError.
+
+    Args:
+        error: The error.
+        path: The file that was being written.
+        part: The folder of the run.
+
+    Returns:
+        The error to raise.
+    """
     what = f"{path}: {error.strerror or error}"
     if isinstance(error, FileExistsError) and path != part:
-        return CalibrationError(f"{path}: came there in the meantime", "Give the command again with --force.")
+        return CalibrationError(f"{path}: was created in the meantime", "Give the command again with --force.")
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return CalibrationError(what, f"Free some space, then run it again; what is finished is kept in {part.name}.")
     return CalibrationError(what, "Give a place you may write to with -o.")

@@ -1,4 +1,4 @@
-"""How the loss changes with each weight: autograd, one sample at a time, for the weights of a group of layers."""
+"""Gradients of the loss with respect to the weights of a group of layers, one sample at a time."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +12,17 @@ from crdiff_export.calibrate.denoise import Denoising
 from crdiff_export.calibrate.setting import LayerSpec, Pass, Setting, noise_seed, times
 from crdiff_export.progress import Progress
 
-# In fp16 a gradient below 6e-8 is 0, one above 65504 is not finite: the loss is multiplied, and less where that is
-# too much (Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, 3.2). Powers of two lose nothing.
+# In fp16 a gradient below 6e-8 is 0 and one above 65504 is not finite, so the loss is multiplied, by less if that is
+# too much (Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, 3.2). Powers of two are exact.
 SCALES = (2.0**14, 2.0**7, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A picture as the model is shown it: latents float32 [1, C, h, w], and what its prompt tells."""
+    """A picture as the model receives it: latents, float32 [1, C, h, w], and the keyword arguments of its prompt."""
 
     latents: Tensor
-    told: Mapping[str, Any]
+    arguments: Mapping[str, Any]
 
 
 def measure(
@@ -34,32 +34,43 @@ def measure(
     modules: Mapping[str, nn.Linear],
     progress: Progress,
 ) -> dict[str, Tensor]:
-    """The statistics of a group of layers, `<statistic>/<layer>`: float32 [out, in], means over all samples.
+    """Measure the gradients of a group of layers.
 
     With g = dL/dW of one sample's loss: `gradient` is the mean of g, `gradient_abs` of |g| and `gradient_square` of
-    g ** 2 (Molchanov et al. 2019, eq. 5 to 8, take products of g and w); `native_…` the same at the native size.
-    Whether they are finite is for the caller to see.
+    g ** 2 (Molchanov et al. 2019, eq. 5 to 8, have products of g and w); `native_…` are those at the native size.
+
+    Args:
+        denoising: Computes the loss.
+        setting: The settings of the calibration.
+        step: The pass.
+        examples: One for each pair of the settings.
+        layers: The group of layers.
+        modules: The pipeline's module of each layer, by name.
+        progress: Told of every sample.
+
+    Returns:
+        The tensors `<statistic>/<layer>`, float32 [out, in], means over all samples, which may not be finite.
     """
     weights: dict[str, Tensor] = {layer.name: modules[layer.name].weight for layer in layers}
-    found = {
+    totals = {
         f"{name}/{layer.name}": torch.zeros(layer.shape(name), device=weights[layer.name].device)
         for layer in layers
         for name in step.statistics
     }
     with _learning(denoising.model, tuple(weights.values())):
-        for (_, seed), example, places in zip(setting.pairs, examples, times(setting), strict=True):
-            for number, place in enumerate(places):
+        for (_, seed), example, sample_times in zip(setting.pairs, examples, times(setting), strict=True):
+            for number, time in enumerate(sample_times):
                 generator = torch.Generator("cpu").manual_seed(noise_seed(seed, number))
                 noise = torch.randn(example.latents.shape, generator=generator)
-                gradients = _gradients(denoising, example, place, noise, tuple(weights.values()))
+                gradients = _gradients(denoising, example, time, noise, tuple(weights.values()))
                 for name, gradient in zip(weights, gradients, strict=True):
                     for statistic in step.statistics:
-                        found[f"{statistic}/{name}"] += _part(statistic, gradient)
+                        totals[f"{statistic}/{name}"] += _part(statistic, gradient)
                 progress.advance(1)
     count = len(setting.pairs) * setting.samples
-    for total in found.values():
-        total.div_(count)  # in place: a second copy of a group may not fit
-    return found
+    for total in totals.values():
+        total.div_(count)  # in place, because a second copy may not fit into memory
+    return totals
 
 
 def _part(statistic: str, gradient: Tensor) -> Tensor:
@@ -69,23 +80,23 @@ def _part(statistic: str, gradient: Tensor) -> Tensor:
 
 
 def _gradients(
-    denoising: Denoising, example: Example, place: float, noise: Tensor, weights: Sequence[Tensor]
+    denoising: Denoising, example: Example, time: float, noise: Tensor, weights: Sequence[Tensor]
 ) -> list[Tensor]:
-    """g of every weight, float32 or wider. Zeros where a weight has no part in the loss."""
+    """Return the gradient of every weight, float32 or wider; zeros for a weight that the loss does not depend on."""
     half = weights[0].dtype == torch.float16
-    found: list[Tensor] = []
+    gradients: list[Tensor] = []
     for scale in SCALES if half else (1.0,):
-        loss = denoising.loss(example.latents, example.told, place, noise) * scale
+        loss = denoising.loss(example.latents, example.arguments, time, noise) * scale
         raw = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-        found = [gradient.detach().float() / scale for gradient in raw]
-        if not half or all(bool(gradient.isfinite().all()) for gradient in found):
+        gradients = [gradient.detach().float() / scale for gradient in raw]
+        if not half or all(bool(gradient.isfinite().all()) for gradient in gradients):
             break
-    return found
+    return gradients
 
 
 @contextlib.contextmanager
 def _learning(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
-    """Gradients for some weights alone, with activations recomputed where the model can; it is left as it was."""
+    """Enable gradients for some weights only, and recompute activations if the model can; undo both at the end."""
     usual = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     able: Any = model if getattr(model, "_supports_gradient_checkpointing", False) else None
     checkpoints = able is not None and not able.is_gradient_checkpointing

@@ -1,4 +1,4 @@
-"""How much memory is free for what a pass collects: the GPU's, the machine's, and what a container may have of it."""
+"""Free memory: that of the GPU, of the machine, and of the container."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,36 +9,36 @@ if TYPE_CHECKING:
     import torch
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# What is taken to be free where the system does not say.
+# Assumed where the system does not tell.
 UNKNOWN: Final = 4 * 10**9
 
 
 def free(device: "torch.device") -> int:
-    """Bytes that are free for tensors on a device. What is on a GPU is copied to main memory to be written."""
+    """Return the bytes that are free for tensors of a device, which are written by way of main memory."""
     host = min([*_machine(), *_groups()], default=None)
     if device.type != "cuda":
         return UNKNOWN if host is None else host
     from torch.cuda import mem_get_info
 
-    own = int(mem_get_info(device)[0])
-    return own if host is None else min(own, host)
+    gpu = int(mem_get_info(device)[0])
+    return gpu if host is None else min(gpu, host)
 
 
 def _machine() -> Iterator[int]:
-    """What Linux says is free."""
-    found = _table(PROC / "meminfo").get("MemAvailable:")
-    if found is not None:
-        yield found * 1024
+    """Yield the free memory that Linux reports."""
+    available = _table(PROC / "meminfo").get("MemAvailable:")
+    if available is not None:
+        yield available * 1024
 
 
 def _groups() -> Iterator[int]:
-    """What each control group that this process is in has left, its parents' too (cgroups(7)); none without a limit."""
+    """Yield the free memory of each control group of this process and of its parents that has a limit (cgroups(7))."""
     with contextlib.suppress(OSError, UnicodeError):
         for line in (PROC / "self" / "cgroup").read_text("utf-8").splitlines():
             _, kinds, path = line.split(":", 2)
             if kinds and "memory" not in kinds.split(","):
                 continue
-            # A container may see itself at the root, whatever it is called outside.
+            # A container may see itself at the root, whatever its name outside.
             top = CGROUPS / "memory" if kinds else CGROUPS
             names = [name for name in path.split("/") if name not in ("", "..")]
             for depth in range(len(names) + 1):
@@ -46,7 +46,7 @@ def _groups() -> Iterator[int]:
 
 
 def _left(folder: Path, *, old: bool) -> Iterator[int]:
-    """What a group has left: its limit, less what it uses beside files that were read and may be dropped."""
+    """Yield a group's limit less its usage; cached files do not count, because they can be dropped."""
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ("memory.max", "memory.current")
     with contextlib.suppress(OSError, ValueError):  # no such group here, or "max"
         limit, used = (int((folder / name).read_text("ascii")) for name in names)
@@ -55,7 +55,7 @@ def _left(folder: Path, *, old: bool) -> Iterator[int]:
 
 
 def _table(path: Path) -> dict[str, int]:
-    """The numbers of a file that has a name and a number in each line; nothing where it cannot be read."""
+    """Read a file with a name and a number in each line; empty if it cannot be read."""
     try:
         lines = [line.split() for line in path.read_text("ascii").splitlines()]
         return {words[0]: int(words[1]) for words in lines if len(words) > 1}

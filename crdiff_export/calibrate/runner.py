@@ -1,4 +1,4 @@
-"""The work on an open pipeline: what decides the numbers, then pass by pass and group by group, then the file."""
+"""Collect a calibration with an open pipeline: pass by pass, group of layers by group, then write the file."""
 
 import contextlib
 import hashlib
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from crdiff_export.bake.metadata import tool_version
-from crdiff_export.calibrate import collect as hooks
+from crdiff_export.calibrate import collect as collecting
 from crdiff_export.calibrate import gradients, memory, setting
 from crdiff_export.calibrate.denoise import Denoising
-from crdiff_export.calibrate.folder import Folder, begun
-from crdiff_export.calibrate.setting import Calibrated, LayerSpec, Pass, Room, Setting
+from crdiff_export.calibrate.folder import Folder, open_folder
+from crdiff_export.calibrate.setting import CalibrationResult, LayerSpec, MemoryLimit, Pass, Setting
 from crdiff_export.errors import CalibrationError
 from crdiff_export.formats.hashing import hash_data
 from crdiff_export.formats.text import printable
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The base that numbers are of: a hash of all of it, and its layers with theirs. The same for every size."""
+    """The identity of a base at every size: the hash of its weights, and its layers with their hashes."""
 
     hash: str
     layers: tuple[LayerSpec, ...]
@@ -50,37 +50,61 @@ def collect(
     progress: Progress | None = None,
     *,
     base: str,
-    room: Room | None = None,
+    room: MemoryLimit | None = None,
     replace: bool = False,
     identity: Identity | None = None,
-) -> Calibrated:
-    """Collect the statistics of every target of the plan with an open pipeline of its base, and write them to `target`.
+) -> CalibrationResult:
+    """Collect the statistics of every target of a plan with an open pipeline, and write them.
 
-    Goes on where a run with the same settings was stopped. `identity`, from `identify`, spares reading the base again.
-    A CrdiffError, with finished groups kept in `target`.part, where the pipeline lacks a layer, cannot do what the
-    statistics ask for or makes numbers that are not finite.
+    An interrupted run with the same settings goes on.
+
+    Args:
+        opened: The open pipeline of the base.
+        plan: The plan, whose targets are measured.
+        wanted: The settings.
+        target: The file to write.
+        progress: Told of every stage.
+        base: The name of the base, for the header.
+        room: What may be in memory at once.
+        replace: Whether to replace an existing file.
+        identity: The result of `identify`, to avoid reading the base again.
+
+    Returns:
+        The written calibration.
+
+    Raises:
+        CrdiffError: The pipeline lacks a layer, cannot compute a statistic or gives numbers that are not finite.
+            Finished groups of layers are kept in the folder `target`.part.
     """
     shown = progress or Silent()
     modules = _modules(opened.pipe, plan)
-    known = identity or identify(plan, shown)
+    base_id = identity or identify(plan, shown)
     style = opened.style(wanted.size, wanted.steps, wanted.guidance, wanted.negative)
-    facts = setting.facts(wanted, style.steps, style.guidance, opened.scheduler, _place(opened.pipe))
-    run = _fingerprint(opened.pipe, plan, wanted, known, facts)
-    with begun(target, run, force=replace) as folder:
-        work = _Work(opened, wanted, modules, known.layers, folder, room or Room(), style, shown)
+    facts = setting.facts(wanted, style.steps, style.guidance, opened.scheduler, _origin(opened.pipe))
+    run = _fingerprint(opened.pipe, plan, wanted, base_id, facts)
+    with open_folder(target, run, force=replace) as folder:
+        work = _Work(opened, wanted, modules, base_id.layers, folder, room or MemoryLimit(), style, shown)
         resumed, notes = work.collect()
         metadata = calibration.header(
-            family=plan.match.family.id, base=base, base_hash=known.hash, size=wanted.size, native=wanted.native,
-            statistics=wanted.statistics, layers={layer.name: layer.hash for layer in known.layers}, facts=facts,
+            family=plan.match.family.id, base=base, base_hash=base_id.hash, size=wanted.size, native=wanted.native,
+            statistics=wanted.statistics, layers={layer.name: layer.hash for layer in base_id.layers}, facts=facts,
         )  # fmt: skip
-        names = [f"{statistic}/{layer.name}" for statistic in wanted.statistics for layer in known.layers]
+        names = [f"{statistic}/{layer.name}" for statistic in wanted.statistics for layer in base_id.layers]
         size = folder.assemble(target, names, metadata, shown, replace=replace)
         folder.remove()
-    return Calibrated(target, wanted.statistics, len(known.layers), size, tuple(facts.items()), notes, resumed)
+    return CalibrationResult(target, wanted.statistics, len(base_id.layers), size, tuple(facts.items()), notes, resumed)
 
 
 def identify(plan: Plan, progress: Progress) -> Identity:
-    """Read a base through, once: SHA-256 of its data section, 0x…; of several files that of their hashes in hex."""
+    """Hash a base: SHA-256 of its data section, or of the hex hashes of several files.
+
+    Args:
+        plan: The plan of the base.
+        progress: Told of every byte read.
+
+    Returns:
+        The identity.
+    """
     files = plan.checkpoint.files
     progress.stage("hashing", sum(file.data_size for file in files))
     hashes = [hash_data(file, progress) for file in files]
@@ -104,7 +128,7 @@ def _layer(plan: Plan, target: Target, reader: Any) -> LayerSpec:
 
 
 class _Work:
-    """One run over an open pipeline."""
+    """One run with an open pipeline."""
 
     def __init__(
         self,
@@ -113,7 +137,7 @@ class _Work:
         modules: Mapping[str, nn.Linear],
         layers: Sequence[LayerSpec],
         folder: Folder,
-        room: Room,
+        room: MemoryLimit,
         style: Style,
         progress: Progress,
     ) -> None:
@@ -121,7 +145,7 @@ class _Work:
         self._folder, self._room, self._style, self._progress = folder, room, style, progress
 
     def collect(self) -> tuple[int, tuple[str, ...]]:
-        """Fill the folder; how many groups were there, and what is to be said of the pictures."""
+        """Fill the folder; return the number of groups that existed before, and notes on the pictures."""
         finished = self._folder.finished()
         resumed = len(set(finished.values()))
         black = 0
@@ -142,14 +166,14 @@ class _Work:
         return resumed, notes
 
     def _run(self, step: Pass, layers: Sequence[LayerSpec], images: "Sequence[Image]") -> None:
-        """One pass, a group of layers after the other."""
+        """Run one pass, one group of layers after the other."""
         examples: list[gradients.Example] = []
         denoising = None
         if not step.samples_pictures:
             denoising = Denoising(self._opened.pipe, step.size, self._style.guidance)
-            told = {prompt: denoising.embed(prompt) for prompt, _ in self._wanted.pairs}
+            arguments = {prompt: denoising.embed(prompt) for prompt, _ in self._wanted.pairs}
             examples = [
-                gradients.Example(latents, told[prompt])
+                gradients.Example(latents, arguments[prompt])
                 for latents, (prompt, _) in zip(denoising.encode(images), self._wanted.pairs, strict=True)
             ]
         free = memory.free(next(model_of(self._opened.pipe).parameters()).device)
@@ -159,39 +183,39 @@ class _Work:
             with _repeatable(model_of(self._opened.pipe)):
                 if denoising is None:
                     self._progress.stage(title, self._style.steps * len(self._wanted.pairs), "passes")
-                    found = hooks.sample(self._opened, self._wanted, step, group, self._modules, self._progress)
+                    tensors = collecting.sample(self._opened, self._wanted, step, group, self._modules, self._progress)
                 else:
                     self._progress.stage(title, self._wanted.samples * len(self._wanted.pairs), "samples")
-                    found = gradients.measure(
+                    tensors = gradients.measure(
                         denoising, self._wanted, step, examples, group, self._modules, self._progress
                     )
-            _check_finite(found, self._opened.pipe)
-            self._folder.keep(found)
+            _check_finite(tensors, self._opened.pipe)
+            self._folder.keep(tensors)
 
     def _pictures(self) -> "list[Image]":
-        """The dense model's pictures of every pair at its native size: those that are there, and the others."""
+        """Return the dense model's picture of every pair at its native size; draw those that do not exist yet."""
         pairs, batch = self._wanted.pairs, self._wanted.batch
-        found = [self._folder.picture(number) for number in range(len(pairs))]
-        starts = [start for start in range(0, len(pairs), batch) if None in found[start : start + batch]]
+        pictures = [self._folder.picture(number) for number in range(len(pairs))]
+        starts = [start for start in range(0, len(pairs), batch) if None in pictures[start : start + batch]]
         style = self._opened.style(
             self._wanted.native, self._wanted.steps, self._wanted.guidance, self._wanted.negative
         )
         if starts:
             passes = sum(len(pairs[start : start + batch]) for start in starts) * style.steps
             self._progress.stage("drawing", passes, "passes")
-        for start in starts:  # whole batches: what is drawn together decides the last bits
+        for start in starts:  # whole batches, because the batch decides the last bits
             part = pairs[start : start + batch]
             step = partial(self._progress.advance, len(part))
             drawn = self._opened.draw([prompt for prompt, _ in part], [seed for _, seed in part], style, step)
             for number, image in enumerate(drawn, start):
                 self._folder.keep_picture(number, image)
-                found[number] = image
-        return [image for image in found if image is not None]
+                pictures[number] = image
+        return [image for image in pictures if image is not None]
 
 
 @contextlib.contextmanager
 def _repeatable(model: nn.Module) -> Iterator[None]:
-    """On a GPU, kernels whose sums come out the same every time, as far as torch has them."""
+    """Use deterministic kernels on a GPU, where torch has them."""
     if next(model.parameters()).device.type != "cuda":
         yield
         return
@@ -200,7 +224,7 @@ def _repeatable(model: nn.Module) -> Iterator[None]:
     try:
         torch.set_deterministic_debug_mode("warn")
         cudnn.deterministic, cudnn.benchmark = True, False
-        with warnings.catch_warnings(action="ignore"):  # what there is no such kernel for
+        with warnings.catch_warnings(action="ignore"):  # torch warns of operations without such a kernel
             yield
     finally:
         torch.set_deterministic_debug_mode(usual[0])
@@ -208,9 +232,9 @@ def _repeatable(model: nn.Module) -> Iterator[None]:
 
 
 def _modules(pipe: Any, plan: Plan) -> dict[str, nn.Linear]:
-    """Every target's layer in the pipeline; CalibrationError where it has none such."""
+    """Find every target's module in the pipeline; CalibrationError if one is missing or of another shape."""
     model = model_of(pipe)
-    found = {}
+    modules = {}
     for target in plan.targets:
         name = diffusers_name(plan, target)
         shape = (target.count // target.source.shape[-1], target.source.shape[-1])
@@ -223,12 +247,12 @@ def _modules(pipe: Any, plan: Plan) -> dict[str, nn.Linear]:
                 f"{type(model).__name__} has no layer {name} of {shape[0]} x {shape[1]} weights",
                 "Open the base that is to be calibrated, unfused and unquantised.",
             )
-        found[name] = module
-    return found
+        modules[name] = module
+    return modules
 
 
-def _place(pipe: Any) -> dict[str, str]:
-    """Where and with what the numbers are made."""
+def _origin(pipe: Any) -> dict[str, str]:
+    """Return the dtype, the device and the versions of the software."""
     weight = next(model_of(pipe).parameters())
     name = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else weight.device.type
     return {
@@ -237,26 +261,26 @@ def _place(pipe: Any) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _fingerprint(pipe: Any, plan: Plan, wanted: Setting, known: Identity, facts: Mapping[str, str]) -> dict[str, str]:
-    """What a run must share with one that it goes on with. The groups are not in it: they change no number."""
-    layers = "\n".join(f"{layer.name} {layer.hash}" for layer in known.layers)
+def _fingerprint(pipe: Any, plan: Plan, wanted: Setting, base_id: Identity, facts: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings that an interrupted run must share; groups of layers are not among them."""
+    layers = "\n".join(f"{layer.name} {layer.hash}" for layer in base_id.layers)
     return {
-        **facts, "version": calibration.VERSION, "family": plan.match.family.id, "base_hash": known.hash,
+        **facts, "version": calibration.VERSION, "family": plan.match.family.id, "base_hash": base_id.hash,
         "size": str(wanted.size), "native": str(wanted.native), "statistics": ", ".join(wanted.statistics),
         "scheduler_settings": fingerprint.scheduler(pipe), "other_parts": fingerprint.others(pipe, model_of(pipe)),
-        "layers": f"{len(known.layers)}, sha256 {hashlib.sha256(layers.encode()).hexdigest()}",
+        "layers": f"{len(base_id.layers)}, sha256 {hashlib.sha256(layers.encode()).hexdigest()}",
     }  # fmt: skip
 
 
-def _check_finite(found: Mapping[str, Tensor], pipe: Any) -> None:
-    """CalibrationError for the first layer with a number that is none."""
+def _check_finite(tensors: Mapping[str, Tensor], pipe: Any) -> None:
+    """Raise CalibrationError for the first layer with a number that is not finite."""
     dtype = next(model_of(pipe).parameters()).dtype
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             statistic, _, layer = name.partition("/")
             hint = "Give --dtype bf16 or fp32." if dtype == torch.float16 else "Give --dtype fp32."
-            said = printable(f"{layer}: its {statistic.replace('_', ' ')} in {str(dtype).removeprefix('torch.')}")
-            raise CalibrationError(f"{said} is not finite", hint if dtype != torch.float32 else _IN_FLOAT32)
+            what = printable(f"{layer}: its {statistic.replace('_', ' ')} in {str(dtype).removeprefix('torch.')}")
+            raise CalibrationError(f"{what} is not finite", hint if dtype != torch.float32 else _IN_FLOAT32)
 
 
 _IN_FLOAT32 = "The base itself makes such numbers here: draw it with `crdiff preview`, or take other prompts."

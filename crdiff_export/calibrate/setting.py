@@ -1,4 +1,4 @@
-"""What a calibration measures and what decides its numbers: names, counts, memory. No weight is read here."""
+"""The settings that decide the numbers of a calibration, and the passes and groups of layers that follow from them."""
 
 import hashlib
 import math
@@ -13,24 +13,33 @@ from crdiff_export.formats.safetensors import BITS
 from crdiff_export.prune.criteria.calibration import STATISTICS
 from crdiff_export.sizes import Size
 
-# By the pass that collects them, in the order of the passes.
+# The statistics of each pass, in the order of the passes.
 SAMPLED: Final = ("norm", "gram")
 GRADIENT: Final = ("gradient", "gradient_abs", "gradient_square")
 NATIVE: Final = tuple(f"native_{name}" for name in GRADIENT)
 # src: arXiv 2510.06751, OBS-Diff; its public code (main.py of Alrightlone/OBS-Diff at 3383a4f), `log_decrease`
 FIRST_STEP, LAST_STEP = 1.2, 0.8
-# Ours: the share of the memory that is free when a pass begins; the rest is for the pass itself.
+# Ours: the share of free memory that statistics may use; the rest is for the pass itself.
 SHARE: Final = 0.5
-# The golden ratio's fraction: multiples of it fill a circle evenly, however many there are (Weyl; Knuth, TAOCP 6.4).
+# The fraction of the golden ratio: any number of multiples of it fill a circle evenly (Weyl; Knuth, TAOCP 6.4).
 GOLDEN: Final = (math.sqrt(5) - 1) / 2
 SAMPLES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """All that decides the numbers of a calibration, beside the base and the device.
+    """Everything that decides the numbers of a calibration, besides the base and the device.
 
-    `pairs` are prompts and the seeds of their noise; `samples` time steps with noise are taken of each one's picture.
+    Attributes:
+        size: The target size in pixels.
+        native: The native size in pixels.
+        statistics: The statistics to collect.
+        pairs: Prompts with the seeds of their noise.
+        steps: Sampling steps; by default the pipeline's.
+        guidance: The guidance scale; by default the pipeline's.
+        negative: The negative prompt.
+        batch: Pictures that are drawn at once.
+        samples: Samples of the loss (time steps with noise) for each picture.
     """
 
     size: Size
@@ -46,12 +55,12 @@ class Setting:
     def __post_init__(self) -> None:
         check_statistics(self.statistics)
         if not self.pairs or self.batch < 1 or self.samples < 1:
-            raise OptionError("there is nothing to calibrate with", "Give one prompt and one sample at least.")
+            raise OptionError("a calibration needs a prompt and a sample", "Give at least one prompt and one sample.")
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """A layer by diffusers' name for its weight; `hash` is of its bytes in the base."""
+    """A layer: the diffusers name of its weight, its shape, and the start of the SHA-256 of its bytes in the base."""
 
     name: str
     rows: int
@@ -59,25 +68,25 @@ class LayerSpec:
     hash: str
 
     def shape(self, statistic: str) -> tuple[int, ...]:
-        """The shape of one of its statistics."""
+        """Return the shape of a statistic."""
         return tuple(self.rows if axis == "out" else self.columns for axis in STATISTICS[statistic][1])
 
     def size(self, statistic: str) -> int:
-        """Bytes of one of its statistics."""
+        """Return the bytes of a statistic."""
         return math.prod(self.shape(statistic)) * BITS[STATISTICS[statistic][0]] // 8
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """How much of the statistics is held at once: bytes, layers; what is free decides where nothing is given."""
+class MemoryLimit:
+    """The statistics that may be in memory at once: bytes and layers. Without a number free memory decides."""
 
     memory: int | None = None
     layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Calibrated:
-    """A calibration that was written. `resumed` groups of layers were there from a run that was stopped."""
+class CalibrationResult:
+    """A written calibration. `resumed` is the number of groups of layers that an interrupted run had finished."""
 
     path: Path
     statistics: tuple[str, ...]
@@ -90,7 +99,7 @@ class Calibrated:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One way through the model that fills `statistics` of a group of layers."""
+    """A pass over the model that collects statistics of a group of layers, at a size."""
 
     title: str
     statistics: tuple[str, ...]
@@ -98,41 +107,50 @@ class Pass:
 
     @property
     def samples_pictures(self) -> bool:
-        """Whether it draws; else it takes gradients on pictures that are there."""
+        """Whether it draws pictures; other passes compute gradients on pictures that exist."""
         return self.statistics[0] in SAMPLED
 
 
 def check_statistics(names: Sequence[str]) -> None:
-    """CalibrationError for a statistic that nobody collects, OptionError where there is none."""
+    """Check the names of statistics.
+
+    Raises:
+        OptionError: The list is empty.
+        CalibrationError: A name is unknown.
+    """
     if not names:
         raise OptionError("the criteria need no calibration", "Give --criterion wanda, taylor, obs or adverse.")
     for name in names:
         if name not in STATISTICS:
-            raise CalibrationError(f"there is no statistic {name!r}", f"There are: {', '.join(STATISTICS)}.")
+            raise CalibrationError(f"unknown statistic {name!r}", f"There are: {', '.join(STATISTICS)}.")
 
 
 def passes(setting: Setting) -> tuple[Pass, ...]:
-    """What has to be run, in order."""
+    """Return the passes of a calibration, in order."""
     kinds = (
         ("sampling", SAMPLED, setting.size),
         ("gradients", GRADIENT, setting.size),
         ("native gradients", NATIVE, setting.native),
     )
-    found = []
-    for title, known, size in kinds:
-        wanted = tuple(name for name in known if name in setting.statistics)
-        if wanted:
-            found.append(Pass(title, wanted, size))
-    return tuple(found)
+    selected = [(title, tuple(n for n in names if n in setting.statistics), size) for title, names, size in kinds]
+    return tuple(Pass(title, names, size) for title, names, size in selected if names)
 
 
 def groups(
-    layers: Sequence[LayerSpec], statistics: Sequence[str], room: Room, free: int
+    layers: Sequence[LayerSpec], statistics: Sequence[str], room: MemoryLimit, free: int
 ) -> Iterator[tuple[LayerSpec, ...]]:
-    """The layers in their order, in groups whose statistics fit; a layer that fits nowhere is a group alone.
+    """Split layers into groups whose statistics fit into memory; a layer that is too large is a group of its own.
 
-    `free` bytes decide where `room` gives none. A gradient needs its own weight's size beside its statistics, twice:
-    autograd's, and that in float32.
+    A gradient pass also needs each weight's size twice: for autograd's gradient and for that in float32.
+
+    Args:
+        layers: The layers, whose order is kept.
+        statistics: The statistics of the pass.
+        room: The limit that the user gave.
+        free: Free bytes, which decide if the user gave none.
+
+    Yields:
+        One group after another.
     """
     limit = room.memory if room.memory is not None else int(free * SHARE)
     extra = 0 if statistics[0] in SAMPLED else 2
@@ -151,10 +169,17 @@ def groups(
 
 
 def step_weight(step: int, steps: int) -> float:
-    """OBS-Diff's weight of a step of sampling, from 1.2 for the first to 0.8 for the last.
+    """Compute OBS-Diff's weight of a sampling step, from 1.2 for the first to 0.8 for the last.
 
     alpha_i = 0.8 + (1.2 - 0.8) * ln(N - i) / ln(N), i = 0 .. N-1: the weights 0.8 + 0.4 * ln(1 + i) / ln(N) in reverse,
-    as its public code has them (arXiv 2510.06751: weights that decrease with a logarithm). N = 1: 1.2.
+    as in its public code (arXiv 2510.06751: weights that decrease logarithmically). 1.2 for N = 1.
+
+    Args:
+        step: i, from 0.
+        steps: N.
+
+    Returns:
+        alpha_i.
     """
     if steps <= 1:
         return FIRST_STEP
@@ -163,31 +188,31 @@ def step_weight(step: int, steps: int) -> float:
 
 
 def times(setting: Setting) -> tuple[tuple[float, ...], ...]:
-    """For each picture its places in time, in [0, 1): one in each of `samples` equal parts.
+    """Choose the times of the loss samples of each picture, in [0, 1): one in each of `samples` equal intervals.
 
-    The place within the parts moves on by the golden ratio from picture to picture, from a start that the first seed
-    decides, so that all pictures together fill time evenly (a Kronecker sequence; Niederreiter 1992, chapter 3).
+    The position inside the intervals shifts by the golden ratio from picture to picture, from a start that the first
+    seed decides, so that all pictures together fill time evenly (a Kronecker sequence; Niederreiter 1992, chapter 3).
     """
-    start = random.Random(setting.pairs[0][1]).random()  # noqa: S311  no secret
+    start = random.Random(setting.pairs[0][1]).random()  # noqa: S311  not a secret
     shifts = ((start + number * GOLDEN) % 1 for number in range(len(setting.pairs)))
     return tuple(tuple((part + shift) / setting.samples for part in range(setting.samples)) for shift in shifts)
 
 
 def noise_seed(seed: int, sample: int) -> int:
-    """The seed of the noise of a picture's sample, far from those that pictures are drawn from."""
+    """Return the seed of the noise of a loss sample, which differs from the seeds of pictures."""
     return int.from_bytes(hashlib.sha256(f"loss {seed} {sample}".encode()).digest()[:8], "little") >> 1
 
 
 def prompts_hash(pairs: Sequence[tuple[str, int]]) -> str:
-    """SHA-256 of the prompts, one a line, in the order of the pictures."""
+    """Return the SHA-256 of the prompts, one a line, in the order of the pictures."""
     return hashlib.sha256("\n".join(prompt for prompt, _ in pairs).encode()).hexdigest()
 
 
-def facts(setting: Setting, steps: int, guidance: float, scheduler: str, place: Mapping[str, str]) -> dict[str, str]:
-    """How the numbers came to be, as it stands in the file's header and decides whether a run may go on."""
+def facts(setting: Setting, steps: int, guidance: float, scheduler: str, origin: Mapping[str, str]) -> dict[str, str]:
+    """Describe how the numbers are made, for the file's header and to recognise an interrupted run."""
     pairs = setting.pairs
     different = len({prompt for prompt, _ in pairs})
-    said = {
+    texts = {
         "prompts": f"{different}, sha256 {prompts_hash(pairs)}",
         "pictures": str(len(pairs)),
         "seeds": f"{pairs[0][1]} to {pairs[-1][1]}",
@@ -195,11 +220,11 @@ def facts(setting: Setting, steps: int, guidance: float, scheduler: str, place: 
         "steps": str(steps),
         "guidance": f"{guidance:g}",
         "batch": str(setting.batch),
-        **place,
+        **origin,
     }
     if setting.negative:
-        said["negative"] = setting.negative
+        texts["negative"] = setting.negative
     if any(name not in SAMPLED for name in setting.statistics):
-        said["loss_samples"] = f"{setting.samples} of each picture"
-        said["resized"] = "bicubic"
-    return said
+        texts["loss_samples"] = f"{setting.samples} of each picture"
+        texts["resized"] = "bicubic"
+    return texts

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from crdiff_export.calibrate import Calibrated, CalibrateRequest, Job, prepare, run
+from crdiff_export.calibrate import CalibrateRequest, CalibrationJob, CalibrationResult, prepare, run
 from crdiff_export.cli import drawing, options
 from crdiff_export.cli.command import command, option, option_group
 from crdiff_export.cli.output import Facts, Output, Result
@@ -68,7 +68,7 @@ def calibrate(out: Output, base: str, listed: tuple[str, ...], **settings: Any) 
 
 
 @contextmanager
-def _resumable(job: Job) -> Iterator[None]:
+def _resumable(job: CalibrationJob) -> Iterator[None]:
     """If a signal ends a run that has begun, say what is kept and how it goes on."""
     try:
         yield
@@ -80,7 +80,7 @@ def _resumable(job: Job) -> Iterator[None]:
         raise
 
 
-def _describe(job: Job) -> list[str]:
+def _describe(job: CalibrationJob) -> list[str]:
     pairs = job.setting.pairs
     return [
         f"{', '.join(job.setting.statistics)} of {len(job.plan.targets)} layers",
@@ -88,7 +88,7 @@ def _describe(job: Job) -> list[str]:
     ]
 
 
-def _facts(calibrated: Calibrated) -> list[tuple[str, str]]:
+def _facts(calibrated: CalibrationResult) -> list[tuple[str, str]]:
     resumed = [("kept from before", f"{calibrated.resumed} groups of layers")] if calibrated.resumed else []
     return [
         ("statistics", ", ".join(calibrated.statistics)), ("layers", str(calibrated.layers)),
@@ -97,7 +97,7 @@ def _facts(calibrated: Calibrated) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _as_json(job: Job, calibrated: Calibrated) -> dict[str, Any]:
+def _as_json(job: CalibrationJob, calibrated: CalibrationResult) -> dict[str, Any]:
     return {
         "base": job.drawing.base.name, "family": job.plan.match.family.id, "resolution": str(job.setting.size),
         "native": str(job.setting.native), "criteria": list(job.request.criteria),

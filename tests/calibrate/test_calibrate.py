@@ -36,7 +36,7 @@ from crdiff_export.calibrate import (
     runner,
 )
 from crdiff_export.calibrate import setting as names
-from crdiff_export.calibrate.setting import LayerSpec, Room, Setting
+from crdiff_export.calibrate.setting import LayerSpec, MemoryLimit, Setting
 from crdiff_export.cli.options import BYTES
 from crdiff_export.cli.signals import Stopped
 from crdiff_export.errors import CalibrationError, CrdiffError, OptionError
@@ -364,7 +364,7 @@ def test_other_settings_are_refused_or_start_over(name: str, tmp_path: Path) -> 
     other = replace(DEMO, output=target, **changes)
     with pytest.raises(CalibrationError) as error:
         calibrate(other)
-    assert error.value.message.startswith(f"{part}: begun with other settings: {message}")
+    assert error.value.message.startswith(f"{part}: started with other settings: {message}")
     assert error.value.hint == (
         "Give those again to go on, or --force to start over, which deletes c.safetensors.part."
     )
@@ -397,7 +397,7 @@ def test_another_pipeline_around_the_same_model(change: Callable[[Any], None], m
     with pytest.raises(Stopped):
         made.collect(target, setting("norm"), Stages("writing"))
     change(made.pipe)
-    with pytest.raises(CalibrationError, match=f"begun with other settings: {message}"):
+    with pytest.raises(CalibrationError, match=f"started with other settings: {message}"):
         made.collect(target, setting("norm"))
     assert made.collect(target, setting("norm"), replace=True).resumed == 0
 
@@ -436,7 +436,7 @@ def test_a_folder_without_its_record(tmp_path: Path) -> None:
     assert {path.name for path in part.iterdir()} > {"0001.safetensors", "picture-00000.png"}
     with pytest.raises(CalibrationError) as error:
         calibrate(request)
-    assert error.value.message == f"{part}: run.json, which says of what run it is, is gone"
+    assert error.value.message == f"{part}: run.json with the settings of its run is missing"
     assert error.value.hint == "Give --force to start over, which deletes c.safetensors.part, or another -o."
     (part / "0001.safetensors.bak").write_text("mine")
     with pytest.raises(CalibrationError, match="not a folder that crdiff made"):
@@ -471,7 +471,7 @@ def test_the_record_is_deleted_last(changes: dict[str, Any], tmp_path: Path, mon
 def test_a_record_that_cannot_be_read(tmp_path: Path) -> None:
     stopped(tmp_path / "c.safetensors")
     (tmp_path / "c.safetensors.part" / "run.json").write_text("{")
-    with pytest.raises(CalibrationError, match=r"begun with other settings: run\.json cannot be read"):
+    with pytest.raises(CalibrationError, match=r"started with other settings: run\.json cannot be read"):
         calibrate(replace(DEMO, output=tmp_path / "c.safetensors"))
 
 
@@ -513,7 +513,7 @@ def test_two_runs_do_not_meet(tmp_path: Path) -> None:
     handle = os.open(part, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with pytest.raises(CalibrationError, match=r"c\.safetensors\.part: another run is at work there") as error:
+        with pytest.raises(CalibrationError, match=r"c\.safetensors\.part: another run uses it") as error:
             calibrate(replace(DEMO, output=tmp_path / "c.safetensors"))
     finally:
         os.close(handle)
@@ -539,7 +539,7 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("error", "message", "hint"),
-    [(FileExistsError(errno.EEXIST, "x"), "c: came there in the meantime", "--force"),
+    [(FileExistsError(errno.EEXIST, "x"), "c: was created in the meantime", "--force"),
      (PermissionError(errno.EACCES, "Permission denied"), "c: Permission denied", "you may write to")],
 )  # fmt: skip
 def test_what_the_file_system_says(error: OSError, message: str, hint: str) -> None:
@@ -557,7 +557,7 @@ def test_what_comes_there_in_the_meantime_stays(tmp_path: Path) -> None:
             if title == "writing":
                 target.write_bytes(b"other")
 
-    with pytest.raises(CalibrationError, match="came there in the meantime"):
+    with pytest.raises(CalibrationError, match="was created in the meantime"):
         calibrate(replace(DEMO, output=target), Meanwhile())
     assert target.read_bytes() == b"other"
     assert [path.name for path in tmp_path.glob(".*")] == []
@@ -704,18 +704,18 @@ LAYERS = tuple(LayerSpec(str(i), 10, 20, "") for i in range(7))
 @pytest.mark.parametrize(
     ("statistics", "room", "free", "sizes"),
     [
-        (("norm",), Room(), 10**6, [7]),
-        (("norm",), Room(memory=3 * 160), 0, [3, 3, 1]),
-        (("norm",), Room(), 4 * 160, [2, 2, 2, 1]),
-        (("gram",), Room(memory=2 * 1600), 0, [2, 2, 2, 1]),
-        (("norm", "gram"), Room(memory=1), 0, [1] * 7),
-        (("gradient",), Room(memory=2 * 3 * 800), 0, [2, 2, 2, 1]),
-        (("gradient", "gradient_abs"), Room(layers=4), 10**9, [4, 3]),
-        (("norm",), Room(memory=3 * 160, layers=2), 0, [2, 2, 2, 1]),
+        (("norm",), MemoryLimit(), 10**6, [7]),
+        (("norm",), MemoryLimit(memory=3 * 160), 0, [3, 3, 1]),
+        (("norm",), MemoryLimit(), 4 * 160, [2, 2, 2, 1]),
+        (("gram",), MemoryLimit(memory=2 * 1600), 0, [2, 2, 2, 1]),
+        (("norm", "gram"), MemoryLimit(memory=1), 0, [1] * 7),
+        (("gradient",), MemoryLimit(memory=2 * 3 * 800), 0, [2, 2, 2, 1]),
+        (("gradient", "gradient_abs"), MemoryLimit(layers=4), 10**9, [4, 3]),
+        (("norm",), MemoryLimit(memory=3 * 160, layers=2), 0, [2, 2, 2, 1]),
     ],
     ids=["all", "memory", "half of what is free", "products", "too little", "gradients", "layers", "both"],
 )
-def test_groups_fit(statistics: tuple[str, ...], room: Room, free: int, sizes: list[int]) -> None:
+def test_groups_fit(statistics: tuple[str, ...], room: MemoryLimit, free: int, sizes: list[int]) -> None:
     found = list(names.groups(LAYERS, statistics, room, free))
     assert [len(group) for group in found] == sizes
     assert tuple(layer for group in found for layer in group) == LAYERS
@@ -732,14 +732,14 @@ def test_amounts(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("name", ["norms", "", "gradient_cube"])
 def test_there_is_no_such_statistic(name: str) -> None:
-    with pytest.raises(CalibrationError, match=f"there is no statistic {name!r}") as error:
+    with pytest.raises(CalibrationError, match=f"unknown statistic {name!r}") as error:
         setting("norm", name)
     assert error.value.hint == f"There are: {', '.join(STATISTICS)}."
 
 
 @pytest.mark.parametrize("changes", [{"pairs": ()}, {"batch": 0}, {"samples": 0}], ids=str)
 def test_nothing_to_calibrate_with(changes: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match="there is nothing to calibrate with"):
+    with pytest.raises(OptionError, match="a calibration needs a prompt and a sample"):
         Setting(**{"size": SIZE, "native": NATIVE, "statistics": ("norm",), "pairs": ((PROMPTS[0], 0),), **changes})
 
 
@@ -800,7 +800,7 @@ REFUSED = {
     "bad-option": (f"{QUICK} --criterion taylor:form=cube", 2, "form is square or abs, not 'cube'", "taylor"),
     "bad-memory": (f"{QUICK} --criterion wanda --memory much", 2, "'much' is no amount of memory", "explains it"),
     "no-memory": (f"{QUICK} --criterion wanda --memory 0", 2, "'0' is no amount of memory", "explains it"),
-    "no-prompts": ("calibrate {sd15} --res 512 --criterion wanda", 2, "there are no prompts", "--prompts FILE"),
+    "no-prompts": ("calibrate {sd15} --res 512 --criterion wanda", 2, "no prompt is given", "--prompts FILE"),
     "no-file": (f"{QUICK} --criterion wanda --prompts none.txt", 2, "no such prompt file", "one prompt a line"),
     "not-a-scene": (f"{QUICK} --criterion wanda --prompts fox.txt", 1, "it does not know fox", "Write it"),
     "off-grid": ("calibrate demo --res 50 --criterion wanda", 1, "50x50 does not fit", "Use 48x48"),
@@ -859,8 +859,8 @@ def test_what_cannot_be_is_refused(
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"criteria": ()}, "there is no criterion"), ({"samples": 0}, "a number is too small"),
-     ({"seed": -1}, "a number is too small"), ({"memory": 0}, "no memory is no room for a statistic"),
+    [({"criteria": ()}, "no criterion is given"), ({"samples": 0}, "a number is too small"),
+     ({"seed": -1}, "a number is too small"), ({"memory": 0}, "--memory must be at least one byte"),
      ({"prompts": (" ",)}, "a prompt is empty")],
     ids=str,
 )  # fmt: skip

@@ -121,7 +121,7 @@ def test_no_safetensors(tmp_path: Path, content: bytes, message: str) -> None:
 def test_no_calibration(tmp_path: Path, plan: Plan) -> None:
     path = plan.checkpoint.path
     assert refusal(lambda: Calibration.open(path)) == (
-        f"{path}: is no calibration",
+        f"{path}: is not a calibration",
         f"Its header has no crdiff.calibration. {AGAIN}",
     )
 
@@ -137,8 +137,8 @@ def test_no_calibration(tmp_path: Path, plan: Plan) -> None:
             ({key: None}, f"its header has no crdiff.calibration.{key}", AGAIN)
             for key in ("family", "base", "base_hash", "size", "native", "statistics", "layers")
         ),
-        ({"size": "large"}, "crdiff.calibration.size is 'large', which is no size", AGAIN),
-        ({"native": "0"}, "crdiff.calibration.native is '0', which is no size", AGAIN),
+        ({"size": "large"}, "crdiff.calibration.size is 'large', which is not a size", AGAIN),
+        ({"native": "0"}, "crdiff.calibration.native is '0', which is not a size", AGAIN),
         ({"layers": "[]"}, "crdiff.calibration.layers is not a JSON object", AGAIN),
         (
             {"layers": "{"},

@@ -342,7 +342,7 @@ def test_a_gradient_too_large_for_fp16_is_taken_again() -> None:
     example = gradients.Example(latents * 30, denoising.embed(PROMPTS[0]))
     noise = 30 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
     weight = pipe.unet.get_parameter("conv_out.weight")
-    loss = denoising.loss(example.latents, example.told, 0.5, noise)
+    loss = denoising.loss(example.latents, example.arguments, 0.5, noise)
     (raw,) = torch.autograd.grad(loss * gradients.SCALES[0], [weight])
     assert not raw.isfinite().all()
     (found,) = gradients._gradients(denoising, example, 0.5, noise, [weight])
@@ -376,17 +376,17 @@ REFUSED = {
     "img2img": ("sd15", _img2img, "StableDiffusionImg2ImgPipeline: its training loss is not known", "(wanda, obs)"),
     "edm": (
         "sd15", lambda pipe: _scheduled(pipe, diffusers.EDMEulerScheduler()),
-        "EDMEulerScheduler: its noise is not known here (epsilon)", "such as DDIM",
+        "EDMEulerScheduler: its forward process is unknown (epsilon)", "such as DDIM",
     ),
     "flow-prediction": (
         "sd15", lambda pipe: _scheduled(pipe, diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction")),
-        "DPMSolverMultistepScheduler: its noise is not known here (flow_prediction)", "epsilon, v_prediction, sample",
+        "DPMSolverMultistepScheduler: its forward process is unknown (flow_prediction)", "epsilon, v_prediction, sample",
     ),
     "no-flow": (
         "sd3", lambda pipe: _scheduled(pipe, diffusers.DDIMScheduler()), "DDIMScheduler: does not match flows",
         "FlowMatchEulerDiscreteScheduler",
     ),
-    "lcm": ("sd15", _lcm, "the model is told its guidance (LCM)", "distilled from"),
+    "lcm": ("sd15", _lcm, "the guidance is an input of the model (LCM)", "distilled from"),
     "centred": ("sd15", _centred, "the VAE centres its latents", "(wanda, obs)"),
 }  # fmt: skip
 

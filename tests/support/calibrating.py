@@ -11,7 +11,7 @@ import transformers
 
 from crdiff_export import ExportRequest, Size
 from crdiff_export.calibrate import Setting, runner
-from crdiff_export.calibrate.setting import Calibrated
+from crdiff_export.calibrate.setting import CalibrationResult
 from crdiff_export.export import plan_variant
 from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.models import demo
@@ -88,7 +88,7 @@ class Tiny:
     def session(self) -> Session:
         return Session(self.pipe, FAMILIES[self.kind])
 
-    def collect(self, target: Path, setting: Setting, progress: Any = None, **options: Any) -> Calibrated:
+    def collect(self, target: Path, setting: Setting, progress: Any = None, **options: Any) -> CalibrationResult:
         return runner.collect(self.session, self.plan, setting, target, progress, base=self.kind, **options)
 
 
