@@ -373,18 +373,18 @@ def _centred(pipe: Any) -> Any:
 
 
 REFUSED = {
-    "img2img": ("sd15", _img2img, "StableDiffusionImg2ImgPipeline: its training loss is not known", "(wanda, obs)"),
+    "img2img": ("sd15", _img2img, "StableDiffusionImg2ImgPipeline: its training loss is unknown", "(wanda, obs)"),
     "edm": (
         "sd15", lambda pipe: _scheduled(pipe, diffusers.EDMEulerScheduler()),
         "EDMEulerScheduler: its forward process is unknown (epsilon)", "such as DDIM",
     ),
     "flow-prediction": (
         "sd15", lambda pipe: _scheduled(pipe, diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction")),
-        "DPMSolverMultistepScheduler: its forward process is unknown (flow_prediction)", "epsilon, v_prediction, sample",
+        "DPMSolverMultistepScheduler: its forward process is unknown", "epsilon, v_prediction, sample",
     ),
     "no-flow": (
-        "sd3", lambda pipe: _scheduled(pipe, diffusers.DDIMScheduler()), "DDIMScheduler: does not match flows",
-        "FlowMatchEulerDiscreteScheduler",
+        "sd3", lambda pipe: _scheduled(pipe, diffusers.DDIMScheduler()),
+        "DDIMScheduler: is not a flow-matching scheduler", "FlowMatchEulerDiscreteScheduler",
     ),
     "lcm": ("sd15", _lcm, "the guidance is an input of the model (LCM)", "distilled from"),
     "centred": ("sd15", _centred, "the VAE centres its latents", "(wanda, obs)"),
