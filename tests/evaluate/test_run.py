@@ -4,9 +4,7 @@ import errno
 import io
 import json
 import re
-import shlex
 import signal
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -204,14 +202,10 @@ def test_command_prints_facts_a_table_and_files(line: Line, monkeypatch: pytest.
     assert line("recipes validate e.toml").code == 0
 
 
-def test_quiet_prints_the_table_alone(here: Path) -> None:
-    """In a process of its own, for which nothing was loaded before."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "crdiff_export", *shlex.split(f"{COMMAND} -q")],
-        cwd=here, check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert [text.split()[0] for text in ran.stdout.splitlines()] == ["size", "48x48", "pruned", "POA"]
+def test_quiet_prints_the_table_alone(line: Line) -> None:
+    ran = line(f"{COMMAND} -q")
+    assert (ran.code, ran.err) == (0, "")
+    assert [text.split()[0] for text in ran.out.splitlines()] == ["size", "48x48", "pruned", "POA"]
 
 
 def test_a_table_is_there_before_a_file_that_cannot_be(line: Line, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
