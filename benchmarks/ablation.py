@@ -79,33 +79,34 @@ def calibrate(settings: Settings, size: str) -> str:
     return f"{path.name}: {path.stat().st_size / 1e6:.1f} MB"
 
 
-def search(asked: Settings, size: str, criterion: str) -> str:
-    """Ratios for a criterion."""
+def search(settings: Settings, size: str, criterion: str) -> str:
+    """Search ratios for a criterion."""
     from crdiff_export import Size
     from crdiff_export.progress import Silent
     from crdiff_export.search import SearchRequest, prepare
     from crdiff_export.search import search as run_search
 
-    path = asked.result(size, criterion, "ratios")
+    path = settings.result(size, criterion, "ratios")
     if path.exists():
         return f"{path.name}: there"
-    found = run_search(
+    result = run_search(
         prepare(
             SearchRequest(
-                "demo", Size.parse(size), criterion=criterion, calibration=asked.calibration(size, criterion),
-                recipe=asked.start, limit=asked.prompts, trials=asked.trials, batch=-(-asked.prompts // 2),
-                device=asked.device, dtype=asked.dtype,
+                "demo", Size.parse(size), criterion=criterion, calibration=settings.calibration(size, criterion),
+                recipe=settings.start, limit=settings.prompts, trials=settings.trials, batch=-(-settings.prompts // 2),
+                device=settings.device, dtype=settings.dtype,
                 storage=str(path.with_suffix(".db")), outputs=(path.with_suffix(".toml"),),
                 force=True,
             )
         ),
         Silent(),
     )  # fmt: skip
-    trials = [one for one in found.trials if one.value is not None and not one.candidate.dense and one.scores]
-    whole = [one for one in trials if one.state == "complete"]
-    best = max(whole, key=lambda one: one.value or 0.0)  # of those that prune: the dense model is every row's measure
-    path.write_text(json.dumps({"ratios": best.candidate.by_group, "score": best.value, "dense": found.dense.value}))
-    return f"{path.name}: {best.candidate.by_group}, {best.value:.4f} (dense {found.dense.value:.4f})"
+    trials = [t for t in result.trials if t.value is not None and not t.candidate.dense and t.scores]
+    # The best of those that prune: the dense model is what every row is compared with.
+    best = max((t for t in trials if t.state == "complete"), key=lambda trial: trial.value or 0.0)
+    ratios, dense = best.candidate.by_group, result.dense.value
+    path.write_text(json.dumps({"ratios": ratios, "score": best.value, "dense": dense}))
+    return f"{path.name}: {ratios}, {best.value:.4f} (dense {dense:.4f})"
 
 
 def measure(settings: Settings, size: str, criterion: str, which: str) -> str:
