@@ -22,6 +22,7 @@ from crdiff_export.errors import PreviewError
 from crdiff_export.evaluate.comparison import model_name
 from crdiff_export.evaluate.preview import Preview, PreviewRequest, draw, prepare, preview, run, write
 from crdiff_export.evaluate.report import page
+from crdiff_export.hub.location import HubLocation
 from crdiff_export.models import demo
 from crdiff_export.progress import Silent
 from crdiff_export.sampling import pipelines, poa
@@ -477,14 +478,14 @@ def test_what_a_network_lacks_comes_from_the_hub(
 
 
 def test_a_whole_file_lacks_only_its_configuration(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched: list[tuple[str | None, ...]] = []
+    fetched: list[tuple[str, str | None]] = []
 
-    def fetch_parts(*words: str | None) -> Path:
-        fetched.append(words)
+    def fetch_parts(location: HubLocation, without: str | None = None) -> Path:
+        fetched.append((location.repo, without))
         return demo.config()
 
     monkeypatch.setattr(hub, "fetch_parts", fetch_parts)
     shutil.copyfile(demo.path(), here / "base.safetensors")
     job = prepare(replace(ONE, base="base.safetensors", config="my/pipe"))
     assert job.drawing.opening.here() == demo.config()
-    assert fetched == [("my/pipe", None, None)]  # None: no weights of any part
+    assert fetched == [("my/pipe", None)]  # None: the weights of all parts stay there

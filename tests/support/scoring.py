@@ -10,6 +10,7 @@ from PIL import Image
 from crdiff_export import hub
 from crdiff_export.evaluate.scorers import Scorer
 from crdiff_export.evaluate.scorers.weights import Fetch, Repo
+from crdiff_export.hub.location import HubLocation
 
 Fetched = list[tuple[str, str | None, str | None]]
 
@@ -27,16 +28,12 @@ def serve(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Fetched:
     """Put those repositories in the Hub's place; the list that is returned grows by repository, file and commit."""
     fetched: Fetched = []
 
-    def fetch(repo: str, file: str, revision: str | None, _variant: str | None) -> Path:
-        fetched.append((repo, file, revision))
-        return shelf / repo / file
-
-    def fetch_parts(repo: str, revision: str | None) -> Path:
-        fetched.append((repo, None, revision))
-        return shelf / repo
+    def fetch(location: HubLocation, *_: object) -> Path:
+        fetched.append((location.repo, location.file, location.revision))
+        return shelf / location.repo / (location.file or "")
 
     monkeypatch.setattr(hub, "fetch", fetch)
-    monkeypatch.setattr(hub, "fetch_parts", fetch_parts)
+    monkeypatch.setattr(hub, "fetch_parts", fetch)
     return fetched
 
 
