@@ -285,7 +285,7 @@ def test_what_libraries_refuse_in_their_own_words(words: str, code: int, key: st
 def test_other_settings_are_refused_with_their_names(line: Line, here: Path) -> None:
     words = "search demo --res 48 --limit 4 --batch 2 -o a.toml --worker --trials 2"
     assert line(f"{words} --steps 1").code == 0
-    ran = line(f"{words} --steps 2 --noise 9")
+    ran = line(f"{words} --steps 2 --noise 9 -q")
     refused(ran, 1, "'demo-48x48'", "prompts and seeds was ", "; steps was 1, now 2")
     early = line(f"{words} --steps 1 --seed 5")
     assert "search seed was 42, now 5" in early.err
