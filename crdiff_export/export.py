@@ -1,8 +1,8 @@
 """READ FIRST: the whole way of an export, from a base to a pruned checkpoint.
 
-`prepare` turns an `ExportRequest` into an `ExportJob`, which holds the `Plan`, from headers alone. `run` reads the
-weights, decides which of them go, and makes a `WriteJob`, from which `bake.write` makes the `Written` output. Both are
-in the result, `Baked`.
+`prepare` turns an `ExportRequest` into an `ExportJob`, which holds the `Plan`, from headers alone. `run` ranks the
+weights (`_rank`), decides for every job which of them go (`Decision`), and makes a `WriteJob`, from which `bake.write`
+makes the `Written` output. `Baked` holds the job and what was written.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -243,7 +243,7 @@ def _rank(jobs: Sequence[ExportJob], progress: Progress) -> Iterator[_Ranking]:
 
 
 def _known_hashes(jobs: Sequence[ExportJob]) -> Mapping[str, str]:
-    """Return the hashes of whole files that need not be computed; a pickle is restored by its tensors' hash alone."""
+    """Return the files' hashes that the Hub told; none if a pickle's restore will need the hash of its tensors."""
     pickled = any(file.tensors_of for file in jobs[0].plan.checkpoint.files)
     restorable = any(job.request.residual != residual.NONE for job in jobs)
     return {} if pickled and restorable else jobs[0].base.hashes
