@@ -20,7 +20,7 @@ from crdiff_export.progress import Progress
 from crdiff_export.prune.architecture import Architecture
 from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.kernels import Kernel
-from crdiff_export.prune.plan import Output, Plan
+from crdiff_export.prune.plan import OutputFile, Plan
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -62,7 +62,7 @@ class WriteJob:
         counts = [threshold.pruned for threshold in self.decision.thresholds]
         return destination.measure_space(self.plan, self.target, self.residual, counts)
 
-    def metadata(self, output: Output, hashes: Hashes | None) -> Mapping[str, str]:
+    def metadata(self, output: OutputFile, hashes: Hashes | None) -> Mapping[str, str]:
         """Make the metadata of one of its files.
 
         Args:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PIECE = 8 << 20
 
 
-class Stopped(Exception):
+class HashCancelled(Exception):
     """The hash was cancelled."""
 
 
@@ -89,7 +89,7 @@ def feed(
         progress: Told of every byte read.
 
     Raises:
-        Stopped: `stopped` was set.
+        HashCancelled: `stopped` was set.
     """
     if start == stop:
         return
@@ -98,7 +98,7 @@ def feed(
     try:
         for position in range(start, stop, PIECE):
             if stopped.is_set():
-                raise Stopped
+                raise HashCancelled
             part = buffer[: min(PIECE, stop - position)]
             reader.read_into(position, part)
             digest.update(part)

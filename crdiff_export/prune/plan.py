@@ -80,7 +80,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputFile:
     """One file to write: the source's tensors at their places in the output, in the order of the source's header."""
 
     source: SourceFile
@@ -120,7 +120,7 @@ class Plan:
     kinds: tuple[str, ...]
     scopes: tuple[Scope, ...]
     targets: tuple[Target, ...]
-    outputs: tuple[Output, ...]
+    outputs: tuple[OutputFile, ...]
     cast: str | None = None
     allow_nonfinite: bool = False
     notes: tuple[str, ...] = ()
@@ -270,7 +270,7 @@ def _kinds(match: Match, requested: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _targets(
-    outputs: Sequence[Output], match: Match, kinds: Sequence[str], ratios: Mapping[str, float]
+    outputs: Sequence[OutputFile], match: Match, kinds: Sequence[str], ratios: Mapping[str, float]
 ) -> tuple[tuple[Target, ...], tuple[Scope, ...]]:
     """List the targets in the order of files, bytes and rows, which is the order of lists in the header."""
     layers: dict[str, list[FamilyLayer]] = {}
@@ -312,10 +312,10 @@ def _check_target(file: SourceFile, tensor: TensorSpec) -> None:
         raise PlanError(message, f"{may} export from the checkpoint before it was quantised.")
 
 
-def _output(file: SourceFile, cast: str | None) -> Output:
+def _output(file: SourceFile, cast: str | None) -> OutputFile:
     """Place every tensor of a file in the output; without a cast nothing moves."""
     if cast is None:
-        return Output(file, file.tensors, (Run(0, file.data_size, 0),) if file.data_size else ())
+        return OutputFile(file, file.tensors, (Run(0, file.data_size, 0),) if file.data_size else ())
     placed: dict[str, TensorSpec] = {}
     runs: list[Run] = []
     position = 0
@@ -326,4 +326,4 @@ def _output(file: SourceFile, cast: str | None) -> Output:
         if end > position:
             runs.append(Run(position, end, t.start, t.name, None if dtype == t.dtype else (t.dtype, dtype)))
         position = end
-    return Output(file, tuple(placed[t.name] for t in file.tensors), tuple(runs))
+    return OutputFile(file, tuple(placed[t.name] for t in file.tensors), tuple(runs))

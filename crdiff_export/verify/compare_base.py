@@ -21,7 +21,7 @@ from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import kernels, plan
 from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.criterion_choice import CriterionChoice
-from crdiff_export.prune.plan import Output, Plan
+from crdiff_export.prune.plan import OutputFile, Plan
 from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH, REPAIR, BakedCheckpoint, raw_bits, read_decision
 from crdiff_export.verify.residual_reader import Residual, ResidualReader
 
@@ -184,7 +184,7 @@ def _check_same_tensors(baked: Plan, base: Plan) -> None:
 
 def _compare(
     stream: Stream,
-    output: Output,
+    output: OutputFile,
     baked: SourceFile,
     residual: Residual | None,
     skipped: Sequence[PruneRange],
