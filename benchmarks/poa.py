@@ -151,7 +151,7 @@ def main() -> None:
         peaks = memory(folder)
         other = copy_of(unet, source)
         call_of("sequential", unet, source, arguments)()
-        held = 1 + unet.crdiff_poa.held / weights
+        held = 1 + unet.crdiff_poa.extra_bytes / weights
         times: dict[str, list[float]] = {way: [] for way in WAYS}
         for number in range(options.rounds + 1):
             for way in WAYS:

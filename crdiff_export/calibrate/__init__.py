@@ -108,9 +108,9 @@ def prepare(request: CalibrateRequest) -> CalibrationJob:
     demo = request.base == bases.BUILT_IN
     if not (request.prompts or demo):
         raise OptionError("no prompt is given", "Give --prompts FILE, one a line.")
-    found = drawing_setup.find(request)
+    found = drawing_setup.read_base(request)
     exported = ExportRequest(request.base, request.size, targets=request.targets, variant=request.variant, force=True)
-    planned = drawing_setup.planned(found, exported)
+    planned = drawing_setup.plan_export(found, exported)
     stem = found.base.stem or found.checkpoint.stem
     target = request.output or Path(f"{stem}-{request.size}-calibration.safetensors")
     folder.check_target(target, planned, force=request.force)
@@ -141,11 +141,11 @@ def run(job: CalibrationJob, progress: Progress) -> CalibrationResult:
         The written calibration.
     """
     from crdiff_export.calibrate import runner
-    from crdiff_export.sampling.session import Place, session
+    from crdiff_export.sampling.session import Placement, open_session
 
     family, drawing = job.plan.match.family.id, job.drawing
-    place = Place(drawing.device, drawing.dtype, advice="a smaller --batch or --memory")
-    with session(drawing.opening, family, place, drawing.base.name) as opened:
+    place = Placement(drawing.device, drawing.dtype, advice="a smaller --batch or --memory")
+    with open_session(drawing.opening, family, place, drawing.base.name) as opened:
         return runner.collect(
             opened, job.plan, job.setting, job.target, progress,
             base=drawing.base.name, room=job.room, replace=job.request.force,

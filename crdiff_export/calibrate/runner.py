@@ -27,7 +27,7 @@ from crdiff_export.prune.criteria import calibration
 from crdiff_export.prune.layer_names import diffusers_name
 from crdiff_export.prune.plan import Plan, Target
 from crdiff_export.sampling import fingerprint
-from crdiff_export.sampling.poa.sampling import model_of
+from crdiff_export.sampling.poa.handle import model_of
 from crdiff_export.sampling.session import Session, Style
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def _fingerprint(pipe: Any, plan: Plan, wanted: Setting, base_id: Identity, fact
     return {
         **facts, "version": calibration.VERSION, "family": plan.match.family.id, "base_hash": base_id.hash,
         "size": str(wanted.size), "native": str(wanted.native), "statistics": ", ".join(wanted.statistics),
-        "scheduler_settings": fingerprint.scheduler(pipe), "other_parts": fingerprint.others(pipe, model_of(pipe)),
+        "scheduler_settings": fingerprint.scheduler(pipe), "other_parts": fingerprint.other_parts(pipe, model_of(pipe)),
         "layers": f"{len(base_id.layers)}, sha256 {hashlib.sha256(layers.encode()).hexdigest()}",
     }  # fmt: skip
 

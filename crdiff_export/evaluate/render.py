@@ -13,7 +13,7 @@ from crdiff_export.evaluate.results import Evaluation, ModelScores, Subject
 from crdiff_export.progress import Progress
 from crdiff_export.prune import criterion_choice
 from crdiff_export.sampling import poa
-from crdiff_export.sampling.session import Place, Session, Style, session
+from crdiff_export.sampling.session import Placement, Session, Style, open_session
 from crdiff_export.sizes import Size
 from crdiff_export.verify.inspect import provenance
 
@@ -25,7 +25,7 @@ SHOWN = 64
 ADVICE = "a smaller --batch, or --scorer-device cpu"
 
 
-def draw_and_score(job: EvaluateJob, counted: poa.Counted, progress: Progress) -> Evaluation:
+def draw_and_score(job: EvaluateJob, counted: poa.BaseRanking, progress: Progress) -> Evaluation:
     """Draw every picture and score it.
 
     Args:
@@ -40,12 +40,12 @@ def draw_and_score(job: EvaluateJob, counted: poa.Counted, progress: Progress) -
         CrdiffError: The pipeline or the scorer cannot be opened, or fails.
     """
     drawing, criterion = job.drawing, job.criterion
-    place = Place(drawing.device, drawing.dtype, advice=ADVICE)
+    place = Placement(drawing.device, drawing.dtype, advice=ADVICE)
     scorer = scorers.load(job.scorer, job.scorer_device)
     try:
         fingerprint = scorer.fingerprint()
         meter = fid.open_meter(job.fid, job.scorer_device, progress)
-        with session(drawing.opening, job.plan.match.family.id, place, drawing.base.name) as pipeline:
+        with open_session(drawing.opening, job.plan.match.family.id, place, drawing.base.name) as pipeline:
             renderer = Renderer(pipeline, job.request, progress, job.batch)
             scoring = _ScoringRenderer(job, renderer, scorer, meter, counted)
             models = scoring.draw_all()
@@ -74,7 +74,7 @@ class _ScoringRenderer:
 
     def __init__(
         self, job: EvaluateJob, renderer: Renderer, scorer: scorers.Scorer, meter: fid.FidMeter | None,
-        counted: poa.Counted,
+        counted: poa.BaseRanking,
     ) -> None:  # fmt: skip
         self._job, self._renderer, self._scorer, self._meter, self._counted = job, renderer, scorer, meter, counted
         self._dense: dict[Size, ModelScores] = {}

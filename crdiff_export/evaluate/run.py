@@ -52,9 +52,9 @@ def prepare(request: EvaluateRequest) -> EvaluateJob:
     outputs = files.check(request.outputs, force=request.force)
     scorer = _choose_scorer(request)
     criterion = CriterionChoice.of(request.criterion, request.calibration)
-    base = drawing_setup.find(request)
+    base = drawing_setup.read_base(request)
     sizes = dict.fromkeys(request.sizes)
-    plans = [drawing_setup.planned(base, request.export_request(size), criterion) for size in sizes]
+    plans = [drawing_setup.plan_export(base, request.export_request(size), criterion) for size in sizes]
     pairs = _choose_pairs(request, scorer)
     reference = fid.choose(request.fid, request.fid_weights, len(pairs))
     request_checks.check_seeds(pairs[-1][1] + (len(pairs) if reference and reference.is_drawn else 0))
@@ -71,14 +71,14 @@ def prepare(request: EvaluateRequest) -> EvaluateJob:
         pairs=pairs,
         batch=request.batch or session.usual_batch(base.match.family.id, drawing.device),
         scorer=scorer,
-        scorer_device=session.device(request.scorer_device or drawing.device, offload=False),
+        scorer_device=session.choose_device(request.scorer_device or drawing.device, offload=False),
         outputs=outputs,
         notes=tuple(dict.fromkeys((*notes, *(reference.notes(len(pairs)) if reference else ())))),
         fid=reference,
     )
 
 
-def measure(job: EvaluateJob, progress: Progress) -> poa.Counted:
+def measure(job: EvaluateJob, progress: Progress) -> poa.BaseRanking:
     """Read the weights once for all sizes and find the thresholds or masks of every pruned model.
 
     Args:
@@ -93,14 +93,16 @@ def measure(job: EvaluateJob, progress: Progress) -> poa.Counted:
     """
     job.criterion.calibrated(progress)  # opens the calibration, whose hash the evidence names
     plans = [subject.plan for subject in job.subjects]
-    counted = poa.Counted(plans, job.drawing.base.name, progress, criterion=job.criterion, device=job.drawing.device)
+    counted = poa.BaseRanking(
+        plans, job.drawing.base.name, progress, criterion=job.criterion, device=job.drawing.device
+    )
     for subject in job.subjects:
         if len(subject.weights) > 1:
             counted.source(subject.plan)  # if the weights must be read again, it happens here
     return counted
 
 
-def draw(job: EvaluateJob, counted: poa.Counted, progress: Progress) -> Evaluation:
+def draw(job: EvaluateJob, counted: poa.BaseRanking, progress: Progress) -> Evaluation:
     """Open the base once, draw every model at every size with it, and score the pictures.
 
     Args:

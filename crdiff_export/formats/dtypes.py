@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
 # IEEE 754 binary32: the pattern of infinity, and of the largest finite magnitude.
@@ -58,6 +59,17 @@ FORMATS: Mapping[str, FloatFormat] = {
 
 # The values of `--dtype`, and their safetensors names.
 DTYPES: Mapping[str, str] = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+
+
+@cache
+def torch_dtypes() -> "Mapping[str, torch.dtype]":
+    """Return torch's dtype for each safetensors dtype of `FORMATS`; this imports torch."""
+    import torch
+
+    return {
+        "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    }  # fmt: skip
 
 
 @cache

@@ -1,1 +1,6 @@
-"""Models that run: diffusers pipelines, POA, and the ComfyUI nodes."""
+"""Run models: open a base as a diffusers pipeline, sample it with POA, and serve ComfyUI's nodes.
+
+Begin with `drawing_setup`, which decides everything before torch is imported: the base, how diffusers opens it
+(`pipelines`), the device and the dtype. `session` then opens the pipeline and draws. `poa/` mixes the predictions of
+the dense and the pruned model, `comfyui/` does the same in ComfyUI. Other rooms import these modules by their names.
+"""

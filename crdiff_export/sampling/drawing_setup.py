@@ -1,4 +1,4 @@
-"""A base that pictures are drawn with: found, then set up with everything that is decided before it is opened."""
+"""How a base will be drawn with, decided before its pipeline is opened."""
 
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ from crdiff_export.sizes import Size
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A base whose headers have been read."""
+class BaseHeaders:
+    """A base whose headers have been read, and the family that they belong to."""
 
     base: bases.Base
     checkpoint: Checkpoint
@@ -28,7 +28,15 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class DrawingSetup:
-    """A base, the size that it was trained for, how diffusers opens it, and on which device, in which dtype."""
+    """A base, its native size, how diffusers opens it, and the device and dtype that it is drawn with.
+
+    Attributes:
+        base: The base.
+        native: The size that it was trained for.
+        opening: How diffusers opens it.
+        device: torch's name of the device.
+        dtype: The dtype to compute in, as in `--dtype`.
+    """
 
     base: bases.Base
     native: Size
@@ -37,31 +45,57 @@ class DrawingSetup:
     dtype: str
 
 
-def find(request: DrawingRequest) -> Found:
-    """Find a request's base, which may have to be fetched, and read its headers."""
+def read_base(request: DrawingRequest) -> BaseHeaders:
+    """Find the base of a request, download it if necessary, and read its headers."""
     base = bases.locate(request.base, request.variant)
     checkpoint = base.open(request.variant)
     match = recognise(checkpoint)
     request_checks.check_negative(request.negative, match.family)
-    return Found(base, checkpoint, match)
+    return BaseHeaders(base, checkpoint, match)
 
 
-def planned(found: Found, request: ExportRequest, criterion: CriterionChoice | None = None) -> Plan:
-    """The plan of an export of a base that is drawn with; PlanError where it could be pruned only after a cast."""
+def plan_export(headers: BaseHeaders, request: ExportRequest, criterion: CriterionChoice | None = None) -> Plan:
+    """Plan the export that the pictures are to judge.
+
+    Args:
+        headers: The base.
+        request: The export.
+        criterion: The criterion, if it has been resolved already.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: The base can be pruned only after a cast, which a pipeline in memory does not make.
+
+    """
     try:
-        return plan_variant(request, found.checkpoint, criterion)
+        return plan_variant(request, headers.checkpoint, criterion)
     except TooWideError as error:
         hint = f"Save it as {', '.join(FORMATS)} first: --dtype is what the pipeline computes in, not the base's."
         raise PlanError(error.message, hint) from error
 
 
-def set_up(request: DrawingRequest, found: Found, plan: Plan, *, offload: bool = False) -> DrawingSetup:
-    """Decide how a base is drawn with; a CrdiffError where it cannot be. From here on torch is imported."""
+def set_up(request: DrawingRequest, headers: BaseHeaders, plan: Plan, *, offload: bool = False) -> DrawingSetup:
+    """Decide how diffusers opens a base, on which device and in which dtype; this imports torch.
+
+    Args:
+        request: The options of the command.
+        headers: The base.
+        plan: A plan of its export.
+        offload: Whether idle parts of the pipeline are to wait in main memory.
+
+    Returns:
+        The setup.
+
+    """
     native = architecture.find(plan).native
-    way = pipelines.choose(
-        found.base, found.checkpoint, found.match, native, config=request.config, variant=request.variant
+    opening = pipelines.choose(
+        headers.base, headers.checkpoint, headers.match, native, config=request.config, variant=request.variant
     )
     from crdiff_export.sampling import session
 
-    device = session.device(request.device, offload=offload)
-    return DrawingSetup(found.base, native, way, device, session.dtype(request.dtype, way.pipeline, device))
+    device = session.choose_device(request.device, offload=offload)
+    return DrawingSetup(
+        headers.base, native, opening, device, session.choose_dtype(request.dtype, opening.pipeline, device)
+    )

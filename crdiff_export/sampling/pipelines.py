@@ -1,4 +1,4 @@
-"""How a base becomes a pipeline of diffusers, decided from names alone, and where what it lacks comes from."""
+"""How diffusers opens a base, decided from names and shapes alone, and the source of the parts that it lacks."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,19 +16,25 @@ from crdiff_export.models.families import Match, pipelines
 from crdiff_export.models.families.pipelines import BUNDLED, Pipeline
 from crdiff_export.sizes import Size
 
-# What a file has that holds a whole model in the original layout.
+# A file of the original layout with these tensors holds the whole model.
 _VAE = "first_stage_model."
-# diffusers imports what this file names; nothing else is ever asked for.
+# diffusers imports the libraries that model_index.json names, so others are refused.
 _LIBRARIES = {None, "diffusers", "transformers", "stable_diffusion"}
 
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """A base and what its pipeline is made of.
+    """How diffusers opens a base.
 
-    A `folder` is a pipeline with everything; a `file` holds the whole model but its configuration, which is at
-    `config`; a `network` is the UNet or transformer alone, and everything else is at `config`: a folder, or a place on
-    the Hub as hf://….
+    Attributes:
+        kind: `folder`: a complete pipeline; `file`: a whole model without its configuration; `network`: the UNet or
+            transformer alone.
+        path: The base.
+        pipeline: diffusers' classes for its family.
+        config: The folder with all that `path` lacks, or a repository on the Hub as hf://….
+        prefix: The prefix of the network's tensors in a file.
+        original: Whether a file has the original layout.
+        variant: The variant of a folder's weights.
     """
 
     kind: Literal["folder", "file", "network"]
@@ -41,11 +47,16 @@ class Opening:
 
     @property
     def remote(self) -> str | None:
-        """What comes from the Hub, or from its cache."""
+        """The repository that parts come from, unless the local cache has them."""
         return self.config if isinstance(self.config, str) else None
 
-    def here(self) -> Path:
-        """The folder of the configuration, fetched if it has to be; HubError where that fails."""
+    def config_folder(self) -> Path:
+        """Return the folder of the configuration, downloaded if necessary.
+
+        Raises:
+            HubError: The download failed.
+
+        """
         if isinstance(self.config, Path):
             return self.config
         from crdiff_export import hub
@@ -60,7 +71,15 @@ class Opening:
 
 
 def check_packages(*, offload: bool) -> None:
-    """PreviewError where something that only pictures need is not installed."""
+    """Check that the libraries are installed that only pictures need.
+
+    Args:
+        offload: Whether parts of the pipeline are to wait in main memory, which needs `accelerate`.
+
+    Raises:
+        PreviewError: A library is missing.
+
+    """
     for name in ("diffusers", "transformers", "PIL", *(("accelerate",) if offload else ())):
         if find_spec(name) is None:
             package = {"PIL": "Pillow"}.get(name, name)
@@ -70,43 +89,60 @@ def check_packages(*, offload: bool) -> None:
 def choose(
     base: Base, checkpoint: Checkpoint, match: Match, native: Size, *, config: str | None, variant: str | None
 ) -> Opening:
-    """The way to open a base; PreviewError or OptionError where there is none."""
-    found = _pipeline(base.name, match, native)
+    """Decide how diffusers opens a base.
+
+    Args:
+        base: The base.
+        checkpoint: Its headers.
+        match: Its family, layout and prefix.
+        native: The size that it was trained for.
+        config: The user's `--config`, if any.
+        variant: The user's `--variant`, if any.
+
+    Returns:
+        The way to open it.
+
+    Raises:
+        PreviewError: diffusers cannot draw with it from a prompt alone.
+        OptionError: `config` was given for a folder.
+
+    """
+    pipeline = _pipeline(base.name, match, native)
     if checkpoint.kind == "folder":
         _check_folder(checkpoint.path, base.name)
         if config:
             raise OptionError(f"{base.name}: a folder has its own configuration", "Leave --config out.")
-        return Opening("folder", checkpoint.path, found, checkpoint.path, variant=variant)
+        return Opening("folder", checkpoint.path, pipeline, checkpoint.path, variant=variant)
     if checkpoint.kind == "shards" or checkpoint.path.suffix.lower() != ".safetensors":
-        what = "in shards" if checkpoint.kind == "shards" else "not a safetensors file"
+        problem = "in shards" if checkpoint.kind == "shards" else "not a safetensors file"
         hint = "Give the model's folder for diffusers, or one safetensors file of it."
-        raise PreviewError(f"{base.name}: is {what}, which cannot be drawn with as it is", hint)
+        raise PreviewError(f"{base.name}: is {problem}, which cannot be drawn with as it is", hint)
     original = match.layout.name == "original"
     whole = original and match.prefix == BUNDLED and any(name.startswith(_VAE) for name in checkpoint.shapes)
-    kind: Literal["file", "network"] = "file" if whole and found.folder == "unet" else "network"
-    at = _config(config) if config else demo.config() if match.family.id == "demo" else f"hf://{found.config}"
-    if isinstance(at, Path):
-        _check_folder(at, str(at))
-    return Opening(kind, checkpoint.path, found, at, match.prefix, original)
+    kind: Literal["file", "network"] = "file" if whole and pipeline.folder == "unet" else "network"
+    parts = _config(config) if config else demo.config() if match.family.id == "demo" else f"hf://{pipeline.config}"
+    if isinstance(parts, Path):
+        _check_folder(parts, str(parts))
+    return Opening(kind, checkpoint.path, pipeline, parts, match.prefix, original)
 
 
 def _pipeline(name: str, match: Match, native: Size) -> Pipeline:
     family = match.family
     base = family.twin is not None and native == Size(*family.twin.native)
     special = "inpainting" if match.inpainting else "base" if base else ""
-    # The demo model is an SD1 in all but its size.
-    found = pipelines.find("sd15" if family.id == "demo" else family.id, special)
-    if found is None or found.pictures:
-        what = f"{family.title}, inpainting," if match.inpainting else family.title
+    # The demo model is a small SD1.
+    pipeline = pipelines.find("sd15" if family.id == "demo" else family.id, special)
+    if pipeline is None or pipeline.pictures:
+        title = f"{family.title}, inpainting," if match.inpainting else family.title
         raise PreviewError(
-            f"{name}: {what} makes pictures from pictures, not from a prompt alone",
+            f"{name}: {title} makes pictures from pictures, not from a prompt alone",
             "Take its text-to-image sibling; `crdiff export` takes this one.",
         )
-    return found
+    return pipeline
 
 
 def _config(text: str) -> Path | str:
-    """What --config names: a folder, or a repository on the Hub."""
+    """Read `--config`: a folder, or a repository on the Hub as hf://ORG/NAME."""
     path = Path(text).expanduser()
     if path.exists():
         return path
@@ -117,7 +153,7 @@ def _config(text: str) -> Path | str:
 
 
 def _check_folder(folder: Path, name: str) -> None:
-    """Refuse what is no pipeline's folder, and one whose pipeline is made of more than diffusers and transformers."""
+    """Refuse folders without a pipeline, and pipelines with parts of other libraries."""
     index = folder / "model_index.json"
     try:
         parts = parse_object(index.read_bytes(), fractions=True)

@@ -1,4 +1,4 @@
-"""The prompts that an evaluation draws: those that were given, or scenes that the demo model was never shown."""
+"""The prompts of an evaluation: those that the user gives, or scenes that the demo model has not seen in training."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,41 +10,50 @@ HELD_OUT: Final = 96
 
 
 def choose(given: Sequence[str], limit: int | None) -> tuple[str, ...]:
-    """The first `limit` of the given prompts, each once; scenes for the demo model where none are given."""
-    chosen = tuple(dict.fromkeys(given))
-    return chosen[:limit] if chosen else held_out(limit or HELD_OUT)
+    """Choose the prompts to draw, each once.
+
+    Args:
+        given: The user's prompts; without any, scenes for the demo model are taken.
+        limit: How many to take from the beginning; by default all.
+
+    Returns:
+        Different prompts.
+
+    """
+    different = tuple(dict.fromkeys(given))
+    return different[:limit] if different else held_out(limit or HELD_OUT)
 
 
 def held_out(count: int) -> tuple[str, ...]:
-    """So many different prompts that the demo model's training never saw, nor any search for its ratios."""
+    """Choose prompts that neither the training of the demo model nor any search for its ratios has seen."""
     return _unseen(count, searched=False)
 
 
 def to_search(count: int) -> tuple[str, ...]:
-    """So many that its training never saw, for a search of its ratios; none is among `held_out`."""
+    """Choose prompts for a search of the demo model's ratios, which its training has not seen."""
     return _unseen(count, searched=True)
 
 
 def _unseen(count: int, *, searched: bool) -> tuple[str, ...]:
-    """The first of an endless list that does not change, so that more prompts are the same ones and others."""
+    """Take prompts from the beginning of a fixed list, so that a larger number only adds some."""
     import numpy as np
 
     from crdiff_export.models.demo import scenes
 
     unseen = (scene for scene in scenes.split()[1] if scene.learnt)
-    kept = [scene for scene in unseen if _is_searched(scene.combination) == searched]
-    if count > len(kept):
+    chosen = [scene for scene in unseen if _is_searched(scene.combination) == searched]
+    if count > len(chosen):
         raise OptionError(
-            f"the demo model has {len(kept)} prompts that it was not trained on, {count} are asked for",
+            f"the demo model has {len(chosen)} prompts that it was not trained on, {count} are asked for",
             "Ask for fewer with --limit.",
         )
     rng = np.random.default_rng(0)
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found |= dict.fromkeys(scene.prompt for scene in scenes.sample(rng, kept, 64))
-    return tuple(found)[:count]
+    prompts: dict[str, None] = {}
+    while len(prompts) < count:
+        prompts |= dict.fromkeys(scene.prompt for scene in scenes.sample(rng, chosen, 64))
+    return tuple(prompts)[:count]
 
 
 def _is_searched(combination: str) -> bool:
-    """Whether scenes like this are for a search: about a third of them, on all backgrounds."""
+    """Whether a combination is for searches; about a third of them are, on all backgrounds."""
     return hashlib.sha256(f"search {combination}".encode()).digest()[0] < 256 // 3

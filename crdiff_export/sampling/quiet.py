@@ -1,4 +1,4 @@
-"""Silence for diffusers and transformers, whose warnings and bars are for programmers."""
+"""Silence for diffusers and transformers: their warnings and progress bars are for programmers."""
 
 import contextlib
 import warnings

@@ -1,4 +1,4 @@
-"""What is asked of a pipeline, refused before torch is imported where nothing can be drawn of it."""
+"""The options that all commands with pictures share, checked before torch is imported."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -7,16 +7,23 @@ from crdiff_export.errors import OptionError
 from crdiff_export.formats.strict_json import is_text
 from crdiff_export.models.families import Family
 
-# Seeds that torch tells apart.
+# torch takes seeds below this one.
 SEEDS = 2**64
 
 
 @dataclass(frozen=True, slots=True)
 class DrawingRequest:
-    """What every request says that draws pictures: with which base and how. None leaves it to family and device.
+    """A base and how to draw with it; None leaves a choice to the family and the device.
 
-    `config` is what a single file lacks, as a folder or a repository on the Hub; `variant` names the weights to take
-    from a folder that has several.
+    Attributes:
+        base: A path, a repository on the Hub or `demo`.
+        steps: Steps of sampling.
+        guidance: The guidance scale.
+        negative: The negative prompt.
+        device: torch's name of a device, or `auto`.
+        dtype: The dtype to compute in, as in `--dtype`.
+        config: A folder or a repository on the Hub with the parts that a single file lacks.
+        variant: Which weights to take from a folder that has several.
     """
 
     base: str
@@ -31,28 +38,64 @@ class DrawingRequest:
 
 
 def check(request: DrawingRequest, prompts: Sequence[str]) -> None:
-    """OptionError for texts that are none, and for too few steps."""
+    """Check the texts and the number of steps.
+
+    Args:
+        request: The request.
+        prompts: The prompts that were given; there may be none.
+
+    Raises:
+        OptionError: A text cannot be used, or there are fewer steps than one.
+
+    """
     check_texts(prompts, request.negative)
     if request.steps is not None and request.steps < 1:
         raise OptionError(f"{request.steps} steps make no picture", "Give --steps 1 or more.")
 
 
 def check_texts(prompts: Sequence[str], negative: str | None = None) -> None:
-    """OptionError for a prompt without a word, and for any text that UTF-8 cannot hold; that there are none is fine."""
-    if not all(map(is_text, (*prompts, negative or ""))):  # other bytes of a command line come as halves of pairs
+    """Check that prompts have words and that UTF-8 can hold them.
+
+    Args:
+        prompts: The prompts; there may be none.
+        negative: The negative prompt, which may be empty.
+
+    Raises:
+        OptionError: A prompt is empty, or a text is not UTF-8.
+
+    """
+    if not all(map(is_text, (*prompts, negative or ""))):  # Python reads other bytes of a command line as surrogates
         raise OptionError("a prompt is not UTF-8 text", "Give it in UTF-8.")
     if not all(prompt.strip() for prompt in prompts):
         raise OptionError("a prompt is empty", "Say what the pictures are to show.")
 
 
 def check_seeds(last: int, option: str = "--seed") -> None:
-    """OptionError where a seed, the last one of many, is beyond those that torch tells apart."""
+    """Check that torch takes the last of several seeds.
+
+    Args:
+        last: The largest seed.
+        option: The option that sets the first one.
+
+    Raises:
+        OptionError: The seed is too large.
+
+    """
     if last >= SEEDS:
         hint = f"They end before {SEEDS}; begin with a smaller {option}."
         raise OptionError("there are not so many seeds", hint)
 
 
 def check_negative(negative: str | None, family: Family) -> None:
-    """OptionError for a negative prompt where the family's pipeline takes none: FLUX's guidance is distilled."""
+    """Refuse a negative prompt for FLUX, whose distilled guidance takes none.
+
+    Args:
+        negative: The negative prompt, if any.
+        family: The base's family.
+
+    Raises:
+        OptionError: The family's pipeline takes no negative prompt.
+
+    """
     if negative and family.id.startswith("flux"):
         raise OptionError(f"{family.title} takes no negative prompt", "Leave --negative out.")

@@ -1,4 +1,4 @@
-"""A pipeline at work: opened once, on a device, and every picture drawn with it, without the libraries' talk."""
+"""An open diffusers pipeline on a device, and the pictures that it draws."""
 
 import contextlib
 import inspect
@@ -13,7 +13,7 @@ from crdiff_export.formats.text import printable
 from crdiff_export.models import demo
 from crdiff_export.models.families.pipelines import BUNDLED, Pipeline
 from crdiff_export.sampling.pipelines import Opening
-from crdiff_export.sampling.poa.sampling import model_of
+from crdiff_export.sampling.poa.handle import model_of
 from crdiff_export.sampling.quiet import quiet_libraries
 from crdiff_export.sizes import Size
 
@@ -21,17 +21,22 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# Ours: enough to judge a picture by, and half of what diffusers takes.
+# Our choice: enough to judge a picture by, and half of diffusers' default.
 STEPS = 25
 # src: the model card of FLUX.1-schnell
 FEW_STEPS, NO_GUIDANCE = 4, 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a pipeline works, and in which dtype; `offload` keeps idle parts in main memory, `threads` are torch's.
+class Placement:
+    """The device and the dtype of a pipeline.
 
-    `advice` is what helps where memory is short, beside a smaller size.
+    Attributes:
+        device: torch's name of the device.
+        dtype: A key of `DTYPES`.
+        offload: Whether idle parts wait in main memory.
+        threads: How many threads torch uses; None leaves it as it is.
+        advice: What helps if memory is short, beside a smaller size; for the hint of an error.
     """
 
     device: str
@@ -43,7 +48,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How pictures are drawn."""
+    """Size, steps, guidance and negative prompt of pictures."""
 
     size: Size
     steps: int
@@ -61,7 +66,18 @@ class Session:
     def style(
         self, size: Size, steps: int | None = None, guidance: float | None = None, negative: str | None = None
     ) -> Style:
-        """What was asked for, with the family's usual steps and guidance where nothing was."""
+        """Complete the options of a request with the family's usual steps and guidance.
+
+        Args:
+            size: The size of the pictures.
+            steps: Steps of sampling, if given.
+            guidance: The guidance scale, if given.
+            negative: The negative prompt, if any.
+
+        Returns:
+            The style.
+
+        """
         few = self._family == "flux-schnell"
         usual = inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default
         usual = NO_GUIDANCE if few else demo.GUIDANCE if self._family == "demo" else usual
@@ -69,11 +85,11 @@ class Session:
 
     @property
     def scheduler(self) -> str:
-        """The name of what decides the steps."""
+        """The name of the scheduler, without the word itself."""
         return type(self.pipe.scheduler).__name__.removesuffix("Scheduler")
 
     def has_room(self) -> bool:
-        """Whether pruned weights may be held beside the dense ones: on an accelerator, if as much again stays free."""
+        """Whether memory has room for pruned weights beside the dense ones; on a GPU as much again has to stay free."""
         model: Any = model_of(self.pipe)
         if model.device.type == "cpu":
             return True
@@ -85,14 +101,25 @@ class Session:
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], style: Style, on_step: Callable[[], None] | None = None
     ) -> "list[Image]":
-        """A picture of each prompt, in RGB, all drawn at once, each from the noise of its own seed."""
+        """Draw one picture of each prompt, all at once.
+
+        Args:
+            prompts: The prompts.
+            seeds: A seed for the noise of each picture.
+            style: Size, steps, guidance and negative prompt.
+            on_step: Called after every step of sampling.
+
+        Returns:
+            The pictures in RGB.
+
+        """
 
         def step(_pipe: Any, _number: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if on_step:
                 on_step()
             return tensors
 
-        # On the CPU, so that the noise is the same on every machine.
+        # Made on the CPU, so that the noise is the same on every machine.
         noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         negative = {"negative_prompt": [style.negative] * len(prompts)} if style.negative else {}
         drawn = self.pipe(
@@ -103,19 +130,40 @@ class Session:
 
 
 def usual_steps(family: str) -> int:
-    """Steps of sampling unless someone asks for others."""
+    """Return the steps of sampling that a family uses by default."""
     return FEW_STEPS if family == "flux-schnell" else demo.STEPS if family == "demo" else STEPS
 
 
 def usual_batch(family: str, device: str) -> int:
-    """Pictures to draw at once where many are to be drawn."""
+    """Return how many pictures to draw at once by default.
+
+    Args:
+        family: The family's id.
+        device: torch's name of the device.
+
+    Returns:
+        The number of pictures.
+
+    """
     return 16 if family == "demo" else 1 if device == "cpu" else 4
 
 
 @contextlib.contextmanager
-def session(opening: Opening, family: str, place: Place, name: str) -> Iterator[Session]:
-    """Open a base; PreviewError where diffusers cannot, or where the memory is too small for it or for what follows."""
-    folder = str(opening.here())
+def open_session(opening: Opening, family: str, place: Placement, name: str) -> Iterator[Session]:
+    """Open a base as a pipeline, and silence diffusers while it is open.
+
+    Args:
+        opening: How diffusers opens the base.
+        family: The family's id.
+        place: Device and dtype.
+        name: The base's name for errors.
+
+    Yields:
+        The open pipeline. PreviewError if diffusers cannot open the base, or if memory does not suffice for it or for
+        the work in the `with` block.
+
+    """
+    folder = str(opening.config_folder())
     with quiet_libraries("diffusers", "transformers"), _threads(place.threads), _enough_memory(place):
         pipe = _open(opening, folder, DTYPES[place.dtype], name)
         pipe.set_progress_bar_config(disable=True)
@@ -127,67 +175,90 @@ def session(opening: Opening, family: str, place: Place, name: str) -> Iterator[
         yield Session(pipe, family)
 
 
-def device(asked: str, *, offload: bool) -> str:
-    """The device to draw on; PlanError for one that this machine does not have."""
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def choose_device(device: str, *, offload: bool) -> str:
+    """Choose the device to draw on, and try it.
+
+    Args:
+        device: torch's name of a device, or `auto`.
+        offload: Whether idle parts are to wait in main memory.
+
+    Returns:
+        torch's name of the device.
+
+    Raises:
+        PlanError: This machine has no such device.
+        OptionError: `offload` on a CPU.
+
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=asked).sum().item()
+        torch.zeros(1, device=device).sum().item()
     except (RuntimeError, AssertionError) as error:
         raise PlanError(
-            f"device {asked}: {str(error).splitlines()[0]}", "Leave --device out to take what is there."
+            f"device {device}: {str(error).splitlines()[0]}", "Leave --device out to take what is there."
         ) from error
-    if offload and asked == "cpu":
+    if offload and device == "cpu":
         raise OptionError("--offload keeps parts off an accelerator, and there is none at work", "Leave it out.")
-    return asked
+    return device
 
 
-def dtype(asked: str | None, pipeline: Pipeline, place: str) -> str:
-    """The dtype to draw in: on an accelerator the family's, on a CPU the one in which it computes fastest."""
-    return asked or ("fp32" if place == "cpu" else "bf16" if pipeline.dtype == "bfloat16" else "fp16")
+def choose_dtype(dtype: str | None, pipeline: Pipeline, device: str) -> str:
+    """Choose the dtype to compute in: on an accelerator the family's, on a CPU the fastest.
+
+    Args:
+        dtype: The user's choice, if any.
+        pipeline: The family's pipeline.
+        device: torch's name of the device.
+
+    Returns:
+        A key of `DTYPES`.
+
+    """
+    return dtype or ("fp32" if device == "cpu" else "bf16" if pipeline.dtype == "bfloat16" else "fp16")
 
 
 def _open(opening: Opening, folder: str, precision: torch.dtype, name: str) -> Any:
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    made = getattr(diffusers, opening.pipeline.pipeline)
+    pipeline = getattr(diffusers, opening.pipeline.pipeline)
     options: dict[str, Any] = {"torch_dtype": precision, "local_files_only": True}
-    # It looks at pictures, not at models, and would have to be fetched.
+    # The safety checker would have to be downloaded.
     unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    known = inspect.signature(made.__init__).parameters
-    parts: dict[str, Any] = {part: value for part, value in unchecked.items() if part in known}
+    accepted = inspect.signature(pipeline.__init__).parameters
+    parts: dict[str, Any] = {part: value for part, value in unchecked.items() if part in accepted}
     try:
         if opening.kind == "file":
-            return made.from_single_file(str(opening.path), config=folder, **options, **parts)
+            return pipeline.from_single_file(str(opening.path), config=folder, **options, **parts)
         if opening.kind == "network":
-            inside = opening.pipeline.folder
+            part = opening.pipeline.folder
             network = getattr(diffusers, opening.pipeline.network)
-            parts[inside] = network.from_single_file(_weights(opening), config=folder, subfolder=inside, **options)
+            parts[part] = network.from_single_file(_weights(opening), config=folder, subfolder=part, **options)
         else:
             options["variant"] = opening.variant
-        return made.from_pretrained(folder, use_safetensors=True, **options, **parts)
+        return pipeline.from_pretrained(folder, use_safetensors=True, **options, **parts)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SingleFileComponentError) as error:
         if _is_memory(error):
             raise
-        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         hint = {
             "folder": "Save or download the folder again, with all of its parts as safetensors files.",
             "file": "Give the folder of this very model, as diffusers saves it, with --config.",
             "network": "The file is the UNet or transformer alone: the folder of --config has to hold all other parts.",
         }[opening.kind]
-        raise PreviewError(f"{name}: diffusers cannot open it: {printable(said.strip())}", hint) from error
+        raise PreviewError(f"{name}: diffusers cannot open it: {printable(text.strip())}", hint) from error
 
 
 def _weights(opening: Opening) -> Any:
-    """What `from_single_file` knows as a UNet or a transformer: the file, or its tensors under other names."""
-    known = BUNDLED if opening.pipeline.folder == "unet" and opening.original else ""
-    if opening.prefix == known or (opening.original and opening.prefix == BUNDLED):
+    """Return the network in a form that `from_single_file` recognises: the file, or its tensors renamed."""
+    expected = BUNDLED if opening.pipeline.folder == "unet" and opening.original else ""
+    if opening.prefix == expected or (opening.original and opening.prefix == BUNDLED):
         return str(opening.path)
     from safetensors.torch import load_file
 
-    found, prefix = load_file(opening.path), opening.prefix
-    return {known + name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+    tensors, prefix = load_file(opening.path), opening.prefix
+    return {expected + name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @contextlib.contextmanager
@@ -202,7 +273,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _enough_memory(place: Place) -> Iterator[None]:
+def _enough_memory(place: Placement) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -214,5 +285,5 @@ def _enough_memory(place: Place) -> Iterator[None]:
 
 def _is_memory(error: BaseException) -> bool:
     words = str(error).lower()
-    known = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or any(phrase in words for phrase in known)
+    phrases = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or any(phrase in words for phrase in phrases)

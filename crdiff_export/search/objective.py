@@ -15,7 +15,7 @@ from crdiff_export.prune import criterion_choice
 from crdiff_export.prune.plan import with_ratios
 from crdiff_export.sampling import fingerprint as pipeline_fingerprint
 from crdiff_export.sampling import poa
-from crdiff_export.sampling.session import Place, Session, Style, session
+from crdiff_export.sampling.session import Placement, Session, Style, open_session
 from crdiff_export.search.pairs import Pairs
 from crdiff_export.search.prepare import SearchJob
 from crdiff_export.search.space import Candidate
@@ -26,14 +26,14 @@ class CountedBase:
     """A base whose weights have been read once: their hash, and the counts that give the thresholds of any ratios."""
 
     hash: str
-    counted: poa.Counted
+    counted: poa.BaseRanking
 
 
 def read_base(job: SearchJob, progress: Progress) -> CountedBase:
     """Hash and count the weights of a job's base."""
     drawing = job.drawing
     job.criterion.calibrated(progress)  # whose hash the fingerprint has
-    counted = poa.Counted([job.plan], drawing.base.name, progress, criterion=job.criterion, device=drawing.device)
+    counted = poa.BaseRanking([job.plan], drawing.base.name, progress, criterion=job.criterion, device=drawing.device)
     base = CountedBase(_hash_base(job, progress), counted)
     progress.stage("opening", 0)  # so that its time is not taken for that of the counting
     return base
@@ -58,8 +58,8 @@ def open_objective(job: SearchJob, base: CountedBase, on_step: Callable[[], None
     drawing = job.drawing
     scorer = scorers.load(job.scorer, job.scorer_device)
     try:
-        with session(
-            drawing.opening, job.plan.match.family.id, Place(drawing.device, drawing.dtype), drawing.base.name
+        with open_session(
+            drawing.opening, job.plan.match.family.id, Placement(drawing.device, drawing.dtype), drawing.base.name
         ) as pipeline:
             yield PictureObjective(job, base, pipeline, scorer, on_step)
     except PreviewError as error:
@@ -129,7 +129,7 @@ def make_fingerprint(
     return {
         "base": base,
         "family": job.plan.match.family.id,
-        "other parts": pipeline_fingerprint.others(pipe, getattr(pipe, job.drawing.opening.pipeline.folder)),
+        "other parts": pipeline_fingerprint.other_parts(pipe, getattr(pipe, job.drawing.opening.pipeline.folder)),
         "size": str(style.size),
         "targets": ", ".join(job.plan.kinds),
         **_criterion(job),

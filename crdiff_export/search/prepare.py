@@ -57,8 +57,8 @@ def prepare(request: SearchRequest) -> SearchJob:
     scorer = _choose_scorer(request)
     pipelines.check_packages(offload=False)
     criterion = CriterionChoice.of(request.criterion, request.calibration)
-    base = drawing_setup.find(request)
-    plan = drawing_setup.planned(
+    base = drawing_setup.read_base(request)
+    plan = drawing_setup.plan_export(
         base,
         ExportRequest(
             request.base, request.size, recipe=request.recipe, targets=request.targets, criterion=request.criterion,
@@ -78,7 +78,9 @@ def prepare(request: SearchRequest) -> SearchJob:
     check_settings(storage, study, setup)
     from crdiff_export.sampling import session
 
-    scorer_device = session.device(request.scorer_device, offload=False) if request.scorer_device else drawing.device
+    scorer_device = (
+        session.choose_device(request.scorer_device, offload=False) if request.scorer_device else drawing.device
+    )
     batch = request.batch or session.usual_batch(base.match.family.id, drawing.device)
     notes = tuple(dict.fromkeys((*plan.notes, *setup_notes, *pairs.notes)))
     return SearchJob(

@@ -23,7 +23,7 @@ class SearchResult:
     """
 
     job: SearchJob
-    counted: poa.Counted = field(repr=False)
+    counted: poa.BaseRanking = field(repr=False)
     where: str
     trials: Sequence[FinishedTrial]
     best: FinishedTrial

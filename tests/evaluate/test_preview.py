@@ -487,5 +487,5 @@ def test_a_whole_file_lacks_only_its_configuration(here: Path, monkeypatch: pyte
     monkeypatch.setattr(hub, "fetch_parts", fetch_parts)
     shutil.copyfile(demo.path(), here / "base.safetensors")
     job = prepare(replace(ONE, base="base.safetensors", config="my/pipe"))
-    assert job.drawing.opening.here() == demo.config()
+    assert job.drawing.opening.config_folder() == demo.config()
     assert fetched == [("my/pipe", None)]  # None: the weights of all parts stay there

@@ -166,7 +166,7 @@ def test_dense_pictures_of_a_size_are_drawn_once(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_too_little_memory_is_told_with_what_helps(device: str) -> None:
-    place = session.Place(device, "fp16", advice=render.ADVICE)
+    place = session.Placement(device, "fp16", advice=render.ADVICE)
     with pytest.raises(PreviewError) as error, session._enough_memory(place):
         raise RuntimeError("CUDA out of memory")
     check(error.value, PreviewError, device)

@@ -16,7 +16,7 @@ from crdiff_export.bake.metadata import tool_version
 from crdiff_export.errors import CrdiffError, PoaError
 from crdiff_export.models import demo
 from crdiff_export.sampling.comfyui import listing, match
-from crdiff_export.sampling.comfyui.patch import Layer, Switch, fraction
+from crdiff_export.sampling.comfyui.patch import PatchedLayer, PruneSwitch, fraction
 from crdiff_export.verify.reopen import BakedCheckpoint, open_baked
 from tests.support import masking
 from tests.support.isolation import Crdiff
@@ -189,7 +189,7 @@ def loaded(path: Path, dtype: torch.dtype = torch.float16) -> Weights:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_the_base_is_recognised_in_every_dtype(baked: BakedCheckpoint, dtype: torch.dtype) -> None:
-    cuts = match.cuts(loaded(demo.path(), dtype), baked)
+    cuts = match.model_parts(loaded(demo.path(), dtype), baked)
     assert set(cuts) == {
         match.PREFIX + t.source.name.removeprefix("model.diffusion_model.") for t in baked.plan.targets
     }
@@ -198,7 +198,7 @@ def test_the_base_is_recognised_in_every_dtype(baked: BakedCheckpoint, dtype: to
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_the_pruned_model_is_refused_in_every_dtype(baked: BakedCheckpoint, dtype: torch.dtype) -> None:
     with pytest.raises(PoaError, match="holds the pruned weights of"):
-        match.cuts(loaded(baked.checkpoint.path, dtype), baked)
+        match.model_parts(loaded(baked.checkpoint.path, dtype), baked)
 
 
 @pytest.mark.parametrize(
@@ -219,14 +219,14 @@ def test_other_models_are_refused(baked: BakedCheckpoint, change: object, messag
     else:
         del weights[name]
     with pytest.raises(PoaError, match=message):
-        match.cuts(weights, baked)
+        match.model_parts(weights, baked)
 
 
 def test_a_layer_takes_the_pruned_weights_when_the_switch_says_so(baked: BakedCheckpoint) -> None:
     weights, pruned = loaded(demo.path()), loaded(baked.checkpoint.path)
-    switch = Switch()
-    for key, cuts in match.cuts(weights, baked).items():
-        layer = Layer(switch, key, cuts, ())
+    switch = PruneSwitch()
+    for key, cuts in match.model_parts(weights, baked).items():
+        layer = PatchedLayer(switch, key, cuts, ())
         assert layer(weights[key]) is weights[key]
         switch.pruned = True
         assert torch.equal(layer(weights[key]), pruned[key])
@@ -259,21 +259,21 @@ def test_what_is_computed_in_float32_was_rounded_as_the_model_was(
     """As the pruned file is when it is loaded in that dtype, moved weights as well."""
     file = bake(masked, criterion)
     weights, pruned = loaded(masked.path, dtype), loaded(file.checkpoint.path, dtype)
-    switch = Switch()
+    switch = PruneSwitch()
     switch.pruned = True
-    for key, parts in match.cuts(weights, file).items():
-        assert torch.equal(Layer(switch, key, parts, ())(weights[key].float()), pruned[key].float())
+    for key, parts in match.model_parts(weights, file).items():
+        assert torch.equal(PatchedLayer(switch, key, parts, ())(weights[key].float()), pruned[key].float())
 
 
 def test_where_weights_were_moved_the_biases_tell_the_base(masked: masking.Base) -> None:
     file, weights = bake(masked, "obs"), loaded(masked.path)
     name = match.PREFIX + "input_blocks.1.1.transformer_blocks.0.ff.net.2.bias"
     for dtype in (torch.float16, torch.float32, torch.bfloat16, torch.float8_e4m3fn):
-        match.cuts({**weights, name: weights[name].to(dtype)}, file)
-    match.cuts({key: weight for key, weight in weights.items() if key != name}, file)
+        match.model_parts({**weights, name: weights[name].to(dtype)}, file)
+    match.model_parts({key: weight for key, weight in weights.items() if key != name}, file)
     with pytest.raises(PoaError, match=r"the weights of input_blocks.1.1.transformer_blocks.0.ff.net.2 are not those"):
-        match.cuts({**weights, name: weights[name] + 1}, file)
-    match.cuts({**weights, name: weights[name] + 1}, bake(masked, "wanda"))
+        match.model_parts({**weights, name: weights[name] + 1}, file)
+    match.model_parts({**weights, name: weights[name] + 1}, bake(masked, "wanda"))
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "random"])
@@ -283,9 +283,9 @@ def test_a_smaller_mask_is_seen_by_its_zeros(criterion: str, tmp_path: Path, cap
         request = ExportRequest("demo", Size(96, 64), tmp_path / f"{ratio}.safetensors", ratio=ratio)
         files[ratio] = open_baked(export(replace(request, criterion=criterion)).written.path)
     for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
-        match.cuts(loaded(demo.path(), dtype), files[0.4])
+        match.model_parts(loaded(demo.path(), dtype), files[0.4])
     assert not caplog.messages
-    match.cuts(loaded(files[0.1].checkpoint.path), files[0.4])
+    match.model_parts(loaded(files[0.1].checkpoint.path), files[0.4])
     (said,) = caplog.messages
     assert "25% of the weights that" in said
     assert "load 'demo' instead" in said

@@ -36,12 +36,12 @@ def test_the_parts_beside_the_model() -> None:
     pipe = pipeline()
     one = b"text_encoder.weight" + file(b"\0\0\0\x40")
     other = b"vae.weight" + file(b"\0\0\0\0")
-    assert fingerprint.others(pipe, pipe.unet) == short(one + other)
+    assert fingerprint.other_parts(pipe, pipe.unet) == short(one + other)
     nn.init.constant_(pipe.unet.weight, 7)
-    assert fingerprint.others(pipe, pipe.unet) == short(one + other)
+    assert fingerprint.other_parts(pipe, pipe.unet) == short(one + other)
     with torch.no_grad():
         pipe.vae.weight.add_(1)
-    assert fingerprint.others(pipe, pipe.unet) != short(one + other)
+    assert fingerprint.other_parts(pipe, pipe.unet) != short(one + other)
 
 
 def test_the_scheduler_with_its_settings() -> None:

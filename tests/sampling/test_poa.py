@@ -120,7 +120,7 @@ def test_kept_weights_give_the_same_and_follow_the_model(kind: Kind, pipe: Any, 
     on = poa.enable(pipe, baked, weight, keep=True)
     assert torch.equal(kind.run(pipe), expected)
     pruned: list[Any] = [model.get_submodule(name.removesuffix(".weight")) for name in on.source.masks.diffusers]
-    assert on.held == sum(layer.weight.nbytes for layer in pruned)
+    assert on.extra_bytes == sum(layer.weight.nbytes for layer in pruned)
     with torch.no_grad():  # whoever changes a weight in the meantime gets what it gives pruned
         pruned[0].weight.mul_(-1)
     changed = kind.run(pipe)

@@ -15,9 +15,10 @@ from torch import nn
 
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.errors import PoaError
-from crdiff_export.formats import dtypes as floats
+from crdiff_export.formats import dtypes
+from crdiff_export.formats.dtypes import torch_dtypes
 from crdiff_export.sampling.poa import Schedule, from_baked, mix
-from crdiff_export.sampling.poa.masks import Cut, Part, dtypes, holds, prune
+from crdiff_export.sampling.poa.masks import Part, ThresholdPart, holds, prune
 from tests.support import makers
 
 PREFIX = "model.diffusion_model."
@@ -89,7 +90,7 @@ def test_they_fit_the_original_layout(table: str, dtype: str, tmp_path: Path) ->
 
 def whole(part: Part) -> Part:
     """A cut of a fused weight's part as one of a weight of its own."""
-    assert isinstance(part, Cut)
+    assert isinstance(part, ThresholdPart)
     return replace(part, start=0, stop=part.stop - part.start)
 
 
@@ -121,9 +122,9 @@ LOADED = [torch.float32, torch.float16, torch.bfloat16]
 @st.composite
 def rankings(draw: st.DrawFn) -> tuple[str, int]:
     """A dtype and a magnitude of it."""
-    dtype = draw(st.sampled_from(sorted(floats.FORMATS)))
-    pattern = draw(st.integers(0, floats.FORMATS[dtype].first_nonfinite - 1))
-    return dtype, pattern if dtype == "F32" else int(floats.scale(dtype)[pattern])
+    dtype = draw(st.sampled_from(sorted(dtypes.FORMATS)))
+    pattern = draw(st.integers(0, dtypes.FORMATS[dtype].first_nonfinite - 1))
+    return dtype, pattern if dtype == "F32" else int(dtypes.scale(dtype)[pattern])
 
 
 @given(rankings(), st.sampled_from(LOADED), st.lists(st.floats(width=32, allow_nan=False), max_size=8))
@@ -132,16 +133,16 @@ def test_a_limit_goes_with_the_rounding_of_a_cast(
 ) -> None:
     """Cast to fewer bits, the threshold is cast along; with more bits, what rounds to at most the threshold goes."""
     dtype, bits = ranking
-    cut, threshold = Cut(0, 1, bits, dtype), torch.tensor(floats.value(bits))
+    cut, threshold = ThresholdPart(0, 1, bits, dtype), torch.tensor(dtypes.value(bits))
     assume(threshold.to(loaded).isfinite())
-    assume(dtype == "F32" or floats.scale(dtype)[floats.limit(dtype, bits) + 1] < floats.INFINITY)  # the largest of all
+    assume(dtype == "F32" or dtypes.scale(dtype)[dtypes.limit(dtype, bits) + 1] < dtypes.INFINITY)  # the largest of all
     limit = cut.limit(loaded)
     assert torch.tensor(limit, dtype=loaded).item() == limit
     around = [torch.nextafter(torch.tensor(limit), torch.tensor(to)) for to in (-math.inf, math.inf)]
     weights = torch.tensor([float(threshold), limit, *map(float, around), *values, *(v / 1e30 for v in values)])
     weights = weights.to(loaded)
     weights = weights[weights.isfinite()]
-    seen = weights.float().to(dtypes()[dtype]).float() if holds(loaded, dtype) else weights.float()
+    seen = weights.float().to(torch_dtypes()[dtype]).float() if holds(loaded, dtype) else weights.float()
     bound = threshold if holds(loaded, dtype) else threshold.to(loaded).float()
     kept = weights[(seen.abs() > bound) | ~seen.isfinite()]
     found = prune(weights, (replace(cut, stop=len(weights)),))
@@ -150,7 +151,7 @@ def test_a_limit_goes_with_the_rounding_of_a_cast(
 
 def test_what_is_pruned_is_positive_zero_and_what_is_not_finite_stays() -> None:
     weights = torch.tensor([0.5, -0.5, -0.0, math.nan, math.inf, -math.inf, 0.75, -0.5000001])
-    found = prune(weights, (Cut(0, 8, floats.bits(0.5), "F32"),))
+    found = prune(weights, (ThresholdPart(0, 8, dtypes.bits(0.5), "F32"),))
     assert found.view(torch.int32).tolist()[:3] == [0, 0, 0]
     assert found[3].isnan()
     assert found[4:].tolist() == weights[4:].tolist()

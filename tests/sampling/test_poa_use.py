@@ -365,10 +365,10 @@ def test_shards_are_known_by_all_of_their_hashes(tmp_path: Path) -> None:
 
 def test_it_holds_no_more_than_the_largest_pruned_layer(pipe: Any, baked: Path) -> None:
     handle = poa.enable(pipe, baked, W)
-    assert handle.held == 0
+    assert handle.extra_bytes == 0
     SD15.run(pipe)
     largest = max(weight.nbytes for name, weight in pipe.unet.state_dict().items() if ".ff.net.0.proj.weight" in name)
-    assert handle.held == largest
+    assert handle.extra_bytes == largest
 
 
 def test_of_two_the_second_holds(pipe: Any, baked: Path, expected: torch.Tensor) -> None:

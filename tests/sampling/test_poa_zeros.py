@@ -28,8 +28,8 @@ from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.threshold import Threshold
 from crdiff_export.sampling import poa
 from crdiff_export.sampling.comfyui import match
-from crdiff_export.sampling.comfyui.patch import Layer, Switch
-from crdiff_export.sampling.poa.masks import Bits, Masks, Own, prune
+from crdiff_export.sampling.comfyui.patch import PatchedLayer, PruneSwitch
+from crdiff_export.sampling.poa.masks import MaskPart, Masks, ReplacedWeights, prune
 from crdiff_export.verify.reopen import open_baked, read_decision
 from tests.sampling.test_poa import pruned_copy, two_models
 from tests.sampling.test_poa_use import lora
@@ -49,8 +49,8 @@ FAMILIES = {"sd15": "sd15", "sdxl": "sdxl", "sd3": "sd3-medium", "flux": "flux-d
 # Parts of weights.
 
 
-def bits(gone: np.ndarray[Any, Any], start: int = 0, dtype: str = "F32") -> Bits:
-    return Bits(start, start + gone.size, dtype, torch.from_numpy(Mask.pack(gone).bits))
+def bits(gone: np.ndarray[Any, Any], start: int = 0, dtype: str = "F32") -> MaskPart:
+    return MaskPart(start, start + gone.size, dtype, torch.from_numpy(Mask.pack(gone).bits))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -88,12 +88,12 @@ def test_parts_of_a_fused_weight() -> None:
     weight = torch.randn(9, 3)
     gone = np.random.default_rng(1).random((3, 9)) < 0.5
     own = torch.randn(9)
-    parts = (bits(gone[0].ravel()), Own(9, 18, "F32", own))
+    parts = (bits(gone[0].ravel()), ReplacedWeights(9, 18, "F32", own))
     found = prune(weight, parts)
     assert torch.equal(found[:3], torch.where(torch.from_numpy(gone[0].reshape(3, 3)), 0.0, weight[:3]))
     assert torch.equal(found[3:6].reshape(-1), own)
     assert torch.equal(found[6:], weight[6:])
-    alone = prune(weight[:3], (Own(0, 9, "F32", own),))
+    alone = prune(weight[:3], (ReplacedWeights(0, 9, "F32", own),))
     alone += 1
     assert not torch.equal(alone.reshape(-1), own), "what prune gives is a new tensor"
 
@@ -111,7 +111,11 @@ def test_a_mask_is_known_by_what_it_holds() -> None:
     other[50] ^= True
     assert repr(bits(gone)) == repr(bits(gone.copy())) != repr(bits(other))
     one, two = torch.zeros(4), torch.ones(4)
-    assert repr(Own(0, 4, "F32", one)) == repr(Own(0, 4, "F32", one.clone())) != repr(Own(0, 4, "F32", two))
+    assert (
+        repr(ReplacedWeights(0, 4, "F32", one))
+        == repr(ReplacedWeights(0, 4, "F32", one.clone()))
+        != repr(ReplacedWeights(0, 4, "F32", two))
+    )
 
 
 # While sampling.
@@ -233,7 +237,7 @@ def test_a_recipe_and_a_ranking_give_what_an_export_does(criterion: str, made: M
     ranked = CriterionChoice.of(criterion, None if "random" in criterion else made.calibration)
     plan = plan_variant(made.request(criterion), open_checkpoint(made.base))
     other = plan_variant(made.request(criterion, ratio=0.1), open_checkpoint(made.base))
-    counted = poa.Counted([plan], "base", Silent(), criterion=ranked, device="cpu")
+    counted = poa.BaseRanking([plan], "base", Silent(), criterion=ranked, device="cpu")
     for asked in (other, plan, other):
         poa.enable(pipe, counted.source(asked, W))
         assert torch.equal(kind.run(pipe), expected) == (asked is plan)
@@ -243,19 +247,19 @@ def test_a_ranking_without_more_is_magnitude(sd15: Made) -> None:
     plan = plan_variant(sd15.request("magnitude", calibration=None), open_checkpoint(sd15.base))
     poa.enable(sd15.pipe, sd15.baked("magnitude", calibration=None), W)
     expected = SD15.run(sd15.pipe)
-    poa.enable(sd15.pipe, poa.Counted([plan], "base").source(plan), W)
+    poa.enable(sd15.pipe, poa.BaseRanking([plan], "base").source(plan), W)
     assert torch.equal(SD15.run(sd15.pipe), expected)
 
 
 def test_what_a_source_holds_goes_with_it(sd15: Made) -> None:
     plan = plan_variant(sd15.request("obs"), open_checkpoint(sd15.base))
     for criterion in ("obs", "wanda"):
-        counted = poa.Counted([plan], "base", criterion=CriterionChoice.of(criterion, sd15.calibration))
+        counted = poa.BaseRanking([plan], "base", criterion=CriterionChoice.of(criterion, sd15.calibration))
         source = counted.source(plan)
         poa.enable(sd15.pipe, source, W)
         SD15.run(sd15.pipe)
         part = source.masks.diffusers[f"{LAYER}.weight"][0]
-        held = part._weights if isinstance(part, Own) else part._packed  # type: ignore[union-attr]
+        held = part._tensor  # type: ignore[union-attr]
         gone = weakref.ref(held)
         poa.disable(sd15.pipe)
         del source, part, held
@@ -277,7 +281,7 @@ def test_what_is_held(sd15: Made) -> None:
     ):
         handle = poa.enable(sd15.pipe, sd15.baked(criterion), W, keep=keep)
         SD15.run(sd15.pipe)
-        assert handle.held == held
+        assert handle.extra_bytes == held
 
 
 def test_kept_weights_follow_the_model(sd15: Made) -> None:
@@ -530,12 +534,12 @@ def test_a_layer_in_comfyui_takes_the_masked_weights(
 ) -> None:
     base, output = bakes(table, criterion)
     weights, pruned = in_comfyui(base.path, dtype), in_comfyui(output, dtype)
-    switch = Switch()
-    cuts = match.cuts(weights, open_baked(output))
+    switch = PruneSwitch()
+    cuts = match.model_parts(weights, open_baked(output))
     changed = {name for name in weights if not torch.equal(weights[name], pruned[name])}
     assert changed == cuts.keys()
     for key, parts in cuts.items():
-        layer = Layer(switch, key, parts, ())
+        layer = PatchedLayer(switch, key, parts, ())
         assert layer(weights[key]) is weights[key]
         switch.pruned = True
         before = pruned[key].clone()
@@ -548,19 +552,19 @@ def test_comfyui_tells_models_apart(bakes: Callable[[str, str], tuple[masking.Ba
     base, output = bakes("sd15.original", "wanda")
     baked = open_baked(output)
     with pytest.raises(match.PrunedError, match="holds the pruned weights of"):
-        match.cuts(in_comfyui(output), baked)
+        match.model_parts(in_comfyui(output), baked)
     weights = in_comfyui(base.path)
-    name = next(iter(match.cuts(weights, baked)))
+    name = next(iter(match.model_parts(weights, baked)))
     with pytest.raises(PoaError, match="are not those of"):
-        match.cuts({**weights, name: weights[name] * 1.01}, baked)
+        match.model_parts({**weights, name: weights[name] * 1.01}, baked)
     with pytest.raises(PoaError, match="has 8 weights"):
-        match.cuts({**weights, name: weights[name].reshape(-1)[:8]}, baked)
+        match.model_parts({**weights, name: weights[name].reshape(-1)[:8]}, baked)
     with pytest.raises(PoaError, match="the model has no layer"):
-        match.cuts({key: weight for key, weight in weights.items() if key != name}, baked)
+        match.model_parts({key: weight for key, weight in weights.items() if key != name}, baked)
     moved = bakes("sd15.original", "obs")[1]
     with pytest.raises(match.PrunedError, match="holds the pruned weights of"):
-        match.cuts(in_comfyui(moved), open_baked(moved))
-    assert match.cuts({**weights, name: weights[name] * 1.01}, open_baked(moved)), "which nothing tells apart"
+        match.model_parts(in_comfyui(moved), open_baked(moved))
+    assert match.model_parts({**weights, name: weights[name] * 1.01}, open_baked(moved)), "which nothing tells apart"
 
 
 def test_comfyui_finds_the_file_by_its_zeros(bakes: Callable[[str, str], tuple[masking.Base, Path]]) -> None:
@@ -569,7 +573,7 @@ def test_comfyui_finds_the_file_by_its_zeros(bakes: Callable[[str, str], tuple[m
     moved, other = bakes("sd15.original", "obs")[1], bakes("flux-dev.original-transformer", "wanda")[1]
     baked, cuts = match.find(in_comfyui(base.path), [other, moved, output])
     assert baked.checkpoint.path == output
-    assert all(isinstance(part, Bits) for parts in cuts.values() for part in parts)
+    assert all(isinstance(part, MaskPart) for parts in cuts.values() for part in parts)
 
 
 def test_masks_are_released(bakes: Callable[[str, str], tuple[masking.Base, Path]]) -> None:
@@ -578,12 +582,12 @@ def test_masks_are_released(bakes: Callable[[str, str], tuple[masking.Base, Path
     baked = open_baked(output)
     masks = Masks.of(baked.plan, read_decision(baked))
     (part,) = next(iter(masks.original.values()))
-    assert isinstance(part, Own)
-    alone = part.held
+    assert isinstance(part, ReplacedWeights)
+    alone = part.extra_bytes
     part.rule(torch.float32)(torch.empty(part.stop), None)
-    assert part.held == 3 * alone
+    assert part.extra_bytes == 3 * alone
     masks.release()
-    assert part.held == alone
+    assert part.extra_bytes == alone
 
 
 def test_nothing_is_made_of_layers_that_stay() -> None:

@@ -276,12 +276,12 @@ def graph() -> Iterator[tuple[str, float]]:
 
 def left_behind() -> Iterator[tuple[str, float]]:
     """What is still there after sampling; all of it is to be nothing."""
-    from crdiff_export.sampling.comfyui.patch import KEY, Layer, Poa
-    from crdiff_export.sampling.poa.masks import Bits, Own
+    from crdiff_export.sampling.comfyui.patch import KEY, PatchedLayer, PoaPatch
+    from crdiff_export.sampling.poa.masks import MaskPart, ReplacedWeights
 
     def masks_alive() -> int:
         gc.collect()
-        return sum(type(found) in (Bits, Own) for found in gc.get_objects())
+        return sum(type(found) in (MaskPart, ReplacedWeights) for found in gc.get_objects())
 
     for with_lora in (plain, lora()):
         for file in (BAKED, *MASKS):
@@ -289,13 +289,13 @@ def left_behind() -> Iterator[tuple[str, float]]:
             others, model = masks_alive(), load(dtype=torch.float16)
             own = {key: weight.clone() for key, weight in model.model.state_dict().items()}
             on = poa(with_lora(model), file)
-            wrapper: Poa = next(iter(on.wrappers["outer_sample"][KEY])).__self__
+            wrapper: PoaPatch = next(iter(on.wrappers["outer_sample"][KEY])).__self__
             parts = [part for every in wrapper._parts.values() for part in every]
-            held, masked = sum(part.held for part in parts), file != BAKED
+            held, masked = sum(part.extra_bytes for part in parts), file != BAKED
             during: list[tuple[int, int]] = []
 
             def look(*_: Any, parts: Any = parts, during: Any = during) -> None:
-                during.append((sum(part.held for part in parts), masks_alive()))
+                during.append((sum(part.extra_bytes for part in parts), masks_alive()))
 
             sample(on, callback=look)
             assert len(during) == len(GIVEN["sigmas"]) - 1
@@ -303,10 +303,12 @@ def left_behind() -> Iterator[tuple[str, float]]:
             # Of moved weights in fp16 a copy is in the computation's float32.
             grown = 2 * held if file == MASKS[2] else 0
             yield f"{name}: more memory than it should", float(during[-1][0] - held - grown)
-            yield f"{name}: memory held after sampling", float(sum(part.held for part in parts) - held)
+            yield f"{name}: memory held after sampling", float(sum(part.extra_bytes for part in parts) - held)
             yield f"{name}: weights changed while loaded", changed(model, own) if with_lora is plain else 0.0
             sample(model)
-            layers = [f for m in model.model.modules() for f in getattr(m, "weight_function", ()) if type(f) is Layer]
+            layers = [
+                f for m in model.model.modules() for f in getattr(m, "weight_function", ()) if type(f) is PatchedLayer
+            ]
             yield f"{name}: functions on the weights", float(len(layers))
             yield f"{name}: weights changed", changed(model, own)
             yield f"{name}: still pruned", float(vars(model.model)[KEY].pruned)

@@ -6,7 +6,7 @@ from crdiff_export.evaluate.preview.request import Preview, PreviewJob, PreviewP
 from crdiff_export.progress import Progress
 from crdiff_export.sampling import poa
 from crdiff_export.sampling.poa import Schedule
-from crdiff_export.sampling.session import Place, session
+from crdiff_export.sampling.session import Placement, open_session
 
 
 def draw_all(job: PreviewJob, source: poa.Source, progress: Progress) -> Preview:
@@ -25,9 +25,9 @@ def draw_all(job: PreviewJob, source: poa.Source, progress: Progress) -> Preview
     """
     family, drawing, request = job.plan.match.family.id, job.drawing, job.request
     # A single small picture is drawn no faster by several threads, and on a busy machine much slower.
-    place = Place(drawing.device, drawing.dtype, request.offload, threads=1 if family == "demo" else None)
+    place = Placement(drawing.device, drawing.dtype, request.offload, threads=1 if family == "demo" else None)
     pairs = [(prompt, seed) for prompt in request.prompts for seed in request.seeds]
-    with session(drawing.opening, family, place, drawing.base.name) as pipeline:
+    with open_session(drawing.opening, family, place, drawing.base.name) as pipeline:
         renderer = Renderer(pipeline, request, progress)
         renderer.start(len(pairs), job.weights, job.size)
 

@@ -50,7 +50,7 @@ def prepare(request: PreviewRequest) -> PreviewJob:
     _check(request)
     pipelines.check_packages(offload=request.offload)
     criterion = None if request.baked else CriterionChoice.of(request.criterion, request.calibration)
-    base = drawing_setup.find(request)
+    base = drawing_setup.read_base(request)
     family = base.match.family
     if request.baked:
         baked = open_baked(request.baked.expanduser())
@@ -62,7 +62,7 @@ def prepare(request: PreviewRequest) -> PreviewJob:
         plan = baked.plan
     else:
         assert request.size
-        baked, plan = None, drawing_setup.planned(base, request.export_request(request.size), criterion)
+        baked, plan = None, drawing_setup.plan_export(base, request.export_request(request.size), criterion)
     size = request.size or plan.size
     check_grid(size, family.grid, family.title)
     weights = model_weights(request.weights or (plan.variant.poa_weight,))

@@ -12,16 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crdiff_export.errors import CalibrationError
+from crdiff_export.formats.dtypes import torch_dtypes
 from crdiff_export.formats.weight_file import Bytes, SourceFile
 from crdiff_export.prune.criteria import selection
 from crdiff_export.prune.criteria.decision import Mask
 from crdiff_export.prune.criteria.spec import SCORED, Spec
 from crdiff_export.prune.plan import Target
 
-_DTYPES = {
-    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 _LESS = "Ask for more damping (obs:damping=0.1), for none of it (obs:compensate=off)"
 
 
@@ -66,7 +63,7 @@ class Reader:
 
             data = memoryview(cast(data, source, output))
         bits = np.frombuffer(data, f"u{target.output.itemsize}")
-        written = torch.frombuffer(data, dtype=_DTYPES[output]).to(self._device)
+        written = torch.frombuffer(data, dtype=torch_dtypes()[output]).to(self._device)
         values = written.to(torch.float32).reshape(-1, target.source.shape[-1])
         zero, broken = values == 0, None
         if not selection.finite(values):
@@ -112,7 +109,7 @@ def rounded(
             "Each weight needs one; ask whoever made the criterion.",
         )
     exact = moved.to("cpu", torch.float32)
-    written = exact.to(_DTYPES[dtype])
+    written = exact.to(torch_dtypes()[dtype])
     again = written.float()
     broken = torch.zeros_like(again, dtype=torch.bool) if weights.broken is None else weights.broken.cpu()
     gone = (mask.cpu() | (again == 0)) & ~broken

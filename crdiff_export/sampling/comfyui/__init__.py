@@ -1,6 +1,7 @@
-"""POA in ComfyUI: a pack of two nodes, and how it gets into a ComfyUI.
+"""POA in ComfyUI: two nodes, and their installation.
 
-`install` writes a folder of custom nodes, `custom_node` is that folder's `__init__.py`, `nodes` are the nodes, `patch`
-is what "CR-Diff POA" does to a model, `match` tells which model that is, `listing` finds baked files. ComfyUI's own
-modules are imported in functions only, so that this package can be imported without ComfyUI.
+Begin with `nodes`, which ComfyUI calls. `match` compares its model with a baked file, `patch` lets the model sample
+with POA, `listing` finds baked files among ComfyUI's models. `install` writes a folder of custom nodes, whose
+`__init__.py` is `custom_node`. ComfyUI's own modules are imported in functions only, so that this folder can be
+imported without ComfyUI.
 """

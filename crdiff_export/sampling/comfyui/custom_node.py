@@ -1,7 +1,6 @@
-"""The `__init__.py` of the folder of custom nodes: takes the nodes from the package that `crdiff.json` names.
+"""The `__init__.py` of the folder of custom nodes, which takes the nodes from the package that `crdiff.json` names.
 
-It runs in ComfyUI's Python, whichever that is, and so is written for old ones, too. Only `crdiff_export` becomes
-importable; what else lies beside it does not.
+It runs in ComfyUI's Python, so it avoids new syntax. Only `crdiff_export` becomes importable, not its neighbours.
 """
 
 import importlib.util
@@ -9,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-if sys.version_info < (3, 11):  # noqa: UP036  ours is newer, ComfyUI's need not be
+if sys.version_info < (3, 11):  # noqa: UP036  ComfyUI's Python may be older than ours
     raise ImportError(f"crdiff needs Python 3.11 or newer, this ComfyUI runs on {sys.version.split()[0]}")
 
 

@@ -1,4 +1,4 @@
-"""Put the nodes into a ComfyUI and take them out again; nothing that somebody else put there is touched."""
+"""Install the nodes into a ComfyUI folder and remove them; files of others are never touched."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from crdiff_export.errors import PoaError
 
 FOLDER = "crdiff"
 MARKER = "crdiff.json"
-# ComfyUI passes over what is called so.
+# ComfyUI ignores folders with this ending.
 ASIDE = ".disabled"
 _COPY = "crdiff_export"
 _OURS = {"__init__.py", MARKER, _COPY, "__pycache__"}
@@ -22,9 +22,14 @@ _OURS = {"__init__.py", MARKER, _COPY, "__pycache__"}
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """What an installation is: its folder, the version in it, and where the package is if that is not in the folder.
+    """An installation.
 
-    `replaced` is the version that was there before, `aside` where somebody else's folder of the same name now is.
+    Attributes:
+        folder: The folder of custom nodes.
+        version: The version of crdiff in it.
+        linked: The folder of the package if it was not copied.
+        replaced: The version that was there before.
+        aside: The new name of a folder of the same name that crdiff had not installed.
     """
 
     folder: Path
@@ -35,22 +40,31 @@ class Installed:
 
 
 def install(comfyui: Path, *, link: bool = False, force: bool = False) -> Installed:
-    """Write `custom_nodes/crdiff`, in one step, in place of an older one.
+    """Write `custom_nodes/crdiff` in one step, in place of an older one.
 
-    With `link` it takes the package from where it is now, instead of a copy. Somebody else's folder of that name is a
-    PoaError; with `force` it is renamed.
+    Args:
+        comfyui: ComfyUI's folder.
+        link: Whether the nodes load the package from its present folder, instead of a copy.
+        force: Whether to rename a folder of that name that crdiff has not installed.
+
+    Returns:
+        The installation.
+
+    Raises:
+        PoaError: The folder is not ComfyUI's, cannot be written, or has another `custom_nodes/crdiff`.
+
     """
     target = _custom_nodes(comfyui) / FOLDER
     package = Path(__file__).parents[2]
     aside: Path | None = None
-    with _explained(target):
+    with _as_poa_error(target):
         before = _version(target)
         if os.path.lexists(target) and before is None:
-            aside = _make_way(target, force=force)
+            aside = _rename(target, force=force)
         with staging.temp_sibling(target, folder=True) as part:
             shutil.copyfile(Path(__file__).with_name("custom_node.py"), part / "__init__.py")
             if not link:
-                # Recipes are for exports; bytecode is another Python's.
+                # The nodes need no recipes; ComfyUI's Python writes its own bytecode.
                 shutil.copytree(package, part / _COPY, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "recipes"))
             marker = {"crdiff": tool_version(), "package": str(package) if link else _COPY}
             (part / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
@@ -60,9 +74,20 @@ def install(comfyui: Path, *, link: bool = False, force: bool = False) -> Instal
 
 
 def uninstall(comfyui: Path) -> Installed | None:
-    """Remove what `install` wrote, and say what it was; None where nothing is installed."""
+    """Remove the installation.
+
+    Args:
+        comfyui: ComfyUI's folder.
+
+    Returns:
+        The installation that was removed, or None if there was none.
+
+    Raises:
+        PoaError: The folder is not ComfyUI's, or `custom_nodes/crdiff` has files of others.
+
+    """
     target = _custom_nodes(comfyui) / FOLDER
-    with _explained(target):
+    with _as_poa_error(target):
         if not os.path.lexists(target):
             return None
         version = _version(target)
@@ -75,9 +100,9 @@ def uninstall(comfyui: Path) -> Installed | None:
 
 
 def _custom_nodes(comfyui: Path) -> Path:
-    """The folder of custom nodes; PoaError where that is not in a ComfyUI."""
-    root = Path(os.path.abspath(comfyui.expanduser()))  # noqa: PTH100  a link to it is as good
-    # The desktop app keeps its code elsewhere: there it is the folder with models and custom nodes.
+    """Return the folder of custom nodes; PoaError if this is not ComfyUI's folder."""
+    root = Path(os.path.abspath(comfyui.expanduser()))  # noqa: PTH100  keeps symbolic links
+    # The desktop app has its code elsewhere, and its user's folder has models and custom nodes.
     if (root / "custom_nodes").is_dir() and ((root / "comfy").is_dir() or (root / "models").is_dir()):
         return root / "custom_nodes"
     inside = root / "ComfyUI"
@@ -91,7 +116,7 @@ def _custom_nodes(comfyui: Path) -> Path:
 
 
 def _version(target: Path) -> str | None:
-    """The version that is installed; None where nothing is, or nothing of ours alone."""
+    """Return the version that is installed; None if there is none, or if the folder has files of others."""
     try:
         if target.is_symlink() or not target.is_dir() or {path.name for path in target.iterdir()} - _OURS:
             return None
@@ -101,7 +126,7 @@ def _version(target: Path) -> str | None:
     return version if isinstance(version, str) else None
 
 
-def _make_way(target: Path, *, force: bool) -> Path:
+def _rename(target: Path, *, force: bool) -> Path:
     aside = target.with_name(target.name + ASIDE)
     if not force:
         raise _foreign(target, f"Remove it, or give --force to have it renamed to {aside.name}.")
@@ -116,7 +141,7 @@ def _foreign(target: Path, hint: str) -> PoaError:
 
 
 @contextmanager
-def _explained(target: Path) -> Iterator[None]:
+def _as_poa_error(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -1,16 +1,16 @@
-"""The nodes, in the form that ComfyUI asks for: what they take, what they give, and one call each."""
+"""The two nodes, in the form that ComfyUI expects: inputs, outputs and one method each."""
 
 from typing import Any, ClassVar
 
 from crdiff_export.models.recipe import MAX_POA_WEIGHT
 from crdiff_export.sampling.comfyui import listing, match
-from crdiff_export.sampling.comfyui.patch import Poa, take_off
+from crdiff_export.sampling.comfyui.patch import PoaPatch, take_off
 from crdiff_export.sampling.poa.mix import Schedule
 from crdiff_export.verify.reopen import open_baked
 
-# Instead of a name: whichever file was made from the model.
+# The choice that finds the file which was made from the loaded model.
 LOADED = "(loaded model)"
-# What a ComfyUI node's inputs and outputs are declared with.
+# The type of a ComfyUI node's declarations.
 Inputs = dict[str, dict[str, tuple[Any, ...]]]
 
 
@@ -28,7 +28,7 @@ class CrdiffPoa:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:  # noqa: N802
-        """The inputs, as ComfyUI asks for them."""
+        """Declare the inputs."""
         part = {"min": 0.0, "max": 1.0, "step": 0.01, "round": False}
         return {
             "required": {
@@ -55,27 +55,27 @@ class CrdiffPoa:
 
     @classmethod
     def IS_CHANGED(cls, checkpoint: str, **_: Any) -> int:  # noqa: N802
-        """Another number when the file is another."""
+        """Return a number that changes with the file."""
         return 0 if checkpoint == LOADED else listing.path(checkpoint).stat().st_mtime_ns
 
     def patch(
         self, model: Any, checkpoint: str, weight_from_file: bool, weight: float, start: float, stop: float
     ) -> tuple[Any]:
-        """The model with POA; PoaError if it is not the one that the file was made from."""
+        """Return the model with POA; PoaError if the file was made from another model."""
         weights = {key: _weight(patches[0]) for key, patches in model.get_key_patches(match.PREFIX).items()}
         if checkpoint == LOADED:
-            baked, cuts = match.find(weights, map(listing.path, listing.names()))
+            baked, parts = match.find(weights, map(listing.path, listing.names()))
         else:
             baked = open_baked(listing.path(checkpoint))
-            cuts = match.cuts(weights, baked)
+            parts = match.model_parts(weights, baked)
         schedule = Schedule(baked.stamp.poa_weight if weight_from_file else weight, start, stop)
         if schedule.constant == 0:
             return (take_off(model),)
-        return (Poa(cuts, schedule, baked.checkpoint.path.name).put_on(model),)
+        return (PoaPatch(parts, schedule, baked.checkpoint.path.name).put_on(model),)
 
 
 class CrdiffInfo:
-    """Shows what `crdiff inspect` says of a file."""
+    """Shows the text of `crdiff inspect` for a file."""
 
     CATEGORY = CrdiffPoa.CATEGORY
     DESCRIPTION = "What a file that crdiff made says of its making: base, sizes, ratios, thresholds, POA weight."
@@ -86,22 +86,22 @@ class CrdiffInfo:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:  # noqa: N802
-        """The inputs, as ComfyUI asks for them."""
+        """Declare the inputs."""
         return {"required": {"checkpoint": (listing.names(), {"tooltip": "A file that crdiff made."})}}
 
     @classmethod
     def IS_CHANGED(cls, checkpoint: str) -> int:  # noqa: N802
-        """Another number when the file is another."""
+        """Return a number that changes with the file."""
         return listing.path(checkpoint).stat().st_mtime_ns
 
     def show(self, checkpoint: str) -> dict[str, Any]:
-        """The text, for the next node and for the page."""
+        """Return the text for the next node and for the page."""
         text = listing.about(listing.path(checkpoint))
         return {"ui": {"text": (text,)}, "result": (text,)}
 
 
 def _weight(first: Any) -> Any:
-    """A weight without patches from `get_key_patches`; old ComfyUIs give it bare, newer ones with a function."""
+    """Return the weight in an entry of `get_key_patches`: bare in old ComfyUIs, with a function in newer ones."""
     return first[0] if isinstance(first, tuple) else first
 
 

@@ -1,8 +1,8 @@
 """POA on a model of ComfyUI: wrappers around sampling and around the model, and functions on the pruned weights.
 
-ComfyUI writes a LoRA into the weights, or adds it to a copy as it goes, as memory allows. POA needs the weights as they
-were published, so while it samples, the patches of the pruned layers are taken out of ComfyUI's hands and put on here
-instead: `prune(W) + delta`, wherever the weights lie. For these layers that is what ComfyUI does with little memory.
+ComfyUI adds a LoRA to the weights, or to a copy of each layer's weights if memory is short. POA needs the weights as
+they were published, so while it samples, it adds the patches of pruned layers itself: `prune(W) + delta`. For these
+layers that is ComfyUI's own way with little memory.
 """
 
 import hashlib
@@ -21,30 +21,30 @@ if TYPE_CHECKING:
 KEY = "crdiff_poa"
 _log = logging.getLogger(__name__)
 _NAMESPACE = uuid.UUID("6c6d2d86-5fb0-4d8a-a4be-1f8d1f1ac9a5")
-# A sampler may compute a step's sigma anew, from its logarithm.
+# Tolerance for samplers that compute a step's sigma from its logarithm.
 _NEAR = 1e-4
 
 
-class Switch:
-    """Which weights the layers of one model take. `used` says that a layer has looked, and pruned."""
+class PruneSwitch:
+    """Whether the layers of one model take pruned weights; `used` tells that a layer has done so."""
 
     def __init__(self) -> None:
         self.pruned = self.used = False
 
 
-class Layer:
-    """What becomes of a pruned layer's weight on its way to the computation: `ModelPatcher.add_weight_wrapper`'s."""
+class PatchedLayer:
+    """A function for `ModelPatcher.add_weight_wrapper`: it prunes a layer's weight and adds its patches."""
 
-    def __init__(self, switch: Switch, key: str, parts: Sequence[Part], patches: Sequence[Any]) -> None:
+    def __init__(self, switch: PruneSwitch, key: str, parts: Sequence[Part], patches: Sequence[Any]) -> None:
         self._switch, self._key, self._parts, self._patches = switch, key, parts, list(patches)
 
     def __call__(self, weight: "Tensor") -> "Tensor":
-        """The weight, pruned if the switch says so, with the patches on it; `weight` stays as it is."""
+        """Return the weight, pruned if the switch says so, with its patches; `weight` itself does not change."""
         import torch
 
         if not (self._switch.pruned or self._patches):
             return weight
-        # Nothing is computed in eight bits; values of eight bits come back from float32 as they were.
+        # torch does not compute in eight bits; float32 has all of their values.
         result = weight.to(torch.float32 if weight.itemsize == 1 else weight.dtype)
         if self._switch.pruned:
             self._switch.used = True
@@ -58,17 +58,17 @@ class Layer:
         return result.to(weight.dtype)
 
 
-class Poa:
-    """POA on a model and on all that other nodes make of it."""
+class PoaPatch:
+    """POA on a model and on the clones that other nodes make of it."""
 
     def __init__(self, parts: Mapping[str, Sequence[Part]], schedule: Schedule, where: str) -> None:
         self._parts, self._schedule, self._where = parts, schedule, where
         self._digest = hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
-        self._switch: Switch | None = None
+        self._switch: PruneSwitch | None = None
         self._loaded: Any = None
 
     def put_on(self, model: Any) -> Any:
-        """A clone of a ModelPatcher that samples with POA; another POA on it is replaced."""
+        """Clone a ModelPatcher and let the clone sample with POA, in place of another POA."""
         from comfy.patcher_extension import WrappersMP
 
         clone = take_off(model)
@@ -77,11 +77,11 @@ class Poa:
         return clone
 
     def around_sampling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Sample with a patcher of our own in the guider, one that has the functions on its weights."""
+        """Sample with a patcher in the guider that has our functions on its weights."""
         guider = executor.class_obj
-        given = guider.model_patcher
-        switch = vars(given.model).setdefault(KEY, Switch())
-        guider.model_patcher = self._loaded = self._patcher(given, switch)
+        patcher = guider.model_patcher
+        switch = vars(patcher.model).setdefault(KEY, PruneSwitch())
+        guider.model_patcher = self._loaded = self._patcher(patcher, switch)
         before, self._switch = self._switch, switch
         try:
             return executor(*args, **kwargs)
@@ -89,40 +89,40 @@ class Poa:
             for part in (part for parts in self._parts.values() for part in parts):
                 part.release()
             self._switch = before
-            guider.model_patcher = given
+            guider.model_patcher = patcher
 
-    def _patcher(self, given: Any, switch: Switch) -> Any:
-        """A clone whose patches on pruned layers are in our functions.
+    def _patcher(self, original: Any, switch: PruneSwitch) -> Any:
+        """Clone a patcher and move its patches of pruned layers into our functions.
 
-        It is held for as long as its weights may be loaded: ComfyUI would otherwise take `given`, with the patches that
-        are ours, for what is loaded. For that reason it must not lead back to `given`.
+        The clone lives as long as its weights may be loaded: ComfyUI would otherwise regard `original`, which has these
+        patches, as loaded. So the clone must not refer to `original`.
         """
-        if any(key in self._parts for patches in given.hook_patches.values() for key in patches):
-            _log.warning("crdiff: a LoRA that is a hook is on pruned layers; they are pruned with it, not before it")
-        clone = given.clone()
-        clone.model_options = given.model_options
+        if any(key in self._parts for patches in original.hook_patches.values() for key in patches):
+            _log.warning("crdiff: a LoRA hook changes pruned layers; they are pruned with it, not before it")
+        clone = original.clone()
+        clone.model_options = original.model_options
         for kind in list(clone.wrappers):
             clone.remove_wrappers_with_key(kind, KEY)
         while clone.parent is not None and clone.parent.parent is not None:
             clone.parent = clone.parent.parent
         for key, parts in self._parts.items():
-            clone.add_weight_wrapper(key, Layer(switch, key, parts, clone.patches.pop(key, ())))
-        # The same for the same patches: ComfyUI loads the weights anew for any other.
-        clone.patches_uuid = uuid.uuid5(_NAMESPACE, f"{given.patches_uuid} {self._digest}")
+            clone.add_weight_wrapper(key, PatchedLayer(switch, key, parts, clone.patches.pop(key, ())))
+        # Equal for equal patches, because ComfyUI loads the weights again for another id.
+        clone.patches_uuid = uuid.uuid5(_NAMESPACE, f"{original.patches_uuid} {self._digest}")
         return clone
 
     def around_model(
         self, executor: Any, x: Any, t: Any, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
         transformer_options: Any = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """Predict with the weights that the step asks for, or with both, and mix."""
+        """Predict with the dense weights, the pruned ones, or both, and mix."""
         options = {} if transformer_options is None else transformer_options
         weight = self._weight(t, options)
 
         def predict(*, pruned: bool) -> Any:
-            # A UNet takes a ControlNet's tensors out of the lists that it is given.
-            own = {k: list(v) if isinstance(v, list) else v for k, v in control.items()} if control else control
-            return self._predict(executor, pruned, x, t, c_concat, c_crossattn, own, options.copy(), **kwargs)
+            # A UNet takes a ControlNet's tensors out of these lists.
+            lists = {k: list(v) if isinstance(v, list) else v for k, v in control.items()} if control else control
+            return self._predict(executor, pruned, x, t, c_concat, c_crossattn, lists, options.copy(), **kwargs)
 
         if weight in (0, 1):
             return predict(pruned=weight == 1)
@@ -131,7 +131,7 @@ class Poa:
     def _predict(self, executor: Any, pruned: bool, *args: Any, **kwargs: Any) -> Any:
         if self._switch is None:
             raise PoaError(
-                "the model is sampled in a way that POA is not told of",
+                "the model is sampled in a way that POA does not see",
                 "Use a sampler node that goes through ComfyUI's guiders, as KSampler does.",
             )
         switch = self._switch
@@ -159,7 +159,7 @@ class Poa:
 
 
 def take_off(model: Any) -> Any:
-    """A clone of a ModelPatcher without POA."""
+    """Clone a ModelPatcher without POA."""
     clone = model.clone()
     for kind in list(clone.wrappers):
         clone.remove_wrappers_with_key(kind, KEY)
@@ -167,12 +167,21 @@ def take_off(model: Any) -> Any:
 
 
 def fraction(sigma: float, sigmas: Sequence[float]) -> float:
-    """How much of the steps between `sigmas` is done at `sigma`; within a step as much as at its beginning."""
+    """Return the fraction of sampling that is done at the beginning of a step.
+
+    Args:
+        sigma: The noise level of the step, or one within it.
+        sigmas: The noise levels of all steps, and the last one's end.
+
+    Returns:
+        A fraction from 0 to below 1.
+
+    """
     steps = len(sigmas) - 1
     if steps < 1:
         return 0.0
     if sigmas[0] >= sigmas[-1]:
         begun = sum(start >= sigma * (1 - _NEAR) for start in sigmas[:-1])
-    else:  # noise is put on
+    else:  # noise is added
         begun = sum(start <= sigma * (1 + _NEAR) for start in sigmas[:-1])
     return max(begun - 1, 0) / steps

@@ -1,4 +1,4 @@
-"""Pruned output amplification while sampling, with one copy of the weights: D = (1 - w) * dense + w * pruned.
+"""Pruned output amplification (POA) while sampling, with one copy of the weights: D = (1 - w) * dense + w * pruned.
 
     from crdiff_export import poa
 
@@ -6,7 +6,8 @@
     image = pipe("a red fox", width=512, height=512).images[0]
     poa.disable(pipe)
 
-Importing this package imports no torch.
+`source` makes what POA needs, `masks` prune layers in memory, `handle` puts POA on a model of diffusers by the hooks in
+`hooks`, and `layers` compares the model with the checkpoint first. Importing this package imports no torch.
 """
 
 from collections.abc import Iterator
@@ -16,15 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from crdiff_export.errors import PoaError
 from crdiff_export.sampling.poa.mix import Schedule, Weight, mix
-from crdiff_export.sampling.poa.source import Counted, Source, from_baked, from_recipe
+from crdiff_export.sampling.poa.source import BaseRanking, Source, from_baked, from_recipe
 
 if TYPE_CHECKING:
-    from crdiff_export.sampling.poa.sampling import Poa
+    from crdiff_export.sampling.poa.handle import Poa
 
 Mode = Literal["sequential", "batched"]
 
 __all__ = [
-    "Counted", "Mode", "Schedule", "Source", "Weight", "disable", "enable", "enabled", "from_baked", "from_recipe",
+    "BaseRanking", "Mode", "Schedule", "Source", "Weight", "disable", "enable", "enabled", "from_baked", "from_recipe",
     "mix",
 ]  # fmt: skip
 
@@ -40,40 +41,64 @@ def enable(
     check: bool = True,
     keep: bool = False,
 ) -> "Poa":
-    """Have a diffusers pipeline, or its UNet or transformer alone, predict with POA from now on.
+    """Let a model predict with POA from now on, in place of a POA that it may have.
 
-    `source` is a baked file or what `from_baked` and `from_recipe` give. `weight` is a number, or a function of the
-    fraction of sampling that is done; None takes the file's own. Outside `start` to `stop` the model stays dense and
-    costs one pass. The weights that are pruned are compared with the checkpoint first, and a baked file with its hash;
-    `check=False` trusts both. `keep=True` prunes each layer once and holds its pruned weights, which is
-    faster where there is room for them; who changes weights through `.data` then has to enable POA again.
-    PoaError if they are of another model, VerifyError or CheckpointError for a file that is not as crdiff wrote it.
+    Args:
+        pipe: A diffusers pipeline, or its UNet or transformer alone.
+        source: A baked file or folder, or the result of `from_baked`, `from_recipe` or `BaseRanking.source`.
+        weight: w, or a function of the fraction of sampling that is done; None takes the weight of the file.
+        start: The fraction of sampling at which POA begins. Outside, the model is dense and a step takes one pass.
+        stop: The fraction at which it ends.
+        mode: `sequential`: two passes; `batched`: one pass over a doubled batch.
+        check: Compare the weights that are pruned with the checkpoint, and a baked file with its hash.
+        keep: Prune each layer once and keep its pruned weights in memory, which is faster. After a change of weights
+            through `.data`, enable POA again.
+
+    Returns:
+        The handle, whose `schedule` and `mode` may be replaced between two images.
+
+    Raises:
+        PoaError: The model is not the one that the source was made from, or it cannot be pruned in memory.
+        VerifyError: The baked file was changed after crdiff wrote it.
+        CheckpointError: The file was not made by crdiff, or is damaged.
+
     """
-    from crdiff_export.sampling.poa import sampling
+    from crdiff_export.sampling.poa import handle
 
     if not isinstance(source, Source | str | Path):
         raise PoaError(
             f"{source!r} is no source for POA", "Give a baked file, or what from_baked or from_recipe gives."
         )
-    found = source if isinstance(source, Source) else from_baked(source)
-    schedule = Schedule(found.weight if weight is None else weight, start, stop)
-    return sampling.enable(pipe, found, schedule, mode=mode, check=check, keep=keep)
+    opened = source if isinstance(source, Source) else from_baked(source)
+    schedule = Schedule(opened.weight if weight is None else weight, start, stop)
+    return handle.enable(pipe, opened, schedule, mode=mode, check=check, keep=keep)
 
 
 def disable(pipe: Any) -> None:
-    """Take POA off again: the weights are those that they were, bit by bit. Without POA nothing happens."""
-    from crdiff_export.sampling.poa import sampling
+    """Take POA off a model, if it has any; its weights are as they were, bit by bit."""
+    from crdiff_export.sampling.poa import handle
 
-    sampling.disable(pipe)
+    handle.disable(pipe)
 
 
 @contextmanager
 def enabled(pipe: Any, source: Source | str | Path, weight: Weight | None = None, **options: Any) -> Iterator["Poa"]:
-    """`enable` for the length of a `with` block; within another one's it takes its place, and then both are over."""
-    from crdiff_export.sampling.poa import sampling
+    """Enable POA inside a `with` block; a block inside another one replaces its POA and ends both.
+
+    Args:
+        pipe: A diffusers pipeline, or its UNet or transformer alone.
+        source: A source as for `enable`.
+        weight: A weight as for `enable`.
+        **options: Other arguments of `enable`.
+
+    Yields:
+        The handle.
+
+    """
+    from crdiff_export.sampling.poa import handle
 
     poa = enable(pipe, source, weight, **options)
     try:
         yield poa
     finally:
-        sampling.take_off(poa)
+        handle.take_off(poa)

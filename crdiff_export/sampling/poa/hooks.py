@@ -1,4 +1,4 @@
-"""What a pruned layer does while sampling: take its weights as they are, pruned, or either for half of a batch."""
+"""The hook of a pruned layer: it computes with the dense weights, the pruned ones, or each for half of a batch."""
 
 from contextlib import suppress
 from enum import Enum
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from crdiff_export.errors import PoaError
-from crdiff_export.sampling.poa.masks import Own, Part, Rule
+from crdiff_export.sampling.poa.masks import Part, ReplacedWeights, Rule
 
 NAME = "crdiff_poa"
 
@@ -23,63 +23,66 @@ class Side(Enum):
     BOTH = 2
 
 
-class Switch:
-    """What all layers of a model look at, and where on the CPU they put their pruned weights, one after the other.
+class LayerSwitch:
+    """The state that all layers of a model share, and on the CPU one buffer for their pruned weights.
 
-    `batch` is the size of a doubled batch. With `keep` every layer holds on to its pruned weights instead.
+    Without that buffer the system would need three times as long for the memory of each layer as its pruning takes; an
+    accelerator's allocator reuses memory itself (benchmarks/NOTES.md).
 
-    There the system takes three times as long to provide new memory for each layer as its pruning takes; an
-    accelerator's allocator keeps what it has (benchmarks/NOTES.md).
+    Attributes:
+        side: Which weights the layers take.
+        batch: The size of a doubled batch.
+        keep: Whether every layer keeps its own pruned weights instead.
     """
 
     def __init__(self, *, keep: bool = False) -> None:
         self.side = Side.DENSE
         self.batch = 0
         self.keep = keep
-        self._room: dict[torch.dtype, Tensor] = {}
+        self._buffers: dict[torch.dtype, Tensor] = {}
 
     @property
-    def held(self) -> int:
-        """Bytes of that room."""
-        return sum(room.nbytes for room in self._room.values())
+    def extra_bytes(self) -> int:
+        """Bytes of the buffer."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def prune(self, weight: Tensor, rule: Rule) -> Tensor:
-        """The pruned weight; on the CPU it holds until the next one is asked for."""
+        """Return the pruned weight; on the CPU it is valid until the next call."""
         if weight.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return rule(weight, None)
-        room = self._room.get(weight.dtype)
-        if room is None or room.numel() < weight.numel():
-            with torch.inference_mode(mode=False):  # what is made in that mode cannot be written outside of it
-                room = self._room[weight.dtype] = torch.empty(weight.numel(), dtype=weight.dtype)
-        return rule(weight, room[: weight.numel()].view(weight.shape))
+        buffer = self._buffers.get(weight.dtype)
+        if buffer is None or buffer.numel() < weight.numel():
+            with torch.inference_mode(mode=False):  # a tensor of that mode could not be written outside of it
+                buffer = self._buffers[weight.dtype] = torch.empty(weight.numel(), dtype=weight.dtype)
+        return rule(weight, buffer[: weight.numel()].view(weight.shape))
 
 
 class LayerHook(ModelHook):  # type: ignore[misc]  # it has no types
-    """Takes the pruned weights of a linear layer when the switch says so."""
+    """Computes a linear layer with the weights that the switch names."""
 
-    def __init__(self, switch: Switch, part: Part, dtype: torch.dtype) -> None:
+    def __init__(self, switch: LayerSwitch, part: Part, dtype: torch.dtype) -> None:
         super().__init__()
         self.forward: Any = None
         self.follow(switch, part, dtype)
 
-    def follow(self, switch: Switch, part: Part, dtype: torch.dtype) -> None:
-        """Look at this switch from now on."""
+    def follow(self, switch: LayerSwitch, part: Part, dtype: torch.dtype) -> None:
+        """Obey this switch from now on."""
         self.switch = switch
         self.part: Part | None = part
         self._rules: dict[torch.dtype, Rule] = {dtype: part.rule(dtype)}
-        self._kept: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
+        self._cached: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
 
-    def let_go(self) -> None:
-        """Hold nothing any more; a hook that cannot be taken off stays, dense."""
-        self.switch, self.part, self._rules, self._kept = Switch(), None, {}, None
+    def release(self) -> None:
+        """Free everything; a hook that cannot be removed stays and computes with the dense weights."""
+        self.switch, self.part, self._rules, self._cached = LayerSwitch(), None, {}, None
 
     @property
-    def held(self) -> int:
-        """Bytes of the pruned weights that are kept, and of what they are made with."""
-        return (self.part.held if self.part else 0) + (self._kept[1].nbytes if self._kept else 0)
+    def extra_bytes(self) -> int:
+        """Bytes of the cached pruned weights and of the part."""
+        return (self.part.extra_bytes if self.part else 0) + (self._cached[1].nbytes if self._cached else 0)
 
     def new_forward(self, module: nn.Linear, hidden: Tensor) -> Tensor:
-        """The layer's output for hidden states `(batch, …, in_features)`."""
+        """Compute the layer's output for hidden states [batch, …, in_features]."""
         if self.switch.side is Side.DENSE:
             return self._dense(hidden)
         pruned = self._pruned(module.weight)
@@ -95,15 +98,15 @@ class LayerHook(ModelHook):  # type: ignore[misc]  # it has no types
 
     def _pruned(self, weight: Tensor) -> Tensor:
         rule = self._rule(weight.dtype)
-        if isinstance(self.part, Own):  # they are held as it is
+        if isinstance(self.part, ReplacedWeights):  # they are in memory anyway
             return rule(weight, None)
         if not self.switch.keep or torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
             return self.switch.prune(weight, rule)
-        # torch counts changes in place; a weight that was moved lies elsewhere.
+        # torch counts changes in place; a weight that was moved has another address.
         state = weight.data_ptr(), weight._version, weight.dtype  # noqa: SLF001  # its public name is this one
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, rule(weight, None)
-        return self._kept[1]
+        if self._cached is None or self._cached[0] != state:
+            self._cached = state, rule(weight, None)
+        return self._cached[1]
 
     def _dense(self, hidden: Tensor) -> Tensor:
         output: Tensor = self.fn_ref.original_forward(hidden)
@@ -116,22 +119,22 @@ class LayerHook(ModelHook):  # type: ignore[misc]  # it has no types
         return self._rules[dtype]
 
 
-def attach(layer: nn.Linear, switch: Switch, part: Part) -> LayerHook:
-    """Put a hook on a layer, or have the one that is still there follow another switch."""
+def attach(layer: nn.Linear, switch: LayerSwitch, part: Part) -> LayerHook:
+    """Put a hook on a layer, or let the one that is still there obey another switch."""
     registry = HookRegistry.check_if_exists_or_initialize(layer)
-    hook = registry.get_hook(NAME)
-    if isinstance(hook, LayerHook):
-        hook.follow(switch, part, layer.weight.dtype)
-        return hook
-    made = LayerHook(switch, part, layer.weight.dtype)
-    registry.register_hook(made, NAME)
-    made.forward = layer.forward
-    return made
+    present = registry.get_hook(NAME)
+    if isinstance(present, LayerHook):
+        present.follow(switch, part, layer.weight.dtype)
+        return present
+    hook = LayerHook(switch, part, layer.weight.dtype)
+    registry.register_hook(hook, NAME)
+    hook.forward = layer.forward
+    return hook
 
 
 def detach(layer: nn.Linear, hook: LayerHook) -> None:
-    """Take a hook off its layer. One that somebody has wrapped since would take the wrapper along; it stays."""
-    hook.let_go()
+    """Take a hook off its layer; one that something else has wrapped since stays, to leave the wrapper in place."""
+    hook.release()
     if layer.forward is not hook.forward:
         return
     HookRegistry.check_if_exists_or_initialize(layer).remove_hook(NAME, recurse=False)
@@ -141,7 +144,7 @@ def detach(layer: nn.Linear, hook: LayerHook) -> None:
 
 
 def refuse_wrapped(path: str, layer: nn.Linear) -> None:
-    """PoaError for a layer whose forward is another's already; ours would take the weights from behind its back."""
+    """Refuse a layer whose forward is wrapped already: our hook would bypass the wrapper."""
     registered = HookRegistry.check_if_exists_or_initialize(layer).get_hook(NAME) is not None
     if not registered and not _is_plain(layer):
         raise PoaError(

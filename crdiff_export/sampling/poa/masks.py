@@ -1,16 +1,18 @@
-"""What a pruned model zeroes, for weights in memory: by layer of either layout, in whatever dtype they were loaded.
+"""How a pruned model follows from weights in memory: by layer of either layout, for every dtype that they may have.
 
-Where |w| decides, pruned weights are `where(|W| > t, W, 0)` of the dense ones, so a threshold per layer is all that has
-to be held. Where something else does, it is a bit for each weight; and where weights are moved, the weights.
+With magnitude, pruned weights are `where(|W| > t, W, 0)` of the dense ones, so one threshold per layer is enough. Other
+criteria need one bit for each weight; with moved weights, the pruned weights themselves are needed.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Self
 
-from crdiff_export.formats import dtypes as floats
+from crdiff_export.formats import dtypes
+from crdiff_export.formats.dtypes import torch_dtypes
 from crdiff_export.prune import layer_names
 from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.plan import Plan
@@ -19,15 +21,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Makes of a weight, or of its part, the pruned one: in the second tensor if there is one, which is like the first.
+# Prunes a weight or a part of it; writes into the second tensor, which is like the first, if there is one.
 Rule = Callable[["Tensor", "Tensor | None"], "Tensor"]
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class ThresholdPart:
     """Elements `start:stop` of a weight; those of magnitude at most `bits` are zero in the pruned model.
 
-    `bits` are float32 magnitude bits of a number of `dtype` (safetensors'), the dtype in which the weights were ranked.
+    `bits` are the float32 magnitude bits of a number of `dtype` (safetensors'), in which the weights were ranked.
     """
 
     start: int
@@ -36,125 +38,120 @@ class Cut:
     dtype: str
 
     def limit(self, dtype: "torch.dtype") -> float:
-        """The largest magnitude that goes, for weights that were loaded as `dtype`.
+        """Return the largest magnitude that is pruned, for weights that were loaded as `dtype`.
 
-        A cast to fewer bits may round weights to the threshold from both sides; they go, as from an export with
-        `--dtype`. Of more bits, those go that round to what goes.
+        A cast to fewer bits may round weights to the threshold from both sides; all of these are pruned, as in an
+        export with `--dtype`. With more bits, weights are pruned that round to a pruned one.
         """
         return _limit(self.bits, self.dtype, dtype)
 
     def rule(self, dtype: "torch.dtype") -> Rule:
-        """What prunes weights of `dtype`."""
+        """Return the function that prunes weights of `dtype`."""
         return partial(_shrink, limit=self.limit(dtype))
 
     def fits(self, dense: "Tensor") -> "Tensor":
-        """Where these, the dense weights by their place, may be what was set to zero."""
+        """Return a bool for each of these dense weights: whether it may have been pruned."""
         return (dense.float() if dense.itemsize == 1 else dense).abs() <= self.limit(dense.dtype)
 
     @property
-    def held(self) -> int:
-        """Bytes of what it holds on the devices."""
+    def extra_bytes(self) -> int:
+        """Bytes in memory: none."""
         return 0
 
     def release(self) -> None:
-        """Let go of what is only held to be faster."""
+        """Do nothing: no copy is cached."""
 
 
-class Bits:
-    """Elements `start:stop` of a weight; those whose bit is set are zero in the pruned model.
+class StoredPart(ABC):
+    """Elements `start:stop` of a weight, and a tensor on the CPU that says how to prune them.
 
-    `packed` (uint8, on the CPU) has one bit for each of them, from the least one of a byte on. A copy stays on the
-    device where weights were pruned last, until it is released.
+    A copy of the tensor stays on the device (and in the dtype) of the last weights until it is released.
     """
 
-    def __init__(self, start: int, stop: int, dtype: str, packed: "Tensor") -> None:
-        self.start, self.stop, self.dtype, self._packed = start, stop, dtype, packed
-        self._there = packed
+    def __init__(self, start: int, stop: int, dtype: str, tensor: "Tensor") -> None:
+        self.start, self.stop, self.dtype, self._tensor = start, stop, dtype, tensor
+        self._copy = tensor
 
     def __repr__(self) -> str:
-        return f"Bits({self.start}, {self.stop}, {_digest(self._packed)})"
+        import torch
+
+        digest = hashlib.sha256(self._tensor.view(torch.uint8).numpy().data).hexdigest()
+        return f"{type(self).__name__}({self.start}, {self.stop}, {digest})"
 
     def rule(self, _dtype: "torch.dtype") -> Rule:
-        """What prunes weights of any dtype."""
+        """Return the function that prunes weights of any dtype."""
         return self._prune
 
+    @abstractmethod
+    def _prune(self, weight: "Tensor", out: "Tensor | None") -> "Tensor": ...
+
+    def _on(self, device: "torch.device", dtype: "torch.dtype") -> "Tensor":
+        """Return the tensor on a device in a dtype."""
+        if (self._copy.device, self._copy.dtype) != (device, dtype):
+            self._copy = _convert(self._tensor, device, dtype)
+        return self._copy
+
     def fits(self, dense: "Tensor") -> "Tensor":
-        """Anything may have been set to zero."""
+        """Return True for each weight: any of them may have been pruned."""
         import torch
 
         return torch.ones_like(dense, dtype=torch.bool)
 
     @property
-    def held(self) -> int:
-        """Bytes of what it holds on the devices."""
-        return _held(self._packed, self._there)
+    def extra_bytes(self) -> int:
+        """Bytes of the tensor and of its copy."""
+        return self._tensor.nbytes + (0 if self._copy is self._tensor else self._copy.nbytes)
 
     def release(self) -> None:
-        """Let go of the copy on a device."""
-        self._there = self._packed
-
-    def _prune(self, weight: "Tensor", out: "Tensor | None" = None) -> "Tensor":
-        if self._there.device != weight.device:
-            self._there = _moved(self._packed, weight.device, self._packed.dtype)
-        if out is None:
-            gone = _spread(self._there, _bit(weight.device)).flatten()[: weight.numel()]
-            return weight.masked_fill(gone.view(weight.shape), 0.0)
-        return _keep(weight, self._there, out)
+        """Drop the copy."""
+        self._copy = self._tensor
 
 
-class Own:
-    """Elements `start:stop` of a weight whose pruned ones are not the dense ones with zeros: they are all held.
+class MaskPart(StoredPart):
+    """Elements `start:stop` of a weight; those whose bit is set are zero in the pruned model.
 
-    `weights` (flat, on the CPU, in `dtype`) are they. A copy in the dtype and on the device that weights were asked for
-    in last stays there until it is released.
+    The tensor (uint8) has one bit for each element, beginning with the lowest bit of a byte.
     """
 
-    def __init__(self, start: int, stop: int, dtype: str, weights: "Tensor") -> None:
-        self.start, self.stop, self.dtype, self._weights = start, stop, dtype, weights
-        self._there = weights
-
-    def __repr__(self) -> str:
-        return f"Own({self.start}, {self.stop}, {_digest(self._weights)})"
-
-    def rule(self, _dtype: "torch.dtype") -> Rule:
-        """What gives the weights in any dtype: they are shared, not to be written to."""
-        return self._give
-
-    def rounded(self, dtype: "torch.dtype") -> "Own":
-        """The same for a model that was loaded as `dtype` and is computed with in another: rounded as it was."""
-        names = {own: name for name, own in dtypes().items()}
-        return Own(self.start, self.stop, names[dtype], _moved(self._weights, self._weights.device, dtype))
-
-    def fits(self, dense: "Tensor") -> "Tensor":
-        """Anything may have been set to zero."""
+    def _prune(self, weight: "Tensor", out: "Tensor | None" = None) -> "Tensor":
         import torch
 
-        return torch.ones_like(dense, dtype=torch.bool)
-
-    @property
-    def held(self) -> int:
-        """Bytes of what it holds, on the CPU and on a device."""
-        return _held(self._weights, self._there)
-
-    def release(self) -> None:
-        """Let go of the copy on a device."""
-        self._there = self._weights
-
-    def _give(self, weight: "Tensor", out: "Tensor | None" = None) -> "Tensor":
-        if (self._there.device, self._there.dtype) != (weight.device, weight.dtype):
-            self._there = _moved(self._weights, weight.device, weight.dtype)
-        own = self._there.view(weight.shape)
-        return own if out is None else out.copy_(own)
+        packed = self._on(weight.device, torch.uint8)
+        if out is not None:
+            return _clear(weight, packed, out)
+        bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=weight.device)
+        pruned = ((packed[:, None] & bits) != 0).flatten()[: weight.numel()]
+        return weight.masked_fill(pruned.view(weight.shape), 0.0)
 
 
-Part = Cut | Bits | Own
+class ReplacedWeights(StoredPart):
+    """Elements `start:stop` of a weight whose pruned values are not the dense ones with zeros.
+
+    The tensor (flat, in `dtype`) has all pruned values. A rule gives them without a copy, so they must not be changed.
+    """
+
+    def round(self, dtype: "torch.dtype") -> "ReplacedWeights":
+        """Round the values like a model that was loaded as `dtype`, but computes in another dtype."""
+        names = {value: name for name, value in torch_dtypes().items()}
+        tensor = _convert(self._tensor, self._tensor.device, dtype)
+        return ReplacedWeights(self.start, self.stop, names[dtype], tensor)
+
+    def _prune(self, weight: "Tensor", out: "Tensor | None" = None) -> "Tensor":
+        values = self._on(weight.device, weight.dtype).view(weight.shape)
+        return values if out is None else out.copy_(values)
+
+
+Part = ThresholdPart | MaskPart | ReplacedWeights
 
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """The parts of every weight that is pruned, by its name in the original layout and in diffusers', without prefix.
+    """The parts of every pruned weight.
 
-    What they hold besides is freed with them.
+    Attributes:
+        family: The id of the model's family.
+        original: The parts by the weight's name in the original layout, without prefix; fused weights have several.
+        diffusers: The parts by the name in diffusers' layout; each weight has one.
     """
 
     family: str
@@ -163,12 +160,12 @@ class Masks:
 
     @classmethod
     def of(cls, plan: Plan, decision: Decision) -> Self:
-        """The masks of what was decided for a plan."""
+        """Make the masks of a decision for a plan."""
         original: dict[str, tuple[Part, ...]] = {}
         diffusers: dict[str, tuple[Part, ...]] = {}
         names = layer_names.by_key(plan)
-        for number, target in enumerate(plan.targets):
-            make = _maker(plan, decision, number)
+        for index, target in enumerate(plan.targets):
+            make = _maker(plan, decision, index)
             if make:
                 (fused, part), single = names[layer_names.key(plan, target)]
                 start = part * target.count
@@ -177,36 +174,45 @@ class Masks:
         return cls(plan.match.family.id, original, diffusers)
 
     def release(self) -> None:
-        """Let go of what is only held to be faster."""
+        """Drop all copies on devices."""
         for parts in (*self.original.values(), *self.diffusers.values()):
             for part in parts:
                 part.release()
 
 
-def _maker(plan: Plan, decision: Decision, number: int) -> "Callable[[int, int], Part] | None":
-    """What makes the part of a target; None for one that is left alone."""
-    target = plan.targets[number]
+def _maker(plan: Plan, decision: Decision, index: int) -> "Callable[[int, int], Part] | None":
+    """Return a function that makes the part of a target; None for one that is not pruned."""
+    target = plan.targets[index]
     dtype = target.output.dtype
     if decision.masks is None:
         bits = decision.thresholds[target.scope].bits
-        return None if bits is None else lambda start, stop: Cut(start, stop, bits, dtype)
-    mask, moved = decision.masks[number], decision.moved.get(number)
+        return None if bits is None else lambda start, stop: ThresholdPart(start, stop, bits, dtype)
+    mask, moved = decision.masks[index], decision.moved.get(index)
     if mask is None:
         return None
     import torch
 
     if moved is not None:
-        weights = torch.from_numpy(moved.view("u1")).view(dtypes()[dtype])
-        return lambda start, stop: Own(start, stop, dtype, weights)
+        weights = torch.from_numpy(moved.view("u1")).view(torch_dtypes()[dtype])
+        return lambda start, stop: ReplacedWeights(start, stop, dtype, weights)
     packed = torch.from_numpy(mask.bits)
-    return lambda start, stop: Bits(start, stop, dtype, packed)
+    return lambda start, stop: MaskPart(start, stop, dtype, packed)
 
 
 def prune(weight: "Tensor", parts: Sequence[Part]) -> "Tensor":
-    """The weight pruned: what goes is +0.0, what is not finite stays. A new tensor, like `weight` in all else."""
+    """Prune a weight.
+
+    Args:
+        weight: A weight of any shape.
+        parts: Its parts.
+
+    Returns:
+        A new tensor, like `weight` in all else. Pruned elements are +0.0, elements that are not finite stay.
+
+    """
     if len(parts) == 1 and parts[0].stop - parts[0].start == weight.numel():
         pruned = parts[0].rule(weight.dtype)(weight, None)
-        return pruned.clone() if isinstance(parts[0], Own) else pruned
+        return pruned.clone() if isinstance(parts[0], ReplacedWeights) else pruned
     pruned = weight.clone()
     flat = pruned.view(-1)
     for part in parts:
@@ -224,10 +230,11 @@ def _shrink(weight: "Tensor", out: "Tensor | None" = None, *, limit: float) -> "
     return out
 
 
-def _keep(weight: "Tensor", packed: "Tensor", out: "Tensor") -> "Tensor":
-    """The weight without those whose bit is set, in `out`: there first all bits of what stays, and none of what goes.
+def _clear(weight: "Tensor", packed: "Tensor", out: "Tensor") -> "Tensor":
+    """Copy a weight to `out` without the elements whose bit is set.
 
-    Three times as fast on a CPU as a mask that has a byte for each weight, which takes memory besides.
+    `out` first gets all bits of elements that stay and no bits of the others. On a CPU this is three times as fast as a
+    mask with a byte for each weight, and needs less memory.
     """
     import torch
 
@@ -242,77 +249,55 @@ def _keep(weight: "Tensor", packed: "Tensor", out: "Tensor") -> "Tensor":
 
 @cache
 def _table(bits: "torch.dtype") -> "Tensor":
-    """For each byte of a mask eight numbers: -1, which is all bits, where its bit is not set, and else 0."""
+    """Make [256, 8]: for each byte of a mask eight numbers, 0 where a bit is set, else -1, which is all bits."""
     import torch
 
     with torch.inference_mode(mode=False):
         return ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(bits) - 1
 
 
-def _spread(packed: "Tensor", bit: "Tensor") -> "Tensor":
-    """A bool for each bit, eight in a row."""
-    return (packed[:, None] & bit) != 0
-
-
-def _bit(device: "torch.device") -> "Tensor":
-    import torch
-
-    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
-
-
-def _moved(own: "Tensor", device: "torch.device", dtype: "torch.dtype") -> "Tensor":
-    """A copy that serves outside of inference mode, too."""
+def _convert(tensor: "Tensor", device: "torch.device", dtype: "torch.dtype") -> "Tensor":
+    """Copy to a device and a dtype, outside of inference mode, so that the copy serves everywhere."""
     import torch
 
     if not torch.is_inference_mode_enabled():
-        return own.to(device, dtype)
+        return tensor.to(device, dtype)
     with torch.inference_mode(mode=False):
-        return own.to(device, dtype)
-
-
-def _held(own: "Tensor", there: "Tensor") -> int:
-    return own.nbytes + (0 if there is own else there.nbytes)
-
-
-def _digest(data: "Tensor") -> str:
-    import torch
-
-    return hashlib.sha256(data.view(torch.uint8).numpy().data).hexdigest()
+        return tensor.to(device, dtype)
 
 
 @cache
 def _limit(bits: int, ranked: str, loaded: "torch.dtype") -> float:
     import torch
 
-    threshold, source = floats.value(bits), dtypes()[ranked]
+    threshold, source = dtypes.value(bits), torch_dtypes()[ranked]
     if source == loaded or (ranked == "F32" and loaded == torch.float64):
         return threshold
     if not holds(loaded, ranked):
         return float(torch.tensor(threshold).to(loaded))
-    following = int(floats.scale(ranked)[floats.limit(ranked, bits) + 1])
-    if following >= floats.INFINITY:
+    following = int(dtypes.scale(ranked)[dtypes.limit(ranked, bits) + 1])
+    if following >= dtypes.INFINITY:
         return threshold
-    middle = torch.tensor((threshold + floats.value(following)) / 2, dtype=loaded)
-    if float(middle.float().to(source)) > threshold:  # half way rounds to even, here upwards
+    middle = torch.tensor((threshold + dtypes.value(following)) / 2, dtype=loaded)
+    if float(middle.float().to(source)) > threshold:  # the middle rounds to even, here upwards
         patterns = {2: torch.int16, 4: torch.int32, 8: torch.int64}[middle.itemsize]
         middle = (middle.view(patterns) - 1).view(loaded)
     return float(middle)
 
 
-def dtypes() -> "Mapping[str, torch.dtype]":
-    """torch's dtype for each of safetensors' that can be pruned."""
-    import torch
-
-    return {
-        "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    }  # fmt: skip
-
-
 def holds(loaded: "torch.dtype", ranked: str) -> bool:
-    """Whether every number of the safetensors dtype `ranked` is one of `loaded`."""
+    """Whether a torch dtype has every number of a safetensors dtype.
+
+    Args:
+        loaded: torch's dtype.
+        ranked: The name of a safetensors dtype.
+
+    Returns:
+        True if a conversion loses nothing.
+
+    """
     import torch
 
     wider = {"F32": (), "F16": (torch.float32,), "BF16": (torch.float32,)}
     others = wider.get(ranked, (torch.float16, torch.bfloat16, torch.float32))
-    return loaded in (dtypes()[ranked], torch.float64, *others)
+    return loaded in (torch_dtypes()[ranked], torch.float64, *others)

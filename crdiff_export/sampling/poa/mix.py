@@ -1,4 +1,4 @@
-"""The formula of pruned output amplification, and when it applies: pure functions of tensors and numbers."""
+"""The formula of pruned output amplification and its schedule: functions of tensors and numbers alone."""
 
 import math
 import numbers
@@ -11,14 +11,21 @@ from crdiff_export.errors import PoaError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# A weight for all of sampling, or for the fraction of it that is done (0 at the first step, below 1 at the last).
+# One weight for all of sampling, or a function of the fraction that is done (0 at the first step, below 1 at the last).
 Weight = float | Callable[[float], float]
 
 
 def mix(dense: "Tensor", pruned: "Tensor", weight: float) -> "Tensor":
-    """(1 - w) * dense + w * pruned, elementwise: 0 is the dense prediction, 1 the pruned one, more amplifies.
+    """Compute (1 - w) * dense + w * pruned elementwise: POA of CR-Diff (arXiv 2604.05524).
 
-    POA of CR-Diff (arXiv 2604.05524). float16 and bfloat16 are mixed in float32 and rounded once.
+    Args:
+        dense: The prediction of the dense model, of any shape and float dtype.
+        pruned: The prediction of the pruned model, of the same shape and dtype.
+        weight: w. 0 gives the dense prediction, 1 the pruned one, more amplifies.
+
+    Returns:
+        The mix in the dtype of `dense`; float16 and bfloat16 are mixed in float32 and rounded once.
+
     """
     import torch
 
@@ -30,7 +37,13 @@ def mix(dense: "Tensor", pruned: "Tensor", weight: float) -> "Tensor":
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The weight at each moment of sampling. Outside `start` to `stop`, fractions of it, the prediction is dense."""
+    """The POA weight at each moment of sampling.
+
+    Attributes:
+        weight: A number, or a function of the fraction of sampling that is done.
+        start: The fraction at which POA begins; before, the prediction is dense.
+        stop: The fraction at which it ends.
+    """
 
     weight: Weight
     start: float = 0.0
@@ -48,20 +61,20 @@ class Schedule:
 
     @property
     def constant(self) -> float | None:
-        """The weight, where it is the same at all times; None where the step has to be known."""
+        """The weight if it is the same at all steps, else None."""
         if callable(self.weight) or (self.start, self.stop) != (0, 1):
             return None
         return float(self.weight)
 
     def at(self, fraction: float) -> float:
-        """The weight when `fraction` of sampling is done; PoaError for a function's answer that is no number."""
+        """Return the weight when a fraction of sampling is done; PoaError if a function gives no finite number."""
         if not self.start <= fraction < self.stop:
             return 0.0
         return check(self.weight(fraction)) if callable(self.weight) else float(self.weight)
 
 
 def check(weight: float) -> float:
-    """The weight as a float; PoaError for one that is no finite number."""
+    """Return the weight as a float; PoaError unless it is a finite number."""
     try:
         number = float(weight) if isinstance(weight, numbers.Real) and not isinstance(weight, bool) else math.nan
     except OverflowError:

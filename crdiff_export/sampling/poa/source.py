@@ -1,8 +1,8 @@
-"""Where the dense and the pruned weights of POA come from: one type, made in three ways.
+"""The source of POA's pruned weights: a baked file, a recipe, or a ranking of a base's weights.
 
-`from_baked`: thresholds from a baked file's header, or masks from its zeros, for the base in memory. `from_baked` of a
-file with its residual: for the base or the file itself in memory. `from_recipe`: thresholds or masks found as an export
-finds them, nothing written; `Counted` gives them for any ratios.
+`from_baked` takes thresholds from a file's header, or masks from its zeros, for the base in memory; with a residual,
+for the file itself in memory, too. `from_recipe` ranks the weights as an export does and writes nothing.
+`BaseRanking` ranks them once for many ratios.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,16 @@ from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH, BakedCheckpoint, o
 
 @dataclass(frozen=True)
 class Source:
-    """What is needed for POA besides one copy of the weights.
+    """Everything that POA needs beside one copy of the weights.
 
-    `plan` reads the checkpoint that a model in memory is held against: the pruned one if `baked` is there, else the
-    base. `weight` is the one that the file or the recipe recommends. `notes` are what only the ranking has shown.
+    Attributes:
+        masks: The parts of each pruned weight.
+        plan: A plan of the checkpoint that a model in memory is compared with: the baked file if there is one, else
+            the base.
+        weight: The POA weight that the file or the recipe recommends.
+        base: The name of the base.
+        baked: The baked file, if any.
+        notes: Notes of the ranking.
     """
 
     masks: Masks
@@ -39,21 +45,34 @@ class Source:
 
     @property
     def path(self) -> Path:
-        """The checkpoint that `plan` reads."""
+        """The checkpoint of the plan."""
         return self.plan.checkpoint.path
 
     @property
     def has_residual(self) -> bool:
-        """Whether the dense weights can be had from the pruned ones."""
+        """Whether a residual restores the dense weights from the pruned ones."""
         return self.baked is not None and self.baked.stamp.residual != "none"
 
 
 def from_baked(path: str | Path, base: str | None = None, progress: Progress | None = None) -> Source:
-    """Thresholds from the header of a baked file or folder; where it has none, masks from its zeros, which are read.
+    """Make the source of a baked file.
 
-    Of a file with moved weights its pruned layers are held. With `base`, its hash is held against the one in the
-    header; PoaError if it is another. CheckpointError for a file that crdiff has not made, VerifyError for one that was
-    changed.
+    Thresholds are read from its header. Without thresholds, the zeros of its pruned layers are read; with moved
+    weights, these layers stay in memory.
+
+    Args:
+        path: A baked file or folder.
+        base: The base that it should be made from; its hash is compared with the header's.
+        progress: Told of the bytes that are hashed and read.
+
+    Returns:
+        The source.
+
+    Raises:
+        PoaError: The file was made from another base.
+        CheckpointError: The file was not made by crdiff.
+        VerifyError: The file was changed after crdiff wrote it.
+
     """
     baked = open_baked(Path(path).expanduser())
     if base is not None:
@@ -64,7 +83,19 @@ def from_baked(path: str | Path, base: str | None = None, progress: Progress | N
 
 
 def from_recipe(request: ExportRequest, progress: Progress | None = None) -> Source:
-    """The thresholds or masks that an export of `request` would find; its weights are read, nothing is written."""
+    """Make the source of an export that is not written.
+
+    Args:
+        request: The export; its output is not needed.
+        progress: Told of the bytes that are read.
+
+    Returns:
+        The source, with the thresholds or masks that the export would use.
+
+    Raises:
+        PoaError: The request has a cast.
+
+    """
     if request.dtype:
         raise PoaError(f"a cast to {request.dtype} is not for POA", "Load the model in that dtype instead.")
     base = bases.locate(request.base, request.variant)
@@ -75,12 +106,15 @@ def from_recipe(request: ExportRequest, progress: Progress | None = None) -> Sou
     return Source(Masks.of(plan, decided), plan, plan.variant.poa_weight, base.name, notes=decided.notes)
 
 
-class Counted:
-    """A base whose weights have been ranked once, which gives the source of any ratios by a look-up.
+class BaseRanking:
+    """The weights of a base, ranked once, which gives sources for any ratios.
 
-    What goes is what an export with `criterion`, which is magnitude by default, prunes. The plans, of
-    one checkpoint, say which layers may be pruned; their ratios do not matter. `device` is torch's, for criteria with
-    scores.
+    Args:
+        plans: Plans of one checkpoint. They decide which layers may be pruned; their ratios do not matter.
+        base: The name of the base.
+        progress: Told of the bytes that are read.
+        criterion: The criterion that ranks; magnitude by default.
+        device: torch's name of the device that computes scores.
     """
 
     def __init__(
@@ -93,20 +127,28 @@ class Counted:
         device: str = "cpu",
     ) -> None:
         self._base = base
-        # At a ratio of 0 nothing would be read.
+        # Layers with a ratio of 0 would not be read.
         every = [with_ratios(plan, {group: plan.ratio(group) or 0.5 for group in plan.groups}) for plan in plans]
         kernel, shown = kernels.load("cpu", None), progress or Silent()
         self._ranked: criteria.Ranked
         if criterion and criterion.masks:
             self._ranked = criterion.rank(every, kernel, shown, device)
-        else:  # thresholds are looked up, where their ratios are known
+        else:  # the ranking counts magnitudes, and looks up the threshold of a ratio in them
             self._ranked = magnitude.RankedMagnitudes(every, kernel, shown, refined=False)
 
     def source(self, plan: Plan, weight: float = 1.0) -> Source:
-        """The source of a plan whose layers were ranked; at least one of its ratios prunes something.
+        """Make the source of a plan whose layers were ranked.
 
-        Thresholds of an F32 checkpoint take another look at its weights, unless these ratios were asked for before; so
-        do masks where their scores do not fit into memory. Masks are freed with the source.
+        New ratios of an F32 checkpoint read its weights again, and so do masks whose scores do not fit into memory.
+        Masks are freed with the source.
+
+        Args:
+            plan: The plan; at least one of its ratios is above 0.
+            weight: The POA weight that the source recommends.
+
+        Returns:
+            The source.
+
         """
         decided = self._ranked.decide(plan)
         return Source(Masks.of(plan, decided), plan, weight, self._base, notes=decided.notes)
@@ -115,18 +157,18 @@ class Counted:
 def _check_base(baked: BakedCheckpoint, base: str, progress: Progress) -> None:
     located = bases.locate(base)
     files = located.open(None).files
-    for file, made in zip(files, baked.checkpoint.files, strict=False):
-        data, whole = made.metadata.get(DATA_HASH), made.metadata.get(FILE_HASH)
+    for file, output in zip(files, baked.checkpoint.files, strict=False):
+        data, whole = output.metadata.get(DATA_HASH), output.metadata.get(FILE_HASH)
         if not (data or whole):
             raise PoaError(
-                f"{made.path}: its header has no hash of its base (--no-hash)",
+                f"{output.path}: its header has no hash of its base (--no-hash)",
                 "Leave the base out: a pipeline's weights are compared with the file's own, too.",
             )
         progress.stage("hashing", file.data_size)
         actual = "0x" + (hash_data(file, progress) if data else hash_file(file.path, progress))
         if actual != (data or whole):
             raise PoaError(
-                f"{file.path}: hashes to {actual}, the base of {made.path.name} to {data or whole}",
+                f"{file.path}: hashes to {actual}, the base of {output.path.name} to {data or whole}",
                 "Give the base that the file was made from; `crdiff inspect` names it.",
             )
     if len(files) != len(baked.checkpoint.files):

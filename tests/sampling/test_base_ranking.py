@@ -31,7 +31,7 @@ def test_a_count_gives_the_thresholds_of_an_export(table: str, dtype: str, tmp_p
     base = makers.write(tmp_path / "base.safetensors", makers.tiny(table, dtype))
     request = ExportRequest(str(base), Size(512, 512), ratio=0.5)
     plan = plan_variant(request, open_checkpoint(base))
-    counted = poa.Counted([plan], base.name)
+    counted = poa.BaseRanking([plan], base.name)
     for ratios in RATIOS:
         own = ratios if plan.groups != ("blocks",) else {"blocks": ratios["down"] + 0.1}
         source = counted.source(with_ratios(plan, own))
@@ -42,7 +42,7 @@ def test_half_a_count_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     base = makers.write(tmp_path / "base.safetensors", makers.tiny("sd15.original", "F32"))
     request = ExportRequest(str(base), Size(512, 512), ratio=0.3)
     plan = plan_variant(request, open_checkpoint(base))
-    counted = poa.Counted([plan], base.name)
+    counted = poa.BaseRanking([plan], base.name)
 
     def fail(*_: Any) -> None:
         raise OSError("the disk is gone")
@@ -62,7 +62,7 @@ def test_a_weight_that_is_not_finite_matters_only_where_it_is_pruned(tmp_path: P
     base = makers.write(tmp_path / "base.safetensors", tensors)
     request = ExportRequest(str(base), Size(512, 512), ratios={"down": 0.3, "mid": 0.0, "up": 0.3})
     plan = plan_variant(request, open_checkpoint(base))
-    counted = poa.Counted([plan], base.name)
+    counted = poa.BaseRanking([plan], base.name)
     assert counted.source(plan).masks == poa.from_recipe(request).masks
     with raises(PlanError, "not finite"):
         counted.source(with_ratios(plan, {"down": 0.3, "mid": 0.1, "up": 0.3}))

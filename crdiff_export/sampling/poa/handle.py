@@ -1,7 +1,7 @@
-"""POA in diffusers: a UNet or transformer predicts twice with one copy of its weights, and the predictions are mixed.
+"""POA on a model of diffusers: it predicts twice with one copy of its weights, and the predictions are mixed.
 
-The model's own hook is torch's, which lets wrappers of others (offloading, compilation) come and go in any order. The
-layers' is a `ModelHook` of diffusers, whose forward takes the pruned weights, made on the spot, when it is told to.
+The model has a forward hook of torch, so that other wrappers (offloading, compilation) may come and go in any order.
+The pruned layers have a `ModelHook` of diffusers each, which prunes their weights when a pass needs it.
 """
 
 import weakref
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from crdiff_export.errors import PoaError
 from crdiff_export.sampling.poa import batch, hooks, layers
-from crdiff_export.sampling.poa.hooks import NAME, Side, Switch
+from crdiff_export.sampling.poa.hooks import NAME, LayerSwitch, Side
 from crdiff_export.sampling.poa.mix import Schedule, mix
 from crdiff_export.sampling.poa.source import Source
 
@@ -21,24 +21,24 @@ MODES = ("sequential", "batched")
 
 
 class Poa:
-    """POA on one model. `schedule` and `mode` may be replaced between images."""
+    """POA on one model; its `schedule` and `mode` may be replaced between two images."""
 
     def __init__(
         self, pipe: Any, source: Source, schedule: Schedule, mode: str, *, check: bool, keep: bool = False
     ) -> None:
-        self._pipe = weakref.ref(pipe)  # a model that outlives its pipeline must not keep all of it
+        self._pipe = weakref.ref(pipe)  # so that the model does not keep the whole pipeline alive
         self.source, self.schedule, self.mode = source, schedule, mode
         self.model = model_of(pipe)
         self._layers = layers.find(self.model, source)
         for path, layer in self._layers.items():
             hooks.refuse_wrapped(path, layer)
         self._filled = layers.make_dense(self._layers, source, check=check) if check or source.has_residual else False
-        self._switch = Switch(keep=keep)
+        self._switch = LayerSwitch(keep=keep)
         self._hooks: dict[str, hooks.LayerHook] = {}
         self._call: tuple[tuple[Any, ...], dict[str, Any], float] = ((), {}, 0.0)
 
     def install(self) -> None:
-        """Put the hooks on."""
+        """Put the hooks on the model and its layers."""
         parts = self.source.masks.diffusers
         self._hooks = {name: hooks.attach(layer, self._switch, parts[name][0]) for name, layer in self._layers.items()}
         self._handles = [
@@ -51,7 +51,7 @@ class Poa:
 
     @property
     def schedule(self) -> Schedule:
-        """When, and with which weight."""
+        """The POA weight at each moment of sampling."""
         return self._schedule
 
     @schedule.setter
@@ -62,7 +62,7 @@ class Poa:
 
     @property
     def mode(self) -> str:
-        """Two passes one after the other, or one over a doubled batch."""
+        """`sequential`: two passes; `batched`: one pass over a doubled batch."""
         return self._mode
 
     @mode.setter
@@ -72,22 +72,22 @@ class Poa:
         self._mode = mode
 
     @property
-    def held(self) -> int:
-        """Bytes held beside the model's own weights, once they have been used.
+    def extra_bytes(self) -> int:
+        """Bytes in memory beside the model's own weights, after a first use.
 
-        Room for its largest pruned layer; with `keep`, all pruned layers. Of a file without thresholds one bit for each
-        pruned weight as well, and of one with moved weights those instead.
+        A buffer for the largest pruned layer, or with `keep` the pruned weights of all layers; with masks one bit more
+        for each weight of these layers; with moved weights all pruned weights instead.
         """
-        return self._switch.held + sum(hook.held for hook in self._hooks.values())
+        return self._switch.extra_bytes + sum(hook.extra_bytes for hook in self._hooks.values())
 
     @property
     def filled(self) -> bool:
-        """Whether the model's weights are from a residual, and have to be pruned again."""
+        """Whether the model's dense weights come from a residual, so that `remove` prunes them again."""
         return self._filled
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Take all hooks off, and the residual's weights out; PoaError, and nothing done, where these are not here."""
+        """Remove all hooks and the residual's weights; PoaError, with nothing changed, if these are offloaded."""
         if self._filled and any(layer.weight.is_meta for layer in self._layers.values()):
             raise PoaError(
                 "the weights that are to be pruned again are offloaded, layer by layer",
@@ -104,7 +104,7 @@ class Poa:
         self.source.masks.release()
 
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Decide what the model's own pass is to be."""
+        """Choose the weights of the model's own pass."""
         self._refuse_changes()
         weight = self._weight(args, kwargs)
         self._call = args, kwargs, weight
@@ -115,13 +115,13 @@ class Poa:
             self._switch.side, self._switch.batch = Side.BOTH, doubled.size
             return (), doubled.arguments
         self._switch.side = Side.DENSE
-        return batch.copied(args), batch.copied(kwargs)
+        return batch.copy(args), batch.copy(kwargs)
 
     def _after(self, model: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
-        """Mix what the model has predicted with the other prediction."""
+        """Mix the model's prediction with the other one."""
         side, self._switch.side = self._switch.side, Side.DENSE
         (args, kwargs, weight), self._call = self._call, ((), {}, 0.0)
-        if weight in (0, 1) or output is None:  # None: the pass has failed
+        if weight in (0, 1) or output is None:  # None: the pass failed
             return output
         if side is Side.BOTH:
             dense, pruned = _prediction(output).chunk(2)
@@ -134,7 +134,7 @@ class Poa:
         return _with_prediction(output, mix(_prediction(output), _prediction(other), weight))
 
     def _refuse_changes(self) -> None:
-        """PoaError for what has been done to the model since, and would make its predictions something else."""
+        """Refuse changes of the model that would falsify its predictions."""
         if getattr(self.model, "is_cache_enabled", False):
             raise PoaError(
                 f"{type(self.model).__name__} has a cache on, which would take one of the two passes for the other",
@@ -150,12 +150,12 @@ class Poa:
         return self.schedule.at(self._fraction(args, kwargs)) if constant is None else constant
 
     def _fraction(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
-        """How much of the scheduler's steps is done at the timestep that the model was given."""
+        """Return the fraction of the scheduler's steps that is done at the timestep of this call."""
         scheduler = getattr(self._pipe(), "scheduler", None)
-        given = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-        if scheduler is None or given is None or scheduler.timesteps is None:
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        if scheduler is None or timestep is None or scheduler.timesteps is None:
             raise PoaError("nothing tells which step of sampling this is", "Enable POA on the pipeline, not its model.")
-        now = float(given.reshape(-1)[0]) if isinstance(given, Tensor) else float(given)
+        now = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
         if self.source.masks.family.startswith("flux"):  # its pipelines give the timestep as a fraction
             now *= scheduler.config.num_train_timesteps
         distances = (scheduler.timesteps.cpu().double() - now).abs()
@@ -163,10 +163,10 @@ class Poa:
 
 
 def enable(pipe: Any, source: Source, schedule: Schedule, *, mode: str, check: bool, keep: bool = False) -> Poa:
-    """Put POA on a pipeline's model, in place of one that is on it, which stays if the new one is refused."""
+    """Put POA on a pipeline's model; a POA that it has is replaced, or stays if the new one is refused."""
     model = model_of(pipe)
     old: Poa | None = getattr(model, NAME, None)
-    if old and old.filled:  # what it is held against are the weights as they were loaded
+    if old and old.filled:  # the weights are compared as they were loaded
         disable(pipe)
     poa = Poa(pipe, source, schedule, mode, check=check, keep=keep)
     disable(pipe)
@@ -185,13 +185,18 @@ def disable(pipe: Any) -> None:
 
 
 def take_off(poa: Poa) -> None:
-    """Take this POA off, unless another has taken its place."""
+    """Take this POA off, unless another one has replaced it."""
     if getattr(poa.model, NAME, None) is poa:
         disable(poa.model)
 
 
 def model_of(pipe: Any) -> nn.Module:
-    """The model that denoises; PoaError for what has none."""
+    """Return the UNet or transformer of a pipeline, or the model itself.
+
+    Raises:
+        PoaError: The pipeline has neither.
+
+    """
     if isinstance(pipe, nn.Module):
         return pipe
     parts = (getattr(pipe, name, None) for name in ("unet", "transformer"))
@@ -208,7 +213,7 @@ def _prediction(output: Any) -> Tensor:
 
 
 def _with_prediction(output: Any, prediction: Tensor) -> Any:
-    """The model's output, a tuple or one of diffusers' records, with another prediction in the first place."""
+    """Replace the prediction in a model's output, which is a tuple or a record of diffusers."""
     if isinstance(output, tuple):
         return (prediction, *output[1:])
     return type(output)(prediction)
