@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -15,10 +16,15 @@ from torch import nn
 
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.errors import PoaError
+from crdiff_export.export import plan_variant
 from crdiff_export.formats import dtypes
+from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.formats.dtypes import torch_dtypes
+from crdiff_export.models import demo
+from crdiff_export.prune.criteria import Decision, Mask
+from crdiff_export.prune.threshold import Threshold
 from crdiff_export.sampling.poa import Schedule, from_baked, mix
-from crdiff_export.sampling.poa.masks import Part, ThresholdPart, holds, prune
+from crdiff_export.sampling.poa.masks import MaskPart, Masks, Part, ReplacedWeights, ThresholdPart, holds, prune
 from tests.support import makers
 
 PREFIX = "model.diffusion_model."
@@ -114,6 +120,91 @@ def test_either_layout_of_flux_gives_the_same_masks(tmp_path: Path) -> None:
         own = f"single_transformer_blocks.{i}.attn.to_"
         expected |= {f"{own}{x}.weight": whole(cut) for x, cut in zip("qkv", parts, strict=True)}
     assert {name: cuts[0] for name, cuts in masks.diffusers.items()} == expected
+
+
+# Parts of weights.
+
+
+def bits(gone: np.ndarray[Any, Any], start: int = 0, dtype: str = "F32") -> MaskPart:
+    return MaskPart(start, start + gone.size, dtype, torch.from_numpy(Mask.pack(gone).bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 8), (17, 31), (64, 40)])
+def test_a_bit_decides(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """The same in new memory, in memory that is there, and by NumPy; signs, infinities and NaN of what stays, too."""
+    rng = np.random.default_rng(shape)
+    weight = torch.from_numpy(rng.standard_normal(shape)).to(dtype)
+    flat = weight.view(-1)
+    flat[0], flat[-1] = float("nan"), float("-inf")
+    gone = rng.random(shape) < 0.4
+    for first, last in ((False, False), (True, True)):
+        gone.flat[0], gone.flat[-1] = first, last
+        part = bits(gone)
+        expected = torch.from_numpy(np.where(gone, 0.0, weight.double().numpy())).to(dtype)
+        room = torch.full(shape, 7.0, dtype=dtype)
+        for found in (part.rule(dtype)(weight, None), part.rule(dtype)(weight, room), prune(weight, (part,))):
+            assert found.equal(expected) or (found.isnan() == expected.isnan()).all()
+            assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+            assert (
+                found.view(-1).view(torch.uint8).view(-1, weight.itemsize)[torch.from_numpy(gone).view(-1)] == 0
+            ).all()
+        assert part.rule(dtype)(weight, room) is room
+
+
+def test_a_mask_on_a_weight_that_is_not_contiguous() -> None:
+    weight = torch.randn(12, 8).t()
+    gone = np.random.default_rng(0).random((8, 12)) < 0.5
+    expected = torch.where(torch.from_numpy(gone), 0.0, weight)
+    assert torch.equal(bits(gone).rule(torch.float32)(weight, None), expected)
+    assert torch.equal(bits(gone).rule(torch.float32)(weight, torch.empty(8, 12)), expected)
+
+
+def test_parts_of_a_fused_weight() -> None:
+    weight = torch.randn(9, 3)
+    gone = np.random.default_rng(1).random((3, 9)) < 0.5
+    own = torch.randn(9)
+    parts = (bits(gone[0].ravel()), ReplacedWeights(9, 18, "F32", own))
+    found = prune(weight, parts)
+    assert torch.equal(found[:3], torch.where(torch.from_numpy(gone[0].reshape(3, 3)), 0.0, weight[:3]))
+    assert torch.equal(found[3:6].reshape(-1), own)
+    assert torch.equal(found[6:], weight[6:])
+    alone = prune(weight[:3], (ReplacedWeights(0, 9, "F32", own),))
+    alone += 1
+    assert not torch.equal(alone.reshape(-1), own), "what prune gives is a new tensor"
+
+
+def test_gradients_go_through_a_mask() -> None:
+    weight = torch.randn(4, 6, requires_grad=True)
+    gone = np.random.default_rng(2).random((4, 6)) < 0.5
+    (grad,) = torch.autograd.grad(bits(gone).rule(torch.float32)(weight, None).sum(), weight)
+    assert torch.equal(grad, (~torch.from_numpy(gone)).float())
+
+
+def test_a_mask_is_known_by_what_it_holds() -> None:
+    gone = np.random.default_rng(3).random(100) < 0.5
+    other = gone.copy()
+    other[50] ^= True
+    assert repr(bits(gone)) == repr(bits(gone.copy())) != repr(bits(other))
+    one, two = torch.zeros(4), torch.ones(4)
+    assert (
+        repr(ReplacedWeights(0, 4, "F32", one))
+        == repr(ReplacedWeights(0, 4, "F32", one.clone()))
+        != repr(ReplacedWeights(0, 4, "F32", two))
+    )
+
+
+def test_nothing_is_made_of_layers_that_stay() -> None:
+    """A decision has None for them."""
+    plan = plan_variant(ExportRequest("demo", Size(96, 64), ratios={"down": 0.0, "mid": 0.5, "up": 0.0}),
+                        open_checkpoint(demo.path()))  # fmt: skip
+    rng = np.random.default_rng(0)
+    masks = tuple(
+        Mask.pack(rng.random(target.count) < 0.5) if target.group == "mid" else None for target in plan.targets
+    )
+    found = Masks.of(plan, Decision(tuple(Threshold(None, 0, s.count) for s in plan.scopes), masks))
+    assert {name.partition(".")[0] for name in found.diffusers} == {"mid_block"}
+    assert len(found.original) == sum(target.group == "mid" for target in plan.targets)
 
 
 LOADED = [torch.float32, torch.float16, torch.bfloat16]
