@@ -149,13 +149,13 @@ def usual_batch(family: str, device: str) -> int:
 
 
 @contextlib.contextmanager
-def open_session(opening: Opening, family: str, place: Placement, name: str) -> Iterator[Session]:
+def open_session(opening: Opening, family: str, placement: Placement, name: str) -> Iterator[Session]:
     """Open a base as a pipeline, and silence diffusers while it is open.
 
     Args:
         opening: How diffusers opens the base.
         family: The family's id.
-        place: Device and dtype.
+        placement: Device and dtype.
         name: The base's name for errors.
 
     Yields:
@@ -164,14 +164,14 @@ def open_session(opening: Opening, family: str, place: Placement, name: str) -> 
 
     """
     folder = str(opening.config_folder())
-    with quiet_libraries("diffusers", "transformers"), _threads(place.threads), _enough_memory(place):
-        pipe = _open(opening, folder, DTYPES[place.dtype], name)
+    with quiet_libraries("diffusers", "transformers"), _threads(placement.threads), _enough_memory(placement):
+        pipe = _open(opening, folder, DTYPES[placement.dtype], name)
         pipe.set_progress_bar_config(disable=True)
-        if place.offload:
-            pipe.enable_model_cpu_offload(device=place.device)
+        if placement.offload:
+            pipe.enable_model_cpu_offload(device=placement.device)
             pipe.vae.enable_tiling()
         else:
-            pipe.to(place.device)
+            pipe.to(placement.device)
         yield Session(pipe, family)
 
 
@@ -273,14 +273,14 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _enough_memory(place: Placement) -> Iterator[None]:
+def _enough_memory(placement: Placement) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not _is_memory(error):
             raise
-        other = "--dtype bf16" if place.device == "cpu" else place.advice
-        raise PreviewError(f"device {place.device}: not enough memory", f"Give a smaller --res, or {other}.") from error
+        hint = f"Give a smaller --res, or {'--dtype bf16' if placement.device == 'cpu' else placement.advice}."
+        raise PreviewError(f"device {placement.device}: not enough memory", hint) from error
 
 
 def _is_memory(error: BaseException) -> bool:

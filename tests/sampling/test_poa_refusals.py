@@ -182,7 +182,7 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "another family": (KINDS["sdxl"].make, "down_blocks.0"),
     "another width": (lambda: sd_pipe(diffusers.StableDiffusionPipeline, sd15(block_out_channels=(16,) * 4)), "256"),
     "no model": (object, "object"),
-    "a fused LoRA": (of(fuse_lora), LAYER),
+    "a fused LoRA": (of(fuse_lora), "LoRA"),
     "fused projections": (of(lambda pipe: pipe.unet.fuse_qkv_projections()), "attn1"),
     "offloaded": (of(lambda pipe: accelerate.cpu_offload(pipe.unet, "cpu")), "offloaded"),
     "layerwise casting": (of(cast_layers), "float8_e4m3fn"),

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -65,7 +66,8 @@ class Case:
         """The file of this export, written once."""
         key = f"{criterion} {options}"
         if key not in self._baked:
-            output = self.folder / f"baked-{len(self._baked)}.safetensors"
+            name = "-".join(re.findall(r"[\w.=]+", key))  # which does not depend on the order of tests
+            output = self.folder / f"{name}.safetensors"
             self._baked[key] = export(replace(self.request(criterion, **options), output=output)).written.path
         return self._baked[key]
 
