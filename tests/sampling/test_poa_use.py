@@ -138,7 +138,8 @@ def test_shards_are_known_by_all_of_their_hashes(tmp_path: Path) -> None:
 def test_the_memory_of_a_source_is_freed_with_it(case: Case) -> None:
     for criterion in ("obs", "wanda"):
         choice = CriterionChoice.of(criterion, case.calibration)
-        source = poa.BaseRanking([case.plan("obs")], "base", criterion=choice).source(case.plan("obs"))
+        ranking = poa.BaseRanking([case.plan("obs")], "base", criterion=choice)
+        source = ranking.source(case.plan("obs"))
         with poa.enabled(case.pipe, source, W):
             SD15.run(case.pipe)
         part = source.masks.diffusers[f"{LAYER}.weight"][0]
