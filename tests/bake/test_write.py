@@ -27,3 +27,26 @@ def test_a_base_that_changes_during_the_export_is_not_trusted(tmp_path: Path, mo
     assert caught.value.message == f"{base}: the file changed while it was read"
     assert caught.value.hint == "Leave it alone during the export, then run it again."
     assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
+
+
+@pytest.mark.parametrize(("base", "name"), [("sd15.safetensors", "o.safetensors"), ("pipe", "o")])
+def test_files_are_durable_before_they_have_their_names(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, name: str
+) -> None:
+    """Also the sidecar and the copies: no file is half there after a loss of power."""
+    durable: set[tuple[int, int]] = set()
+    fsync, target = os.fsync, tmp_path / name
+
+    def note(handle: int) -> None:
+        fsync(handle)
+        if not target.exists():
+            durable.add(identity(os.fstat(handle)))
+
+    def identity(stat: os.stat_result) -> tuple[int, int]:
+        return stat.st_ino, stat.st_mtime_ns
+
+    monkeypatch.setattr(os, "fsync", note)
+    export(ExportRequest(str(shelf / base), Size(512, 512), target, residual="sidecar"))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 1
+    assert [path for path in files if identity(path.stat()) not in durable] == []
