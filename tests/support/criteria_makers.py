@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from crdiff_export.prune import layer_names, plan
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sizes import Size
 from tests.support import makers, oracle
-from tests.support.makers import Shape, Tensors
+from tests.support.makers import Tensors
 
 Numbers = NDArray[np.float64]
 Statistics = Mapping[str, NDArray[np.floating]]
@@ -55,44 +56,49 @@ def names(planned: Plan) -> list[str]:
     return [layer_names.diffusers_name(planned, target) for target in planned.targets]
 
 
+def raw_weights(planned: Plan) -> list[bytes]:
+    """Every target's bytes in the file."""
+    data = [file.path.read_bytes()[file.data_start :] for file in planned.checkpoint.files]
+    return [data[target.file][slice(*target.span(target.source))] for target in planned.targets]
+
+
 def weights(planned: Plan) -> list[Numbers]:
     """Every target's weights as the file has them."""
-    found = []
-    for target in planned.targets:
-        file = planned.checkpoint.files[target.file]
-        raw = file.path.read_bytes()
-        start, stop = target.span(target.source)
-        values = oracle.decode(target.source.dtype, raw[file.data_start + start : file.data_start + stop])
-        found.append(values.reshape(-1, target.source.shape[-1]))
-    return found
+    return [
+        oracle.decode(target.source.dtype, raw).reshape(-1, target.source.shape[-1])
+        for target, raw in zip(planned.targets, raw_weights(planned), strict=True)
+    ]
 
 
 def digests(planned: Plan) -> dict[str, str]:
-    """What tells each layer's weight apart."""
+    """The hash of each layer's weight."""
+    return {
+        name: hashlib.sha256(raw).hexdigest()[:16]
+        for name, raw in zip(names(planned), raw_weights(planned), strict=True)
+    }
+
+
+def gradients(rng: np.random.Generator, shape: tuple[int, ...], mean: float) -> dict[str, NDArray[np.floating]]:
+    """Statistics of random gradients at both sizes; `shape` is samples x rows x columns."""
     found = {}
-    for name, target in zip(names(planned), planned.targets, strict=True):
-        file = planned.checkpoint.files[target.file]
-        start, stop = target.span(target.source)
-        data = file.path.read_bytes()[file.data_start + start : file.data_start + stop]
-        found[name] = hashlib.sha256(data).hexdigest()[:16]
+    for prefix in ("", "native_"):
+        samples = rng.standard_normal(shape) * 1e-3 + mean
+        found[f"{prefix}gradient"] = samples.mean(0).astype(np.float32)
+        found[f"{prefix}gradient_abs"] = np.abs(samples).mean(0).astype(np.float32)
+        found[f"{prefix}gradient_square"] = (samples**2).mean(0).astype(np.float32)
     return found
 
 
-def statistics(shape: tuple[int, ...], seed: int = 0, tokens: int = 40) -> dict[str, NDArray[np.floating]]:
+@cache
+def statistics(shape: tuple[int, ...], seed: int = 0, tokens: int = 40) -> Statistics:
     """All statistics of a layer, of random inputs that depend on each other and random gradients of six samples."""
     rows, columns = shape
     rng = np.random.default_rng([seed, rows, columns])
     inputs = rng.standard_normal((tokens, columns)) @ (np.eye(columns) + 0.3 * rng.standard_normal((columns, columns)))
-    found: dict[str, NDArray[np.floating]] = {
-        "norm": (inputs**2).sum(0),
-        "gram": (inputs.T @ inputs).astype(np.float32),
-    }
-    for prefix in ("", "native_"):
-        gradients = rng.standard_normal((6, rows, columns)) * 1e-3 + 3e-4
-        found[f"{prefix}gradient"] = gradients.mean(0).astype(np.float32)
-        found[f"{prefix}gradient_abs"] = np.abs(gradients).mean(0).astype(np.float32)
-        found[f"{prefix}gradient_square"] = (gradients**2).mean(0).astype(np.float32)
-    return found
+    return {
+        "norm": (inputs**2).sum(0), "gram": (inputs.T @ inputs).astype(np.float32),
+        **gradients(rng, (6, rows, columns), 3e-4),
+    }  # fmt: skip
 
 
 def calibrated(planned: Plan, kinds: Sequence[str] = ALL, seed: int = 0) -> dict[str, Statistics]:
@@ -103,32 +109,29 @@ def calibrated(planned: Plan, kinds: Sequence[str] = ALL, seed: int = 0) -> dict
     }
 
 
-def tensors_of(found: Mapping[str, Statistics]) -> dict[str, tuple[str, Shape, bytes]]:
-    """Statistics as tensors of a file."""
-    dtype = {np.dtype(np.float64): "F64", np.dtype(np.float32): "F32"}
-    return {
-        f"{kind}/{name}": (dtype[values.dtype], values.shape, values.tobytes())
-        for name, each in found.items()
-        for kind, values in each.items()
-    }
-
-
 def write_calibration(
     path: Path, planned: Plan, found: Mapping[str, Statistics], said: Mapping[str, str | None] | None = None
 ) -> Path:
-    """A calibration's file, its header spelt out here; `said` changes keys below `crdiff.calibration`, None drops one.
-
-    The key `""` is `crdiff.calibration` itself.
-    """
-    kinds = dict.fromkeys(kind for each in found.values() for kind in each)
-    keys: dict[str, str | None] = {
-        "": "1", "family": planned.match.family.id, "base": "base.safetensors", "base_hash": "0x12",
-        "size": str(SIZE), "native": str(NATIVE), "statistics": ",".join(kinds),
+    """A calibration's file for a plan; `said` changes keys below `crdiff.calibration`, None drops one."""
+    keys = {
+        "family": planned.match.family.id, "base": "base.safetensors", "size": str(SIZE),
         "layers": json.dumps(digests(planned)), "facts.prompts": "abc",
     }  # fmt: skip
-    keys |= dict(said or {})
+    return write_statistics(path, found, {**keys, **(said or {})})
+
+
+def write_statistics(path: Path, found: Mapping[str, Statistics], said: Mapping[str, str | None]) -> Path:
+    """A calibration's file, its header spelt out here. The key `""` is `crdiff.calibration` itself."""
+    kinds = dict.fromkeys(kind for each in found.values() for kind in each)
+    keys = {"": "1", "base_hash": "0x12", "native": str(NATIVE), "statistics": ",".join(kinds), **said}
     metadata = {f"crdiff.calibration{key and '.'}{key}": text for key, text in keys.items() if text is not None}
-    return makers.write(path, tensors_of(found), metadata)
+    dtypes = {"float64": "F64", "float32": "F32"}
+    content = {
+        f"{kind}/{name}": (dtypes[str(values.dtype)], values.shape, values.tobytes())
+        for name, each in found.items()
+        for kind, values in each.items()
+    }
+    return makers.write(path, content, metadata)
 
 
 def choose(
@@ -138,15 +141,13 @@ def choose(
     masks = [np.zeros(each.shape, bool) for each in values]
     for number, scope in enumerate(planned.scopes):
         members = [i for i, target in enumerate(planned.targets) if target.scope == number]
-        count = sum(values[i].size for i in members)
-        if int(count * scope.ratio) == 0:
+        if int(sum(values[i].size for i in members) * scope.ratio) == 0:
             continue
         ranked = {i: np.where(np.isfinite(values[i]), scores[i], np.inf) for i in members}
-        every = sorted(number for each in ranked.values() for number in each.ravel().tolist())
-        for i in members:
-            for row in range(len(values[i])):
-                own = sorted(ranked[i][row].tolist()) if compare == "row" else every
-                k = int(len(own) * scope.ratio)
-                gone = ranked[i][row] <= own[k - 1] if k else np.zeros(len(own), bool)
-                masks[i][row] = (gone & np.isfinite(values[i][row])) | (values[i][row] == 0)
+        every = np.sort(np.concatenate([each.ravel() for each in ranked.values()]))
+        for i, each in ranked.items():
+            own = np.sort(each, axis=1) if compare == "row" else every[None]
+            k = int(own.shape[1] * scope.ratio)
+            gone = each <= own[:, k - 1 : k] if k else np.zeros(each.shape, bool)
+            masks[i] = (gone & np.isfinite(values[i])) | (values[i] == 0)
     return masks

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from crdiff_export import ExportRequest, Size
 from crdiff_export.export import plan_variant
 from crdiff_export.formats.checkpoint import open_checkpoint
-from crdiff_export.prune import layer_names
-from tests.support import makers, oracle
+from tests.support import criteria_makers, makers, oracle
 from tests.support.makers import Shape, Tensors
 from tests.support.oracle import Slice
 
@@ -86,15 +85,12 @@ def base(folder: Path, table: str, dtype: str = "F16", *, shards: int = 0, size:
     kinds = ("ff", "attn") if dit else ("attn", "ff")
     checkpoint = open_checkpoint(path)
     planned = plan_variant(ExportRequest(str(path), SIZE, ratio=0.3, targets=kinds), checkpoint)
-    names, statistics, digests = {}, {}, {}
-    for number, target in enumerate(planned.targets):
-        name = layer_names.diffusers_name(planned, target)
+    names, statistics = {}, {}
+    for number, (name, target) in enumerate(zip(criteria_makers.names(planned), planned.targets, strict=True)):
         columns = target.source.shape[-1]
         names[target.file, target.source.name, target.start] = name
         statistics[name] = layer_statistics(number, target.count // columns, columns)
-        width = makers.SIZES[target.source.dtype]
-        data = files[target.file][target.source.name][2][target.start * width : target.stop * width]
-        digests[name] = hashlib.sha256(data).hexdigest()[:16]
+    digests = criteria_makers.digests(planned)
     calibration = write_calibration(
         folder / "calibration.safetensors", statistics, digests, planned.match.family.id, size
     )
@@ -105,15 +101,10 @@ def layer_statistics(seed: int, rows: int, columns: int) -> dict[str, NDArray[np
     """Random numbers of a calibration for a layer."""
     rng = np.random.default_rng([7, seed])
     inputs = rng.standard_normal((2 * columns, columns)) * (0.2 + rng.random(columns))
-    found: dict[str, NDArray[np.floating]] = {
+    return {
         "norm": (inputs**2).sum(0), "gram": (inputs.T @ inputs).astype(np.float32),
+        **criteria_makers.gradients(rng, (3, rows, columns), 0),
     }  # fmt: skip
-    for prefix in ("", "native_"):
-        gradient = rng.standard_normal((3, rows, columns)) * 1e-3
-        found[f"{prefix}gradient"] = gradient.mean(0).astype(np.float32)
-        found[f"{prefix}gradient_abs"] = np.abs(gradient).mean(0).astype(np.float32)
-        found[f"{prefix}gradient_square"] = (gradient**2).mean(0).astype(np.float32)
-    return found
 
 
 def write_calibration(
@@ -123,21 +114,9 @@ def write_calibration(
     family: str,
     size: Size = SIZE,
 ) -> Path:
-    """A calibration's file, its header spelt out here."""
-    kinds = dict.fromkeys(kind for each in statistics.values() for kind in each)
-    metadata = {
-        "crdiff.calibration": "1", "crdiff.calibration.family": family, "crdiff.calibration.base": "base",
-        "crdiff.calibration.base_hash": "0x12", "crdiff.calibration.size": str(size),
-        "crdiff.calibration.native": str(NATIVE), "crdiff.calibration.statistics": ",".join(kinds),
-        "crdiff.calibration.layers": json.dumps(dict(digests)),
-    }  # fmt: skip
-    dtypes = {"float64": "F64", "float32": "F32"}
-    content = {
-        f"{kind}/{name}": (dtypes[str(values.dtype)], values.shape, values.tobytes())
-        for name, each in statistics.items()
-        for kind, values in each.items()
-    }
-    return makers.write(path, content, metadata)
+    """A calibration's file."""
+    said = {"family": family, "base": "base", "size": str(size), "layers": json.dumps(dict(digests))}
+    return criteria_makers.write_statistics(path, statistics, said)
 
 
 def scores(text: str, name: str, weight: NDArray[np.float32], found: Mapping[str, Any]) -> NDArray[Any]:
