@@ -271,7 +271,7 @@ def test_a_trial_whose_worker_died_before_its_first_sign_is_found(tmp_path: Path
     events: list[TrialEvent] = []
     with opened(path, search) as study, pytest.warns(UserWarning, match="Heartbeat of storage"):
         study.optuna.ask()
-    trials = run_hill(path, search, 2, on_event=events.append)
+    trials = run_hill(path, search, 2, on_event=events.append, seconds=30)
     assert {trial.number for trial in trials} == {0, 1}
     assert "waiting" in [event.kind for event in events]
     assert ("retried", "its worker died") in [(event.kind, event.note) for event in events]
