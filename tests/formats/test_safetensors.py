@@ -1,10 +1,8 @@
-"""The header: everything that the format forbids is refused with one line, and what is written is read again."""
+"""The header: what the format forbids is refused in one line, and what is written can be read again."""
 
 import json
 import re
 import struct
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,12 +13,11 @@ from safetensors import SafetensorError
 from crdiff_export.errors import CheckpointError
 from crdiff_export.formats import safetensors
 from crdiff_export.formats.safetensors import BITS, TensorSpec
-from tests.support import ROOT, hostile
+from tests.support import hostile
+from tests.support.bounded import linux_only, read_bounded
+from tests.support.messages import raises
 
-DAMAGED = "The file is damaged or is not a safetensors checkpoint; fetch it again from its source."
 GOOD = '{"dtype":"F16","shape":[2],"data_offsets":[0,4]}'
-# Six dtypes are not of whole bytes or too new to be known to all that read files.
-SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
 
 
 def entry(dtype: Any = "F16", shape: Any = (2,), offsets: Any = (0, 4)) -> str:
@@ -38,37 +35,11 @@ def parse(body: str | bytes, data: int) -> safetensors.Header:
 
 
 @pytest.mark.parametrize(
-    ("size", "file_size", "what"),
-    [
-        pytest.param(0, 100, "the header's length is given as 0 bytes, too few for any JSON object", id="zero"),
-        pytest.param(1, 100, "the header's length is given as 1 bytes, too few for any JSON object", id="one"),
-        pytest.param(93, 100, "the header's length is given as 93 bytes, but the file has only 100", id="too-long"),
-        pytest.param(
-            100_000_001, 1 << 40,
-            "the header's length is given as 100000001 bytes, more than the 100000000 that the format allows",
-            id="huge",
-        ),
-        pytest.param(
-            2**64 - 2, 100, f"the header's length is given as {2**64 - 2} bytes, "
-            "more than the 100000000 that the format allows", id="negative",
-        ),
-    ],
-)  # fmt: skip
-def test_lengths_that_lie(size: int, file_size: int, what: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
+    ("size", "file_size"), [(0, 100), (1, 100), (93, 100), (100_000_001, 1 << 40), (2**64 - 2, 100)]
+)
+def test_lengths_that_lie(size: int, file_size: int) -> None:
+    with raises(CheckpointError, f"{size} bytes"):
         safetensors.length(struct.pack("<Q", size), file_size, "f")
-    assert caught.value.message == f"f: {what}"
-    assert caught.value.hint == DAMAGED
-
-
-@pytest.mark.parametrize(("prefix", "size", "what"), [
-    pytest.param(b"", 0, "the file is empty", id="empty"),
-    pytest.param(b"\x10\0\0", 3, "the file has 3 bytes, too few for a header", id="cut"),
-])  # fmt: skip
-def test_files_too_short_for_a_length(prefix: bytes, size: int, what: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        safetensors.length(prefix, size, "f")
-    assert (caught.value.message, caught.value.hint) == (f"f: {what}", DAMAGED)
 
 
 def test_length_of_a_good_header() -> None:
@@ -78,145 +49,114 @@ def test_length_of_a_good_header() -> None:
 
 REFUSED: dict[str, tuple[str | bytes, int, str]] = {
     # JSON
-    "no-object": ("[1]", 0, "the header does not begin with '{'"),
-    "space-before": (' {"w":' + GOOD + "}", 4, "the header does not begin with '{'"),
-    "byte-order-mark": (b"\xef\xbb\xbf{}", 0, "the header does not begin with '{'"),
-    "zeros": (bytes(16), 0, "the header does not begin with '{'"),
-    "cut": ('{"w":' + GOOD, 4, "the header is not JSON: Expecting ',' delimiter at character 53"),
-    "only-a-brace": ("{ ", 0,
-        "the header is not JSON: Expecting property name enclosed in double quotes at character 2"),
-    "more-after": ("{} {}", 0, "the header is not JSON: Extra data at character 3"),
-    "zero-byte-after": ("{}\0", 0, "the header is not JSON: Extra data at character 2"),
-    "single-quotes": ("{'w':1}", 0,
-        "the header is not JSON: Expecting property name enclosed in double quotes at character 1"),
-    "comment": ("{/**/}", 0,
-        "the header is not JSON: Expecting property name enclosed in double quotes at character 1"),
-    "line-break-in-text": ('{"a\nb":' + GOOD + "}", 4,
-        "the header is not JSON: Invalid control character at at character 3"),
-    "not-utf-8": (b'{"\xff":' + GOOD.encode() + b"}", 4, "the header is not UTF-8 (byte 2)"),
-    "utf-8-cut": (b'{"\xc3":' + GOOD.encode() + b"}", 4, "the header is not UTF-8 (byte 2)"),
-    "utf-8-too-long": (b'{"\xc0\xaf":' + GOOD.encode() + b"}", 4, "the header is not UTF-8 (byte 2)"),
-    "utf-8-surrogate": (b'{"\xed\xa0\x80":' + GOOD.encode() + b"}", 4, "the header is not UTF-8 (byte 2)"),
-    "utf-16": ('{"w":1}'.encode("utf-16-le"), 0,
-        "the header is not JSON: Expecting property name enclosed in double quotes at character 1"),
-    "lone-surrogate": (r'{"\ud800":' + GOOD + "}", 4, r"the header has text that is not Unicode: '\ud800'"),
-    "lone-surrogate-in-metadata": (r'{"__metadata__":{"a":"\udfff"}}', 0,
-        r"the header has text that is not Unicode: '\udfff'"),
-    "lone-surrogate-in-a-metadata-key": (r'{"__metadata__":{"\ud83d":"a"}}', 0,
-        r"the header has text that is not Unicode: '\ud83d'"),
-    "surrogates-the-wrong-way": (r'{"\ude00\ud83d":' + GOOD + "}", 4,
-        r"the header has text that is not Unicode: '\ude00\ud83d'"),
-    "deep": ('{"a":' * 200_000 + "1" + "}" * 200_000, 0, "the header nests too deeply"),
-    "deep-lists": ('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", 0, "the header nests too deeply"),
-    "deep-value": (entry().replace('"F16"', "[" * 300 + "]" * 300), 4, "tensor 'w' has the unknown dtype [a list]"),
+    "no-object": ("[1]", 0, "'{'"),
+    "space-before": (' {"w":' + GOOD + "}", 4, "'{'"),
+    "byte-order-mark": (b"\xef\xbb\xbf{}", 0, "'{'"),
+    "zeros": (bytes(16), 0, "'{'"),
+    "cut": ('{"w":' + GOOD, 4, "character 53"),
+    "only-a-brace": ("{ ", 0, "character 2"),
+    "more-after": ("{} {}", 0, "character 3"),
+    "zero-byte-after": ("{}\0", 0, "character 2"),
+    "single-quotes": ("{'w':1}", 0, "character 1"),
+    "comment": ("{/**/}", 0, "character 1"),
+    "line-break-in-text": ('{"a\nb":' + GOOD + "}", 4, "character 3"),
+    "not-utf-8": (b'{"\xff":' + GOOD.encode() + b"}", 4, "byte 2"),
+    "utf-8-cut": (b'{"\xc3":' + GOOD.encode() + b"}", 4, "byte 2"),
+    "utf-8-too-long": (b'{"\xc0\xaf":' + GOOD.encode() + b"}", 4, "byte 2"),
+    "utf-8-surrogate": (b'{"\xed\xa0\x80":' + GOOD.encode() + b"}", 4, "byte 2"),
+    "utf-16": ('{"w":1}'.encode("utf-16-le"), 0, "character 1"),
+    "lone-surrogate": (r'{"\ud800":' + GOOD + "}", 4, r"'\ud800'"),
+    "lone-surrogate-in-metadata": (r'{"__metadata__":{"a":"\udfff"}}', 0, r"'\udfff'"),
+    "lone-surrogate-in-a-metadata-key": (r'{"__metadata__":{"\ud83d":"a"}}', 0, r"'\ud83d'"),
+    "surrogates-the-wrong-way": (r'{"\ude00\ud83d":' + GOOD + "}", 4, r"'\ude00\ud83d'"),
+    "deep": ('{"a":' * 200_000 + "1" + "}" * 200_000, 0, "nests"),
+    "deep-lists": ('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", 0, "nests"),
+    "deep-value": (entry().replace('"F16"', "[" * 300 + "]" * 300), 4, "unknown dtype [a list]"),
     # keys
-    "tensor-twice": ('{"w":' + GOOD + ',"w":' + GOOD + "}", 4, "the header has the key 'w' twice"),
-    "tensor-twice-spelt-apart": (r'{"w":' + GOOD + r',"\u0077":' + GOOD + "}", 4, "the header has the key 'w' twice"),
-    "field-twice": ('{"w":{"dtype":"F16","dtype":"F16","shape":[2],"data_offsets":[0,4]}}', 4,
-        "the header has the key 'dtype' twice"),
-    "metadata-twice": ('{"__metadata__":{},"__metadata__":{}}', 0, "the header has the key '__metadata__' twice"),
-    "metadata-key-twice": ('{"__metadata__":{"a":"1","a":"1"}}', 0, "the header has the key 'a' twice"),
-    "endless-key-twice": ('{"' + "k" * 1000 + '":1,"' + "k" * 1000 + '":1}', 0,
-        f"the header has the key '{'k' * 78}…' twice"),
-    "no-dtype": ('{"w":{"shape":[2],"data_offsets":[0,4]}}', 4, "tensor 'w' has no dtype"),
-    "no-shape": ('{"w":{"dtype":"F16","data_offsets":[0,4]}}', 4, "tensor 'w' has no shape"),
-    "no-offsets": ('{"w":{"dtype":"F16","shape":[2]}}', 4, "tensor 'w' has no data_offsets"),
-    "unknown-key": (GOOD.join(('{"w":', "}")).replace("[0,4]", '[0,4],"strides":[1]'), 4,
-        "tensor 'w' has the unknown key 'strides'"),
-    "old-offsets": ('{"w":{"dtype":"F16","shape":[2],"offsets":[0,4]}}', 4, "tensor 'w' has no data_offsets"),
+    "tensor-twice": ('{"w":' + GOOD + ',"w":' + GOOD + "}", 4, "'w'"),
+    "tensor-twice-spelt-apart": (r'{"w":' + GOOD + r',"\u0077":' + GOOD + "}", 4, "'w'"),
+    "field-twice": ('{"w":{"dtype":"F16","dtype":"F16","shape":[2],"data_offsets":[0,4]}}', 4, "'dtype'"),
+    "metadata-twice": ('{"__metadata__":{},"__metadata__":{}}', 0, "'__metadata__'"),
+    "metadata-key-twice": ('{"__metadata__":{"a":"1","a":"1"}}', 0, "'a'"),
+    "endless-key-twice": ('{"' + "k" * 1000 + '":1,"' + "k" * 1000 + '":1}', 0, f"'{'k' * 78}…'"),
+    "no-dtype": ('{"w":{"shape":[2],"data_offsets":[0,4]}}', 4, "no dtype"),
+    "no-shape": ('{"w":{"dtype":"F16","data_offsets":[0,4]}}', 4, "no shape"),
+    "no-offsets": ('{"w":{"dtype":"F16","shape":[2]}}', 4, "no data_offsets"),
+    "unknown-key": (GOOD.join(('{"w":', "}")).replace("[0,4]", '[0,4],"strides":[1]'), 4, "'strides'"),
+    "old-offsets": ('{"w":{"dtype":"F16","shape":[2],"offsets":[0,4]}}', 4, "no data_offsets"),
     # metadata
-    "metadata-list": ('{"__metadata__":[]}', 0, "__metadata__ is not an object"),
-    "metadata-null": ('{"__metadata__":null}', 0, "__metadata__ is not an object"),
-    "metadata-text": ('{"__metadata__":"pt"}', 0, "__metadata__ is not an object"),
-    "metadata-number": ('{"__metadata__":{"steps":7}}', 0,
-        "__metadata__ holds something other than text under 'steps'"),
-    "metadata-object": ('{"__metadata__":{"a":{"b":"c"}}}', 0,
-        "__metadata__ holds something other than text under 'a'"),
-    "metadata-fraction": ('{"__metadata__":{"a":0.5}}', 0,
-        "the header holds the number '0.5', where only whole numbers may stand"),
+    "metadata-list": ('{"__metadata__":[]}', 0, "__metadata__"),
+    "metadata-null": ('{"__metadata__":null}', 0, "__metadata__"),
+    "metadata-text": ('{"__metadata__":"pt"}', 0, "__metadata__"),
+    "metadata-number": ('{"__metadata__":{"steps":7}}', 0, "'steps'"),
+    "metadata-object": ('{"__metadata__":{"a":{"b":"c"}}}', 0, "'a'"),
+    "metadata-fraction": ('{"__metadata__":{"a":0.5}}', 0, "'0.5'"),
     # entries
-    "entry-null": ('{"w":null}', 0, "the entry of tensor 'w' is not an object"),
-    "entry-list": ('{"w":["F16",[2],[0,4]]}', 4, "the entry of tensor 'w' is not an object"),
-    "dtype-unknown": (entry("float16"), 4, "tensor 'w' has the unknown dtype 'float16'"),
-    "dtype-lower": (entry("f16"), 4, "tensor 'w' has the unknown dtype 'f16'"),
-    "dtype-number": (entry(16), 4, "tensor 'w' has the unknown dtype 16"),
-    "dtype-null": (entry(None), 4, "tensor 'w' has the unknown dtype null"),
-    "dtype-object": (entry({"a": 1}), 4, "tensor 'w' has the unknown dtype an object"),
-    "dtype-long": (entry("x" * 10_000), 4, f"tensor 'w' has the unknown dtype '{'x' * 78}…'"),
-    "dtype-controls": (entry("\x1b[2J\n"), 4, r"tensor 'w' has the unknown dtype '\x1b[2J\n'"),
-    "shape-number": (entry(shape=2), 4, "tensor 'w' has a shape that is not a list of sizes: 2"),
-    "shape-object": (entry(shape={}), 4, "tensor 'w' has a shape that is not a list of sizes: an object"),
-    "shape-null": (entry(shape=None), 4, "tensor 'w' has a shape that is not a list of sizes: null"),
-    "shape-nested": (entry(shape=[[2]]), 4, "tensor 'w' has a shape that is not a list of sizes: [a list]"),
-    "shape-text": (entry(shape=["2"]), 4, "tensor 'w' has a shape that is not a list of sizes: ['2']"),
-    "shape-endless-text": (entry(shape=["x" * 999] * 999), 4,
-        f"tensor 'w' has a shape that is not a list of sizes: [{', '.join([repr('x' * 22 + '…')] * 9)}, …]"),
-    "shape-true": (entry(shape=[True, 2]), 4, "tensor 'w' has a shape that is not a list of sizes: [true, 2]"),
-    "shape-negative": (entry(shape=[-1, -2]), 4, "tensor 'w' has a shape that is not a list of sizes: [-1, -2]"),
-    "shape-fraction": (entry(shape=[2.0]), 4, "the header holds the number '2.0', where only whole numbers may stand"),
-    "shape-exponent": (entry().replace("[2]", "[2e0]"), 4,
-        "the header holds the number '2e0', where only whole numbers may stand"),
-    "shape-nan": (entry().replace("[2]", "[NaN]"), 4,
-        "the header holds the number 'NaN', where only whole numbers may stand"),
-    "shape-infinite": (entry().replace("[2]", "[-Infinity]"), 4,
-        "the header holds the number '-Infinity', where only whole numbers may stand"),
-    "shape-minus-zero": (entry(shape=[0], offsets=[0, 0]).replace("[0]", "[-0]"), 0,
-        "the header holds the number '-0', where only whole numbers may stand"),
-    "shape-2**63": (entry(shape=[2**63]), 4, f"tensor 'w' has a shape that is not a list of sizes: [{2**63}]"),
-    "shape-endless-number": (entry().replace("[2]", f"[{'9' * 5000}]"), 4,
-        f"the header holds the number '{'9' * 28}…', where only whole numbers may stand"),
-    "shape-65-dimensions": (entry(shape=[1] * 64 + [2]), 4, "tensor 'w' has 65 dimensions"),
-    "shape-overflow": (entry(shape=[2**40, 2**40]), 4,
-        f"tensor 'w' of F16 [{2**40}, {2**40}] has more elements than any file can hold"),
-    "shape-overflow-before-zero": (entry(shape=[2**40, 2**40, 0], offsets=[0, 0]), 0,
-        f"tensor 'w' of F16 [{2**40}, {2**40}, 0] has more elements than any file can hold"),
-    "shape-wraps-to-its-size": (entry(shape=[2**62 + 1, 4], offsets=[0, 8]), 8,
-        f"tensor 'w' of F16 [{2**62 + 1}, 4] has more elements than any file can hold"),
-    "shape-too-large": (entry(shape=[3]), 4, "tensor 'w' of F16 [3] needs 6 bytes, has 4"),
-    "shape-too-small": (entry(shape=[1]), 4, "tensor 'w' of F16 [1] needs 2 bytes, has 4"),
-    "shape-empty": (entry(shape=[]), 4, "tensor 'w' of F16 [] needs 2 bytes, has 4"),
-    "shape-of-another-dtype": (entry("F32"), 4, "tensor 'w' of F32 [2] needs 8 bytes, has 4"),
-    "half-a-byte": (entry("F4", [1], [0, 0]), 0, "tensor 'w' of F4 [1] does not fill whole bytes"),
-    "offsets-number": (entry(offsets=4), 4, "tensor 'w' has data_offsets that are not [start, end]: 4"),
-    "offsets-one": (entry(offsets=[0]), 4, "tensor 'w' has data_offsets that are not [start, end]: [0]"),
-    "offsets-three": (entry(offsets=[0, 4, 4]), 4, "tensor 'w' has data_offsets that are not [start, end]: [0, 4, 4]"),
-    "offsets-backwards": (entry(offsets=[4, 0]), 4, "tensor 'w' has data_offsets that are not [start, end]: [4, 0]"),
-    "offsets-negative": (entry(offsets=[-4, 0]), 4, "tensor 'w' has data_offsets that are not [start, end]: [-4, 0]"),
-    "offsets-true": (entry("U8", [1], [False, True]), 1,
-        "tensor 'w' has data_offsets that are not [start, end]: [false, true]"),
-    "offsets-huge": (entry(offsets=[2**63 - 4, 2**63]), 4,
-        f"tensor 'w' has data_offsets that are not [start, end]: [{2**63 - 4}, {2**63}]"),
+    "entry-null": ('{"w":null}', 0, "entry of tensor 'w'"),
+    "entry-list": ('{"w":["F16",[2],[0,4]]}', 4, "entry of tensor 'w'"),
+    "dtype-unknown": (entry("float16"), 4, "unknown dtype 'float16'"),
+    "dtype-lower": (entry("f16"), 4, "unknown dtype 'f16'"),
+    "dtype-number": (entry(16), 4, "unknown dtype 16"),
+    "dtype-null": (entry(None), 4, "unknown dtype null"),
+    "dtype-object": (entry({"a": 1}), 4, "unknown dtype an object"),
+    "dtype-long": (entry("x" * 10_000), 4, f"unknown dtype '{'x' * 78}…'"),
+    "dtype-controls": (entry("\x1b[2J\n"), 4, r"unknown dtype '\x1b[2J\n'"),
+    "shape-number": (entry(shape=2), 4, ": 2"),
+    "shape-object": (entry(shape={}), 4, ": an object"),
+    "shape-null": (entry(shape=None), 4, ": null"),
+    "shape-nested": (entry(shape=[[2]]), 4, ": [a list]"),
+    "shape-text": (entry(shape=["2"]), 4, ": ['2']"),
+    "shape-endless-text": (entry(shape=["x" * 999] * 999), 4, f": [{', '.join([repr('x' * 22 + '…')] * 9)}, …]"),
+    "shape-true": (entry(shape=[True, 2]), 4, ": [true, 2]"),
+    "shape-negative": (entry(shape=[-1, -2]), 4, ": [-1, -2]"),
+    "shape-fraction": (entry(shape=[2.0]), 4, "'2.0'"),
+    "shape-exponent": (entry().replace("[2]", "[2e0]"), 4, "'2e0'"),
+    "shape-nan": (entry().replace("[2]", "[NaN]"), 4, "'NaN'"),
+    "shape-infinite": (entry().replace("[2]", "[-Infinity]"), 4, "'-Infinity'"),
+    "shape-minus-zero": (entry(shape=[0], offsets=[0, 0]).replace("[0]", "[-0]"), 0, "'-0'"),
+    "shape-2**63": (entry(shape=[2**63]), 4, f": [{2**63}]"),
+    "shape-endless-number": (entry().replace("[2]", f"[{'9' * 5000}]"), 4, f"'{'9' * 28}…'"),
+    "shape-65-dimensions": (entry(shape=[1] * 64 + [2]), 4, "65 dimensions"),
+    "shape-overflow": (entry(shape=[2**40, 2**40]), 4, f"F16 [{2**40}, {2**40}]"),
+    "shape-overflow-before-zero": (entry(shape=[2**40, 2**40, 0], offsets=[0, 0]), 0, f"F16 [{2**40}, {2**40}, 0]"),
+    "shape-wraps-to-its-size": (entry(shape=[2**62 + 1, 4], offsets=[0, 8]), 8, f"F16 [{2**62 + 1}, 4]"),
+    "shape-too-large": (entry(shape=[3]), 4, "6 bytes, has 4"),
+    "shape-too-small": (entry(shape=[1]), 4, "2 bytes, has 4"),
+    "shape-empty": (entry(shape=[]), 4, "2 bytes, has 4"),
+    "shape-of-another-dtype": (entry("F32"), 4, "8 bytes, has 4"),
+    "half-a-byte": (entry("F4", [1], [0, 0]), 0, "F4 [1]"),
+    "offsets-number": (entry(offsets=4), 4, ": 4"),
+    "offsets-one": (entry(offsets=[0]), 4, ": [0]"),
+    "offsets-three": (entry(offsets=[0, 4, 4]), 4, ": [0, 4, 4]"),
+    "offsets-backwards": (entry(offsets=[4, 0]), 4, ": [4, 0]"),
+    "offsets-negative": (entry(offsets=[-4, 0]), 4, ": [-4, 0]"),
+    "offsets-true": (entry("U8", [1], [False, True]), 1, ": [false, true]"),
+    "offsets-huge": (entry(offsets=[2**63 - 4, 2**63]), 4, f": [{2**63 - 4}, {2**63}]"),
     # layout
-    "overlap": (two((0, 4), (2, 6)), 6, "tensor 'b' overlaps the one before it (byte 2 of the data)"),
-    "same-bytes": (two((0, 4), (0, 4)), 4, "tensor 'b' overlaps the one before it (byte 0 of the data)"),
-    "inside": (two((0, 6), (2, 4)), 6, "tensor 'b' overlaps the one before it (byte 2 of the data)"),
-    "empty-inside": (two((0, 6), (2, 2)), 6, "tensor 'b' overlaps the one before it (byte 2 of the data)"),
-    "hole": (two((0, 4), (6, 8)), 8, "the 2 bytes before tensor 'b' belong to no tensor"),
-    "hole-at-the-start": (two((2, 4), (4, 8)), 8, "the 2 bytes before tensor 'a' belong to no tensor"),
-    "empty-beyond": (two((0, 4), (6, 6)), 8, "the 2 bytes before tensor 'b' belong to no tensor"),
-    "out-of-range": (entry(shape=[2], offsets=[2**62, 2**62 + 4]), 4,
-        f"the {2**62} bytes before tensor 'w' belong to no tensor"),
-    "trailing": (entry(), 7, "3 bytes after the last tensor belong to no tensor"),
-    "trailing-after-nothing": ("{}", 1, "1 bytes after the last tensor belong to no tensor"),
+    "overlap": (two((0, 4), (2, 6)), 6, "'b' overlaps"),
+    "same-bytes": (two((0, 4), (0, 4)), 4, "'b' overlaps"),
+    "inside": (two((0, 6), (2, 4)), 6, "'b' overlaps"),
+    "empty-inside": (two((0, 6), (2, 2)), 6, "'b' overlaps"),
+    "hole": (two((0, 4), (6, 8)), 8, "2 bytes before tensor 'b'"),
+    "hole-at-the-start": (two((2, 4), (4, 8)), 8, "2 bytes before tensor 'a'"),
+    "empty-beyond": (two((0, 4), (6, 6)), 8, "2 bytes before tensor 'b'"),
+    "out-of-range": (entry(shape=[2], offsets=[2**62, 2**62 + 4]), 4, f"{2**62} bytes before tensor 'w'"),
+    "trailing": (entry(), 7, "3 bytes"),
+    "trailing-after-nothing": ("{}", 1, "1 bytes"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("body", "data", "what"), REFUSED.values(), ids=REFUSED)
-def test_headers_that_the_format_forbids(body: str | bytes, data: int, what: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
+@pytest.mark.parametrize(("body", "data", "key"), REFUSED.values(), ids=REFUSED)
+def test_headers_that_the_format_forbids(body: str | bytes, data: int, key: str) -> None:
+    with raises(CheckpointError, "f: ", key) as caught:
         parse(body, data)
-    assert caught.value.message == f"f: {what}"
-    assert caught.value.hint == DAMAGED
     assert caught.value.message.isprintable()
 
 
-def test_a_truncated_file_says_how_much_is_missing() -> None:
-    with pytest.raises(CheckpointError) as caught:
+def test_the_error_of_a_truncated_file_says_how_much_is_missing() -> None:
+    with raises(CheckpointError, "1000 bytes of tensors, 300") as caught:
         parse(two((0, 4), (4, 1000)), 300)
-    assert caught.value.message == "f: the file is truncated: the header describes 1000 bytes of tensors, 300 are there"
-    assert caught.value.hint == (
-        "Fetch the file again; its size should be 700 bytes more, or the last download did not finish."
-    )
+    assert "700 bytes more" in caught.value.hint
 
 
 ALLOWED: dict[str, tuple[str, int]] = {
@@ -269,11 +209,7 @@ def test_every_dtype_is_as_wide_as_the_library_says(dtype: str) -> None:
 
 def test_the_library_accepts_some_headers_that_are_refused() -> None:
     """We are stricter where a file would mean different things to different readers, never laxer (test_fuzz)."""
-    laxer = {
-        name
-        for name, (body, data, _) in REFUSED.items()
-        if _library_accepts(hostile.file(body, bytes(data)))
-    }  # fmt: skip
+    laxer = {name for name, (body, data, _) in REFUSED.items() if _library_accepts(hostile.file(body, bytes(data)))}
     assert laxer == {
         "space-before", "tensor-twice", "tensor-twice-spelt-apart", "metadata-key-twice", "metadata-null",
         "unknown-key", "entry-list", "shape-65-dimensions",
@@ -288,63 +224,47 @@ def _library_accepts(raw: bytes) -> bool:
     return True
 
 
-# Time and memory. The headers are built in a process of their own, which may not take more than 600 MB with them.
+# Time and memory.
 
-TOO_MANY, TOO_WIDE = (f"f: the header {what} than any checkpoint has" for what in
-                      ("describes more tensors", "holds more text"))  # fmt: skip
+TOO_MANY, TOO_WIDE = "more tensors", "more text"
 BOUNDED = {
     "brackets": ("""b'{"a":' + b'[' * N""", TOO_MANY),
     "objects": ("""b'{"a":' * (N // 5)""", TOO_MANY),
     "empty-lists": ("""b'{"a":[' + b'[],' * (N // 3)""", TOO_MANY),
     "pairs-of-lists": ("""b'{' + b'"a":[],' * (N // 7)""", TOO_MANY),
-    "keys": ("""b'{' + b','.join(b'"%07d":1' % i for i in range(999_000)) + b'}'""",
-        "f: the entry of tensor '0000000' is not an object"),
+    "keys": ("""b'{' + b','.join(b'"%07d":1' % i for i in range(999_000)) + b'}'""", "'0000000'"),
     "metadata": ("""b'{"__metadata__":{' + b','.join(b'"%07d":""' % i for i in range(999_000)) + b'}}'""", "accepted"),
-    "one-key": ("""b'{"' + b'k' * N + b'":1}'""", f"f: the entry of tensor '{'k' * 78}…' is not an object"),
+    "one-key": ("""b'{"' + b'k' * N + b'":1}'""", f"'{'k' * 78}…'"),
     "one-wide-key": ("""b'{"' + b'k' * N + '\\U0001f600'.encode() + b'":1}'""", TOO_WIDE),
     "one-escaped-key": ("""b'{"' + b'k' * N + b'\\\\ud83d\\\\ude00":1}'""", TOO_WIDE),
     "escapes": ("""b'{"' + b'\\\\n' * (N // 2) + b'":1}'""", TOO_WIDE),
     "no-utf-8": ("""b'{"' + b'\\xff' * N + b'":1}'""", TOO_WIDE),
-    "one-number": ("""b'{"a":' + b'1' * N + b'}'""",
-        f"f: the header holds the number '{'1' * 28}…', where only whole numbers may stand"),
-    "one-shape": ("""b'{"a":{"dtype":"U8","shape":[' + b'4611686018427387904,' * 999_000
-        + b'1],"data_offsets":[0,0]}}'""",
-        "f: tensor 'a' has 999001 dimensions"),
-    "long-shapes": ("""b'{' + b','.join(b'"%d":{"dtype":"U8","shape":[' % i + b'9223372036854775807,' * 63
+    "one-number": ("""b'{"a":' + b'1' * N + b'}'""", f"'{'1' * 28}…'"),
+    "one-shape": (
+        """b'{"a":{"dtype":"U8","shape":[' + b'4611686018427387904,' * 999_000 + b'1],"data_offsets":[0,0]}}'""",
+        "999001 dimensions",
+    ),
+    "long-shapes": (
+        """b'{' + b','.join(b'"%d":{"dtype":"U8","shape":[' % i + b'9223372036854775807,' * 63
         + b'0],"data_offsets":[0,0]}' for i in range(20_000)) + b'}'""",
-        f"f: tensor '0' of U8 [{f'{2**63 - 1}, ' * 9}…] has more elements than any file can hold"),
-    "many-tensors": ("""b'{' + b','.join(
+        f"U8 [{f'{2**63 - 1}, ' * 9}…]",
+    ),
+    "many-tensors": (
+        """b'{' + b','.join(
         b'"%d":{"dtype":"U8","shape":[1],"data_offsets":[%d,%d]}' % (i, i, i + 1) for i in range(150_000)) + b'}'""",
-        "f: the file is truncated: the header describes 150000 bytes of tensors, 0 are there"),
+        "150000 bytes of tensors, 0",
+    ),
     "white-space": ("""b'{' + b' ' * N + b'}'""", "accepted"),
-}  # fmt: skip
-CHILD = """
-import resource, sys, time
-from crdiff_export.formats import safetensors
-from crdiff_export.errors import CheckpointError
-N = 99_000_000
-raw = ({body})
-resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))
-began = time.process_time()
-try:
-    safetensors.length(len(raw).to_bytes(8, "little"), 8 + len(raw), "f")
-    safetensors.parse(raw, 8 + len(raw), "f")
-    print("accepted")
-except CheckpointError as error:
-    print(error.message)
-assert time.process_time() - began < 10
-"""
+}
+READ = (
+    'safetensors.length(len(raw).to_bytes(8, "little"), 8 + len(raw), "f"); safetensors.parse(raw, 8 + len(raw), "f")'
+)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits on memory as Linux keeps them")
-@pytest.mark.parametrize(("body", "result"), BOUNDED.values(), ids=BOUNDED)
-def test_memory_and_time_are_bounded(body: str, result: str) -> None:
-    child = subprocess.run(
-        [sys.executable, "-X", "utf8", "-c", CHILD.format(body=body)],
-        check=False, capture_output=True, encoding="utf-8", timeout=60, cwd=ROOT,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr[-2000:]
-    assert child.stdout == f"{result}\n"
+@linux_only
+@pytest.mark.parametrize(("raw", "key"), BOUNDED.values(), ids=BOUNDED)
+def test_memory_and_time_are_bounded(raw: str, key: str) -> None:
+    assert key in read_bounded(READ, raw, 99_000_000)
 
 
 # Writing.

@@ -1,4 +1,4 @@
-"""Torch pickles: read without torch, byte for byte as torch and safetensors read and write them; code is never run."""
+"""Torch pickles: read without torch, to the same bytes as with torch and safetensors; their code is never run."""
 
 import collections
 import io
@@ -28,35 +28,15 @@ from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.formats.unpickle import OTHER, UnpickleError, unpickle
 from crdiff_export.formats.weight_file import SourceFile
 from tests.support import ROOT, hostile
-from tests.support.hostile import (
-    number,
-    numbers,
-    opcodes,
-    state,
-    storage,
-    tensor,
-    text,
-)
+from tests.support.bounded import linux_only, read_bounded
+from tests.support.hostile import number, numbers, opcodes, state, storage, tensor, text
+from tests.support.messages import raises
+from tests.support.weight_bytes import all_bytes, check_ranges
 
 if TYPE_CHECKING:
     from tests.support.isolation import Crdiff
 
 Maker = Callable[[Path], Path]
-AGAIN = "Get the model as .safetensors, or save it again with a current torch."
-DAMAGED = "The file is damaged, or the last download did not finish; fetch it again."
-TRUST = "Get the model as .safetensors; if you trust its origin, convert it with the tool that made it."
-NO_MODEL = "Give a model's checkpoint."
-BARE = "{}: a bare pickle, as torch saved before 1.6; it is not read"
-NO_TORCH = "{}: a zip archive, but not one that torch saves"
-CUT = "{}: a damaged or truncated zip archive"
-BROKEN = "{}: its data.pkl is a damaged pickle"
-UNUSED = "{{}}: its data.pkl uses the pickle opcode {}, which no torch checkpoint needs"
-OUTSIDE = "{}: 'weight' lies outside the bytes that the archive has for it"
-EXPANDED = "{}: 'weight' repeats its weights (an expanded tensor)"
-
-
-def names_code(name: str) -> str:
-    return f"{{}}: holds more than weights: its pickle names '{name}', and code in a checkpoint is not run"
 
 
 def floats(made: bytes) -> Maker:
@@ -67,163 +47,98 @@ def data_pkl(made: bytes) -> Maker:
     return lambda path: hostile.archive(path, made, {"0": bytes(24)})
 
 
-REFUSED: dict[str, tuple[Maker, str, str]] = {
+REFUSED: dict[str, tuple[Maker, str]] = {
     # code
-    "code": (hostile.pickled_code, names_code(f"{os.system.__module__}.system"), TRUST),
-    "code-of-protocol-4": (hostile.pickled_code_of_protocol_4, names_code(f"{os.system.__module__}.system"), TRUST),
-    "code-beside-weights": (hostile.pickled_code_beside_weights, names_code("posix.system"), TRUST),
-    "code-without-a-call": (hostile.pickled_code_without_a_call, names_code("builtins.eval"), TRUST),
-    "network": (hostile.pickled_network, names_code("diffusers.models.UNet2DConditionModel"), TRUST),
-    "name-with-controls": (
-        data_pkl(opcodes(b"\x8c\x02\x1b[\x8c\x01\n\x93")), names_code(r"\x1b[.\n"), TRUST,
-    ),
-    "name-endless": (
-        data_pkl(opcodes(b"c" + b"m" * 5000 + b"\nn\n")),
-        names_code("m" * 78 + "…"), TRUST,
-    ),
-    "bare-code": (
-        hostile.bare_pickle_with_code, BARE, AGAIN,
-    ),
-    "bare-pickle": (hostile.bare_pickle, BARE, AGAIN),
-    "legacy-torch": (hostile.legacy_torch, BARE, AGAIN),
-    "torchscript": (hostile.torchscript, "{}: a TorchScript program, and programs are not run", AGAIN),
+    "code": (hostile.pickled_code, f"'{os.system.__module__}.system'"),
+    "code-of-protocol-4": (hostile.pickled_code_of_protocol_4, f"'{os.system.__module__}.system'"),
+    "code-beside-weights": (hostile.pickled_code_beside_weights, "'posix.system'"),
+    "code-without-a-call": (hostile.pickled_code_without_a_call, "'builtins.eval'"),
+    "network": (hostile.pickled_network, "'diffusers.models.UNet2DConditionModel'"),
+    "name-with-controls": (data_pkl(opcodes(b"\x8c\x02\x1b[\x8c\x01\n\x93")), r"'\x1b[.\n'"),
+    "name-endless": (data_pkl(opcodes(b"c" + b"m" * 5000 + b"\nn\n")), "m" * 78 + "…"),
+    "bare-code": (hostile.bare_pickle_with_code, "bare pickle"),
+    "bare-pickle": (hostile.bare_pickle, "bare pickle"),
+    "legacy-torch": (hostile.legacy_torch, "bare pickle"),
+    "torchscript": (hostile.torchscript, "TorchScript"),
     # files of another kind
-    "empty": (hostile.empty, "{}: the file is empty", DAMAGED),
-    "safetensors": (
-        hostile.safetensors_bytes, "{}: a safetensors file under another name", "Rename it to .safetensors.",
-    ),
-    "gguf": (
-        hostile.gguf, "{}: a GGUF file; its weights are quantised and cannot be pruned by magnitude",
-        "Use the fp16 or bf16 checkpoint that it was made from.",
-    ),
-    "git-lfs-pointer": (
-        hostile.git_lfs_pointer, "{}: a Git LFS pointer, not the checkpoint itself",
-        "Fetch the file with `git lfs pull`.",
-    ),
-    "web-page": (
-        hostile.web_page, "{}: a web page, not a checkpoint",
-        "The download saved a login or an error page; fetch the file again.",
-    ),
-    "noise": (hostile.noise, "{}: not a torch checkpoint, which begins with 'PK'", AGAIN),
+    "empty": (hostile.empty, "empty"),
+    "safetensors": (hostile.safetensors_bytes, "safetensors file under another name"),
+    "gguf": (hostile.gguf, "GGUF"),
+    "git-lfs-pointer": (hostile.git_lfs_pointer, "Git LFS"),
+    "web-page": (hostile.web_page, "web page"),
+    "noise": (hostile.noise, "'PK'"),
     # archives
-    "nested-archive": (hostile.nested_archive, NO_TORCH, AGAIN),
-    "zip-archive": (hostile.zip_archive, NO_TORCH, AGAIN),
-    "two-pickles": (hostile.two_pickles, NO_TORCH, AGAIN),
-    "twice-the-same-file": (hostile.twice_the_same_file, "{}: a zip archive that holds a file twice", DAMAGED),
-    "truncated": (hostile.truncated_archive, CUT, DAMAGED),
-    "damaged": (hostile.damaged_archive, CUT, DAMAGED),
-    "endless-directory": (hostile.endless_directory, CUT, DAMAGED),
-    "compressed-bomb": (
-        hostile.compressed_bomb, "{}: 'model/data.pkl' in it is compressed, which torch never does", AGAIN,
-    ),
-    "compressed-storage": (
-        hostile.compressed_storage, "{}: 'model/data/0' in it is compressed, which torch never does", AGAIN,
-    ),
-    "big-endian": (hostile.big_endian, "{}: saved on a big-endian machine", AGAIN),
+    "nested-archive": (hostile.nested_archive, "not one that torch saves"),
+    "zip-archive": (hostile.zip_archive, "not one that torch saves"),
+    "two-pickles": (hostile.two_pickles, "not one that torch saves"),
+    "twice-the-same-file": (hostile.twice_the_same_file, "holds a file twice"),
+    "truncated": (hostile.truncated_archive, "truncated zip archive"),
+    "damaged": (hostile.damaged_archive, "truncated zip archive"),
+    "endless-directory": (hostile.endless_directory, "truncated zip archive"),
+    "compressed-bomb": (hostile.compressed_bomb, "model/data.pkl"),
+    "compressed-storage": (hostile.compressed_storage, "model/data/0"),
+    "big-endian": (hostile.big_endian, "big-endian"),
     # pickles
-    "no-pickle": (data_pkl(b"\0"), BROKEN, AGAIN),
-    "nothing": (data_pkl(b""), BROKEN, AGAIN),
-    "no-end": (data_pkl(state(weight=tensor())[:-1]), BROKEN, AGAIN),
-    "cut": (data_pkl(state(weight=tensor())[:60]), BROKEN, AGAIN),
-    "empty-stack": (data_pkl(opcodes(b"0")), BROKEN, AGAIN),
-    "no-mark": (data_pkl(opcodes(b"t")), BROKEN, AGAIN),
-    "below-the-mark": (data_pkl(opcodes(b"N(\x85")), BROKEN, AGAIN),
-    "no-memo": (data_pkl(opcodes(b"j\xff\xff\xff\x7f")), BROKEN, AGAIN),
-    "odd-dict": (data_pkl(opcodes(b"}(NNNu")), BROKEN, AGAIN),
-    "set-on-a-tensor": (data_pkl(state(weight=tensor() + text("a") + b"Ns")), BROKEN, AGAIN),
-    "set-on-a-number": (data_pkl(opcodes(number(7) + text("a") + b"Ns")), BROKEN, AGAIN),
-    "call-of-a-number": (data_pkl(opcodes(number(7) + b")R")), BROKEN, AGAIN),
-    "call-with-a-list": (
-        data_pkl(opcodes(b"ctorch._utils\n_rebuild_tensor_v2\n]R")), BROKEN, AGAIN,
-    ),
-    "call-with-too-few": (
-        data_pkl(opcodes(b"ctorch._utils\n_rebuild_tensor_v2\n)R")), BROKEN, AGAIN,
-    ),
-    "name-of-a-list": (data_pkl(opcodes(b"](" * 5000 + b"N\x93")), BROKEN, AGAIN),
-    "storage-of-a-number": (data_pkl(opcodes(number(1) + b"Q")), BROKEN, AGAIN),
-    "extension": (
-        data_pkl(opcodes(b"\x82\x01")), UNUSED.format("EXT1"), AGAIN,
-    ),
-    "instance": (
-        data_pkl(opcodes(b"(ios\nsystem\n")), UNUSED.format("INST"),
-        AGAIN,
-    ),
-    "bytearray": (
-        data_pkl(opcodes(b"\x96" + struct.pack("<Q", 2) + b"ab")),
-        UNUSED.format("BYTEARRAY8"), AGAIN,
-    ),
-    "endless-text": (
-        data_pkl(opcodes(b"\x8d" + struct.pack("<Q", 2**63))), BROKEN, AGAIN,
-    ),
+    "no-pickle": (data_pkl(b"\0"), "data.pkl"),
+    "nothing": (data_pkl(b""), "data.pkl"),
+    "no-end": (data_pkl(state(weight=tensor())[:-1]), "data.pkl"),
+    "cut": (data_pkl(state(weight=tensor())[:60]), "data.pkl"),
+    "empty-stack": (data_pkl(opcodes(b"0")), "data.pkl"),
+    "no-mark": (data_pkl(opcodes(b"t")), "data.pkl"),
+    "below-the-mark": (data_pkl(opcodes(b"N(\x85")), "data.pkl"),
+    "no-memo": (data_pkl(opcodes(b"j\xff\xff\xff\x7f")), "data.pkl"),
+    "odd-dict": (data_pkl(opcodes(b"}(NNNu")), "data.pkl"),
+    "set-on-a-tensor": (data_pkl(state(weight=tensor() + text("a") + b"Ns")), "data.pkl"),
+    "set-on-a-number": (data_pkl(opcodes(number(7) + text("a") + b"Ns")), "data.pkl"),
+    "call-of-a-number": (data_pkl(opcodes(number(7) + b")R")), "data.pkl"),
+    "call-with-a-list": (data_pkl(opcodes(b"ctorch._utils\n_rebuild_tensor_v2\n]R")), "data.pkl"),
+    "call-with-too-few": (data_pkl(opcodes(b"ctorch._utils\n_rebuild_tensor_v2\n)R")), "data.pkl"),
+    "name-of-a-list": (data_pkl(opcodes(b"](" * 5000 + b"N\x93")), "data.pkl"),
+    "storage-of-a-number": (data_pkl(opcodes(number(1) + b"Q")), "data.pkl"),
+    "extension": (data_pkl(opcodes(b"\x82\x01")), "EXT1"),
+    "instance": (data_pkl(opcodes(b"(ios\nsystem\n")), "INST"),
+    "bytearray": (data_pkl(opcodes(b"\x96" + struct.pack("<Q", 2) + b"ab")), "BYTEARRAY8"),
+    "endless-text": (data_pkl(opcodes(b"\x8d" + struct.pack("<Q", 2**63))), "data.pkl"),
     # contents
-    "list": (data_pkl(opcodes(b"]")), "{}: holds no named weights", NO_MODEL),
-    "number": (data_pkl(opcodes(number(1))), "{}: holds no named weights", NO_MODEL),
-    "only-numbers": (data_pkl(state(epoch=number(1))), "{}: holds no tensors", NO_MODEL),
-    "names-that-are-numbers": (data_pkl(opcodes(b"}" + number(1) + tensor() + b"s")), "{}: holds no tensors", NO_MODEL),
-    "lone-surrogate": (
-        floats(b"N" + text("\ud800") + tensor()), r"{}: no safetensors file can hold a tensor called '\ud800'", AGAIN,
-    ),
-    "called-metadata": (
-        data_pkl(state(__metadata__=tensor())),
-        "{}: no safetensors file can hold a tensor called '__metadata__'", AGAIN,
-    ),
+    "list": (data_pkl(opcodes(b"]")), "no named weights"),
+    "number": (data_pkl(opcodes(number(1))), "no named weights"),
+    "only-numbers": (data_pkl(state(epoch=number(1))), "no tensors"),
+    "names-that-are-numbers": (data_pkl(opcodes(b"}" + number(1) + tensor() + b"s")), "no tensors"),
+    "lone-surrogate": (floats(b"N" + text("\ud800") + tensor()), r"'\ud800'"),
+    "called-metadata": (data_pkl(state(__metadata__=tensor())), "'__metadata__'"),
     # tensors
-    "no-bytes": (floats(tensor(storage(key="7"))), "{}: 'weight' has no bytes in the archive", DAMAGED),
-    "key-like-a-path": (
-        floats(tensor(storage(key="../data.pkl"))), "{}: 'weight' has no bytes in the archive", DAMAGED,
-    ),
-    "too-few-bytes": (
-        floats(tensor(storage(count=7))), "{}: 'weight' should have more bytes than the archive has", DAMAGED,
-    ),
-    "too-many-elements": (
-        floats(tensor(shape=(7,), strides=(1,))), OUTSIDE, DAMAGED,
-    ),
-    "offset-outside": (
-        floats(tensor(offset=1)), OUTSIDE, DAMAGED,
-    ),
-    "stride-outside": (
-        floats(tensor(strides=(4, 1))), OUTSIDE, DAMAGED,
-    ),
-    "wide-stride": (
-        floats(tensor(strides=(2**62, 1))), OUTSIDE, DAMAGED,
-    ),
-    "expanded": (
-        floats(tensor(shape=(2**40, 6), strides=(0, 1))), EXPANDED, AGAIN,
-    ),
-    "expanded-scalar": (
-        floats(tensor(shape=(2**62,) * 9, strides=(0,) * 9)), EXPANDED, AGAIN,
-    ),
-    "65-dimensions": (floats(tensor(shape=(1,) * 65, strides=(1,) * 65)), "{}: 'weight' has 65 dimensions", DAMAGED),
-    "negative-offset": (floats(tensor(offset=-1)), BROKEN, AGAIN),
-    "negative-size": (floats(tensor(shape=(-2, 3))), BROKEN, AGAIN),
-    "negative-stride": (floats(tensor(strides=(-3, 1))), BROKEN, AGAIN),
-    "huge-size": (floats(tensor(shape=(2**63, 0))), BROKEN, AGAIN),
-    "size-true": (
-        floats(tensor().replace(numbers(2, 3), b"(\x88" + number(3) + b"t")), BROKEN, AGAIN,
-    ),
-    "sizes-without-strides": (floats(tensor(strides=(1,))), BROKEN, AGAIN),
-    "negative-count": (floats(tensor(storage(count=-1))), BROKEN, AGAIN),
-    "negated": (
-        floats(tensor(tail=b"\x89N}" + text("neg") + b"\x88s")),
-        "{}: its data.pkl holds a tensor whose sign or conjugate is put off", AGAIN,
-    ),
-    "quantised": (floats(tensor(storage("QInt8Storage"))), names_code("torch.QInt8Storage"), TRUST),
-    "complex-double": (
-        floats(tensor(storage("ComplexDoubleStorage"))), names_code("torch.ComplexDoubleStorage"), TRUST,
-    ),
+    "no-bytes": (floats(tensor(storage(key="7"))), "'weight' has no bytes"),
+    "key-like-a-path": (floats(tensor(storage(key="../data.pkl"))), "'weight' has no bytes"),
+    "too-few-bytes": (floats(tensor(storage(count=7))), "'weight' should have more bytes"),
+    "too-many-elements": (floats(tensor(shape=(7,), strides=(1,))), "'weight' lies outside"),
+    "offset-outside": (floats(tensor(offset=1)), "'weight' lies outside"),
+    "stride-outside": (floats(tensor(strides=(4, 1))), "'weight' lies outside"),
+    "wide-stride": (floats(tensor(strides=(2**62, 1))), "'weight' lies outside"),
+    "expanded": (floats(tensor(shape=(2**40, 6), strides=(0, 1))), "'weight' repeats"),
+    "expanded-scalar": (floats(tensor(shape=(2**62,) * 9, strides=(0,) * 9)), "'weight' repeats"),
+    "65-dimensions": (floats(tensor(shape=(1,) * 65, strides=(1,) * 65)), "65 dimensions"),
+    "negative-offset": (floats(tensor(offset=-1)), "data.pkl"),
+    "negative-size": (floats(tensor(shape=(-2, 3))), "data.pkl"),
+    "negative-stride": (floats(tensor(strides=(-3, 1))), "data.pkl"),
+    "huge-size": (floats(tensor(shape=(2**63, 0))), "data.pkl"),
+    "size-true": (floats(tensor().replace(numbers(2, 3), b"(\x88" + number(3) + b"t")), "data.pkl"),
+    "sizes-without-strides": (floats(tensor(strides=(1,))), "data.pkl"),
+    "negative-count": (floats(tensor(storage(count=-1))), "data.pkl"),
+    "negated": (floats(tensor(tail=b"\x89N}" + text("neg") + b"\x88s")), "sign or conjugate"),
+    "quantised": (floats(tensor(storage("QInt8Storage"))), "'torch.QInt8Storage'"),
+    "complex-double": (floats(tensor(storage("ComplexDoubleStorage"))), "'torch.ComplexDoubleStorage'"),
     "sparse": (
         data_pkl(state(weight=b"ctorch._utils\n_rebuild_sparse_tensor\n)R")),
-        names_code("torch._utils._rebuild_sparse_tensor"), TRUST,
+        "'torch._utils._rebuild_sparse_tensor'",
     ),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("make", "what", "hint"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused(make: Maker, what: str, hint: str, here: Path) -> None:
+@pytest.mark.parametrize(("make", "key"), REFUSED.values(), ids=REFUSED)
+def test_archives_and_pickles_that_are_refused(make: Maker, key: str, here: Path) -> None:
     path = make(here / "model.ckpt")
-    with pytest.raises(CheckpointError) as caught:
+    with raises(CheckpointError, f"{path}: ", key) as caught:
         open_checkpoint(path)
-    assert (caught.value.message, caught.value.hint) == (what.format(path), hint)
     assert caught.value.message.isprintable()
     assert not (here / hostile.MARKER).exists()
 
@@ -264,15 +179,12 @@ def test_code_is_seen_by_a_judge_and_never_run(make: Maker, name: str, here: Pat
 )  # fmt: skip
 def test_names_that_are_not_weights(module: str, name: str) -> None:
     """What picklescan lists as dangerous, and neighbours of what is allowed."""
-    for made in (
-        opcodes(f"c{module}\n{name}\n".encode() + b")R"),
-        opcodes(
-            b"\x8c" + bytes([len(module)]) + module.encode() + b"\x8c" + bytes([len(name)]) + name.encode() + b"\x93"
-        ),
-    ):
+    old = f"c{module}\n{name}\n".encode() + b")R"
+    new = b"\x8c" + bytes([len(module)]) + module.encode() + b"\x8c" + bytes([len(name)]) + name.encode() + b"\x93"
+    for made in (opcodes(old), opcodes(new)):
         with pytest.raises(UnpickleError) as caught:
             unpickle(made)
-        assert str(caught.value) == f"names {f'{module}.{name}'!r}"
+        assert repr(f"{module}.{name}") in str(caught.value)
 
 
 def test_the_reader_imports_nothing(tmp_path: Path) -> None:
@@ -282,16 +194,13 @@ def test_the_reader_imports_nothing(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from crdiff_export.formats.checkpoint import open_checkpoint\n"
         "open_checkpoint(Path(sys.argv[1])); print('torch' in sys.modules, 'numpy' in sys.modules)"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code, path], check=True, capture_output=True, text=True,
-        cwd=ROOT,
-    )  # fmt: skip
+    ran = subprocess.run([sys.executable, "-c", code, path], check=True, capture_output=True, text=True, cwd=ROOT)
     assert ran.stdout == "False False\n"
 
 
 # Memory and time.
 
-ENDLESS = "describes more than any checkpoint holds"
+ENDLESS = "more than any checkpoint"
 BOMBS = {
     "lists": ("b']' * N", ENDLESS),
     "marks": ("b'(' * N", ENDLESS),
@@ -304,40 +213,19 @@ BOMBS = {
     "deep": ("b']' * 900_000 + b'a' * 899_999", "accepted"),
     "deep-key": ("b'})' + b'\\x85' * 900_000 + b'Ns'", "accepted"),
 }
-CHILD = """
-import resource, time
-from crdiff_export.formats.unpickle import UnpickleError, unpickle
-N = 31 << 20
-raw = b"\\x80\\x02" + {body} + b"."
-resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))
-began = time.process_time()
-try:
-    unpickle(raw)
-    print("accepted")
-except UnpickleError as error:
-    print(error)
-assert time.process_time() - began < 10
-"""
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits on memory as Linux keeps them")
-@pytest.mark.parametrize(("body", "result"), BOMBS.values(), ids=BOMBS)
-def test_memory_and_time_are_bounded(body: str, result: str) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", CHILD.format(body=body)], check=False, capture_output=True, text=True, timeout=60,
-        cwd=ROOT,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert ran.stdout == f"{result}\n"
+@linux_only
+@pytest.mark.parametrize(("opcodes", "key"), BOMBS.values(), ids=BOMBS)
+def test_memory_and_time_are_bounded(opcodes: str, key: str) -> None:
+    assert key in read_bounded("unpickle(raw)", f"b'\\x80\\x02' + {opcodes} + b'.'", 31 << 20)
 
 
 def test_an_endless_data_pkl_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = hostile.six_floats(tmp_path / "model.ckpt", tensor())
     monkeypatch.setattr(torch_zip, "MAX_PICKLE", 100)
-    with pytest.raises(CheckpointError) as caught:
+    with raises(CheckpointError, path, "data.pkl"):
         open_checkpoint(path)
-    assert caught.value.message == f"{path}: its data.pkl is larger than that of any checkpoint"
-    assert caught.value.hint == AGAIN
 
 
 def test_an_endless_directory_is_not_read(tmp_path: Path) -> None:
@@ -355,13 +243,6 @@ def saved(folder: Path, value: Any, name: str = "model.ckpt", **options: Any) ->
     path = folder / name
     torch.save(value, path, **options)
     return path
-
-
-def all_bytes(file: SourceFile) -> bytes:
-    target = bytearray(file.data_size)
-    with closing(file.open()) as source:
-        source.read_into(0, memoryview(target))
-    return bytes(target)
 
 
 def as_safetensors(file: SourceFile) -> bytes:
@@ -423,16 +304,11 @@ def test_the_same_file_as_the_library_writes(tensors: dict[str, torch.Tensor], t
 
 
 @pytest.mark.parametrize("tensors", STATES.values(), ids=STATES)
-def test_bytes_at_any_place(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_bytes_in_any_range(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
     (file,) = open_checkpoint(saved(tmp_path, tensors)).files
     data, rng = all_bytes(file), random.Random(5)
-    with closing(file.open()) as source:
-        places = [[0, len(data)], [len(data), len(data)]]
-        places += [sorted(rng.choices(range(len(data) + 1), k=2)) for _ in range(150)]
-        for start, stop in places:
-            target = bytearray(b"\xaa" * (stop - start + 2))
-            source.read_into(start, memoryview(target)[1:-1])
-            assert target == b"\xaa" + data[start:stop] + b"\xaa"
+    ends = [sorted(rng.choices(range(len(data) + 1), k=2)) for _ in range(150)]
+    check_ranges(file, data, [(0, len(data)), (len(data), len(data)), *((start, stop) for start, stop in ends)])
 
 
 WEIGHTS = {"a": numbered(2, 3), "b": numbered(4, dtype=torch.float16)}
@@ -492,28 +368,17 @@ def test_the_first_stable_diffusion_names_a_callback(tmp_path: Path) -> None:
         torch.load(path, weights_only=True)
 
 
-def test_tensors_of_a_class_of_their_own_are_refused(tmp_path: Path) -> None:
+def test_what_torch_saves_besides_weights_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, {"a": numbered(2).as_subclass(Described)})
-    with pytest.raises(CheckpointError) as caught:
+    with raises(CheckpointError, path, "torch._tensor._rebuild_from_type_v2"):
         open_checkpoint(path)
-    assert "names 'torch._tensor._rebuild_from_type_v2'" in caught.value.message
-
-
-def test_files_from_before_torch_1_6_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, WEIGHTS, _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError) as caught:
+    with raises(CheckpointError, path, "before 1.6"):
         open_checkpoint(path)
-    assert caught.value.message == f"{path}: a bare pickle, as torch saved before 1.6; it is not read"
-    assert caught.value.hint == AGAIN
-
-
-def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model.pt"
     with warnings.catch_warnings(action="ignore"):
         torch.jit.script(nn.Linear(2, 2)).save(path)  # type: ignore[no-untyped-call,unused-ignore]
-    with pytest.raises(CheckpointError) as caught:
+    with raises(CheckpointError, path, "TorchScript"):
         open_checkpoint(path)
-    assert caught.value.message == f"{path}: a TorchScript program, and programs are not run"
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.pth", "model.bin", "MODEL.CKPT", "v1.5-pruned.ckpt"])
@@ -528,10 +393,8 @@ def test_a_checkpoint_that_becomes_shorter_while_it_is_read(tmp_path: Path) -> N
     (file,) = open_checkpoint(path).files
     with closing(file.open()) as source:
         os.truncate(path, 2000)
-        with pytest.raises(CheckpointError) as caught:
+        with raises(CheckpointError, path, "shorter"):
             source.read_into(0, memoryview(bytearray(4000)))
-    assert caught.value.message == f"{path}: the file became shorter while it was read"
-    assert caught.value.hint
 
 
 def test_scattered_weights_are_read_by_rows(tmp_path: Path) -> None:
