@@ -21,6 +21,7 @@ from crdiff_export.models import demo
 from crdiff_export.models.demo import scenes
 from crdiff_export.sampling import prompts
 from tests.support import ROOT
+from tests.support.messages import raises
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -134,11 +135,8 @@ def test_drawing_is_as_training_judged_it() -> None:
 @pytest.mark.parametrize("part", [demo.path, demo.config], ids=["weights", "configuration"])
 def test_an_installation_without_it_says_so(part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(CheckpointError) as error:
+    with raises(CheckpointError, tmp_path, "missing"):
         part()
-    assert error.value.message.startswith(str(tmp_path))
-    assert error.value.message.endswith("missing from this installation of crdiff")
-    assert error.value.hint == "Install the package again."
 
 
 def test_import_costs_nothing() -> None:

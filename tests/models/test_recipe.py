@@ -1,4 +1,4 @@
-"""Recipes: what may stand in one, which variant a size gets, and what a user reads when something is wrong."""
+"""Recipes: their format, the variant that is chosen for a size, and the errors of wrong ones."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from crdiff_export.errors import RecipeError
+from crdiff_export.errors import OptionError, RecipeError
 from crdiff_export.formats.text import nearest
 from crdiff_export.models import families, recipe_files
 from crdiff_export.models.families import Kind
@@ -29,6 +29,7 @@ from crdiff_export.models.recipe_files import (
 )
 from crdiff_export.models.recipe_toml import EVIDENCE_KEYS, dump, parse
 from crdiff_export.sizes import MAX_SIDE, Size, check_grid
+from tests.support.messages import raises
 
 UNET = ("down", "mid", "up")
 MODEL = """
@@ -63,12 +64,6 @@ def recipe(*variants: Variant) -> Recipe:
 def changed(old: str, new: str, text: str = MODEL + VARIANT) -> str:
     assert text.count(old) == 1
     return text.replace(old, new)
-
-
-def message(error: pytest.ExceptionInfo[RecipeError]) -> str:
-    assert "\n" not in error.value.message
-    assert error.value.hint
-    return error.value.message
 
 
 # --- the built-in recipes ---
@@ -178,28 +173,18 @@ def test_size(text: str, size: Size) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("", "'' is not a size"),
-        ("x", "'x' is not a size"),
-        ("400x", "'400x' is not a size"),
-        ("400x560x3", "'400x560x3' is not a size"),
-        ("-400", "'-400' is not a size"),
-        ("4.5", "'4.5' is not a size"),
-        ("1e3", "'1e3' is not a size"),
-        ("\u0664\u0660\u0660", "'\u0664\u0660\u0660' is not a size"),
-        ("400\nx560\x1b", r"'400\nx560\x1b' is not a size"),
-        ("9" * 5000, f"'{'9' * 40}' is not a size"),
-        ("0", "0x0 is not a usable size"),
-        ("512x0", "512x0 is not a usable size"),
-        ("16385", "16385x16385 is not a usable size"),
-        ("999999999x8", "999999999x8 is not a usable size"),
-    ],
+    "text",
+    ["", "x", "400x", "400x560x3", "-400", "4.5", "1e3", "\u0664\u0660\u0660", "400\nx560\x1b", "9" * 5000],
 )
-def test_what_is_no_size_is_refused(text: str, problem: str) -> None:
-    with pytest.raises(RecipeError) as error:
+def test_text_that_is_no_size_is_refused(text: str) -> None:
+    with raises(RecipeError, repr(text[:40])):
         Size.parse(text)
-    assert message(error) == problem
+
+
+@pytest.mark.parametrize("text", ["0x0", "512x0", "16385x16385", "999999999x8"])
+def test_a_size_out_of_bounds_is_refused(text: str) -> None:
+    with raises(RecipeError, text):
+        Size.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -207,10 +192,9 @@ def test_what_is_no_size_is_refused(text: str, problem: str) -> None:
     [("401x560", 8, "400x560"), ("404x564", 16, "400x560"), ("408x568", 16, "416x576"), ("1x3", 8, "8x8")],
 )
 def test_a_size_off_the_latent_grid_is_answered_with_the_nearest(target: str, grid: int, use: str) -> None:
-    with pytest.raises(RecipeError) as error:
+    with raises(RecipeError, target, "SDXL", grid) as error:
         check_grid(Size.parse(target), grid, "SDXL")
-    assert message(error) == f"{target} does not fit SDXL's latent grid (multiples of {grid})"
-    assert error.value.hint == f"Use {use}."
+    assert use in error.value.hint
     check_grid(Size.parse(use), grid, "SDXL")
 
 
@@ -281,251 +265,126 @@ def test_measured_numbers_are_read_with_their_evidence(provenance: str) -> None:
     assert (each.provenance, each.evidence) == (provenance, Evidence("ImageReward", 0.5))
 
 
+# The library that reads TOML words these, and words them otherwise in another version of Python.
+NO_TOML = {
+    "syntax": ("[model]\nfamily = \n", "line 2, column 10: "),
+    "open string": ('[model]\nfamily = "', "end of document: "),
+    "key twice": (changed('title = "SDXL"', 'title = "SDXL"\ntitle = "SDXL"'), "line 5, column 15: "),
+    "deep": ("a = " + "[" * 100_000, ""),
+    "digits": (f"a = {'9' * 5000}", ""),
+}
 BROKEN = {
-    "empty": ("", "own.toml: model is missing"),
-    "syntax": ("[model]\nfamily = \n", "own.toml: line 2, column 10: Invalid value"),
-    "open string": ('[model]\nfamily = "', "own.toml: end of document: "),
-    "key twice": (changed('title = "SDXL"', 'title = "SDXL"\ntitle = "SDXL"'), "own.toml: line 5, column 15: "),
-    "deep": ("a = " + "[" * 100_000, "own.toml: "),
-    "digits": (f"a = {'9' * 5000}", "own.toml: "),
-    "model list": ("model = [1]", "own.toml: model is an array, must be a table"),
-    "unknown table": (MODEL + "[variants]\n", "own.toml: variants is not a key of a recipe"),
-    "unknown model key": (changed("title", "tittle"), "own.toml: model.tittle is not a key of a recipe"),
-    "no family": (changed('family = "sdxl"', ""), "own.toml: model.family is missing"),
-    "no title": (changed('title = "SDXL"', ""), "own.toml: model.title is missing"),
-    "no native": (changed('native = "1024x1024"', ""), "own.toml: model.native is missing"),
-    "blank title": (changed('"SDXL"', '" "'), "own.toml: model.title is ' ', must be a text"),
-    "family of a path": (changed('"sdxl"', '"../sdxl"'), "own.toml: model.family is '../sdxl', must be a family id"),
-    "native off": (changed('"1024x1024"', '"1024x"'), "own.toml: model.native: '1024x' is not a size"),
-    "native number": (changed('"1024x1024"', "1024"), "own.toml: model.native is 1024, must be a text"),
-    "repo url": (
-        MODEL + 'repo = "https://hf.co/o/n"',
-        "own.toml: model.repo is 'https://hf.co/o/n', must be the id of a Hub repository",
-    ),
-    "file alone": (MODEL + 'file = "a"', "own.toml: model.file is 'a', must be the path of a file in repo"),
-    "file above": (
-        MODEL + 'repo = "o/n"\nfile = "../a"',
-        "own.toml: model.file is '../a', must be the path of a file in repo",
-    ),
-    "file of windows": (
-        MODEL + 'repo = "o/n"\nfile = "a\\\\b"',
-        r"own.toml: model.file is 'a\\b', must be the path of a file in repo",
-    ),
+    "empty": ("", "model is missing"),
+    "model list": ("model = [1]", "model is an array"),
+    "unknown table": (MODEL + "[variants]\n", "variants"),
+    "unknown model key": (changed("title", "tittle"), "model.tittle"),
+    "no family": (changed('family = "sdxl"', ""), "model.family is missing"),
+    "no title": (changed('title = "SDXL"', ""), "model.title is missing"),
+    "no native": (changed('native = "1024x1024"', ""), "model.native is missing"),
+    "blank title": (changed('"SDXL"', '" "'), "model.title is ' '"),
+    "family of a path": (changed('"sdxl"', '"../sdxl"'), "model.family is '../sdxl'"),
+    "native off": (changed('"1024x1024"', '"1024x"'), "model.native: '1024x'"),
+    "native number": (changed('"1024x1024"', "1024"), "model.native is 1024"),
+    "repo url": (MODEL + 'repo = "https://hf.co/o/n"', "model.repo is 'https://hf.co/o/n'"),
+    "file alone": (MODEL + 'file = "a"', "model.file is 'a'"),
+    "file above": (MODEL + 'repo = "o/n"\nfile = "../a"', "model.file is '../a'"),
+    "file of windows": (MODEL + 'repo = "o/n"\nfile = "a\\\\b"', r"model.file is 'a\\b'"),
     "long text": (
         changed('"sdxl"', f'"{"x " * 99}"'),
-        f"own.toml: model.family is '{'x ' * 28}x...', must be a family id",
+        "model.family is 'x x x x x x x x x x x x x x x x x x x x x x x x x x x x x...'",
     ),
-    "file at root": (
-        MODEL + 'repo = "o/n"\nfile = "/a"',
-        "own.toml: model.file is '/a', must be the path of a file in repo",
-    ),
-    "one variant table": (
-        changed("[[variant]]", "[variant]"),
-        "own.toml: variant is a table, must be an array of tables",
-    ),
-    "variant list": ("variant = [1]\n" + MODEL, "own.toml: variant is an array, must be an array of tables"),
-    "no resolution": (changed('resolution = "400x560"', ""), "own.toml: variant 1: resolution is missing"),
-    "bad resolution": (changed("400x560", "400 by 560"), "own.toml: variant 1: resolution: '400 by 560' is not a size"),
-    "resolution too large": (
-        changed("400x560", "400x99999"),
-        "own.toml: variant 1 (400x99999): resolution: 400x99999 ",
-    ),
-    "resolution table": (
-        changed('"400x560"', "{ w = 1 }"),
-        "own.toml: variant 1: resolution is a table, must be a text",
-    ),
-    "unknown key": (
-        changed("poa_weight", "poa_wieght"),
-        "own.toml: variant 1 (400x560): poa_wieght is not a key of a recipe",
-    ),
-    "unprintable key": (
-        changed("poa_weight", '"\\u001b[31m"'),
-        r"own.toml: variant 1 (400x560): '\x1b[31m' is not a key of a recipe",
-    ),
-    "no ratios": (
-        changed("ratios = { down = 0.3, mid = 0.2, up = 0.1 }", ""),
-        "own.toml: variant 1 (400x560): ratios is missing",
-    ),
-    "empty ratios": (
-        changed("{ down = 0.3, mid = 0.2, up = 0.1 }", "{}"),
-        "own.toml: variant 1 (400x560): ratios is empty",
-    ),
-    "one ratio": (
-        changed("{ down = 0.3, mid = 0.2, up = 0.1 }", "0.3"),
-        "own.toml: variant 1 (400x560): ratios is 0.3, must be a table",
-    ),
-    "ratio above": (
-        changed("mid = 0.2", "mid = 1.2"),
-        "own.toml: variant 1 (400x560): ratios.mid is 1.2, must be 0 <= ratio < 1",
-    ),
-    "ratio one": (
-        changed("mid = 0.2", "mid = 1"),
-        "own.toml: variant 1 (400x560): ratios.mid is 1.0, must be 0 <= ratio < 1",
-    ),
-    "ratio below": (
-        changed("mid = 0.2", "mid = -0.1"),
-        "own.toml: variant 1 (400x560): ratios.mid is -0.1, must be 0 <= ratio < 1",
-    ),
-    "ratio nan": (
-        changed("mid = 0.2", "mid = nan"),
-        "own.toml: variant 1 (400x560): ratios.mid is nan, must be a finite number",
-    ),
-    "ratio text": (
-        changed("mid = 0.2", 'mid = "a"'),
-        "own.toml: variant 1 (400x560): ratios.mid is 'a', must be a finite number",
-    ),
-    "ratio true": (
-        changed("mid = 0.2", "mid = true"),
-        "own.toml: variant 1 (400x560): ratios.mid is true, must be a finite number",
-    ),
-    "no weight": (changed("poa_weight = 1.5", ""), "own.toml: variant 1 (400x560): poa_weight is missing"),
-    "weight inf": (changed("1.5", "inf"), "own.toml: variant 1 (400x560): poa_weight is inf, must be a finite number"),
-    "weight below": (
-        changed("1.5", "-1"),
-        "own.toml: variant 1 (400x560): poa_weight is -1.0, must be 0 <= weight <= 10",
-    ),
-    "weight above": (
-        changed("1.5", "15"),
-        "own.toml: variant 1 (400x560): poa_weight is 15.0, must be 0 <= weight <= 10",
-    ),
-    "weight date": (
-        changed("1.5", "2026-01-01"),
-        "own.toml: variant 1 (400x560): poa_weight is 2026-01-01, must be a finite number",
-    ),
-    "weight of 20000 bits": (
-        changed("1.5", "0x" + "f" * 5000),
-        "own.toml: variant 1 (400x560): poa_weight is a huge integer, must be a finite number",
-    ),
-    "provenance": (
-        changed("starting-point", "tuned"),
-        "own.toml: variant 1 (400x560): provenance is 'tuned', must be one of starting-point, searched, published",
-    ),
-    "searched, no evidence": (
-        changed("starting-point", "searched"),
-        "own.toml: variant 1 (400x560): provenance is 'searched', but there is no evidence",
-    ),
-    "published, no evidence": (
-        changed("starting-point", "published"),
-        "own.toml: variant 1 (400x560): provenance is 'published', but there is no evidence",
-    ),
-    "no source": (changed('source = "a test"', ""), "own.toml: variant 1 (400x560): source is missing"),
-    "long source": (
-        changed('"a test"', f'["{"s" * 99}"]'),
-        "own.toml: variant 1 (400x560): source is an array, must be a text",
-    ),
-    "targets text": (
-        MODEL + VARIANT + 'targets = "ff"',
-        "own.toml: variant 1 (400x560): targets is 'ff', must be an array of texts",
-    ),
-    "targets none": (
-        MODEL + VARIANT + "targets = []",
-        "own.toml: variant 1 (400x560): targets is an array, must be an array of",
-    ),
-    "targets unknown": (
-        MODEL + VARIANT + 'targets = ["ff", "mlp"]',
-        "own.toml: variant 1 (400x560): targets must be some of attn, ff, attn2, each once",
-    ),
-    "targets twice": (
-        MODEL + VARIANT + 'targets = ["ff", "ff"]',
-        "own.toml: variant 1 (400x560): targets must be some of attn, ff, attn2, each once",
-    ),
-    "prompt empty": (MODEL + VARIANT + 'prompt = ""', "own.toml: variant 1 (400x560): prompt is '', must be a text"),
+    "file at root": (MODEL + 'repo = "o/n"\nfile = "/a"', "model.file is '/a'"),
+    "one variant table": (changed("[[variant]]", "[variant]"), "variant is a table"),
+    "variant list": ("variant = [1]\n" + MODEL, "variant is an array"),
+    "no resolution": (changed('resolution = "400x560"', ""), "resolution is missing"),
+    "bad resolution": (changed("400x560", "400 by 560"), "resolution: '400 by 560'"),
+    "resolution too large": (changed("400x560", "400x99999"), "variant 1 (400x99999): resolution: 400x99999"),
+    "resolution table": (changed('"400x560"', "{ w = 1 }"), "resolution is a table"),
+    "unknown key": (changed("poa_weight", "poa_wieght"), "poa_wieght"),
+    "unprintable key": (changed("poa_weight", '"\\u001b[31m"'), r"'\x1b[31m'"),
+    "no ratios": (changed("ratios = { down = 0.3, mid = 0.2, up = 0.1 }", ""), "ratios is missing"),
+    "empty ratios": (changed("{ down = 0.3, mid = 0.2, up = 0.1 }", "{}"), "ratios is empty"),
+    "one ratio": (changed("{ down = 0.3, mid = 0.2, up = 0.1 }", "0.3"), "ratios is 0.3"),
+    "ratio above": (changed("mid = 0.2", "mid = 1.2"), "ratios.mid is 1.2"),
+    "ratio one": (changed("mid = 0.2", "mid = 1"), "ratios.mid is 1.0"),
+    "ratio below": (changed("mid = 0.2", "mid = -0.1"), "ratios.mid is -0.1"),
+    "ratio nan": (changed("mid = 0.2", "mid = nan"), "ratios.mid is nan"),
+    "ratio text": (changed("mid = 0.2", 'mid = "a"'), "ratios.mid is 'a'"),
+    "ratio true": (changed("mid = 0.2", "mid = true"), "ratios.mid is true"),
+    "no weight": (changed("poa_weight = 1.5", ""), "poa_weight is missing"),
+    "weight inf": (changed("1.5", "inf"), "poa_weight is inf"),
+    "weight below": (changed("1.5", "-1"), "poa_weight is -1.0"),
+    "weight above": (changed("1.5", "15"), "poa_weight is 15.0"),
+    "weight date": (changed("1.5", "2026-01-01"), "poa_weight is 2026-01-01"),
+    "weight of 20000 bits": (changed("1.5", "0x" + "f" * 5000), "poa_weight is a huge integer"),
+    "provenance": (changed("starting-point", "tuned"), "provenance is 'tuned'"),
+    "searched, no evidence": (changed("starting-point", "searched"), "provenance is 'searched'"),
+    "published, no evidence": (changed("starting-point", "published"), "provenance is 'published'"),
+    "no source": (changed('source = "a test"', ""), "source is missing"),
+    "long source": (changed('"a test"', f'["{"s" * 99}"]'), "source is an array"),
+    "targets text": (MODEL + VARIANT + 'targets = "ff"', "targets is 'ff'"),
+    "targets none": (MODEL + VARIANT + "targets = []", "targets is an array"),
+    "targets unknown": (MODEL + VARIANT + 'targets = ["ff", "mlp"]', "targets"),
+    "targets twice": (MODEL + VARIANT + 'targets = ["ff", "ff"]', "targets"),
+    "prompt empty": (MODEL + VARIANT + 'prompt = ""', "prompt is ''"),
     "third variant": (
         MODEL + VARIANT + 'prompt = "a"' + VARIANT + 'prompt = "b"' + VARIANT + "x = 1",
-        "own.toml: variant 3 (400x560): x is not a key of a recipe",
+        "variant 3 (",
     ),
-    "same size": (MODEL + VARIANT + VARIANT, "own.toml: variant 2 (400x560) is for the size and prompt of variant 1"),
-    "same size, otherwise written": (
-        MODEL + VARIANT + changed("400x560", "0400 x 560", VARIANT),
-        "own.toml: variant 2 (400x560) is for the size and prompt of variant 1",
-    ),
-    "evidence text": (
-        MODEL + VARIANT + 'evidence = "seen"',
-        "own.toml: variant 1 (400x560): evidence is 'seen', must be a table",
-    ),
+    "same size": (MODEL + VARIANT + VARIANT, "variant 2"),
+    "same size, otherwise written": (MODEL + VARIANT + changed("400x560", "0400 x 560", VARIANT), "variant 2"),
+    "evidence text": (MODEL + VARIANT + 'evidence = "seen"', "evidence is 'seen'"),
     "no scorer": (
         changed('scorer = "ImageReward"', "", MODEL + VARIANT + EVIDENCE),
-        "own.toml: variant 1 (400x560): evidence.scorer is missing",
+        "evidence.scorer is missing",
     ),
-    "no score": (
-        changed("pruned = 0.5", "", MODEL + VARIANT + EVIDENCE),
-        "own.toml: variant 1 (400x560): evidence.pruned is missing",
-    ),
-    "misspelt evidence": (
-        MODEL + VARIANT + EVIDENCE + "promts = 16",
-        "own.toml: variant 1 (400x560): evidence.promts looks like prompts",
-    ),
-    "evidence list": (
-        MODEL + VARIANT + EVIDENCE + "seeds = [1]",
-        "own.toml: variant 1 (400x560): evidence.seeds is an array, must be a text, a number, true or false",
-    ),
-    "evidence nan": (
-        MODEL + VARIANT + EVIDENCE + "noise = nan",
-        "own.toml: variant 1 (400x560): evidence.noise is nan, must be a finite number",
-    ),
-    "evidence huge": (
-        MODEL + VARIANT + EVIDENCE + f"seed = {2**63}",
-        f"own.toml: variant 1 (400x560): evidence.seed is {2**63}, must be a text, a number, true or false",
-    ),
-    "prompts zero": (
-        MODEL + VARIANT + EVIDENCE + "prompts = 0",
-        "own.toml: variant 1 (400x560): evidence.prompts is 0, must be a whole number from 1",
-    ),
-    "prompts huge": (
-        MODEL + VARIANT + EVIDENCE + f"prompts = {2**63}",
-        f"own.toml: variant 1 (400x560): evidence.prompts is {2**63}, must be a whole number from 1",
-    ),
-    "prompts half": (
-        MODEL + VARIANT + EVIDENCE + "prompts = 1.5",
-        "own.toml: variant 1 (400x560): evidence.prompts is 1.5, must be a whole number from 1",
-    ),
-    "prompts true": (
-        MODEL + VARIANT + EVIDENCE + "prompts = true",
-        "own.toml: variant 1 (400x560): evidence.prompts is true, must be a whole number from 1",
-    ),
-    "interval of one": (
-        MODEL + VARIANT + EVIDENCE + "interval = [1]",
-        "own.toml: variant 1 (400x560): evidence.interval is an array, must be an array of two numbers",
-    ),
-    "interval of texts": (
-        MODEL + VARIANT + EVIDENCE + 'interval = [1, "2"]',
-        "own.toml: variant 1 (400x560): evidence.interval is '2', must be a finite number",
-    ),
-    "interval reversed": (
-        MODEL + VARIANT + EVIDENCE + "interval = [2, 1]",
-        "own.toml: variant 1 (400x560): evidence.interval ends before it begins",
-    ),
+    "no score": (changed("pruned = 0.5", "", MODEL + VARIANT + EVIDENCE), "evidence.pruned is missing"),
+    "misspelt evidence": (MODEL + VARIANT + EVIDENCE + "promts = 16", "evidence.promts looks like prompts"),
+    "evidence list": (MODEL + VARIANT + EVIDENCE + "seeds = [1]", "evidence.seeds is an array"),
+    "evidence nan": (MODEL + VARIANT + EVIDENCE + "noise = nan", "evidence.noise is nan"),
+    "evidence huge": (MODEL + VARIANT + EVIDENCE + f"seed = {2**63}", f"evidence.seed is {2**63}"),
+    "prompts zero": (MODEL + VARIANT + EVIDENCE + "prompts = 0", "evidence.prompts is 0"),
+    "prompts huge": (MODEL + VARIANT + EVIDENCE + f"prompts = {2**63}", f"evidence.prompts is {2**63}"),
+    "prompts half": (MODEL + VARIANT + EVIDENCE + "prompts = 1.5", "evidence.prompts is 1.5"),
+    "prompts true": (MODEL + VARIANT + EVIDENCE + "prompts = true", "evidence.prompts is true"),
+    "interval of one": (MODEL + VARIANT + EVIDENCE + "interval = [1]", "evidence.interval is an array"),
+    "interval of texts": (MODEL + VARIANT + EVIDENCE + 'interval = [1, "2"]', "evidence.interval is '2'"),
+    "interval reversed": (MODEL + VARIANT + EVIDENCE + "interval = [2, 1]", "evidence.interval"),
 }
 
 
-@pytest.mark.parametrize(("text", "problem"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_recipe_is_refused(text: str, problem: str) -> None:
-    with pytest.raises(RecipeError) as error:
+@pytest.mark.parametrize(("text", "key"), NO_TOML.values(), ids=NO_TOML)
+def test_text_that_is_no_toml_is_refused(text: str, key: str) -> None:
+    with pytest.raises(RecipeError, match=f"^own.toml: {key}") as error:
         parse(text, "own.toml")
-    assert message(error).startswith(problem)
-    assert message(error) == problem or problem.endswith((" ", "Invalid value", "an array of"))
-    assert len(message(error)) < 200
+    assert "\n" not in error.value.message
+    assert len(error.value.message) < 200
+
+
+@pytest.mark.parametrize(("text", "key"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_recipe_is_refused(text: str, key: str) -> None:
+    with raises(RecipeError, "own.toml: ", key) as error:
+        parse(text, "own.toml")
+    assert "\n" not in error.value.message
+    assert len(error.value.message) < 200
 
 
 @pytest.mark.parametrize(
-    ("text", "hint"),
+    ("text", "example"),
     [
-        (
-            changed("poa_weight", "poa_wieght"),
-            "Did you mean poa_weight? The keys are: resolution, ratios, poa_weight, ",
-        ),
-        (changed("poa_weight", "w"), "The keys are: resolution, ratios, poa_weight, "),
-        (changed("poa_weight = 1.5", ""), "Write poa_weight = 1.5."),
-        (changed("mid = 0.2", "mid = true"), "Write mid = 0.3."),
-        (changed("mid = 0.2", "mid = 1.2"), "0.3 sets 30 % of the weights to zero, 0 none."),
-        (changed('"400x560"', "1"), 'Write resolution = "400x560".'),
-        (changed("starting-point", "searched"), 'Write provenance = "starting-point", or add [variant.evidence] with '),
+        (changed("poa_weight", "poa_wieght"), "poa_weight?"),
+        (changed("poa_weight", "w"), "resolution, ratios, poa_weight, "),
+        (changed("poa_weight = 1.5", ""), "poa_weight = 1.5"),
+        (changed("mid = 0.2", "mid = true"), "mid = 0.3"),
+        (changed("mid = 0.2", "mid = 1.2"), "30 %"),
+        (changed('"400x560"', "1"), 'resolution = "400x560"'),
+        (changed("starting-point", "searched"), 'provenance = "starting-point"'),
     ],
 )
-def test_the_hint_says_what_to_write(text: str, hint: str) -> None:
-    with pytest.raises(RecipeError) as error:
+def test_the_hint_says_what_to_write(text: str, example: str) -> None:
+    with raises(RecipeError) as error:
         parse(text, "own.toml")
-    assert error.value.hint.startswith(hint)
+    assert example in error.value.hint
 
 
 # --- files ---
@@ -537,39 +396,16 @@ def test_a_file_is_read_under_its_own_name(tmp_path: Path) -> None:
     assert load(path) == load(str(path)) == parse(MODEL + VARIANT, "own.toml")
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError) as error:
-        load(tmp_path / "own.toml")
-    assert message(error) == f"{tmp_path / 'own.toml'}: no such recipe file"
-
-
-def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError) as error:
-        load(tmp_path)
-    assert message(error) == f"{tmp_path}: a folder, not a recipe file"
-
-
-def test_a_file_below_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "own.toml").write_text(MODEL)
-    with pytest.raises(RecipeError) as error:
-        load(tmp_path / "own.toml" / "more.toml")
-    assert message(error).startswith(f"{tmp_path / 'own.toml' / 'more.toml'}: ")
-
-
-def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "own.toml").write_bytes(b'[model]\ntitle = "\xe4"')
-    with pytest.raises(RecipeError) as error:
-        load(tmp_path / "own.toml")
-    assert message(error) == f"{tmp_path / 'own.toml'}: not UTF-8 at byte 17"
-
-
-def test_a_checkpoint_in_place_of_a_recipe_is_refused_unread(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    with path.open("wb") as file:
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    path, large = tmp_path / "own.toml", tmp_path / "model.safetensors"
+    with large.open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(RecipeError) as error:
+    with raises(RecipeError, path):
         load(path)
-    assert message(error) == f"{path}: more than 1 MiB, too large for a recipe file"
+    path.write_bytes(b'[model]\ntitle = "\xe4"')
+    for refused, key in ((tmp_path, "folder"), (path / "more.toml", ""), (path, "byte 17"), (large, "1 MiB")):
+        with raises(RecipeError, refused, key):
+            load(refused)
 
 
 def test_a_recipe_of_exactly_one_mebibyte_is_read(tmp_path: Path) -> None:
@@ -747,82 +583,64 @@ def test_the_shared_ratio_of_a_transformer(name: str, family: str) -> None:
 
 
 BROKEN_PUBLIC = {
-    "syntax": (
-        "{",
-        "config.json: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
-    ),
-    "deep": ("[" * 100_000, "config.json: not JSON: "),
-    "list": ("[1]", "config.json: model_config is missing"),
-    "null": ("null", "config.json: model_config is missing"),
-    "no model": (public(model_config=...), "config.json: model_config is missing"),
-    "no name": (public(model_config={"width": 8, "height": 8}), "config.json: model_config.name is missing"),
-    "unknown name": (
-        public(model_config={"name": "pony", "width": 8, "height": 8}),
-        "config.json: model_config.name is 'pony', no family known here",
-    ),
+    "list": ("[1]", "model_config"),
+    "null": ("null", "model_config"),
+    "no model": (public(model_config=...), "model_config"),
+    "no name": (public(model_config={"width": 8, "height": 8}), "model_config.name"),
+    "unknown name": (public(model_config={"name": "pony", "width": 8, "height": 8}), "model_config.name is 'pony'"),
     "sd3.5 of no size": (
         public(model_config={"name": "sd3.5", "width": 8, "height": 8}),
-        "config.json: model_config.name is 'sd3.5', no family known here",
+        "model_config.name is 'sd3.5'",
     ),
     "a family far up the path": (
         public(model_config={"model_path": "/sdxl/mine/pony", "width": 8, "height": 8}),
-        "config.json: model_config.model_path is '/sdxl/mine/pony', no family known here",
+        "model_config.model_path is '/sdxl/mine/pony'",
     ),
-    "name list": (
-        public(model_config={"name": [], "width": 8, "height": 8}),
-        "config.json: model_config.name is an array, must be a text",
-    ),
+    "name list": (public(model_config={"name": [], "width": 8, "height": 8}), "model_config.name is an array"),
     "lone surrogate": (
         public(model_config={"name": "sdxl\ud800", "width": 8, "height": 8}),
-        r"config.json: model_config.name is 'sdxl\ud800', must be a text",
+        r"model_config.name is 'sdxl\ud800'",
     ),
-    "no width": (public(model_config={"name": "sdxl", "height": 8}), "config.json: model_config.width is missing"),
-    "width text": (
-        public(model_config={"name": "sdxl", "width": "512", "height": 8}),
-        "config.json: model_config.width is '512', must be a whole number from 1",
-    ),
+    "no width": (public(model_config={"name": "sdxl", "height": 8}), "model_config.width"),
+    "width text": (public(model_config={"name": "sdxl", "width": "512", "height": 8}), "model_config.width is '512'"),
     "width too large": (
         public(model_config={"name": "sdxl", "width": 20000, "height": 8}),
-        "config.json (20000x8): resolution: 20000x8 is not a usable size",
+        "(20000x8): resolution: 20000x8",
     ),
-    "no score": (public(best_avg_score=...), "config.json: best_avg_score is missing"),
-    "score null": (public(best_avg_score=None), "config.json: best_avg_score is null, must be a finite number"),
-    "score nan": (public(best_avg_score=math.nan), "config.json: best_avg_score is nan, must be a finite number"),
-    "all failed": (public(best_avg_score=-2.0), "config.json: best_avg_score is -2, so every run failed"),
-    "thresholds": (public(pruning_method="magnitude"), "config.json: pruning_method is 'magnitude'"),
-    "no ratios": (public(best_global_params_ratio=...), "config.json: best_global_params_ratio is missing"),
-    "two ratios": (
-        public(best_global_params_ratio=[0.1, 0.2]),
-        "config.json: best_global_params_ratio is an array, must be a table",
-    ),
-    "no mid": (
-        public(best_global_params_ratio={"down": 0.1, "up": 0.1}),
-        "config.json: best_global_params_ratio.mid_ratio is missing",
-    ),
+    "no score": (public(best_avg_score=...), "best_avg_score"),
+    "score null": (public(best_avg_score=None), "best_avg_score is null"),
+    "score nan": (public(best_avg_score=math.nan), "best_avg_score is nan"),
+    "all failed": (public(best_avg_score=-2.0), "best_avg_score is -2"),
+    "thresholds": (public(pruning_method="magnitude"), "pruning_method is 'magnitude'"),
+    "no ratios": (public(best_global_params_ratio=...), "best_global_params_ratio"),
+    "two ratios": (public(best_global_params_ratio=[0.1, 0.2]), "best_global_params_ratio is an array"),
+    "no mid": (public(best_global_params_ratio={"down": 0.1, "up": 0.1}), "best_global_params_ratio.mid_ratio"),
     "mid twice": (
         public(best_global_params_ratio={"down": 0.1, "up": 0.1, "mid": 0.1, "mid_block": 0.2}),
-        "config.json: best_global_params_ratio.mid is one of two ratios for mid",
+        "best_global_params_ratio.mid",
     ),
     "other group": (
         public(best_global_params_ratio={"down": 0.1, "up": 0.1, "mid": 0.1, "middle": 0.2}),
-        "config.json: best_global_params_ratio.middle is none of its ratios",
+        "best_global_params_ratio.middle",
     ),
-    "ratio above": (
-        public(best_global_params_ratio=[0.1, 0.2, 1]),
-        "config.json (400x560): ratios.mid is 1.0, must be 0 <= ratio < 1",
-    ),
+    "ratio above": (public(best_global_params_ratio=[0.1, 0.2, 1]), "ratios.mid is 1.0"),
     "transformer without shared ratio": (
         public(model_config={"name": "flux", "width": 8, "height": 8}),
-        "config.json: best_global_params_sd3 is missing",
+        "best_global_params_sd3",
     ),
 }
 
 
-@pytest.mark.parametrize(("text", "problem"), BROKEN_PUBLIC.values(), ids=BROKEN_PUBLIC)
-def test_a_broken_public_config_is_refused(text: str, problem: str) -> None:
-    with pytest.raises(RecipeError) as error:
+@pytest.mark.parametrize("text", ["{", "[" * 100_000], ids=["syntax", "deep"])
+def test_a_public_config_that_is_no_json_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"^config.json: not JSON: "):
         recipe_files.from_public_config(text, "config.json")
-    assert message(error) == problem or (problem.endswith(" ") and message(error).startswith(problem))
+
+
+@pytest.mark.parametrize(("text", "key"), BROKEN_PUBLIC.values(), ids=BROKEN_PUBLIC)
+def test_a_broken_public_config_is_refused(text: str, key: str) -> None:
+    with raises(RecipeError, "config.json", key):
+        recipe_files.from_public_config(text, "config.json")
 
 
 # --- choosing ---
@@ -902,18 +720,10 @@ def test_a_prompt_takes_its_own_variant_and_no_other_prompt_does() -> None:
     assert other.note == "no variant for 512x512 and this prompt; using the one for 512x512 (starting point)"
 
 
-@pytest.mark.parametrize(
-    ("variants", "problem"),
-    [((), "own.toml has no variant"), ((variant(prompt="a cat"),), "own.toml has no variant for any prompt")],
-)
-def test_a_recipe_without_a_fitting_variant_is_refused(variants: tuple[Variant, ...], problem: str) -> None:
-    with pytest.raises(RecipeError) as error:
+@pytest.mark.parametrize("variants", [(), (variant(prompt="a cat"),)], ids=["none", "for a prompt"])
+def test_a_recipe_without_a_fitting_variant_is_refused(variants: tuple[Variant, ...]) -> None:
+    with raises(RecipeError, "own.toml", "for any prompt" if variants else "no variant"):
         choose(recipe(*variants), Size(1024, 1024))
-    assert message(error) == problem
-    assert error.value.hint == (
-        "Add a [[variant]] without a prompt, or take one of its prompts: crdiff export --prompt."
-        if variants else "Add a [[variant]] for 1024x1024 to it, or give the ratios on the command line."
-    )  # fmt: skip
 
 
 # --- the user's own numbers ---
@@ -957,28 +767,25 @@ def test_the_poa_weight_leaves_the_ratios_where_they_come_from() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "per_group", "poa_weight", "problem"),
+    ("ratio", "per_group", "poa_weight", "key"),
     [
-        (1.0, {}, None, "the ratio of down is 1.0, must be 0 <= ratio < 1"),
-        (None, {"mid": -0.1}, None, "the ratio of mid is -0.1, must be 0 <= ratio < 1"),
-        (None, {"mid": math.nan}, None, "the ratio of mid is nan, must be 0 <= ratio < 1"),
-        (None, {"midd": 0.1}, None, "this model has no group 'midd' to prune"),
-        (None, {}, math.inf, "the POA weight is inf, must be 0 <= weight <= 10"),
-        (None, {}, math.nan, "the POA weight is nan, must be 0 <= weight <= 10"),
+        (1.0, {}, None, "down is 1.0"),
+        (None, {"mid": -0.1}, None, "mid is -0.1"),
+        (None, {"mid": math.nan}, None, "mid is nan"),
+        (None, {}, math.inf, "POA weight is inf"),
+        (None, {}, math.nan, "POA weight is nan"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(
-    ratio: float | None, per_group: dict[str, float], poa_weight: float | None, problem: str
+def test_numbers_out_of_bounds_are_refused(
+    ratio: float | None, per_group: dict[str, float], poa_weight: float | None, key: str
 ) -> None:
-    with pytest.raises(RecipeError) as error:
+    with raises(RecipeError, key):
         override(SEARCHED, UNET, ratio, per_group, poa_weight)
-    assert message(error) == problem
 
 
-def test_an_unknown_group_is_answered_with_the_nearest() -> None:
-    with pytest.raises(RecipeError) as error:
+def test_an_unknown_group_is_refused() -> None:
+    with raises(OptionError, "'midd'"):
         override(SEARCHED, UNET, per_group={"midd": 0.1})
-    assert error.value.hint == "Did you mean mid? The groups are: down, mid, up. --ratio is for all of them."
 
 
 def test_part_of_a_set_completes_the_variant() -> None:
@@ -986,22 +793,9 @@ def test_part_of_a_set_completes_the_variant() -> None:
 
 
 @pytest.mark.parametrize(
-    ("groups", "problem", "hint"),
-    [
-        (("blocks",), "own.toml: ratios.down is for a group that this model does not have", "The groups are: blocks."),
-        (
-            ("down", "mid"),
-            "own.toml: ratios.up is for a group that this model does not have",
-            "The groups are: down, mid.",
-        ),
-        (
-            ("down", "mid", "up", "out"),
-            "own.toml: ratios.out is missing",
-            "Write ratios = { down = 0.3, mid = 0.3, up = 0.3, out = 0.3 }.",
-        ),
-    ],
+    ("groups", "key"),
+    [(("blocks",), "ratios.down"), (("down", "mid"), "ratios.up"), (("down", "mid", "up", "out"), "ratios.out")],
 )
-def test_ratios_are_one_for_each_group(groups: tuple[str, ...], problem: str, hint: str) -> None:
-    with pytest.raises(RecipeError) as error:
+def test_ratios_are_one_for_each_group(groups: tuple[str, ...], key: str) -> None:
+    with raises(RecipeError, "own.toml", key):
         check_groups(variant(), groups, "own.toml")
-    assert (message(error), error.value.hint) == (problem, hint)
