@@ -1,6 +1,5 @@
 """`--dtype`: every cast as torch does it, the layout that follows from it, and thresholds on what is written."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,8 +13,10 @@ from crdiff_export import ExportRequest, Size, export
 from crdiff_export.errors import PlanError
 from crdiff_export.prune.criteria import magnitude
 from crdiff_export.prune.kernels.cast import cast, nonfinite
+from crdiff_export.prune.plan import TooWideError
 from tests.support import makers, oracle
 from tests.support.makers import Shape, Tensors
+from tests.support.messages import raises
 
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -60,7 +61,7 @@ def wide_patterns(dtype: str) -> bytes:
     with np.errstate(over="ignore", invalid="ignore"):
         grid = np.concatenate([np.concatenate([s, (s[:-1] + s[1:]) / 2]) for s in steps]).astype(kind)
     bits = grid.view(whole)
-    random = np.random.default_rng(0).integers(0, 1 << 32, 1 << 17, np.uint32)
+    random = np.random.default_rng(0).integers(0, 1 << 32, 1 << 14, np.uint32)
     tiny = np.arange(4096, dtype=np.uint32)
     if dtype == "F64":
         # Also those that lie just beside a float32, where rounding twice shows.
@@ -138,8 +139,7 @@ def hold(base: Tensors, output: Path, target: str, ratios: Mapping[str, float] =
     oracle.hold_numbers(baked.metadata, expected)
 
 
-@pytest.mark.parametrize("asked", NAMES)
-@pytest.mark.parametrize("source", TORCH)
+@pytest.mark.parametrize(("source", "asked"), list(zip(TORCH, [*NAMES, *NAMES], strict=True)))
 def test_a_cast_file(source: str, asked: str, tmp_path: Path) -> None:
     tensors = demo(source)
     output = bake(tmp_path, tensors, asked)
@@ -187,14 +187,11 @@ def test_doubles_are_counted_in_any_pieces(chunk: int, tmp_path: Path, monkeypat
 TARGET = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
 
 
-@pytest.mark.parametrize("name", ["conv_in.bias", TARGET, "wide"], ids=["elsewhere", "target", "double"])
-@pytest.mark.parametrize("ratio", [0.3, 0.0], ids=["pruned", "left-alone"])
-def test_a_number_too_large_is_refused_by_name(name: str, ratio: float, tmp_path: Path) -> None:
-    tensors = too_large(name)
-    with pytest.raises(PlanError, match=re.escape(name)) as refusal:
-        bake(tmp_path, tensors, "fp16", dict.fromkeys(RATIOS, ratio))
-    assert refusal.value.hint
-    assert not (tmp_path / "out.safetensors").exists()
+def test_a_number_too_large_is_refused_by_name(tmp_path: Path) -> None:
+    for name, ratio in (("conv_in.bias", 0.3), (TARGET, 0.3), (TARGET, 0.0), ("wide", 0.3)):
+        with raises(PlanError, name):
+            bake(tmp_path, too_large(name), "fp16", dict.fromkeys(RATIOS, ratio))
+        assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", ["conv_in.bias", TARGET], ids=["elsewhere", "target"])
@@ -213,11 +210,11 @@ def too_large(name: str) -> dict[str, tuple[str, Shape, bytes]]:
     return tensors
 
 
-@pytest.mark.parametrize("value", [65519.0, -65519.0, 2.0**-25, -(2.0**-24)])
-def test_the_last_numbers_that_fit(value: float, tmp_path: Path) -> None:
+def test_the_last_numbers_that_fit(tmp_path: Path) -> None:
     tensors = demo("F32")
     dtype, shape, data = tensors[TARGET]
-    tensors[TARGET] = dtype, shape, np.full(len(data) // 4, value, "<f4").tobytes()
+    values = np.resize(np.array([65519.0, -65519.0, 2.0**-25, -(2.0**-24)], "<f4"), len(data) // 4)
+    tensors[TARGET] = dtype, shape, values.tobytes()
     hold(tensors, bake(tmp_path, tensors, "fp16"), "F16")
 
 
@@ -231,6 +228,5 @@ def test_infinities_and_nan_of_the_source_stay_where_they_are_no_targets(tmp_pat
 
 def test_doubles_are_pruned_only_with_a_cast(tmp_path: Path) -> None:
     base = makers.write(tmp_path / "base.safetensors", demo("F64"))
-    with pytest.raises(PlanError, match="F64") as refusal:
+    with raises(TooWideError, "F64"):
         export(ExportRequest(str(base), Size(512, 512), tmp_path / "out.safetensors"))
-    assert "--dtype" in (refusal.value.hint or "")

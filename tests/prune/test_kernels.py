@@ -22,6 +22,7 @@ from crdiff_export.prune.kernels.cpu import CpuKernel
 from crdiff_export.prune.kernels.device import DeviceKernel
 from tests.support import oracle
 from tests.support.accelerators import accelerator
+from tests.support.messages import raises
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 NARROW = DTYPES[1:]
@@ -87,8 +88,9 @@ def test_a_count_is_a_bincount(kernel: Kernel, dtype: str, offset: int) -> None:
     assert bytes(weights) == before
 
 
-@pytest.mark.parametrize("offset", [0, 1, 2, 3])
-@pytest.mark.parametrize("upper", [0, 1, 5, 0x7F00, 0xFEFF, 0xFF00, 0xFFFF])
+@pytest.mark.parametrize(
+    ("upper", "offset"), [(0, 0), (1, 1), (5, 2), (0x7F00, 3), (0xFEFF, 0), (0xFEFF, 1), (0xFF00, 2), (0xFFFF, 3)]
+)
 def test_a_refined_count_is_one_of_the_lower_bits(kernel: Kernel, upper: int, offset: int) -> None:
     values = np.concatenate([patterns("F32"), (upper << 15) + np.arange(0, 1 << 15, 5), [(upper << 15) | 1 << 31]])
     weights = placed(kernel, values, "F32", offset)
@@ -170,17 +172,15 @@ def test_loading() -> None:
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:", "cuda:x", "cuda:-1", "CPU", "cpu:0"])
 def test_devices_that_there_are_none_of(device: str) -> None:
-    with pytest.raises(PlanError, match="unknown device") as refusal:
+    with raises(PlanError, "unknown device", repr(device)):
         kernels.load(device)
-    assert "cuda" in (refusal.value.hint or "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:17"])
 def test_a_device_that_this_machine_lacks(device: str) -> None:
-    with pytest.raises(PlanError, match=device) as refusal:
+    with pytest.raises(PlanError, match=device):  # the rest is torch's
         kernels.load(device)
-    assert "CPU" in (refusal.value.hint or "")
 
 
 def test_loops_compile_without_a_cache() -> None:

@@ -79,7 +79,7 @@ def pattern(number: float, dtype: str) -> int:
     return (exponent << form.mantissa) | (int(bits) & ((1 << 52) - 1)) >> (52 - form.mantissa)
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(parts=parts(), share=st.fractions(0, Fraction(999, 1000)))
 @example(parts=[("F32", [0x7F80_0000])], share=Fraction(0))
 def test_any_weights(parts: list[Part], share: Fraction) -> None:
