@@ -141,7 +141,7 @@ def plain_loss(tiny: Tiny, prompt: str, image: Image.Image, place: float, seed: 
 
 @pytest.mark.parametrize(
     ("kind", "count", "samples", "native"),
-    [("sd15", 2, 2, True), ("sdxl", 1, 1, False), ("sd3", 1, 2, False), ("flux", 1, 1, False)],
+    [("sd15", 2, 2, True), ("sdxl", 1, 2, False), ("sd3", 1, 2, False), ("flux", 1, 2, False)],
 )
 @pytest.mark.filterwarnings("ignore:__array__ implementation")
 def test_statistics_are_those_of_a_plain_loop(
