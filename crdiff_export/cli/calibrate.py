@@ -8,8 +8,9 @@ import click
 
 from crdiff_export.calibrate import CalibrateRequest, CalibrationJob, CalibrationResult, prepare, run
 from crdiff_export.cli import drawing, options
+from crdiff_export.cli.blocks import Facts
 from crdiff_export.cli.command import command, option, option_group
-from crdiff_export.cli.output import Facts, Output, Result
+from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.signals import Stopped
 from crdiff_export.formats.text import amount
 

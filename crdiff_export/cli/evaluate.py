@@ -3,9 +3,10 @@
 from typing import Any
 
 from crdiff_export.cli import drawing, options
+from crdiff_export.cli.blocks import Facts, Table
 from crdiff_export.cli.command import command, option, option_group
 from crdiff_export.cli.evaluation_json import pairs_json, subject_json
-from crdiff_export.cli.output import Facts, Output, Result, Table
+from crdiff_export.cli.output import Output, Result
 from crdiff_export.evaluate import EvaluateJob, EvaluateRequest, Evaluation, draw, measure, prepare, write
 from crdiff_export.evaluate.scorers import inception
 

@@ -9,8 +9,9 @@ import click
 
 from crdiff_export.bake.residual import NONE, WAYS, largest_size
 from crdiff_export.cli import options
+from crdiff_export.cli.blocks import Facts, Table
 from crdiff_export.cli.command import command, option, option_group
-from crdiff_export.cli.output import Facts, Output, Result, Table
+from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.push import push_result, transfer
 from crdiff_export.errors import OptionError
 from crdiff_export.export import Baked, ExportJob, ExportRequest, prepare, run

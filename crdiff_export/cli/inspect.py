@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from crdiff_export.cli.blocks import Block, Facts, Table
 from crdiff_export.cli.command import command, option, option_group
 from crdiff_export.cli.options import file_argument
-from crdiff_export.cli.output import Block, Facts, Output, Result, Table
+from crdiff_export.cli.output import Output, Result
 
 
 @command("crdiff inspect sdxl-2048.safetensors", "crdiff inspect model.safetensors --json | jq .family")

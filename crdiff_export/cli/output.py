@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
+from crdiff_export.cli.blocks import Block, Facts, Table
 from crdiff_export.cli.signals import Stopper
 from crdiff_export.errors import CrdiffError
 from crdiff_export.formats.text import printable
@@ -17,25 +18,6 @@ if TYPE_CHECKING:
     from crdiff_export.cli.progress_display import ProgressDisplay
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Named texts, shown one a line; the texts begin below each other."""
-
-    pairs: Mapping[str, str] | Iterable[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of texts. Only the last column may be wrapped on a narrow terminal, unless it is numeric."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    numeric: Sequence[str] = ()
-
-
-Block = str | Facts | Table
 
 
 @dataclass(frozen=True)

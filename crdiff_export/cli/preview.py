@@ -5,8 +5,9 @@ from typing import Any
 import click
 
 from crdiff_export.cli import drawing, options
+from crdiff_export.cli.blocks import Facts
 from crdiff_export.cli.command import command, option, option_group
-from crdiff_export.cli.output import Facts, Output, Result
+from crdiff_export.cli.output import Output, Result
 from crdiff_export.evaluate.comparison import model_name
 from crdiff_export.evaluate.preview import Preview, PreviewJob, PreviewRequest, draw, measure, prepare, write
 from crdiff_export.formats.text import plural

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from crdiff_export.cli import options
+from crdiff_export.cli.blocks import Facts, Table
 from crdiff_export.cli.command import command, option, option_group
-from crdiff_export.cli.output import Facts, Output, Result, Table
+from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.push import log_upload
 from crdiff_export.errors import OptionError
 from crdiff_export.publish import report

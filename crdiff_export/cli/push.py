@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
+from crdiff_export.cli.blocks import Facts
 from crdiff_export.cli.command import command
 from crdiff_export.cli.options import file_argument, push_options
-from crdiff_export.cli.output import Facts, Output, Result
+from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.progress_display import rate_text
 from crdiff_export.errors import HubError
 from crdiff_export.formats.text import amount

@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
+from crdiff_export.cli.blocks import Block, Facts, Table
 from crdiff_export.cli.command import Group, command, examples, option, option_group
 from crdiff_export.cli.options import FILE, complete_base
-from crdiff_export.cli.output import Block, Facts, Output, Result, Table
+from crdiff_export.cli.output import Output, Result
 from crdiff_export.errors import CrdiffError, RecipeError
 from crdiff_export.models.recipe import Evidence, Recipe
 

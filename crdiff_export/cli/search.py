@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 from crdiff_export.cli import drawing, options
+from crdiff_export.cli.blocks import Block, Facts, Table
 from crdiff_export.cli.command import Invocation, command, option, option_group
 from crdiff_export.cli.evaluation_json import pairs_json, subject_json
-from crdiff_export.cli.output import Block, Facts, Output, Result, Table
+from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.signals import Stopped
 from crdiff_export.evaluate import scorers
 from crdiff_export.evaluate.results import Evaluation

@@ -17,7 +17,7 @@ from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from crdiff_export.cli.output import Table
+from crdiff_export.cli.blocks import Table
 
 # Wider than any table: how wide one would like to be is measured with it.
 ENDLESS = 1 << 16

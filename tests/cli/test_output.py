@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from crdiff_export.cli import progress_display
-from crdiff_export.cli.output import Facts, Output, Result, Table, print_error
+from crdiff_export.cli.blocks import Facts, Table
+from crdiff_export.cli.output import Output, Result, print_error
 from crdiff_export.cli.signals import Stopper
 from tests.support.forks import Forks
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from crdiff_export.errors import CrdiffError
 from crdiff_export.models.demo import drawing, scenes
+from crdiff_export.models.demo.drawing import draw, draw_batch
 from crdiff_export.models.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -17,7 +18,6 @@ from crdiff_export.models.demo.scenes import (
     SHAPES,
     Scene,
     Thing,
-    render_batch,
     sample,
     split,
 )
@@ -151,7 +151,7 @@ def test_edges_are_mixed_by_what_a_pixel_has_of_the_shape(shape: str) -> None:
     """Against 16x16 points in every pixel, each inside or not."""
     scene = Scene("black", Thing(shape, "yellow", "small"))
     (placed,) = drawing.place(scene, 48, 48, np.random.default_rng(3))
-    picture = scene.render(48, 48, 3).astype(float)
+    picture = draw(scene, 48, 48, 3).astype(float)
     ground, colour = np.array(BACKGROUNDS["black"]), np.array(COLOURS["yellow"])
     points = (np.arange(48 * 16) + 0.5) / 16
     x, y = (points[None, :] - placed.x) / placed.half, (points[:, None] - placed.y) / placed.half
@@ -169,7 +169,7 @@ def test_edges_are_mixed_by_what_a_pixel_has_of_the_shape(shape: str) -> None:
 @pytest.mark.parametrize("size", SIZES, ids=name)
 def test_a_picture_has_its_colours_and_little_else(size: tuple[int, int]) -> None:
     for scene in ALL[::997]:
-        picture = scene.render(*size, 5)
+        picture = draw(scene, *size, 5)
         assert picture.shape == (size[1], size[0], 3)
         assert picture.dtype == np.uint8
         flat = picture.reshape(-1, 3)
@@ -182,16 +182,16 @@ def test_a_picture_has_its_colours_and_little_else(size: tuple[int, int]) -> Non
 def test_a_seed_decides_and_a_batch_is_the_same() -> None:
     chosen = ALL[::500]
     one, other = (np.random.default_rng(7) for _ in range(2))
-    batch = render_batch(chosen, 96, 64, one)
+    batch = draw_batch(chosen, 96, 64, one)
     assert batch.shape == (len(chosen), 64, 96, 3)
-    assert np.array_equal(batch, np.stack([scene.render(96, 64, other) for scene in chosen]))
-    assert np.array_equal(chosen[0].render(64, 64, 7), chosen[0].render(64, 64, 7))
-    assert not np.array_equal(chosen[0].render(64, 64, 7), chosen[0].render(64, 64, 8))
+    assert np.array_equal(batch, np.stack([draw(scene, 96, 64, other) for scene in chosen]))
+    assert np.array_equal(draw(chosen[0], 64, 64, 7), draw(chosen[0], 64, 64, 7))
+    assert not np.array_equal(draw(chosen[0], 64, 64, 7), draw(chosen[0], 64, 64, 8))
 
 
 def test_a_picture_too_small_for_its_things() -> None:
     with pytest.raises(CrdiffError, match="200x31 is too small for a scene"):
-        ALL[0].render(200, 31, 0)
+        draw(ALL[0], 200, 31, 0)
 
 
 def test_no_two_colours_are_near_each_other() -> None:

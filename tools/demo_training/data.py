@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crdiff_export.evaluate.scorers import demo_scorer as scorer
-from crdiff_export.models.demo import scenes
+from crdiff_export.models.demo import drawing, scenes
 
 Scenes = Sequence[scenes.Scene]
 Pictures = NDArray[np.uint8]
@@ -26,7 +26,7 @@ class Judged:
 
 def pictures(some: Scenes, width: int, height: int, rng: np.random.Generator) -> torch.Tensor:
     """The scenes rendered: [scene, 3, height, width] from -1 to 1."""
-    rendered = torch.from_numpy(scenes.render_batch(some, width, height, rng))
+    rendered = torch.from_numpy(drawing.draw_batch(some, width, height, rng))
     return rendered.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

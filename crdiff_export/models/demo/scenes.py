@@ -15,7 +15,6 @@ from crdiff_export.errors import CrdiffError
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
 
 Kind = Literal["single", "counted", "related"]
 Colour = tuple[int, int, int]
@@ -130,21 +129,6 @@ class Scene:
         first = Thing(found["shape"], found["colour"], found["size"] or "", COUNTS.get(found["many"], 1))
         return (first, found["relation"], Thing(found["shape2"], found["colour2"])) if found["relation"] else (first,)
 
-    def render(self, width: int, height: int, rng: "np.random.Generator | int") -> "NDArray[np.uint8]":
-        """Draw the scene.
-
-        Args:
-            width: Pixels.
-            height: Pixels.
-            rng: A generator, or the seed of one, that decides the positions.
-
-        Returns:
-            uint8 [height, width, 3], RGB.
-        """
-        from crdiff_export.models.demo import drawing
-
-        return drawing.draw(self, width, height, rng)
-
 
 def _prompts() -> str:
     """Return a regular expression of all prompts."""
@@ -220,22 +204,3 @@ def sample(rng: "np.random.Generator", scenes: Sequence[Scene], count: int = 1) 
     total = sum(SHARES[name] for name in names)
     chosen = rng.choice(len(names), count, p=[SHARES[name] / total for name in names])
     return [kinds[names[i]][int(rng.integers(len(kinds[names[i]])))] for i in chosen]
-
-
-def render_batch(
-    scenes: Sequence[Scene], width: int, height: int, rng: "np.random.Generator | int"
-) -> "NDArray[np.uint8]":
-    """Draw several scenes.
-
-    Args:
-        scenes: The scenes.
-        width: Pixels.
-        height: Pixels.
-        rng: A generator, or the seed of one, that decides the positions.
-
-    Returns:
-        uint8 [scenes, height, width, 3], RGB.
-    """
-    from crdiff_export.models.demo import drawing
-
-    return drawing.draw_batch(scenes, width, height, rng)

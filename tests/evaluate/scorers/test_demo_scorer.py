@@ -14,6 +14,7 @@ from PIL import Image
 from crdiff_export.evaluate.scorers import demo_scorer
 from crdiff_export.evaluate.scorers.demo_scorer import judge
 from crdiff_export.evaluate.scorers.score import Score
+from crdiff_export.models.demo.drawing import draw, draw_batch
 from crdiff_export.models.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -22,7 +23,6 @@ from crdiff_export.models.demo.scenes import (
     Scene,
     Thing,
     all_scenes,
-    render_batch,
     sample,
 )
 
@@ -40,7 +40,7 @@ def name(size: tuple[int, int]) -> str:
 
 def judged(scenes: list[Scene], width: int, height: int, damage: Damage | None = None) -> list[Score]:
     rng = np.random.default_rng(2)
-    pictures: Iterator[Picture] = iter(render_batch(scenes, width, height, rng))
+    pictures: Iterator[Picture] = iter(draw_batch(scenes, width, height, rng))
     return [judge(damage(p, rng) if damage else p, s) for p, s in zip(pictures, scenes, strict=True)]
 
 
@@ -137,7 +137,7 @@ def test_a_decoders_errors_are_forgiven(damage: Damage, size: tuple[int, int]) -
 def test_a_part_is_only_there_where_the_scene_has_it() -> None:
     for kind, parts in {"single": {"size"}, "counted": set(), "related": {"relation"}}.items():
         scene = next(scene for scene in ALL if scene.kind == kind)
-        score = judge(scene.render(64, 64, 0), scene)
+        score = judge(draw(scene, 64, 64, 0), scene)
         assert score.parts.keys() == {"right", "background", "count", "colours", "shapes", "purity", *parts}
 
 
@@ -172,9 +172,9 @@ def test_one_wrong_attribute_is_wrong(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(4)
     wrong: dict[str, list[float]] = {}
     for scene in SOME[:40]:
-        truth = judge(scene.render(*size, rng), scene).value
+        truth = judge(draw(scene, *size, rng), scene).value
         for part, other in others(scene):
-            score = judge(other.render(*size, rng), scene)
+            score = judge(draw(other, *size, rng), scene)
             assert not score.parts["right"], (scene.prompt, other.prompt)
             assert score.parts[part] < 0.7, (scene.prompt, other.prompt)
             assert truth - score.value > 0.06, (scene.prompt, other.prompt)
@@ -186,14 +186,14 @@ def test_one_wrong_attribute_is_wrong(size: tuple[int, int]) -> None:
 def test_attributes_swapped_between_the_things_are_wrong() -> None:
     scene = Scene.parse("a red circle left of a blue square on white")
     for prompt in ("a blue circle left of a red square on white", "a blue square left of a red circle on white"):
-        score = judge(Scene.parse(prompt).render(64, 64, 0), scene)
+        score = judge(draw(Scene.parse(prompt), 64, 64, 0), scene)
         assert not score.parts["right"]
         assert score.parts["relation"] == 0 or score.parts["shapes"] == 0
 
 
 def test_one_thing_too_many_is_wrong() -> None:
     scene = Scene.parse("a red circle left of a blue square on white")
-    wide, more = scene.render(128, 64, 0), Scene.parse("a small green circle on white").render(64, 64, 0)
+    wide, more = draw(scene, 128, 64, 0), draw(Scene.parse("a small green circle on white"), 64, 64, 0)
     score = judge(np.concatenate([wide, more], 1), scene)
     assert not score.parts["right"]
     assert score.parts["count"] == 0.5
@@ -203,7 +203,7 @@ def test_one_thing_too_many_is_wrong() -> None:
 @pytest.mark.parametrize("size", [(48, 48), (96, 64)], ids=name)
 def test_any_other_scene_scores_low(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(5)
-    found = [judge(other.render(*size, rng), scene) for scene, other in pairwise(SOME)]
+    found = [judge(draw(other, *size, rng), scene) for scene, other in pairwise(SOME)]
     assert mean(values(found)) < 0.45
     assert rights(found) == 0
 
@@ -249,7 +249,7 @@ def test_more_damage_scores_less(damage: Callable[[float], Damage], amounts: tup
 
 def test_specks_are_no_things_but_not_pure() -> None:
     scene = Scene.parse("two red circles on white")
-    picture = scene.render(64, 64, 0)
+    picture = draw(scene, 64, 64, 0)
     clean = judge(picture, scene)
     for x in range(1, 64, 9):
         picture[1:3, x : x + 2] = COLOURS["blue"]

@@ -16,6 +16,7 @@ from crdiff_export.evaluate import scorers
 from crdiff_export.evaluate.scorers import Score, function, spec
 from crdiff_export.evaluate.scorers.demo_scorer import judge
 from crdiff_export.evaluate.scorers.score import Checked
+from crdiff_export.models.demo.drawing import draw
 from crdiff_export.models.demo.scenes import EXAMPLE, Scene
 from tests.support.messages import raises
 from tests.support.scoring import values
@@ -271,7 +272,7 @@ def test_a_sum_closes_its_members(module: Path) -> None:
 
 def pictures(count: int) -> tuple[list[Image.Image], list[str]]:
     scene = Scene.parse(EXAMPLE)
-    return [Image.fromarray(scene.render(96, 64, seed)) for seed in range(count)], [scene.prompt] * count
+    return [Image.fromarray(draw(scene, 96, 64, seed)) for seed in range(count)], [scene.prompt] * count
 
 
 def test_the_judge() -> None:
