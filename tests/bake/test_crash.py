@@ -271,13 +271,17 @@ def test_a_signal_between_the_steps_of_a_swap(forks: Forks, small: Case, place: 
 
 
 def test_a_second_signal_does_not_disturb_the_first(forks: Forks, file: Case, place: Path) -> None:
-    for delay in (0.0, 0.001, 0.01):
-        run = forks.start(place, *command(file, force=False))
-        time.sleep(file.seconds / 2)
+    for number, delay in enumerate((0.0, 0.001, 0.01)):
+        go = place.parent / f"go-{number}"
+        hook = {"call": "os.fsync", "nth": 1, "do": str(go), "after": False}
+        run = forks.start(place, *command(file, force=False), hook=hook)
+        while not go.with_name(f"{go.name}.reached").exists():
+            time.sleep(0.005)
         run.kill(signal.SIGINT)
         time.sleep(delay)
         run.kill(signal.SIGTERM)
         run.kill(signal.SIGINT)
+        go.touch()
         code = run.wait()
         assert code in (130, -signal.SIGTERM, -signal.SIGINT)  # the latter once all is cleaned up
         assert parts(place) == []
