@@ -20,7 +20,7 @@ BY_SIGNAL = 128
 # A second signal within so many seconds is ignored; a later one shows that the first was not obeyed.
 PATIENCE = 5.0
 # A signal that came where Python drops exceptions is repeated after so many seconds.
-REPEAT_AFTER = 0.01
+REPEAT_AFTER = 0.1
 
 
 class Stopped(BaseException):
