@@ -23,7 +23,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """A progress that nobody sees."""
+    """A progress that shows nothing."""
 
     def stage(self, title: str, size: int, unit: str = "bytes") -> None:
         pass

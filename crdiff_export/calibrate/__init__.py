@@ -108,10 +108,10 @@ def prepare(request: CalibrateRequest) -> CalibrationJob:
     demo = request.base == bases.BUILT_IN
     if not (request.prompts or demo):
         raise OptionError("no prompt is given", "Give --prompts FILE, one a line.")
-    found = drawing_setup.read_base(request)
+    headers = drawing_setup.read_base(request)
     exported = ExportRequest(request.base, request.size, targets=request.targets, variant=request.variant, force=True)
-    planned = drawing_setup.plan_export(found, exported)
-    stem = found.base.stem or found.checkpoint.stem
+    planned = drawing_setup.plan_export(headers, exported)
+    stem = headers.base.stem or headers.checkpoint.stem
     target = request.output or Path(f"{stem}-{request.size}-calibration.safetensors")
     folder.check_target(target, planned, force=request.force)
     pairs = _pairs(request)
@@ -119,10 +119,10 @@ def prepare(request: CalibrateRequest) -> CalibrationJob:
         for prompt, _ in pairs:
             Scene.parse(prompt)
     request_checks.check_seeds(pairs[-1][1])
-    set_up = drawing_setup.set_up(request, found, planned)
+    set_up = drawing_setup.set_up(request, headers, planned)
     from crdiff_export.sampling import session
 
-    batch = request.batch or session.usual_batch(found.match.family.id, set_up.device)
+    batch = request.batch or session.usual_batch(headers.match.family.id, set_up.device)
     setting = Setting(
         request.size, set_up.native, wanted, pairs, request.steps, request.guidance, request.negative, batch,
         request.samples,
@@ -144,8 +144,8 @@ def run(job: CalibrationJob, progress: Progress) -> CalibrationResult:
     from crdiff_export.sampling.session import Placement, open_session
 
     family, drawing = job.plan.match.family.id, job.drawing
-    place = Placement(drawing.device, drawing.dtype, advice="a smaller --batch or --memory")
-    with open_session(drawing.opening, family, place, drawing.base.name) as opened:
+    placement = Placement(drawing.device, drawing.dtype, advice="a smaller --batch or --memory")
+    with open_session(drawing.opening, family, placement, drawing.base.name) as opened:
         return runner.collect(
             opened, job.plan, job.setting, job.target, progress,
             base=drawing.base.name, room=job.room, replace=job.request.force,

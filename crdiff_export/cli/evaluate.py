@@ -23,7 +23,7 @@ from crdiff_export.evaluate.scorers import inception
     option("--native/--no-native", "Look at the native size, too: does it hurt there? Default: yes.", default=True),
 )
 @drawing.prompt_options(
-    "Prompts, one a line, that nobody tuned on. Default for the demo model: scenes that it was never shown.",
+    "Prompts, one a line, that were not used for tuning. Default for the demo model: its held-out scenes.",
     option("--prompt TEXT", "What to draw; may be given several times.", dest="prompts", multiple=True),
     drawing.pictures,
 )

@@ -188,5 +188,5 @@ def _read(path: Path) -> "tuple[Image, bytes]":
             image = Image.open(io.BytesIO(data)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         message = f"{path}: cannot be read as a picture: {printable(str(error))}"
-        raise OptionError(message, "Mend it, or take it out of the folder.") from error
+        raise OptionError(message, "Repair it, or remove it from the folder.") from error
     return image, hashlib.sha256(data).digest()

@@ -200,7 +200,7 @@ def _existing_path(base: str) -> Path | None:
     """Return the path if something is there, be it a broken link."""
     try:
         path = Path(base).expanduser()
-    except RuntimeError:  # ~name, and nobody has that name
+    except RuntimeError:  # ~name of an unknown user
         return None
     return path if os.path.lexists(path) else None
 

@@ -154,10 +154,10 @@ def _shareable(names: dict[str, str]) -> str:
 def _public_ratios(document: RecipeTable, family_groups: tuple[str, ...]) -> dict[str, float]:
     if family_groups == ("blocks",):
         return {"blocks": document.table("best_global_params_sd3").number("shared_ratio")}
-    found = document.values.get("best_global_params_ratio")
-    if isinstance(found, list) and len(found) == len(PUBLIC_ORDER):
-        found = dict(zip(PUBLIC_ORDER, found, strict=True))
-        document = replace(document, values={**document.values, "best_global_params_ratio": found})
+    ratios = document.values.get("best_global_params_ratio")
+    if isinstance(ratios, list) and len(ratios) == len(PUBLIC_ORDER):
+        ratios = dict(zip(PUBLIC_ORDER, ratios, strict=True))
+        document = replace(document, values={**document.values, "best_global_params_ratio": ratios})
     table = document.table("best_global_params_ratio")
     groups = {key: re.sub("(_ratio|_blocks?)$", "", key) for key in table.values}
     for key, group in groups.items():

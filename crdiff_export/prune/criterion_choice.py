@@ -112,13 +112,13 @@ def _with_equal_ratios(planned: Plan) -> Plan:
     if len(ratios) == 1 or not any(counts.values()):
         return planned
     mean = math.fsum(planned.ratio(group) * count for group, count in counts.items()) / sum(counts.values())
-    found = with_ratios(planned, dict.fromkeys(planned.groups, mean))
+    equal = with_ratios(planned, dict.fromkeys(planned.groups, mean))
     said = "/".join(f"{planned.ratio(group):g}" for group in planned.groups)
     variant = replace(
-        found.variant, provenance="starting-point", source=f"mean of {said} ({planned.variant.source})",
+        equal.variant, provenance="starting-point", source=f"mean of {said} ({planned.variant.source})",
         prompt=None, evidence=None,
     )  # fmt: skip
-    return replace(found, variant=variant)
+    return replace(equal, variant=variant)
 
 
 def _without_foreign_evidence(variant: Variant, criterion: str, calibration: Calibration | None) -> Variant:

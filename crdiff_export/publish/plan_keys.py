@@ -244,7 +244,7 @@ def _base(value: _Value) -> PlanBase:
 def _expanded(path: str, folder: Path) -> Path:
     try:
         return folder / Path(path).expanduser()
-    except RuntimeError:  # ~name, and nobody has that name
+    except RuntimeError:  # ~name of an unknown user
         return folder / path
 
 

@@ -145,20 +145,22 @@ def test_closing_stops_every_stage(taken: int, stages: int) -> None:
 
 
 def test_closing_while_the_producer_is_busy_waits_for_it() -> None:
-    busy, done = threading.Event(), threading.Event()
+    busy, ended = threading.Event(), threading.Event()
 
     def slow() -> Generator[int, None, None]:
-        yield 0
-        busy.set()
-        time.sleep(0.2)
-        done.set()
-        yield 1
+        try:
+            yield 0
+            busy.set()
+            time.sleep(0.2)
+            yield 1
+        finally:
+            ended.set()
 
     stream = prefetch(slow())
     next(stream)
     busy.wait()
     stream.close()
-    assert done.is_set()
+    assert ended.is_set()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Broken, GeneratorExit])

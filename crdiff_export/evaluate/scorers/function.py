@@ -51,7 +51,7 @@ class FunctionScorer:
 
 
 def open_function(spec: str, device: str, dtype: str) -> Scorer:
-    """Open the scorer at `module:function`, where `function` may be `a.b`; ScorerError where there is none."""
+    """Open the scorer at `module:function`, where `function` may be `a.b`; ScorerError if it does not exist."""
     module, _, path = spec.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), *path.split("."))):
         raise ScorerError(f"{spec!r} names no function", "Write module:function, as in my_scorers:sharpness.")

@@ -69,7 +69,7 @@ class Program:
         _start_thread(_write, self._stdin, lines, self._is_deaf)
 
     def receive(self, seconds: float) -> bytes | Silence:
-        """Return its next line with the line's end, or why there is none within so many seconds."""
+        """Return its next line with the line's end, or the reason why no line came in time."""
         end, is_deaf = time.monotonic() + seconds, False
         while True:
             left = end - time.monotonic()

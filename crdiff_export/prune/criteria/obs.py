@@ -184,11 +184,11 @@ def _upper_factor(gram: Tensor, diagonal: Tensor) -> Tensor | None:
 
 def _reversed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Reverse the rows and columns of a matrix, some rows at a time, because torch reverses only copies."""
-    found = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    result = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
     for start in range(0, len(matrix), BLOCK):
         rows = matrix[start : start + BLOCK]
-        found[len(matrix) - start - len(rows) :][: len(rows)] = rows.flip(0, 1)
-    return found
+        result[len(matrix) - start - len(rows) :][: len(rows)] = rows.flip(0, 1)
+    return result
 
 
 def _in_place(matrix: Tensor) -> bool:

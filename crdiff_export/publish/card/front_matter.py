@@ -3,7 +3,7 @@
 A library that writes YAML (ruamel.yaml) keeps comments and order but not every other byte, which is promised.
 
 PyYAML tells where every value begins and ends; text is only cut and pasted. The result is parsed again and must be the
-old mapping with exactly the wanted changes. So a case that nobody thought of is refused, and nothing is broken.
+old mapping with exactly the wanted changes. So an unforeseen case is refused, and no card is damaged.
 """
 
 import re

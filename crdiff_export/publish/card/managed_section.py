@@ -28,7 +28,7 @@ class ManagedSection:
         return () if self.begin is None else self.lines[self.begin + 1 : self.end]
 
     def replace(self, content: Sequence[str], newline: str) -> str:
-        """Return the text with other lines in the section, which is appended if there is none."""
+        """Replace the lines of the section; a text without the section gets it appended."""
         written = [line + newline for line in content]
         if self.begin is not None and self.end is not None:
             return "".join([*self.lines[: self.begin + 1], *written, *self.lines[self.end :]])
