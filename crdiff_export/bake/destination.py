@@ -74,12 +74,34 @@ def check_target(checkpoint: Checkpoint, target: Path, *, force: bool, source: s
         _check(checkpoint, target, force=force, source=source)
 
 
+def check_file(target: Path, *, force: bool) -> None:
+    """Check that a file of another kind, such as a report, can be written.
+
+    Args:
+        target: The path to write.
+        force: Replace a file that exists.
+
+    Raises:
+        PlanError: It cannot or must not be written there.
+    """
+    with _refuse_os_errors(target):
+        _check_parent(target)
+        _check_free(target, force=force)
+
+
 @contextlib.contextmanager
 def _refuse_os_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise PlanError(f"{target}: {error.strerror}", "Give another place with -o.") from error
+
+
+def _check_parent(target: Path) -> None:
+    if not target.parent.is_dir():
+        raise PlanError(f"{target}: the folder {target.parent} does not exist", "Create it, or give another -o.")
+    if not os.access(target.parent, os.W_OK):
+        raise PlanError(f"{target}: the folder {target.parent} cannot be written to", "Give another place with -o.")
 
 
 def _check_free(target: Path, *, force: bool) -> None:
@@ -95,8 +117,7 @@ def _check_free(target: Path, *, force: bool) -> None:
 def _check(checkpoint: Checkpoint, target: Path, *, force: bool, source: str) -> None:
     if target.name in ("", ".."):
         raise PlanError(f"{target}: not a name for the output", f"Give it one: -o {target / 'NAME'}.")
-    if not target.parent.is_dir():
-        raise PlanError(f"{target}: the folder {target.parent} does not exist", "Create it, or give another -o.")
+    _check_parent(target)
     with contextlib.suppress(FileNotFoundError):
         target.lstat()  # raises OSError for a name that is too long, for example
     _refuse_source(checkpoint, target, source)
@@ -104,8 +125,6 @@ def _check(checkpoint: Checkpoint, target: Path, *, force: bool, source: str) ->
         _check_folder(checkpoint, target, force=force)
     else:
         _check_file(target, force=force)
-    if not os.access(target.parent, os.W_OK):
-        raise PlanError(f"{target}: the folder {target.parent} cannot be written to", "Give another place with -o.")
 
 
 def _refuse_source(checkpoint: Checkpoint, target: Path, source: str) -> None:

@@ -23,7 +23,7 @@ def pick(text: str) -> str:
     """Return the name of the first font that has all letters of a text, or else of the font that lacks the fewest."""
     if not _missing(BUILT_IN, text):
         return BUILT_IN
-    return min((BUILT_IN, *_installed(SYSTEM)), key=lambda name: _missing(name, text))
+    return min((BUILT_IN, *filter(_is_installed, SYSTEM)), key=lambda name: _missing(name, text))
 
 
 def lacks(text: str) -> bool:
@@ -53,10 +53,6 @@ def width(text: str, size: int) -> int:
 
 
 @cache
-def _installed(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in names if _is_installed(name))
-
-
 def _is_installed(name: str) -> bool:
     try:
         load(name, _PROBE_SIZE)

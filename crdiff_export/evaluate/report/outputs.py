@@ -1,11 +1,10 @@
 """The files of a report: checked before anything is drawn, then written all or none."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from crdiff_export.bake import staging
+from crdiff_export.bake import destination, staging
 from crdiff_export.errors import PlanError
 
 # What makes the content of a file, by the file's suffix in lower case.
@@ -29,27 +28,12 @@ def check(paths: Sequence[Path], suffixes: Sequence[str], what: str, *, force: b
     """
     once = tuple(dict.fromkeys(paths))
     for path in once:
-        try:
-            _check(path, suffixes, what, force=force)
-        except OSError as error:
-            raise PlanError(f"{path}: {error.strerror}", "Give another place with -o.") from error
+        if path.suffix.lower() not in suffixes:
+            name = path.name or "report"
+            *names, last = [f"{name}{suffix}" for suffix in suffixes]
+            raise PlanError(f"{path}: {what}", f"Name it {', '.join(names)} or {last}.")
+        destination.check_file(path, force=force)
     return once
-
-
-def _check(path: Path, suffixes: Sequence[str], what: str, *, force: bool) -> None:
-    if path.suffix.lower() not in suffixes:
-        name = path.name or "report"
-        *names, last = [f"{name}{suffix}" for suffix in suffixes]
-        raise PlanError(f"{path}: {what}", f"Name it {', '.join(names)} or {last}.")
-    if not path.parent.is_dir():
-        raise PlanError(f"{path}: the folder {path.parent} does not exist", "Create it, or give another -o.")
-    if os.path.lexists(path):
-        if path.exists() and not path.is_file():
-            raise PlanError(f"{path}: not a regular file", "Give another place with -o.")
-        if not force:
-            raise PlanError(f"{path}: already exists", "Give another -o, or --force to replace it.")
-    if not os.access(path.parent, os.W_OK):
-        raise PlanError(f"{path}: the folder {path.parent} cannot be written to", "Give another place with -o.")
 
 
 def write(paths: Sequence[Path], makers: Makers, *, replace: bool) -> None:
