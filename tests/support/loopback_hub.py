@@ -122,6 +122,13 @@ class LoopbackHub:
             "no_proxy": "127.0.0.1",
         }
 
+    def lead_here(self, patch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Lead the client in this process here."""
+        template = f"{self.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        constants = {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(cache)}
+        for name, value in {**constants, "HF_HUB_DISABLE_XET": True}.items():
+            patch.setattr(f"huggingface_hub.constants.{name}", value)
+
     def repo(self, repo_id: str) -> Repo:
         """A repository as it is now; later changes do not show. KeyError where there is none."""
         with self.state.lock:

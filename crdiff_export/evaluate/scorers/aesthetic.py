@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from crdiff_export.evaluate.scorers import weights
-from crdiff_export.evaluate.scorers.clip import CLIP_L, Clip
-from crdiff_export.evaluate.scorers.score import Scorer
-from crdiff_export.evaluate.scorers.weights import Fetch, NetworkScorer, Repo
+from crdiff_export.evaluate.scorers.clip import BATCH, CLIP_L, Clip
+from crdiff_export.evaluate.scorers.score import FunctionScorer, Scorer
+from crdiff_export.evaluate.scorers.weights import Fetch, Repo
 
 if TYPE_CHECKING:
     import torch
@@ -55,4 +55,4 @@ def aesthetic(device: str, dtype: str, fetch: Fetch = weights.fetch) -> Scorer:
             values: list[float] = layers(seen).squeeze(-1).tolist()
         return values
 
-    return NetworkScorer(weights.fingerprint("aesthetic", device, dtype, **about), compute)
+    return FunctionScorer(weights.fingerprint("aesthetic", device, dtype, **about), compute, BATCH)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from crdiff_export.evaluate.scorers import weights
-from crdiff_export.evaluate.scorers.score import Scorer
-from crdiff_export.evaluate.scorers.weights import Fetch, NetworkScorer, Repo
+from crdiff_export.evaluate.scorers.score import FunctionScorer, Scorer
+from crdiff_export.evaluate.scorers.weights import Fetch, Repo
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,7 +55,7 @@ class Clip:
         return float(self._model.logit_scale.detach().float().exp())
 
     def embed(self, images: "Sequence[Image]", prompts: Sequence[str]) -> "tuple[Tensor, Tensor]":
-        """Embed pictures and their prompts.
+        """Embed pictures and their prompts, all at once.
 
         Args:
             images: Pictures.
@@ -66,28 +66,18 @@ class Clip:
         """
         import torch
 
-        batches: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, len(images), BATCH):
-            pictures = [image.convert("RGB") for image in images[start : start + BATCH]]
-            # Without the last argument transformers 4 takes a picture with three rows for one with its colours first.
-            pixels = self._processor(images=pictures, return_tensors="pt", input_data_format="channels_last")
-            longest = self._model.config.text_config.max_position_embeddings
-            tokens = self._tokenizer(
-                list(prompts[start : start + BATCH]),
-                padding=True,
-                truncation=True,
-                max_length=longest,
-                return_tensors="pt",
+        pictures = [image.convert("RGB") for image in images]
+        # Without the last argument transformers 4 takes a picture with three rows for one with its colours first.
+        pixels = self._processor(images=pictures, return_tensors="pt", input_data_format="channels_last")
+        longest = self._model.config.text_config.max_position_embeddings
+        tokens = self._tokenizer(list(prompts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=tokens["input_ids"].to(self._device),
+                attention_mask=tokens["attention_mask"].to(self._device),
+                pixel_values=pixels["pixel_values"].to(self._device, self._dtype),
             )
-            with torch.inference_mode():
-                output = self._model(
-                    input_ids=tokens["input_ids"].to(self._device),
-                    attention_mask=tokens["attention_mask"].to(self._device),
-                    pixel_values=pixels["pixel_values"].to(self._device, self._dtype),
-                )
-            batches.append((_normalized(output.image_embeds), _normalized(output.text_embeds)))
-        seen, read = zip(*batches, strict=True)
-        return torch.cat(seen), torch.cat(read)
+        return _normalized(output.image_embeds), _normalized(output.text_embeds)
 
 
 def clip_score(device: str, dtype: str, fetch: Fetch = weights.fetch) -> Scorer:
@@ -112,7 +102,8 @@ def _cosine_scorer(name: str, repo: Repo, words: Repo, device: str, dtype: str, 
         return [factor * cosine for cosine in cosines]
 
     record = weights.fingerprint(name, device, dtype, **clip.about)
-    return NetworkScorer({**record, "formula": "exp(logit scale) * cosine" if is_logit else "cosine"}, compute)
+    formula = "exp(logit scale) * cosine" if is_logit else "cosine"
+    return FunctionScorer({**record, "formula": formula}, compute, BATCH)
 
 
 def _normalized(embeds: "Tensor") -> "Tensor":

@@ -16,7 +16,6 @@ import math
 import os
 import shlex
 import shutil
-import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from crdiff_export.errors import ScorerError
-from crdiff_export.evaluate.scorers.process import LONGEST_LINE, Program, Silence
+from crdiff_export.evaluate.scorers.process import LONGEST_LINE, Program
 from crdiff_export.evaluate.scorers.score import Score, is_finite
 from crdiff_export.formats.strict_json import show
 
@@ -44,12 +43,7 @@ class CommandScorer:
         self._words = words_of(spec)
         self.name = name_of(self._words)
         self._seconds = _seconds()
-        self._folder = Path(tempfile.mkdtemp(prefix="crdiff-scorer-"))
-        try:
-            self._program = _start(spec, self._words, self._folder)
-        except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise
+        self._program = _start(spec, self._words)
 
     def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
         if not self._program.running:
@@ -65,15 +59,19 @@ class CommandScorer:
             raise
 
     def _question(self, number: int, image: "Image", prompt: str) -> bytes:
-        path = self._folder / f"{number}.png"
+        path = self._program.folder / f"{number}.png"
         image.convert("RGB").save(path, "PNG")
         return json.dumps({"image": str(path), "prompt": prompt}).encode() + b"\n"
 
     def _answer(self, number: int) -> float:
-        line = self._program.receive(self._seconds)
-        if isinstance(line, Silence):
-            self._explain(line, number)
-        (self._folder / f"{number}.png").unlink(missing_ok=True)
+        try:
+            line = self._program.receive(self._seconds)
+        except TimeoutError:
+            hint = f"It has to flush each line that it writes; {TIMEOUT} gives it more seconds."
+            self._refuse(f"gave no score of picture {number} in {self._seconds:g} s", hint)
+        if line is None:
+            self._explain_end(f"before the score of picture {number}")
+        (self._program.folder / f"{number}.png").unlink(missing_ok=True)
         where, text = f"the score of picture {number}", show(line.decode(errors="replace").rstrip("\r\n"), 120)
         if len(line) >= LONGEST_LINE:
             self._refuse(f"{where} has no end", _FORM)
@@ -88,15 +86,11 @@ class CommandScorer:
             self._refuse(f"{where} is no finite number: {text}", _FORM)
         return float(value)
 
-    def _explain(self, silence: Silence, number: int) -> NoReturn:
-        """Say why there is no score."""
-        before = f"before the score of picture {number}"
-        if silence is Silence.LATE:
-            hint = f"It has to flush each line that it writes; {TIMEOUT} gives it more seconds."
-            self._refuse(f"gave no score of picture {number} in {self._seconds:g} s", hint)
-        status = self._program.status() if silence is Silence.ENDED else None
+    def _explain_end(self, before: str) -> NoReturn:
+        """Say how its stdout ended."""
+        status = self._program.status()
         if status is None:
-            self._refuse(f"{silence.value} {before}", "It has to read and answer line by line, until its stdin ends.")
+            self._refuse(f"closed its stdout {before}", "It has to read and answer line by line, until its stdin ends.")
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
         self._refuse(f"{how} {before}", "Run it by itself to see why.")
 
@@ -148,9 +142,9 @@ def _seconds() -> float:
     return seconds
 
 
-def _start(spec: str, words: Sequence[str], folder: Path) -> Program:
+def _start(spec: str, words: Sequence[str]) -> Program:
     try:
-        return Program(words, folder)
+        return Program(words)
     except FileNotFoundError as error:
         hint = "Give its path, or put it on PATH; a python and its script are two words."
         raise ScorerError(f"{spec}: there is no program {words[0]!r}", hint) from error

@@ -9,45 +9,18 @@ import hashlib
 import inspect
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from crdiff_export.errors import ScorerError
-from crdiff_export.evaluate.scorers.score import Score, Scorer
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from crdiff_export.evaluate.scorers.score import FunctionScorer, Scorer
 
 _MEMBERS = ("name", "score", "fingerprint", "close")
-
-
-class FunctionScorer:
-    """A function that gives a number for each picture."""
-
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.name = name
-        self._function = function
-        self._module_hash = _module_hash(function)  # now, before the file may change
-
-    def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
-        answer = self._function(images, prompts)
-        try:
-            return [Score(value) for value in answer]
-        except TypeError as error:
-            message = f"{self.name}: gives {type(answer).__name__}, no list of numbers"
-            raise ScorerError(message, "Return one finite number for each picture.") from error
-
-    def fingerprint(self) -> dict[str, str]:
-        """Return its name, the hash of its module, and Python's version; what else it uses cannot be seen."""
-        return {"name": self.name, "module": self._module_hash, "python": platform.python_version()}
-
-    def close(self) -> None:
-        """Do nothing: it holds nothing."""
 
 
 def open_function(spec: str, device: str, dtype: str) -> Scorer:
@@ -102,7 +75,9 @@ def as_scorer(name: str, function: Any, device: str, dtype: str) -> Scorer:
     try:
         signature = inspect.signature(function)
         if next(iter(signature.parameters), None) == "images":
-            return FunctionScorer(name, function)
+            # The module is hashed now, before its file may change; what else the function uses cannot be seen.
+            record = {"name": name, "module": _module_hash(function), "python": platform.python_version()}
+            return FunctionScorer(record, function)
         signature.bind(device, dtype)
     except (ValueError, TypeError) as error:  # ValueError: a function in C may have no signature
         message = f"{name}: takes neither (images, prompts) nor (device, dtype)"

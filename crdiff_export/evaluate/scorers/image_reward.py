@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from crdiff_export.errors import ScorerError
 from crdiff_export.evaluate.scorers import blip, weights
-from crdiff_export.evaluate.scorers.score import Scorer
-from crdiff_export.evaluate.scorers.weights import Fetch, NetworkScorer, Repo
+from crdiff_export.evaluate.scorers.score import FunctionScorer, Scorer
+from crdiff_export.evaluate.scorers.weights import Fetch, Repo
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,17 +55,14 @@ def image_reward(
     def compute(images: "Sequence[Image]", prompts: Sequence[str]) -> list[float]:
         import torch
 
-        values: list[float] = []
-        for start in range(0, len(images), BATCH):
-            pixels = torch.stack([pixels_of(image, reward.side) for image in images[start : start + BATCH]])
-            texts = list(prompts[start : start + BATCH])
-            tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
-            with torch.inference_mode():
-                raw = reward(pixels.to(*place), tokens["input_ids"].to(place[0]), tokens["attention_mask"].to(place[0]))
-            values += ((raw.double() - MEAN) / DEVIATION).tolist()
+        pixels = torch.stack([pixels_of(image, reward.side) for image in images])
+        tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+        with torch.inference_mode():
+            raw = reward(pixels.to(*place), tokens["input_ids"].to(place[0]), tokens["attention_mask"].to(place[0]))
+        values: list[float] = ((raw.double() - MEAN) / DEVIATION).tolist()
         return values
 
-    return NetworkScorer(weights.fingerprint("image-reward", device, dtype, **about), compute)
+    return FunctionScorer(weights.fingerprint("image-reward", device, dtype, **about), compute, BATCH)
 
 
 def pixels_of(image: "Image", side: int) -> "Tensor":

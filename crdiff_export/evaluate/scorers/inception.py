@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec, module_from_spec
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -183,12 +184,6 @@ def _without_other_networks() -> Iterator[None]:
 
 def _batches(images: "Iterable[Image]") -> "Iterator[list[Image]]":
     """Yield neighbours of one size, as many as fit in memory when they are scaled."""
-    batch: list[Image] = []
-    for image in images:
-        pixels = image.width * image.height
-        if batch and (image.size != batch[0].size or len(batch) >= BATCH or (len(batch) + 1) * pixels > PIXELS):
+    for (width, height), neighbours in groupby(images, lambda image: image.size):
+        while batch := list(islice(neighbours, max(1, min(BATCH, PIXELS // (width * height))))):
             yield batch
-            batch = []
-        batch.append(image)
-    if batch:
-        yield batch

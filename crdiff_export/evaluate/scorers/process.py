@@ -3,55 +3,46 @@
 import contextlib
 import os
 import queue
-import select
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import IO, Final
 
-GRACE: Final = 5.0  # seconds to end by itself, or to answer what it has read
+GRACE: Final = 5.0  # seconds to end by itself
 LONGEST_LINE: Final = 1 << 20  # bytes; a longer line comes in pieces
 LAST_LINES: Final = 5  # lines of its stderr that are kept
 AHEAD: Final = 1024  # lines of its stdout that wait to be read; the program waits then
 
 
-class Silence(Enum):
-    """Why there is no line."""
-
-    LATE = "late"
-    DEAF = "closed its stdin"
-    ENDED = "closed its stdout"
-
-
 class Program:
     """A program started without a shell, in a session of its own, so that its children end with it.
 
-    `folder` is removed when it has ended: with `end`, with `kill`, or with this object.
+    `folder` is a private one, which is removed when it has ended: with `end`, with `kill`, or with this object.
     """
 
-    def __init__(self, words: Sequence[str], folder: Path) -> None:
-        """Start it; OSError or ValueError where that fails, and the folder is then left to the caller."""
+    def __init__(self, words: Sequence[str]) -> None:
+        """Start it; OSError or ValueError where that fails."""
         pipe = subprocess.PIPE
         self._popen = subprocess.Popen(  # noqa: S603  the user's own command, and no shell reads it
             words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
         )
+        self.folder = Path(tempfile.mkdtemp(prefix="crdiff-scorer-"))
         stdin, stdout, stderr = self._popen.stdin, self._popen.stdout, self._popen.stderr
         assert stdin and stdout and stderr  # noqa: PT018  one fact
         self._stdin = stdin
         self._lines: queue.Queue[bytes | None] = queue.Queue(AHEAD)
         self._stderr: deque[bytes] = deque(maxlen=LAST_LINES)
-        self._is_deaf = threading.Event()
         self._readers = (
             _start_thread(_read_answers, stdout, self._lines),
             _start_thread(_read, stderr, self._stderr.append),
         )
-        self._end = weakref.finalize(self, _end, self._popen, self._readers, self._lines, folder)
+        self._end = weakref.finalize(self, _end, self._popen, self._readers, self._lines, self.folder)
 
     @property
     def running(self) -> bool:
@@ -66,23 +57,14 @@ class Program:
 
     def send(self, lines: Sequence[bytes]) -> None:
         """Write lines to it, as fast as it reads them; do not wait for that."""
-        _start_thread(_write, self._stdin, lines, self._is_deaf)
+        _start_thread(_write, self._stdin, lines)
 
-    def receive(self, seconds: float) -> bytes | Silence:
-        """Return its next line with the line's end, or the reason why no line came in time."""
-        end, is_deaf = time.monotonic() + seconds, False
-        while True:
-            left = end - time.monotonic()
-            try:
-                line = self._lines.get(timeout=max(0.0, min(0.1, left)))
-            except queue.Empty:
-                # It may still answer what it read before it closed its stdin.
-                if not is_deaf and (self._is_deaf.is_set() or _is_refused(self._stdin)):
-                    is_deaf, end = True, min(end, time.monotonic() + GRACE)
-                elif left <= 0:
-                    return Silence.DEAF if is_deaf else Silence.LATE
-            else:
-                return Silence.ENDED if line is None else line
+    def receive(self, seconds: float) -> bytes | None:
+        """Return its next line with the line's end, or None at the end of its stdout; TimeoutError if none comes."""
+        try:
+            return self._lines.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError from None
 
     def status(self) -> int | None:
         """Return how it ended, as `subprocess` says it; None where it runs on."""
@@ -126,22 +108,11 @@ def _read_answers(pipe: IO[bytes], lines: "queue.Queue[bytes | None]") -> None:
     lines.put(None)
 
 
-def _write(pipe: IO[bytes], lines: Sequence[bytes], is_deaf: threading.Event) -> None:
-    try:
+def _write(pipe: IO[bytes], lines: Sequence[bytes]) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the program or this side has closed the pipe
         for line in lines:
             pipe.write(line)
             pipe.flush()
-    except (OSError, ValueError):  # the program or this side has closed the pipe
-        is_deaf.set()
-
-
-def _is_refused(pipe: IO[bytes]) -> bool:
-    """Say whether the program can no longer read what is written, though the pipe may still have room for it."""
-    if pipe.closed or not hasattr(select, "poll"):
-        return False
-    poll = select.poll()
-    poll.register(pipe, 0)
-    return bool(poll.poll(0))
 
 
 def _kill(popen: "subprocess.Popen[bytes]") -> None:

@@ -1,13 +1,16 @@
-"""The protocol of a scorer, and a check of its answers: a finite score for each picture."""
+"""The protocol of a scorer, the scorer by a function, and a check of answers: a finite score for each picture."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from crdiff_export.errors import ScorerError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    # Gives a number for each picture and its prompt.
+    Compute = Callable[[Sequence[Image], Sequence[str]], Any]
 
 # A larger score is a fault; sums and squares of it would overflow.
 LARGEST: Final = 1e100
@@ -47,6 +50,34 @@ class Scorer(Protocol):
         ...
 
 
+class FunctionScorer:
+    """A scorer by a function, which gets at most `batch` pictures at once; `record` is its fingerprint."""
+
+    def __init__(self, record: dict[str, str], compute: "Compute", batch: int | None = None) -> None:
+        self.name = record["name"]
+        self._record, self._batch = record, batch
+        self._compute: Compute | None = compute
+
+    def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
+        assert self._compute
+        values: list[float] = []
+        batch = self._batch or len(images)
+        for start in range(0, len(images), batch):
+            answer = self._compute(images[start : start + batch], prompts[start : start + batch])
+            try:
+                values += answer
+            except TypeError as error:
+                message = f"{self.name}: gives {type(answer).__name__}, no list of numbers"
+                raise ScorerError(message, "Return one finite number for each picture.") from error
+        return [Score(value) for value in values]
+
+    def fingerprint(self) -> dict[str, str]:
+        return dict(self._record)
+
+    def close(self) -> None:
+        self._compute = None  # which may hold a network
+
+
 class Checked:
     """A scorer whose answers can be trusted: one for each picture, every number finite; ScorerError otherwise."""
 
@@ -55,11 +86,6 @@ class Checked:
         self._scorer = scorer
 
     def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
-        if len(images) != len(prompts):
-            message = f"{self.name}: {len(images)} pictures for {len(prompts)} prompts"
-            raise ScorerError(message, "Give one prompt for each picture.")
-        if not images:
-            return []
         scores = self._scorer.score(images, prompts)
         if not isinstance(scores, list) or not all(isinstance(score, Score) for score in scores):
             raise ScorerError(f"{self.name}: its answer is no list of scores", "Return one `Score` for each picture.")

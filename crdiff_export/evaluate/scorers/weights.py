@@ -5,24 +5,21 @@ into the Hub client's cache.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from crdiff_export.errors import CheckpointError, HubError, ScorerError
-from crdiff_export.evaluate.scorers.score import Score
 from crdiff_export.formats import torch_zip
 from crdiff_export.formats.text import did_you_mean, printable
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
     from torch import Tensor
 
-DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 PACKAGES: Final = ("torch", "transformers", "tokenizers", "numpy", "Pillow")
 # The errors of the Hub client for a file that is not in its cache and cannot be fetched.
 _NOT_HERE = ("LocalEntryNotFoundError", "OfflineModeIsEnabled")
@@ -41,27 +38,6 @@ class Repo:
 
 # Returns the path of a repository's file, or with None the folder of its small files: configurations and vocabularies.
 Fetch = Callable[[Repo, str | None], Path]
-
-
-class NetworkScorer:
-    """A scorer with a network; `compute` gives a number for each picture and its prompt."""
-
-    def __init__(
-        self, record: dict[str, str], compute: "Callable[[Sequence[Image], Sequence[str]], list[float]]"
-    ) -> None:
-        self.name = record["name"]
-        self._record = record
-        self._compute: Callable[[Sequence[Image], Sequence[str]], list[float]] | None = compute
-
-    def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
-        assert self._compute
-        return [Score(value) for value in self._compute(images, prompts)]
-
-    def fingerprint(self) -> dict[str, str]:
-        return dict(self._record)
-
-    def close(self) -> None:
-        self._compute = None  # which holds the network
 
 
 def fetch(repo: Repo, file: str | None) -> Path:
@@ -110,18 +86,16 @@ def transformers() -> Any:
 
 
 def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
-    """Return torch's device and dtype; ScorerError for an unknown dtype or a device that is not there."""
+    """Return torch's device and dtype; PlanError for a device that is not there, ScorerError for an unknown dtype."""
     transformers()
     import torch
 
-    if dtype not in DTYPES:
-        raise ScorerError(f"a scorer cannot compute in {dtype!r}", did_you_mean(dtype, tuple(DTYPES), "dtypes"))
-    try:
-        torch.zeros(1, device=device).sum().item()
-    except (RuntimeError, AssertionError) as error:
-        message = f"device {device}: {str(error).splitlines()[0]}"
-        raise ScorerError(message, "Use cpu, or a device that torch can reach.") from error
-    return torch.device(device), getattr(torch, DTYPES[dtype])
+    from crdiff_export.sampling import session
+
+    if dtype not in session.DTYPES:
+        hint = did_you_mean(dtype, tuple(session.DTYPES), "dtypes")
+        raise ScorerError(f"a scorer cannot compute in {dtype!r}", hint)
+    return torch.device(session.choose_device(device, offload=False)), session.DTYPES[dtype]
 
 
 def quiet() -> contextlib.AbstractContextManager[None]:
@@ -136,18 +110,15 @@ def read_pickle(path: Path) -> "dict[str, Tensor]":
     """Read the tensors of a torch pickle as data: nothing in it is run, whatever it names."""
     import torch
 
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
+    tensors: dict[str, Tensor] = {}
     try:
         source = torch_zip.open_pickle(path)
-        dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
-        reader = source.open()
-        tensors: dict[str, Tensor] = {}
-        try:
+        with contextlib.closing(source.open()) as reader:
             for spec in source.tensors:
                 data = bytearray(spec.end - spec.start)
                 reader.read_into(spec.start, memoryview(data))
                 tensors[spec.name] = torch.frombuffer(data, dtype=dtypes[spec.dtype]).reshape(spec.shape)
-        finally:
-            reader.close()
     except (CheckpointError, KeyError, OSError) as error:
         why = error.message if isinstance(error, CheckpointError) else f"{path}: a tensor is {error}"
         raise ScorerError(
@@ -172,8 +143,5 @@ def other_weights(source: str, problem: str) -> ScorerError:
 
 def fingerprint(name: str, device: str, dtype: str, **more: str) -> dict[str, str]:
     """Return the record of a scorer: its name, facts of its own, where it computes, and its libraries' versions."""
-    versions = {}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package.lower()] = version(package)
+    versions = {package.lower(): version(package) for package in PACKAGES}
     return {"name": name, **more, "device": device.partition(":")[0], "dtype": dtype, **versions}
