@@ -132,7 +132,7 @@ def measure(settings: Settings, size: str, criterion: str, which: str) -> str:
     )  # fmt: skip
     models = [finding.model for finding in evaluation.findings]
     record = {
-        "ratios": evaluation.subjects[0].ratios, "pairs": len(evaluation.pairs),
+        "ratios": evaluation.subjects[0].ratios, "pairs": len(evaluation.job.pairs),
         "scores": {model.name: model.values for model in models},
         "right": {f.model.name: f.right and f.right.value for f in evaluation.findings},
         "facts": evaluation.facts,

@@ -66,8 +66,8 @@ def evaluate(
         with out.stopper.watch(display) as progress:
             counted = measure(job, progress)
         evaluation = draw(job, counted, display)
-    out.show(_result(job, evaluation))  # before anything is written, for it took long
-    write(job, evaluation)
+    out.show(_result(evaluation))  # before anything is written, for it took long
+    write(evaluation)
     out.print(str(path) for path in job.outputs)
 
 
@@ -80,23 +80,24 @@ def _describe(job: EvaluateJob) -> list[str]:
     ]
 
 
-def _result(job: EvaluateJob, evaluation: Evaluation) -> Result:
+def _result(evaluation: Evaluation) -> Result:
     from crdiff_export.evaluate import report_text
 
     table = Table(*report_text.table(evaluation), report_text.NUMERIC)
-    return Result(_as_json(job, evaluation), [Facts(evaluation.facts), "", table], bare=[table], notes=evaluation.notes)
+    return Result(_as_json(evaluation), [Facts(evaluation.facts), "", table], bare=[table], notes=evaluation.notes)
 
 
-def _as_json(job: EvaluateJob, evaluation: Evaluation) -> dict[str, Any]:
+def _as_json(evaluation: Evaluation) -> dict[str, Any]:
+    job = evaluation.job
     sizes = [
         subject_json(evaluation, subject) | {
-            "ratios_for": str(subject.ratios_for), "ratios": subject.ratios,
-            "provenance": subject.variant.provenance, "ratios_from": subject.variant.source,
+            "ratios_for": str(subject.plan.size), "ratios": subject.ratios,
+            "provenance": subject.plan.variant.provenance, "ratios_from": subject.plan.variant.source,
         }
         for subject in evaluation.subjects
     ]  # fmt: skip
     return {
-        "base": evaluation.base, "family": evaluation.family, "native": str(evaluation.native),
+        "base": job.drawing.base.name, "family": job.plan.match.family.id, "native": str(job.drawing.native),
         "scorer": evaluation.scorer, "scorer_fingerprint": dict(evaluation.fingerprint),
         "facts": dict(evaluation.facts), "notes": [*job.notes, *evaluation.notes],
         "fid": dict(evaluation.fid) if evaluation.fid else None, "pairs": pairs_json(evaluation), "sizes": sizes,

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from crdiff_export.evaluate.results import Evaluation, Finding, Subject
+from crdiff_export.evaluate.request import Subject
+from crdiff_export.evaluate.results import Evaluation, Finding
 from crdiff_export.evaluate.statistics import Estimate
 
 
 def pairs_json(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Give the prompts, each with the seed of its noise."""
-    return [{"prompt": prompt, "seed": seed} for prompt, seed in evaluation.pairs]
+    return [{"prompt": prompt, "seed": seed} for prompt, seed in evaluation.job.pairs]
 
 
 def subject_json(evaluation: Evaluation, subject: Subject) -> dict[str, Any]:

@@ -70,33 +70,34 @@ def preview(
         with out.stopper.watch(display) as progress:
             source = measure(job, progress)
         made = write(draw(job, source, display))
-    files = [str(path) for path in made.files]
+    files = [str(path) for path in job.outputs]
     return Result(
         _as_json(made), [Facts((*made.facts, ("pictures", _times(made)))), *files], bare=files, notes=made.notes
     )
 
 
 def _describe(job: PreviewJob) -> list[str]:
-    rows, pictures = plural(job.rows, "row"), plural(job.rows * len(job.weights), "picture")
+    rows, pictures = plural(len(job.pairs), "row"), plural(len(job.pairs) * len(job.columns), "picture")
     return [f"{pictures}, {rows} of {', '.join(job.columns)}, {drawing.device_text(job)}"]
 
 
 def _times(made: Preview) -> str:
-    seconds = {w: [p.seconds for p in made.pictures if p.weight == w] for w in made.job.weights}
+    seconds = {w: [p.seconds for p in made.pictures if p.weight == w] for w in made.job.subject.weights}
     each = ", ".join(f"{model_name(weight)} {sum(times) / len(times):.1f} s" for weight, times in seconds.items())
     return f"{len(made.pictures)} ({each} each)"
 
 
 def _as_json(made: Preview) -> dict[str, Any]:
-    job = made.job
+    job, subject, style = made.job, made.job.subject, made.style
     return {
-        "files": [str(path) for path in made.files], "base": job.drawing.base.name, "family": job.plan.match.family.id,
-        "resolution": str(job.size), "native": str(job.drawing.native), "ratios": job.ratios,
+        "files": [str(path) for path in job.outputs], "base": job.drawing.base.name,
+        "family": subject.plan.match.family.id,
+        "resolution": str(subject.size), "native": str(job.drawing.native), "ratios": subject.ratios,
         "provenance": job.provenance, "ratios_from": job.ratios_from,
         "criterion": job.criterion, "baked": str(job.request.baked) if job.request.baked else None,
-        "columns": [{"name": model_name(weight), "poa_weight": weight} for weight in job.weights],
-        "poa_start": job.request.start, "poa_stop": job.request.stop, "steps": made.steps,
-        "guidance": made.guidance, "scheduler": made.scheduler, "negative": job.request.negative,
+        "columns": [{"name": model_name(weight), "poa_weight": weight} for weight in subject.weights],
+        "poa_start": job.request.start, "poa_stop": job.request.stop, "steps": style.steps,
+        "guidance": style.guidance, "scheduler": made.scheduler, "negative": job.request.negative,
         "device": job.drawing.device, "dtype": job.drawing.dtype,
         "pictures": [
             {"column": model_name(p.weight), "prompt": p.prompt, "seed": p.seed, "seconds": round(p.seconds, 3)}

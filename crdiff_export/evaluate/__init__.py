@@ -4,9 +4,11 @@ Begin with `run.py`, the story of `crdiff evaluate`; `preview/run.py` is that of
 `scorers/`, HTML pages, contact sheets and plots in `report/`. Importing this loads no torch, diffusers or Pillow.
 """
 
-from crdiff_export.evaluate.request import EvaluateJob, EvaluateRequest
-from crdiff_export.evaluate.results import Evaluation, Finding, Subject
-from crdiff_export.evaluate.run import draw, evaluate, measure, prepare, write
+from crdiff_export.evaluate.files import write
+from crdiff_export.evaluate.render import draw
+from crdiff_export.evaluate.request import EvaluateJob, EvaluateRequest, Subject
+from crdiff_export.evaluate.results import Evaluation, Finding
+from crdiff_export.evaluate.run import evaluate, measure, prepare
 from crdiff_export.evaluate.scorers import Scorer
 
 __all__ = [

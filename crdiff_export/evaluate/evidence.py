@@ -6,7 +6,8 @@ from importlib.metadata import version
 
 from crdiff_export.bake.metadata import tool_version
 from crdiff_export.evaluate.comparison import DENSE, PRUNED
-from crdiff_export.evaluate.results import Evaluation, Subject
+from crdiff_export.evaluate.request import Subject
+from crdiff_export.evaluate.results import Evaluation
 from crdiff_export.evaluate.statistics import Estimate
 from crdiff_export.models.recipe import Evidence, Scalar, Variant
 from crdiff_export.prune.criterion_choice import MAGNITUDE
@@ -24,11 +25,11 @@ def variant(evaluation: Evaluation, subject: Subject) -> Variant:
     Returns:
         The subject's variant. Ratios that were tuned for another size are only a starting point for this one.
     """
-    known = subject.variant
+    planned = subject.plan.variant
     if subject.is_borrowed:
-        source = f"{known.source}; those for {known.resolution}"
-        known = replace(known, provenance="starting-point", evidence=None, source=source)
-    return replace(known, resolution=subject.ratios_for, evidence=measured(evaluation, subject) or known.evidence)
+        source = f"{planned.source}; those for {planned.resolution}"
+        planned = replace(planned, provenance="starting-point", evidence=None, source=source)
+    return replace(planned, resolution=subject.plan.size, evidence=measured(evaluation, subject) or planned.evidence)
 
 
 def measured(evaluation: Evaluation, subject: Subject) -> Evidence | None:
@@ -42,26 +43,27 @@ def measured(evaluation: Evaluation, subject: Subject) -> Evidence | None:
         The means of the dense and the pruned model, the interval of their difference, and in `extra` the same of POA
         at the variant's weight, if that was drawn. None if nothing was pruned.
     """
+    job, planned = evaluation.job, subject.plan.variant
     by_weight = {finding.model.weight: finding for finding in evaluation.of(subject)}
     if PRUNED not in by_weight:
         return None
     pruned = by_weight[PRUNED]
     assert pruned.difference
     # An interval over the pictures of one prompt says nothing about others.
-    is_general = len(evaluation.prompts) > 1 or subject.variant.prompt is not None
+    is_general = len(evaluation.prompts) > 1 or planned.prompt is not None
     extra: dict[str, Scalar] = {}
-    amplified = by_weight.get(subject.variant.poa_weight)
+    amplified = by_weight.get(planned.poa_weight)
     if amplified and amplified.difference and amplified is not pruned:
         extra["poa"] = _rounded(amplified.mean.value)
         if is_general and (ends := _interval(amplified.difference)):
             extra |= {"poa_low": ends[0], "poa_high": ends[1]}
-    if evaluation.criterion != MAGNITUDE:
-        extra["criterion"] = evaluation.criterion
-    if evaluation.calibration:
-        extra["calibration"] = evaluation.calibration
-    pairs = "\n".join(f"{prompt}\t{seed}" for prompt, seed in evaluation.pairs)
+    if job.criterion.name != MAGNITUDE:
+        extra["criterion"] = job.criterion.name
+    if job.criterion.calibration:
+        extra["calibration"] = job.criterion.calibration.hash
+    pairs = "\n".join(f"{prompt}\t{seed}" for prompt, seed in job.pairs)
     extra |= {
-        "pictures": len(evaluation.pairs),
+        "pictures": len(job.pairs),
         "pairs_sha256": hashlib.sha256(pairs.encode()).hexdigest()[:16],
         "crdiff": tool_version(),
         "diffusers": version("diffusers"),

@@ -95,27 +95,21 @@ def choose(source: str | None, weights: Path | None, pictures: int) -> FidRefere
 
 
 class FidMeter:
-    """Measures the FID of one set of pictures after the other against the same reference."""
+    """Measures one set of pictures after the other by the same network.
+
+    `reference` are the moments of the reference; the FID of another set is its distance from them.
+    """
 
     def __init__(self, reference: FidReference, network: inception.Inception) -> None:
         self._reference = reference
         self._network = network
-        self._moments = self.moments()
+        self.reference = Moments()
         self._hash: str | None = None
-
-    def moments(self) -> Moments:
-        """Return the moments of an empty set."""
-        return Moments(inception.FEATURES)
 
     def add(self, moments: Moments, images: "Iterable[Image]") -> None:
         """Add pictures to a set."""
         for rows in self._network.features(images):
             moments.add(rows)
-
-    def set_reference(self, batches: "Iterable[Iterable[Image]]") -> None:
-        """Take these pictures as the reference."""
-        for images in batches:
-            self.add(self._moments, images)
 
     def read_reference(self, progress: Progress) -> None:
         """Take the folder's pictures as the reference; OptionError for a damaged one."""
@@ -130,12 +124,8 @@ class FidMeter:
                 yield image
                 progress.advance(1)
 
-        self.set_reference([images()])
+        self.add(self.reference, images())
         self._hash = digest.hexdigest()
-
-    def distance(self, moments: Moments) -> float:
-        """Return the FID of a set."""
-        return self._moments.distance(moments)
 
     def record(self, pictures: int) -> dict[str, Any]:
         """Return what the numbers depend on, for JSON."""

@@ -1,7 +1,7 @@
 """The files of an evaluation: a page with its pictures, a plot, a recipe that carries the evidence."""
 
 from collections.abc import Sequence
-from dataclasses import replace as with_changes
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -22,8 +22,15 @@ def check(paths: Sequence[Path], *, force: bool) -> tuple[Path, ...]:
     return files
 
 
-def write(evaluation: Evaluation, paths: Sequence[Path], *, replace: bool) -> None:
-    """Write all files or none."""
+def write(evaluation: Evaluation) -> None:
+    """Write the requested files, all or none; each has its name only once it is complete.
+
+    Args:
+        evaluation: What they show.
+
+    Raises:
+        BakeError: A file could not be written.
+    """
     from crdiff_export.evaluate import page, plot
 
     makers: outputs.Makers = {
@@ -32,13 +39,13 @@ def write(evaluation: Evaluation, paths: Sequence[Path], *, replace: bool) -> No
         ".svg": lambda: plot.render(evaluation, "svg"),
         ".toml": lambda: recipe_toml.dump(recipe(evaluation, "")),
     }
-    outputs.write(paths, makers, replace=replace)
+    outputs.write(evaluation.job.outputs, makers, replace=evaluation.job.request.force)
 
 
 def recipe(evaluation: Evaluation, name: str) -> Recipe:
     """Return the family's recipe with the variants that were measured, each with its evidence."""
-    family = recipe_files.by_alias(evaluation.family)
+    family = recipe_files.by_alias(evaluation.job.plan.match.family.id)
     assert family
     subjects = [subject for subject in evaluation.subjects if not subject.is_native_check]
     variants = tuple(evidence.variant(evaluation, subject) for subject in subjects)
-    return with_changes(family, variants=variants, name=name)
+    return replace(family, variants=variants, name=name)

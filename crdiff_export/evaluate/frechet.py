@@ -1,7 +1,7 @@
 """The Fréchet distance of two sets of rows, each taken for a normal distribution: with numpy alone, and no row kept."""
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,12 +13,10 @@ if TYPE_CHECKING:
 class Moments:
     """The mean [width] and the covariance [width, width] of rows that come in parts, in memory that does not grow."""
 
-    def __init__(self, width: int) -> None:
-        import numpy as np
-
+    def __init__(self) -> None:
         self.count = 0
-        self.mean: Grid = np.zeros(width)
-        self._scatter: Grid = np.zeros((width, width))
+        self.mean: Any = 0.0  # until the first rows say how wide they are
+        self._scatter: Any = 0.0
 
     def add(self, rows: "Grid") -> None:
         """Add rows.
@@ -31,7 +29,7 @@ class Moments:
         """
         mean = rows.mean(0)
         centred, apart, total = rows - mean, mean - self.mean, self.count + len(rows)
-        self._scatter += centred.T @ centred
+        self._scatter = self._scatter + centred.T @ centred
         self._scatter += (self.count * len(rows) / total) * (apart[:, None] * apart)
         self.mean = self.mean + apart * (len(rows) / total)
         self.count = total
@@ -40,7 +38,8 @@ class Moments:
     def covariance(self) -> "Grid":
         """The unbiased covariance, as `numpy.cov` has it; there must be two rows at least."""
         assert self.count > 1
-        return self._scatter / (self.count - 1)
+        covariance: Grid = self._scatter / (self.count - 1)
+        return covariance
 
     @cached_property
     def root(self) -> "Grid":

@@ -10,7 +10,8 @@ from crdiff_export.evaluate import plot, report_text
 from crdiff_export.evaluate.comparison import Facts
 from crdiff_export.evaluate.report import ContactSheet, SheetPicture, SheetRow, page
 from crdiff_export.evaluate.report.page import PageSection
-from crdiff_export.evaluate.results import Evaluation, Subject
+from crdiff_export.evaluate.request import Subject
+from crdiff_export.evaluate.results import Evaluation
 from crdiff_export.formats.text import printable
 
 # Pictures of each subject.
@@ -20,7 +21,7 @@ SHOWN: Final = 8
 def render(evaluation: Evaluation) -> str:
     """Render the page."""
     notes = [("note", printable(text, limit=1000)) for text in evaluation.notes]
-    title = f"{printable(evaluation.base)}: dense, pruned and POA"
+    title = f"{printable(evaluation.job.drawing.base.name)}: dense, pruned and POA"
     return page.render(title, (*evaluation.facts, *notes), list(_sections(evaluation)))
 
 
@@ -39,7 +40,7 @@ def differences(evaluation: Evaluation, subject: Subject, title: str, facts: Fac
     models = [finding.model for finding in evaluation.of(subject)]
     rows = []
     for index in evaluation.most_different(subject, SHOWN):
-        prompt, seed = evaluation.pairs[index]
+        prompt, seed = evaluation.job.pairs[index]
         scores = ", ".join(f"{model.name} {model.scores[index].value:.4g}" for model in models)
         pictures = tuple(SheetPicture(_image(model.images[index])) for model in models)
         rows.append(SheetRow(f"{prompt} ({scores})", seed, pictures))

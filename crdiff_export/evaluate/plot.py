@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from crdiff_export.evaluate.report import plots
-from crdiff_export.evaluate.results import Evaluation, Finding, Subject
+from crdiff_export.evaluate.request import Subject
+from crdiff_export.evaluate.results import Evaluation, Finding
 from crdiff_export.formats.text import printable
 
 COLOURS: Final = (plots.GREY, plots.BLUE, plots.ORANGE, plots.GREEN, plots.PINK, plots.YELLOW)
@@ -59,5 +60,5 @@ def _order(subject: Subject) -> tuple[int, float, bool]:
 
 
 def _label(evaluation: Evaluation, subject: Subject) -> str:
-    native = "\nnative" if subject.size == evaluation.native else ""
-    return f"{subject.size}{native}" + (f"\nratios for {subject.ratios_for}" if subject.is_native_check else "")
+    native = "\nnative" if subject.size == evaluation.job.drawing.native else ""
+    return f"{subject.size}{native}" + (f"\nratios for {subject.plan.size}" if subject.is_native_check else "")

@@ -2,71 +2,64 @@
 
 import io
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from crdiff_export.evaluate import comparison, fid, scorers
 from crdiff_export.evaluate.comparison import DENSE, Renderer, black_note
-from crdiff_export.evaluate.request import EvaluateJob
-from crdiff_export.evaluate.results import Evaluation, ModelScores, Subject
+from crdiff_export.evaluate.frechet import Moments
+from crdiff_export.evaluate.request import EvaluateJob, Subject
+from crdiff_export.evaluate.results import Evaluation, ModelScores
 from crdiff_export.progress import Progress
 from crdiff_export.prune import criterion_choice
 from crdiff_export.sampling import poa
-from crdiff_export.sampling.session import Placement, Session, Style, open_session
 from crdiff_export.sizes import Size
 from crdiff_export.verify.inspect import provenance
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from crdiff_export.sampling.session import Session, Style
+
 # How many pictures of a model at a size are kept to be shown: more do not fit in memory, nor on a page.
 SHOWN = 64
 ADVICE = "a smaller --batch, or --scorer-device cpu"
 
 
-def draw_and_score(job: EvaluateJob, counted: poa.BaseRanking, progress: Progress) -> Evaluation:
-    """Draw every picture and score it.
+def draw(job: EvaluateJob, counted: poa.BaseRanking, progress: Progress) -> Evaluation:
+    """Open the base once, draw every model at every size with it, and score the pictures.
 
     Args:
-        job: The job.
-        counted: The thresholds or masks of the pruned models.
+        job: A prepared job.
+        counted: What `measure` returned.
         progress: Is told the passes of the model.
 
     Returns:
-        All scores.
+        All scores, and what they show.
 
     Raises:
         CrdiffError: The pipeline or the scorer cannot be opened, or fails.
     """
-    drawing, criterion = job.drawing, job.criterion
-    place = Placement(drawing.device, drawing.dtype, advice=ADVICE)
-    scorer = scorers.load(job.scorer, job.scorer_device)
-    try:
+    from crdiff_export.sampling.session import Placement, open_session
+
+    drawing = job.drawing
+    placement = Placement(drawing.device, drawing.dtype, advice=ADVICE)
+    with ExitStack() as stack:
+        scorer = scorers.load(job.scorer, job.scorer_device)
+        stack.callback(scorer.close)
         fingerprint = scorer.fingerprint()
         meter = fid.open_meter(job.fid, job.scorer_device, progress)
-        with open_session(drawing.opening, job.plan.match.family.id, place, drawing.base.name) as pipeline:
-            renderer = Renderer(pipeline, job.request, progress, job.batch)
-            scoring = _ScoringRenderer(job, renderer, scorer, meter, counted)
-            models = scoring.draw_all()
-            facts = comparison.printable_facts(_facts(job, renderer.style(drawing.native), pipeline))
-        return Evaluation(
-            base=drawing.base.name,
-            family=job.plan.match.family.id,
-            native=drawing.native,
-            pairs=job.pairs,
-            pictures=job.request.pictures,
-            scorer=scorer.name,
-            fingerprint=fingerprint,
-            models=models,
-            facts=facts,
-            notes=(*scoring.notes, *black_note(scoring.black, job.pictures - len(job.reference_pairs))),
-            fid=meter.record(len(job.pairs)) if meter else None,
-            criterion=criterion.name,
-            calibration=criterion.calibration.hash if criterion.calibration else None,
+        session = stack.enter_context(
+            open_session(drawing.opening, job.plan.match.family.id, placement, drawing.base.name)
         )
-    finally:
-        scorer.close()
+        renderer = Renderer(session, job.request, progress, job.batch)
+        scoring = _ScoringRenderer(job, renderer, scorer, meter, counted)
+        models = scoring.draw_all()
+        facts = comparison.printable_facts(_facts(job, renderer.style(drawing.native), session))
+        notes = (*scoring.notes, *black_note(scoring.black, job.pictures - len(job.reference_pairs)))
+        record = meter.record(len(job.pairs)) if meter else None
+        return Evaluation(job, scorer.name, fingerprint, models, facts, notes, record)
 
 
 class _ScoringRenderer:
@@ -87,10 +80,9 @@ class _ScoringRenderer:
         dense = len({subject.size for subject in job.subjects}) + bool(job.reference_pairs)
         pruned = [weight for subject in job.subjects for weight in subject.weights if weight != DENSE]
         self._renderer.start(len(job.pairs), [DENSE] * dense + pruned, job.drawing.native)
-        if job.reference_pairs:
+        for _, images, _ in self._renderer.draw(job.reference_pairs, job.drawing.native, DENSE):
             assert self._meter
-            batches = self._renderer.draw(job.reference_pairs, job.drawing.native, DENSE)
-            self._meter.set_reference(images for _, images, _ in batches)
+            self._meter.add(self._meter.reference, images)
         return tuple(self._draw_model(subject, weight) for subject in job.subjects for weight in subject.weights)
 
     def _draw_model(self, subject: Subject, weight: float) -> ModelScores:
@@ -100,16 +92,16 @@ class _ScoringRenderer:
         seconds = 0.0
         scores: list[scorers.Score] = []
         shown: list[bytes] = []
-        moments = self._meter.moments() if self._meter else None
+        moments = Moments()
         with self._pruned(subject, weight):
             for pairs, images, took in self._renderer.draw(self._job.pairs, subject.size, weight):
                 seconds += took
                 self.black += sum(not image.getbbox() for image in images)
                 scores += self._scorer.score(images, [prompt for prompt, _ in pairs])
                 shown += map(_png, images[: SHOWN - len(shown)])
-                if self._meter and moments:
+                if self._meter:
                     self._meter.add(moments, images)
-        distance = self._meter.distance(moments) if self._meter and moments else None
+        distance = self._meter.reference.distance(moments) if self._meter else None
         model = ModelScores(subject, weight, tuple(scores), tuple(shown), seconds, distance)
         if weight == DENSE:
             self._dense[subject.size] = model
@@ -122,10 +114,10 @@ class _ScoringRenderer:
         source = self._counted.source(subject.plan)
         self.notes |= dict.fromkeys(source.notes)
         layers = set(source.masks.diffusers)
-        is_known = layers <= self._checked
+        check = not layers <= self._checked
         self._checked |= layers
         session = self._renderer.session
-        return poa.enabled(session.pipe, source, weight, check=not is_known, keep=session.has_room())
+        return poa.enabled(session.pipe, source, weight, check=check, keep=session.has_room())
 
 
 def _png(image: "Image") -> bytes:
@@ -134,7 +126,7 @@ def _png(image: "Image") -> bytes:
     return stream.getvalue()
 
 
-def _facts(job: EvaluateJob, style: Style, pipeline: Session) -> Iterator[tuple[str, str]]:
+def _facts(job: EvaluateJob, style: "Style", session: "Session") -> Iterator[tuple[str, str]]:
     """Yield what everyone who sees the numbers should know."""
     request, drawing, criterion = job.request, job.drawing, job.criterion
     yield "base", f"{drawing.base.name} ({job.plan.match.family.title}), native {drawing.native}"
@@ -143,12 +135,13 @@ def _facts(job: EvaluateJob, style: Style, pipeline: Session) -> Iterator[tuple[
     yield "pictures", f"{prompts} prompts, {request.pictures} of each, seeds from {request.seed}"
     for subject in job.subjects:
         if not subject.is_native_check:
-            origin = provenance(subject.variant.provenance, subject.variant.source)
-            yield f"ratios for {subject.ratios_for}", f"{comparison.ratios_text(subject.plan)}: {origin}"
+            variant = subject.plan.variant
+            origin = provenance(variant.provenance, variant.source)
+            yield f"ratios for {subject.plan.size}", f"{comparison.ratios_text(subject.plan)}: {origin}"
     if criterion.name != criterion_choice.MAGNITUDE:
         size = f", calibrated at {criterion.calibration.size}" if criterion.calibration else ""
         yield "criterion", criterion.name + size
-    yield from comparison.sampling_facts(style, pipeline)
+    yield from comparison.sampling_facts(style, session)
     of = "prompts" if prompts > 1 else "the pictures of this one prompt, which says nothing about others"
     yield "intervals", f"95 % each, so that one of 20 misses; over {of}; differences are paired, picture by picture"
     if job.fid:

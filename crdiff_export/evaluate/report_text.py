@@ -4,7 +4,8 @@ import math
 from typing import Final
 
 from crdiff_export.evaluate.comparison import DENSE
-from crdiff_export.evaluate.results import Evaluation, Finding, Subject
+from crdiff_export.evaluate.request import Subject
+from crdiff_export.evaluate.results import Evaluation, Finding
 from crdiff_export.evaluate.statistics import Estimate
 
 COLUMNS: Final = ("size", "model", "score", "95 %", "right", "FID", "minus dense", "95 % of it", "which shows")
@@ -21,8 +22,8 @@ def where(evaluation: Evaluation, subject: Subject) -> str:
     Returns:
         Its size, and the size that its ratios are for if that is another.
     """
-    native = " (native)" if subject.size == evaluation.native else ""
-    return f"{subject.size}{native}" + (f", ratios for {subject.ratios_for}" if subject.is_native_check else "")
+    native = " (native)" if subject.size == evaluation.job.drawing.native else ""
+    return f"{subject.size}{native}" + (f", ratios for {subject.plan.size}" if subject.is_native_check else "")
 
 
 def table(evaluation: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -1,11 +1,12 @@
 """What to evaluate, and everything that is decided before a weight is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from crdiff_export.evaluate.comparison import ComparisonRequest, Pair
+from crdiff_export.evaluate.comparison import DENSE, ComparisonRequest, Pair, model_weights
 from crdiff_export.evaluate.fid import FidReference
-from crdiff_export.evaluate.results import Subject
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sampling.drawing_setup import DrawingSetup
@@ -31,6 +32,48 @@ class EvaluateRequest(ComparisonRequest):
     scorer_device: str | None = None
     fid: str | None = None
     fid_weights: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """A size to draw at, and the plan of the pruned model that is drawn, which may be for another size.
+
+    `weights` are the POA weights of its models. A plan that prunes nothing has the dense model alone.
+    """
+
+    size: Size
+    plan: Plan
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of_plan(cls, size: Size, plan: Plan, weights: Sequence[float]) -> Self:
+        """Make the subject of a plan at a size.
+
+        Args:
+            size: The size to draw at.
+            plan: The plan of the pruned model.
+            weights: POA weights to draw with; without any, the variant's own.
+
+        Returns:
+            The subject.
+        """
+        prunes = any(scope.rank for scope in plan.scopes)
+        return cls(size, plan, model_weights(weights or (plan.variant.poa_weight,)) if prunes else (DENSE,))
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """The share of each group that the pruned model lacks."""
+        return {group: self.plan.ratio(group) for group in self.plan.groups}
+
+    @property
+    def is_borrowed(self) -> bool:
+        """Whether the variant is a recipe's for another size, taken because there was none for this one."""
+        return self.plan.variant.resolution != self.plan.size
+
+    @property
+    def is_native_check(self) -> bool:
+        """Whether this shows what the ratios for another size do at the native size."""
+        return self.size != self.plan.size
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,9 +99,20 @@ def difference(scores: Sequence[Sequence[float]], others: Sequence[Sequence[floa
     return estimate
 
 
-def share(hits: int, total: int) -> Estimate:
-    """Estimate a share of pictures by its score interval (Wilson 1927), which is sound near 0 and 1, too."""
-    part = hits / total
+def share(grades: Sequence[Sequence[float]]) -> Estimate:
+    """Estimate a share of pictures.
+
+    Args:
+        grades: [prompt][picture], each 0 or 1, with the same number of pictures for each prompt.
+
+    Returns:
+        The share. Of one picture for each prompt it has a score interval (Wilson 1927), which is sound near 0 and 1,
+        too; of more it is estimated as a mean.
+    """
+    if len(grades[0]) > 1:
+        return mean(grades)
+    total = len(grades)
+    part = sum(grade for (grade,) in grades) / total
     spread = _Z * math.sqrt(part * (1 - part) / total + _Z**2 / (4 * total**2))
     middle, scale = part + _Z**2 / (2 * total), 1 + _Z**2 / total
     return Estimate(part, max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale))

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from crdiff_export import evaluate
 from crdiff_export.evaluate import evidence, scorers
-from crdiff_export.evaluate.results import Subject
+from crdiff_export.evaluate.request import Subject
 from crdiff_export.formats.text import printable
 from crdiff_export.models.recipe import Evidence, Scalar, Variant
 from crdiff_export.progress import Progress

@@ -22,7 +22,7 @@ def contact_sheet(result: SearchResult, size: Size) -> ContactSheet:
     evaluation = result.evaluation
     assert evaluation
     subject = next(subject for subject in evaluation.subjects if subject.size == size)
-    title = f"{evaluation.base} at {size}: where the models differ most"
+    title = f"{evaluation.job.drawing.base.name} at {size}: where the models differ most"
     return evaluation_page.differences(evaluation, subject, title, report_text.facts(result))
 
 

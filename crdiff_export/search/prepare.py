@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from crdiff_export.errors import OptionError, SearchError
+from crdiff_export.errors import SearchError
 from crdiff_export.evaluate import scorers
 from crdiff_export.export import ExportRequest
-from crdiff_export.hub import bases
-from crdiff_export.models.demo.scenes import Scene
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sampling import drawing_setup, pipelines, request_checks
@@ -54,7 +52,7 @@ def prepare(request: SearchRequest) -> SearchJob:
     check_request(request)
     _check_packages()
     budget = choose_budget(request)
-    scorer = _choose_scorer(request)
+    scorer = scorers.choose(request.scorer, request.base)
     pipelines.check_packages(offload=False)
     criterion = CriterionChoice.of(request.criterion, request.calibration)
     base = drawing_setup.read_base(request)
@@ -67,7 +65,8 @@ def prepare(request: SearchRequest) -> SearchJob:
         criterion,
     )  # fmt: skip
     pairs = choose_pairs(request)
-    _check_pairs(pairs, scorer)
+    scorers.check_prompts(scorer, [prompt for prompt, _ in (*pairs.search, *pairs.check)])
+    request_checks.check_seeds(pairs.check[-1][1], "--noise")
     setup, setup_notes = choose_setup(request, plan, len(pairs.search), scorer)
     stem = files.name_stem(base.base.stem or base.checkpoint.stem, request)
     outputs = files.check_outputs(request, stem)
@@ -94,21 +93,3 @@ def _check_packages() -> None:
     if missing:
         hint = "Install it: pip install 'crdiff-export[search]'."
         raise SearchError(f"a search needs {', '.join(missing)}, which is not installed", hint)
-
-
-def _choose_scorer(request: SearchRequest) -> str:
-    """Return the scorer, which the built-in model brings; a CrdiffError for an unknown or a missing one."""
-    if request.scorer:
-        scorers.check(request.scorer)
-    elif request.base != bases.BUILT_IN:
-        names = ", ".join(scorers.names())
-        raise OptionError("there is no scorer", f"Give --scorer: {names}, module:function or command:PROGRAM.")
-    return request.scorer or "demo"
-
-
-def _check_pairs(pairs: PromptPairs, scorer: str) -> None:
-    """Refuse prompts that the scorer cannot judge, and seeds that torch does not tell apart."""
-    if "demo" in (name for _, name in scorers.parse(scorer)):
-        for prompt, _ in (*pairs.search, *pairs.check):
-            Scene.parse(prompt)
-    request_checks.check_seeds(pairs.check[-1][1], "--noise")

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from crdiff_export.evaluate.results import Evaluation, Finding, Subject
+from crdiff_export.evaluate.request import Subject
+from crdiff_export.evaluate.results import Evaluation, Finding
 from crdiff_export.evaluate.statistics import Verdict
 from crdiff_export.hub import bases
 from crdiff_export.models import recipe_files
@@ -38,7 +39,7 @@ class SearchResult:
         """The check's finding on the searched model: the pruned one, or POA at the weight of the best trial."""
         if not (self.evaluation and self.subject):
             return None
-        weight = self.subject.variant.poa_weight
+        weight = self.subject.plan.variant.poa_weight
         return next(finding for finding in self.evaluation.of(self.subject) if finding.model.weight == weight)
 
     @property

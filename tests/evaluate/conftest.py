@@ -1,4 +1,4 @@
-"""What the tests of evaluations share: one evaluation that really draws, and command lines."""
+"""What the tests of evaluations share: one evaluation that really draws, noise for pictures, and command lines."""
 
 import shlex
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from crdiff_export.evaluate import Evaluation, evaluate
-from tests.support.evaluating import REQUEST, Line
+from crdiff_export.sampling.session import Session
+from tests.support.evaluating import REQUEST, Line, noise_for_pictures
 from tests.support.isolation import Crdiff
 
 
@@ -25,3 +26,9 @@ def evaluation() -> Evaluation:
 def line(crdiff: Crdiff, here: Path) -> Line:
     """Runs a command line that is written as in a shell."""
     return lambda text: crdiff(*shlex.split(text))
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise in place of pictures."""
+    monkeypatch.setattr(Session, "draw", noise_for_pictures)

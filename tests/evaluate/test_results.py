@@ -17,6 +17,7 @@ from crdiff_export.evaluate.results import ModelScores
 from crdiff_export.evaluate.scorers import Score
 from crdiff_export.models import recipe_files
 from crdiff_export.models.recipe import Evidence, Variant
+from tests.support.evaluating import of_pairs
 
 WITHOUT_FID = tuple(name for name in report_text.COLUMNS if name != "FID")
 
@@ -39,12 +40,12 @@ def with_variant(subject: Subject, variant: Variant) -> Subject:
 
 def revariant(evaluation: Evaluation, **changes: Any) -> Evaluation:
     """The same evaluation of variants with some changes."""
-    subjects = {old: with_variant(old, replace(old.variant, **changes)) for old in evaluation.subjects}
+    subjects = {old: with_variant(old, replace(old.plan.variant, **changes)) for old in evaluation.subjects}
     return replace(evaluation, models=tuple(replace(m, subject=subjects[m.subject]) for m in evaluation.models))
 
 
-def without_pictures(html: str) -> str:
-    return re.sub(r"base64,[^\"]*", "", html)
+def write(evaluation: Evaluation, path: Path) -> None:
+    files.write(replace(evaluation, job=replace(evaluation.job, outputs=(path,))))
 
 
 # --- the table ---
@@ -57,7 +58,8 @@ def test_words_follow_the_interval(gain: float, verdict: str, evaluation: Evalua
     assert "right" not in columns  # this scorer has no such part
     assert [row[columns.index("which shows")] for row in rows] == ["", verdict, verdict] * 2
     others = {"better", "worse", "no difference shown", "too few"} - {verdict}
-    assert not [word for word in others if word in without_pictures(page.render(made))]
+    words = re.sub(r"base64,[^\"]*", "", page.render(made))
+    assert not [word for word in others if word in words]
 
 
 def test_table_has_a_row_for_each_model(evaluation: Evaluation) -> None:
@@ -79,7 +81,7 @@ def test_small_scales_have_more_digits(evaluation: Evaluation) -> None:
 def test_right_pictures_of_a_prompt_are_no_independent_evidence(evaluation: Evaluation) -> None:
     scores = tuple(Score(float(i < 4), {"right": float(i < 4)}) for i in range(10) for _ in range(4))
     model = replace(evaluation.models[0], scores=scores)
-    made = replace(evaluation, models=(model,), pictures=4, pairs=tuple((str(i // 4), i) for i in range(40)))
+    made = of_pairs(replace(evaluation, models=(model,)), [(str(i // 4), i) for i in range(40)], 4)
     (finding,) = made.findings
     assert finding.right == finding.mean
     for last in (Score(0.0, {"right": 0.5}), Score(0.0)):
@@ -108,55 +110,57 @@ def test_most_different_are_the_worst_and_the_best(evaluation: Evaluation) -> No
 
 def test_recipe_carries_the_evidence(evaluation: Evaluation, tmp_path: Path) -> None:
     path, evaluation = tmp_path / "measured.toml", revariant(evaluation, poa_weight=1.5)
-    files.write(evaluation, (path,), replace=False)
+    write(evaluation, path)
     made = recipe_files.load(path)
     assert (made.family, made.name) == ("demo", "measured.toml")
     assert [variant.resolution for variant in made.variants] == [subject.size for subject in evaluation.subjects]
     findings = zip(*[iter(evaluation.findings)] * 3, strict=True)
     for variant, (dense, pruned, amplified) in zip(made.variants, findings, strict=True):
-        known = variant.evidence
-        assert known
+        measured = variant.evidence
+        assert measured
         assert pruned.difference
         assert variant.provenance == "starting-point"  # the ratios were given
         assert variant.ratios == dict.fromkeys(("down", "mid", "up"), 0.4)
-        assert (known.scorer, known.prompts, known.extra["pictures"]) == ("demo", 8, 8)
-        assert (known.dense, known.pruned) == pytest.approx((dense.mean.value, pruned.mean.value), rel=1e-5)
-        assert known.interval == pytest.approx((pruned.difference.low, pruned.difference.high), rel=1e-5)
-        assert known.extra["poa"] == pytest.approx(amplified.mean.value, rel=1e-5)
+        assert (measured.scorer, measured.prompts, measured.extra["pictures"]) == ("demo", 8, 8)
+        assert (measured.dense, measured.pruned) == pytest.approx((dense.mean.value, pruned.mean.value), rel=1e-5)
+        assert measured.interval == pytest.approx((pruned.difference.low, pruned.difference.high), rel=1e-5)
+        assert measured.extra["poa"] == pytest.approx(amplified.mean.value, rel=1e-5)
 
 
 def test_ratios_for_another_size_are_a_starting_point(evaluation: Evaluation) -> None:
     subject = evaluation.subjects[0]
     searched = replace(
-        subject.variant, resolution=Size(96, 64), provenance="searched", source="a search", evidence=Evidence("s", 1.0)
-    )
+        subject.plan.variant, resolution=Size(96, 64), provenance="searched", source="a search",
+        evidence=Evidence("s", 1.0),
+    )  # fmt: skip
     made = evidence.variant(evaluation, with_variant(subject, searched))
     assert (made.provenance, made.source) == ("starting-point", "a search; those for 96x64")
     assert made.resolution == subject.size
-    own = evidence.variant(evaluation, with_variant(subject, replace(searched, resolution=subject.ratios_for)))
+    own = evidence.variant(evaluation, with_variant(subject, replace(searched, resolution=subject.plan.size)))
     assert (own.provenance, own.source) == ("searched", "a search")
 
 
 def test_a_variant_that_prunes_nothing_keeps_its_evidence(evaluation: Evaluation, tmp_path: Path) -> None:
     subject = evaluation.subjects[0]
-    known = replace(subject.variant, resolution=subject.size, provenance="searched", evidence=Evidence("s", 1.0))
-    alone = replace(with_variant(subject, known), weights=(0.0,))
+    searched = replace(
+        subject.plan.variant, resolution=subject.size, provenance="searched", evidence=Evidence("s", 1.0)
+    )
+    alone = replace(with_variant(subject, searched), weights=(0.0,))
     dense = replace(evaluation, models=(replace(evaluation.models[0], subject=alone),))
     assert evidence.measured(dense, alone) is None
-    files.write(dense, (tmp_path / "d.toml",), replace=False)
+    write(dense, tmp_path / "d.toml")
     assert recipe_files.load(tmp_path / "d.toml").variants[0].evidence == Evidence("s", 1.0)
 
 
 def test_one_prompt_is_no_evidence_for_others(evaluation: Evaluation) -> None:
-    single = replace(evaluation, pairs=tuple(("a", seed) for _, seed in evaluation.pairs), pictures=8)
-    subject = single.subjects[0]
-    known = evidence.measured(single, subject)
-    assert known
-    assert (known.prompts, known.interval, "poa_low" in known.extra) == (1, None, False)
+    single = of_pairs(evaluation, [("a", seed) for _, seed in evaluation.job.pairs], 8)
+    measured = evidence.measured(single, single.subjects[0])
+    assert measured
+    assert (measured.prompts, measured.interval, "poa_low" in measured.extra) == (1, None, False)
     single = revariant(single, prompt="a")
-    known = evidence.measured(single, single.subjects[0])
-    assert known
-    assert known.interval
+    measured = evidence.measured(single, single.subjects[0])
+    assert measured
+    assert measured.interval
 
 
 # --- the page and the plot ---
@@ -174,10 +178,11 @@ def test_page_has_the_pictures_and_nothing_from_elsewhere(evaluation: Evaluation
 
 
 def test_names_are_shown_as_they_are(evaluation: Evaluation) -> None:
-    odd = replace(
-        evaluation, scorer="command:sh -c '$1_{x$ <script>\x1b'", base="<script>alert(1)</script>\x1b[2J",
-        notes=("<script>",), pairs=tuple((f"<script>{prompt}", seed) for prompt, seed in evaluation.pairs),
-    )  # fmt: skip
+    job = evaluation.job
+    base = replace(job.drawing.base, name="<script>alert(1)</script>\x1b[2J")
+    pairs = tuple((f"<script>{prompt}", seed) for prompt, seed in job.pairs)
+    job = replace(job, drawing=replace(job.drawing, base=base), pairs=pairs)
+    odd = replace(evaluation, job=job, scorer="command:sh -c '$1_{x$ <script>\x1b'", notes=("<script>",))
     html = page.render(odd)
     assert "<script" not in html
     assert "\x1b" not in html

@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from crdiff_export import ExportRequest, Size, export
 from crdiff_export.cli.signals import Stopped
 from crdiff_export.errors import PreviewError
 from crdiff_export.evaluate import EvaluateRequest, Evaluation, evaluate, evidence, measure, prepare, render
+from crdiff_export.evaluate.results import ModelScores
 from crdiff_export.evaluate.scorers import inception
 from crdiff_export.evaluate.scorers.demo_scorer import judge
 from crdiff_export.models import demo, recipe_files, recipe_toml
@@ -29,8 +29,8 @@ from crdiff_export.progress import Silent
 from crdiff_export.sampling import poa, prompts, session
 from crdiff_export.sampling.session import Session
 from tests.support import makers
-from tests.support.evaluating import REQUEST, Line
-from tests.support.messages import check, refused
+from tests.support.evaluating import REQUEST, Line, draw_plainly, of_pairs, open_plainly
+from tests.support.messages import raises, refused
 
 SMALL, NATIVE = REQUEST.sizes
 ONE = replace(REQUEST, sizes=(SMALL,), limit=1, steps=1, native=False)
@@ -41,10 +41,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def write_recipe(path: Path, *variants: dict[str, Any]) -> Path:
     """A recipe of the demo model with variants that differ from its first."""
-    known = recipe_files.by_alias("demo")
-    assert known
-    made: tuple[Variant, ...] = tuple(replace(known.variants[0], **changes) for changes in variants)
-    path.write_text(recipe_toml.dump(replace(known, variants=made)))
+    recipe = recipe_files.by_alias("demo")
+    assert recipe
+    made: tuple[Variant, ...] = tuple(replace(recipe.variants[0], **changes) for changes in variants)
+    path.write_text(recipe_toml.dump(replace(recipe, variants=made)))
     return path
 
 
@@ -52,16 +52,16 @@ def write_recipe(path: Path, *variants: dict[str, Any]) -> Path:
 
 
 def test_every_picture_has_its_own_noise_and_all_models_the_same(evaluation: Evaluation) -> None:
-    assert evaluation.pairs == tuple(zip(prompts.held_out(8), range(8), strict=True))
+    assert evaluation.job.pairs == tuple(zip(prompts.held_out(8), range(8), strict=True))
     twice = prepare(replace(REQUEST, pictures=2, limit=3, seed=5)).pairs
     assert [seed for _, seed in twice] == [5, 6, 7, 8, 9, 10]
     assert [prompt for prompt, _ in twice] == [prompt for prompt in prompts.held_out(3) for _ in range(2)]
-    assert replace(evaluation, pictures=2).by_prompt([1, 2, 3, 4]) == [[1, 2], [3, 4]]
+    assert of_pairs(evaluation, evaluation.job.pairs, 2).by_prompt([1, 2, 3, 4]) == [[1, 2], [3, 4]]
 
 
 def test_every_size_has_every_model_and_the_native_size_is_checked() -> None:
     def subjects(request: EvaluateRequest) -> list[tuple[str, str, tuple[float, ...]]]:
-        return [(str(s.size), str(s.ratios_for), s.weights) for s in prepare(request).subjects]
+        return [(str(s.size), str(s.plan.size), s.weights) for s in prepare(request).subjects]
 
     models = (0.0, 1.0, 1.5)
     # Here the native size is asked for, with the same ratios.
@@ -82,52 +82,29 @@ def test_sizes_with_other_targets_are_pruned_as_an_export_prunes_them(tmp_path: 
     # The last is a check of the native size.
     assert [subject.plan.kinds for subject in job.subjects] == [*targets, ("attn",)]
     for subject in job.subjects:
-        own = ExportRequest("demo", subject.ratios_for, recipe=recipe)
+        own = ExportRequest("demo", subject.plan.size, recipe=recipe)
         assert counted.source(subject.plan).masks == poa.from_recipe(own).masks
 
 
 # --- the pictures and their scores ---
 
 
-def draw_plainly(
-    file: Path, size: Size, pairs: tuple[tuple[str, int], ...], steps: int, source: Path | None = None
-) -> list[bytes]:
-    """What diffusers draws of a file; with POA at 1.5 where a baked file says of what."""
-    import diffusers
-
-    with warnings.catch_warnings(action="ignore"):
-        pipe = diffusers.StableDiffusionPipeline.from_single_file(
-            str(file), config=str(demo.config()), local_files_only=True
-        )
-    pipe.set_progress_bar_config(disable=True)
-    if source:
-        poa.enable(pipe, source, 1.5)
-    images = pipe(
-        [prompt for prompt, _ in pairs], width=size.width, height=size.height, num_inference_steps=steps,
-        guidance_scale=demo.GUIDANCE, generator=[torch.Generator().manual_seed(seed) for _, seed in pairs],
-    ).images  # fmt: skip
-    return [image.tobytes() for image in images]
+def pixels(model: ModelScores) -> list[bytes]:
+    return [Image.open(io.BytesIO(png)).tobytes() for png in model.images]
 
 
-def pixels(png: bytes) -> bytes:
-    return Image.open(io.BytesIO(png)).tobytes()
-
-
-def test_pictures_are_those_of_diffusers(evaluation: Evaluation, tmp_path: Path) -> None:
+def test_pictures_are_those_of_diffusers_and_scores_those_of_the_judge(evaluation: Evaluation, tmp_path: Path) -> None:
     baked = export(ExportRequest("demo", SMALL, tmp_path / "o.safetensors", ratio=0.4)).written.path
-    for model, (file, source) in zip(
-        evaluation.models, ((demo.path(), None), (baked, None), (demo.path(), baked)), strict=False
-    ):
+    pairs, plain = evaluation.job.pairs, open_plainly(demo.path())
+    for model, pipe in zip(evaluation.models, (plain, open_plainly(baked), plain), strict=False):
         assert model.subject.size == SMALL
-        images = list(map(pixels, model.images))
-        assert images == draw_plainly(file, SMALL, evaluation.pairs, 2, source)
-        assert len(set(images)) == len(evaluation.pairs)
-
-
-def test_scores_are_those_of_the_judge(evaluation: Evaluation) -> None:
+        if model.weight == 1.5:
+            poa.enable(pipe, baked, 1.5)
+        assert pixels(model) == draw_plainly(pipe, pairs, SMALL, 2, guidance_scale=demo.GUIDANCE)
+        assert len(set(pixels(model))) == len(pairs)
     for model in evaluation.models:
         assert len(model.scores) == 8
-        for score, png, (prompt, _) in zip(model.scores, model.images, evaluation.pairs, strict=True):
+        for score, png, (prompt, _) in zip(model.scores, model.images, pairs, strict=True):
             assert score == judge(np.asarray(Image.open(io.BytesIO(png))), scenes.Scene.parse(prompt))
 
 
@@ -135,13 +112,12 @@ def test_another_criterion_draws_what_its_export_does(tmp_path: Path) -> None:
     criterion = "random:seed=1"
     made = evaluate(replace(ONE, weights=(1.0,), criterion=criterion))
     assert ("criterion", criterion) in made.facts
-    known = evidence.measured(made, made.subjects[0])
-    assert known
-    assert known.extra["criterion"] == criterion
+    measured = evidence.measured(made, made.subjects[0])
+    assert measured
+    assert measured.extra["criterion"] == criterion
     request = ExportRequest("demo", SMALL, tmp_path / "o.safetensors", ratio=0.4, criterion=criterion)
-    dense, pruned = (list(map(pixels, model.images)) for model in made.models)
-    assert dense == draw_plainly(demo.path(), SMALL, made.pairs, 1)
-    assert pruned == draw_plainly(export(request).written.path, SMALL, made.pairs, 1)
+    pipe = open_plainly(export(request).written.path)
+    assert pixels(made.models[1]) == draw_plainly(pipe, made.job.pairs, SMALL, 1, guidance_scale=demo.GUIDANCE)
 
 
 def test_dense_pictures_of_a_size_are_drawn_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -158,24 +134,35 @@ def test_dense_pictures_of_a_size_are_drawn_once(monkeypatch: pytest.MonkeyPatch
     variants = [{"resolution": size, "ratios": own} for size, own in zip(sizes, ratios, strict=True)]
     recipe = write_recipe(tmp_path / "two.toml", *variants)
     made = evaluate(replace(ONE, sizes=sizes, recipe=recipe, native=True, ratio=None))
-    assert [calls.count(size) for size in (*sizes, made.native)] == [3, 3, 5]
-    dense = [model for model in made.models if model.subject.size == made.native and model.weight == 0]
+    native = made.job.drawing.native
+    assert [calls.count(size) for size in (*sizes, native)] == [3, 3, 5]
+    dense = [model for model in made.models if model.subject.size == native and model.weight == 0]
     assert len(dense) == 2
     assert dense[0].images == dense[1].images
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_too_little_memory_is_told_with_what_helps(device: str) -> None:
-    place = session.Placement(device, "fp16", advice=render.ADVICE)
-    with pytest.raises(PreviewError) as error, session._enough_memory(place):
-        raise RuntimeError("CUDA out of memory")
-    check(error.value, PreviewError, device)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_too_little_memory_is_told_with_what_helps(error: Exception, device: str) -> None:
+    placement = session.Placement(device, "fp16", advice=render.ADVICE)
+    with raises(PreviewError, device), session._enough_memory(placement):
+        raise error
 
 
 @pytest.mark.parametrize(
     "target", ["crdiff_export.sampling.session.Session.draw", "crdiff_export.evaluate.plot.render"]
 )
-def test_an_interrupted_evaluation_leaves_nothing(target: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_evaluation_leaves_nothing(
+    target: str, here: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise Stopped(signal.SIGINT)
 
@@ -188,7 +175,7 @@ def test_an_interrupted_evaluation_leaves_nothing(target: str, here: Path, monke
 # --- the command ---
 
 
-def test_command_prints_facts_a_table_and_files(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_prints_facts_a_table_and_files(line: Line, undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inception, "absent", lambda: pytest.fail("nobody asked for an FID"))
     ran = line(f"{COMMAND} -o e.html -o e.toml")
     assert ran.code == 0, ran.err
@@ -202,24 +189,21 @@ def test_command_prints_facts_a_table_and_files(line: Line, monkeypatch: pytest.
     assert line("recipes validate e.toml").code == 0
 
 
-def test_quiet_prints_the_table_alone(line: Line) -> None:
-    ran = line(f"{COMMAND} -q")
-    assert (ran.code, ran.err) == (0, "")
-    assert [text.split()[0] for text in ran.out.splitlines()] == ["size", "48x48", "pruned", "POA"]
-
-
-def test_a_table_is_there_before_a_file_that_cannot_be(line: Line, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quiet_prints_the_table_alone_and_before_a_file_that_cannot_be(
+    line: Line, here: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("crdiff_export.models.recipe_toml.dump", full)
     ran = line(f"{COMMAND} -q -o e.toml")
+    assert [text.split()[0] for text in ran.out.splitlines()] == ["size", "48x48", "pruned", "POA"]
     assert "too few to say" in ran.out
     refused(ran, 1, "e.toml")
     assert not (here / "e.toml").exists()
 
 
-def test_a_program_that_dies_is_told(line: Line, here: Path) -> None:
+def test_a_program_that_dies_is_told(line: Line, here: Path, undrawn: None) -> None:
     (here / "dies.py").write_text("raise SystemExit('no model here')")
     ran = line(f"{COMMAND} -q --scorer 'command:{sys.executable} dies.py'")
     assert ran.code == 1
@@ -227,25 +211,25 @@ def test_a_program_that_dies_is_told(line: Line, here: Path) -> None:
     assert "no model here" in ran.err
 
 
-@pytest.mark.parametrize("weight", ["", "0.5*demo+0.5*"], ids=["alone", "in-a-sum"])
-def test_of_a_command_only_the_programs_name_gets_out(weight: str, line: Line, here: Path) -> None:
+@pytest.mark.parametrize(("weight", "how"), [("", "--json"), ("0.5*demo+0.5*", "")], ids=["json", "in-a-sum"])
+def test_of_a_command_only_the_programs_name_gets_out(
+    weight: str, how: str, line: Line, here: Path, undrawn: None
+) -> None:
     """Neither on the screen nor into a file that is made to be given away."""
     (here / "my_judge.py").write_text("import sys\nfor _ in sys.stdin: print('{\"score\": 1}', flush=True)")
     words = f"{sys.executable} my_judge.py --token hf_secret"
     outputs = ("e.toml", "e.html", "e.svg")
-    command = f"{COMMAND} --limit 1 --scorer '{weight}command:{words}'"
-    ran = line(f"{command} {' '.join(f'-o {name}' for name in outputs)}")
+    ran = line(f"{COMMAND} {how} --scorer '{weight}command:{words}' {' '.join(f'-o {name}' for name in outputs)}")
     assert ran.code == 0, ran.err
-    texts = {name: (here / name).read_text() for name in outputs}
-    texts |= {"screen": ran.out + ran.err, "json": line(f"{command} --json").out}
+    texts = {"screen": ran.out + ran.err} | {name: (here / name).read_text() for name in outputs}
     name = f"{weight}command:{Path(sys.executable).name}"
     for where, text in texts.items():
         assert name in text, where
         for private in ("secret", "my_judge", sys.executable):
             assert private not in text, where
-    known = recipe_files.load(here / "e.toml").variants[0].evidence
-    assert known
-    assert known.scorer == name
+    measured = recipe_files.load(here / "e.toml").variants[0].evidence
+    assert measured
+    assert measured.scorer == name
 
 
 def test_black_pictures_are_pointed_out(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,9 +237,9 @@ def test_black_pictures_are_pointed_out(line: Line, monkeypatch: pytest.MonkeyPa
     assert "note: 6 of 6 pictures are all black: try another --dtype, such as bf16 or fp32" in line(COMMAND).err
 
 
-def test_json_has_every_score(line: Line) -> None:
+def test_json_has_every_score(line: Line, undrawn: None) -> None:
     ran = line(f"{COMMAND} --poa-weight 2 --json")
-    assert ran.code == 0, ran.err
+    assert (ran.code, ran.err) == (0, "")
     made = json.loads(ran.out)
     assert (made["schema"], made["native"], made["scorer"]) == (1, "64x64", "demo")
     (size,) = made["sizes"]

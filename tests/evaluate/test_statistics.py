@@ -15,7 +15,7 @@ from crdiff_export.evaluate import statistics as stats
     ids=["81/263", "15/148", "0/20", "1/29"],
 )
 def test_interval_of_a_share(hits: int, total: int, low: float, high: float) -> None:
-    share = stats.share(hits, total)
+    share = stats.share([[1.0]] * hits + [[0.0]] * (total - hits))
     assert (share.low, share.high) == pytest.approx((low, high), abs=5e-5)
     assert share.value == hits / total
 

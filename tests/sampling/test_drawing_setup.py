@@ -109,7 +109,8 @@ def test_a_calibration_is_hashed_once_and_what_ranking_shows_is_told(
         assert note.endswith(f"to at most 0.1 ({spoilt})")
         return
     made = evaluate.evaluate(EvaluateRequest("demo", (SIZE,), limit=2, ratio=0.3, weights=(1.0,), **how))
-    assert made.calibration == f"0x{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    assert made.job.criterion.calibration
+    assert made.job.criterion.calibration.hash == f"0x{hashlib.sha256(file.read_bytes()).hexdigest()}"
     assert read == [file]
     (note,) = [text for text in made.notes if "damping" in text]
     assert note.startswith("obs: damping was raised for 1 of ")

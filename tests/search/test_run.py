@@ -254,7 +254,7 @@ def test_what_is_checked_is_what_the_recipe_says(result: SearchResult, folder: P
     baked = export(ExportRequest("demo", SIZE, tmp_path / "o.safetensors", recipe=recipe))
     pruned = next(one for one in result.evaluation.models if one.subject == result.subject and one.weight == 1)
     for part in (slice(0, 6), slice(6, 8)):  # as many at once as the check draws
-        expected = drawn(baked.written.path, result.evaluation.pairs[part])
+        expected = drawn(baked.written.path, result.evaluation.job.pairs[part])
         assert [score.value for score in pruned.scores[part]] == pytest.approx(expected, abs=1e-9)
     assert all(len(str(ratio)) <= 6 for ratio in result.variant.ratios.values())
     metadata = _metadata(baked.written.path)
@@ -290,7 +290,8 @@ def judged(result: SearchResult, gain: float, count: int = 8) -> SearchResult:
         )
         for one in made.models
     )
-    return replace(result, evaluation=replace(made, models=models, pairs=made.pairs[:count]))
+    job = replace(made.job, pairs=made.job.pairs[:count])
+    return replace(result, evaluation=replace(made, models=models, job=job))
 
 
 def recipe_of(result: SearchResult) -> Recipe:

@@ -4,14 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from crdiff_export.evaluate.comparison import (
-    Facts,
-    closing_facts,
-    model_name,
-    printable_facts,
-    ratios_text,
-    sampling_facts,
-)
+from crdiff_export.evaluate.comparison import closing_facts, model_name, ratios_text, sampling_facts
 from crdiff_export.evaluate.preview.request import Preview, PreviewJob, PreviewPicture
 from crdiff_export.evaluate.report import ContactSheet, SheetPicture, SheetRow
 from crdiff_export.formats.text import printable
@@ -21,21 +14,17 @@ if TYPE_CHECKING:
     from crdiff_export.sampling.session import Session, Style
 
 
-def facts(job: PreviewJob, style: "Style", pipeline: "Session") -> Facts:
-    """Return what everyone who sees the pictures should know."""
-    return printable_facts(_facts(job, style, pipeline))
-
-
-def _facts(job: PreviewJob, style: "Style", pipeline: "Session") -> Iterator[tuple[str, str]]:
-    request = job.request
-    yield "base", f"{job.drawing.base.name} ({job.plan.match.family.title})"
-    yield "size", f"{job.size}, native {job.drawing.native}"
-    yield "ratios", f"{ratios_text(job.plan)}: {job.ratios_from}"
+def facts(job: PreviewJob, style: "Style", session: "Session") -> Iterator[tuple[str, str]]:
+    """Yield what everyone who sees the pictures should know."""
+    request, subject = job.request, job.subject
+    yield "base", f"{job.drawing.base.name} ({subject.plan.match.family.title})"
+    yield "size", f"{subject.size}, native {job.drawing.native}"
+    yield "ratios", f"{ratios_text(subject.plan)}: {job.ratios_from}"
     if job.criterion != MAGNITUDE:
         yield "criterion", job.criterion
     if job.baked:
         yield "baked file", f"{job.baked.checkpoint.path.name}, pruned for {job.baked.stamp.resolution}"
-    yield from sampling_facts(style, pipeline)
+    yield from sampling_facts(style, session)
     if (request.start, request.stop) != (0, 1):
         yield "POA", f"from {request.start:g} to {request.stop:g} of the steps"
     yield from closing_facts(job.notes, job.drawing)
@@ -44,25 +33,26 @@ def _facts(job: PreviewJob, style: "Style", pipeline: "Session") -> Iterator[tup
 def contact_sheet(preview: Preview) -> ContactSheet:
     """Put the pictures on a sheet."""
     job, pictures = preview.job, preview.pictures
-    width = len(job.weights)
+    width = len(job.columns)
     rows = []
     for start in range(0, len(pictures), width):
         row = pictures[start : start + width]
         labelled = tuple(SheetPicture(picture.image, _parameters(preview, picture)) for picture in row)
         rows.append(SheetRow(row[0].prompt, row[0].seed, labelled))
-    return ContactSheet(f"{printable(job.drawing.base.name)} at {job.size}", preview.facts, job.columns, tuple(rows))
+    title = f"{printable(job.drawing.base.name)} at {job.subject.size}"
+    return ContactSheet(title, preview.facts, job.columns, tuple(rows))
 
 
 def _parameters(preview: Preview, picture: PreviewPicture) -> str:
     """Return how a picture was made, as A1111 writes it into PNG files, which many programs read."""
-    job = preview.job
+    job, style = preview.job, preview.style
     last = {
-        "Steps": str(preview.steps), "Sampler": preview.scheduler, "CFG scale": f"{preview.guidance:g}",
-        "Seed": str(picture.seed), "Size": str(job.size), "Model": printable(job.drawing.base.name),
+        "Steps": str(style.steps), "Sampler": preview.scheduler, "CFG scale": f"{style.guidance:g}",
+        "Seed": str(picture.seed), "Size": str(style.size), "Model": printable(job.drawing.base.name),
         "crdiff": model_name(picture.weight),
     }  # fmt: skip
     if picture.weight:
-        last["ratios"] = "/".join(f"{ratio:g}" for ratio in job.ratios.values())
+        last["ratios"] = "/".join(f"{ratio:g}" for ratio in job.subject.ratios.values())
         if job.criterion != MAGNITUDE:
             last["criterion"] = job.criterion
     negative = [f"Negative prompt: {job.request.negative}"] if job.request.negative else []

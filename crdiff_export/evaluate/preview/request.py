@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crdiff_export.evaluate.comparison import ComparisonRequest, Facts, model_name
+from crdiff_export.evaluate.comparison import ComparisonRequest, Facts, Pair, model_name
+from crdiff_export.evaluate.request import Subject
 from crdiff_export.prune.criteria.spec import Spec
-from crdiff_export.prune.plan import Plan
 from crdiff_export.sampling.drawing_setup import DrawingSetup
 from crdiff_export.sizes import Size
 from crdiff_export.verify.inspect import provenance
@@ -14,6 +14,8 @@ from crdiff_export.verify.reopen import BakedCheckpoint
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from crdiff_export.sampling.session import Style
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,44 +37,37 @@ class PreviewRequest(ComparisonRequest):
 
 @dataclass(frozen=True, slots=True)
 class PreviewJob:
-    """A request that has been checked and planned. `plan` is that of the base, or of the baked file.
+    """A request that has been checked and planned. The subject's plan is that of the base, or of the baked file.
 
-    `weights` are the POA weights of the columns: 0 for the dense model, 1 for the pruned one.
+    Its weights are the columns: 0 for the dense model, 1 for the pruned one, others for POA.
     """
 
     request: PreviewRequest
     drawing: DrawingSetup
-    plan: Plan
+    subject: Subject
     baked: BakedCheckpoint | None
-    size: Size
-    weights: tuple[float, ...]
     outputs: tuple[Path, ...]
     notes: tuple[str, ...]
 
     @property
     def columns(self) -> tuple[str, ...]:
         """What the models are called."""
-        return tuple(map(model_name, self.weights))
+        return tuple(map(model_name, self.subject.weights))
 
     @property
-    def rows(self) -> int:
-        """How many rows of pictures there are: one for each prompt and seed."""
-        return len(self.request.prompts) * len(self.request.seeds)
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        """The share of each group that the pruned model lacks."""
-        return {group: self.plan.ratio(group) for group in self.plan.groups}
+    def pairs(self) -> tuple[Pair, ...]:
+        """The prompt and the seed of each row of pictures."""
+        return tuple((prompt, seed) for prompt in self.request.prompts for seed in self.request.seeds)
 
     @property
     def provenance(self) -> str:
         """How the ratios came about, as a recipe spells it."""
-        return self.baked.stamp.provenance if self.baked else self.plan.variant.provenance
+        return self.baked.stamp.provenance if self.baked else self.subject.plan.variant.provenance
 
     @property
     def ratios_from(self) -> str:
         """Where the ratios come from, in words."""
-        source = self.baked.stamp.provenance_source if self.baked else self.plan.variant.source
+        source = self.baked.stamp.provenance_source if self.baked else self.subject.plan.variant.source
         return provenance(self.provenance, source)
 
     @property
@@ -94,17 +89,11 @@ class PreviewPicture:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """All pictures, row by row, with the facts that a sheet shows above them, and the files they were written to."""
+    """All pictures, row by row, how they were sampled, and the facts that a sheet shows above them."""
 
     job: PreviewJob
     pictures: tuple[PreviewPicture, ...]
-    steps: int
-    guidance: float
+    style: "Style"
     scheduler: str
     facts: Facts
     notes: tuple[str, ...]
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that show the pictures."""
-        return self.job.outputs

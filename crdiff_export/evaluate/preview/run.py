@@ -1,12 +1,14 @@
 """The story of a preview: prepare, measure the thresholds, draw, write."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from crdiff_export.errors import CrdiffError, OptionError, PreviewError
-from crdiff_export.evaluate.comparison import check_request, model_weights
+from crdiff_export.evaluate.comparison import DENSE, check_request
 from crdiff_export.evaluate.preview import files
+from crdiff_export.evaluate.preview.files import write
+from crdiff_export.evaluate.preview.render import draw
 from crdiff_export.evaluate.preview.request import Preview, PreviewJob, PreviewRequest
+from crdiff_export.evaluate.request import Subject
 from crdiff_export.formats.text import printable
 from crdiff_export.models.demo.scenes import EXAMPLE, LEARNT, Scene
 from crdiff_export.progress import Progress, Silent
@@ -63,17 +65,14 @@ def prepare(request: PreviewRequest) -> PreviewJob:
     else:
         assert request.size
         baked, plan = None, drawing_setup.plan_export(base, request.export_request(request.size), criterion)
-    size = request.size or plan.size
-    check_grid(size, family.grid, family.title)
-    weights = model_weights(request.weights or (plan.variant.poa_weight,))
-    stem = base.base.stem or base.checkpoint.stem
-    outputs = files.choose(request.outputs, f"{stem}-preview-{size}", force=request.force)
-    files.check_sheet(outputs, len(request.prompts) * len(request.seeds), len(weights), size)
-    if not any(scope.rank for scope in plan.scopes):
+    subject = Subject.of_plan(request.size or plan.size, plan, request.weights)
+    check_grid(subject.size, family.grid, family.title)
+    if subject.weights == (DENSE,):
         raise PreviewError("all ratios are 0, so there is no pruned model to look at", "Give --ratio, or a --recipe.")
+    outputs = files.choose(request, subject, base.base.stem or base.checkpoint.stem)
     drawing = drawing_setup.set_up(request, base, plan, offload=request.offload)
     notes = (*(() if baked else plan.notes), *(demo_notes(request.prompts) if family.id == "demo" else ()))
-    return PreviewJob(request, drawing, plan, baked, size, weights, outputs, notes)
+    return PreviewJob(request, drawing, subject, baked, outputs, notes)
 
 
 def measure(job: PreviewJob, progress: Progress) -> poa.Source:
@@ -91,41 +90,7 @@ def measure(job: PreviewJob, progress: Progress) -> poa.Source:
     """
     if job.request.baked:
         return poa.from_baked(job.request.baked)
-    return poa.from_recipe(job.request.export_request(job.size), progress)
-
-
-def draw(job: PreviewJob, source: poa.Source, progress: Progress) -> Preview:
-    """Open the base once and draw every picture with it.
-
-    Args:
-        job: A prepared job.
-        source: What `measure` returned.
-        progress: Is told the passes of the model.
-
-    Returns:
-        All pictures; no file is written yet.
-
-    Raises:
-        PreviewError: The pipeline cannot be opened, or the memory is too small.
-    """
-    from crdiff_export.evaluate.preview import render
-
-    return render.draw_all(job, source, progress)
-
-
-def write(result: Preview) -> Preview:
-    """Write the files; each has its name only once it is complete.
-
-    Args:
-        result: What `draw` returned.
-
-    Returns:
-        The same, with a note for what a file cannot show.
-
-    Raises:
-        BakeError: A file could not be written.
-    """
-    return replace(result, notes=(*result.notes, *files.write(result)))
+    return poa.from_recipe(job.request.export_request(job.subject.size), progress)
 
 
 def demo_notes(prompts: Sequence[str]) -> Iterator[str]:

@@ -4,6 +4,6 @@ Begin with `score.py`, the protocol, and `spec.py`, which turns what a user writ
 """
 
 from crdiff_export.evaluate.scorers.score import Score, Scorer
-from crdiff_export.evaluate.scorers.spec import check, load, names, parse, public
+from crdiff_export.evaluate.scorers.spec import check_prompts, choose, load, names, public
 
-__all__ = ["Score", "Scorer", "check", "load", "names", "parse", "public"]
+__all__ = ["Score", "Scorer", "check_prompts", "choose", "load", "names", "public"]

@@ -6,21 +6,24 @@ whose values are factories `(device, dtype) -> Scorer`; another package cannot t
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Final
 
-from crdiff_export.errors import ScorerError
+from crdiff_export.errors import OptionError, ScorerError
 from crdiff_export.evaluate.scorers.score import Checked, Scorer
 from crdiff_export.formats.text import did_you_mean
+from crdiff_export.hub import bases
+from crdiff_export.models.demo.scenes import Scene
 
 GROUP: Final = "crdiff.scorers"
+DEMO: Final = "demo"
 BUILT_IN: Final = {
     "clip-score": "crdiff_export.evaluate.scorers.clip:clip_score",
     "pick-score": "crdiff_export.evaluate.scorers.clip:pick_score",
     "image-reward": "crdiff_export.evaluate.scorers.image_reward:image_reward",
     "aesthetic": "crdiff_export.evaluate.scorers.aesthetic:aesthetic",
-    "demo": "crdiff_export.evaluate.scorers.demo_scorer:demo",
+    DEMO: "crdiff_export.evaluate.scorers.demo_scorer:demo",
 }
 COMMAND: Final = "command:"
 # The first member of a sum, its weight, and whether another one follows.
@@ -30,7 +33,7 @@ _SUM_HINT = "Write 0.5*clip-score+0.5*image-reward."
 
 def names() -> tuple[str, ...]:
     """Return all names of scorers, the built-in ones first."""
-    return (*BUILT_IN, *sorted(_installed()))
+    return tuple(_entries())
 
 
 def load(spec: str, device: str = "cpu", dtype: str = "fp32") -> Scorer:
@@ -49,13 +52,13 @@ def load(spec: str, device: str = "cpu", dtype: str = "fp32") -> Scorer:
     """
     members = parse(spec)
     if len(members) == 1 and members[0][0] == 1.0:
-        return _open(members[0][1], device, dtype)
+        return Checked(_open(members[0][1], device, dtype))
     from crdiff_export.evaluate.scorers.weighted import Weighted
 
     opened: list[tuple[float, Scorer]] = []
     try:
         for weight, text in members:
-            opened.append((weight, _open(text, device, dtype)))
+            opened.append((weight, Checked(_open(text, device, dtype))))
     except BaseException:
         for _, scorer in opened:
             scorer.close()
@@ -63,15 +66,46 @@ def load(spec: str, device: str = "cpu", dtype: str = "fp32") -> Scorer:
     return Checked(Weighted(public(spec), opened))
 
 
-def check(spec: str) -> None:
-    """Raise ScorerError for what is known to be wrong before a model is opened or a program started."""
-    for _, text in parse(spec):
+def choose(spec: str | None, base: str) -> str:
+    """Choose the scorer of a base's pictures, and check what can be checked before a model or a program is opened.
+
+    Args:
+        spec: What the user wrote, if anything.
+        base: The base.
+
+    Returns:
+        What the user wrote, or the scorer that the demo model brings.
+
+    Raises:
+        OptionError: Another base has no scorer.
+        ScorerError: It is not known.
+    """
+    if not spec and base != bases.BUILT_IN:
+        hint = f"Give --scorer: {', '.join(names())}, module:function or command:PROGRAM."
+        raise OptionError("there is no scorer", hint)
+    for _, text in parse(spec or DEMO):
         if ":" not in text:
             _check_name(text)
         elif text.startswith(COMMAND):
             from crdiff_export.evaluate.scorers.command import words_of
 
             words_of(text)
+    return spec or DEMO
+
+
+def check_prompts(spec: str, prompts: Iterable[str]) -> None:
+    """Check that a scorer can judge prompts; the demo's knows its own language only.
+
+    Args:
+        spec: What the user wrote.
+        prompts: The prompts.
+
+    Raises:
+        CrdiffError: It cannot judge one of them.
+    """
+    if DEMO in (name for _, name in parse(spec)):
+        for prompt in prompts:
+            Scene.parse(prompt)
 
 
 def public(spec: str) -> str:
@@ -125,16 +159,13 @@ def _open(text: str, device: str, dtype: str) -> Scorer:
     if text.startswith(COMMAND):
         from crdiff_export.evaluate.scorers.command import CommandScorer
 
-        return Checked(CommandScorer(text))
-    if text in BUILT_IN:
-        factory: Callable[[str, str], Scorer] = EntryPoint(text, BUILT_IN[text], GROUP).load()
-        return Checked(factory(device, dtype))
+        return CommandScorer(text)
     from crdiff_export.evaluate.scorers import function
 
     if ":" in text:
-        return Checked(function.open_function(text, device, dtype))
+        return function.open_function(text, device, dtype)
     _check_name(text)
-    return Checked(function.as_scorer(text, function.load_entry_point(_installed()[text]), device, dtype))
+    return function.as_scorer(text, function.load_entry_point(_entries()[text]), device, dtype)
 
 
 def _check_name(name: str) -> None:
@@ -143,5 +174,8 @@ def _check_name(name: str) -> None:
         raise ScorerError(f"no scorer is called {name!r}", f"{did_you_mean(name, names(), 'scorers')[:-1]}; {others}")
 
 
-def _installed() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in BUILT_IN}
+def _entries() -> dict[str, EntryPoint]:
+    """Return what every name stands for, the built-in ones first."""
+    built_in = {name: EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
+    installed = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+    return built_in | {entry.name: entry for entry in installed if entry.name not in BUILT_IN}
