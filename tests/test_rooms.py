@@ -57,7 +57,7 @@ ONLY_IN = {
     "numba": {"prune"},
     "diffusers": {"sampling"},
     "PIL": {"evaluate", "calibrate"},
-    "jinja2": {"evaluate"},
+    "jinja2": {"evaluate", "publish"},
     "matplotlib": {"evaluate", "search"},
     "optuna": {"search"},
     "scipy": {"search"},
