@@ -23,10 +23,7 @@ _LINE_END = re.compile(r"\r\n|\r|\n|\Z")
 # Text that needs no quotes in YAML 1.1 (PyYAML) and 1.2 (the Hub): no number begins with a letter.
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*(?: [A-Za-z0-9_./+-]+)*")
 _WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
-_TEXT, _NULL, _TRUTH, _WHOLE = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "null", "bool", "int"))
-
-# A YAML value without its position: tag and text, or a list, or a mapping's pairs.
-Tree = tuple[Any, ...]
+_TEXT, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +70,7 @@ def edit(block: str, changes: Changes, newline: str, line: int) -> str:
     root = _compose(block, line)
     pairs = _pairs(root, line)
     present = {_key(key): number for number, (key, _) in enumerate(pairs)}
-    expected = [(_tree(key), _tree(value)) for key, value in pairs]
+    expected = list(pairs)
     added: list[tuple[str, Any]] = []
     for stem, unit in changes.units.items():
         if not any(key.startswith(stem) for key in present):
@@ -83,16 +80,16 @@ def edit(block: str, changes: Changes, newline: str, line: int) -> str:
         lone = name in changes.single and len(items) == 1
         if name in present:
             key, value = pairs[present[name]]
-            tree = edits.merge(key, value, items, changes.stale.get(name, frozenset()), lone=lone)
-            expected[present[name]] = _tree(key), tree
+            merged = edits.merge(key, value, items, changes.stale.get(name, frozenset()), lone=lone)
+            expected[present[name]] = key, merged
         elif items:
             added.append((name, items[0] if lone else list(items)))
     added.sort(key=lambda pair: changes.order.index(pair[0]) if pair[0] in changes.order else len(changes.order))
     edits.add(added)
-    expected += [(_wanted(name), _wanted(value)) for name, value in added]
+    expected += [(_node(name), _node(value)) for name, value in added]
     edited = edits.apply()
     after = _pairs(_compose(edited, line), line)
-    if [(_tree(key), _tree(value)) for key, value in after] != expected:
+    if [tuple(map(_content, pair)) for pair in after] != [tuple(map(_content, pair)) for pair in expected]:
         _refuse(line, "the front matter is written in a way that crdiff cannot edit safely")
     return edited
 
@@ -109,16 +106,16 @@ class _Edits:
         self._dash = next((value.start_mark.column for value in lists if not value.flow_style), self._column)
         self._edits: list[tuple[int, int, str]] = []
 
-    def merge(self, key: Any, value: Any, items: Sequence[str], stale: frozenset[str], *, lone: bool) -> Tree:
-        """Add and remove items of a value; return the tree that it will have."""
+    def merge(self, key: Any, value: Any, items: Sequence[str], stale: frozenset[str], *, lone: bool) -> Any:
+        """Add and remove items of a value; return the node that it will be."""
         nodes = self._texts(key, value)
         kept = [node for node in nodes if node.value not in stale]
         new = [text for text in dict.fromkeys(items) if text not in {node.value for node in kept}]
         if kept == nodes and not new:
-            return _tree(value)
+            return value
         if not nodes and lone:
             self._replace(key, value, scalar(*new, flow=self._flow))
-            return _wanted(new[0])
+            return _node(new[0])
         if _is_list(value) and value.value:
             edit = self._in_flow if value.flow_style else self._in_block
             edit(value, kept, new)
@@ -126,7 +123,9 @@ class _Edits:
             self._to_list(key, value, new)
         else:
             self._replace(key, value, _in_line(new))
-        return ("list", *map(_tree, kept), *map(_wanted, new))
+        merged = _node([])
+        merged.value = [*kept, *map(_node, new)]
+        return merged
 
     def _texts(self, key: Any, value: Any) -> list[Any]:
         """Return the nodes of a list's texts, or of one text alone; none if there is no value."""
@@ -282,29 +281,25 @@ def _pairs(root: Any, line: int) -> list[tuple[Any, Any]]:
 
 
 def _key(node: Any) -> str:
-    return node.value if isinstance(node.value, str) else repr(_tree(node))
+    return node.value if isinstance(node.value, str) else _content(node)
 
 
 def _is_list(node: Any) -> bool:
     return bool(node.id == "sequence")
 
 
-def _tree(node: Any) -> Tree:
-    if node.id == "scalar":
-        return node.tag, node.value
-    if _is_list(node):
-        return ("list", *map(_tree, node.value))
-    return ("mapping", *((_tree(key), _tree(value)) for key, value in node.value))
+def _node(value: Any) -> Any:
+    """Return the node of a value of ours."""
+    from yaml.representer import SafeRepresenter
+
+    return SafeRepresenter(sort_keys=False).represent_data(value)
 
 
-def _wanted(value: Any) -> Tree:
-    """Return the tree of a value of ours."""
-    if isinstance(value, Mapping):
-        return ("mapping", *((_wanted(key), _wanted(inner)) for key, inner in value.items()))
-    if isinstance(value, list | tuple):
-        return ("list", *map(_wanted, value))
-    kind = _TRUTH if isinstance(value, bool) else _WHOLE if isinstance(value, int) else _TEXT
-    return kind, value if isinstance(value, str) else str(value).lower()
+def _content(node: Any) -> str:
+    """Return types and values of a node as text, without the style in which it is written."""
+    import yaml
+
+    return str(yaml.serialize(node, Dumper=yaml.SafeDumper, canonical=True))
 
 
 def _refuse(line: int, what: str, cause: BaseException | None = None) -> NoReturn:

@@ -5,7 +5,6 @@ Markers that are shown as code are not markers. A CommonMark parser tells which 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from crdiff_export.errors import CardError
 
@@ -15,45 +14,22 @@ _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
-@dataclass(frozen=True, slots=True)
-class ManagedSection:
-    """The lines of a text, with their ends; `lines[begin + 1 : end]` are ours. Without markers both are None."""
-
-    lines: tuple[str, ...]
-    begin: int | None
-    end: int | None
-
-    def content(self) -> tuple[str, ...]:
-        """Return our lines as they are."""
-        return () if self.begin is None else self.lines[self.begin + 1 : self.end]
-
-    def replace(self, content: Sequence[str], newline: str) -> str:
-        """Replace the lines of the section; a text without the section gets it appended."""
-        written = [line + newline for line in content]
-        if self.begin is not None and self.end is not None:
-            return "".join([*self.lines[: self.begin + 1], *written, *self.lines[self.end :]])
-        before = "".join(self.lines)
-        if before and not before.endswith(("\r", "\n")):
-            before += newline
-        blank = newline if self.lines and self.lines[-1].strip() else ""
-        return "".join([before, blank, BEGIN + newline, *written, END + newline])
-
-
-def find(text: str, line: int = 1) -> ManagedSection:
-    """Find the managed section.
+def split(text: str, newline: str, line: int = 1) -> tuple[str, Sequence[str], str]:
+    """Split a text around what the managed section holds; a text without the section gets an empty one at its end.
 
     Args:
         text: Markdown without front matter.
+        newline: How lines end.
         line: The number of the text's first line in its file, for errors.
 
     Returns:
-        The section.
+        The text up to the first marker's line, the lines between the markers, and the rest from the other marker on.
 
     Raises:
         CardError: If the markers are not one pair, or if the text ends in code, which a section would become part of.
 
     """
-    lines = tuple(_LINE.findall(text))
+    lines = _LINE.findall(text)
     code = _code_blocks(text)
     open_block = code.get(len(lines))
     markers = [
@@ -62,7 +38,8 @@ def find(text: str, line: int = 1) -> ManagedSection:
         if marker in (BEGIN, END) and number not in code
     ]
     if [marker for _, marker in markers] == [BEGIN, END]:
-        return ManagedSection(lines, markers[0][0], markers[1][0])
+        (begin, _), (end, _) = markers
+        return "".join(lines[: begin + 1]), lines[begin + 1 : end], "".join(lines[end:])
     if markers:
         listed = ", ".join(f"{marker} in line {line + number}" for number, marker in markers)
         never_ends = "" if open_block is None else f"; the code that begins in line {line + open_block} never ends"
@@ -75,7 +52,9 @@ def find(text: str, line: int = 1) -> ManagedSection:
             f"README.md, line {line + open_block}: the code that begins here never ends, so nothing can follow it",
             "Close it with a line like the one that opens it, then run it again.",
         )
-    return ManagedSection(lines, None, None)
+    last = lines[-1] if lines else ""
+    gap = (newline if last and not last.endswith(("\r", "\n")) else "") + (newline if last.strip() else "")
+    return f"{text}{gap}{BEGIN}{newline}", (), f"{END}{newline}"
 
 
 def _code_blocks(text: str) -> dict[int, int]:

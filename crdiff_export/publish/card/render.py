@@ -36,8 +36,9 @@ def render(card: Card, existing: str | None) -> str:
     text = existing or f"# {prose(card.repo.partition('/')[2] or card.repo)}\n\n{summary(card)}\n"
     newline = managed_section.newline(text)
     head, block, rest = front_matter.split(text) or _without_front_matter(text, newline)
-    ours = managed_section.find(rest, 1 + managed_section.count_lines(text) - managed_section.count_lines(rest))
-    stale = sizes(ours.content()) - set(card.sizes())
+    line = 1 + managed_section.count_lines(text) - managed_section.count_lines(rest)
+    before, ours, after = managed_section.split(rest, newline, line)
+    stale = sizes(ours) - set(card.sizes())
     changes = Changes(
         units={"license": _licence(card), **_single(card), GATING: _gating(card)},
         items={"base_model": [base.repo for base in card.bases if base.repo], "tags": _tags(card)},
@@ -46,7 +47,7 @@ def render(card: Card, existing: str | None) -> str:
         order=_ORDER,
     )
     edited = front_matter.edit(block, changes, newline, 1 + managed_section.count_lines(head))
-    return head + edited + ours.replace(section(card), newline)
+    return "".join([head, edited, before, *(written + newline for written in section(card)), after])
 
 
 def _without_front_matter(text: str, newline: str) -> tuple[str, str, str]:
