@@ -107,10 +107,10 @@ class _Push:
         """Make one try: read what is there, commit, verify, tag."""
         destination, files = self._destination, self._upload.files
         request = find_pull_request(destination) if destination.pull_request else None
-        revision = request.revision if request else destination.revision
+        revision = str(request.git_reference) if request else destination.revision
         there = repository.read(destination.repo, revision)
         changed = [path for path, file in files.items() if not _is_same(file, there.files.get(path))]
-        commit, page = there.commit, request.page if request else None
+        commit, page = there.commit, request.url if request else None
         if changed:
             if self._upload.tag:
                 _check_free(destination.repo, self._upload.tag)
@@ -216,17 +216,20 @@ def _one_line(message: object) -> str:
     return " ".join(text.replace("\n- ", "; ").replace(":;", ":", 1).removeprefix("; ").split())
 
 
-def tag(repo: str, name: str, commit: str, paths: Sequence[str] = ()) -> None:
-    """Tag a commit. A tag that exists is never moved.
+def tag(repo: str, name: str, commit: str, paths: Sequence[str]) -> str:
+    """Tag a commit. A tag that exists is never moved; it will do if it holds the same files.
 
     Args:
         repo: ORG/NAME.
         name: The tag.
         commit: The commit.
-        paths: Files; a tag of another commit will do if these files are the same there.
+        paths: The files, and the folders of files, that are tagged.
+
+    Returns:
+        The commit that has the tag.
 
     Raises:
-        HubError: If the tag is at another commit, or the Hub refuses it.
+        HubError: If the tag is at a commit with other files, or the Hub refuses it.
     """
     from huggingface_hub import HfApi, errors
 
@@ -234,16 +237,21 @@ def tag(repo: str, name: str, commit: str, paths: Sequence[str] = ()) -> None:
         try:
             HfApi().create_tag(repo, tag=name, revision=commit)
         except errors.HfHubHTTPError as error:
+            at = _tagged_commit(repo, name)
+            if at and (at == commit or _below(repo, commit, paths) <= _below(repo, at, paths)):
+                return at
             if status(error) != 409:
                 raise
-            at = _tagged_commit(repo, name)
-            if at != commit and not (at and paths and _files_equal(repo, at, commit, list(paths))):
-                what = f"{repo}: the tag {name} is at {str(at)[:10]}, not at the commit {commit[:10]} that was pushed"
-                raise HubError(what, _OTHER_TAG) from None
+            what = f"{repo}: the tag {name} is at {str(at)[:10]}, not at the commit {commit[:10]} that was pushed"
+            raise HubError(what, _OTHER_TAG) from None
+    return commit
 
 
-def _files_equal(repo: str, one: str, other: str, paths: list[str]) -> bool:
-    return repository.files_at(repo, one, paths) == repository.files_at(repo, other, paths)
+def _below(repo: str, commit: str, paths: Sequence[str]) -> set[RemoteFile]:
+    """The files of a commit that have these paths or are in folders that have."""
+    folders = tuple(f"{path}/" for path in paths)
+    files = repository.read(repo, commit).files
+    return {file for path, file in files.items() if path in paths or path.startswith(folders)}
 
 
 def _check_free(repo: str, name: str) -> None:

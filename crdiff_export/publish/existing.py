@@ -1,18 +1,40 @@
 """Find out what the Hub and the disk hold of a plan's variants already."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from crdiff_export.errors import CheckpointError, HubError, PlanError
 from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.formats.crdiff_keys import Stamp, is_baked
 from crdiff_export.formats.hashing import git_id, hash_file
 from crdiff_export.hub import repository
-from crdiff_export.hub.repository import RemoteFile
+from crdiff_export.hub.repository import BakedHeader, RemoteFile
 from crdiff_export.progress import Silent
 from crdiff_export.publish.plan_file import PlanFile
 from crdiff_export.publish.target import Destination, find_pull_request
+
+
+@dataclass(frozen=True, slots=True)
+class Existing:
+    """What exists of a variant, on the Hub or on the disk.
+
+    Attributes:
+        stamps: Its headers, in the order of the files' names.
+        files: The files by their names in its folder; a variant that is one file has the name "".
+    """
+
+    stamps: tuple[Stamp, ...] = ()
+    files: Mapping[str, RemoteFile | Path] = field(default_factory=dict)
+
+    def has_content(self, name: str, content: str | None) -> bool:
+        """Compare a file with a `RemoteFile.content`: a SHA-256 or git's id. Without one the file counts as equal."""
+        file = self.files[name]
+        if content is None:
+            return True
+        if isinstance(file, RemoteFile):
+            return content == file.content
+        return content == (hash_file(file, Silent()) if len(content) == 64 else git_id(file))
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +43,16 @@ class HubBranch:
 
     commit: str | None = None
     files: Mapping[str, RemoteFile] = field(default_factory=dict)
-    stamps: Mapping[str, Stamp] = field(default_factory=dict)
+    headers: Mapping[str, BakedHeader] = field(default_factory=dict)
+
+    def at(self, path: str, names: Sequence[str]) -> Existing:
+        """Return what it holds of a variant; `names` are those of the variant's weights."""
+        folder = f"{path}/"
+        files = {name.removeprefix(folder): file for name, file in self.files.items() if name.startswith(folder)}
+        if path in self.files:
+            files[""] = self.files[path]
+        headers = (self.headers.get(folder + name if name else path) for name in names)
+        return Existing(tuple(header.stamp for header in headers if header), files)
 
 
 class HubBranches:
@@ -49,42 +80,26 @@ class HubBranches:
         revision = destination.revision
         if self._pull_request:
             request = find_pull_request(replace(destination, pull_request=self._pull_request))
-            revision = request.revision if request else revision
+            revision = str(request.git_reference) if request else revision
         there = repository.read(destination.repo, revision)
         names = {entry.path for entry in self._plan.entries if entry.repo == destination.repo}
         folders = tuple(f"{name.removesuffix('.safetensors')}/" for name in names)
         paths = [path for path in there.files if path in names or path.startswith(folders)]
-        headers = repository.baked_headers(there, paths)
-        return HubBranch(there.commit, there.files, {path: header.stamp for path, header in headers.items()})
+        return HubBranch(there.commit, there.files, repository.baked_headers(there, paths))
 
 
-@dataclass(frozen=True, slots=True)
-class LocalOutput:
-    """What an earlier run left at a target: the headers, in the order of the files' names, and the files beside."""
-
-    stamps: tuple[Stamp, ...] = ()
-    companions: tuple[PurePosixPath, ...] = ()
-
-
-def read_local_output(target: Path) -> LocalOutput:
-    """Read what is at a target; PlanError for something that crdiff did not make, which is not replaced."""
+def read_local_output(target: Path) -> Existing:
+    """Read what an earlier run left; PlanError for something that crdiff did not make, which is not replaced."""
     try:
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-            return LocalOutput()
+            return Existing()
     except OSError as error:
         raise PlanError(f"{target}: {error.strerror}", "Give another name, or another -o.") from error
     try:
         checkpoint = open_checkpoint(target)
         if all(is_baked(file.metadata) for file in checkpoint.files):
             stamps = (Stamp.from_metadata(file.metadata, str(file.path)) for file in checkpoint.files)
-            return LocalOutput(tuple(stamps), checkpoint.companions)
+            return Existing(tuple(stamps), {str(name): target / name for name in checkpoint.companions})
     except CheckpointError:
         pass
     raise PlanError(f"{target}: not made by crdiff, and so not replaced", "Remove it, or give another -o.")
-
-
-def has_content(path: Path, content: str | None) -> bool:
-    """Compare a file with a `RemoteFile.content`: a SHA-256 or git's id. Without one the file counts as equal."""
-    if content is None:
-        return True
-    return content == (hash_file(path, Silent()) if len(content) == 64 else git_id(path))

@@ -241,24 +241,10 @@ def set_tags(outcomes: Iterable[Outcome]) -> Iterator[TagResult]:
             continue
         commit = str([*commits, *(outcome.pushed.commit for outcome in members if outcome.pushed)][-1])
         try:
-            tag(repo, name, commit)
+            result = TagResult(repo, name, tag(repo, name, commit, [outcome.item.path for outcome in members]))
         except CrdiffError as error:
-            existing = _equal_tag(repo, name, commit, members)
-            yield TagResult(repo, name, existing, None if existing else error)
-        else:
-            yield TagResult(repo, name, commit)
-
-
-def _equal_tag(repo: str, name: str, commit: str, members: Sequence[Outcome]) -> str | None:
-    """Return the commit of a tag that exists, if it holds the variants as `commit` does."""
-    try:
-        tagged, wanted = repository.read(repo, name), repository.read(repo, commit)
-    except HubError:
-        return None
-    paths = [outcome.item.path for outcome in members]
-    files = [name for name in wanted.files if any(name == path or name.startswith(f"{path}/") for path in paths)]
-    equal = all(tagged.files.get(name) == wanted.files[name] for name in files)
-    return tagged.commit if equal else None
+            result = TagResult(repo, name, error=error)
+        yield result
 
 
 def exit_code(outcomes: Iterable[Outcome], tags: Iterable[TagResult] = ()) -> int:

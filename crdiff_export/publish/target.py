@@ -2,10 +2,14 @@
 
 import time
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from crdiff_export.errors import HubError
 from crdiff_export.hub.messages import as_hub_error, may_pass, status
 from crdiff_export.hub.retry import retry
+
+if TYPE_CHECKING:
+    from huggingface_hub import Discussion
 
 MAIN = "main"
 
@@ -25,14 +29,6 @@ class Destination:
     revision: str = MAIN
     pull_request: str | None = None
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PullRequest:
-    """An open pull request: the revision that commits to it go to, and its page."""
-
-    revision: str
-    page: str
 
 
 def prepare(destination: Destination, *, private: bool, why_private: str | None = None) -> Destination:
@@ -107,7 +103,7 @@ def _create_branch(destination: Destination) -> None:
         api.create_branch(destination.repo, branch=destination.revision, exist_ok=True)
 
 
-def find_pull_request(destination: Destination) -> PullRequest | None:
+def find_pull_request(destination: Destination) -> "Discussion | None":
     """Find our open pull request with the destination's title, so that a second run continues it; raises HubError."""
     from huggingface_hub import HfApi
 
@@ -116,10 +112,7 @@ def find_pull_request(destination: Destination) -> PullRequest | None:
             destination.repo, author=_user(), discussion_type="pull_request", discussion_status="open"
         )
         ours = [request for request in requests if request.title == destination.pull_request and request.git_reference]
-    if not ours:
-        return None
-    oldest = min(ours, key=lambda request: request.num)
-    return PullRequest(str(oldest.git_reference), oldest.url)
+    return min(ours, key=lambda request: request.num, default=None)
 
 
 def _user() -> str | None:

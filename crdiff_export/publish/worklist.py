@@ -18,7 +18,7 @@ from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
 from crdiff_export.publish import plan_file
-from crdiff_export.publish.existing import HubBranch, HubBranches, LocalOutput, has_content, read_local_output
+from crdiff_export.publish.existing import Existing, HubBranch, HubBranches, read_local_output
 from crdiff_export.publish.plan_file import PlanEntry, PlanFile
 from crdiff_export.publish.target import MAIN, Destination
 
@@ -208,75 +208,47 @@ def _check_name(item: WorkItem, *, folder: bool) -> None:
 def _decide(item: WorkItem, remote: RemoteBase, branch: HubBranch, expected: "_ExpectedStamps") -> WorkItem:
     """Decide what to do about an item that has a plan: compare the headers that it will have with those that exist."""
     assert item.plan
-    paths = [_path_in_repository(item, remote, output.source.name) for output in item.plan.outputs]
-    published = [branch.stamps[path] for path in paths if path in branch.stamps]
-    changed = _changed_companion(branch, item, remote)
-    if published:
+    weights = [output.source.name for output in item.plan.outputs] if remote.checkpoint.kind != "file" else [""]
+    published, reason = branch.at(item.path, weights), None
+    if published.stamps:
         wanted = expected.stamps(item.plan)
-        if _are_equal(wanted, published) and not changed and _has_companions(branch, item, remote):
+        reason = _difference(wanted, published, remote)
+        if reason is None:
             return replace(item, action="skip", reason="unchanged", digest=wanted[0].digest(), commit=branch.commit)
     local = read_local_output(item.target)
-    if not local.stamps and not published:
-        foreign = any(path in branch.files for path in paths)
+    if not local.stamps and not published.stamps:
+        foreign = any(name in published.files for name in weights)
         return replace(item, reason="replaces what crdiff did not make") if foreign else item
     wanted = expected.stamps(item.plan)
     item = replace(item, digest=wanted[0].digest())
-    if _are_equal(wanted, local.stamps):
-        return _reuse(item, local, remote)
-    reason = changed if _are_equal(wanted, published) else None
-    return replace(item, reason=reason or _difference(wanted, published or local.stamps))
+    if local.stamps:
+        extra = sorted(local.files.keys() - set(map(str, remote.checkpoint.companions)))
+        difference = _difference(wanted, local, remote) or (f"what is there holds {extra[0]}, too" if extra else None)
+        if difference is None and item.destination:
+            return replace(item, action="send", reason="made by an earlier run")
+        if difference is None:
+            return replace(item, action="skip", reason="unchanged")
+        reason = reason or difference
+    return replace(item, reason=reason or item.reason)
 
 
-def _reuse(item: WorkItem, local: LocalOutput, remote: RemoteBase) -> WorkItem:
-    """Send or keep the files of an earlier run, unless those beside its weights are wrong."""
-    if why := _why_not_sent(item, local, remote):
-        return replace(item, reason=why)
-    if item.destination:
-        return replace(item, action="send", reason="made by an earlier run")
-    return replace(item, action="skip", reason="unchanged")
-
-
-def _has_companions(branch: HubBranch, item: WorkItem, remote: RemoteBase) -> bool:
-    names = map(str, remote.checkpoint.companions)
-    return all(_path_in_repository(item, remote, name) in branch.files for name in names)
-
-
-def _changed_companion(branch: HubBranch, item: WorkItem, remote: RemoteBase) -> str | None:
-    """Name the first published file beside the weights that is no longer that of the base."""
-    for name, content in remote.contents.items():
-        file = branch.files.get(_path_in_repository(item, remote, name))
-        if file and file.content != content:
+def _difference(wanted: Sequence[Stamp], existing: Existing, remote: RemoteBase) -> str | None:
+    """Say in what existing files differ from what is wanted; None if in nothing."""
+    digests = [stamp.digest() for stamp in wanted]
+    if None in digests or digests != [stamp.digest() for stamp in existing.stamps]:
+        ours, theirs = wanted[0].request_keys(), existing.stamps[0].request_keys()
+        changed = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+        if not changed:
+            return "incomplete" if digests[0] else "its base's hash is not known"
+        keys = sorted(changed, key=lambda key: (key.startswith(_ORIGIN_KEYS), key))  # numbers before their origin
+        named = ", ".join(key.removeprefix(PREFIX) for key in keys[:3])
+        return f"changed: {named}{', …' if len(keys) > 3 else ''}"
+    for name in map(str, remote.checkpoint.companions):
+        if name not in existing.files:
+            return "incomplete"
+        if not existing.has_content(name, remote.contents.get(name)):
             return f"changed: {name}"
     return None
-
-
-def _why_not_sent(item: WorkItem, local: LocalOutput, remote: RemoteBase) -> str | None:
-    """Say why a folder of an earlier run cannot be sent although its weights are right."""
-    if strange := sorted(set(local.companions) - set(remote.checkpoint.companions)):
-        return f"what is there holds {strange[0]}, too"
-    names = map(str, local.companions)
-    stale = (name for name in names if not has_content(item.target / name, remote.contents.get(name)))
-    return next((f"changed: {name}" for name in stale), None)
-
-
-def _path_in_repository(item: WorkItem, remote: RemoteBase, name: str) -> str:
-    return item.path if remote.checkpoint.kind == "file" else f"{item.path}/{name}"
-
-
-def _are_equal(wanted: Sequence[Stamp], existing: Sequence[Stamp]) -> bool:
-    """Whether existing files, in the order of their names, hold what is wanted."""
-    digests = [stamp.digest() for stamp in wanted]
-    return None not in digests and digests == [stamp.digest() for stamp in existing]
-
-
-def _difference(wanted: Sequence[Stamp], existing: Sequence[Stamp]) -> str:
-    ours, theirs = wanted[0].request_keys(), existing[0].request_keys()
-    changed = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
-    if not changed:
-        return "incomplete" if wanted[0].digest() else "its base's hash is not known"
-    keys = sorted(changed, key=lambda key: (key.startswith(_ORIGIN_KEYS), key))  # numbers before their origin
-    named = ", ".join(key.removeprefix(PREFIX) for key in keys[:3])
-    return f"changed: {named}{', …' if len(keys) > 3 else ''}"
 
 
 class _ExpectedStamps:
