@@ -18,9 +18,8 @@ from crdiff_export.export import Baked, ExportJob, ExportRequest, prepare, run
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.formats.text import amount
 from crdiff_export.prune.criterion_choice import MAGNITUDE
-from crdiff_export.publish.request import PushRequest, check_request
-from crdiff_export.publish.request import prepare as check_destination
-from crdiff_export.publish.target import Destination
+from crdiff_export.publish import Destination, PushRequest, check_request
+from crdiff_export.publish import prepare as check_destination
 from crdiff_export.sizes import Size
 from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance
 

@@ -13,10 +13,17 @@ from crdiff_export.cli.command import command, option, option_group
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.push import log_upload
 from crdiff_export.errors import OptionError
-from crdiff_export.publish import report
-from crdiff_export.publish.run import Outcome, TagResult, exit_code, set_tags
-from crdiff_export.publish.run import publish as run
-from crdiff_export.publish.worklist import PublishRequest, Worklist, make_worklist
+from crdiff_export.publish import (
+    Outcome,
+    PublishRequest,
+    TagResult,
+    Worklist,
+    exit_code,
+    make_worklist,
+    report,
+    set_tags,
+)
+from crdiff_export.publish import publish as run
 
 
 @command(

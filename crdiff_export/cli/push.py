@@ -15,18 +15,18 @@ from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.progress_display import rate_text
 from crdiff_export.errors import HubError
 from crdiff_export.formats.text import amount
-from crdiff_export.publish import commit
-from crdiff_export.publish.commit import PushResult
-from crdiff_export.publish.request import (
+from crdiff_export.publish import (
+    Destination,
     PushRequest,
+    PushResult,
+    Upload,
     check_request,
     make_upload,
     path_in_repository,
     prepare,
     read_source_name,
 )
-from crdiff_export.publish.target import Destination
-from crdiff_export.publish.upload import Upload
+from crdiff_export.publish import push as send
 
 
 @command(
@@ -59,7 +59,7 @@ def transfer(
         upload = make_upload(request, path, progress, checked=checked)
     began = time.monotonic()
     try:
-        pushed = commit.push(upload, destination)
+        pushed = send(upload, destination)
     except HubError as error:
         if not checked:
             raise
