@@ -60,8 +60,7 @@ class Choice:
     """The chosen variant for a target size and prompt; if it is not exactly for them, `note` says so in one line."""
 
     variant: Variant
-    exact: bool
-    note: str | None
+    note: str | None = None
 
 
 def choose(recipe: Recipe, target: Size, prompt: str | None = None) -> Choice:
@@ -95,15 +94,15 @@ def choose(recipe: Recipe, target: Size, prompt: str | None = None) -> Choice:
 
     best = min(fitting, key=rank)
     if (best.resolution, best.prompt) == (target, prompt):
-        return Choice(best, exact=True, note=None)
+        return Choice(best)
     wanted = f"{target}" if prompt is None else f"{target} and this prompt"
     standing = best.provenance.replace("-", " ")
-    return Choice(best, exact=False, note=f"no variant for {wanted}; using the one for {best.resolution} ({standing})")
+    return Choice(best, f"no variant for {wanted}; using the one for {best.resolution} ({standing})")
 
 
-def _distance(one: Size, other: Size) -> float:
-    area = math.log(one.width * one.height) - math.log(other.width * other.height)
-    aspect = math.log(one.width / one.height) - math.log(other.width / other.height)
+def _distance(size: Size, target: Size) -> float:
+    area = math.log(size.width * size.height) - math.log(target.width * target.height)
+    aspect = math.log(size.width / size.height) - math.log(target.width / target.height)
     return round(math.hypot(area, aspect), 9)  # the last digits of a logarithm differ between platforms; ties must not
 
 
@@ -134,23 +133,24 @@ def override(
         OptionError: A group does not exist.
         RecipeError: A number is out of its range, or a ratio is missing.
     """
-    ratios = {**(dict.fromkeys(groups, ratio) if ratio is not None else {}), **(per_group or {})}
-    given = {group: check_ratio(f"the ratio of {group}", share) for group, share in ratios.items()}
+    ratios = {} if ratio is None else dict.fromkeys(groups, ratio)
+    ratios |= per_group or {}
+    ratios = {group: check_ratio(f"the ratio of {group}", share) for group, share in ratios.items()}
     weight = variant.poa_weight if poa_weight is None else check_poa_weight("the POA weight", poa_weight)
-    if unknown := next((group for group in given if group not in groups), None):
+    if unknown := next((group for group in ratios if group not in groups), None):
         hint = f"{did_you_mean(unknown, groups, 'groups')} --ratio is for all of them."
         raise OptionError(f"this model has no group {unknown!r} to prune", hint)
-    if given:
+    if ratios:
         variant = replace(
             variant,
-            ratios=given if given.keys() == set(groups) else {**variant.ratios, **given},
+            ratios=ratios if ratios.keys() == set(groups) else {**variant.ratios, **ratios},
             provenance="starting-point",
             source=f"given {by}",
             prompt=None,
             evidence=None,
         )
     if poa_weight is not None:
-        source = variant.source if given else f"{variant.source}; POA weight given {by}"
+        source = variant.source if ratios else f"{variant.source}; POA weight given {by}"
         evidence = variant.evidence
         if evidence and weight != variant.poa_weight:  # what was measured of POA was so at another weight
             extra = {key: value for key, value in evidence.extra.items() if key not in ("poa", "poa_low", "poa_high")}

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from crdiff_export.evaluate.scorers.demo_scorer import judge
 from crdiff_export.models import demo
 from crdiff_export.models.demo import scenes
 from crdiff_export.sampling import prompts
-from tests.support import ROOT
 from tests.support.messages import raises
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -95,14 +92,11 @@ def test_header(data: bytes) -> None:
 
 
 def test_it_is_small(data: bytes) -> None:
-    assert len(data) <= 12_000_000
-
-
-def test_the_package_stays_small() -> None:
-    """A wheel is compressed, so this bounds it."""
-    package = Path(demo.__file__).parent.parent
+    """A wheel is compressed, so the files of the package bound it."""
+    package = Path(demo.__file__).parents[2]
     files = [path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert demo.path() in files
+    assert len(data) <= 12_000_000
     assert sum(path.stat().st_size for path in files) < 20_000_000
 
 
@@ -139,11 +133,6 @@ def test_an_installation_without_it_says_so(part: Any, tmp_path: Path, monkeypat
         part()
 
 
-def test_import_costs_nothing() -> None:
-    code = "import sys, crdiff_export.models.demo; sys.exit(bool({'numpy', 'torch', 'safetensors'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
 # What is in it.
 
 
@@ -163,11 +152,12 @@ def test_groups_have_thresholds_of_their_own(groups: Arrays) -> None:
     assert min(thresholds) > 0
 
 
-def test_it_draws_what_it_was_never_shown(pipe: Any) -> None:
-    """Twelve held-out prompts at its own size; docs/demo.md has the figure for hundreds."""
+@pytest.mark.parametrize("count", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_it_draws_what_it_was_never_shown(count: int, pipe: Any) -> None:
+    """Held-out prompts at its own size; docs/demo.md has the figure for hundreds."""
     import torch
 
-    chosen = [scenes.Scene.parse(prompt) for prompt in prompts.held_out(12)]
+    chosen = [scenes.Scene.parse(prompt) for prompt in prompts.held_out(count)]
     drawn = pipe(
         [scene.prompt for scene in chosen],
         width=64,
@@ -177,7 +167,7 @@ def test_it_draws_what_it_was_never_shown(pipe: Any) -> None:
         generator=[torch.Generator().manual_seed(seed) for seed in range(len(chosen))],
     ).images
     scores = [judge(np.asarray(image), scene) for image, scene in zip(drawn, chosen, strict=True)]
-    assert sum(score.parts["right"] for score in scores) >= 8
+    assert sum(score.parts["right"] for score in scores) >= count * 2 / 3
     assert np.mean([score.value for score in scores]) > 0.8
 
 

@@ -4,21 +4,20 @@ import dataclasses
 import json
 import math
 import random
-import subprocess
-import sys
+import re
 import tomllib
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crdiff_export.errors import OptionError, RecipeError
 from crdiff_export.formats.text import nearest
 from crdiff_export.models import families, recipe_files
 from crdiff_export.models.families import Kind
-from crdiff_export.models.recipe import TARGETS, Evidence, Recipe, Variant, check_groups, choose, override
+from crdiff_export.models.recipe import TARGETS, Choice, Evidence, Recipe, Variant, check_groups, choose, override
 from crdiff_export.models.recipe_files import (
     aliases,
     builtin,
@@ -72,12 +71,23 @@ def changed(old: str, new: str, text: str = MODEL + VARIANT) -> str:
 def test_there_is_one_recipe_per_family_under_its_id() -> None:
     assert aliases() == tuple(sorted(family.id for family in families.all_families()))
     assert [(made.name, made.family) for made in builtin()] == [(f"{alias}.toml", alias) for alias in aliases()]
+    assert [made.family for made in builtin() if made.repo is None or made.file is None] == ["demo"]
 
 
 @pytest.mark.parametrize("made", builtin(), ids=lambda made: made.family)
 def test_a_builtin_recipe_fits_its_family_and_claims_nothing(made: Recipe) -> None:
     family = families.by_id(made.family)
     assert (made.title, (made.native.width, made.native.height)) == (family.title, family.native)
+    opening = (builtin_path() / made.name).read_text("utf-8").splitlines()[0]
+    worth = (
+        "ratios that were searched for, and what they do."
+        if made.family == "demo"
+        else ("starting points, not tuned values.")
+    )
+    assert opening.startswith("# ")
+    assert opening.endswith(f": {worth}")
+    if made.family in ("sd15", "sd21", "sdxl"):  # the sizes of the paper
+        assert {"400x560", "480x360"} <= {str(each.resolution) for each in made.variants}
     assert made.variants
     for each in made.variants:
         assert (each.prompt, each.targets) == (None, None)
@@ -97,27 +107,6 @@ def test_a_builtin_recipe_fits_its_family_and_claims_nothing(made: Recipe) -> No
             assert each.poa_weight == 1.5
         check_groups(each, family.groups, made.name)
         check_grid(each.resolution, family.grid, family.title)
-
-
-@pytest.mark.parametrize("alias", aliases())
-def test_a_builtin_recipe_opens_with_what_its_numbers_are_worth(alias: str) -> None:
-    first = (builtin_path() / f"{alias}.toml").read_text("utf-8").splitlines()[0]
-    assert first.startswith("# ")
-    worth = (
-        "ratios that were searched for, and what they do." if alias == "demo" else "starting points, not tuned values."
-    )
-    assert first.endswith(f": {worth}")
-
-
-def test_only_the_demo_has_no_file_on_the_hub() -> None:
-    assert [made.family for made in builtin() if made.repo is None or made.file is None] == ["demo"]
-
-
-def test_the_paper_sizes_are_there() -> None:
-    for alias in ("sd15", "sd21", "sdxl"):
-        made = by_alias(alias)
-        assert made is not None
-        assert {"400x560", "480x360"} <= {str(each.resolution) for each in made.variants}
 
 
 @pytest.mark.parametrize("name", ["SDXL", "sdxl.toml", "../recipes/sdxl", "", "a/b", "sd1.5", "*"])
@@ -146,12 +135,6 @@ def test_targets_are_the_kinds_that_families_know() -> None:
     assert set(TARGETS) == set(get_args(Kind))
 
 
-def test_importing_recipes_is_cheap() -> None:
-    code = "import sys, crdiff_export.models.recipe_files; print(*({m.split('.')[0] for m in sys.modules}))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "numpy", "numba", "click", "rich", "huggingface_hub"} & set(loaded)
-
-
 # --- sizes ---
 
 
@@ -174,16 +157,13 @@ def test_size(text: str, size: Size) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", "400x", "400x560x3", "-400", "4.5", "1e3", "\u0664\u0660\u0660", "400\nx560\x1b", "9" * 5000],
+    [
+        *("", "x", "400x", "400x560x3", "-400", "4.5", "1e3", "\u0664\u0660\u0660", "400\nx560\x1b", "9" * 5000),
+        *("0x0", "512x0", "16385x16385", "999999999x8"),
+    ],
 )
 def test_text_that_is_no_size_is_refused(text: str) -> None:
-    with raises(RecipeError, repr(text[:40])):
-        Size.parse(text)
-
-
-@pytest.mark.parametrize("text", ["0x0", "512x0", "16385x16385", "999999999x8"])
-def test_a_size_out_of_bounds_is_refused(text: str) -> None:
-    with raises(RecipeError, text):
+    with raises(RecipeError, text if re.fullmatch(r"\d{1,9}x\d{1,9}", text) else repr(text[:40])):
         Size.parse(text)
 
 
@@ -396,22 +376,9 @@ def test_a_file_is_read_under_its_own_name(tmp_path: Path) -> None:
     assert load(path) == load(str(path)) == parse(MODEL + VARIANT, "own.toml")
 
 
-def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
-    path, large = tmp_path / "own.toml", tmp_path / "model.safetensors"
-    with large.open("wb") as file:
-        file.truncate(1 << 40)
-    with raises(RecipeError, path):
-        load(path)
-    path.write_bytes(b'[model]\ntitle = "\xe4"')
-    for refused, key in ((tmp_path, "folder"), (path / "more.toml", ""), (path, "byte 17"), (large, "1 MiB")):
-        with raises(RecipeError, refused, key):
-            load(refused)
-
-
-def test_a_recipe_of_exactly_one_mebibyte_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "own.toml"
-    path.write_text((MODEL + VARIANT + "#").ljust(1 << 20, "."))
-    assert load(path) == parse(MODEL + VARIANT, "own.toml")
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with raises(RecipeError, tmp_path / "own.toml"):
+        load(tmp_path / "own.toml")
 
 
 # --- writing ---
@@ -482,7 +449,6 @@ def test_the_written_form() -> None:
     )
 
 
-@settings(max_examples=200)
 @given(
     st.text(max_size=60)
     | st.sampled_from([MODEL, VARIANT, EVIDENCE]).flatmap(lambda part: st.text(max_size=5).map(part.__add__))
@@ -492,10 +458,7 @@ def test_no_text_raises_anything_but_a_recipe_error(text: str) -> None:
         try:
             read(text, "own.toml")
         except RecipeError as error:
-            problem = error.message
-        else:
-            continue
-        assert problem.startswith("own.toml: ")
+            assert error.message.startswith("own.toml: ")  # noqa: PT017  # most texts are refused, not all
 
 
 # --- the public code's config.json ---
@@ -508,6 +471,14 @@ def public(**changes: object) -> str:
         "best_global_params_ratio": {"down_ratio": 0.41, "up_ratio": 0.22, "mid_ratio": 0.33},
     }
     return json.dumps({key: value for key, value in (document | changes).items() if value is not ...})
+
+
+def of_model(**config: object) -> str:
+    return public(model_config={"width": 8, "height": 8, **config})
+
+
+def of_ratios(**ratios: float) -> str:
+    return public(best_global_params_ratio=ratios)
 
 
 def test_a_public_config_becomes_a_searched_recipe(tmp_path: Path) -> None:
@@ -558,8 +529,7 @@ def test_the_ratios_of_a_public_config_in_every_spelling(ratios: object) -> None
     ],
 )
 def test_the_family_of_a_public_config(name: str | None, path: str | None, family: str, model: str) -> None:
-    config = {"name": name, "model_path": path, "width": 512, "height": 512}
-    made = recipe_files.from_public_config(public(model_config=config), "config.json")
+    made = recipe_files.from_public_config(of_model(name=name, model_path=path), "config.json")
     (each,) = made.variants
     assert (made.family, each.evidence) == (family, Evidence("ImageReward", 0.735, extra={"model": model}))
 
@@ -586,27 +556,18 @@ BROKEN_PUBLIC = {
     "list": ("[1]", "model_config"),
     "null": ("null", "model_config"),
     "no model": (public(model_config=...), "model_config"),
-    "no name": (public(model_config={"width": 8, "height": 8}), "model_config.name"),
-    "unknown name": (public(model_config={"name": "pony", "width": 8, "height": 8}), "model_config.name is 'pony'"),
-    "sd3.5 of no size": (
-        public(model_config={"name": "sd3.5", "width": 8, "height": 8}),
-        "model_config.name is 'sd3.5'",
-    ),
+    "no name": (of_model(), "model_config.name"),
+    "unknown name": (of_model(name="pony"), "model_config.name is 'pony'"),
+    "sd3.5 of no size": (of_model(name="sd3.5"), "model_config.name is 'sd3.5'"),
     "a family far up the path": (
-        public(model_config={"model_path": "/sdxl/mine/pony", "width": 8, "height": 8}),
+        of_model(model_path="/sdxl/mine/pony"),
         "model_config.model_path is '/sdxl/mine/pony'",
     ),
-    "name list": (public(model_config={"name": [], "width": 8, "height": 8}), "model_config.name is an array"),
-    "lone surrogate": (
-        public(model_config={"name": "sdxl\ud800", "width": 8, "height": 8}),
-        r"model_config.name is 'sdxl\ud800'",
-    ),
+    "name list": (of_model(name=[]), "model_config.name is an array"),
+    "lone surrogate": (of_model(name="sdxl\ud800"), r"model_config.name is 'sdxl\ud800'"),
     "no width": (public(model_config={"name": "sdxl", "height": 8}), "model_config.width"),
-    "width text": (public(model_config={"name": "sdxl", "width": "512", "height": 8}), "model_config.width is '512'"),
-    "width too large": (
-        public(model_config={"name": "sdxl", "width": 20000, "height": 8}),
-        "(20000x8): resolution: 20000x8",
-    ),
+    "width text": (of_model(name="sdxl", width="512"), "model_config.width is '512'"),
+    "width too large": (of_model(name="sdxl", width=20000), "(20000x8): resolution: 20000x8"),
     "no score": (public(best_avg_score=...), "best_avg_score"),
     "score null": (public(best_avg_score=None), "best_avg_score is null"),
     "score nan": (public(best_avg_score=math.nan), "best_avg_score is nan"),
@@ -614,20 +575,11 @@ BROKEN_PUBLIC = {
     "thresholds": (public(pruning_method="magnitude"), "pruning_method is 'magnitude'"),
     "no ratios": (public(best_global_params_ratio=...), "best_global_params_ratio"),
     "two ratios": (public(best_global_params_ratio=[0.1, 0.2]), "best_global_params_ratio is an array"),
-    "no mid": (public(best_global_params_ratio={"down": 0.1, "up": 0.1}), "best_global_params_ratio.mid_ratio"),
-    "mid twice": (
-        public(best_global_params_ratio={"down": 0.1, "up": 0.1, "mid": 0.1, "mid_block": 0.2}),
-        "best_global_params_ratio.mid",
-    ),
-    "other group": (
-        public(best_global_params_ratio={"down": 0.1, "up": 0.1, "mid": 0.1, "middle": 0.2}),
-        "best_global_params_ratio.middle",
-    ),
+    "no mid": (of_ratios(down=0.1, up=0.1), "best_global_params_ratio.mid_ratio"),
+    "mid twice": (of_ratios(down=0.1, up=0.1, mid=0.1, mid_block=0.2), "best_global_params_ratio.mid"),
+    "other group": (of_ratios(down=0.1, up=0.1, mid=0.1, middle=0.2), "best_global_params_ratio.middle"),
     "ratio above": (public(best_global_params_ratio=[0.1, 0.2, 1]), "ratios.mid is 1.0"),
-    "transformer without shared ratio": (
-        public(model_config={"name": "flux", "width": 8, "height": 8}),
-        "best_global_params_sd3",
-    ),
+    "transformer without shared ratio": (of_model(name="flux"), "best_global_params_sd3"),
 }
 
 
@@ -646,20 +598,12 @@ def test_a_broken_public_config_is_refused(text: str, key: str) -> None:
 # --- choosing ---
 
 
-def test_the_exact_size_is_chosen_without_a_note() -> None:
-    choice = choose(recipe(variant("512x512"), variant("400x560")), Size(400, 560))
-    assert (choice.variant.resolution, choice.exact, choice.note) == (Size(400, 560), True, None)
-
-
 def test_a_size_without_a_variant_takes_the_nearest_and_says_so() -> None:
-    choice = choose(recipe(variant("2048x2048"), variant("512x512")), Size(640, 640))
-    assert (choice.variant.resolution, choice.exact) == (Size(512, 512), False)
-    assert choice.note == "no variant for 640x640; using the one for 512x512 (starting point)"
-
-
-def test_the_note_tells_a_searched_variant_from_a_starting_point() -> None:
+    assert choose(recipe(variant("512x512"), variant("400x560")), Size(400, 560)) == Choice(variant("400x560"))
     searched = dataclasses.replace(variant(), provenance="searched", evidence=Evidence("ImageReward", 0.5))
-    assert choose(recipe(searched), Size(64, 64)).note == "no variant for 64x64; using the one for 512x512 (searched)"
+    for chosen, standing in ((variant(), "starting point"), (searched, "searched")):
+        choice = choose(recipe(variant("2048x2048"), chosen), Size(640, 640))
+        assert choice == Choice(chosen, f"no variant for 640x640; using the one for 512x512 ({standing})")
 
 
 @pytest.mark.parametrize(
@@ -692,21 +636,9 @@ def test_choosing_is_nearest_total_and_blind_to_order(made: list[Size], target: 
     choice = choose(recipe(*[variant(str(size)) for size in made]), target)
     assert choice.variant.resolution in made
     assert oracle(choice.variant.resolution, target) <= min(oracle(size, target) for size in made) + 1e-6
-    assert choice.exact == (choice.note is None) == (target in made)
+    assert (choice.note is None) == (target in made)
     chance.shuffle(made)
     assert choose(recipe(*[variant(str(size)) for size in made]), target) == choice
-
-
-@given(sizes, sizes)
-def test_turning_every_picture_by_a_quarter_turns_the_choice(one: Size, target: Size) -> None:
-    def turned(size: Size) -> Size:
-        return Size(size.height, size.width)
-
-    other = Size(777, 333)
-    assume(abs(oracle(one, target) - oracle(other, target)) > 1e-6)
-    upright = choose(recipe(variant(str(one)), variant(str(other))), target)
-    lying = choose(recipe(variant(str(turned(one))), variant(str(turned(other)))), turned(target))
-    assert lying.variant.resolution == turned(upright.variant.resolution)
 
 
 def test_a_prompt_takes_its_own_variant_and_no_other_prompt_does() -> None:
@@ -714,9 +646,9 @@ def test_a_prompt_takes_its_own_variant_and_no_other_prompt_does() -> None:
     assert choose(made, Size(512, 512)).variant.ratios["mid"] == 0.1
     assert choose(made, Size(640, 640)).variant.ratios["mid"] == 0.1
     own = choose(made, Size(512, 512), prompt="a cat")
-    assert (own.variant.ratios["mid"], own.exact, own.note) == (0.2, True, None)
+    assert (own.variant.ratios["mid"], own.note) == (0.2, None)
     other = choose(made, Size(512, 512), prompt="a fox")
-    assert (other.variant.ratios["mid"], other.exact) == (0.1, False)
+    assert other.variant.ratios["mid"] == 0.1
     assert other.note == "no variant for 512x512 and this prompt; using the one for 512x512 (starting point)"
 
 
@@ -737,22 +669,20 @@ def test_nothing_given_changes_nothing() -> None:
     assert override(SEARCHED, UNET) is SEARCHED
 
 
-def test_one_ratio_for_all_groups() -> None:
-    made = override(SEARCHED, UNET, ratio=0.5)
-    assert made.ratios == {"down": 0.5, "mid": 0.5, "up": 0.5}
-    assert (made.provenance, made.source) == ("starting-point", "given on the command line")
-    assert (made.evidence, made.prompt) == (None, None)
-    assert (made.resolution, made.poa_weight) == (SEARCHED.resolution, SEARCHED.poa_weight)
-
-
-def test_a_single_ratio_given_ends_the_whole_claim() -> None:
-    made = override(SEARCHED, UNET, per_group={"mid": 0})
-    assert made.ratios == {"down": 0.3, "mid": 0, "up": 0.3}
-    assert (made.provenance, made.evidence) == ("starting-point", None)
-
-
-def test_a_group_of_its_own_wins_over_the_ratio_for_all() -> None:
-    assert override(SEARCHED, UNET, ratio=0.5, per_group={"up": 0.1}).ratios == {"down": 0.5, "mid": 0.5, "up": 0.1}
+@pytest.mark.parametrize(
+    ("numbers", "ratios"),
+    [
+        ({"ratio": 0.5}, (0.5, 0.5, 0.5)),
+        ({"per_group": {"mid": 0}}, (0.3, 0, 0.3)),
+        ({"ratio": 0.5, "per_group": {"up": 0.1}}, (0.5, 0.5, 0.1)),
+    ],
+    ids=["all", "one", "one wins over all"],
+)
+def test_a_ratio_of_the_user_ends_the_whole_claim(numbers: dict[str, Any], ratios: tuple[float, ...]) -> None:
+    assert override(SEARCHED, UNET, **numbers) == dataclasses.replace(
+        SEARCHED, ratios=dict(zip(UNET, ratios, strict=True)), provenance="starting-point",
+        source="given on the command line", evidence=None, prompt=None,
+    )  # fmt: skip
 
 
 def test_a_full_set_needs_nothing_of_the_variant() -> None:
@@ -786,10 +716,6 @@ def test_numbers_out_of_bounds_are_refused(
 def test_an_unknown_group_is_refused() -> None:
     with raises(OptionError, "'midd'"):
         override(SEARCHED, UNET, per_group={"midd": 0.1})
-
-
-def test_part_of_a_set_completes_the_variant() -> None:
-    assert override(SEARCHED, UNET, per_group={"mid": 0.5}).ratios == {"down": 0.3, "mid": 0.5, "up": 0.3}
 
 
 @pytest.mark.parametrize(

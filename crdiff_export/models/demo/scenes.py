@@ -5,11 +5,11 @@ Three kinds: "a large red circle on white", "two red circles on white", "a red c
 """
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 from crdiff_export.errors import CrdiffError
 
@@ -100,21 +100,20 @@ class Scene:
             return f"{other.phrase} {RELATIONS[self.relation]} {self.first.phrase}"
         return self.prompt.removesuffix(f" on {self.background}")
 
-    @classmethod
-    def parse(cls, prompt: str) -> Self:
+    @staticmethod
+    def parse(prompt: str) -> "Scene":
         """Parse a prompt.
 
         Raises:
             CrdiffError: The text is not a prompt of the demo model.
         """
-        found = _PROMPT.fullmatch(prompt)
-        scene = cls(found["background"], *cls._things(found)) if found else None
-        if scene and scene.prompt == prompt and scene.first != scene.second:
+        scene = _by_prompt().get(prompt)
+        if scene and scene.first != scene.second:
             return scene
         unknown = [word for word in prompt.split() if word not in vocabulary()]
         if unknown:
             reason = f"it does not know {', '.join(unknown)}"
-        elif scene and scene.first == scene.second:
+        elif scene:
             reason = "its two things are the same"
         else:
             reason = "it does not know this order of words"
@@ -122,30 +121,6 @@ class Scene:
             f'"{prompt}" is not a prompt of the demo model: {reason}',
             f'Write it like "{EXAMPLE}", of these words: {", ".join(vocabulary())}.',
         )
-
-    @staticmethod
-    def _things(found: re.Match[str]) -> tuple[Thing] | tuple[Thing, str, Thing]:
-        """Return the first thing and, if present, the relation and the second thing."""
-        first = Thing(found["shape"], found["colour"], found["size"] or "", COUNTS.get(found["many"], 1))
-        return (first, found["relation"], Thing(found["shape2"], found["colour2"])) if found["relation"] else (first,)
-
-
-def _prompts() -> str:
-    """Return a regular expression of all prompts."""
-
-    def any_of(words: Sequence[str] | dict[str, Colour] | dict[str, int] | dict[str, str]) -> str:
-        return "|".join(words)
-
-    shape, colour = any_of(SHAPES), any_of(COLOURS)
-    many = f"(?P<many>{any_of(COUNTS)}) "
-    second = f" (?P<relation>{any_of(RELATIONS)}) an? (?P<colour2>{colour}) (?P<shape2>{shape})"
-    start = f"(?:an? (?:(?P<size>{any_of(SIZES)}) )?|{many})(?P<colour>{colour}) (?P<shape>{shape})"
-    # A plural follows only a number; a second thing is there if, and only if, the first has neither number nor size.
-    end = f"(?(many)s|(?(size)|{second}))"
-    return f"{start}{end} on (?P<background>{any_of(BACKGROUNDS)})"
-
-
-_PROMPT = re.compile(_prompts())
 
 
 def vocabulary() -> tuple[str, ...]:
@@ -157,14 +132,21 @@ def vocabulary() -> tuple[str, ...]:
 
 def all_scenes() -> Iterator[Scene]:
     """Yield every scene, always in the same order."""
+    return (scene for scene in _by_prompt().values() if scene.first != scene.second)
+
+
+@cache
+def _by_prompt() -> dict[str, Scene]:
+    """Map every prompt to its scene, those of two things that are the same included."""
+    scenes: list[Scene] = []
     pairs = list(product(SHAPES, COLOURS))
     for background in BACKGROUNDS:
         for shape, colour in pairs:
-            yield from (Scene(background, Thing(shape, colour, size)) for size in SIZES)
-            yield from (Scene(background, Thing(shape, colour, count=count)) for count in COUNTS.values())
+            scenes += (Scene(background, Thing(shape, colour, size)) for size in SIZES)
+            scenes += (Scene(background, Thing(shape, colour, count=count)) for count in COUNTS.values())
         for first, relation, second in product(pairs, RELATIONS, pairs):
-            if first != second:
-                yield Scene(background, Thing(*first), relation, Thing(*second))
+            scenes.append(Scene(background, Thing(*first), relation, Thing(*second)))
+    return {scene.prompt: scene for scene in scenes}
 
 
 def split(held_out: float = 0.1) -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:

@@ -2,23 +2,13 @@
 
 from crdiff_export.models.families.catalogue import all_families, by_id
 from crdiff_export.models.families.detect import detect
-from crdiff_export.models.families.model import (
-    Family,
-    FamilyLayer,
-    Kind,
-    Layout,
-    Mark,
-    Match,
-    Twin,
-)
+from crdiff_export.models.families.model import Family, FamilyLayer, Kind, Match, Twin
 from crdiff_export.models.families.quantised import quantisation
 
 __all__ = [
     "Family",
     "FamilyLayer",
     "Kind",
-    "Layout",
-    "Mark",
     "Match",
     "Twin",
     "all_families",

@@ -3,6 +3,7 @@
 from functools import cache
 
 from crdiff_export.errors import FamilyError
+from crdiff_export.formats.text import did_you_mean
 from crdiff_export.models.families.dit import dit_families
 from crdiff_export.models.families.model import Family
 from crdiff_export.models.families.unet import unet_families
@@ -21,10 +22,7 @@ def by_id(family_id: str) -> Family:
         FamilyError: The id is unknown; the hint has the nearest one.
     """
     families = {family.id: family for family in all_families()}
-    if family_id in families:
-        return families[family_id]
-    from difflib import get_close_matches  # its import takes longer than that of this package
-
-    nearest = get_close_matches(family_id, families, n=1)
-    question = f"Did you mean {nearest[0]}? " if nearest else ""
-    raise FamilyError(f"no model family is called {family_id!r}", f"{question}The families are: {', '.join(families)}.")
+    if family_id not in families:
+        message = f"no model family is called {family_id!r}"
+        raise FamilyError(message, did_you_mean(family_id, tuple(families), "families"))
+    return families[family_id]

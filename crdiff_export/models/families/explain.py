@@ -42,19 +42,18 @@ def explain(fits: Sequence[Fit], shapes: Shapes) -> FamilyError:
     elif nearest.exact:
         reason = _wrong_marks([fit for fit in fits if fit.exact and fit.prefix == nearest.prefix], shapes)
     else:
-        reason = _wrong_names(nearest, shapes)
+        reason = _wrong_names(nearest)
     titles = ", ".join(family.title for family in all_families() if family.id != "demo")
     return FamilyError(reason, f"Supported, in the original and the diffusers layout, finetunes included: {titles}.")
 
 
-def _wrong_names(fit: Fit, shapes: Shapes) -> str:
-    missing, extras = fit.missing(shapes), fit.extras(shapes)
+def _wrong_names(fit: Fit) -> str:
     parts = [f"{fit.found} of {len(fit.signature.tensors)} target tensors found"]
-    if missing:
-        parts.append(f"missing {_some(missing)}")
-    if extras:
-        parts.append(f"and {fit.signature.family.title} has no {_some(extras)}")
-    return f"no known model family: nearest is {_place(fit)}: {', '.join(parts)}"
+    if fit.missing:
+        parts.append(f"missing {_some(fit.missing)}")
+    if fit.extras:
+        parts.append(f"and {fit.signature.family.title} has no {_some(fit.extras)}")
+    return f"no known model family: nearest is {_describe(fit)}: {', '.join(parts)}"
 
 
 def _wrong_marks(fits: list[Fit], shapes: Shapes) -> str:
@@ -65,7 +64,7 @@ def _wrong_marks(fits: list[Fit], shapes: Shapes) -> str:
         seen, wanted = _objection(mark, fit.prefix, shapes)
         clauses[seen].append(f"{fit.signature.family.title} has {wanted}")
     reasons = "; ".join(f"{seen}, {', '.join(wanted)}" for seen, wanted in clauses.items())
-    return f"no known model family: the layers are those of {_place(fits[0])}, but {reasons}"
+    return f"no known model family: the layers are those of {_describe(fits[0])}, but {reasons}"
 
 
 def _objection(mark: Mark, prefix: str, shapes: Shapes) -> tuple[str, str]:
@@ -91,7 +90,7 @@ def _something_else(shapes: Shapes) -> str:
     return f"no known model family: none of {len(names)} tensors is named like one of theirs, e.g. {_some(names)}"
 
 
-def _place(fit: Fit) -> str:
+def _describe(fit: Fit) -> str:
     return f"{fit.signature.family.title} ({fit.signature.layout.name} layout, prefix {fit.prefix!r})"
 
 

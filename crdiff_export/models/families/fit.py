@@ -1,7 +1,7 @@
 """Measure how well the tensor names of a file fit each family, in each layout and with each prefix."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -33,57 +33,56 @@ class Signature:
 
     family: Family
     layout: Layout
-    tensors: tuple[str, ...]
+    tensors: Mapping[str, None]
     tails: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The fit of a file: `found` targets of a signature with a prefix, and `extra` names that only end like targets."""
+    """The fit of a file to a signature behind a prefix; names are without prefix.
+
+    Attributes:
+        signature: The signature.
+        prefix: The prefix.
+        missing: Targets that the file lacks, in the family's order.
+        extras: Names that end like a target but are none, as in a larger model, in the file's order.
+    """
 
     signature: Signature
     prefix: str
-    found: int
-    extra: int
+    missing: tuple[str, ...]
+    extras: tuple[str, ...]
+
+    @property
+    def found(self) -> int:
+        """How many targets are present."""
+        return len(self.signature.tensors) - len(self.missing)
 
     @property
     def exact(self) -> bool:
-        """Whether every target is present, and no name that looks like a target of a larger model."""
-        return self.found == len(self.signature.tensors) and not self.extra
+        """Whether the targets are present, and nothing else that looks like one."""
+        return not (self.missing or self.extras)
 
     @property
     def score(self) -> float:
         """Tensors in common over all tensors of both: 1 for an exact fit, 0 for nothing in common."""
-        return self.found / (len(self.signature.tensors) + self.extra)
-
-    def missing(self, names: Iterable[str]) -> list[str]:
-        """Return the targets that are not among the names, without prefix, in the family's order."""
-        present = frozenset(names)
-        return [tensor for tensor in self.signature.tensors if self.prefix + tensor not in present]
-
-    def extras(self, names: Iterable[str]) -> list[str]:
-        """Return the names that end like a target but are not targets, without prefix, in the file's order."""
-        targets = {self.prefix + tensor for tensor in self.signature.tensors}
-        alike = (name for name in names if name.startswith(self.prefix) and name.endswith(self.signature.tails))
-        return [name.removeprefix(self.prefix) for name in alike if name not in targets and not name.startswith(EMA)]
+        return self.found / (len(self.signature.tensors) + len(self.extras))
 
 
 def measure(shapes: Shapes) -> list[Fit]:
     """Return every fit with at least one target in common, in the order of prefixes and families."""
     tails = tuple({tail: None for signature in _signatures() for tail in signature.tails})
     alike = [name for name in shapes if name.endswith(tails) and not name.startswith(EMA)]
-    return [fit for prefix in PREFIXES for fit in _behind(prefix, [n for n in alike if n.startswith(prefix)])]
-
-
-def _behind(prefix: str, alike: Sequence[str]) -> list[Fit]:
-    """Return the fits with one prefix; `alike` are the names that start with it and end like a target of any family."""
-    if not alike:
-        return []
-    names = frozenset(name.removeprefix(prefix) for name in alike)
-    counts = [(signature, sum(tensor in names for tensor in signature.tensors)) for signature in _signatures()]
-    tails = {signature.tails for signature, number in counts if number}
-    alike_by_tails = {some: sum(name.endswith(some) for name in alike) for some in tails}
-    return [Fit(signature, prefix, n, alike_by_tails[signature.tails] - n) for signature, n in counts if n]
+    fits = []
+    for prefix in PREFIXES:
+        names = dict.fromkeys(name.removeprefix(prefix) for name in alike if name.startswith(prefix))
+        for signature in _signatures() if names else ():
+            missing = tuple(tensor for tensor in signature.tensors if tensor not in names)
+            if len(missing) < len(signature.tensors):
+                ends_alike = (name for name in names if name.endswith(signature.tails))
+                extras = tuple(name for name in ends_alike if name not in signature.tensors)
+                fits.append(Fit(signature, prefix, missing, extras))
+    return fits
 
 
 def holds(mark: Mark, prefix: str, shapes: Shapes) -> bool:
@@ -109,6 +108,6 @@ def _signatures() -> tuple[Signature, ...]:
 
 
 def _signature(family: Family, layout: Layout) -> Signature:
-    tensors = tuple(dict.fromkeys(layer.tensor for layer in layout.layers))
+    tensors = dict.fromkeys(layer.tensor for layer in layout.layers)
     tails = dict.fromkeys("." + re.split(r"blocks\.\d+\.", tensor)[-1] for tensor in tensors)
     return Signature(family, layout, tensors, tuple(tails))

