@@ -16,8 +16,8 @@ from crdiff_export.export import ExportRequest
 from crdiff_export.hub import bases
 from crdiff_export.models.demo.scenes import Scene
 from crdiff_export.progress import Progress, Silent
-from crdiff_export.prune import criteria
 from crdiff_export.prune.criteria.calibration import STATISTICS
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sampling import drawing_setup, pipelines, prompts, request_checks
 from crdiff_export.sampling.drawing_setup import DrawingSetup
@@ -160,7 +160,7 @@ def statistics(specs: Sequence[str]) -> tuple[str, ...]:
     """
     if not specs:
         raise OptionError("no criterion is given", "Give --criterion: wanda, taylor, obs or adverse.")
-    needed = {name for text in specs for name in criteria.load(text).statistics}
+    needed = {name for text in specs for name in CriterionChoice.load(text).statistics}
     check_statistics(sorted(needed))
     return tuple(name for name in STATISTICS if name in needed)
 

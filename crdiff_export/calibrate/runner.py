@@ -24,8 +24,7 @@ from crdiff_export.formats.hashing import hash_data
 from crdiff_export.formats.text import printable
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune.criteria import calibration
-from crdiff_export.prune.layer_names import diffusers_name
-from crdiff_export.prune.plan import Plan, Target
+from crdiff_export.prune.plan import Plan, open_targets
 from crdiff_export.sampling import fingerprint
 from crdiff_export.sampling.poa.handle import model_of
 from crdiff_export.sampling.session import Session, Style
@@ -109,22 +108,12 @@ def identify(plan: Plan, progress: Progress) -> Identity:
     progress.stage("hashing", sum(file.data_size for file in files))
     hashes = [hash_data(file, progress) for file in files]
     whole = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    readers = [file.open() for file in files]
-    try:
-        layers = tuple(_layer(plan, target, readers[target.file]) for target in plan.targets)
-    finally:
-        for reader in readers:
-            reader.close()
+    with open_targets(plan.checkpoint) as read:
+        layers = tuple(
+            LayerSpec(target.layer.diffusers, *target.shape, hashlib.sha256(read(target)).hexdigest()[:16])
+            for target in plan.targets
+        )
     return Identity(f"0x{whole}", layers)
-
-
-def _layer(plan: Plan, target: Target, reader: Any) -> LayerSpec:
-    start, stop = target.span(target.source)
-    data = memoryview(bytearray(stop - start))
-    reader.read_into(start, data)
-    columns = target.source.shape[-1]
-    digest = hashlib.sha256(data).hexdigest()[:16]
-    return LayerSpec(diffusers_name(plan, target), target.count // columns, columns, digest)
 
 
 class _Work:
@@ -236,15 +225,14 @@ def _modules(pipe: Any, plan: Plan) -> dict[str, nn.Linear]:
     model = model_of(pipe)
     modules = {}
     for target in plan.targets:
-        name = diffusers_name(plan, target)
-        shape = (target.count // target.source.shape[-1], target.source.shape[-1])
+        name = target.layer.diffusers
         try:
             module = model.get_submodule(name.removesuffix(".weight"))
         except AttributeError:
             module = None
-        if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != shape:
+        if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != target.shape:
             raise CalibrationError(
-                f"{type(model).__name__} has no layer {name} of {shape[0]} x {shape[1]} weights",
+                f"{type(model).__name__} has no layer {name} of {target.shape[0]} x {target.shape[1]} weights",
                 "Open the base that is to be calibrated, unfused and unquantised.",
             )
         modules[name] = module

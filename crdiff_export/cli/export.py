@@ -162,7 +162,7 @@ def _chosen_by(job: ExportJob) -> str:
     scope = job.plan.match.family.scope
     if not criterion.masks:
         return f"with a threshold for each {scope}" + (f" ({criterion.name})" if criterion.name != MAGNITUDE else "")
-    within = scope if criterion.loaded.compare == "block" else criterion.loaded.compare
+    within = scope if criterion.compare == "block" else criterion.compare
     moved = ", which moves what stays" if criterion.moves else ""
     calibration = f" and {job.request.calibration}" if job.request.calibration else ""
     return f"with a mask by {criterion.name}{calibration}, compared within each {within}{moved}"
@@ -183,8 +183,8 @@ def _planned_groups(job: ExportJob) -> dict[str, dict[str, Any]]:
     plan = job.plan
     return {
         name: {
-            "layers": sum(t.group == name for t in plan.targets),
-            "weights": sum(t.count for t in plan.targets if t.group == name),
+            "layers": sum(t.layer.group == name for t in plan.targets),
+            "weights": sum(t.count for t in plan.targets if t.layer.group == name),
             "ratio": plan.ratio(name),
             "to_prune_at_least": sum(s.rank for s in plan.scopes if s.group == name),
         }

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Self
 
@@ -10,9 +11,8 @@ from crdiff_export.errors import OptionError
 from crdiff_export.formats.crdiff_keys import CalibrationStamp
 from crdiff_export.models.recipe import Variant
 from crdiff_export.progress import Progress
-from crdiff_export.prune import criteria
-from crdiff_export.prune.criteria import Calibration, Loaded, Ranked
-from crdiff_export.prune.criteria.spec import Spec
+from crdiff_export.prune.criteria import Calibration, Criterion, Ranked
+from crdiff_export.prune.criteria.spec import GROUP, MAGNITUDES, SCORED, Spec, installed
 from crdiff_export.prune.kernels import Kernel
 from crdiff_export.prune.plan import Plan, with_ratios
 
@@ -22,10 +22,30 @@ UNIFORM = "uniform"
 
 @dataclass(frozen=True, slots=True)
 class CriterionChoice:
-    """A criterion together with the open calibration that it ranks by, if it needs one."""
+    """A criterion with its options, and the open calibration that it ranks by, if it needs one.
 
-    loaded: Loaded
+    Attributes:
+        spec: Its name and options.
+        criterion: What gives the scores; None for magnitude and uniform, which rank by |w|.
+        calibration: The statistics for the scores.
+    """
+
+    spec: Spec
+    criterion: Criterion | None = None
     calibration: Calibration | None = None
+
+    @classmethod
+    def load(cls, text: str) -> Self:
+        """Load a criterion by its name and options, without a calibration.
+
+        Raises:
+            OptionError: The name or an option is unknown, or the package of the criterion is broken.
+        """
+        spec = Spec.parse(text)
+        if spec.name in MAGNITUDES:
+            return cls(spec)
+        ours = SCORED.get(spec.name)
+        return cls(spec, _make(EntryPoint(spec.name, ours, GROUP) if ours else installed()[spec.name], spec))
 
     @classmethod
     def of(cls, criterion: str, calibration: Path | None) -> Self:
@@ -42,32 +62,42 @@ class CriterionChoice:
             OptionError: The criterion is unknown, or the calibration is missing or not needed.
             CalibrationError: The file is not a calibration.
         """
-        loaded = criteria.load(criterion)
-        if loaded.statistics and calibration is None:
+        choice = cls.load(criterion)
+        if choice.statistics and calibration is None:
             raise OptionError(
-                f"{loaded.spec} needs a calibration", "Give --calibration FILE, which `crdiff calibrate` makes."
+                f"{choice.name} needs a calibration", "Give --calibration FILE, which `crdiff calibrate` makes."
             )
-        if calibration is not None and not loaded.statistics:
+        if calibration is not None and not choice.statistics:
             raise OptionError(
-                f"{loaded.spec} needs no calibration",
+                f"{choice.name} needs no calibration",
                 "Leave --calibration out, or choose a criterion that ranks by one, such as wanda.",
             )
-        return cls(loaded, None if calibration is None else Calibration.open(calibration))
+        return choice if calibration is None else replace(choice, calibration=Calibration.open(calibration))
 
     @property
     def name(self) -> str:
         """The criterion as headers spell it."""
-        return str(self.loaded.spec)
+        return str(self.spec)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The names of the statistics that it needs."""
+        return self.criterion.statistics if self.criterion else ()
+
+    @property
+    def compare(self) -> str:
+        """The weights that are compared with each other: `block` (the scope), `row`, or `layer` (OBS only)."""
+        return self.spec.options.get("compare", "block")
 
     @property
     def masks(self) -> bool:
         """Whether it gives masks; magnitude and uniform give thresholds."""
-        return self.loaded.criterion is not None
+        return self.criterion is not None
 
     @property
     def moves(self) -> bool:
         """Whether it changes weights that are not pruned, to compensate for those that are."""
-        return self.loaded.moves
+        return hasattr(self.criterion, "compensate")
 
     def plan(self, planned: Plan) -> Plan:
         """Adapt a recipe's plan to the criterion, and add its notes.
@@ -79,11 +109,11 @@ class CriterionChoice:
         planned = replace(planned, variant=_without_foreign_evidence(planned.variant, self.name, self.calibration))
         if self.calibration is None:
             return planned
-        notes = self.calibration.check(planned, self.loaded.statistics)
+        notes = self.calibration.check(planned, self.statistics)
         return replace(planned, notes=(*planned.notes, *notes))
 
-    def rank(self, plans: Sequence[Plan], kernel: Kernel, progress: Progress, device: str) -> Ranked:
-        """Rank the weights of plans that share their checkpoint and cast.
+    def rank(self, plans: Sequence[Plan], kernel: Kernel, progress: Progress, device: str = "cpu") -> Ranked:
+        """Read and rank the target weights of plans that share their checkpoint and cast.
 
         Args:
             plans: The plans.
@@ -93,16 +123,47 @@ class CriterionChoice:
 
         Returns:
             The ranked weights, which decide for any ratios.
+
+        Raises:
+            CalibrationError: The calibration is of another base, or lacks a statistic.
+            PlanError: Target weights are not finite, and the plans do not allow that.
         """
-        return criteria.rank(plans, self.loaded, kernel, progress, calibration=self.calibration, device=device)
+        if self.criterion is None:
+            from crdiff_export.prune.criteria.magnitude import RankedMagnitudes
+
+            return RankedMagnitudes(plans, kernel, progress)
+        from crdiff_export.prune.criteria.scored import Scored
+
+        return Scored(plans, self, progress, device)
 
     def calibrated(self, progress: Progress) -> CalibrationStamp | None:
         """Return the header's record of the calibration, whose file is read for its hash."""
-        found = self.calibration
-        if found is None:
+        if self.calibration is None:
             return None
-        progress.stage("hashing", found.nbytes)
-        return CalibrationStamp(found.hashed(progress), found.size)
+        progress.stage("hashing", self.calibration.nbytes)
+        return CalibrationStamp(self.calibration.hashed(progress), self.calibration.size)
+
+
+def _make(entry: EntryPoint, spec: Spec) -> Criterion:
+    """Call an entry point; errors of another package's own code keep their traceback."""
+    package = entry.dist.name if entry.dist else entry.value
+    hint = f"It has to make a criterion, with statistics and score, of a mapping of options; ask {package}."
+    try:
+        factory = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise OptionError(
+            f"{entry.name}: {entry.value} cannot be loaded: {error}", f"Install {package} again, or whatever it needs."
+        ) from error
+    if not callable(factory):
+        raise OptionError(f"{entry.name}: {entry.value} is not a function", hint)
+    criterion: Criterion = factory(spec.values)
+    statistics = getattr(criterion, "statistics", None)
+    listed = isinstance(statistics, tuple) and all(isinstance(name, str) for name in statistics)
+    if not listed or not callable(getattr(criterion, "score", None)):
+        raise OptionError(
+            f"{entry.name}: {entry.value} makes {type(criterion).__name__}, which is not a criterion", hint
+        )
+    return criterion
 
 
 def _with_equal_ratios(planned: Plan) -> Plan:
@@ -113,9 +174,9 @@ def _with_equal_ratios(planned: Plan) -> Plan:
         return planned
     mean = math.fsum(planned.ratio(group) * count for group, count in counts.items()) / sum(counts.values())
     equal = with_ratios(planned, dict.fromkeys(planned.groups, mean))
-    said = "/".join(f"{planned.ratio(group):g}" for group in planned.groups)
+    ratios_text = "/".join(f"{planned.ratio(group):g}" for group in planned.groups)
     variant = replace(
-        equal.variant, provenance="starting-point", source=f"mean of {said} ({planned.variant.source})",
+        equal.variant, provenance="starting-point", source=f"mean of {ratios_text} ({planned.variant.source})",
         prompt=None, evidence=None,
     )  # fmt: skip
     return replace(equal, variant=variant)

@@ -1,6 +1,7 @@
 """The plan of an export, made from names, shapes and options before the first weight is read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -8,7 +9,7 @@ from crdiff_export.errors import FamilyError, PlanError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.dtypes import FORMATS
 from crdiff_export.formats.safetensors import BITS, TensorSpec, show
-from crdiff_export.formats.weight_file import SourceFile
+from crdiff_export.formats.weight_file import Bytes, SourceFile
 from crdiff_export.models import families
 from crdiff_export.models.families import FamilyLayer, Match
 from crdiff_export.models.recipe import Variant
@@ -30,8 +31,7 @@ class Target:
     file: int
     source: TensorSpec
     output: TensorSpec
-    group: str
-    kind: str
+    layer: FamilyLayer
     start: int
     stop: int
     scope: int
@@ -39,18 +39,47 @@ class Target:
     @property
     def name(self) -> str:
         """The tensor's name, with the range of rows if it is not the whole tensor."""
+        if self.count == self.source.count:
+            return self.source.name
         columns = self.source.shape[-1]
-        whole = (self.start, self.stop) == (0, self.source.count)
-        return self.source.name if whole else f"{self.source.name}[{self.start // columns}:{self.stop // columns}]"
+        return f"{self.source.name}[{self.start // columns}:{self.stop // columns}]"
 
     @property
     def count(self) -> int:
         """The number of weights."""
         return self.stop - self.start
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        columns = self.source.shape[-1]
+        return self.count // columns, columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in the base."""
+        return self.count * self.source.itemsize
+
     def span(self, tensor: TensorSpec) -> tuple[int, int]:
         """Return the range of its bytes in the data section of `tensor`, which is its source or its output."""
         return tensor.start + self.start * tensor.itemsize, tensor.start + self.stop * tensor.itemsize
+
+
+@contextmanager
+def open_targets(checkpoint: Checkpoint) -> Iterator[Callable[[Target], memoryview]]:
+    """Give a function that reads a target's bytes from a checkpoint; it opens each file once."""
+    readers: dict[int, Bytes] = {}
+    with ExitStack() as stack:
+
+        def read(target: Target) -> memoryview:
+            if target.file not in readers:
+                readers[target.file] = stack.enter_context(closing(checkpoint.files[target.file].open()))
+            start, stop = target.span(target.source)
+            data = memoryview(bytearray(stop - start))
+            readers[target.file].read_into(start, data)
+            return data
+
+        yield read
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,15 +286,13 @@ def make(
 
 def _kinds(match: Match, requested: Sequence[str] | None) -> tuple[str, ...]:
     family = match.family
-    if requested is None:
-        return tuple(family.default_kinds)
+    if not requested:
+        return family.default_kinds
     for kind in requested:
         if kind not in family.kinds:
             raise PlanError(
                 f"{family.title} has no {show(kind)} targets", f"It has: {', '.join(family.kinds)} (--targets)."
             )
-    if not requested:
-        raise PlanError("no kinds of targets are given", f"Give some of: {', '.join(family.kinds)} (--targets).")
     return tuple(kind for kind in family.kinds if kind in requested)
 
 
@@ -287,11 +314,11 @@ def _targets(
                 _check_target(output.source, written[source.name])
                 start, stop = _rows(source, layer)
                 scope = len(targets) if per_layer else number[layer.group]
-                targets.append(Target(file, source, written[source.name], layer.group, layer.kind, start, stop, scope))
+                targets.append(Target(file, source, written[source.name], layer, start, stop, scope))
     if per_layer:
-        scopes = [Scope(t.name, t.group, float(ratios[t.group]), t.count) for t in targets]
+        scopes = [Scope(t.name, t.layer.group, float(ratios[t.layer.group]), t.count) for t in targets]
     else:
-        counts = {g: sum(t.count for t in targets if t.group == g) for g in match.family.groups}
+        counts = {g: sum(t.count for t in targets if t.layer.group == g) for g in match.family.groups}
         scopes = [Scope(g, g, float(ratios[g]), counts[g]) for g in match.family.groups]
     return tuple(targets), tuple(scopes)
 

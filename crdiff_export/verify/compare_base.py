@@ -21,8 +21,8 @@ from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import kernels, plan
 from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.criterion_choice import CriterionChoice
-from crdiff_export.prune.plan import OutputFile, Plan
-from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH, REPAIR, BakedCheckpoint, raw_bits, read_decision
+from crdiff_export.prune.plan import OutputFile, Plan, open_targets
+from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH, REPAIR, BakedCheckpoint, read_decision
 from crdiff_export.verify.residual_reader import Residual, ResidualReader
 
 if TYPE_CHECKING:
@@ -134,11 +134,12 @@ def _compare_decisions(baked: BakedCheckpoint, again: Plan, ours: Decision, thei
 
 def _check_moved(baked: BakedCheckpoint, again: Plan, ours: Decision) -> None:
     """Raise VerifyError if moved weights differ, by more than their last bits, from what the calibration gives."""
-    with contextlib.ExitStack() as stack:
-        readers = [stack.enter_context(contextlib.closing(file.open())) for file in baked.checkpoint.files]
+    import numpy as np
+
+    with open_targets(baked.checkpoint) as read:
         for number, weights in ours.moved.items():
             target = baked.plan.targets[number]
-            if differ := _count_apart(raw_bits(readers[target.file], target), weights):
+            if differ := _count_apart(np.frombuffer(read(target), f"u{target.source.itemsize}"), weights):
                 raise VerifyError(
                     f"{baked.checkpoint.path}: {differ} of {target.count} weights of {show(target.name)} are not what "
                     f"{again.checkpoint.path} and the calibration give",

@@ -1,6 +1,5 @@
 """Open a baked checkpoint: its stamp, and the plan and thresholds that made it, rebuilt from its headers."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +10,13 @@ from crdiff_export.formats import dtypes
 from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.formats.crdiff_keys import LAYER_WISE, Stamp
 from crdiff_export.formats.safetensors import show
-from crdiff_export.formats.weight_file import Bytes
 from crdiff_export.models import families
 from crdiff_export.models.recipe import Variant
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import plan
 from crdiff_export.prune.criteria import Decision, Mask
 from crdiff_export.prune.criteria.spec import MAGNITUDES
-from crdiff_export.prune.plan import Plan, Target
+from crdiff_export.prune.plan import Plan, open_targets
 from crdiff_export.prune.threshold import Threshold
 
 if TYPE_CHECKING:
@@ -73,15 +71,16 @@ def read_decision(baked: BakedCheckpoint, progress: Progress | None = None, *, m
     """
     if not baked.stamp.masked:
         return Decision(baked.thresholds)
+    import numpy as np
+
     pruned = [(i, t) for i, t in enumerate(baked.plan.targets) if baked.plan.scopes[t.scope].rank]
     progress = progress or Silent()
-    progress.stage("reading", sum(target.count * target.source.itemsize for _, target in pruned))
+    progress.stage("reading", sum(target.nbytes for _, target in pruned))
     masks: dict[int, Mask] = {}
     weights: dict[int, NDArray[Any]] = {}
-    with contextlib.ExitStack() as stack:
-        readers = [stack.enter_context(contextlib.closing(file.open())) for file in baked.checkpoint.files]
+    with open_targets(baked.checkpoint) as read:
         for number, target in pruned:
-            bits = raw_bits(readers[target.file], target)
+            bits = np.frombuffer(read(target), f"u{target.source.itemsize}")
             masks[number] = Mask.pack(bits == 0)
             if baked.stamp.moved and moved:
                 weights[number] = bits
@@ -91,16 +90,6 @@ def read_decision(baked: BakedCheckpoint, progress: Progress | None = None, *, m
         counts[baked.plan.targets[number].scope] += mask.pruned
     thresholds = tuple(replace(t, pruned=count) for t, count in zip(baked.thresholds, counts, strict=True))
     return Decision(thresholds, tuple(masks.get(i) for i in range(len(baked.plan.targets))), weights)
-
-
-def raw_bits(reader: Bytes, target: Target) -> "NDArray[Any]":
-    """Read a target's weights as raw bits: a flat array of unsigned integers as wide as its dtype."""
-    import numpy as np
-
-    start, stop = target.span(target.source)
-    data = memoryview(bytearray(stop - start))
-    reader.read_into(start, data)
-    return np.frombuffer(data, f"u{target.source.itemsize}")
 
 
 def _stamp(checkpoint: Checkpoint) -> Stamp:

@@ -15,7 +15,6 @@ from crdiff_export.formats.hashing import hash_data
 from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.progress import Progress
-from crdiff_export.prune import criteria
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan, Scope, Target
 from crdiff_export.prune.threshold import Threshold
@@ -123,10 +122,10 @@ def _choose_criterion(baked: BakedCheckpoint, calibration: Path | None, progress
     return criterion
 
 
-def _load(criterion: str) -> criteria.Loaded | None:
+def _load(criterion: str) -> CriterionChoice | None:
     """Load a criterion; None if its package is not installed."""
     try:
-        return criteria.load(criterion)
+        return CriterionChoice.load(criterion)
     except OptionError:
         return None
 
@@ -146,7 +145,7 @@ def _check_weights(baked: BakedCheckpoint, progress: Progress) -> None:
     path = planned.checkpoint.path
     counts = [_Counts() for _ in planned.scopes]
     pruned = [t for t in planned.targets if planned.scopes[t.scope].rank]
-    progress.stage("counting", sum(t.count * t.source.itemsize for t in pruned))
+    progress.stage("counting", sum(t.nbytes for t in pruned))
     for target in pruned:
         file, scope_counts = planned.checkpoint.files[target.file], counts[target.scope]
         before = scope_counts.missed
@@ -186,11 +185,7 @@ def _least_pruned(baked: BakedCheckpoint, scope: Scope) -> int:
     compare = baked.stamp.compare
     if compare == "block":
         return scope.rank
-    shapes = [
-        (target.count // target.source.shape[-1], target.source.shape[-1])
-        for target in baked.plan.targets
-        if baked.plan.scopes[target.scope] is scope
-    ]
+    shapes = [target.shape for target in baked.plan.targets if baked.plan.scopes[target.scope] is scope]
     if compare == "row":
         return sum(rows * int(columns * scope.ratio) for rows, columns in shapes)
     return sum(max(int(rows * columns * scope.ratio) - columns, 0) for rows, columns in shapes)

@@ -349,7 +349,6 @@ def test_an_interrupted_export_leaves_nothing(
     stage: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_in_chunks(monkeypatch, CHUNK)
-    monkeypatch.setattr(magnitude, "SHARE", 1000)
     request = make(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         export(request, Interrupting(stage, after))

@@ -37,7 +37,6 @@ from crdiff_export.errors import CalibrationError, OptionError
 from crdiff_export.progress import Silent
 from crdiff_export.prune.criteria import calibration
 from crdiff_export.prune.criteria.calibration import STATISTICS, Calibration
-from crdiff_export.prune.layer_names import diffusers_name
 from crdiff_export.sampling import prompts
 from tests.support import DOCS, makers
 from tests.support.calibrating import NATIVE, PROMPTS, SIZE, Tiny, plan_of, setting, speaking, tiny
@@ -188,7 +187,7 @@ def test_the_file_says_how_it_was_made(tmp_path: Path) -> None:
         data = tensors[target.source.name][2]
         width = len(data) // target.source.count
         digest = hashlib.sha256(data[target.start * width : target.stop * width]).hexdigest()
-        name = diffusers_name(planned, target)
+        name = target.layer.diffusers
         assert found.layers[name] == digest[:16]
         assert found.read(name, "norm").shape == (target.source.shape[-1],)
 

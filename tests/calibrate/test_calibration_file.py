@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from crdiff_export.errors import CalibrationError, OptionError
+from crdiff_export.errors import CalibrationError
 from crdiff_export.progress import Silent
-from crdiff_export.prune import criteria, kernels
+from crdiff_export.prune import kernels
 from crdiff_export.prune.criteria import Calibration, Ranked, calibration
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sizes import Size
 from tests.support import criteria_makers, makers
@@ -30,7 +32,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 
 def ranked(plan: Plan, text: str, calibration: Calibration | None = None) -> Ranked:
-    return criteria.rank([plan], criteria.load(text), kernels.load("cpu", 1), Silent(), calibration=calibration)
+    return replace(CriterionChoice.load(text), calibration=calibration).rank([plan], kernels.load("cpu", 1), Silent())
 
 
 def made(
@@ -151,9 +153,8 @@ def test_a_missing_statistic(tmp_path: Path, plan: Plan) -> None:
     found = criteria_makers.calibrated(plan, ("norm", "gram"))
     path = write_calibration(tmp_path / "c.safetensors", plan, found)
     opened = Calibration.open(path)
-    for call in (lambda: opened.check(plan, ("norm", "gradient")), lambda: ranked(plan, "adverse", opened)):
-        with raises(CalibrationError, path, "gradient", "norm, gram"):
-            call()
+    with raises(CalibrationError, path, "gradient", "norm, gram"):
+        opened.check(plan, ("norm", "gradient"))
     none = Calibration.open(write_calibration(path, plan, found, {"statistics": ""}))
     with raises(CalibrationError, path, "norm"):
         none.check(plan, ("norm",))
@@ -235,15 +236,9 @@ def test_weights_of_another_base(tmp_path: Path, plan: Plan) -> None:
     name = criteria_makers.names(plan)[0]
     with raises(CalibrationError, "another base", name):
         ranked(other, "wanda", opened)
-    ranked(other, "random", opened)  # needs no calibration
     fewer = json.dumps(dict(list(criteria_makers.digests(plan).items())[1:]))
     with raises(CalibrationError, name):
         ranked(plan, "wanda", Calibration.open(made(tmp_path / "d.safetensors", plan, {"layers": fewer})))
-
-
-def test_no_calibration_where_one_is_needed(plan: Plan) -> None:
-    with raises(OptionError, "obs:damping=0.1"):
-        ranked(plan, "obs:damping=0.1")
 
 
 def test_a_file_that_became_shorter(tmp_path: Path, plan: Plan) -> None:

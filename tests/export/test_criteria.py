@@ -19,8 +19,7 @@ from crdiff_export.export import Baked, plan_variant, prepare, run_together
 from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.models.recipe import Evidence
 from crdiff_export.progress import Silent
-from crdiff_export.prune import criteria, kernels
-from crdiff_export.prune.criteria import Calibration
+from crdiff_export.prune import kernels
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.publish import report
 from crdiff_export.publish.run import publish
@@ -172,9 +171,8 @@ def decided(base: Base, criterion: str) -> tuple[Any, Any]:
     """The plan, and what `criteria` decides for it, which other tests hold against slow implementations."""
     request = base.request(Path("unused.safetensors"), criterion)
     planned = plan_variant(request, open_checkpoint(base.path))
-    calibration = Calibration.open(base.calibration)
-    ranked = criteria.rank([planned], criteria.load(criterion), kernels.load("cpu"), Silent(), calibration=calibration)
-    return planned, ranked.decide(planned)
+    choice = CriterionChoice.of(criterion, base.calibration)
+    return planned, choice.rank([planned], kernels.load("cpu"), Silent()).decide(planned)
 
 
 @pytest.mark.parametrize("table", [UNET, DIT])

@@ -99,13 +99,13 @@ def test_the_base_is_read_as_for_one(dtype: str, tmp_path: Path, monkeypatch: py
 
 def test_one_count_serves_all_ratios(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[TensorSpec] = []
-    count = magnitude.Ranking._count
+    count = magnitude.RankedMagnitudes._count
 
-    def noted(self: Any, piece: Any, refine: Any) -> int:
-        seen.append(piece.target.source)
-        return count(self, piece, refine)
+    def noted(self: Any, target: Any, weights: memoryview) -> None:
+        seen.append(target.source)
+        count(self, target, weights)
 
-    monkeypatch.setattr(magnitude.Ranking, "_count", noted)
+    monkeypatch.setattr(magnitude.RankedMagnitudes, "_count", noted)
     made = list(run_in_turn(jobs(base, tmp_path / "m", [{"ratio": r / 10} for r in range(8)]), Silent()))
     assert len(made) == 8
     assert len(seen) == len(set(seen)) > 10

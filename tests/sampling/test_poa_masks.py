@@ -200,11 +200,11 @@ def test_nothing_is_made_of_layers_that_stay() -> None:
                         open_checkpoint(demo.path()))  # fmt: skip
     rng = np.random.default_rng(0)
     masks = tuple(
-        Mask.pack(rng.random(target.count) < 0.5) if target.group == "mid" else None for target in plan.targets
+        Mask.pack(rng.random(target.count) < 0.5) if target.layer.group == "mid" else None for target in plan.targets
     )
     found = Masks.of(plan, Decision(tuple(Threshold(None, 0, s.count) for s in plan.scopes), masks))
     assert {name.partition(".")[0] for name in found.diffusers} == {"mid_block"}
-    assert len(found.original) == sum(target.group == "mid" for target in plan.targets)
+    assert len(found.original) == sum(target.layer.group == "mid" for target in plan.targets)
 
 
 LOADED = [torch.float32, torch.float16, torch.bfloat16]

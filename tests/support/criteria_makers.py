@@ -5,13 +5,14 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.models.recipe import Variant
-from crdiff_export.prune import layer_names, plan
+from crdiff_export.prune import plan
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sizes import Size
 from tests.support import makers, oracle
@@ -53,7 +54,7 @@ def with_ratio(planned: Plan, ratio: float) -> Plan:
 
 def names(planned: Plan) -> list[str]:
     """diffusers' name of each target's weight."""
-    return [layer_names.diffusers_name(planned, target) for target in planned.targets]
+    return [target.layer.diffusers for target in planned.targets]
 
 
 def raw_weights(planned: Plan) -> list[bytes]:
@@ -132,6 +133,57 @@ def write_statistics(path: Path, found: Mapping[str, Statistics], said: Mapping[
         for kind, values in each.items()
     }
     return makers.write(path, content, metadata)
+
+
+def hessian(gram: Any, damping: float = 0.01) -> Numbers:
+    made = np.array(gram, np.float64)
+    for j in range(len(made)):
+        if made[j, j] == 0:
+            made[j, j] = 1
+    result: Numbers = made + damping * np.mean(np.diag(made)) * np.eye(len(made))
+    return result
+
+
+def settled(weight: Numbers, mask: Any, h: Numbers) -> Numbers:
+    """The OBS update of each weight that goes, in the order of the columns, with the columns before it fixed.
+
+    Hassibi and Stork 1993, equation 5: -w_q / [F^-1]_qq * F^-1 e_q, F being H without the columns before q.
+    """
+    moved = weight.copy()
+    for j in range(weight.shape[1]):
+        if not mask[:, j].any():
+            continue
+        inverse = np.linalg.inv(h[j:, j:])
+        for i in range(len(weight)):
+            if mask[i, j]:
+                moved[i, j:] -= moved[i, j] / inverse[0, 0] * inverse[:, 0]
+                moved[i, j] = 0
+    return moved
+
+
+def formula(text: str, w: Numbers, statistics: Mapping[str, NDArray[np.floating]]) -> Numbers:
+    """The scores of one layer in float64, by the criterion's formula over whole matrices."""
+    s = {kind: values.astype(np.float64) for kind, values in statistics.items()}
+    name, _, options = text.partition(":")
+    if name == "wanda":
+        return np.asarray(np.abs(w) * np.sqrt(s["norm"]))
+    if name == "taylor":
+        return np.asarray(np.abs(w) * s["gradient_abs"] if options else w**2 * s["gradient_square"])
+    if name == "obs":
+        h = hessian(s["gram"])
+        return np.asarray(w**2 / np.array([np.linalg.inv(h[j:, j:])[0, 0] for j in range(len(h))]))
+    target, native = -s["gradient"] * w, -s["native_gradient"] * w
+    if options == "form=steady":
+        z = {k: -np.sign(w) * s[k] / np.sqrt(s[f"{k}_square"]) for k in ("gradient", "native_gradient")}
+        return np.asarray(np.abs(w) * (1 + (z["gradient"] - z["native_gradient"]) / 2))
+    forms: dict[str, Any] = {
+        "": np.where(target < native, -1 / (np.abs(w) + 1e-8), np.abs(w)),
+        "form=signed": target - native,
+        "form=guarded": target + np.maximum(0, native),
+        "form=second": target - native + (s["gradient_square"] - s["native_gradient_square"]) * w**2 / 2,
+        "form=channel": np.broadcast_to((target - native).mean(0).astype(np.float32), w.shape),
+    }
+    return np.asarray(forms[options])
 
 
 def choose(

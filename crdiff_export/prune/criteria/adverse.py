@@ -7,34 +7,29 @@ loss is that of images which the model itself drew at its native size. A negativ
 there. All forms prune the smallest scores first; scores may be negative.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from crdiff_export.prune.criteria import Criterion, Layer
+from crdiff_export.prune.criteria import Criterion, Formula, Layer
 from crdiff_export.prune.criteria.random import Random
 
+_GRADIENTS = ("gradient", "native_gradient")
+_SQUARES = ("gradient", "gradient_square", "native_gradient", "native_gradient_square")
 
-class Signed:
+
+def _signed(layer: Layer) -> Tensor:
     """Score D_t - D_n = (-g_t * w) - (-g_n * w): prune what improves the target size more than the native size."""
-
-    statistics: tuple[str, ...] = ("gradient", "native_gradient")
-
-    def score(self, layer: Layer) -> Tensor:
-        return _first(layer, "gradient") - _first(layer, "native_gradient")
+    return _first(layer, "gradient") - _first(layer, "native_gradient")
 
 
-class Guarded:
+def _guarded(layer: Layer) -> Tensor:
     """Score D_t + max(0, D_n) = -g_t * w + max(0, -g_n * w): harm at the native size counts, improvement does not."""
-
-    statistics: tuple[str, ...] = ("gradient", "native_gradient")
-
-    def score(self, layer: Layer) -> Tensor:
-        return _first(layer, "gradient") + _first(layer, "native_gradient").clamp(min=0)
+    return _first(layer, "gradient") + _first(layer, "native_gradient").clamp(min=0)
 
 
-class Second:
+def _second(layer: Layer) -> Tensor:
     """Score D_t - D_n with D = -g * w + w^2 * mean(g^2) / 2.
 
     mean(g^2) is the diagonal of the empirical Fisher information, which replaces h as in Fisher pruning (Theis et
@@ -42,41 +37,28 @@ class Second:
     twice the loss over the number of outputs: this term is a ten thousandth of the first,
     so the form acts like `signed`.
     """
-
-    statistics: tuple[str, ...] = ("gradient", "gradient_square", "native_gradient", "native_gradient_square")
-
-    def score(self, layer: Layer) -> Tensor:
-        curvature = layer.statistics["gradient_square"] - layer.statistics["native_gradient_square"]
-        return Signed().score(layer) + layer.weight.square() * curvature / 2
+    curvature = layer.statistics["gradient_square"] - layer.statistics["native_gradient_square"]
+    return _signed(layer) + layer.weight.square() * curvature / 2
 
 
-class Channel:
-    """Score the mean over outputs i of `Signed`'s score of w_ij, the same for every weight of input channel j.
+def _channel(layer: Layer) -> Tensor:
+    """Score the mean over outputs i of `signed`'s score of w_ij, the same for every weight of input channel j.
 
     A mean has less noise than its parts. All weights of a channel tie, so they are pruned together.
     """
-
-    statistics: tuple[str, ...] = Signed.statistics
-
-    def score(self, layer: Layer) -> Tensor:
-        scores = Signed().score(layer)
-        return scores.mean(0, keepdim=True).expand_as(scores).contiguous()
+    scores = _signed(layer)
+    return scores.mean(0, keepdim=True).expand_as(scores).contiguous()
 
 
-class Small:
+def _small(layer: Layer) -> Tensor:
     """Score -1 / (|w| + 1e-8) where D_t < D_n, |w| elsewhere: harmful weights first, then others, each by magnitude.
 
     The first-order term holds only near w, so it is used for its sign and for small weights, not for its amount.
     """
-
-    statistics: tuple[str, ...] = Signed.statistics
-
-    def score(self, layer: Layer) -> Tensor:
-        size = layer.weight.abs()
-        return torch.where(Signed().score(layer) < 0, -1 / (size + 1e-8), size)
+    return _first_by_magnitude(layer, _signed(layer) < 0)
 
 
-class Steady:
+def _steady(layer: Layer) -> Tensor:
     """Score |w| * (1 + (z_t - z_n) / 2) with z = -sign(w) * g / sqrt(mean(g^2)), from -1 to 1; 0 where g is always 0.
 
     z is how consistently the removal of the weight increases the loss: -1 or 1 where all samples agree, near 0 where
@@ -84,27 +66,17 @@ class Steady:
     helps there.
     """
 
-    statistics: tuple[str, ...] = ("gradient", "gradient_square", "native_gradient", "native_gradient_square")
+    def steadiness(of: str) -> Tensor:
+        most = layer.statistics[f"{of}_square"].sqrt()
+        return torch.where(most > 0, -layer.weight.sign() * layer.statistics[of] / most, 0).clamp(-1, 1)
 
-    def score(self, layer: Layer) -> Tensor:
-        found = layer.statistics
-
-        def steadiness(of: str) -> Tensor:
-            most = found[f"{of}_square"].sqrt()
-            return torch.where(most > 0, -layer.weight.sign() * found[of] / most, 0).clamp(-1, 1)
-
-        return layer.weight.abs() * (1 + (steadiness("gradient") - steadiness("native_gradient")) / 2)
+    return layer.weight.abs() * (1 + (steadiness("gradient") - steadiness("native_gradient")) / 2)
 
 
-class Coin:
-    """Score as `Small` with a random sign, as a control that shows the value of the gradient."""
-
-    statistics: tuple[str, ...] = ()
-
-    def score(self, layer: Layer) -> Tensor:
-        drawn = Random(0).score(layer)
-        size = layer.weight.abs()
-        return torch.where(drawn < drawn.median(), -1 / (size + 1e-8), size)
+def _coin(layer: Layer) -> Tensor:
+    """Score as `small` with a random sign, as a control that shows the value of the gradient."""
+    drawn = Random(0).score(layer)
+    return _first_by_magnitude(layer, drawn < drawn.median())
 
 
 def _first(layer: Layer, gradient: str) -> Tensor:
@@ -112,17 +84,23 @@ def _first(layer: Layer, gradient: str) -> Tensor:
     return torch.neg(layer.statistics[gradient] * layer.weight)
 
 
-_FORMS: Mapping[str, Callable[[], Criterion]] = {
-    "signed": Signed,
-    "guarded": Guarded,
-    "second": Second,
-    "channel": Channel,
-    "small": Small,
-    "steady": Steady,
-    "coin": Coin,
+def _first_by_magnitude(layer: Layer, first: Tensor) -> Tensor:
+    """Rank some weights before all others, and both by magnitude."""
+    size = layer.weight.abs()
+    return torch.where(first, -1 / (size + 1e-8), size)
+
+
+_FORMS: Mapping[str, Criterion] = {
+    "signed": Formula(_GRADIENTS, _signed),
+    "guarded": Formula(_GRADIENTS, _guarded),
+    "second": Formula(_SQUARES, _second),
+    "channel": Formula(_GRADIENTS, _channel),
+    "small": Formula(_GRADIENTS, _small),
+    "steady": Formula(_SQUARES, _steady),
+    "coin": Formula((), _coin),
 }
 
 
 def adverse(options: Mapping[str, str]) -> Criterion:
     """Make the criterion with its `form`."""
-    return _FORMS[options["form"]]()
+    return _FORMS[options["form"]]

@@ -6,6 +6,7 @@ new file; `Calibration` reads one. docs/calibration.md specifies both.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,6 @@ from crdiff_export.formats.safetensors import TensorSpec, show
 from crdiff_export.formats.strict_json import MalformedError, parse_object
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.progress import Progress, Silent
-from crdiff_export.prune import layer_names
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sizes import Size
 
@@ -191,11 +191,8 @@ class Calibration:
         dtype = {"F64": torch.float64, "F32": torch.float32}[tensor.dtype]
         values = torch.empty(tensor.shape, dtype=dtype)
         try:
-            reader = self.source.open()
-            try:
+            with closing(self.source.open()) as reader:
                 reader.read_into(tensor.start, values.numpy().reshape(-1).view("u1").data)
-            finally:
-                reader.close()
             self.source.check_unchanged()
         except CheckpointError as error:
             raise CalibrationError(error.message, error.hint) from error
@@ -228,15 +225,13 @@ class Calibration:
                 f"{self.path}: has no {missing[0]}, it has {', '.join(self.statistics) or 'nothing'}",
                 "Calibrate again for this criterion.",
             )
-        names = layer_names.by_key(plan)
         for target in plan.targets:
             if plan.scopes[target.scope].rank:
                 if (dtype := target.source.dtype) not in FORMATS:
                     what = f"{show(target.name)} is {dtype}, which is not calibrated"
                     raise CalibrationError(f"{plan.checkpoint.path}: {what}", NARROWER)
-                columns = target.source.shape[-1]
                 for statistic in statistics:
-                    self._find(names[layer_names.key(plan, target)][1], statistic, (target.count // columns, columns))
+                    self._find(target.layer.diffusers, statistic, target.shape)
         if self.size == plan.size:
             return ()
         return (

@@ -1,10 +1,10 @@
 """Rank by |w| (Han et al. 2015, arXiv 1506.02626), the criterion of the paper. This is pass one over the weights."""
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock, local
-from typing import TYPE_CHECKING
 
 from crdiff_export.formats.dtypes import FORMATS, INFINITY
 from crdiff_export.formats.weight_file import Bytes
@@ -16,15 +16,10 @@ from crdiff_export.prune.kernels import LOWER_BITS, REFINED, Kernel, counters, m
 from crdiff_export.prune.plan import Plan, Scope, Target
 from crdiff_export.prune.threshold import Threshold
 
-if TYPE_CHECKING:
-    from crdiff_export.prune.kernels import Counts
-
-    _Refined = Mapping[Hashable, dict[int, threshold.Totals]]
-
+# Counts weights of a target, in the dtype that will be written.
+_Counting = Callable[[Target, memoryview], None]
 # Elements read and counted at once.
 CHUNK = 2 << 20
-# Small targets are counted together up to this number of elements.
-SHARE = 1 << 16
 
 
 @dataclass
@@ -35,108 +30,90 @@ class _Tally:
     refined: "dict[int, threshold.Totals]" = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Elements `start:stop` of a target's tensor, few enough to be counted at once."""
-
-    target: Target
-    start: int
-    stop: int
-
-
-def thresholds(plans: Sequence[Plan], kernel: Kernel, progress: Progress) -> tuple[tuple[Threshold, ...], ...]:
-    """Compute the exact thresholds of plans that share their checkpoint and cast.
-
-    The weights are read once for all plans (fp32: twice), and compared in the dtypes that will be written.
-
-    Args:
-        plans: The plans.
-        kernel: Counts magnitudes.
-        progress: Told of the bytes read.
-
-    Returns:
-        For each plan one threshold for each scope: the k-th smallest magnitude.
-
-    Raises:
-        PlanError: Target weights are not finite, and the plans do not allow that.
-    """
-    ranking = Ranking(plans, kernel, progress)
-    ranking.count(refined=True)
-    return tuple(ranking.thresholds(plan) for plan in plans)
-
-
-class Ranking:
+class RankedMagnitudes:
     """Counts the weights of a checkpoint, and computes the thresholds of any ratios from the counts.
 
     All targets are counted on the kernel's threads. Counts are integers, so the result does not depend on threads.
     Each kind of layers in a group has its own tally, so that plans with other kinds of targets can use them.
+
+    Args:
+        plans: Plans that share their checkpoint and cast. Weights are compared in the dtypes that will be written.
+        kernel: Counts magnitudes.
+        progress: Told of the bytes read.
+        refined: Whether to count at once what the plans' own ratios need of F32 weights, which are then read twice.
+
+    Raises:
+        PlanError: Target weights are not finite, and the plans do not allow that.
     """
 
-    def __init__(self, plans: Sequence[Plan], kernel: Kernel, progress: Progress) -> None:
-        self._plans, self._kernel, self._progress = plans, kernel, progress
+    def __init__(self, plans: Sequence[Plan], kernel: Kernel, progress: Progress, *, refined: bool = True) -> None:
+        self._plan, self._kernel = plans[0], kernel
         self._targets = {t.name: t for plan in plans for t in plan.targets if plan.scopes[t.scope].rank}
         self._tallies = {_tally(plans[0], t): _Tally() for t in self._targets.values()}
         self._widest = max((t.source.itemsize for t in self._targets.values()), default=1)
-        self._nonfinite: dict[str, int] = {}
+        self._nonfinite = Counter[str]()
         self._lock = Lock()
         self._own = local()
         self._readers: list[Bytes] = []
-
-    def count(self, *, refined: bool = False) -> None:
-        """Read every target that is pruned; with `refined` also count what the plans' own ratios need."""
         counted = list(self._targets.values())
         wide = [t for t in counted if t.output.dtype == "F32"] if refined else []
-        self._progress.stage("counting", sum(t.count * t.source.itemsize for t in (*counted, *wide)))
-        self._pass(counted)
+        progress.stage("counting", sum(t.nbytes for t in (*counted, *wide)))
+        self._pass(counted, self._count, progress)
         if refined:
-            nonfinite.refuse(self._plans, self._nonfinite)
-            self._refine(self._plans, self._progress)
+            nonfinite.refuse(plans, self._nonfinite)
+            self._refine(plans, progress)
 
-    def thresholds(self, plan: Plan) -> tuple[Threshold, ...]:
-        """Return one threshold for each scope of a plan whose targets were counted, with any ratios.
-
-        F32 weights are read again, unless the same upper bits were refined before.
-        """
+    def decide(self, plan: Plan, progress: Progress | None = None) -> Decision:
+        # F32 weights are read again, unless the same upper bits were refined before.
         nonfinite.refuse([plan], self._nonfinite)
         self._refine([plan], Silent())
-        return tuple(_select(*scope) for scope in self._scopes(plan))
+        return Decision(
+            tuple(_select(scope, [self._tallies[name] for name in names]) for scope, names in _tallies_of(plan))
+        )
 
     def _refine(self, plans: Sequence[Plan], progress: Progress) -> None:
         """Count the lower bits of the F32 weights near the thresholds, if that was not done before."""
-        asked: dict[Hashable, set[int]] = {}
-        for scope, names in (scope for plan in plans for scope in self._named(plan)):
-            tallies = [self._tallies[name] for name in names]
-            if names and "F32" in (counts := _merged(tallies)):
+        refined: dict[Hashable, dict[int, threshold.Totals]] = {}
+        for scope, names in (scope for plan in plans for scope in _tallies_of(plan)):
+            counts = _merged([self._tallies[name] for name in names])
+            if "F32" in counts:
                 upper = threshold.upper_bits(counts, scope.rank)
-                for name, tally in zip(names, tallies, strict=True):
-                    if upper not in tally.refined:
-                        asked.setdefault(name, set()).add(upper)
-        found = {name: {upper: threshold.totals(REFINED) for upper in uppers} for name, uppers in asked.items()}
-        wide = [t for t in self._targets.values() if t.output.dtype == "F32" and _tally(self._plans[0], t) in asked]
-        self._pass(wide, found, progress)
-        for name, refined in found.items():  # only when complete: nothing may use half a count
-            self._tallies[name].refined |= refined
+                for name in names:
+                    if upper not in self._tallies[name].refined:
+                        refined.setdefault(name, {})[upper] = threshold.totals(REFINED)
+        wide = [t for t in self._targets.values() if t.output.dtype == "F32" and _tally(self._plan, t) in refined]
 
-    def _scopes(self, plan: Plan) -> list[tuple[Scope, list[_Tally]]]:
-        """Return every scope of a plan with the tallies of its weights."""
-        return [(scope, [self._tallies[name] for name in names]) for scope, names in self._named(plan)]
+        def count(target: Target, weights: memoryview) -> None:
+            totals = refined[_tally(self._plan, target)]
+            for upper in totals:
+                counts = counters(REFINED)
+                self._kernel.refine(weights, upper, counts)
+                with self._lock:
+                    totals[upper] += counts
 
-    def _named(self, plan: Plan) -> list[tuple[Scope, list[Hashable]]]:
-        names: list[dict[Hashable, None]] = [{} for _ in plan.scopes]
-        for target in plan.targets:
-            if plan.scopes[target.scope].rank:
-                names[target.scope][_tally(plan, target)] = None
-        return [(scope, list(found)) for scope, found in zip(plan.scopes, names, strict=True)]
+        self._pass(wide, count, progress)
+        for name, totals in refined.items():  # only when complete: nothing may use half a count
+            self._tallies[name].refined |= totals
 
-    def _pass(self, targets: list[Target], refined: "_Refined | None" = None, progress: Progress | None = None) -> None:
+    def _pass(self, targets: list[Target], count: _Counting, progress: Progress) -> None:
+        """Read targets, and count their weights on the kernel's threads."""
         if not targets:
             return
+
+        def count_piece(target: Target, start: int, stop: int) -> int:
+            count(target, self._read(target, start, stop))
+            return (stop - start) * target.source.itemsize
+
         try:
             with ThreadPoolExecutor(self._kernel.threads, "crdiff-count") as pool:
-                futures = [pool.submit(self._count_all, pieces, refined) for pieces in _shares(targets)]
+                futures = [
+                    pool.submit(count_piece, target, start, min(start + CHUNK, target.stop))
+                    for target in targets
+                    for start in range(target.start, target.stop, CHUNK)
+                ]
                 try:
                     for future in futures:
-                        (progress or self._progress).advance(future.result())
+                        progress.advance(future.result())
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
@@ -145,70 +122,47 @@ class Ranking:
                 reader.close()
             self._readers, self._own = [], local()
 
-    def _count_all(self, pieces: Sequence[_Piece], refined: "_Refined | None") -> int:
-        return sum(self._count(piece, refined) for piece in pieces)
+    def _count(self, target: Target, weights: memoryview) -> None:
+        form = FORMATS[target.output.dtype]
+        counts = counters(magnitudes(form.dtype))
+        self._kernel.count(weights, form.dtype, counts)
+        first = INFINITY >> LOWER_BITS if form.width == 32 else form.first_nonfinite
+        tally = self._tallies[_tally(self._plan, target)]
+        with self._lock:
+            tally.counts.setdefault(form.dtype, threshold.totals(len(counts)))
+            tally.counts[form.dtype] += counts
+            self._nonfinite[target.name] += int(counts[first:].sum())
 
-    def _count(self, piece: _Piece, refined: "_Refined | None") -> int:
-        target = piece.target
-        dtype = target.output.dtype
-        weights = self._read(piece)
-        name = _tally(self._plans[0], target)
-        tally = self._tallies[name]
-        if refined is not None:
-            found = {upper: counters(REFINED) for upper in refined[name]}
-            for upper, counts in found.items():
-                self._kernel.refine(weights, upper, counts)
-            with self._lock:
-                for upper, counts in found.items():
-                    refined[name][upper] += counts
-        else:
-            counts = counters(magnitudes(dtype))
-            self._kernel.count(weights, dtype, counts)
-            with self._lock:
-                tally.counts.setdefault(dtype, threshold.totals(len(counts)))
-                tally.counts[dtype] += counts
-                self._note_nonfinite(target, counts)
-        return (piece.stop - piece.start) * target.source.itemsize
-
-    def _read(self, piece: _Piece) -> memoryview:
-        """Read the weights of a piece into this thread's buffer, in the dtype that will be written."""
-        source, output = piece.target.source, piece.target.output
-        own = self._own
+    def _read(self, target: Target, start: int, stop: int) -> memoryview:
+        """Read elements of a target's tensor into this thread's buffer, in the dtype that will be written."""
+        source, output, own = target.source, target.output, self._own
         if not hasattr(own, "buffer"):
             own.buffer, own.readers = self._kernel.buffer(CHUNK * self._widest), {}
-        if piece.target.file not in own.readers:
-            reader = own.readers[piece.target.file] = self._plans[0].checkpoint.files[piece.target.file].open()
+        if target.file not in own.readers:
+            reader = own.readers[target.file] = self._plan.checkpoint.files[target.file].open()
             with self._lock:
                 self._readers.append(reader)
-        weights: memoryview = own.buffer[: (piece.stop - piece.start) * source.itemsize]
-        own.readers[piece.target.file].read_into(source.start + piece.start * source.itemsize, weights)
+        weights: memoryview = own.buffer[: (stop - start) * source.itemsize]
+        own.readers[target.file].read_into(source.start + start * source.itemsize, weights)
         if source.dtype == output.dtype:
             return weights
         from crdiff_export.prune.kernels.cast import cast
 
         return memoryview(cast(weights, source.dtype, output.dtype))
 
-    def _note_nonfinite(self, target: Target, counts: "Counts") -> None:
-        form = FORMATS[target.output.dtype]
-        first = INFINITY >> LOWER_BITS if form.width == 32 else form.first_nonfinite
-        if found := int(counts[first:].sum()):
-            self._nonfinite[target.name] = self._nonfinite.get(target.name, 0) + found
-
-
-class RankedMagnitudes:
-    """Magnitudes as a ranked criterion; with `refined` the plans' own ratios need no further reading."""
-
-    def __init__(self, plans: Sequence[Plan], kernel: Kernel, progress: Progress, *, refined: bool = True) -> None:
-        self._ranking = Ranking(plans, kernel, progress)
-        self._ranking.count(refined=refined)
-
-    def decide(self, plan: Plan, progress: Progress | None = None) -> Decision:
-        return Decision(self._ranking.thresholds(plan))
-
 
 def _tally(plan: Plan, target: Target) -> Hashable:
     """Return the key of a target's tally: its name if thresholds are per layer, else its group and kind."""
-    return target.name if plan.match.family.scope == "layer" else (target.group, target.kind)
+    return target.name if plan.match.family.scope == "layer" else (target.layer.group, target.layer.kind)
+
+
+def _tallies_of(plan: Plan) -> list[tuple[Scope, list[Hashable]]]:
+    """Return every scope of a plan with the keys of its weights' tallies; a scope of rank 0 has none."""
+    names: list[dict[Hashable, None]] = [{} for _ in plan.scopes]
+    for target in plan.targets:
+        if plan.scopes[target.scope].rank:
+            names[target.scope][_tally(plan, target)] = None
+    return [(scope, list(keys)) for scope, keys in zip(plan.scopes, names, strict=True)]
 
 
 def _merged(tallies: Sequence[_Tally]) -> "dict[str, threshold.Totals]":
@@ -225,26 +179,6 @@ def _select(scope: Scope, tallies: Sequence[_Tally]) -> Threshold:
     counts = _merged(tallies)
     if "F32" not in counts:
         return threshold.select(counts, scope.rank)
-    upper, refined = threshold.upper_bits(counts, scope.rank), threshold.totals(REFINED)
-    for tally in tallies:
-        refined += tally.refined[upper]
+    upper = threshold.upper_bits(counts, scope.rank)
+    refined = sum((tally.refined[upper] for tally in tallies), threshold.totals(REFINED))
     return threshold.select(counts, scope.rank, refined)
-
-
-def _shares(targets: list[Target]) -> Iterator[list[_Piece]]:
-    """Yield the pieces that a thread counts together: a large one, or many small ones."""
-    share: list[_Piece] = []
-    size = 0
-    for piece in _pieces(targets):
-        if share and size + piece.stop - piece.start > SHARE:
-            yield share
-            share, size = [], 0
-        share.append(piece)
-        size += piece.stop - piece.start
-    yield share
-
-
-def _pieces(targets: list[Target]) -> Iterator[_Piece]:
-    for target in targets:
-        for start in range(target.start, target.stop, CHUNK):
-            yield _Piece(target, start, min(start + CHUNK, target.stop))

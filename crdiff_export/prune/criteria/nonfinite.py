@@ -7,24 +7,24 @@ from crdiff_export.formats.safetensors import show
 from crdiff_export.prune.plan import Plan
 
 
-def refuse(plans: Sequence[Plan], found: Mapping[str, int]) -> None:
+def refuse(plans: Sequence[Plan], counts: Mapping[str, int]) -> None:
     """Refuse plans that prune targets with weights that are not finite.
 
     Args:
         plans: Plans for one checkpoint.
-        found: The number of such weights, by the name of the target.
+        counts: The number of such weights, by the name of the target.
 
     Raises:
         PlanError: A plan prunes such a target, and the plans do not allow that.
     """
     pruned = {target.name for plan in plans for target in plan.targets if plan.scopes[target.scope].rank}
-    names = sorted(pruned & found.keys())
+    names = sorted(name for name in pruned if counts.get(name))
     if not names or plans[0].allow_nonfinite:
         return
     shown = ", ".join(show(name) for name in names[:3])
     more = len(names) - 3
     raise PlanError(
-        f"{plans[0].checkpoint.path}: {sum(found[name] for name in names)} target weights are not finite, "
+        f"{plans[0].checkpoint.path}: {sum(counts[name] for name in names)} target weights are not finite, "
         f"in {shown}{f' and {more} more' if more > 0 else ''}",
         "The checkpoint is damaged, or --dtype is too narrow for it; --allow-nonfinite keeps such weights.",
     )

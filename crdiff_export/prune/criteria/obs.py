@@ -11,8 +11,7 @@ reversed. So U_jj = 1 / R_jj, and W' = W - E U, where E has the errors w_j / U_j
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,10 +25,8 @@ BLOCK = 128
 TRIES = 4
 
 
-class _Choice(Protocol):
-    """Chooses the weights to prune in the block from column `start` on, from their current values and U's diagonal."""
-
-    def __call__(self, start: int, block: Tensor, diagonal: Tensor, /) -> Tensor: ...
+# Chooses the weights to prune in the block from a column on, from their current values and U's diagonal.
+_Choice = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Obs:
@@ -131,7 +128,8 @@ def _settle(weight: Tensor, factor: Tensor, choice: _Choice) -> tuple[Tensor, Te
     for start in range(0, len(columns), BLOCK):
         stop = min(start + BLOCK, len(columns))
         block, before = columns[start:stop], columns[start:stop].clone()
-        own = _inverse(factor[start:stop, start:stop])
+        identity = torch.eye(stop - start).to(factor)
+        own: Tensor = torch.linalg.solve_triangular(factor[start:stop, start:stop], identity, upper=True)
         block.addmm_(own.t(), factor[:start, start:stop].t() @ moved[:start])
         mask[:, start:stop] = choice(start, block.t(), own.diagonal())
         own /= own.diagonal()[:, None].clone()  # with 1 on the diagonal, which subtracts a pruned weight from itself
@@ -139,11 +137,6 @@ def _settle(weight: Tensor, factor: Tensor, choice: _Choice) -> tuple[Tensor, Te
             block[j:].addr_(own[j, j:], block[j].masked_fill(stays, 0.0), alpha=-1)
         moved[start:stop] = before - block
     return mask, columns.t().contiguous()
-
-
-def _inverse(factor: Tensor) -> Tensor:
-    inverse: Tensor = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=True)
-    return inverse
 
 
 def _factorise(name: str, gram: Tensor, damping: float) -> tuple[Tensor, Tensor, int]:

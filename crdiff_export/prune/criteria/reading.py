@@ -1,8 +1,5 @@
-"""Read target weights as tensors in the dtype that will be written, and convert changed weights to raw bits."""
+"""Target weights as tensors in the dtype that will be written, and changed weights as raw bits again."""
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +10,6 @@ from torch import Tensor
 
 from crdiff_export.errors import CalibrationError
 from crdiff_export.formats.dtypes import torch_dtypes
-from crdiff_export.formats.weight_file import Bytes, SourceFile
 from crdiff_export.prune.criteria import selection
 from crdiff_export.prune.criteria.decision import Mask
 from crdiff_export.prune.criteria.spec import SCORED, Spec
@@ -39,70 +35,31 @@ class Weights:
     zero: Tensor | None
 
 
-class Reader:
-    """Reads targets of a checkpoint's files, each file opened once."""
+def to_weights(target: Target, data: memoryview, device: torch.device) -> Weights:
+    """Convert the bytes of a target in the base to weights in the dtype that will be written."""
+    source, output = target.source.dtype, target.output.dtype
+    if source != output:
+        from crdiff_export.prune.kernels.cast import cast
 
-    def __init__(self, files: Sequence[SourceFile], device: torch.device) -> None:
-        self._files, self._device = files, device
-        self._open: dict[int, Bytes] = {}
-
-    def raw(self, target: Target) -> memoryview:
-        """Read the bytes of a target from the base."""
-        if target.file not in self._open:
-            self._open[target.file] = self._files[target.file].open()
-        start, stop = target.span(target.source)
-        data = memoryview(bytearray(stop - start))
-        self._open[target.file].read_into(start, data)
-        return data
-
-    def weights(self, target: Target, data: memoryview) -> Weights:
-        """Convert the bytes of a target to weights in the dtype that will be written."""
-        source, output = target.source.dtype, target.output.dtype
-        if source != output:
-            from crdiff_export.prune.kernels.cast import cast
-
-            data = memoryview(cast(data, source, output))
-        bits = np.frombuffer(data, f"u{target.output.itemsize}")
-        written = torch.frombuffer(data, dtype=torch_dtypes()[output]).to(self._device)
-        values = written.to(torch.float32).reshape(-1, target.source.shape[-1])
-        zero, broken = values == 0, None
-        if not selection.finite(values):
-            broken = ~torch.isfinite(values)
-            values = values.masked_fill(broken, 0.0)
-        return Weights(bits, values, broken, zero if bool(zero.any()) else None)
-
-    def close(self) -> None:
-        """Close the files; the next read opens them again."""
-        for file in self._open.values():
-            file.close()
-        self._open = {}
+        data = memoryview(cast(data, source, output))
+    bits = np.frombuffer(data, f"u{target.output.itemsize}")
+    written = torch.frombuffer(data, dtype=torch_dtypes()[output]).to(device)
+    values = written.to(torch.float32).reshape(target.shape)
+    zero, broken = values == 0, None
+    if not selection.finite(values):
+        broken = ~torch.isfinite(values)
+        values = values.masked_fill(broken, 0.0)
+    return Weights(bits, values, broken, zero if bool(zero.any()) else None)
 
 
-@contextmanager
-def open_reader(files: Sequence[SourceFile], device: torch.device) -> Iterator[Reader]:
-    """Open a reader for the time of a block."""
-    reader = Reader(files, device)
-    try:
-        yield reader
-    finally:
-        reader.close()
-
-
-def digest(data: memoryview) -> str:
-    """Return the SHA-256 of a weight's bytes as hex."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def rounded(
-    target: Target, layer: str, weights: Weights, mask: Tensor, moved: Tensor, spec: Spec
-) -> tuple[Mask, NDArray[Any]]:
+def rounded(target: Target, weights: Weights, mask: Tensor, moved: Tensor, spec: Spec) -> tuple[Mask, NDArray[Any]]:
     """Round compensated weights to raw bits in the output dtype, to nearest even, and return the mask of their zeros.
 
     Pruned weights are +0.0. Weights that round to zero join the mask, because the file's zeros are the mask. Weights
     that are not finite keep their bits. A CalibrationError is raised if the criterion returned another shape, or a
     weight that is not finite or too large for the dtype.
     """
-    dtype, ours = target.output.dtype, spec.name in SCORED
+    layer, dtype, ours = target.layer.diffusers, target.output.dtype, spec.name in SCORED
     if moved.shape != weights.values.shape:
         raise CalibrationError(
             f"{layer}: compensation by {spec} gives {list(moved.shape)} for weights of {list(weights.values.shape)}",

@@ -6,7 +6,7 @@ built-in name. This module imports no criterion.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Final, Self
 
@@ -73,10 +73,10 @@ OPTIONS: Final[Mapping[str, Mapping[str, Option]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A criterion's name and the options that differ from the default; `str` is its canonical spelling."""
+    """A criterion's name and its options; `str` is its canonical spelling, which leaves defaults out."""
 
     name: str
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str]
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -91,35 +91,31 @@ class Spec:
         if name not in OPTIONS and name not in installed():  # installed() looks at every package, which takes time
             what = f"no criterion is called {name!r}" if name else f"{text!r} has no name of a criterion"
             raise OptionError(what, did_you_mean(name, names(), "criteria"))
-        options: dict[str, str] = {}
+        given: dict[str, str] = {}
         for part in rest.split(",") if colon else ():
             key, equals, value = (piece.strip() for piece in part.partition("="))
             if not (key and equals and value):
                 raise OptionError(f"{text!r}: {part!r} is not option=value", _takes(name))
-            if key in options:
+            if key in given:
                 raise OptionError(f"{text!r}: {key} is given twice", "Give it once.")
-            options[key] = _value(name, key, value)
-        spec = cls(name, {key: options[key] for key in sorted(options) if options[key] != _default(name, key)})
-        if spec.option("compare") == "layer" and spec.option("compensate") == "off":
+            given[key] = _value(name, key, value)
+        options = {key: option.default for key, option in _options(name).items()} | given
+        if options.get("compare") == "layer" and options["compensate"] == "off":
             raise OptionError(
                 f"{name}: compare=layer chooses while it compensates, so compensate=off is not for it",
                 f"Leave one of the two out, as in {name}:compare=layer.",
             )
-        return spec
+        return cls(name, options)
 
     def __str__(self) -> str:
-        options = ",".join(f"{key}={value}" for key, value in sorted(self.options.items()))
+        defaults = {(key, option.default) for key, option in _options(self.name).items()}
+        options = ",".join(f"{key}={value}" for key, value in sorted(self.options.items() - defaults))
         return f"{self.name}:{options}" if options else self.name
-
-    def option(self, key: str) -> str | None:
-        """Return an option's value, by default the default; None if the criterion has no such option."""
-        return self.options.get(key, _default(self.name, key))
 
     @property
     def values(self) -> dict[str, str]:
-        """All options with their values for the factory, without `compare`, which does not concern scores."""
-        known = {key: option.default for key, option in _options(self.name).items()} | dict(self.options)
-        return {key: value for key, value in known.items() if key != "compare"}
+        """The options for the factory: all but `compare`, which does not concern scores."""
+        return {key: value for key, value in self.options.items() if key != "compare"}
 
 
 def names() -> tuple[str, ...]:
@@ -136,19 +132,13 @@ def _options(name: str) -> Mapping[str, Option]:
     return OPTIONS.get(name, {"compare": COMPARE})
 
 
-def _default(name: str, key: str) -> str | None:
-    option = _options(name).get(key)
-    return option.default if option else None
-
-
 def _value(name: str, key: str, value: str) -> str:
     """Return the canonical spelling of an option's value."""
-    known = _options(name)
-    if key not in known:
+    option = _options(name).get(key)
+    if option is None:
         if name not in OPTIONS:
             return value
         raise OptionError(f"{name} has no option {key!r}", _takes(name))
-    option = known[key]
     try:
         spelt = option.spell(value)
     except ValueError:

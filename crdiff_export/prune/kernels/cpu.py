@@ -56,12 +56,6 @@ def _zero(weights: Any, mask: Any, limit: Any) -> None:
 
 
 @compiled
-def _clear(weights: Any, gone: Any) -> None:
-    for i in range(weights.size):
-        weights[i] = 0 if gone[i] else weights[i]
-
-
-@compiled
 def _count_keys(bits: Any, counts: Any) -> None:
     for i in range(bits.size):
         counts[((bits[i] ^ ((bits[i] >> 31) & 0x7FFFFFFF)) >> 16) + 0x8000] += 1
@@ -124,7 +118,7 @@ class CpuKernel:
 
     def clear(self, weights: memoryview, dtype: str, gone: "Flags") -> None:
         bits, _ = as_bits(weights, dtype)
-        _clear(bits, gone)
+        np.multiply(bits, ~gone, out=bits)
         put_back(weights, bits)
 
 

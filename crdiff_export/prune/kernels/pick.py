@@ -36,14 +36,6 @@ def _pick(weights: Any, gone: Any, into: Any) -> int:
 
 
 @compiled
-def _zeros(weights: Any) -> int:
-    count = 0
-    for i in range(weights.size):
-        count += 0 if weights[i] else 1
-    return count
-
-
-@compiled
 def _put(weights: Any, values: Any) -> None:
     indices, done = np.empty(_BLOCK + 1, np.int64), 0
     for start in range(0, weights.size, _BLOCK):
@@ -100,7 +92,8 @@ def zeros(weights: memoryview, dtype: str) -> int:
     Returns:
         The number of such weights.
     """
-    return int(_zeros(as_bits(weights, dtype)[0]))
+    bits, _ = as_bits(weights, dtype)
+    return bits.size - int(np.count_nonzero(bits))
 
 
 def put(weights: memoryview, dtype: str, values: memoryview) -> None:

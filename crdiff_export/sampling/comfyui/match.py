@@ -10,7 +10,6 @@ from crdiff_export.errors import CrdiffError, PoaError
 from crdiff_export.formats import dtypes
 from crdiff_export.formats.dtypes import torch_dtypes
 from crdiff_export.formats.safetensors import show
-from crdiff_export.prune.layer_names import original_place
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sampling.poa.checkpoint_tensors import (
     equal,
@@ -93,7 +92,7 @@ def _sizes(plan: Plan) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for target in plan.targets:
         if plan.scopes[target.scope].rank:
-            name, part = original_place(plan, target)
+            name, part = target.layer.original
             sizes[name] = max(sizes.get(name, 0), (part + 1) * target.count)
     return sizes
 
@@ -140,7 +139,7 @@ def _check(weights: Mapping[str, Any], baked: BakedCheckpoint, masks: Masks | No
     """Compare the model with the file: the weights that stay, or where weights were moved, the biases."""
     pruned, gone, zeros = True, 0, 0
     for target, stored in read_weights(baked.plan, SAMPLE):
-        name, index = original_place(baked.plan, target)
+        name, index = target.layer.original
         start = index * target.count
         loaded = _slice(weights, name, start, stored)
         if loaded is None:
@@ -167,7 +166,7 @@ def _check(weights: Mapping[str, Any], baked: BakedCheckpoint, masks: Masks | No
 
 def _check_biases(weights: Mapping[str, Any], baked: BakedCheckpoint) -> None:
     for target, stored in read_biases(baked.plan):
-        name, index = original_place(baked.plan, target)
+        name, index = target.layer.original
         bias = _slice(weights, f"{name.removesuffix('weight')}bias", index * len(stored), stored)
         if bias is not None and not _compare(bias, stored, None)[1]:
             raise other_base(name, baked.checkpoint.path, baked.stamp.source_name)

@@ -16,7 +16,6 @@ from crdiff_export.formats.dtypes import torch_dtypes
 from crdiff_export.formats.hashing import hash_data
 from crdiff_export.formats.safetensors import show
 from crdiff_export.progress import Silent
-from crdiff_export.prune.layer_names import diffusers_name
 from crdiff_export.sampling.poa.checkpoint_tensors import (
     equal,
     other_base,
@@ -113,7 +112,7 @@ def make_dense(layers: Mapping[str, nn.Linear], source: Source, *, check: bool =
     results = {
         name: _compare(layers[name].weight, weights, source, name)
         for target, weights in read_weights(source.plan)
-        if (name := diffusers_name(source.plan, target)) in layers
+        if (name := target.layer.diffusers) in layers
     }
     are_pruned = baked is not None and all(result.pruned for result in results.values())
     not_dense = [name for name, result in results.items() if not result.dense]
@@ -153,7 +152,7 @@ def _other(name: str, source: Source) -> PoaError:
 def _check_biases(layers: Mapping[str, nn.Linear], source: Source, baked: BakedCheckpoint) -> None:
     """Compare the biases with the file's: where weights were moved, only the biases are those of the base."""
     for target, stored in read_biases(baked.plan):
-        name = diffusers_name(baked.plan, target)
+        name = target.layer.diffusers
         bias = layers[name].bias if name in layers else None
         if bias is None:
             continue
@@ -230,7 +229,7 @@ def _restore(layers: Mapping[str, nn.Linear], source: Source, baked: BakedCheckp
 def _from_residual(layers: Mapping[str, nn.Linear], baked: BakedCheckpoint) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield each layer's name, its weights, and the dense weights of the residual, both of one shape and dtype."""
     for target, bits in dense_weights(baked):
-        name = diffusers_name(baked.plan, target)
+        name = target.layer.diffusers
         if name in layers:
             weight = layers[name].weight.detach()
             dense = torch.frombuffer(bytearray(bits.tobytes()), dtype=torch_dtypes()[target.source.dtype])

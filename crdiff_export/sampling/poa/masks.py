@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Self
 
 from crdiff_export.formats import dtypes
 from crdiff_export.formats.dtypes import torch_dtypes
-from crdiff_export.prune import layer_names
 from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.plan import Plan
 
@@ -163,11 +162,10 @@ class Masks:
         """Make the masks of a decision for a plan."""
         original: dict[str, tuple[Part, ...]] = {}
         diffusers: dict[str, tuple[Part, ...]] = {}
-        names = layer_names.by_key(plan)
         for index, target in enumerate(plan.targets):
             make = _maker(plan, decision, index)
             if make:
-                (fused, part), single = names[layer_names.key(plan, target)]
+                (fused, part), single = target.layer.original, target.layer.diffusers
                 start = part * target.count
                 original[fused] = (*original.get(fused, ()), make(start, start + target.count))
                 diffusers[single] = (make(0, target.count),)
