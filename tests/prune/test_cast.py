@@ -80,15 +80,14 @@ def test_a_cast_is_what_torch_does(source: str, target: str) -> None:
 
 
 @settings(max_examples=200)
-@given(value=st.floats(allow_nan=False, width=64), target=st.sampled_from(list(NAMES.values())))
-def test_any_double(value: float, target: str) -> None:
-    assert_like_torch(np.float64(value).tobytes(), "F64", target)
-
-
-@settings(max_examples=200)
-@given(value=st.floats(allow_nan=False, width=32), target=st.sampled_from(["F16", "BF16"]))
-def test_any_float(value: float, target: str) -> None:
-    assert_like_torch(np.float32(value).tobytes(), "F32", target)
+@given(
+    number=st.tuples(st.just("<f8"), st.floats(allow_nan=False, width=64))
+    | st.tuples(st.just("<f4"), st.floats(allow_nan=False, width=32)),
+    target=st.sampled_from(list(NAMES.values())),
+)
+def test_any_number(number: tuple[str, float], target: str) -> None:
+    kind, value = number
+    assert_like_torch(np.array([value], kind).tobytes(), "F64" if kind == "<f8" else "F32", target)
 
 
 # Whole files
@@ -139,24 +138,18 @@ def hold(base: Tensors, output: Path, target: str, ratios: Mapping[str, float] =
     oracle.hold_numbers(baked.metadata, expected)
 
 
-@pytest.mark.parametrize(("source", "asked"), list(zip(TORCH, [*NAMES, *NAMES], strict=True)))
-def test_a_cast_file(source: str, asked: str, tmp_path: Path) -> None:
-    tensors = demo(source)
+@pytest.mark.parametrize("asked", NAMES)
+def test_a_cast_of_all_dtypes(asked: str, tmp_path: Path) -> None:
+    tensors: dict[str, tuple[str, Shape, bytes]] = {}
+    by_dtype = {dtype: demo(dtype) for dtype in TORCH}
+    for number, name in enumerate(by_dtype["F32"]):
+        tensors[name] = by_dtype[list(TORCH)[number % len(TORCH)]][name]
     output = bake(tmp_path, tensors, asked)
     hold(tensors, output, NAMES[asked])
     said = oracle.read(output).metadata
     assert said["crdiff.cast"] == NAMES[asked]
     assert said["crdiff.source.hash_sha256"] == oracle.sha256(tmp_path / "base.safetensors")
     assert said["modelspec.hash_sha256"] == oracle.sha256(output)
-
-
-@pytest.mark.parametrize("asked", NAMES)
-def test_a_cast_of_many_dtypes(asked: str, tmp_path: Path) -> None:
-    tensors: dict[str, tuple[str, Shape, bytes]] = {}
-    by_dtype = {dtype: demo(dtype) for dtype in TORCH}
-    for number, name in enumerate(by_dtype["F32"]):
-        tensors[name] = by_dtype[list(TORCH)[number % len(TORCH)]][name]
-    hold(tensors, bake(tmp_path, tensors, asked), NAMES[asked])
 
 
 def test_a_cast_to_the_same_dtype_changes_nothing(tmp_path: Path) -> None:
@@ -168,16 +161,7 @@ def test_a_cast_to_the_same_dtype_changes_nothing(tmp_path: Path) -> None:
     assert oracle.read(output).data == cast_to_it[-len(oracle.read(output).data) :]
 
 
-def test_thresholds_are_those_of_what_is_written(tmp_path: Path) -> None:
-    tensors = demo("F32")
-    said = oracle.read(bake(tmp_path, tensors, "bf16")).metadata
-    before = oracle.expect([tensors], RATIOS, ("attn", "ff")).thresholds
-    written = [float.fromhex(said[f"crdiff.threshold.{group}"]) for group in RATIOS]
-    assert written != list(before)
-    assert all(np.float32(t).view(np.uint32) & 0xFFFF == 0 for t in written)
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 64])
+@pytest.mark.parametrize("chunk", [1, 64])
 def test_doubles_are_counted_in_any_pieces(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(magnitude, "CHUNK", chunk * 64)
     tensors = demo("F64")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numba
@@ -25,7 +26,6 @@ from tests.support.accelerators import accelerator
 from tests.support.messages import raises
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-NARROW = DTYPES[1:]
 
 
 def makers() -> list[ParameterSet]:
@@ -53,17 +53,23 @@ def patterns(dtype: str) -> NDArray[np.int64]:
     return np.concatenate([near[(near >= 0) & (near < 1 << 32)], random])
 
 
-def placed(kernel: Kernel, values: NDArray[np.int64], dtype: str, offset: int = 0) -> memoryview:
-    """The patterns as weights in a buffer of the kernel, `offset` bytes after a page's start."""
+def samples(dtype: str) -> list[NDArray[np.int64]]:
+    """All patterns, and few of them."""
+    every = patterns(dtype)
+    return [every, *(every[1 : 1 + count] for count in (1, 2, 3, 5, 17))]
+
+
+def changed(
+    kernel: Kernel, values: NDArray[np.int64], dtype: str, offset: int, change: Callable[[memoryview], None]
+) -> NDArray[np.int64]:
+    """Change patterns as weights in a buffer of the kernel, `offset` bytes after a page's start, and nothing else."""
     data = values.astype(f"<u{oracle.FORMATS[dtype].size}").tobytes()
     buffer = kernel.buffer(len(data) + 64)
     buffer[:] = b"\xa5" * len(buffer)
     weights = buffer[offset : offset + len(data)]
     weights[:] = data
-    return weights
-
-
-def back(weights: memoryview, dtype: str) -> NDArray[np.int64]:
+    change(weights)
+    assert set(buffer[:offset]) | set(buffer[offset + len(data) :]) == {0xA5}
     return np.frombuffer(bytes(weights), f"<u{oracle.FORMATS[dtype].size}").astype(np.int64)
 
 
@@ -74,18 +80,15 @@ def mask(dtype: str) -> int:
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_count_is_a_bincount(kernel: Kernel, dtype: str, offset: int) -> None:
-    values = patterns(dtype)
-    weights = placed(kernel, values, dtype, offset)
-    before = bytes(weights)
-    counts = kernels.counters(kernels.magnitudes(dtype))
-    counts[0] = 7  # they are added to
-    kernel.count(weights, dtype, counts)
-    magnitudes = (values & mask(dtype)) >> (15 if dtype == "F32" else 0)
-    wanted = np.bincount(magnitudes, minlength=len(counts))
-    wanted[0] += 7
-    assert np.array_equal(counts, wanted)
-    assert counts.sum() == len(values) + 7
-    assert bytes(weights) == before
+    for values in samples(dtype):
+        counts = kernels.counters(kernels.magnitudes(dtype))
+        counts[0] = 7  # they are added to
+        after = changed(kernel, values, dtype, offset, partial(kernel.count, dtype=dtype, counts=counts))
+        magnitudes = (values & mask(dtype)) >> (15 if dtype == "F32" else 0)
+        wanted = np.bincount(magnitudes, minlength=len(counts))
+        wanted[0] += 7
+        assert np.array_equal(counts, wanted)
+        assert np.array_equal(after, values)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +96,9 @@ def test_a_count_is_a_bincount(kernel: Kernel, dtype: str, offset: int) -> None:
 )
 def test_a_refined_count_is_one_of_the_lower_bits(kernel: Kernel, upper: int, offset: int) -> None:
     values = np.concatenate([patterns("F32"), (upper << 15) + np.arange(0, 1 << 15, 5), [(upper << 15) | 1 << 31]])
-    weights = placed(kernel, values, "F32", offset)
     counts = kernels.counters(kernels.REFINED)
-    kernel.refine(weights, upper, counts)
+    after = changed(kernel, values, "F32", offset, partial(kernel.refine, upper=upper, counts=counts))
+    assert np.array_equal(after, values)
     magnitudes = values & mask("F32")
     inside = magnitudes[magnitudes >> 15 == upper]
     assert np.array_equal(counts, np.bincount(inside & 0x7FFF, minlength=1 << 15))
@@ -109,45 +112,27 @@ def limits(dtype: str) -> list[int]:
 @pytest.mark.parametrize("offset", [0, 1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zeroing_leaves_positive_zeros_and_all_other_bits(kernel: Kernel, dtype: str, offset: int) -> None:
-    values = patterns(dtype)
-    for limit in limits(dtype):
-        weights = placed(kernel, values, dtype, offset)
-        kernel.zero(weights, dtype, limit)
-        assert np.array_equal(back(weights, dtype), np.where((values & mask(dtype)) <= limit, 0, values)), limit
+    for values in samples(dtype):
+        for limit in limits(dtype):
+            after = changed(kernel, values, dtype, offset, partial(kernel.zero, dtype=dtype, limit=limit))
+            assert np.array_equal(after, np.where((values & mask(dtype)) <= limit, 0, values)), limit
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
 def test_zeroing_at_every_limit(kernel: Kernel, dtype: str) -> None:
     values = patterns(dtype)
     for limit in range(oracle.FORMATS[dtype].finite):
-        weights = placed(kernel, values, dtype)
-        kernel.zero(weights, dtype, limit)
-        assert np.array_equal(back(weights, dtype), np.where((values & 0x7F) <= limit, 0, values)), limit
+        after = changed(kernel, values, dtype, 0, partial(kernel.zero, dtype=dtype, limit=limit))
+        assert np.array_equal(after, np.where((values & 0x7F) <= limit, 0, values)), limit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("offset", [0, 1, 5])
-def test_zeroing_stays_within_its_bytes(kernel: Kernel, dtype: str, offset: int) -> None:
-    size = oracle.FORMATS[dtype].size
-    buffer = kernel.buffer(64 * size + 16)
-    buffer[:] = b"\x01" * len(buffer)
-    kernel.zero(buffer[offset : offset + 10 * size], dtype, oracle.FORMATS[dtype].finite - 1)
-    assert bytes(buffer[:offset]) == b"\x01" * offset
-    assert bytes(buffer[offset : offset + 10 * size]) == bytes(10 * size)
-    assert set(buffer[offset + 10 * size :]) == {1}
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 17])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_few_weights(kernel: Kernel, dtype: str, count: int) -> None:
-    values = patterns(dtype)[1 : 1 + count]
-    weights = placed(kernel, values, dtype, 1)
-    counts = kernels.counters(kernels.magnitudes(dtype))
-    kernel.count(weights, dtype, counts)
-    assert counts.sum() == count
-    kernel.zero(weights, dtype, oracle.FORMATS[dtype].finite - 1)
-    finite = (values & mask(dtype)) < oracle.FORMATS[dtype].finite
-    assert np.array_equal(back(weights, dtype), np.where(finite, 0, values))
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_what_is_marked_becomes_positive_zero(kernel: Kernel, dtype: str, offset: int) -> None:
+    for values in samples(dtype):
+        gone = np.random.default_rng(offset).random(len(values)) < 0.4
+        after = changed(kernel, values, dtype, offset, partial(kernel.clear, dtype=dtype, gone=gone))
+        assert np.array_equal(after, np.where(gone, 0, values))
 
 
 def test_a_buffer_starts_on_a_page(kernel: Kernel) -> None:
@@ -236,6 +221,7 @@ def test_a_folder_that_is_full(code: int) -> None:
     assert weights[0] == 2
 
 
+@pytest.mark.slow
 def test_a_machine_without_any_folder_to_cache_in(tmp_path: Path) -> None:
     package = Path(kernels.__file__).parents[2]
     shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))

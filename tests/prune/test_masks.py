@@ -6,15 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from crdiff_export import ExportRequest, Size
 from crdiff_export.bake.stream import Pruning, Stream
 from crdiff_export.export import plan_variant
 from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.progress import Silent
-from crdiff_export.prune import criteria
 from crdiff_export.prune.criteria import Decision, Mask
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.kernels import Kernel
 from crdiff_export.prune.kernels.cpu import CpuKernel
 from crdiff_export.prune.kernels.device import DeviceKernel
@@ -26,39 +25,9 @@ from tests.support import makers, oracle
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
-def made_of(name: str) -> Kernel:
-    return CpuKernel(1) if name == "cpu" else DeviceKernel("cpu")
-
-
 @pytest.fixture(params=["cpu", "torch"])
 def kernel(request: pytest.FixtureRequest) -> Kernel:
-    return made_of(request.param)
-
-
-# The loops.
-
-
-def placed(values: NDArray[np.unsignedinteger], offset: int) -> memoryview:
-    """Raw bits in a buffer, some bytes after an aligned place."""
-    data = values.tobytes()
-    buffer = memoryview(bytearray(b"\xa5" * (len(data) + 64)))
-    buffer[offset : offset + len(data)] = data
-    return buffer[offset : offset + len(data)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("offset", [0, 1, 3])
-def test_what_is_marked_becomes_positive_zero(dtype: str, offset: int, kernel: Kernel) -> None:
-    rng = np.random.default_rng(offset)
-    size = makers.SIZES[dtype]
-    for count in (1, 7, 8, 1000):
-        values = rng.integers(0, 1 << 8 * size, count, np.uint64).astype(f"u{size}")
-        gone = rng.random(count) < 0.4
-        weights = placed(values, offset)
-        kernel.clear(weights, dtype, gone)
-        assert bytes(weights) == np.where(gone, 0, values).astype(values.dtype).tobytes()
-        around = bytes(weights.obj)
-        assert set(around[:offset]) | set(around[offset + len(weights) :]) == {0xA5}, "nothing else is touched"
+    return CpuKernel(1) if request.param == "cpu" else DeviceKernel("cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -67,10 +36,11 @@ def test_what_is_marked_is_taken_out_in_order(dtype: str, offset: int) -> None:
     rng = np.random.default_rng(5)
     size = makers.SIZES[dtype]
     values = rng.integers(0, 1 << 8 * size, 999, np.uint64).astype(f"u{size}")
+    weights = memoryview(bytearray(offset) + values.tobytes())[offset:]
     for share in (0, 0.4, 1):
         gone = rng.random(999) < share
         into = memoryview(bytearray(999 * size))
-        taken = pick(placed(values, offset), dtype, gone, into)
+        taken = pick(weights, dtype, gone, into)
         assert bytes(into[:taken]) == values[gone].tobytes()
 
 
@@ -151,7 +121,7 @@ def streamed(prunings: list[Pruning], kernel: Kernel, chunk: int) -> Iterator[tu
 
 
 TABLES = {
-    "sd15.original": ("F16",), "sdxl.diffusers-unet": ("F32", "BF16", "F8_E5M2"),
+    "demo.original-unet": ("F16",), "sdxl.diffusers-unet": ("F32", "BF16", "F8_E5M2"),
     "sd3-medium.original-transformer": ("F16", "F32"), "flux-dev.original-transformer": ("BF16",),
     "flux-dev.diffusers-transformer": ("F8_E4M3", "F16"),
 }  # fmt: skip
@@ -159,8 +129,9 @@ TABLES = {
 
 @pytest.mark.parametrize(
     ("table", "chunk", "kernel"),
-    [*((table, 4099, "cpu") for table in TABLES), ("sd15.original", 1 << 20, "torch"),
-     ("sdxl.diffusers-unet", 12288, "cpu"), ("flux-dev.original-transformer", 4099, "torch")],
+    [("demo.original-unet", 4099, "cpu"), ("demo.original-unet", 1 << 20, "torch"),
+     ("sdxl.diffusers-unet", 12288, "cpu"), ("sd3-medium.original-transformer", 4099, "cpu"),
+     ("flux-dev.original-transformer", 4099, "torch"), ("flux-dev.diffusers-transformer", 4099, "cpu")],
     indirect=["kernel"],
 )  # fmt: skip
 def test_chunks_end_anywhere(table: str, chunk: int, tmp_path: Path, kernel: Kernel) -> None:
@@ -193,18 +164,18 @@ def test_chunks_that_are_hardly_larger_than_a_weight(chunk: int, tmp_path: Path)
     ("dtype", "kernel"), [("fp16", "torch"), ("bf16", "cpu"), ("fp32", "cpu")], indirect=["kernel"]
 )
 def test_a_cast_comes_first(dtype: str, tmp_path: Path, kernel: Kernel) -> None:
-    plan = planned(base(tmp_path, "sd15.original", ("F32", "F16", "BF16")), dtype)
+    plan = planned(base(tmp_path, "demo.original-unet", ("F32", "F16", "BF16")), dtype)
     decision = decided(plan, 3)
     ((data, removed),) = streamed([Pruning(plan, decision, keep=True)], kernel, 4099)
     assert (data, removed) == pruned(plan, decision)
 
 
-@pytest.mark.parametrize("chunk", [4099, 1 << 20])
+@pytest.mark.parametrize(("chunk", "kernel"), [(4099, "cpu"), (1 << 20, "torch")], indirect=["kernel"])
 def test_variants_of_every_kind_come_from_one_reading(chunk: int, tmp_path: Path, kernel: Kernel) -> None:
     """Thresholds, masks, moved weights, another set of masks, and one that leaves everything."""
-    path = base(tmp_path, "sd15.original", ("F16",))
+    path = base(tmp_path, "demo.original-unet", ("F16",))
     plan, nothing = planned(path), planned(path, ratio=0)
-    by_threshold = criteria.rank([plan], criteria.load("magnitude"), kernel, Silent()).decide(plan)
+    by_threshold = CriterionChoice.of("magnitude", None).rank([plan], kernel, Silent()).decide(plan)
     left = Decision(tuple(Threshold(None, 0, scope.count) for scope in nothing.scopes), (None,) * len(nothing.targets))
     decisions = [by_threshold, decided(plan, 4), decided(plan, 5, moved=True), left, decided(plan, 6)]
     plans = [plan, plan, plan, nothing, plan]
@@ -221,7 +192,7 @@ def test_variants_of_every_kind_come_from_one_reading(chunk: int, tmp_path: Path
 
 
 def test_moved_weights_go_where_they_belong(tmp_path: Path) -> None:
-    for table in ("sd15.original", "flux-dev.original-transformer"):
+    for table in ("demo.original-unet", "flux-dev.original-transformer"):
         folder = tmp_path / table
         folder.mkdir()
         plan = planned(base(folder, table, ("F16", "F32")))

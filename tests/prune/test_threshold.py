@@ -5,7 +5,6 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -101,16 +100,6 @@ def test_float32_around_the_edge_of_two_levels(edge: int) -> None:
     for k in range(13):
         assert_as_sorted([("F32", patterns)], k)
         assert_as_sorted([("F32", patterns), ("BF16", [edge >> 16, 0x3F80]), ("F16", [0x3C00, 0, 1])], k)
-
-
-@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_kthvalue_of_torch(dtype: str) -> None:
-    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    weights = (torch.randn(2000, generator=torch.Generator().manual_seed(1)) / 8).to(kinds[dtype])
-    size = oracle.FORMATS[dtype].size
-    patterns = weights.view(torch.uint8).numpy().view(f"<u{size}").tolist()
-    for k in (1, 2, 999, 1000, 1999, 2000):
-        assert found([(dtype, patterns)], k).value == float(torch.kthvalue(weights.abs(), k).values)
 
 
 @given(ratio=st.floats(0, 1, exclude_max=True), total=st.integers(1, 12_000_000_000))
