@@ -77,13 +77,13 @@ class Ours:
     @contextmanager
     def opened(self) -> Iterator[float]:
         """The search, open; what it took to open it."""
-        from crdiff_export.search.objective import open_objective, read_base
+        from crdiff_export.search.objective import open_objective
         from crdiff_export.search.study import open_study
 
         job, began = self._job, time.perf_counter()
         with (
             watched(self._clock),
-            open_objective(job, read_base(job, Silent()), lambda: None) as self._objective,
+            open_objective(job, Silent(), lambda: None) as self._objective,
             open_study(job.storage, job.study, job.setup, self._objective.fingerprint) as self._study,
         ):
             yield time.perf_counter() - began

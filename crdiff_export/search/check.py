@@ -11,19 +11,14 @@ from crdiff_export.evaluate.request import Subject
 from crdiff_export.formats.text import printable
 from crdiff_export.models.recipe import Evidence, Scalar, Variant
 from crdiff_export.progress import Progress
-from crdiff_export.prune.criteria.spec import Spec
 from crdiff_export.prune.criterion_choice import MAGNITUDE
 from crdiff_export.prune.plan import Plan, with_ratios
+from crdiff_export.search.pairs import pairs_digest
 from crdiff_export.search.prepare import SearchJob
 from crdiff_export.search.result import SearchResult
 
 # Of a ratio: finer ones differ by less than chance, and what is checked is what the recipe says.
 DIGITS = 4
-
-
-def count_thresholds(result: SearchResult) -> None:
-    """Find the thresholds of the check beforehand: weights may be read again for that, in several threads."""
-    result.counted.source(plan_of_best(result))
 
 
 def check_best(result: SearchResult, progress: Progress) -> SearchResult:
@@ -87,8 +82,7 @@ def _source(result: SearchResult, scorer: str) -> str:
     method = job.setup.method
     by = "POA at the weight found" if job.setup.space.poa_weights else "the pruned model alone"
     paper = ", the box and constants of the public code" if job.request.paper else ""
-    criterion = str(Spec.parse(job.request.criterion))
-    by += "" if criterion == MAGNITUDE else f" with {criterion}"
+    by += "" if job.criterion.name == MAGNITUDE else f" with {job.criterion.name}"
     drawn = f"{len(job.pairs.search)} pictures"
     return (
         f"crdiff search: {method.name}{paper}, seed {method.seed}, the best of {len(result.trials)} trials "
@@ -98,8 +92,6 @@ def _source(result: SearchResult, scorer: str) -> str:
 
 def _evidence(result: SearchResult, measured: Evidence | None) -> Evidence:
     """Return what the check measured, and how the search came to it."""
-    from crdiff_export.search.objective import pairs_digest
-
     assert measured
     job = result.job
     extra: dict[str, Scalar] = {

@@ -1,9 +1,7 @@
 """The objective of a search: an open pipeline, pruned on the fly, and a scorer, on the same pairs every time."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 
 from crdiff_export.bake.metadata import tool_version
@@ -11,41 +9,23 @@ from crdiff_export.errors import PreviewError
 from crdiff_export.evaluate import scorers
 from crdiff_export.formats.hashing import hash_data
 from crdiff_export.progress import Progress
-from crdiff_export.prune import criterion_choice
+from crdiff_export.prune.criterion_choice import MAGNITUDE
 from crdiff_export.prune.plan import with_ratios
 from crdiff_export.sampling import fingerprint as pipeline_fingerprint
 from crdiff_export.sampling import poa
 from crdiff_export.sampling.session import Placement, Session, Style, open_session
-from crdiff_export.search.pairs import Pairs
+from crdiff_export.search.pairs import pairs_digest
 from crdiff_export.search.prepare import SearchJob
 from crdiff_export.search.space import Candidate
 
 
-@dataclass(frozen=True, slots=True)
-class CountedBase:
-    """A base whose weights have been read once: their hash, and the counts that give the thresholds of any ratios."""
-
-    hash: str
-    counted: poa.BaseRanking
-
-
-def read_base(job: SearchJob, progress: Progress) -> CountedBase:
-    """Hash and count the weights of a job's base."""
-    drawing = job.drawing
-    job.criterion.calibrated(progress)  # whose hash the fingerprint has
-    counted = poa.BaseRanking([job.plan], drawing.base.name, progress, criterion=job.criterion, device=drawing.device)
-    base = CountedBase(_hash_base(job, progress), counted)
-    progress.stage("opening", 0)  # so that its time is not taken for that of the counting
-    return base
-
-
 @contextmanager
-def open_objective(job: SearchJob, base: CountedBase, on_step: Callable[[], None]) -> "Iterator[PictureObjective]":
-    """Open a job's pipeline and scorer until the block ends.
+def open_objective(job: SearchJob, progress: Progress, on_step: Callable[[], None]) -> "Iterator[PictureObjective]":
+    """Hash and count the weights of a job's base, and open its pipeline and scorer until the block ends.
 
     Args:
         job: The job of the search.
-        base: Its base, read once.
+        progress: Told of the reading of the base.
         on_step: Called after every step of sampling.
 
     Yields:
@@ -56,12 +36,16 @@ def open_objective(job: SearchJob, base: CountedBase, on_step: Callable[[], None
         CrdiffError: The scorer cannot be opened.
     """
     drawing = job.drawing
+    job.criterion.calibrated(progress)  # whose hash the fingerprint has
+    counted = poa.BaseRanking([job.plan], drawing.base.name, progress, criterion=job.criterion, device=drawing.device)
+    base_hash = _hash_base(job, progress)
+    progress.stage("opening", 0)  # so that its time is not taken for that of the counting
     scorer = scorers.load(job.scorer, job.scorer_device)
     try:
         with open_session(
             drawing.opening, job.plan.match.family.id, Placement(drawing.device, drawing.dtype), drawing.base.name
         ) as pipeline:
-            yield PictureObjective(job, base, pipeline, scorer, on_step)
+            yield PictureObjective(job, counted, base_hash, pipeline, scorer, on_step)
     except PreviewError as error:
         if not error.message.endswith("not enough memory"):
             raise
@@ -74,14 +58,16 @@ class PictureObjective:
     """Scores pictures that the model of a candidate draws; `fingerprint` is all that the scores depend on."""
 
     def __init__(
-        self, job: SearchJob, base: CountedBase, pipeline: Session, scorer: scorers.Scorer, on_step: Callable[[], None]
-    ) -> None:
+        self, job: SearchJob, counted: poa.BaseRanking, base_hash: str, pipeline: Session, scorer: scorers.Scorer,
+        on_step: Callable[[], None],
+    ) -> None:  # fmt: skip
         request = job.request
         self.pairs, self.batch = len(job.pairs.search), job.batch
-        self._job, self._counted, self._session, self._scorer = job, base.counted, pipeline, scorer
+        self.counted = counted
+        self._job, self._session, self._scorer = job, pipeline, scorer
         self._on_step = on_step
         self._style = pipeline.style(request.size, request.steps, request.guidance, request.negative)
-        self.fingerprint = make_fingerprint(job, base.hash, pipeline, scorer, self._style)
+        self.fingerprint = make_fingerprint(job, base_hash, pipeline, scorer, self._style)
         self._source: tuple[Candidate, poa.Source] | None = None  # of the latest candidate: a trial asks several times
         self._checked: set[str] = set()  # layers whose weights in memory are those that were counted
 
@@ -112,13 +98,8 @@ class PictureObjective:
         plan = with_ratios(self._job.plan, candidate.by_group)
         if not any(scope.rank for scope in plan.scopes):
             return None
-        self._source = candidate, self._counted.source(plan)
+        self._source = candidate, self.counted.source(plan)
         return self._source[1]
-
-
-def pairs_digest(pairs: Pairs) -> str:
-    """Return a short hash of prompts and seeds."""
-    return hashlib.sha256("\n".join(f"{prompt}\t{seed}" for prompt, seed in pairs).encode()).hexdigest()[:16]
 
 
 def make_fingerprint(
@@ -126,14 +107,14 @@ def make_fingerprint(
 ) -> dict[str, str]:
     """Return everything the scores depend on, under names for error messages."""
     pipe = pipeline.pipe
+    criterion = job.criterion
     return {
         "base": base,
         "family": job.plan.match.family.id,
-        "other parts": pipeline_fingerprint.other_parts(pipe, getattr(pipe, job.drawing.opening.pipeline.folder)),
         "size": str(style.size),
         "targets": ", ".join(job.plan.kinds),
-        **_criterion(job),
-        "scheduler": pipeline_fingerprint.scheduler(pipe),
+        **({} if criterion.name == MAGNITUDE else {"criterion": criterion.name}),
+        **({"calibration": criterion.calibration.hash} if criterion.calibration else {}),
         "steps": str(style.steps),
         "guidance": repr(style.guidance),
         "negative": style.negative or "none",
@@ -141,18 +122,12 @@ def make_fingerprint(
         "dtype": job.drawing.dtype,
         "device": job.drawing.device.partition(":")[0],
         "batch": str(job.batch),
+        "other parts": pipeline_fingerprint.other_parts(pipe, getattr(pipe, job.drawing.opening.pipeline.folder)),
+        "scheduler": pipeline_fingerprint.scheduler(pipe),
         "crdiff": tool_version(),
         **{package: version(package) for package in ("diffusers", "torch", "transformers")},
         **{f"scorer {key}": str(value) for key, value in scorer.fingerprint().items()},
     }
-
-
-def _criterion(job: SearchJob) -> dict[str, str]:
-    criterion = job.criterion
-    if criterion.name == criterion_choice.MAGNITUDE:
-        return {}
-    calibration = {"calibration": criterion.calibration.hash} if criterion.calibration else {}
-    return {"criterion": criterion.name, **calibration}
 
 
 def _hash_base(job: SearchJob, progress: Progress) -> str:

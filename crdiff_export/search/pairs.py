@@ -1,5 +1,6 @@
 """The pairs of prompt and noise that a search judges by, and the others that its result is checked on."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -34,25 +35,28 @@ class PromptPairs:
 
 def choose_pairs(request: SearchRequest) -> PromptPairs:
     """Choose the pairs of a request; OptionError where no prompts are left for the search or for the check."""
-    if request.prompt is not None:
-        return _of_one(request, request.prompt)
-    texts, held_out = _split(request)
-    pictures = request.pictures or 1
+    is_single = request.prompt is not None
+    texts, held_out = _split(request) if request.prompt is None else _single(request, request.prompt)
+    pictures = request.pictures or (OF_ONE if is_single else 1)
     search = _with_seeds(texts, pictures, request.noise)
     check = _with_seeds(held_out, pictures, request.noise + len(search))
-    return PromptPairs(search, check, pictures, _note_few(len(held_out), "held-out prompt"))
+    count, thing = (pictures, "held-out picture") if is_single else (len(held_out), "held-out prompt")
+    few = f"an interval takes {FEWEST}, so the check cannot show whether the ratios found do any good"
+    return PromptPairs(search, check, pictures, (f"{plural(count, thing)}: {few}",) if count < FEWEST else ())
 
 
-def _of_one(request: SearchRequest, prompt: str) -> PromptPairs:
-    """Take pictures of one prompt, and as many from other noise for the check."""
+def pairs_digest(pairs: Pairs) -> str:
+    """Return a short hash of prompts and seeds."""
+    return hashlib.sha256("\n".join(f"{prompt}\t{seed}" for prompt, seed in pairs).encode()).hexdigest()[:16]
+
+
+def _single(request: SearchRequest, prompt: str) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the one prompt twice: the check takes it again, with other noise."""
     if request.prompts or request.held_out:
         raise OptionError("--prompt is for one prompt alone", "Leave out --prompts and --held-out, or --prompt.")
     if request.limit or request.held_out_limit:
         raise OptionError("a single prompt has no limit", "Give --pictures, the number of its pictures.")
-    pictures = request.pictures or OF_ONE
-    search = _with_seeds([prompt], pictures, request.noise)
-    check = _with_seeds([prompt], pictures, request.noise + pictures)
-    return PromptPairs(search, check, pictures, _note_few(pictures, "held-out picture"))
+    return [prompt], [prompt]
 
 
 def _split(request: SearchRequest) -> tuple[Sequence[str], Sequence[str]]:
@@ -82,10 +86,3 @@ def _with_seeds(texts: Sequence[str], pictures: int, seed: int) -> Pairs:
     return tuple(
         (text, seed + number * pictures + picture) for number, text in enumerate(texts) for picture in range(pictures)
     )
-
-
-def _note_few(count: int, thing: str) -> tuple[str, ...]:
-    if count >= FEWEST:
-        return ()
-    few = plural(count, thing)
-    return (f"{few}: an interval takes {FEWEST}, so the check cannot show whether the ratios found do any good",)

@@ -11,7 +11,7 @@ from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sampling import drawing_setup, pipelines, request_checks
 from crdiff_export.sampling.drawing_setup import DrawingSetup
-from crdiff_export.search import files
+from crdiff_export.search.outputs import check_outputs, name_stem, storage_path
 from crdiff_export.search.pairs import PromptPairs, choose_pairs
 from crdiff_export.search.request import SearchRequest, check_request
 from crdiff_export.search.setup import SearchBudget, SearchSetup, choose_budget, choose_setup
@@ -49,11 +49,14 @@ def prepare(request: SearchRequest) -> SearchJob:
     Raises:
         CrdiffError: The search cannot begin.
     """
-    check_request(request)
     _check_packages()
-    budget = choose_budget(request)
-    scorer = scorers.choose(request.scorer, request.base)
     pipelines.check_packages(offload=False)
+    budget = choose_budget(request)
+    check_request(request)
+    scorer = scorers.choose(request.scorer, request.base)
+    pairs = choose_pairs(request)
+    request_checks.check_seeds(pairs.check[-1][1], "--noise")
+    scorers.check_prompts(scorer, [prompt for prompt, _ in (*pairs.search, *pairs.check)])
     criterion = CriterionChoice.of(request.criterion, request.calibration)
     base = drawing_setup.read_base(request)
     plan = drawing_setup.plan_export(
@@ -64,27 +67,23 @@ def prepare(request: SearchRequest) -> SearchJob:
         ),
         criterion,
     )  # fmt: skip
-    pairs = choose_pairs(request)
-    scorers.check_prompts(scorer, [prompt for prompt, _ in (*pairs.search, *pairs.check)])
-    request_checks.check_seeds(pairs.check[-1][1], "--noise")
+    stem = name_stem(base.base.stem or base.checkpoint.stem, request)
+    outputs = check_outputs(request, stem)
     setup, setup_notes = choose_setup(request, plan, len(pairs.search), scorer)
-    stem = files.name_stem(base.base.stem or base.checkpoint.stem, request)
-    outputs = files.check_outputs(request, stem)
-    storage, study = request.storage or str(files.storage_path(request, stem)), request.study or stem
-    drawing = drawing_setup.set_up(request, base, plan)
+    storage, study = request.storage or str(storage_path(request, stem)), request.study or stem
     from crdiff_export.search.study import check_settings
 
     check_settings(storage, study, setup)
+    drawing = drawing_setup.set_up(request, base, plan)
     from crdiff_export.sampling import session
 
-    scorer_device = (
-        session.choose_device(request.scorer_device, offload=False) if request.scorer_device else drawing.device
-    )
-    batch = request.batch or session.usual_batch(base.match.family.id, drawing.device)
-    notes = tuple(dict.fromkeys((*plan.notes, *setup_notes, *pairs.notes)))
     return SearchJob(
-        request, drawing, plan, criterion, pairs, setup, budget, storage, study, batch, scorer, scorer_device, outputs,
-        notes,
+        request, drawing, plan, criterion, pairs, setup, budget, storage, study,
+        batch=request.batch or session.usual_batch(base.match.family.id, drawing.device),
+        scorer=scorer,
+        scorer_device=session.choose_device(request.scorer_device or drawing.device, offload=False),
+        outputs=outputs,
+        notes=tuple(dict.fromkeys((*plan.notes, *setup_notes, *pairs.notes))),
     )  # fmt: skip
 
 

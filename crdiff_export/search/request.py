@@ -6,6 +6,7 @@ from pathlib import Path
 from crdiff_export.errors import OptionError
 from crdiff_export.models import recipe
 from crdiff_export.prune import criterion_choice
+from crdiff_export.prune.criteria.spec import Spec
 from crdiff_export.sampling import request_checks
 from crdiff_export.sampling.request_checks import DrawingRequest
 from crdiff_export.search.anneal import SEED
@@ -58,12 +59,21 @@ class SearchRequest(DrawingRequest):
 
 def check_request(request: SearchRequest) -> None:
     """Refuse what the request alone shows to be impossible."""
-    texts = (*request.prompts, *request.held_out, *((request.prompt,) if request.prompt is not None else ()))
-    request_checks.check(request, texts)
     if request.noise < 0 or request.seed < 0:
         raise OptionError("a seed is negative", "Count from 0.")
-    counts = (request.limit, request.held_out_limit, request.pictures, request.batch)
+    counts = (request.limit, request.held_out_limit, request.pictures, request.batch, request.trials)
     if any(count is not None and count < 1 for count in counts):
         raise OptionError("there is nothing to draw", "Ask for one picture and one prompt at least.")
+    if request.paper and (
+        request.method not in (None, "anneal") or request.low is not None or request.high is not None
+    ):
+        raise OptionError("--paper has its own method and range", "Leave out --method, --low and --high, or --paper.")
+    if request.poa_range and request.poa_range[0] <= 0:
+        raise OptionError("a POA weight of 0 is the dense model", "Begin the --poa-range above 0, as in 1 2.5.")
+    texts = (*request.prompts, *request.held_out, *((request.prompt,) if request.prompt is not None else ()))
+    request_checks.check(request, texts)
+    if Spec.parse(request.criterion).name == criterion_choice.UNIFORM:
+        hint = "Leave --criterion out, and compare with it in `crdiff evaluate`, or search one of the others."
+        raise OptionError("a search finds a ratio for each group, uniform has one for all", hint)
     for weight in request.poa_range or ():
         recipe.check_poa_weight("the POA weight", weight)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from crdiff_export.errors import SearchError
 from crdiff_export.progress import Progress, Silent
-from crdiff_export.search import files
+from crdiff_export.search.check import check_best, plan_of_best
 from crdiff_export.search.prepare import SearchJob, prepare
 from crdiff_export.search.request import SearchRequest
 from crdiff_export.search.result import SearchResult
@@ -31,7 +31,9 @@ def tune(request: SearchRequest, progress: Progress | None = None) -> SearchResu
         CrdiffError: The search cannot begin or go on; finished trials are kept.
     """
     progress = progress or Silent()
-    return check_and_write(search(prepare(request), progress), progress)
+    job = prepare(request)
+    result = search(job, progress)
+    return check_and_write(result, progress)
 
 
 def search(
@@ -55,34 +57,24 @@ def search(
         SearchError: The dense model's trial is not over, so there is nothing to compare with.
         CrdiffError: The search cannot go on; finished trials are kept.
     """
-    from crdiff_export.search.check import count_thresholds
-    from crdiff_export.search.objective import open_objective, read_base
+    from crdiff_export.search.objective import open_objective
     from crdiff_export.search.study import open_study
     from crdiff_export.search.worker import run_trials
 
-    base = read_base(job, progress)
     with (
-        open_objective(job, base, on_step) as objective,
+        open_objective(job, progress, on_step) as objective,
         open_study(job.storage, job.study, job.setup, objective.fingerprint) as study,
     ):
         began = time.monotonic()
-        so_far = study.progress(job.budget, began)
-
-        def follow(event: TrialEvent) -> None:
-            nonlocal so_far
-            if event.kind not in ("started", "scored"):
-                so_far = study.progress(job.budget, began)
-            on_event(event, so_far)
-
-        run_trials(study, objective, job.budget, follow)
-        trials, where = study.trials(), study.where
+        run_trials(study, objective, job.budget, lambda event: on_event(event, study.progress(job.budget, began)))
+        trials, where, counted = study.trials(), study.where, objective.counted
     best, dense = best_trial(trials), dense_trial(trials)
     if best is None or dense is None:
         message = f"{where}: the dense model's trial is not over yet, so nothing can be compared with it"
         raise SearchError(message, "Run the same command again, with more time.")
-    result = SearchResult(job, base.counted, where, trials, best, dense)
+    result = SearchResult(job, counted, where, trials, best, dense)
     if not (job.request.worker or best.candidate.dense):
-        count_thresholds(result)
+        result.counted.source(plan_of_best(result))  # now, as weights may be read again, in several threads
     return result
 
 
@@ -101,8 +93,8 @@ def check_and_write(result: SearchResult, progress: Progress) -> SearchResult:
     """
     if result.job.request.worker:
         return result
-    if not result.best.candidate.dense:
-        from crdiff_export.search.check import check_best
+    from crdiff_export.search import files
 
+    if not result.best.candidate.dense:
         result = check_best(result, progress)
     return files.write(result)

@@ -3,9 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Final
 
-from crdiff_export.errors import OptionError, SearchError
-from crdiff_export.prune.criteria.spec import Spec
-from crdiff_export.prune.criterion_choice import UNIFORM
 from crdiff_export.prune.plan import Plan
 from crdiff_export.search.methods import SearchMethod
 from crdiff_export.search.request import SearchRequest
@@ -29,11 +26,6 @@ class SearchBudget:
     trials: int | None = None
     seconds: float | None = None
 
-    def __post_init__(self) -> None:
-        limits = [limit for limit in (self.trials, self.seconds) if limit is not None]
-        if not limits or not all(limit > 0 for limit in limits):
-            raise SearchError("this search would have no end, or no beginning", "Give a number of trials or a time.")
-
 
 @dataclass(frozen=True, slots=True)
 class SearchSetup:
@@ -43,11 +35,6 @@ class SearchSetup:
     start: Candidate
     pairs: int
     method: SearchMethod
-
-    def __post_init__(self) -> None:
-        if self.pairs < 1:
-            raise SearchError("there is nothing to judge a candidate by", "Give at least one prompt and one seed.")
-        self.space.require(self.start)
 
     @property
     def start_point(self) -> Point:
@@ -93,21 +80,9 @@ def choose_setup(request: SearchRequest, plan: Plan, pairs: int, scorer: str) ->
 
     Returns:
         The setup, and notes on it for people.
-
-    Raises:
-        OptionError: The options contradict each other, or leave nothing to search.
     """
-    if request.paper and (
-        request.method not in (None, "anneal") or request.low is not None or request.high is not None
-    ):
-        raise OptionError("--paper has its own method and range", "Leave out --method, --low and --high, or --paper.")
-    if Spec.parse(request.criterion).name == UNIFORM:
-        hint = "Leave --criterion out, and compare with it in `crdiff evaluate`, or search one of the others."
-        raise OptionError("a search finds a ratio for each group, uniform has one for all", hint)
     low, high = PAPER_BOX if request.paper else (LOW, HIGH)
     poa_weights = request.poa_range or (POA_WEIGHTS if request.poa else None)
-    if poa_weights and poa_weights[0] <= 0:
-        raise OptionError("a POA weight of 0 is the dense model", "Begin the --poa-range above 0, as in 1 2.5.")
     space = RatioSpace(
         plan.groups,
         low if request.low is None else request.low,

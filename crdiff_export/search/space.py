@@ -61,8 +61,6 @@ class RatioSpace:
     poa_weights: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if not self.groups or len(set(self.groups)) < len(self.groups) or POA_WEIGHT in self.groups:
-            raise SearchError(f"{self.groups!r} are no groups to search", "Give each group of the family once.")
         if not 0 <= self.low < self.high < 1:
             hint = "Give 0 <= low < high < 1, as in 0 to 0.9."
             raise SearchError(f"ratios from {self.low} to {self.high} cannot be searched", hint)
@@ -108,37 +106,9 @@ class RatioSpace:
         return Candidate(candidate.ratios) if candidate.dense else candidate
 
     def point(self, candidate: Candidate) -> Point:
-        """Return where a candidate lies, in the order of `names`.
-
-        Raises:
-            SearchError: The candidate has other coordinates.
-
-        """
-        ratios = candidate.by_group
-        if set(ratios) != set(self.groups) or (candidate.poa_weight is not None and self.poa_weights is None):
-            names = ", ".join(self.names)
-            raise SearchError(f"{_spell(candidate)} is no candidate of this search", f"Give {names}, and no more.")
+        """Return where a candidate lies, in the order of `names`."""
         if candidate.dense:
             return self.dense
         weight = 1.0 if candidate.poa_weight is None else candidate.poa_weight
+        ratios = candidate.by_group
         return (*(ratios[group] for group in self.groups), *((weight,) if self.poa_weights else ()))
-
-    def require(self, candidate: Candidate) -> Point:
-        """Return where a candidate of the box lies.
-
-        Raises:
-            SearchError: The candidate has other coordinates, or lies outside the box.
-
-        """
-        point = self.point(candidate)
-        if not self.contains(point):
-            sides = zip(self.names, self.bounds, strict=True)
-            box = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in sides)
-            hint = f"The search goes over {box}; begin within, or widen it."
-            raise SearchError(f"the search cannot begin at {_spell(candidate)}", hint)
-        return point
-
-
-def _spell(candidate: Candidate) -> str:
-    weight = [] if candidate.poa_weight is None else [f"POA weight {candidate.poa_weight:g}"]
-    return ", ".join([*(f"{group} {ratio:g}" for group, ratio in candidate.ratios), *weight])

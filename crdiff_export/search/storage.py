@@ -8,9 +8,8 @@ import contextlib
 import logging
 import os
 import sqlite3
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -73,17 +72,24 @@ def as_search_error(where: str, secrets: Sequence[str] = ()) -> Iterator[None]:
         raise SearchError(f"{where}: {words}", hint) from (None if secrets else error)
 
 
-@dataclass(frozen=True, slots=True)
-class OpenStorage:
-    """A storage that is open, its name without a password, and a lock against others who make something in it."""
+@dataclass(frozen=True, slots=True, repr=False)
+class StorageAddress:
+    """Where a storage is: SQLAlchemy's URL and engine, a name without a password, and what the name leaves out.
 
-    optuna: SearchStorage
-    where: str
+    `lock` locks it against others who make something in it.
+    """
+
+    url: str
+    engine: dict[str, Any]
     lock: Callable[[], AbstractContextManager[None]]
+    where: str
+    secrets: Sequence[str] = ()
 
 
 @contextmanager
-def open_storage(storage: str | Path, *, interval: int = INTERVAL, grace: int = GRACE) -> Iterator[OpenStorage]:
+def open_storage(
+    storage: str | Path, *, interval: int = INTERVAL, grace: int = GRACE
+) -> Iterator[tuple[SearchStorage, StorageAddress]]:
     """Open a storage until the block ends; its errors in the block become SearchErrors that show no password.
 
     Args:
@@ -92,7 +98,7 @@ def open_storage(storage: str | Path, *, interval: int = INTERVAL, grace: int = 
         grace: Seconds without one after which others try its trial again; the same for all workers.
 
     Yields:
-        The open storage.
+        The open storage, and where it is.
 
     Raises:
         SearchError: The storage cannot be used.
@@ -100,16 +106,15 @@ def open_storage(storage: str | Path, *, interval: int = INTERVAL, grace: int = 
     optuna.logging.disable_default_handler()
     if not logging.getLogger("optuna").handlers:
         logging.getLogger("optuna").addHandler(logging.NullHandler())  # else Python's last resort prints warnings
-    options: dict[str, Any] = {
-        "heartbeat_interval": interval, "grace_period": grace, "heartbeat_stale_trial_callback": retry,
-    }  # fmt: skip
-    open_it = _open_postgresql if is_address(storage) else _open_file
-    with open_it(storage, options) as opened:
+    address = _server_address(str(storage)) if is_address(storage) else _file_address(Path(storage))
+    with as_search_error(address.where, address.secrets):
+        with address.lock():
+            opened = _open(address, interval, grace)
         try:
-            yield opened
+            yield opened, address
         finally:
-            opened.optuna.remove_session()
-            opened.optuna.engine.dispose()
+            opened.remove_session()
+            opened.engine.dispose()
 
 
 def is_address(storage: str | Path) -> bool:
@@ -117,16 +122,23 @@ def is_address(storage: str | Path) -> bool:
     return "://" in str(storage)
 
 
-@contextmanager
-def _open_file(storage: str | Path, options: Mapping[str, Any]) -> Iterator[OpenStorage]:
-    path = Path(storage)
+def _open(address: StorageAddress, interval: int, grace: int) -> SearchStorage:
+    """Open Optuna's storage, with its tables, which must be those of the installed version."""
+    try:
+        with quiet_optuna():
+            return SearchStorage(
+                address.url, address.engine, heartbeat_interval=interval, grace_period=grace,
+                heartbeat_stale_trial_callback=retry,
+            )  # fmt: skip
+    except RuntimeError as error:
+        hint = "Use the version of Optuna that the other workers have, or another storage."
+        raise SearchError(f"{address.where}: its tables are another version of Optuna's", hint) from error
+
+
+def _file_address(path: Path) -> StorageAddress:
     check_file(path)
-    lock = partial(_lock_folder, path.parent)
     engine = {"creator": partial(_connect, path), "poolclass": sqlalchemy.QueuePool}
-    with as_search_error(str(path)):
-        with lock():
-            opened = _make("sqlite://", engine, options, str(path))
-        yield OpenStorage(opened, str(path), lock)
+    return StorageAddress("sqlite://", engine, partial(_lock_folder, path.parent), str(path))
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -160,12 +172,7 @@ def _lock_folder(folder: Path) -> Iterator[None]:
     """Keep other workers of this machine from making tables or a search in the same folder, where the system can."""
     handle = None
     with suppress(OSError):  # a file system without locks
-        while True:
-            try:
-                handle = file_lock.lock(folder)
-                break
-            except BlockingIOError:
-                time.sleep(0.02)
+        handle = file_lock.lock(folder, wait=True)
     try:
         yield
     finally:
@@ -173,9 +180,8 @@ def _lock_folder(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-@contextmanager
-def _open_postgresql(storage: str | Path, options: Mapping[str, Any]) -> Iterator[OpenStorage]:
-    scheme = str(storage).partition("://")[0]
+def _server_address(storage: str) -> StorageAddress:
+    scheme = storage.partition("://")[0]
     if scheme.partition("+")[0] not in ("postgresql", "postgres"):
         hint = f"Leave --storage out or name a {SUFFIX} file; for many machines name a postgresql:// server."
         raise SearchError(f"a search cannot be kept in {scheme[:20]}", hint)
@@ -185,20 +191,19 @@ def _open_postgresql(storage: str | Path, options: Mapping[str, Any]) -> Iterato
         hint = "Install it: pip install 'crdiff-export[search]'."
         raise SearchError("PostgreSQL's driver psycopg is not installed, or cannot be loaded", hint) from error
     try:
-        url = sqlalchemy.make_url(str(storage)).set(drivername="postgresql+psycopg")
+        url = sqlalchemy.make_url(storage).set(drivername="postgresql+psycopg")
     except (sqlalchemy.exc.ArgumentError, ValueError):
         hint = "Write postgresql://user:password@host:5432/database, with %40 for an @ in the password."
         raise SearchError("the address of the PostgreSQL server cannot be read", hint) from None
-    where = url.set(drivername="postgresql", query={}).render_as_string(hide_password=True)
-    secrets = [str(url.password or ""), *(str(value) for value in url.query.values())]
     engine = {"connect_args": {"connect_timeout": TIMEOUT}, "pool_pre_ping": True}
-    lock = partial(_lock_server, sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **engine))
-    # Optuna formats the address.
-    address = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
-    with as_search_error(where, secrets):
-        with lock():
-            opened = _make(address, engine, options, where)
-        yield OpenStorage(opened, where, lock)
+    return StorageAddress(
+        # Optuna formats the address.
+        url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
+        engine,
+        partial(_lock_server, sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **engine)),
+        where=url.set(drivername="postgresql", query={}).render_as_string(hide_password=True),
+        secrets=[str(url.password or ""), *(str(value) for value in url.query.values())],
+    )
 
 
 @contextmanager
@@ -206,13 +211,3 @@ def _lock_server(engine: sqlalchemy.Engine) -> Iterator[None]:
     with engine.connect() as connection:  # the lock ends with the connection
         connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), {"key": KEY})
         yield
-
-
-def _make(address: str, engine: dict[str, Any], options: Mapping[str, Any], where: str) -> SearchStorage:
-    """Open Optuna's storage, with its tables, which must be those of the installed version."""
-    try:
-        with quiet_optuna():
-            return SearchStorage(address, engine, **options)
-    except RuntimeError as error:
-        hint = "Use the version of Optuna that the other workers have, or another storage."
-        raise SearchError(f"{where}: its tables are another version of Optuna's", hint) from error

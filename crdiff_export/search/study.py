@@ -115,17 +115,17 @@ def open_study(
     settings = {**fingerprint, **setup.settings()}
     with quiet_optuna():
         pruner = optuna.pruners.WilcoxonPruner(p_threshold=THRESHOLD, n_startup_steps=STARTUP)
-    with open_storage(storage, interval=interval, grace=grace) as opened:
-        with opened.lock():
+    with open_storage(storage, interval=interval, grace=grace) as (opened, address):
+        with address.lock():
             study = optuna.create_study(
-                storage=opened.optuna, study_name=name, direction="maximize", load_if_exists=True,
+                storage=opened, study_name=name, direction="maximize", load_if_exists=True,
                 sampler=RatioSampler(setup), pruner=pruner,
             )  # fmt: skip
             if ATTRIBUTE not in study.user_attrs and not study.trials:
                 study.set_user_attr(ATTRIBUTE, {"schema": SCHEMA, "settings": settings})
-            _compare(name, _settings(study, opened.where), settings)
+            _compare(name, _settings(study, address.where), settings)
             _queue_first(study, setup)
-        yield SearchStudy(setup, opened.where, study, opened.optuna)
+        yield SearchStudy(setup, address.where, study, opened)
 
 
 def check_settings(storage: str | Path, name: str, setup: SearchSetup) -> None:
@@ -133,10 +133,10 @@ def check_settings(storage: str | Path, name: str, setup: SearchSetup) -> None:
     if not is_address(storage) and not Path(storage).exists():
         check_file(Path(storage))
         return
-    with open_storage(storage) as opened:
-        if name in optuna.get_all_study_names(opened.optuna):
-            study = optuna.load_study(study_name=name, storage=opened.optuna)
-            began, settings = _settings(study, opened.where), setup.settings()
+    with open_storage(storage) as (opened, address):
+        if name in optuna.get_all_study_names(opened):
+            study = optuna.load_study(study_name=name, storage=opened)
+            began, settings = _settings(study, address.where), setup.settings()
             _compare(name, {key: value for key, value in began.items() if key in settings}, settings)
 
 

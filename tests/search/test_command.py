@@ -1,9 +1,8 @@
 """`crdiff search`: what people see, what is refused, and that nothing that is finished is ever lost."""
 
-import os
+import io
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,6 @@ import optuna
 import pytest
 
 from crdiff_export.cli.search import _again
-from crdiff_export.models import recipe_files
-from tests.support import makers
 from tests.support.forks import Forks
 from tests.support.isolation import Crdiff, Ran
 from tests.support.messages import refused
@@ -44,13 +41,11 @@ def line(crdiff: Crdiff, here: Path, monkeypatch: pytest.MonkeyPatch) -> Line:
 
 
 @pytest.fixture
-def judge(here: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+def judge(here: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A scorer of this test's own: modules are imported once."""
-    name = f"judge_{abs(hash(request.node.name))}"
-    (here / f"{name}.py").write_text(JUDGE)
-    yield_name = f"{name}:score"
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    return yield_name
+    (here / "judge.py").write_text(JUDGE)
+    monkeypatch.delitem(sys.modules, "judge", raising=False)
+    return "judge:score"
 
 
 def trials_of(path: Path, name: str = "demo-48x48") -> list[tuple[object, ...]]:
@@ -79,6 +74,8 @@ def test_lines_facts_table_and_files(line: Line, here: Path) -> None:
     written = [name for name in ("a.toml", "a.html", "best.png") if (here / name).exists()]
     assert out[-len(written) :] == written
     assert out[-len(written) - 1].startswith("on 8 held-out prompts, " if "a.toml" in written else "the dense model")
+    quiet = line(f"search demo {QUICK} --trials 3 -o a.toml -o a.html --force -q")
+    assert (quiet.code, quiet.out.split(), quiet.err) == (0, [name for name in written if name != "best.png"], "")
 
 
 def test_recipe_is_valid_exports_and_publishes_its_evidence(line: Line, here: Path, judge: str) -> None:
@@ -123,94 +120,92 @@ def test_a_search_with_another_criterion_says_so_to_the_end(line: Line, here: Pa
     assert not any(key.startswith("crdiff.evidence") for key in without)
 
 
-def test_uniform_is_nothing_to_search(line: Line) -> None:
-    ran = line(f"search demo {QUICK} --criterion uniform --json")
-    assert ran.code == 2
-    assert ran.error["message"] == "a search finds a ratio for each group, uniform has one for all"
-    assert "crdiff evaluate" in ran.error["hint"]
-
-
-def test_quiet_is_the_files_alone(line: Line, here: Path, judge: str) -> None:
-    ran = line(f"search demo {QUICK} --scorer {judge} --trials 3 -q")
-    assert (ran.code, ran.out, ran.err) == (0, "demo-48x48.toml\n", "")
-
-
 def test_a_worker_leaves_the_check_to_others(line: Line, here: Path) -> None:
-    ran = line(f"search demo {QUICK} --trials 3 -o a.toml --worker")
+    """And more trials go on where fewer ended."""
+    ran = line(f"search demo {QUICK} --trials 2 -o a.toml --worker")
     assert ran.code == 0, ran.err
     assert "this worker checked nothing" in ran.out
     assert [path.name for path in here.iterdir()] == ["a.db"]
     before = trials_of(here / "a.db")
-    assert line(f"search demo {QUICK} --trials 3 -o a.toml").code == 0
-    assert trials_of(here / "a.db") == before
-
-
-def test_the_best_being_dense_is_said(line: Line, here: Path) -> None:
-    ran = line(f"search demo {QUICK} --trials 3 --high 1e-9 -o a.toml")
+    ran = line(f"search demo {QUICK} --trials 3 -o a.toml")
     assert ran.code == 0, ran.err
-    assert ran.out.splitlines()[-1] == (
+    assert trials_of(here / "a.db")[:2] == before
+    assert [text.split(":")[0] for text in ran.err.splitlines() if text.startswith("trial")] == ["trial 2"]
+
+
+def test_ratios_that_prune_nothing_are_the_dense_model(line: Line, here: Path) -> None:
+    """Not a weight of so small a share: equal scores, and of equal ones the dense model's is the best."""
+    ran = line(f"search demo {QUICK} --trials 3 --high 1e-9 -o a.toml -o a.svg --json")
+    assert ran.code == 0, ran.err
+    said = ran.result
+    assert len({trial["score"] for trial in said["trials"]}) == 1
+    assert (said["verdict"], said["ratios"], said["check"]) == ("dense is best", None, None)
+    assert said["conclusion"] == (
         "the dense model scored highest of 3 trials: there is nothing to recommend, and no recipe was written"
     )
+    note = "the recipe's variant lies outside what is searched; trial 1 is the nearest point within"
+    assert note in said["notes"]
+    assert said["files"] == ["a.svg"]
     assert not (here / "a.toml").exists()
-    said = line(f"search demo {QUICK} --trials 3 --high 1e-9 -o a.toml --json").result
-    assert (said["verdict"], said["ratios"], said["check"], said["files"]) == ("dense is best", None, None, [])
 
 
 # --- that it goes on ---
 
 
-@pytest.mark.parametrize("number", [3, 8], ids=["second-trial", "last-trial"])
+WORDS = f"search demo {QUICK} --scorer judge:score --trials 4 --method anneal --poa-range 1 2 --worker"
+
+
+@pytest.fixture(scope="module")
+def whole(drawing: Forks, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[object, ...]]:
+    """The trials of a search that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "here"
+    folder.mkdir()
+    (folder / "judge.py").write_text(JUDGE)
+    assert drawing.start(folder, *shlex.split(WORDS)).end().code == 0
+    return trials_of(folder / "demo-48x48.db")
+
+
+@pytest.mark.parametrize(("number", "also"), [(3, ""), (8, "--json")], ids=["second-trial", "last-trial"])
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(
-    number: int, line: Line, here: Path, judge: str, monkeypatch: pytest.MonkeyPatch
+    number: int,
+    also: str,
+    line: Line,
+    here: Path,
+    judge: str,
+    whole: list[tuple[object, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = f"search demo {QUICK} --scorer {judge} --trials 4 --method anneal --poa-range 1 2"
     monkeypatch.setenv("SIGNAL", "SIGINT")
     monkeypatch.setenv("AT", str(number))
-    ran = line(f"{words} -o a.toml")
+    ran = line(f"{WORDS} -o a.toml {also}")
     assert ran.code == 130
     over = (number - 1) // 2
     kept = "1 finished trial" if over == 1 else f"{over} finished trials"
-    message, hint = ran.err.splitlines()[-2:]
-    assert message == f"crdiff: interrupted; {kept} kept in a.db"
-    assert hint.startswith("  To go on: crdiff search demo --res 48 ")
-    assert len(trials_of(here / "a.db")) == over
+    if also:
+        assert ran.error["code"] == "interrupted"
+        message, hint = ran.error["message"], ran.error["hint"]
+    else:
+        message, hint = (text.removeprefix("crdiff: ").strip() for text in ran.err.splitlines()[-2:])
+    assert message == f"interrupted; {kept} kept in a.db"
+    assert hint.startswith("To go on: crdiff search demo --res 48 ")
+    assert trials_of(here / "a.db") == whole[:over]
     monkeypatch.setenv("AT", "0")
-    ran = line(hint.removeprefix("  To go on: crdiff "))
+    ran = line(hint.removeprefix("To go on: crdiff "))
     assert ran.code == 0, ran.err
-    assert line(f"{words} -o b.toml").code == 0
-    assert trials_of(here / "a.db") == trials_of(here / "b.db")
+    assert trials_of(here / "a.db") == whole
 
 
-def test_ctrl_c_in_json(line: Line, here: Path, judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SIGNAL", "SIGINT")
-    monkeypatch.setenv("AT", "3")
-    ran = line(f"search demo {QUICK} --scorer {judge} --trials 4 --json")
-    assert ran.code == 130
-    assert ran.error["code"] == "interrupted"
-    assert ran.error["hint"].startswith("To go on: crdiff search demo --res 48 ")
-
-
-def test_killed_and_started_again_it_goes_on(line: Line, here: Path, judge: str, drawing: Forks) -> None:
-    words = f"search demo {QUICK} --scorer {judge} --trials 4 --method anneal"
-    ran = drawing.start(here, *shlex.split(f"{words} -o a.toml"), env={"SIGNAL": "SIGKILL", "AT": "6"}).end()
-    assert ran.code == -signal.SIGKILL, ran.err
-    assert len(trials_of(here / "a.db")) == 2
+def test_killed_and_started_again_it_goes_on(
+    line: Line, here: Path, judge: str, whole: list[tuple[object, ...]], drawing: Forks
+) -> None:
+    killed = drawing.start(here, *shlex.split(f"{WORDS} -o a.toml"), env={"SIGNAL": "SIGKILL", "AT": "6"}).end()
+    assert killed.code == -signal.SIGKILL, killed.err
+    assert trials_of(here / "a.db") == whole[:2]
     let_grace_pass(here / "a.db")
-    again = line(f"{words} -o a.toml")
+    again = line(f"{WORDS} -o a.toml")
     assert again.code == 0, again.err
     assert "trial 2: tried again (its worker died)" in again.err
-    assert line(f"{words} -o b.toml").code == 0
-    assert trials_of(here / "a.db") == trials_of(here / "b.db")
-    first, second = (recipe_files.load(here / name).variants[0] for name in ("a.toml", "b.toml"))
-    assert first.ratios == second.ratios
-
-
-def test_more_trials_go_on_where_it_ended(line: Line, here: Path) -> None:
-    assert line(f"search demo {QUICK} --trials 2 -o a.toml --worker").code == 0
-    before = trials_of(here / "a.db")
-    ran = line(f"search demo {QUICK} --trials 4 -o a.toml --worker")
-    assert trials_of(here / "a.db")[:2] == before
-    assert [text.split(":")[0] for text in ran.err.splitlines() if text.startswith("trial")] == ["trial 2", "trial 3"]
+    assert trials_of(here / "a.db") == whole
 
 
 def test_the_command_that_goes_on_has_no_password() -> None:
@@ -236,6 +231,7 @@ REFUSED = {
     "too-many": ("search demo --res 48 --limit 1000", 2, "1000"),
     "off-grid": ("search demo --res 50", 1, "50x50"),
     "paper": ("search demo --res 48 --paper --method tpe", 2, "--paper"),
+    "uniform": ("search demo --res 48 --criterion uniform", 2, "uniform"),
     "empty-box": ("search demo --res 48 --low 0.5 --high 0.2", 1, "0.5 to 0.2"),
     "weight-0": ("search demo --res 48 --poa-range 0 2", 2, "--poa-range"),
     "strange-output": ("search demo --res 48 -o a.jpg", 1, "a.jpg"),
@@ -251,15 +247,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("words", "code", "key"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_is_refused(words: str, code: int, key: str, line: Line, here: Path) -> None:
+def test_what_cannot_be_is_refused(words: str, code: int, key: str, line: Line, here: Path, shelf: Path) -> None:
     (here / "one.txt").write_text("a large red circle on white\n")
     (here / "two.txt").write_text("a large red circle on white\ntwo red circles on white\n")
     (here / "taken.toml").write_text("")
     (here / "odd.db").write_text("what is this?\n")
     (here / "old.journal").touch()
-    sd15 = makers.write(here / "sd15.safetensors", makers.tiny("sd15.original"))
     before = {path.name for path in here.iterdir()}
-    ran = line(words.format(sd15=sd15))
+    ran = line(words.format(sd15=shelf / "sd15.safetensors"))
     refused(ran, code, key)
     assert {path.name for path in here.iterdir()} == before
 
@@ -283,45 +278,30 @@ def test_what_libraries_refuse_in_their_own_words(words: str, code: int, key: st
 
 
 def test_other_settings_are_refused_with_their_names(line: Line, here: Path) -> None:
-    words = "search demo --res 48 --limit 4 --batch 2 -o a.toml --worker --trials 2"
-    assert line(f"{words} --steps 1").code == 0
-    ran = line(f"{words} --steps 2 --noise 9 -q")
-    refused(ran, 1, "'demo-48x48'", "prompts and seeds was ", "; steps was 1, now 2")
-    early = line(f"{words} --steps 1 --seed 5")
-    assert "search seed was 42, now 5" in early.err
+    words = f"search demo {QUICK} -o a.toml --worker --trials 2"
+    assert line(words).code == 0
+    ran = line(f"{words} --steps 2 --noise 9 --guidance 1.5 --negative 'a blue circle' -q")
+    changes = ("guidance was 4.0, now 1.5; negative was none, now a blue circle", "steps was 1, now 2")
+    refused(ran, 1, "'demo-48x48'", "prompts and seeds was ", *changes)
+    early = line(f"{words} --seed 5 --limit 3 --method sobol")
+    assert "method was tpe, now sobol; pairs was 4, now 3; search seed was 42, now 5" in early.err
     assert "hashing" not in early.err  # before a weight is read
     assert line(f"{words} --steps 2 --study other").code == 0
 
 
-def test_help_imports_neither_torch_nor_optuna() -> None:
-    code = """import sys
-from crdiff_export.cli import main
-try:
-    main(["search", "--help"])
-except SystemExit as end:
-    assert end.code == 0
-print(sorted({"torch", "optuna", "numpy", "scipy", "diffusers", "matplotlib"} & sys.modules.keys()))
-"""
-    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert ran.stdout.splitlines()[-1] == "[]"
-    assert "--pictures-of-best" in ran.stdout
+class Terminal(io.StringIO):
+    """A stderr that takes itself for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def test_a_terminal_has_a_bar_of_trials(monkeypatch: pytest.MonkeyPatch, line: Line, here: Path) -> None:
-    pty = pytest.importorskip("pty")
-    command = [sys.executable, "-m", "crdiff_export", *shlex.split(f"search demo {QUICK} --trials 2 --worker")]
-    reader, writer = pty.openpty()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=writer, env={**os.environ, "COLUMNS": "120"})
-    os.close(writer)
-    seen = b""
-    try:
-        while data := os.read(reader, 65536):
-            seen += data
-    except OSError:  # Linux's way to say that nobody writes any more
-        pass
-    os.close(reader)
-    assert process.wait(600) == 0
-    text = seen.decode()
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert line(f"search demo {QUICK} --trials 2 --worker").code == 0
+    text = terminal.getvalue()
     assert "trial 1" in text
     assert "1 of 2 over, best 0." in text
     assert "trial 1: down" not in text

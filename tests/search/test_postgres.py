@@ -125,7 +125,7 @@ def database(server: Server, request: pytest.FixtureRequest) -> str:
 
 
 def test_three_workers_begin_at_once_and_one_is_killed(database: str) -> None:
-    method, trials, search = "tpe", 18, setup("tpe")
+    method, trials, search = "anneal", 12, setup("anneal")
     with (
         worker(database, method, trials, 0.15) as one,
         worker(database, method, trials, 0.15) as two,

@@ -16,7 +16,7 @@ import pytest
 
 from crdiff_export import Size
 from crdiff_export.errors import SearchError
-from crdiff_export.search import Candidate, RatioSpace, SearchRequest, prepare
+from crdiff_export.search import Candidate, SearchRequest, prepare
 from crdiff_export.search.methods import SearchMethod
 from crdiff_export.search.setup import SearchSetup
 from crdiff_export.search.study import SearchStudy, check_settings, open_study
@@ -80,14 +80,6 @@ def test_early_stop_is_no_setting_of_annealing(tmp_path: Path) -> None:
     """It never stops a trial early."""
     begin(tmp_path / "a.db", setup("anneal"))
     begin(tmp_path / "a.db", setup("anneal", early_stop=False))
-
-
-def test_a_start_outside_the_box_is_refused() -> None:
-    for start in (0.95, 0.0):
-        with raises(SearchError, f"down {start:g}"):
-            SearchSetup(RatioSpace(("down",), 0.1, 0.8), Candidate.of({"down": start}), 1, SearchMethod())
-    with raises(SearchError):
-        changed(pairs=0)
 
 
 # --- files ---

@@ -9,7 +9,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from crdiff_export.errors import PreviewError, SearchError
+from crdiff_export.errors import PreviewError
 from crdiff_export.search import METHODS, Candidate, FinishedTrial, TrialEvent
 from crdiff_export.search.setup import SearchBudget
 from crdiff_export.search.trials import best_trial, dense_trial, estimate
@@ -31,19 +31,21 @@ from tests.support.search_objective import (
 )
 
 COUNT = 12
+# The Gaussian process is asked as TPE is, and takes seconds to load.
+QUICK = [name for name in METHODS if name != "gp"]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[FinishedTrial, ...]]:
     """The trials of a search by each method."""
     folder = tmp_path_factory.mktemp("whole")
-    return {name: run_hill(folder / f"{name}.db", setup(name), COUNT) for name in METHODS}
+    return {name: run_hill(folder / f"{name}.db", setup(name), COUNT) for name in QUICK}
 
 
 # --- what is in it ---
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", QUICK)
 def test_every_trial_is_kept(name: str, whole: Mapping[str, tuple[FinishedTrial, ...]]) -> None:
     trials = whole[name]
     assert [trial.number for trial in trials] == list(range(COUNT))
@@ -65,9 +67,12 @@ def test_every_trial_is_kept(name: str, whole: Mapping[str, tuple[FinishedTrial,
         assert estimate(trial.scores, dense.scores) == pytest.approx(value, abs=0.3)
 
 
-def test_without_early_stop_all_pairs_are_judged(tmp_path: Path) -> None:
-    trials = run_hill(tmp_path / "a.db", setup("sobol", early_stop=False), 8)
-    assert {trial.state for trial in trials} == {"complete"}
+def test_without_early_stop_all_pairs_are_judged(
+    tmp_path: Path, whole: Mapping[str, tuple[FinishedTrial, ...]]
+) -> None:
+    count = next(trial.number for trial in whole["sobol"] if trial.state == "pruned") + 1
+    trials = run_hill(tmp_path / "a.db", setup("sobol", early_stop=False), count)
+    assert [trial.state for trial in trials] == ["complete"] * count
 
 
 def test_how_far_a_search_is(tmp_path: Path) -> None:
@@ -89,15 +94,15 @@ def test_how_far_a_search_is(tmp_path: Path) -> None:
 def test_the_poa_weight_is_a_coordinate(tmp_path: Path) -> None:
     space = replace(SPACE, poa_weights=(1.0, 2.5))
     search = replace(setup(space=space), start=Candidate.of(START.by_group, 1.5))
-    weights = [trial.candidate.poa_weight for trial in run_hill(tmp_path / "a.db", search, 5)]
+    weights = [trial.candidate.poa_weight for trial in run_hill(tmp_path / "a.db", search, 4)]
     assert weights[:2] == [None, 1.5]
     assert all(weight and 1.0 <= weight <= 2.5 for weight in weights[1:])
-    assert len(set(weights)) == 5
+    assert len(set(weights)) == 4
 
 
 def test_a_box_without_the_dense_model(tmp_path: Path) -> None:
-    search = setup("tpe", space=replace(SPACE, low=0.2))
-    trials = run_hill(tmp_path / "a.db", search, COUNT)
+    search = setup(space=replace(SPACE, low=0.2))
+    trials = run_hill(tmp_path / "a.db", search, 4)
     assert trials[0].candidate.dense
     assert all(search.space.contains(search.space.point(trial.candidate)) for trial in trials[1:])
 
@@ -114,20 +119,18 @@ def test_events_tell_the_story(tmp_path: Path) -> None:
 # --- it goes on ---
 
 
-@pytest.mark.parametrize("stop", [0, 3])
-def test_an_interruption_keeps_what_is_finished(stop: int, tmp_path: Path) -> None:
+def test_an_interruption_keeps_what_is_finished(tmp_path: Path, whole: Mapping[str, tuple[FinishedTrial, ...]]) -> None:
     path, search = tmp_path / "a.db", setup("anneal")
     with pytest.raises(KeyboardInterrupt):
-        run_hill(path, search, 6, Hill(stop=stop))
+        run_hill(path, search, 4, Hill(stop=3))
     before = trials_of(path, search)
-    assert len(before) == stop // 2
-    after = run_hill(path, search, 6)
-    assert after[: len(before)] == before
-    assert len(after) == 6
-    assert attempts_of(path, search)[len(before)] == 2
+    assert [trial.number for trial in before] == [0]
+    after = run_hill(path, search, 4)
+    assert after[:1] == before
+    assert attempts_of(path, search) == {0: 1, 1: 2, 3: 1, 4: 1}
     check_scores(after)
     # The walk of one worker is as if it had not been interrupted.
-    assert scores_of(after) == scores_of(run_hill(tmp_path / "b.db", search, 6))
+    assert scores_of(after) == scores_of(whole["anneal"][:4])
 
 
 def test_interruptions_are_no_failures(tmp_path: Path) -> None:
@@ -152,8 +155,8 @@ def test_an_interruption_after_a_trial_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_more_trials_go_on_from_fewer(tmp_path: Path) -> None:
-    counts = [len(run_hill(tmp_path / "a.db", setup(), trials)) for trials in (1, 5, 3)]
-    assert counts == [2, 5, 5]  # the dense model and the start are queued together
+    counts = [len(run_hill(tmp_path / "a.db", setup(), trials)) for trials in (1, 3, 2)]
+    assert counts == [2, 3, 3]  # the dense model and the start are queued together
 
 
 def test_annealing_ends_by_itself(tmp_path: Path) -> None:
@@ -172,12 +175,6 @@ def test_time_is_a_budget(tmp_path: Path) -> None:
     assert events[-1].note == "the time is over"
 
 
-@pytest.mark.parametrize("limits", [(None, None), (0, None), (None, 0.0)])
-def test_a_budget_has_a_limit(limits: tuple[int | None, float | None]) -> None:
-    with raises(SearchError):
-        SearchBudget(*limits)
-
-
 # --- trials that fail ---
 
 
@@ -194,8 +191,8 @@ def test_a_trial_that_fails_for_good_ends_the_worker_and_not_the_search(tmp_path
     path, search = tmp_path / "a.db", setup("anneal")
     with raises(PreviewError, "the machine is too small"):
         run_hill(path, search, 4, Hill(fail=[4, 5, 6]))
-    trials = run_hill(path, search, 5)
-    assert [trial.state for trial in trials] == ["complete", "complete", "failed", "complete", "complete"]
+    trials = run_hill(path, search, 4)
+    assert [trial.state for trial in trials] == ["complete", "complete", "failed", "complete"]
     assert (trials[2].reason, trials[2].value) == ("the machine is too small", None)
 
 
@@ -206,16 +203,15 @@ def test_the_dense_model_is_tried_again_by_the_next_command(tmp_path: Path) -> N
     assert dense_trial(run_hill(tmp_path / "a.db", setup(), 3))
 
 
-@pytest.mark.parametrize("scores", [[0.0], [0.0, float("nan")], [0.0, float("inf")], [0.0] * 3])
-def test_an_objective_keeps_its_promise(scores: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Hill, "scores", lambda self, candidate, pairs: scores)
-    with pytest.raises(ValueError, match=r"argument 2|an objective gave"):
+def test_an_error_in_the_code_ends_the_worker_and_gives_the_trial_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Optuna raises errors of this class, too, where another worker has taken a trial."""
+    monkeypatch.setattr(Hill, "scores", lambda self, candidate, pairs: [0.0])
+    with pytest.raises(ValueError, match="argument 2"):
         run_hill(tmp_path / "a.db", setup(pairs=2), 2)
-
-
-def test_a_search_is_for_one_number_of_pairs(tmp_path: Path) -> None:
-    with opened(tmp_path / "a.db", setup()) as study, raises(SearchError, "pairs"):
-        run_trials(study, Hill(9), SearchBudget(1))
+    with opened(tmp_path / "a.db", setup(pairs=2)) as study:
+        assert [trial.state.name for trial in study.optuna.trials] == ["FAIL", "WAITING", "WAITING"]
 
 
 # --- workers that are thought dead ---

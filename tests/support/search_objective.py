@@ -1,21 +1,14 @@
-"""A search to test with: a smooth hill, a noise of its own for each pair, and a worker's command line.
+"""A search to test with: a smooth hill, and a noise of its own for each pair."""
 
-    python search_objective.py STORAGE METHOD TRIALS DELAY
-
-works on the search and prints one JSON object for each event.
-"""
-
-import json
 import random
 import sqlite3
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from crdiff_export.errors import CrdiffError, PreviewError
+from crdiff_export.errors import PreviewError
 from crdiff_export.search import METHODS, Candidate, FinishedTrial, RatioSpace, TrialEvent
 from crdiff_export.search.methods import SearchMethod
 from crdiff_export.search.setup import SearchBudget, SearchSetup
@@ -124,19 +117,3 @@ def check_scores(trials: Sequence[FinishedTrial]) -> None:
         assert len(exact) == (8 if whole else 4)
         assert (trial.value is not None) == whole
         assert trial.value is None or abs(trial.value - sum(exact.values()) / 8) < 1e-12
-
-
-def main() -> None:
-    storage, name, trials, delay = sys.argv[1:]
-
-    def say(event: TrialEvent) -> None:
-        print(json.dumps(asdict(event)), flush=True)  # noqa: T201
-
-    try:
-        run_hill(storage, setup(name), int(trials), Hill(delay=float(delay)), say)
-    except CrdiffError as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,66 +1,99 @@
-"""Workers as processes of their own, to be killed."""
+"""Workers as processes of their own, to be killed: forks of a process that has loaded Optuna once."""
 
-import json
-import subprocess
-import sys
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
-SCRIPT = Path(__file__).with_name("search_objective.py")
-ROOT = SCRIPT.parents[2]
+import pytest
+
+from crdiff_export.search import TrialEvent
+from tests.support import ROOT
+from tests.support.search_objective import Hill, run_hill, setup
+
 PATIENCE = 60.0
+
+
+@cache
+def context() -> ForkServerContext:
+    """A way to start processes from one that has loaded what a search needs."""
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        multiprocessing.forkserver.ensure_running()
+    return made
+
+
+def work(storage: str, method: str, trials: int, delay: float, events: Connection, errors: Path) -> None:
+    """Work on a search, send each event, and write what is said to a file; no warning passes."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    warnings.simplefilter("error")
+    run_hill(storage, setup(method), trials, Hill(delay=delay), events.send)
 
 
 class WorkerProcess:
     """A worker, and the events that it has told so far."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
+    def __init__(self, process: ForkServerProcess, connection: Connection, errors: Path) -> None:
         self.process = process
-        self.events: list[dict[str, Any]] = []
+        self.events: list[TrialEvent] = []
+        self._connection, self._errors = connection, errors
 
     def until(self, kind: str, after: int = -1, **wanted: object) -> int:
         """The number of the first trial beyond another one that has an event of a kind, with these fields."""
-        for event in self._lines():
-            matches = all(event[key] == value for key, value in {"kind": kind, **wanted}.items())
-            if matches and event["number"] is not None and event["number"] > after:
-                return int(event["number"])
-        raise AssertionError(f"the worker ended after {self.events[-3:]}: {self._errors()}")
+        for event in self._further():
+            matches = all(getattr(event, key) == value for key, value in {"kind": kind, **wanted}.items())
+            if matches and event.number is not None and event.number > after:
+                return event.number
+        raise AssertionError(f"the worker ended after {self.events[-3:]}: {self._errors.read_text()}")
 
     def kill(self) -> None:
         """SIGKILL."""
         self.process.kill()
-        self.process.wait()
+        self.process.join()
 
     def end(self) -> list[str]:
         """The kinds of all events, once the worker has ended well and without another word."""
-        list(self._lines())
-        assert self.process.wait(PATIENCE) == 0
-        assert self._errors() == ""
-        return [event["kind"] for event in self.events]
+        list(self._further())
+        self.process.join(PATIENCE)
+        assert (self.process.exitcode, self._errors.read_text()) == (0, "")
+        return [event.kind for event in self.events]
 
     def finished(self) -> list[int]:
         """The trials that it finished."""
-        return [event["number"] for event in self.events if event["kind"] in ("complete", "pruned")]
+        kinds = ("complete", "pruned")
+        return [event.number for event in self.events if event.kind in kinds and event.number is not None]
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            self.events.append(json.loads(line))
+    def _further(self) -> Iterator[TrialEvent]:
+        while True:
+            try:
+                self.events.append(self._connection.recv())
+            except EOFError:
+                return
             yield self.events[-1]
-
-    def _errors(self) -> str:
-        assert self.process.stderr
-        return self.process.stderr.read()
 
 
 @contextmanager
 def worker(storage: object, method: str, trials: int, delay: float) -> Iterator[WorkerProcess]:
     """A worker that runs; it is killed at the end, unless it has ended."""
-    command = [sys.executable, "-W", "error", str(SCRIPT), str(storage), method, str(trials), str(delay)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    reader, writer = context().Pipe(duplex=False)
+    with TemporaryDirectory() as folder, reader:
+        errors = Path(folder) / "errors"
+        process = context().Process(target=work, args=(str(storage), method, trials, delay, writer, errors))
+        process.start()
+        writer.close()
         try:
-            yield WorkerProcess(process)
+            yield WorkerProcess(process, reader, errors)
         finally:
             process.kill()
+            process.join()
