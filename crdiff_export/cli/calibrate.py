@@ -9,7 +9,7 @@ import click
 from crdiff_export.calibrate import CalibrateRequest, CalibrationJob, CalibrationResult, prepare, run
 from crdiff_export.cli import drawing, options
 from crdiff_export.cli.blocks import Facts
-from crdiff_export.cli.command import command, option, option_group
+from crdiff_export.cli.command import command, gather, option, option_group
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.signals import Stopped
 from crdiff_export.formats.text import amount
@@ -52,14 +52,14 @@ from crdiff_export.formats.text import amount
            options.FILE),
     options.force,
 )  # fmt: skip
-def calibrate(out: Output, base: str, listed: tuple[str, ...], **settings: Any) -> Result:
+@gather("request", CalibrateRequest)
+def calibrate(out: Output, request: CalibrateRequest) -> Result:
     """Measure what criteria other than magnitude need to know of BASE at a size, and write it to a file.
 
     Wanda and OBS-Diff look at what goes into every layer while BASE draws the prompts; Taylor and our own take the
     gradient of its training loss on pictures that it drew. `crdiff export --criterion NAME --calibration FILE` prunes
     by the file, for any ratios, without running the model. BASE is what `crdiff preview` takes.
     """
-    request = CalibrateRequest(base=base, prompts=listed, **settings)
     job = drawing.prepare(out, request, prepare, _describe)
     with _resumable(job), out.progress() as display:
         out.stopper.check()

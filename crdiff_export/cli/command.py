@@ -1,5 +1,6 @@
 """The frame of every command: an Output, --json and -q, options under headings in --help, examples."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -64,6 +65,30 @@ def option_group(heading: str, *options: OptionMaker) -> Decorator:
         return function
 
     return add
+
+
+def gather(name: str, make: Callable[..., Any]) -> Decorator:
+    """Give a command's function one parameter instead of the options that it is made from.
+
+    Args:
+        name: The parameter, such as `request`.
+        make: Makes its value, such as the class of a request; its parameters are called like the options.
+
+    Returns:
+        A decorator, which stands below the options.
+
+    """
+    taken = inspect.signature(make).parameters
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def run(*args: Any, **options: Any) -> Any:
+            parts = {key: options.pop(key) for key in list(options) if key in taken}
+            return function(*args, **{name: make(**parts)}, **options)
+
+        return run
+
+    return decorate
 
 
 class Command(click.Command):

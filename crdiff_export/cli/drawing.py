@@ -5,8 +5,8 @@ from typing import Protocol, TypeVar
 
 import click
 
-from crdiff_export.cli.command import Decorator, OptionMaker, option, option_group
-from crdiff_export.cli.options import COUNT, DEVICE, prompts_file, variant
+from crdiff_export.cli.command import Decorator, OptionMaker, gather, option, option_group
+from crdiff_export.cli.options import COUNT, DEVICE, join_prompts, prompts_file, variant
 from crdiff_export.cli.output import Output
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.sampling.drawing_setup import DrawingSetup
@@ -44,16 +44,17 @@ def prompt_options(prompts: str, *more: OptionMaker, limit: str = "", seed: str 
         seed: The name of the option for the first picture's seed.
 
     Returns:
-        A decorator that adds them to a command, whose parameter `listed` gets the prompts of the file.
+        A decorator that adds them to a command, whose parameter `prompts` gets all prompts.
 
     """
-    return option_group(
+    add = option_group(
         "Prompts",
-        prompts_file("--prompts FILE", prompts, "listed"),
+        prompts_file("--prompts FILE", prompts),
         *more,
         option("--limit N", f"Only the first N prompts.{limit}", COUNT),
         option(seed, "The first picture's seed. Default: 0.", click.IntRange(0), default=0),
     )
+    return lambda function: add(gather("prompts", join_prompts)(function))
 
 
 class DrawingJob(Protocol):

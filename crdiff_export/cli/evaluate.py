@@ -4,7 +4,7 @@ from typing import Any
 
 from crdiff_export.cli import drawing, options
 from crdiff_export.cli.blocks import Facts, Table
-from crdiff_export.cli.command import command, option, option_group
+from crdiff_export.cli.command import command, gather, option, option_group
 from crdiff_export.cli.evaluation_json import pairs_json, subject_json
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.evaluate import EvaluateJob, EvaluateRequest, Evaluation, draw, measure, prepare, write
@@ -24,7 +24,7 @@ from crdiff_export.evaluate.scorers import inception
 )
 @drawing.prompt_options(
     "Prompts, one a line, that were not used for tuning. Default for the demo model: its held-out scenes.",
-    option("--prompt TEXT", "What to draw; may be given several times.", dest="prompts", multiple=True),
+    options.prompt,
     drawing.pictures,
 )
 @options.ratio_options
@@ -50,17 +50,13 @@ from crdiff_export.evaluate.scorers import inception
            "given several times.", options.FILE, "outputs", multiple=True),
     options.force,
 )  # fmt: skip
-def evaluate(
-    out: Output, base: str, prompts: tuple[str, ...], listed: tuple[str, ...], *, down: float | None,
-    mid: float | None, up: float | None, **settings: Any,
-) -> None:  # fmt: skip
+@gather("request", EvaluateRequest)
+def evaluate(out: Output, request: EvaluateRequest) -> None:
     """Score what BASE, its pruned model and POA make of the same prompts and noise, and say what the scores show.
 
     Differences are paired, picture by picture, and come with 95 % intervals; a model is called better or worse only
     where its interval does not reach 0. Nothing but the outputs is written. BASE is what `crdiff preview` takes.
     """
-    ratios = options.ratios_by_group(down, mid, up)
-    request = EvaluateRequest(base=base, prompts=prompts + listed, ratios=ratios, **settings)
     job = drawing.prepare(out, request, prepare, _describe)
     with out.progress() as display:
         with out.stopper.watch(display) as progress:

@@ -1,7 +1,8 @@
 """`crdiff export`."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 from crdiff_export.bake.residual import NONE, WAYS, largest_size
 from crdiff_export.cli import options
 from crdiff_export.cli.blocks import Facts, Table
-from crdiff_export.cli.command import command, option, option_group
+from crdiff_export.cli.command import command, gather, option, option_group
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.push import push_result, transfer
 from crdiff_export.errors import OptionError
@@ -59,12 +60,13 @@ from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance
     "Hub", option("--push REPO", "Then push it to the Hub repository REPO (ORG/NAME), with a card.", dest="repo")
 )
 @options.push_options
+@gather("push", partial(PushRequest, ""))
 def export(
     out: Output, base: str, res: Size, *, output: Path | None, recipe: Path | None, prompt: str | None,
-    ratio: float | None, down: float | None, mid: float | None, up: float | None, poa_weight: float | None,
-    targets: tuple[str, ...] | None, criterion: str, calibration: Path | None, device: str, threads: int | None,
-    dtype: str | None, variant: str | None, residual: str, no_hash: bool, allow_nonfinite: bool, dry_run: bool,
-    force: bool, repo: str | None, **push_settings: Any,
+    ratio: float | None, ratios: Mapping[str, float], poa_weight: float | None, targets: tuple[str, ...] | None,
+    criterion: str, calibration: Path | None, device: str, threads: int | None, dtype: str | None, variant: str | None,
+    residual: str, no_hash: bool, allow_nonfinite: bool, dry_run: bool, force: bool, repo: str | None,
+    push: PushRequest,
 ) -> Result:  # fmt: skip
     """Prune BASE for a size and write a new checkpoint with everything about it in its header.
 
@@ -72,12 +74,11 @@ def export(
     (`crdiff recipes list`). The output appears under its name only when it is complete and checked.
     """
     out.quiet_hub_client()
-    pushing = _push_request(repo, push_settings)
+    pushing = _push_request(repo, push)
     request = ExportRequest(
-        base, res, output, recipe=recipe, prompt=prompt, ratio=ratio,
-        ratios=options.ratios_by_group(down, mid, up), poa_weight=poa_weight, targets=targets, criterion=criterion,
-        calibration=calibration, device=device, dtype=dtype, variant=variant, residual=residual, hashing=not no_hash,
-        force=force, allow_nonfinite=allow_nonfinite, threads=threads,
+        base, res, output, recipe=recipe, prompt=prompt, ratio=ratio, ratios=ratios, poa_weight=poa_weight,
+        targets=targets, criterion=criterion, calibration=calibration, device=device, dtype=dtype, variant=variant,
+        residual=residual, hashing=not no_hash, force=force, allow_nonfinite=allow_nonfinite, threads=threads,
     )  # fmt: skip
     out.announce_base(base)
     destination = _destination(pushing, request) if pushing and not dry_run else None
@@ -94,15 +95,15 @@ def export(
     return _done(baked).followed_by(pushed, "push")
 
 
-def _push_request(repo: str | None, settings: dict[str, Any]) -> PushRequest | None:
-    """Make the request of a push from the options for it; None for an export alone, which takes none of them."""
+def _push_request(repo: str | None, push: PushRequest) -> PushRequest | None:
+    """Complete and check the request of a push; None for an export alone, which takes no options of a push."""
     if repo is not None:
-        request = PushRequest(repo, **settings)
+        request = replace(push, repo=repo)
         check_request(request)
         return request
-    defaults = {field.name: field.default for field in fields(PushRequest)}
-    for name, value in settings.items():
-        if value != defaults[name]:
+    unset = PushRequest("")
+    for name in (field.name for field in fields(push)):
+        if getattr(push, name) != getattr(unset, name):
             flag = {"path": "path-in-repo", "private": "private/--public"}.get(name, name.replace("_", "-"))
             raise OptionError(f"--{flag} is for a push", "Give --push ORG/NAME, too, or leave it out.")
     return None
@@ -118,12 +119,13 @@ def _destination(pushing: PushRequest, request: ExportRequest) -> Destination:
 
 
 def _planned(job: ExportJob, pushing: PushRequest | None) -> Result:
-    plan = job.plan
+    plan, calibration = job.plan, job.request.calibration
     groups = _planned_groups(job)
     record = {
         "dry_run": True, "base": str(plan.checkpoint.path), "family": plan.match.family.id,
         "layout": plan.match.layout.name, "resolution": str(plan.size), "recipe": plan.recipe,
-        "variant": str(plan.variant.resolution), "provenance": plan.variant.provenance, **_ranked(job),
+        "variant": str(plan.variant.resolution), "provenance": plan.variant.provenance,
+        "criterion": job.criterion.name, "calibration": calibration and str(calibration),
         "poa_weight": plan.variant.poa_weight, "targets": list(plan.kinds), "groups": groups,
         "bytes": plan.data_size, "dtype": plan.cast, "output": str(job.target),
         "residual": job.request.residual, "residual_bytes": _residual_size(job),
@@ -148,12 +150,6 @@ def _planned(job: ExportJob, pushing: PushRequest | None) -> Result:
         **({"would push to": pushing.repo} if pushing else {}),
     }
     return Result(record, [Table(columns, rows, columns[1:]), "", Facts(facts)], bare=[str(job.target)])
-
-
-def _ranked(job: ExportJob) -> dict[str, str | None]:
-    request = job.request
-    calibration = str(request.calibration) if request.calibration else None
-    return {"criterion": job.criterion.name, "calibration": calibration}
 
 
 def _chosen_by(job: ExportJob) -> str:

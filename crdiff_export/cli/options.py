@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from crdiff_export.cli.command import OptionMaker, option, option_group
+from crdiff_export.cli.command import OptionMaker, gather, option, option_group
 from crdiff_export.errors import CrdiffError, OptionError
 from crdiff_export.formats.text_file import read_text_file
 from crdiff_export.models.recipe import MAX_POA_WEIGHT, TARGETS
@@ -102,7 +102,7 @@ variant = option("--variant NAME", "Weights to take from a folder that has sever
 threads = option("--threads N", "Threads on the CPU. Default: all cores.", COUNT)
 device = option("--device", "Where weights are counted and zeroed: auto, cpu, cuda, cuda:N or mps. The result does not "
                 "depend on it.", DEVICE, default="auto", show_default=True)  # fmt: skip
-ratio_options = option_group(
+_ratios = option_group(
     "Ratios",
     recipe,
     option("--ratio R", "Share of every group's weights to set to zero.", RATIO),
@@ -110,6 +110,7 @@ ratio_options = option_group(
     option("--mid R", "Share for its mid block; wins over --ratio.", RATIO),
     option("--up R", "Share for its up blocks; wins over --ratio.", RATIO),
 )
+prompt = option("--prompt TEXT", "What to draw; may be given several times.", dest="prompts", multiple=True)
 criterion_options = option_group(
     "Criterion",
     option("--criterion NAME[:OPTION=VALUE,…]", "How weights are ranked: magnitude, uniform (the same ratio "
@@ -134,14 +135,23 @@ push_options = option_group(
 )  # fmt: skip
 
 
-def ratios_by_group(down: float | None, mid: float | None, up: float | None) -> dict[str, float]:
-    """Collect the ratios that were given for single groups."""
-    return {group: ratio for group, ratio in (("down", down), ("mid", mid), ("up", up)) if ratio is not None}
+def ratio_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options for ratios; those for single groups become one parameter, `ratios`."""
+
+    def by_group(down: float | None, mid: float | None, up: float | None) -> dict[str, float]:
+        return {group: ratio for group, ratio in (("down", down), ("mid", mid), ("up", up)) if ratio is not None}
+
+    return _ratios(gather("ratios", by_group)(function))
 
 
-def prompts_file(name: str, help_text: str, dest: str) -> OptionMaker:
+def prompts_file(name: str, help_text: str, dest: str = "listed") -> OptionMaker:
     """Describe an option that names a file of prompts; its value is the prompts."""
     return option(name, help_text, FILE, dest, callback=lambda _ctx, _param, path: read_prompts(path) if path else ())
+
+
+def join_prompts(listed: tuple[str, ...], prompts: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Take the prompts of the command line, then those of a file."""
+    return prompts + listed
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import click
 
 from crdiff_export.cli import drawing, options
 from crdiff_export.cli.blocks import Facts
-from crdiff_export.cli.command import command, option, option_group
+from crdiff_export.cli.command import command, gather, option, option_group
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.evaluate.comparison import model_name
 from crdiff_export.evaluate.preview import Preview, PreviewJob, PreviewRequest, draw, measure, prepare, write
@@ -27,8 +27,8 @@ FRACTION = click.FloatRange(0, 1)
 )
 @option_group(
     "Prompts",
-    option("--prompt TEXT", "What to draw; may be given several times.", dest="prompts", multiple=True),
-    options.prompts_file("--prompts FILE", "Prompts, one a line.", "listed"),
+    options.prompt,
+    options.prompts_file("--prompts FILE", "Prompts, one a line."),
     option("--seed N", "Seed of the noise, the same for all pictures of a row; may be given several times. Default: 0.",
            int, "seeds", multiple=True, default=(0,)),
 )  # fmt: skip
@@ -54,17 +54,14 @@ FRACTION = click.FloatRange(0, 1)
            "STEM-preview-WxH in the current folder.", options.FILE, "outputs", multiple=True),
     options.force,
 )  # fmt: skip
-def preview(
-    out: Output, base: str, prompts: tuple[str, ...], listed: tuple[str, ...], *, down: float | None,
-    mid: float | None, up: float | None, **settings: Any,
-) -> Result:  # fmt: skip
+@gather("prompts", options.join_prompts)
+@gather("request", PreviewRequest)
+def preview(out: Output, request: PreviewRequest) -> Result:
     """Draw what BASE, its pruned model and POA make of the same prompts and noise, side by side on one sheet.
 
     Nothing else is written: ratios come from the recipe, and one copy of the weights serves all columns. BASE is what
     `crdiff export` takes, with all of its parts: a safetensors checkpoint, a diffusers folder, a Hub id or an alias.
     """
-    ratios = options.ratios_by_group(down, mid, up)
-    request = PreviewRequest(base=base, prompts=prompts + listed, ratios=ratios, **settings)
     job = drawing.prepare(out, request, prepare, _describe)
     with out.progress() as display:
         with out.stopper.watch(display) as progress:

@@ -4,12 +4,11 @@ import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 
 from crdiff_export.cli.blocks import Facts
-from crdiff_export.cli.command import command
+from crdiff_export.cli.command import command, gather
 from crdiff_export.cli.options import file_argument, push_options
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.progress_display import rate_text
@@ -37,14 +36,14 @@ from crdiff_export.publish import push as send
 @file_argument
 @click.argument("repo")
 @push_options
-def push(out: Output, file: Path, repo: str, **settings: Any) -> Result:
+@gather("request", PushRequest)
+def push(out: Output, file: Path, request: PushRequest) -> Result:
     """Push FILE, a baked checkpoint or folder, to the Hub repository REPO (ORG/NAME), and keep its model card.
 
     Write access is checked first. The commit holds the file and the card; an existing card keeps everything but our
     part. What the Hub then holds is compared by hash. Nothing is committed if it has the file already.
     """
     out.quiet_hub_client()
-    request = PushRequest(repo, **settings)
     check_request(request)
     base = read_source_name(file)
     path_in_repository(request, file)

@@ -2,15 +2,15 @@
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Self
 
 import click
 
 from crdiff_export.cli import drawing, options
 from crdiff_export.cli.blocks import Block, Facts, Table
-from crdiff_export.cli.command import Invocation, command, option, option_group
+from crdiff_export.cli.command import Invocation, command, gather, option, option_group
 from crdiff_export.cli.evaluation_json import pairs_json, subject_json
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.signals import Stopped
@@ -88,44 +88,47 @@ if TYPE_CHECKING:
            options.FILE, "sheet"),
     options.force,
 )  # fmt: skip
-def search(out: Output, listed: tuple[str, ...], **settings: Any) -> Result:
+@gather("request", SearchRequest)
+def search(out: Output, request: SearchRequest) -> Result:
     """Search for ratios that make BASE better at a size, by a scorer, and check what was found on other prompts.
 
     Trial 0 is the dense model, trial 1 the recipe's variant. At the end the best and the dense model draw prompts that
     the search never saw; the recipe carries what that showed, and nothing is called better unless a 95 % interval
     says so. Where the dense model is best, there is no recipe. BASE is what `crdiff preview` takes.
     """
-    request = SearchRequest(prompts=listed, **settings)
     job = drawing.prepare(out, request, prepare, _describe)
-    with out.progress() as display, _resumable(request) as course:
-        with _Watcher(out, display, course) as watcher, out.stopper.watch(display) as progress:
-            result = run_search(job, progress, watcher.trial, watcher.step)
+    with out.progress() as display, _Watcher(out, display, request.storage) as watcher:
+        with out.stopper.watch(display) as progress:
+            result = run_search(job, progress, watcher.trial, out.stopper.check)
         result = check_and_write(result, display)
     files = [str(path) for path in result.files]
     return Result(_as_json(result), [*_text(result), *files], bare=files, notes=_notes(result))
 
 
 class _Watcher:
-    """A bar of trials on a terminal, elsewhere a line for each; any step may be the last that a signal leaves."""
+    """A bar of trials on a terminal, elsewhere a line for each; after a signal, what is kept and how it goes on."""
 
-    def __init__(self, out: Output, display: "ProgressDisplay", course: list[SearchProgress]) -> None:
-        self._out, self._display, self._course = out, display, course
+    def __init__(self, out: Output, display: "ProgressDisplay", storage: str | None) -> None:
+        self._out, self._display, self._storage = out, display, storage
+        self._progress: SearchProgress | None = None
         self._stack = ExitStack()
         self._bar: Any = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
         self._stack.close()
-
-    def step(self) -> None:
-        self._out.stopper.check()
+        if isinstance(error, Stopped) and self._progress:
+            where = self._progress.where
+            invocation = click.get_current_context().find_object(Invocation) or Invocation()
+            error.outcome = f"{plural(self._progress.over, 'finished trial')} kept in {where}"
+            error.hint = f"To go on: {_again(invocation.words, self._storage, where)}"
 
     def trial(self, event: TrialEvent, progress: SearchProgress) -> None:
-        if not self._course:
+        if not self._progress:
             self._begin(progress)
-        self._course[:] = [progress]
+        self._progress = progress
         if sys.stderr.isatty() and not self._out.silent:
             self._draw(event, progress)
         elif text := report_text.event_text(event, progress):
@@ -154,21 +157,6 @@ class _Watcher:
         self._bar.pos = min(self._bar.length, round(1000 * (progress.over + part)))
         self._bar.current_item = report_text.progress_text(progress)
         self._bar.render_progress()
-
-
-@contextmanager
-def _resumable(request: SearchRequest) -> Iterator[list[SearchProgress]]:
-    """If a signal ends a search that has begun, say what is kept and how it goes on."""
-    course: list[SearchProgress] = []
-    try:
-        yield course
-    except Stopped as stop:
-        if course:
-            where = course[-1].where
-            invocation = click.get_current_context().find_object(Invocation) or Invocation()
-            stop.outcome = f"{plural(course[-1].over, 'finished trial')} kept in {where}"
-            stop.hint = f"To go on: {_again(invocation.words, request.storage, where)}"
-        raise
 
 
 def _again(words: Sequence[str], storage: str | None, where: str) -> str:

@@ -1,6 +1,5 @@
 """crdiff as a process: what it imports, ways to start it, streams that are closed or full, pipes, completion."""
 
-import json
 import os
 import shlex
 import shutil
@@ -8,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import pytest
 
@@ -19,45 +18,47 @@ from tests.support.forks import Forks
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def process(*args: object, env: Mapping[str, str] | None = None, **options: Any) -> "subprocess.CompletedProcess[str]":
-    """A crdiff of its own."""
-    command = [sys.executable, "-m", "crdiff_export", *map(str, args)]
-    return subprocess.run(
-        command, env={**os.environ, **(env or {})}, text=True, check=False, **{"capture_output": True, **options}
-    )
+def process(*args: str, stdout: IO[str] | int) -> "subprocess.CompletedProcess[str]":
+    """A crdiff of its own that writes to a file."""
+    command = [sys.executable, "-m", "crdiff_export", *args]
+    return subprocess.run(command, text=True, check=False, stdout=stdout, stderr=subprocess.PIPE)
 
 
-def modules_after(*args: str) -> set[str]:
-    """What a command imports."""
-    code = (
-        "import sys, json\nfrom crdiff_export.cli import main\n"
-        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    code = end.code\n"
-        "print(json.dumps(sorted(sys.modules)), file=sys.stderr)\nsys.exit(code)"
-    )
-    ran = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
-    found: list[str] = json.loads(ran.stderr.splitlines()[-1])
-    return {name.partition(".")[0] for name in found}
+HEAVY = {
+    *("numpy", "numba", "torch", "diffusers", "transformers", "huggingface_hub", "safetensors", "httpx", "requests"),
+    *("optuna", "matplotlib"),
+}
+HEAVY_AFTER_EACH = f"""
+import sys
+from crdiff_export.cli import main
+for line in sys.argv[1:]:
+    try:
+        main(line.split())
+    except SystemExit as end:
+        assert end.code == 0, line
+    print(line, sorted({HEAVY} & sys.modules.keys()), file=sys.stderr)
+"""
 
 
-HEAVY = {"numpy", "numba", "torch", "diffusers", "transformers", "huggingface_hub", "safetensors", "httpx", "requests"}
+def heavy_modules_after(*lines: str) -> list[str]:
+    """What command lines have imported, one after the other in one process: each line, and the heavy modules."""
+    ran = subprocess.run([sys.executable, "-c", HEAVY_AFTER_EACH, *lines], capture_output=True, text=True, check=True)
+    return [text for text in ran.stderr.splitlines() if text.endswith("]")]
 
 
-@pytest.mark.parametrize(
-    "command", ["--help", "export --help", "recipes list", "recipes show sdxl --json", "recipes validate own.toml"]
-)
-def test_a_light_command_imports_nothing_heavy(line: Line, here: Path, command: str) -> None:
+def test_a_light_command_imports_nothing_heavy(line: Line, here: Path, shelf: Path) -> None:
     (here / "own.toml").write_text(line("recipes show sdxl --toml").out)
-    assert not modules_after(*command.split()) & HEAVY
-
-
-def test_inspect_reads_headers_without_heavy_modules(shelf: Path) -> None:
-    assert not modules_after("inspect", str(shelf / "sd15.safetensors")) & HEAVY
+    (here / "sd15.safetensors").symlink_to(shelf / "sd15.safetensors")
+    shown = ("recipes list", "recipes show sdxl --json", "recipes validate own.toml", "inspect sd15.safetensors")
+    light = ["--help", "export --help", "search --help", *shown]
+    assert heavy_modules_after(*light) == [f"{words} []" for words in light]
 
 
 def test_export_and_verify_on_the_cpu_need_no_torch() -> None:
-    assert not modules_after("export", "demo", "--res", "64") & (HEAVY - {"numpy", "numba", "safetensors"})
-    file = "demo-crdiff-64x64.safetensors"
-    assert not modules_after("verify", file, "--base", "demo") & (HEAVY - {"numpy", "numba", "safetensors"})
+    lines = ["export demo --res 64", "verify demo-crdiff-64x64.safetensors --base demo"]
+    for text in heavy_modules_after(*lines):
+        assert "[]" not in text
+        assert not {name for name in HEAVY - {"numpy", "numba", "safetensors"} if f"'{name}'" in text}
 
 
 def test_the_launcher_of_a_checkout_that_is_not_installed(here: Path, tmp_path: Path) -> None:
@@ -69,12 +70,11 @@ def test_the_launcher_of_a_checkout_that_is_not_installed(here: Path, tmp_path: 
         "def distribution(name):\n    if name == 'crdiff-export':\n        raise m.PackageNotFoundError(name)\n"
         "    return find(name)\nm.distribution = distribution\n"
     )
-    for args in (["--version"], ["export", "demo", "--res", "64", "-q"]):
-        ran = subprocess.run(
-            [sys.executable, ROOT / "cli.py", *args],
-            capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(hide)},
-        )  # fmt: skip
-        assert (ran.returncode, ran.stderr) == (0, "")
+    ran = subprocess.run(
+        [sys.executable, ROOT / "cli.py", "export", "demo", "--res", "64", "-q"],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(hide)},
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr) == (0, "")
     assert "checkout" in makers.metadata_of(here / "demo-crdiff-64x64.safetensors")["crdiff.version"]
 
 
@@ -84,7 +84,7 @@ def test_a_reader_that_leaves_is_no_accident(baked: Path, here: Path, command: s
     shutil.copy(baked, here)
     read, write = os.pipe()
     os.close(read)
-    ran = process(*command.split(), capture_output=False, stdout=write, stderr=subprocess.PIPE)
+    ran = process(*command.split(), stdout=write)
     os.close(write)
     assert (ran.returncode, ran.stderr) == (1, "")
 
@@ -92,7 +92,7 @@ def test_a_reader_that_leaves_is_no_accident(baked: Path, here: Path, command: s
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_behind_stdout_is_told() -> None:
     with Path("/dev/full").open("w") as full:
-        ran = process("recipes", "list", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+        ran = process("recipes", "list", stdout=full)
     assert ran.returncode == 1
     assert ran.stderr == (
         "crdiff: standard output: No space left on device\n  Free some space, or send the output elsewhere.\n"
@@ -107,17 +107,15 @@ def test_closed_streams_are_no_accident(here: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are text there")
-def test_a_file_name_of_any_bytes(here: Path) -> None:
+def test_a_file_name_of_any_bytes(forks: Forks, here: Path) -> None:
     name = os.fsdecode(b"\xff \x1b[31m.safetensors")
-    ran = subprocess.run(
-        [sys.executable, "-m", "crdiff_export", "export", "demo", "--res", "64", "-q", "-o", name],
-        capture_output=True, check=False,
-    )  # fmt: skip
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, os.fsencode(name) + b"\n", b"")
-    found = process("inspect", name, "--json", env={"PYTHONIOENCODING": "utf-8"})
-    assert json.loads(found.stdout)["file"] == name
-    failed = process("export", "demo", "--res", 64, "-o", name)
-    assert failed.stderr.splitlines()[0] == "crdiff: \\udcff \\x1b[31m.safetensors: already exists"
+    export = ["export", "demo", "--res", "64", "-q", "-o", name]
+    ran = forks.start(here, *export)
+    assert (ran.wait(), ran.err) == (0, [])
+    assert ran.err_file.with_name("out").read_bytes() == os.fsencode(name) + b"\n"
+    assert forks.start(here, "inspect", name, "--json").end().result["file"] == name
+    failed = forks.start(here, *export).end()
+    assert failed.err.splitlines()[0] == "crdiff: \\udcff \\x1b[31m.safetensors: already exists"
 
 
 @pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=["plain", "NO_COLOR", "dumb"])

@@ -1,7 +1,6 @@
 """`crdiff inspect` and `crdiff verify`: what they show, what they check, and what they could not check."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -60,50 +59,23 @@ KEY = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weig
 OTHER = "model.diffusion_model.out.2.bias"
 
 
-def header_with(**keys: str) -> Callable[[Path], None]:
-    """Change keys of the header."""
-
-    def change(path: Path) -> None:
-        metadata = makers.metadata_of(path)
-        assert keys.keys() <= metadata.keys()
-        makers.write(path, makers.read(path), metadata | keys)
-
-    return change
-
-
-def weight(name: str, number: float) -> Callable[[Path], None]:
-    """Put a number where a zero is in a pruned tensor, or over the first number of another."""
-
-    def change(path: Path) -> None:
-        tensors = makers.read(path)
-        dtype, shape, data = tensors[name]
-        values = np.frombuffer(data, "<f2").copy()
-        values[int(np.argmin(np.abs(values))) if name == KEY else 0] = number
-        makers.write(path, tensors | {name: (dtype, shape, values.tobytes())}, makers.metadata_of(path))
-
-    return change
-
-
 @pytest.mark.parametrize(
-    ("change", "options", "key"),
+    ("name", "number", "options", "key"),
     [
-        (weight(KEY, 0.001), "", f"'{KEY}' has 1 weights"),
-        (weight(KEY, 3), "", "78672 weights of mid are zero, crdiff.pruned.mid is 78673"),
-        (weight(OTHER, 3), "", "hash to 0x"),
-        (weight(OTHER, 3), "--base demo", "hash to 0x"),
-        (header_with(**{"crdiff.pruned.up": "7"}), "", "196673 weights of up"),
-        (header_with(**{"crdiff.total.up": "7"}), "", "crdiff.total.up is 7, the layers have 655360"),
-        (header_with(**{"crdiff.threshold.up": "none"}), "", "threshold of 'up'"),
-        (header_with(**{"crdiff.family": "sdxl"}), "", "crdiff.family is for 'sdxl'"),
-        (header_with(**{"modelspec.hash_sha256": "0x" + "0" * 64}), "", "hash to 0x"),
+        (KEY, 0.001, "", f"'{KEY}' has 1 weights"),
+        (KEY, 3, "", "78672 weights of mid are zero, crdiff.pruned.mid is 78673"),
+        (OTHER, 3, "--base demo", "hash to 0x"),
     ],
-    ids=["left", "zero gone", "other byte", "base", "pruned", "total", "threshold", "family", "hash"],
+    ids=["left", "zero gone", "other byte"],
 )
-def test_verify_fails(
-    line: Line, baked: Path, here: Path, change: Callable[[Path], None], options: str, key: str
-) -> None:
-    shutil.copy(baked, here)
-    change(here / "o.safetensors")
+def test_verify_fails(line: Line, baked: Path, name: str, number: float, options: str, key: str) -> None:
+    """With a number where a zero is in a pruned tensor, or over the first number of another."""
+    tensors = makers.read(baked)
+    dtype, shape, data = tensors[name]
+    values = np.frombuffer(data, "<f2").copy()
+    values[int(np.argmin(np.abs(values))) if name == KEY else 0] = number
+    changed = tensors | {name: (dtype, shape, values.tobytes())}
+    makers.write(Path("o.safetensors"), changed, makers.metadata_of(baked))
     ran = line(f"verify o.safetensors --json {options}")
     assert (ran.code, ran.out, ran.error["code"]) == (3, "", "verify")
     assert ran.error["message"].startswith("o.safetensors: ")
@@ -111,19 +83,14 @@ def test_verify_fails(
     golden(f"{ran.error['message']}\n{ran.error['hint']}")
 
 
-@pytest.mark.parametrize(
-    ("base", "key"),
-    [("{shelf}/sd15.safetensors", "SD1.5 (original), the file is demo (original)"), ("other.safetensors", "'down'")],
-    ids=["family", "weights"],
-)
-def test_verify_fails_with_another_base(line: Line, here: Path, base: str, key: str) -> None:
+def test_verify_fails_with_another_base(line: Line, here: Path) -> None:
     line("export demo --res 64x96 -o o.safetensors --no-hash")
     tensors = {
         name: (dtype, shape, data if name == "betas" else makers.weights(name, dtype, shape))
         for name, (dtype, shape, data) in makers.read(demo.path()).items()
     }
     makers.write(here / "other.safetensors", tensors)
-    ran = line(f"verify o.safetensors --base {base} --json")
+    ran = line("verify o.safetensors --base other.safetensors --json")
     assert (ran.code, ran.error["code"]) == (3, "verify")
-    assert key in ran.error["message"]
+    assert "'down'" in ran.error["message"]
     golden(f"{ran.error['message']}\n{ran.error['hint']}")
