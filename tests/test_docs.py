@@ -11,10 +11,11 @@ import pytest
 
 from crdiff_export.models.families import all_families
 from crdiff_export.models.recipe_files import aliases, by_alias
-from tests.support import ROOT, hub_runs, makers
+from tests.support import ROOT, makers
 from tests.support.forks import Forks
 from tests.support.loopback.store import Account
 from tests.support.loopback_hub import LoopbackHub
+from tests.support.publishing import Clients, Desk
 
 
 def text_of(name: str) -> str:
@@ -34,15 +35,19 @@ def commands(*names: str, hub: bool) -> list[list[str]]:
 
 
 # A picture of few steps is a picture, too: what a command does not say is said here.
-FEW_STEPS = {"CRDIFF_PREVIEW_STEPS": "2", "CRDIFF_EVALUATE_STEPS": "2", "CRDIFF_SEARCH_NATIVE": "0"}
+FEW_STEPS = {
+    "CRDIFF_PREVIEW_STEPS": "2", "CRDIFF_EVALUATE_STEPS": "2", "CRDIFF_SEARCH_NATIVE": "0",
+    "CRDIFF_PREVIEW_FORCE": "1",  # two documents have a preview of one name
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/getting-started.md", "docs/residual.md"])
-def test_the_offline_commands_in_their_order(name: str, drawing: Forks, here: Path) -> None:
+@pytest.mark.parametrize("names", [("README.md", "docs/getting-started.md"), ("docs/residual.md",)], ids=" ".join)
+def test_the_offline_commands_in_their_order(names: tuple[str, ...], drawing: Forks, here: Path) -> None:
+    """A command that stands in two documents runs once."""
     shutil.copytree(ROOT / "recipes", here / "recipes")
     for folder in ("comfy", "custom_nodes"):
         (here / "ComfyUI" / folder).mkdir(parents=True)
-    for words in commands(name, hub=False):
+    for words in dict.fromkeys(map(tuple, commands(*names, hub=False))):
         ran = drawing.start(here, *words, env=FEW_STEPS).end()
         assert ran.code == 0, (words, ran.err)
         if words[0] in ("preview", "evaluate"):
@@ -50,8 +55,11 @@ def test_the_offline_commands_in_their_order(name: str, drawing: Forks, here: Pa
     assert not (here / "plan.safetensors").exists()
 
 
-def test_the_commands_that_need_the_hub_in_their_order(loopback_hub: LoopbackHub, tmp_path: Path, here: Path) -> None:
+def test_the_commands_that_need_the_hub_in_their_order(
+    loopback_hub: LoopbackHub, clients: Clients | None, tmp_path: Path
+) -> None:
     """Against a loopback Hub that has the base, in a narrow make."""
+    desk = Desk(loopback_hub, tmp_path, clients)
     recipe = by_alias("sdxl")
     assert recipe
     assert recipe.repo
@@ -59,9 +67,9 @@ def test_the_commands_that_need_the_hub_in_their_order(loopback_hub: LoopbackHub
     base = makers.write(tmp_path / recipe.file, makers.tiny("sdxl.original"))
     loopback_hub.add_repo(recipe.repo, {recipe.file: base})
     loopback_hub.state.accounts["hf_of_my_org"] = Account("my-org")
-    (here / "variants.toml").write_text(blocks("docs/getting-started.md", "toml")[0])
+    desk.plan(blocks("docs/getting-started.md", "toml")[0], "variants.toml")
     for words in commands("README.md", "docs/getting-started.md", hub=True):
-        ran = hub_runs.run(loopback_hub, tmp_path / "home", here, *words, token="hf_of_my_org")
+        ran = desk.run(*words, token="hf_of_my_org")
         assert ran.code == 0, (words, ran.err)
     assert len(loopback_hub.repo("my-org/sdxl-crdiff").log()) == 1 + 2 + 5
 
