@@ -12,6 +12,7 @@ from crdiff_export.hub.location import HubLocation, parse_id, parse_page, parse_
 from crdiff_export.models import recipe_files
 
 BUILT_IN = "demo"
+_ADDRESS_HINT = "Write hf://ORG/NAME or hf://ORG/NAME/FILE."
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,7 @@ def hub_location(base: str) -> HubLocation | None:
     if base.startswith("hf://"):
         if location := parse_uri(base):
             return location
-        raise CheckpointError(f"{base}: not a place on the Hub", hint(base))
+        raise CheckpointError(f"{base}: not a place on the Hub", _ADDRESS_HINT)
     return parse_id(base) if _existing_path(base) is None else None
 
 
@@ -213,7 +214,7 @@ def without_secrets(base: str) -> str:
 def hint(base: str) -> str:
     """Say what to write instead of a text that names no base."""
     if base.startswith("hf://"):
-        return "Write hf://ORG/NAME or hf://ORG/NAME/FILE."
+        return _ADDRESS_HINT
     if page := parse_page(base):
         return f"A file on the Hub is written {page}."
     if "://" in base:
