@@ -23,6 +23,7 @@ def inspect(_out: Output, file: Path, *, metadata: bool) -> Result:
     text: list[Block] = [Facts(inspection.facts())]
     if inspection.rows:
         text += ["", Table(inspection.columns, inspection.rows, inspection.columns[1:])]
+    keys = dict(inspection.checkpoint.metadata) if metadata else {}
     if metadata:
-        text += ["", *(f"{printable(key)}: {printable(value)}" for key, value in sorted(inspection.metadata.items()))]
-    return Result(inspection.as_json() | ({"metadata": dict(inspection.metadata)} if metadata else {}), text)
+        text += ["", *(f"{printable(key)}: {printable(value)}" for key, value in sorted(keys.items()))]
+    return Result(inspection.as_json() | ({"metadata": keys} if metadata else {}), text)

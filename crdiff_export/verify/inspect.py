@@ -3,13 +3,22 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from crdiff_export.bake.residual import EMBED, OWNER_HASH, RESIDUAL_KEYS, SIDECAR, residual_tensors, sidecar_path
+from crdiff_export.bake.residual import (
+    EMBED,
+    OUTPUT_HASH,
+    OWNER_HASH,
+    RESIDUAL_KEYS,
+    SIDECAR,
+    residual_tensors,
+    sidecar_path,
+)  # fmt: skip
 from crdiff_export.errors import FamilyError
 from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
-from crdiff_export.formats.crdiff_keys import LAYER_WISE, Stamp, is_baked
+from crdiff_export.formats.crdiff_keys import LAYER_WISE, PREFIX, Stamp, is_baked
 from crdiff_export.formats.text import amount, printable
 from crdiff_export.models import families
 from crdiff_export.models.families import Match
@@ -19,66 +28,105 @@ GROUP_COLUMNS = ("group", "ratio", "zeroed", "of", "share", "threshold")
 _SHAPES = {"file": "one file", "shards": "shards", "folder": "diffusers folder"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Inspection:
     """What the headers of a checkpoint say.
 
     Attributes:
         path: The file or folder.
-        kind: `file`, `shards` or `folder`.
-        files: The number of files of weights.
-        tensors: The number of tensors.
-        size: Their bytes.
-        dtypes: Bytes of tensors by dtype.
+        checkpoint: Its headers.
         match: The model family; None if it is unknown.
         why_not: Why the family is unknown.
-        quantised: How the weights are quantised, if they are.
-        sparse: A file is mostly a hole, without weights.
         stamp: The `crdiff.*` keys; None for a checkpoint that crdiff has not made.
-        metadata: All keys of the first file.
-        columns: The names of the columns of `rows`.
-        rows: A table of the groups, as text.
-        groups: The groups as numbers.
-        notes: Notes for the user.
-        residual: Where the residual is and how large, in words; also what a sidecar belongs to.
     """
 
     path: Path
-    kind: str
-    files: int
-    tensors: int
-    size: int
-    dtypes: Mapping[str, int]
+    checkpoint: Checkpoint
     match: Match | None
     why_not: str | None
-    quantised: str | None
-    sparse: bool
     stamp: Stamp | None
-    metadata: Mapping[str, str]
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    groups: Mapping[str, Mapping[str, Any]]
-    notes: tuple[str, ...]
-    residual: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(file.data_size for file in self.checkpoint.files)
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Bytes of tensors by dtype, the most first."""
+        sizes: Counter[str] = Counter()
+        for _, tensor in self.checkpoint.tensors():
+            sizes[tensor.dtype] += tensor.nbytes
+        return dict(sizes.most_common())
+
+    @cached_property
+    def groups(self) -> Mapping[str, Mapping[str, Any]]:
+        """The groups as numbers."""
+        if self.stamp:
+            return {
+                name: {
+                    "ratio": group.ratio, "pruned": group.pruned, "total": group.total,
+                    "threshold": group.threshold and group.threshold.hex(),
+                }
+                for name, group in self.stamp.groups.items()
+            }  # fmt: skip
+        return _plain_groups(self.checkpoint, self.match) if self.match else {}
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The names of the columns of `rows`."""
+        return GROUP_COLUMNS if self.stamp else ("group", "layers", "weights")
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """A table of the groups, as text."""
+        if self.stamp:
+            return group_rows(self.stamp)
+        return [[name, str(group["layers"]), f"{group['total']:,}"] for name, group in self.groups.items()]
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes for the user."""
+        files, match = self.checkpoint.files, self.match
+        sparse = [f"{file.path.name} is sparse: mostly a hole, without weights" for file in files if file.is_sparse]
+        ema = [f"{match.ema_tensors} tensors of an EMA copy (model_ema.*)"] if match and match.ema_tensors else []
+        return [*self.checkpoint.notes, *sparse, *ema]
+
+    @property
+    def residual(self) -> str | None:
+        """Where the residual is and how large, in words; of a sidecar, what it belongs to."""
+        files = self.checkpoint.files
+        if self.stamp is None:
+            owner = self.checkpoint.metadata.get(OWNER_HASH)
+            return owner and f"the sidecar of a file whose tensors hash to {printable(owner)}"
+        if self.stamp.residual == RESIDUAL_KEYS[EMBED]:
+            return f"embedded, {amount(sum(t.nbytes for f in files for t in residual_tensors(f.tensors)))}"
+        if self.stamp.residual != RESIDUAL_KEYS[SIDECAR]:
+            return None
+        sidecars = [sidecar_path(file.path) for file in files]
+        if missing := next((path for path in sidecars if not path.is_file()), None):
+            return f"in a sidecar, but there is no {missing.name}"
+        return f"in a sidecar, {amount(sum(path.stat().st_size for path in sidecars))}"
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """Yield what to print before the table, as name and text."""
-        shape = _SHAPES[self.kind] + (f", {self.files} files of weights" if self.files > 1 else "")
-        tensors = "tensor" if self.tensors == 1 else "tensors"
-        yield "file", f"{self.path} ({shape}, {self.tensors} {tensors}, {amount(self.size)})"
+        checkpoint, match = self.checkpoint, self.match
+        files, count = len(checkpoint.files), sum(len(file.tensors) for file in checkpoint.files)
+        shape = _SHAPES[checkpoint.kind] + (f", {files} files of weights" if files > 1 else "")
+        yield "file", f"{self.path} ({shape}, {count} {'tensor' if count == 1 else 'tensors'}, {amount(self.size)})"
         yield "dtypes", ", ".join(f"{dtype} {amount(size)}" for dtype, size in self.dtypes.items()) or "none"
-        if self.match:
-            inpainting = ", inpainting" if self.match.inpainting else ""
-            yield "family", f"{self.match.family.title} ({self.match.layout.name} layout{inpainting})"
-            yield "prefix", self.match.prefix or "none"
+        if match:
+            inpainting = ", inpainting" if match.inpainting else ""
+            yield "family", f"{match.family.title} ({match.layout.name} layout{inpainting})"
+            yield "prefix", match.prefix or "none"
         else:
             yield "family", self.why_not or "unknown"
-        if self.quantised:
-            yield "quantised", f"{self.quantised}; cannot be pruned by magnitude"
-        if title := self.metadata.get("modelspec.title"):
+        if kind := quantisation(checkpoint):
+            yield "quantised", f"{kind}; cannot be pruned by magnitude"
+        if title := checkpoint.metadata.get("modelspec.title"):
             yield "title", printable(title)
         if self.stamp:
-            yield from _stamp_facts(self.stamp, self.metadata.get("modelspec.hash_sha256"))
+            yield from _stamp_facts(self.stamp, checkpoint.metadata.get(OUTPUT_HASH))
         elif not self.residual:
             yield "crdiff", "not made by crdiff"
         if self.residual:
@@ -88,76 +136,30 @@ class Inspection:
 
     def as_json(self) -> dict[str, Any]:
         """Return the same as an object for JSON."""
-        values: dict[str, Any] = {
-            "file": str(self.path), "kind": self.kind, "files": self.files, "tensors": self.tensors, "bytes": self.size,
-            "dtypes": dict(self.dtypes), "family": self.match.family.id if self.match else None,
-            "layout": self.match.layout.name if self.match else None,
-            "prefix": self.match.prefix if self.match else None,
-            "inpainting": self.match.inpainting if self.match else None, "unknown": self.why_not,
-            "quantised": self.quantised, "sparse": self.sparse, "title": self.metadata.get("modelspec.title"),
-            "groups": self.groups, "notes": list(self.notes), "crdiff": None,
+        checkpoint, match, metadata = self.checkpoint, self.match, self.checkpoint.metadata
+        keys = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
+        return {
+            "file": str(self.path), "kind": checkpoint.kind, "files": len(checkpoint.files),
+            "tensors": sum(len(file.tensors) for file in checkpoint.files), "bytes": self.size, "dtypes": self.dtypes,
+            "family": match and match.family.id, "layout": match and match.layout.name,
+            "prefix": match and match.prefix, "inpainting": match and match.inpainting, "unknown": self.why_not,
+            "quantised": quantisation(checkpoint), "sparse": any(file.is_sparse for file in checkpoint.files),
+            "title": metadata.get("modelspec.title"), "groups": self.groups, "notes": self.notes,
+            "crdiff": keys if self.stamp else None,
         }  # fmt: skip
-        if self.stamp:
-            keys = {k.removeprefix("crdiff."): v for k, v in self.metadata.items() if k.startswith("crdiff.")}
-            values["crdiff"] = keys
-        return values
 
 
 def inspect(path: Path) -> Inspection:
     """Read the headers of a file or folder of any family; CheckpointError if they cannot be read."""
     checkpoint = open_checkpoint(path)
-    dtypes: Counter[str] = Counter()
-    for _, tensor in checkpoint.tensors():
-        dtypes[tensor.dtype] += tensor.nbytes
-    match: Match | None = None
-    why_not: str | None = None
+    match, why_not = None, None
     try:
         match = families.detect(checkpoint.shapes)
     except FamilyError as error:
         why_not = error.message
     stamped = is_baked(checkpoint.metadata)
     stamp = Stamp.from_metadata(checkpoint.metadata, str(path)) if stamped else None
-    groups = _stamped_groups(stamp) if stamp else _plain_groups(checkpoint, match) if match else {}
-    columns = GROUP_COLUMNS if stamp else ("group", "layers", "weights")
-    notes = [f"{f.path.name} is sparse: mostly a hole, without weights" for f in checkpoint.files if f.is_sparse]
-    if match and match.ema_tensors:
-        notes.append(f"{match.ema_tensors} tensors of an EMA copy (model_ema.*)")
-    return Inspection(
-        path=path,
-        kind=checkpoint.kind,
-        files=len(checkpoint.files),
-        tensors=sum(len(f.tensors) for f in checkpoint.files),
-        size=sum(f.data_size for f in checkpoint.files),
-        dtypes=dict(dtypes.most_common()),
-        match=match,
-        why_not=why_not,
-        quantised=quantisation(checkpoint),
-        sparse=any(f.is_sparse for f in checkpoint.files),
-        stamp=stamp,
-        metadata=checkpoint.metadata,
-        columns=columns,
-        rows=_rows(groups, stamp),
-        groups=groups,
-        notes=(*checkpoint.notes, *notes),
-        residual=_residual(checkpoint, stamp) if stamp else _sidecar_of(checkpoint.metadata),
-    )
-
-
-def _residual(checkpoint: Checkpoint, stamp: Stamp) -> str | None:
-    """Say where the residual is and how large."""
-    if stamp.residual == RESIDUAL_KEYS[EMBED]:
-        return f"embedded, {amount(sum(t.nbytes for f in checkpoint.files for t in residual_tensors(f.tensors)))}"
-    if stamp.residual != RESIDUAL_KEYS[SIDECAR]:
-        return None
-    sidecars = [sidecar_path(file.path) for file in checkpoint.files]
-    if missing := next((path for path in sidecars if not path.is_file()), None):
-        return f"in a sidecar, but there is no {missing.name}"
-    return f"in a sidecar, {amount(sum(path.stat().st_size for path in sidecars))}"
-
-
-def _sidecar_of(metadata: Mapping[str, str]) -> str | None:
-    of = metadata.get(OWNER_HASH)
-    return of and f"the sidecar of a file whose tensors hash to {printable(of)}"
+    return Inspection(path, checkpoint, match, why_not, stamp)
 
 
 def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, str]]:
@@ -175,7 +177,8 @@ def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, s
     if stamp.calibrated:
         yield "calibration", f"{stamp.calibrated.hash}, made at {stamp.calibrated.size}"
     yield "POA weight", f"{stamp.poa_weight:g}"
-    yield "base", f"{printable(stamp.source_name)} ({_base_hash(stamp)})"
+    base_hash = f"file {stamp.source_file_hash}" if stamp.source_file_hash else stamp.source_hash or "not hashed"
+    yield "base", f"{printable(stamp.source_name)} ({base_hash})"
     yield "hash", printable(output_hash) if output_hash else "none"
     yield "made by", f"crdiff {printable(stamp.version)}"
 
@@ -187,13 +190,6 @@ def mask(stamp: Stamp) -> str:
     among = names.get(stamp.compare, stamp.compare)
     moved = "; the weights that stay were moved" if stamp.moved else ""
     return f"its zeros, compared within each {among}{moved}"
-
-
-def _base_hash(stamp: Stamp) -> str:
-    """Say which hash identifies the base: that of its tensors or that of its file."""
-    if stamp.source_file_hash:
-        return f"file {stamp.source_file_hash}"
-    return stamp.source_hash or "not hashed"
 
 
 def provenance(standing: str, source: str) -> str:
@@ -209,13 +205,6 @@ def provenance(standing: str, source: str) -> str:
     return f"{'starting point, tuned by nobody' if standing == 'starting-point' else standing} ({source})"
 
 
-def _stamped_groups(stamp: Stamp) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"ratio": g.ratio, "pruned": g.pruned, "total": g.total, "threshold": g.threshold and g.threshold.hex()}
-        for name, g in stamp.groups.items()
-    }
-
-
 def _plain_groups(checkpoint: Checkpoint, match: Match) -> dict[str, dict[str, Any]]:
     """Count the prunable layers of a file that is not pruned, with the family's default targets."""
     groups: dict[str, dict[str, Any]] = {name: {"layers": 0, "total": 0} for name in match.family.groups}
@@ -225,10 +214,6 @@ def _plain_groups(checkpoint: Checkpoint, match: Match) -> dict[str, dict[str, A
             groups[layer.group]["layers"] += 1
             groups[layer.group]["total"] += shape[1] * (shape[0] if layer.part is None else shape[1])
     return groups
-
-
-def _rows(groups: Mapping[str, Mapping[str, Any]], stamp: Stamp | None) -> list[list[str]]:
-    return group_rows(stamp) if stamp else [[n, str(g["layers"]), f"{g['total']:,}"] for n, g in groups.items()]
 
 
 def group_rows(stamp: Stamp) -> list[list[str]]:
