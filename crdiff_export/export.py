@@ -167,7 +167,7 @@ def run_together(jobs: Sequence[ExportJob], progress: Progress) -> Iterator[Bake
     """
     destination.check_space(*(job.space for job in jobs))
     with _rank(jobs, progress) as ranking:
-        for batch in [[job] for job in jobs] if ranking.criterion.moves else [jobs]:
+        for batch in [[job] for job in jobs] if jobs[0].criterion.moves else [jobs]:
             yield from ranking.write(batch)
 
 
@@ -195,7 +195,6 @@ def run_in_turn(jobs: Sequence[ExportJob], progress: Progress) -> Iterator[Baked
 class _Ranking:
     """A base whose weights have been ranked, and what its exports have in common."""
 
-    criterion: CriterionChoice
     calibrated: CalibrationStamp | None
     ranked: Ranked
     architecture: Architecture
@@ -222,7 +221,7 @@ class _Ranking:
     def _write_job(self, job: ExportJob) -> WriteJob:
         request, decision = job.request, self.ranked.decide(job.plan, self.progress)
         stamp = metadata.stamp(
-            job.plan, decision, self.criterion.name, job.base.name, self.architecture,
+            job.plan, decision, job.criterion.name, job.base.name, self.architecture,
             residual.RESIDUAL_KEYS[request.residual], self.calibrated,
         )  # fmt: skip
         return WriteJob(
@@ -239,7 +238,7 @@ def _rank(jobs: Sequence[ExportJob], progress: Progress) -> Iterator[_Ranking]:
         kernel = kernels.load(request.device, request.threads)
         calibrated = criterion.calibrated(progress)
         ranked = criterion.rank(plans, kernel, progress, request.device)
-        yield _Ranking(criterion, calibrated, ranked, architecture.find(plans[0]), kernel, hashes, progress)
+        yield _Ranking(calibrated, ranked, architecture.find(plans[0]), kernel, hashes, progress)
 
 
 def _known_hashes(jobs: Sequence[ExportJob]) -> Mapping[str, str]:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,15 @@ HEADER_GROWTH = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class DiskSpace:
-    """The bytes that an export needs in a folder, and the bytes that are free there."""
+    """The bytes that an export needs in a folder."""
 
     folder: Path
     needed: int
-    free: int
+
+    @property
+    def free(self) -> int:
+        """The bytes that are free there."""
+        return shutil.disk_usage(self.folder).free
 
 
 def choose_target(
@@ -52,9 +57,7 @@ def choose_target(
     target = output if output is not None else Path(f"{stem or checkpoint.stem}-crdiff-{size}{suffix}")
     check_target(checkpoint, target, force=force)
     if way == residual.SIDECAR and not folder:
-        sidecar = residual.sidecar_path(target)
-        with _refuse_os_errors(sidecar):
-            _check_free(sidecar, force=force)
+        check_file(residual.sidecar_path(target), force=force)
     return target
 
 
@@ -71,14 +74,20 @@ def check_target(checkpoint: Checkpoint, target: Path, *, force: bool, source: s
         PlanError: It cannot or must not be written there.
     """
     with _refuse_os_errors(target):
-        _check(checkpoint, target, force=force, source=source)
+        _check_parent(target)
+        _refuse_source(checkpoint, target, source)
+        if checkpoint.kind != "file":
+            _check_folder(checkpoint, target, force=force)
+        else:
+            _check_file_name(target)
+            _check_free(target, force=force)
 
 
 def check_file(target: Path, *, force: bool) -> None:
-    """Check that a file of another kind, such as a report, can be written.
+    """Check that a file of any kind, such as a report, can be written.
 
     Args:
-        target: The path to write.
+        target: The file.
         force: Replace a file that exists.
 
     Raises:
@@ -98,33 +107,23 @@ def _refuse_os_errors(target: Path) -> Iterator[None]:
 
 
 def _check_parent(target: Path) -> None:
+    """Refuse a path without a name, and a folder that does not exist or cannot be written to."""
+    if target.name in ("", ".."):
+        raise PlanError(f"{target}: not a name for the output", f"Give it one: -o {target / 'NAME'}.")
     if not target.parent.is_dir():
         raise PlanError(f"{target}: the folder {target.parent} does not exist", "Create it, or give another -o.")
+    with contextlib.suppress(FileNotFoundError):
+        target.lstat()  # raises OSError for a name that is too long, for example
     if not os.access(target.parent, os.W_OK):
         raise PlanError(f"{target}: the folder {target.parent} cannot be written to", "Give another place with -o.")
 
 
 def _check_free(target: Path, *, force: bool) -> None:
     """Refuse a path that is taken, unless `force` may replace a regular file there."""
-    with contextlib.suppress(FileNotFoundError):
-        target.lstat()  # raises OSError for a name that is too long, for example
     if target.exists() and not target.is_file():
         raise PlanError(f"{target}: not a regular file", "Give another place with -o.")
     if os.path.lexists(target) and not force:
         raise PlanError(f"{target}: already exists", "Give another -o, or --force to replace it.")
-
-
-def _check(checkpoint: Checkpoint, target: Path, *, force: bool, source: str) -> None:
-    if target.name in ("", ".."):
-        raise PlanError(f"{target}: not a name for the output", f"Give it one: -o {target / 'NAME'}.")
-    _check_parent(target)
-    with contextlib.suppress(FileNotFoundError):
-        target.lstat()  # raises OSError for a name that is too long, for example
-    _refuse_source(checkpoint, target, source)
-    if checkpoint.kind != "file":
-        _check_folder(checkpoint, target, force=force)
-    else:
-        _check_file(target, force=force)
 
 
 def _refuse_source(checkpoint: Checkpoint, target: Path, source: str) -> None:
@@ -141,7 +140,7 @@ def _refuse_source(checkpoint: Checkpoint, target: Path, source: str) -> None:
         raise PlanError(f"{target}: the {source} lies in it", hint)
 
 
-def _check_file(target: Path, *, force: bool) -> None:
+def _check_file_name(target: Path) -> None:
     if target.is_dir():
         raise PlanError(
             f"{target}: a folder; the output is one file", f"Give a file name: -o {target / 'NAME.safetensors'}."
@@ -149,7 +148,6 @@ def _check_file(target: Path, *, force: bool) -> None:
     if target.suffix != ".safetensors":
         name = target.stem if target.suffix in PICKLES else target.name
         raise PlanError(f"{target}: the output is a safetensors file", f"Name it {name}.safetensors.")
-    _check_free(target, force=force)
 
 
 def _check_folder(checkpoint: Checkpoint, target: Path, *, force: bool) -> None:
@@ -176,26 +174,23 @@ def _check_folder(checkpoint: Checkpoint, target: Path, *, force: bool) -> None:
 
 def _is_ours(folder: Path) -> bool:
     """Whether a folder holds an export; --force must not delete any other folder."""
-    candidates = (folder, *sorted(folder.glob("*.index.json")))
-    for path in candidates:
-        try:
-            return all(is_baked(file.metadata) for file in open_checkpoint(path).files)
-        except CheckpointError:
-            continue
-    return False
+    try:
+        return all(is_baked(file.metadata) for file in open_checkpoint(folder).files)
+    except CheckpointError:
+        return False
 
 
 def _foreign_file(checkpoint: Checkpoint, folder: Path) -> str | None:
     """Return a file in an earlier output that the new one would not have; weights may be split into other files."""
     new = {file.name for file in checkpoint.files} | {str(name) for name in checkpoint.companions}
     files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
-    ours = ("diffusion_pytorch_model*", f"*{residual.SUFFIX}")
-    names = (path.relative_to(folder).as_posix() for path in files if not any(map(path.match, ours)))
+    weights = ("diffusion_pytorch_model*", f"*{residual.SUFFIX}")
+    names = (path.relative_to(folder).as_posix() for path in files if not any(map(path.match, weights)))
     return next((name for name in names if name not in new), None)
 
 
 def measure_space(plan: Plan, target: Path, way: str, counts: Sequence[int] | None = None) -> DiskSpace:
-    """Compute the bytes that an output needs, beside an output that it replaces, and the bytes that are free.
+    """Compute the bytes that an output needs, beside an output that it replaces.
 
     Args:
         plan: The plan of the export.
@@ -204,19 +199,18 @@ def measure_space(plan: Plan, target: Path, way: str, counts: Sequence[int] | No
         counts: For each scope, how many weights are pruned, once that is known: with ties, more than the ratio says.
 
     Returns:
-        The bytes needed and free.
+        The bytes needed.
     """
     headers = sum(output.source.data_start + HEADER_GROWTH for output in plan.outputs)
-    needed = plan.data_size + headers + companions_size(plan)
+    needed = plan.data_size + headers + companions_size(plan.checkpoint)
     if way != residual.NONE:
         needed += residual.largest_size(plan, counts or [scope.rank for scope in plan.scopes])
-    return DiskSpace(target.parent, needed, shutil.disk_usage(target.parent).free)
+    return DiskSpace(target.parent, needed)
 
 
-def companions_size(plan: Plan) -> int:
+def companions_size(checkpoint: Checkpoint) -> int:
     """Return the total bytes of the files that are copied unchanged."""
-    root = plan.checkpoint.home
-    return sum((root / name).stat().st_size for name in plan.checkpoint.companions)
+    return sum((checkpoint.home / name).stat().st_size for name in checkpoint.companions)
 
 
 def check_space(*spaces: DiskSpace) -> None:
@@ -225,11 +219,12 @@ def check_space(*spaces: DiskSpace) -> None:
     Raises:
         PlanError: A folder has too little space for the outputs that go there.
     """
-    for folder in dict.fromkeys(space.folder.resolve() for space in spaces):
-        here = [space for space in spaces if space.folder.resolve() == folder]
-        needed, free = sum(space.needed for space in here), here[0].free
-        if needed > free:
+    needed: Counter[Path] = Counter()
+    for space in spaces:
+        needed[space.folder.resolve()] += space.needed
+    for folder, size in needed.items():
+        if size > (free := DiskSpace(folder, size).free):
             raise PlanError(
-                f"{folder}: {amount(needed)} needed, {amount(free)} free",
+                f"{folder}: {amount(size)} needed, {amount(free)} free",
                 "Free some space, or give another place with -o.",
             )

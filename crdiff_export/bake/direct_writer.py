@@ -25,13 +25,17 @@ class DirectWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
-        self._cached = os.open(path, flags, 0o666)
+        self._handles = contextlib.ExitStack()
+        self._cached = self._open(os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0))
         self._direct: int | None = None
         if hasattr(os, "O_DIRECT"):
             with contextlib.suppress(OSError):  # tmpfs and some network file systems refuse it
-                self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
-        self._open = True
+                self._direct = self._open(os.O_WRONLY | os.O_DIRECT)
+
+    def _open(self, flags: int) -> int:
+        handle = os.open(self.path, flags, 0o666)
+        self._handles.callback(os.close, handle)
+        return handle
 
     def __enter__(self) -> Self:
         return self
@@ -41,12 +45,7 @@ class DirectWriter:
 
     def close(self) -> None:
         """Close the file; closing it twice does no harm."""
-        if not self._open:
-            return
-        self._open = False
-        os.close(self._cached)
-        if self._direct is not None:
-            os.close(self._direct)
+        self._handles.close()
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write whole pages; only the last piece of the file may end within a page.
@@ -55,11 +54,16 @@ class DirectWriter:
             data: The bytes.
             offset: Where they begin in the file: at the start of a page.
         """
-        pages = len(data) - len(data) % PAGESIZE
-        if self._direct is not None and not self._write_direct(self._direct, data[:pages], offset):
-            os.close(self._direct)
-            self._direct = None
-        done = 0 if self._direct is None else pages
+        done = 0
+        if self._direct is not None:
+            pages = len(data) - len(data) % PAGESIZE
+            try:
+                _write_all(self._direct, data[:pages], offset)
+                done = pages
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._direct = None  # the device needs another alignment, or a short write broke the alignment
         _write_all(self._cached, data[done:], offset + done)
 
     def append(self, data: memoryview, offset: int) -> None:
@@ -93,17 +97,6 @@ class DirectWriter:
                     f"{self.path.name}: does not read back as written", "Check the disk, then run it again."
                 )
             yield data
-
-    @staticmethod
-    def _write_direct(handle: int, data: memoryview, offset: int) -> bool:
-        """Write pages; False where the device needs another alignment, or a short write broke the alignment."""
-        try:
-            _write_all(handle, data, offset)
-        except OSError as error:
-            if error.errno == errno.EINVAL:
-                return False
-            raise
-        return True
 
     def complete(self, tensors: Sequence[TensorSpec], metadata: Mapping[str, str], header_size: int) -> int:
         """Write the final header over the reserved one, make the file durable, and check that it reads back.

@@ -162,7 +162,7 @@ def header(
     inherited = {key: text for key, text in source.items() if not STALE.fullmatch(key) and not key.startswith(stale)}
     title = inherited.get("modelspec.title") or _title(stamp.source_name)
     implementation = "diffusers" if plan.match.layout.name == "diffusers" else plan.match.family.implementation
-    ours = {
+    generated = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": safe(f"{title} CR-Diff {plan.size}"),
@@ -172,9 +172,9 @@ def header(
         "modelspec.implementation": inherited.get("modelspec.implementation") or implementation,
     }
     if hashes:
-        ours["modelspec.hash_sha256"] = hashes.output
+        generated["modelspec.hash_sha256"] = hashes.output
         stamp = replace(stamp, source_hash=hashes.source, source_file_hash=hashes.source_file)
-    return {**inherited, **ours, **stamp.to_metadata()}
+    return {**inherited, **generated, **stamp.to_metadata()}
 
 
 def _title(name: str) -> str:

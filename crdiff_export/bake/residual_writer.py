@@ -1,8 +1,6 @@
 """Write a residual while the weights of its base stream past."""
 
-from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crdiff_export.bake import stream
@@ -20,14 +18,6 @@ if TYPE_CHECKING:
 _UNKNOWN_HASH = f"0x{'0' * 64}"
 
 
-@dataclass(frozen=True, slots=True)
-class Sidecar:
-    """A finished sidecar: its path, and its size in bytes."""
-
-    path: Path
-    size: int
-
-
 class ResidualWriter:
     """Writes the residual of one file, either behind the file's own tensors or into a sidecar.
 
@@ -36,7 +26,7 @@ class ResidualWriter:
 
     def __init__(self, plan: Plan, number: int) -> None:
         self._base_header = header_of(plan.outputs[number].source)
-        self._largest = sum(cut.stop - cut.start for cut in stream.prunable_ranges(plan, number))
+        self._largest = sum(cut.stop - cut.start for cut in stream.prune_ranges(plan, number))
         self.size = 0
 
     def largest_tensors(self, start: int) -> tuple[TensorSpec, ...]:
@@ -68,13 +58,12 @@ class ResidualWriter:
         for piece in self._writer.read(self._offset, end + len(self._base_header)):
             digest.update(piece)
 
-    def finish_sidecar(self, owner_hash: str) -> Sidecar:
-        """Complete the sidecar of the file with this hash and make it durable."""
+    def finish_sidecar(self, owner_hash: str) -> int:
+        """Complete the sidecar of the file with this hash, make it durable, and return its bytes."""
         digest = sha256()
         self.complete(digest)
         metadata = _sidecar_metadata(owner_hash, f"0x{digest.hexdigest()}")
-        size = self._writer.complete(self.tensors(0), metadata, self._header_size)
-        return Sidecar(self._writer.path, size)
+        return self._writer.complete(self.tensors(0), metadata, self._header_size)
 
 
 def _sidecar_metadata(owner_hash: str, own_hash: str = _UNKNOWN_HASH) -> dict[str, str]:

@@ -3,9 +3,9 @@
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from crdiff_export.formats.hashing import feed
 from crdiff_export.formats.weight_file import SourceFile
@@ -30,18 +30,20 @@ class SourceHashes:
         self._files: Sequence[SourceFile] = plans[0].checkpoint.files
         self._file_hashes = file_hashes
         self._shared = [min(plan.unchanged(number) for plan in plans) for number in range(len(self._files))]
-        self._states: list[Future[_Hash]] = [Future() for _ in self._files]
-        self._digests: list[Future[str]] = [Future() for _ in self._files]
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="crdiff-hash", daemon=True)
+        self._pool = ThreadPoolExecutor(1, "crdiff-hash")
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._states: list[Future[_Hash]] = []
+        self._digests: list[Future[str]] = []
+        for number in range(len(self._files)):
+            self._states.append(self._pool.submit(self._hash_shared, number))
+            self._digests.append(self._pool.submit(self._hash_rest, number))
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stopped.set()
-        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)
 
     def shared(self, number: int) -> int:
         """Return how many bytes at the start of the data section of file `number` all outputs share with it."""
@@ -59,24 +61,13 @@ class SourceHashes:
         """Wait for the hash of the data section of file `number`, as hex; None if the whole file's hash was given."""
         return None if self.file_hash(number) else self._digests[number].result()
 
-    def _run(self) -> None:
-        for number, file in enumerate(self._files):
-            try:
-                self._hash(number, file)
-            except BaseException as error:  # noqa: BLE001  raised where the hash is needed
-                self._fail(error)
-                return
+    def _hash_shared(self, number: int) -> "_Hash":
+        digest = hashlib.sha256()
+        feed(digest, self._files[number], 0, self._shared[number], self._stopped)
+        return digest
 
-    def _fail(self, error: BaseException) -> None:
-        futures: list[Future[Any]] = [*self._states, *self._digests]
-        for future in futures:
-            if not future.done():
-                future.set_exception(error)
-
-    def _hash(self, number: int, file: SourceFile) -> None:
-        digest, shared = hashlib.sha256(), self._shared[number]
-        feed(digest, file, 0, shared, self._stopped)
-        self._states[number].set_result(digest.copy())
+    def _hash_rest(self, number: int) -> str:
+        digest, file = self.state(number), self._files[number]
         if not self.file_hash(number):
-            feed(digest, file, shared, file.data_size, self._stopped)
-            self._digests[number].set_result(digest.hexdigest())
+            feed(digest, file, self._shared[number], file.data_size, self._stopped)
+        return digest.hexdigest()

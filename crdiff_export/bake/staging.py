@@ -8,11 +8,12 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
 
 from crdiff_export.errors import BakeError
 from crdiff_export.formats import file_lock
+from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.progress import Progress
 
 _PART = ".crdiff-part"
@@ -134,30 +135,29 @@ def _link(part: Path, target: Path) -> None:
         part.replace(target)
 
 
-def copy_companions(home: Path, names: Sequence[PurePosixPath], part: Path, progress: Progress) -> None:
-    """Copy files from one folder to another and make everything in it durable.
+def copy_companions(checkpoint: Checkpoint, part: Path, progress: Progress) -> None:
+    """Copy the files beside the weights of a checkpoint, and make everything in the new folder durable.
 
     Args:
-        home: The folder to copy from.
-        names: The files, relative to it.
-        part: The folder to copy to; with no names it may be a file, which stays as it is.
+        checkpoint: The checkpoint to copy from.
+        part: The folder to copy to; a file, which has no companions, stays as it is.
         progress: Is told about the bytes copied.
     """
-    sizes = {name: (home / name).stat().st_size for name in names}
+    sizes = {name: (checkpoint.home / name).stat().st_size for name in checkpoint.companions}
     if sizes:
         progress.stage("copying", sum(sizes.values()))
     for name, size in sizes.items():
         (part / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(home / name, part / name)
-        _sync(part / name)
+        shutil.copyfile(checkpoint.home / name, part / name)
+        _sync(part / name, os.O_RDWR)
         progress.advance(size)
     if part.is_dir():
         for folder in {p.parent for p in part.rglob("*")}:
             sync_folder(folder)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDWR)
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:
@@ -179,11 +179,7 @@ def copy_permissions(part: Path, target: Path) -> None:
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable, where the system supports it."""
     with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(path, os.O_RDONLY)
 
 
 def _swap(part: Path, target: Path) -> None:
@@ -278,6 +274,4 @@ def as_bake_error(error: OSError, target: Path) -> BakeError:
         return BakeError(f"{message}; nothing was left behind", "Free some space, or give another place with -o.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return BakeError(message, "Give a place you may write to with -o.")
-    if sys.platform == "win32" and isinstance(error, PermissionError):
-        return BakeError(message, "Close the program that has the file open.")
     return BakeError(message, "Check the paths, then run the export again; the target is as it was.")

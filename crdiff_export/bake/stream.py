@@ -6,10 +6,12 @@ pages, independent of the tensors, so that it can be written unbuffered. It is r
 a weight that lies in two chunks is complete in both.
 """
 
+import contextlib
 import mmap
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from crdiff_export.bake.prefetch import DEPTH, prefetch
@@ -20,7 +22,7 @@ from crdiff_export.formats.safetensors import BITS, show
 from crdiff_export.formats.weight_file import Bytes
 from crdiff_export.prune.criteria import Decision, Mask
 from crdiff_export.prune.kernels import Kernel
-from crdiff_export.prune.plan import Plan, Run
+from crdiff_export.prune.plan import Plan, Run, Target
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -103,49 +105,68 @@ class Chunk:
         return self.buffer[PAGE + start - self.start : PAGE + stop - self.start]
 
 
-def prunable_ranges(plan: Plan, file: int) -> tuple[PruneRange, ...]:
+def prune_ranges(plan: Plan, file: int, decision: Decision | None = None) -> tuple[PruneRange, ...]:
     """List the targets that may be pruned in one file of a plan.
 
     Args:
         plan: The plan.
         file: The number of the file.
+        decision: Which of their weights go; None where only their places matter.
 
     Returns:
-        Where their bytes are, in order, and not yet which weights go.
+        Where their bytes are, in order, and what to prune there.
     """
-    return tuple(prune_range for _, prune_range in _numbered_ranges(plan, file))
-
-
-def prune_ranges(pruning: Pruning, file: int) -> tuple[PruneRange, ...]:
-    """Return what to prune in one file of the plan, in order."""
-    decision, targets = pruning.decision, pruning.plan.targets
     ranges = []
-    for number, prune_range in _numbered_ranges(pruning.plan, file):
-        moved = decision.moved.get(number)
-        if decision.masks is None:
-            bits = decision.thresholds[targets[number].scope].bits
-            assert bits is not None
-            dtype = prune_range.dtype
-            limit = min(dtypes.limit(dtype, bits), dtypes.FORMATS[dtype].first_nonfinite - 1)
-            ranges.append(replace(prune_range, limit=limit))
-        elif moved is not None:
-            ranges.append(replace(prune_range, moved=moved.data.cast("B")))
-        else:
-            mask = decision.masks[number]
-            assert mask is not None
-            assert mask.count == targets[number].count
-            ranges.append(replace(prune_range, mask=mask))
-    return tuple(ranges)
+    for number, target in enumerate(plan.targets):
+        if target.file == file and plan.scopes[target.scope].rank:
+            bounds = PruneRange(*target.span(target.output), target.output.dtype)
+            ranges.append(_with_decision(bounds, decision, number, target) if decision else bounds)
+    return tuple(sorted(ranges, key=attrgetter("start")))
 
 
-def _numbered_ranges(plan: Plan, file: int) -> list[tuple[int, PruneRange]]:
-    """Return the bytes of each target that may be pruned, with the target's number."""
-    ranges = [
-        (number, PruneRange(*target.span(target.output), target.output.dtype))
-        for number, target in enumerate(plan.targets)
-        if target.file == file and plan.scopes[target.scope].rank
-    ]
-    return sorted(ranges, key=lambda numbered: numbered[1].start)
+def _with_decision(bounds: PruneRange, decision: Decision, number: int, target: Target) -> PruneRange:
+    if number in decision.moved:
+        return replace(bounds, moved=decision.moved[number].data.cast("B"))
+    if decision.masks is not None:
+        mask = decision.masks[number]
+        assert mask is not None
+        assert mask.count == target.count
+        return replace(bounds, mask=mask)
+    bits = decision.thresholds[target.scope].bits
+    assert bits is not None
+    return replace(
+        bounds, limit=min(dtypes.limit(bounds.dtype, bits), dtypes.FORMATS[bounds.dtype].first_nonfinite - 1)
+    )
+
+
+def buffers(kernel: Kernel, chunk: int, number: int) -> Iterator[memoryview]:
+    """Make buffers for chunks, which are used in turn.
+
+    Args:
+        kernel: Makes memory that it can work on.
+        chunk: Bytes of a chunk, which gets a page for the seam on both sides.
+        number: How many chunks are alive at once.
+
+    Returns:
+        The buffers, again and again.
+    """
+    return cycle([kernel.buffer(chunk + 2 * PAGE) for _ in range(number)])
+
+
+def windows(size: int, chunk: int, kernel: Kernel) -> Iterator[Chunk]:
+    """Divide a stream into chunks, whose buffers the first of the stages fills.
+
+    Args:
+        size: Bytes of the stream.
+        chunk: Bytes of a chunk.
+        kernel: Makes the buffers.
+
+    Yields:
+        The chunks, with as many buffers as can be alive: one in each stage, and DEPTH between each two stages.
+    """
+    memory = buffers(kernel, chunk, STAGES + (STAGES - 1) * DEPTH)
+    for start in range(0, size, chunk):
+        yield Chunk(start, min(start + chunk, size), next(memory))
 
 
 class Stream:
@@ -175,32 +196,25 @@ class Stream:
         self._file, self._kernel, self._hashes, self._chunk = file, kernel, hashes, chunk
         self._plan = prunings[0].plan
         self._output = self._plan.outputs[file]
-        self._ranges = [prune_ranges(pruning, file) for pruning in prunings]
+        self._ranges = [prune_ranges(pruning.plan, file, pruning.decision) for pruning in prunings]
         self._keep = [pruning.keep for pruning in prunings]
         self._unchanged = hashes.shared(file) if hashes else 0
         self._nonfinite: dict[str, int] = {}
         self.digests: list[_Hash] = []
+        # Variants share the source's buffer, so each needs its own copy, unless there is only one.
+        behind = STAGES - 1 + DEPTH
+        self._copies = buffers(kernel, chunk, behind) if len(prunings) > 1 else None
+        self._values = buffers(kernel, chunk, behind) if any(self._keep) else None
 
     def chunks(self) -> Generator[Chunk, None, None]:
         """Yield every chunk in order, all variants in turn; closing the generator stops all stages."""
-        # A buffer for every chunk that can be alive: one in each stage, and DEPTH between each two stages.
-        alive = STAGES + (STAGES - 1) * DEPTH
-        return prefetch(self._zero(prefetch(self._read(self._buffers(alive)))))
+        return prefetch(self._zero(prefetch(self._read())))
 
-    def _buffers(self, number: int) -> Iterator[memoryview]:
-        return cycle([self._kernel.buffer(self._chunk + 2 * PAGE) for _ in range(number)])
-
-    def _read(self, buffers: Iterator[memoryview]) -> Generator[Chunk, None, None]:
-        size = self._output.data_size
-        source = self._output.source.open()
-        try:
-            for start in range(0, size, self._chunk):
-                stop = min(start + self._chunk, size)
-                chunk = Chunk(start, stop, next(buffers))
+    def _read(self) -> Generator[Chunk, None, None]:
+        with contextlib.closing(self._output.source.open()) as source:
+            for chunk in windows(self._output.data_size, self._chunk, self._kernel):
                 self._fill(chunk, source)
                 yield chunk
-        finally:
-            source.close()
         self._refuse_nonfinite()
 
     def _fill(self, chunk: Chunk, source: Bytes) -> None:
@@ -240,37 +254,27 @@ class Stream:
 
     def _zero(self, stream: Iterator[Chunk]) -> Generator[Chunk, None, None]:
         digests = None
-        # Variants share the source's buffer, so each needs its own copy, unless there is only one.
-        copies = None if len(self._ranges) == 1 else self._buffers(STAGES - 1 + DEPTH)
-        value_buffers = self._buffers(STAGES - 1 + DEPTH) if any(self._keep) else None
         for chunk in stream:
             if self._hashes and digests is None and chunk.stop > self._unchanged:
                 digests = [self._hashes.state(self._file) for _ in self._ranges]
             for variant, ranges in enumerate(self._ranges):
-                output = self._prune(replace(chunk, variant=variant), ranges, copies, value_buffers)
+                output = self._prune(replace(chunk, variant=variant), ranges)
                 if digests:
                     digests[variant].update(output.part(max(chunk.start, self._unchanged), chunk.stop))
                 yield output
         if self._hashes:
-            digests = digests or [self._hashes.state(self._file) for _ in self._ranges]
-            self.digests = digests
+            self.digests = digests or [self._hashes.state(self._file) for _ in self._ranges]
 
-    def _prune(
-        self,
-        chunk: Chunk,
-        ranges: Sequence[PruneRange],
-        copies: Iterator[memoryview] | None,
-        value_buffers: Iterator[memoryview] | None,
-    ) -> Chunk:
+    def _prune(self, chunk: Chunk, ranges: Sequence[PruneRange]) -> Chunk:
         """Prune a chunk, in a copy where other variants need the source's bytes."""
         parts = list(overlaps(ranges, chunk.start, chunk.stop))
-        if parts and copies is not None:
+        if parts and self._copies:
             low, high = chunk.start - SEAM, chunk.stop + SEAM
-            copy = replace(chunk, buffer=next(copies))
+            copy = replace(chunk, buffer=next(self._copies))
             copy.part(low, high)[:] = chunk.part(low, high)
             chunk = copy
-        if parts and value_buffers is not None and self._keep[chunk.variant]:
-            chunk = replace(chunk, pruned=_copy_pruned(chunk, parts, next(value_buffers)))
+        if parts and self._values and self._keep[chunk.variant]:
+            chunk = replace(chunk, pruned=_copy_pruned(chunk, ranges, next(self._values)))
         for target, start, stop in parts:
             self._prune_target(target, chunk.part(start, stop), start - target.start)
         return chunk
@@ -285,16 +289,12 @@ class Stream:
             self._kernel.zero(weights, target.dtype, target.limit)
 
 
-def _copy_pruned(chunk: Chunk, parts: Sequence[tuple[PruneRange, int, int]], into: memoryview) -> memoryview:
-    """Copy the weights that will be pruned; a weight on the seam before the chunk belongs to the previous chunk."""
+def _copy_pruned(chunk: Chunk, ranges: Sequence[PruneRange], into: memoryview) -> memoryview:
+    """Copy those of the weights that begin in the chunk that will be pruned."""
     end = 0
-    for target, first, stop in parts:
-        size = dtypes.FORMATS[target.dtype].itemsize
-        start = first if first >= chunk.start else first + size
-        aligned = end + -end % size
-        copied = 0
-        if start < stop:
-            copied = _pick(target, chunk.part(start, stop), start - target.start, into[aligned:])
+    for target, start, stop in own_parts(ranges, chunk.start, chunk.stop):
+        aligned = end + -end % dtypes.FORMATS[target.dtype].itemsize
+        copied = _pick(target, chunk.part(start, stop), start - target.start, into[aligned:])
         if aligned != end:
             into[end : end + copied] = into[aligned : aligned + copied]
         end += copied
@@ -335,4 +335,21 @@ def overlaps(ranges: Sequence[PruneRange], low: int, high: int) -> Iterator[tupl
             size = dtypes.FORMATS[target.dtype].itemsize
             start -= (start - target.start) % size
             stop += -(stop - target.start) % size
+            yield target, start, stop
+
+
+def own_parts(ranges: Sequence[PruneRange], low: int, high: int) -> Iterator[tuple[PruneRange, int, int]]:
+    """Find the parts of ranges whose elements begin in a window; the others belong to the window before.
+
+    Args:
+        ranges: The ranges.
+        low: The first byte of the window.
+        high: The byte behind its last.
+
+    Yields:
+        As `overlaps`.
+    """
+    for target, first, stop in overlaps(ranges, low, high):
+        start = first if first >= low else first + dtypes.FORMATS[target.dtype].itemsize
+        if start < stop:
             yield target, start, stop

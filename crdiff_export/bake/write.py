@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,7 +10,7 @@ from crdiff_export.bake import destination, metadata, staging
 from crdiff_export.bake.direct_writer import DirectWriter
 from crdiff_export.bake.metadata import Hashes
 from crdiff_export.bake.residual import EMBED, NONE, SIDECAR, sidecar_path
-from crdiff_export.bake.residual_writer import ResidualWriter, Sidecar
+from crdiff_export.bake.residual_writer import ResidualWriter
 from crdiff_export.bake.source_hashes import SourceHashes
 from crdiff_export.bake.stream import CHUNK, Chunk, Pruning, Stream
 from crdiff_export.errors import BakeError, CrdiffError
@@ -73,6 +73,14 @@ class WriteJob:
             The metadata by key.
         """
         return metadata.header(self.plan, self.stamp, self.architecture, output.source.metadata, hashes)
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """A written sidecar: its path, and its size in bytes."""
+
+    path: Path
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +151,12 @@ def write(
         writers = [stack.enter_context(VariantWriter(job)) for job in jobs]
         for number in range(len(plan.outputs)):
             _write_file(writers, number, kernel, progress, hashes, chunk)
-        for writer in _active(writers):
+        for writer in writers:
             writer.do(writer.copy_companions, progress)
         for output in plan.outputs:
             output.source.check_unchanged()
         progress.advance(0)  # the last moment to interrupt
-        for writer in _active(writers):
+        for writer in writers:
             writer.do(writer.publish)
         return [writer.result() for writer in writers]
 
@@ -164,18 +172,17 @@ def _write_file(
     """Write file `number` of every variant."""
     file_hash = hashes.file_hash(number) if hashes else None
     reserved = _hashes(None if file_hash else _UNKNOWN_HASH, file_hash, _UNKNOWN_HASH) if hashes else None
-    for writer in _active(writers):
+    for writer in writers:
         writer.do(writer.begin, number, reserved)
-    active = _active(writers)
+    active = [writer for writer in writers if not writer.error]
     if not active:
         return
-    prunings = [writer.job.pruning for writer in active]
-    stream = Stream(prunings, number, kernel, hashes=hashes, chunk=chunk)
+    stream = Stream([writer.job.pruning for writer in active], number, kernel, hashes=hashes, chunk=chunk)
     with contextlib.closing(stream.chunks()) as chunks:
         for part in chunks:
             active[part.variant].do(active[part.variant].write, part)
             progress.advance(part.stop - part.start)
-            if not _active(writers):
+            if all(writer.error for writer in active):
                 return
     source = hashes.digest(number) if hashes else None
     for variant, writer in enumerate(active):
@@ -185,10 +192,6 @@ def _write_file(
 def _hashes(source: str | None, source_file: str | None, output: str) -> Hashes:
     """Put hashes into ModelSpec's spelling."""
     return Hashes(source and f"0x{source}", source_file and f"0x{source_file}", f"0x{output}")
-
-
-def _active(writers: Sequence["VariantWriter"]) -> list["VariantWriter"]:
-    return [writer for writer in writers if not writer.error]
 
 
 class VariantWriter:
@@ -242,19 +245,20 @@ class VariantWriter:
         embedded = self._residual if job.residual == EMBED else None
         end = self._output.data_size
         tensors = self._output.tensors + (embedded.largest_tensors(end) if embedded else ())
-        self._reserved = safetensors.serialise(tensors, job.metadata(self._output, reserved))
-        path = self._part / self._output.source.name if self._folder else self._part
+        self._header_size = len(safetensors.serialise(tensors, job.metadata(self._output, reserved)))
+        name = self._output.source.name
+        path, self._final = (self._part / name, job.target / name) if self._folder else (self._part, job.target)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self._resources.enter_context(DirectWriter(path))
         if embedded:
-            embedded.begin(self.file, len(self._reserved) + end)
+            embedded.begin(self.file, self._header_size + end)
         elif self._residual:
             sidecar = DirectWriter(self._sidecar_part or sidecar_path(path))
             self._residual.begin_sidecar(self._resources.enter_context(sidecar))
 
     def write(self, chunk: Chunk) -> None:
         """Write a chunk."""
-        self.file.write(chunk.data, len(self._reserved) + chunk.start)
+        self.file.write(chunk.data, self._header_size + chunk.start)
         if self._residual:
             self._residual.add(chunk.pruned)
 
@@ -265,16 +269,15 @@ class VariantWriter:
             self._residual.complete(digest)
             tensors += self._residual.tensors(self._output.data_size)
         hashes = _hashes(source, source_file, digest.hexdigest()) if digest else None
-        size = self.file.complete(tensors, self.job.metadata(self._output, hashes), len(self._reserved))
+        size = self.file.complete(tensors, self.job.metadata(self._output, hashes), self._header_size)
         sidecar = None
         if hashes and self._residual and self.job.residual == SIDECAR:
-            sidecar = self._residual.finish_sidecar(hashes.output)
-        self._files.append(BakedFile(self.file.path, size, hashes, sidecar))
+            sidecar = Sidecar(sidecar_path(self._final), self._residual.finish_sidecar(hashes.output))
+        self._files.append(BakedFile(self._final, size, hashes, sidecar))
 
     def copy_companions(self, progress: Progress) -> None:
         """Copy everything else of a folder."""
-        checkpoint = self.job.plan.checkpoint
-        staging.copy_companions(checkpoint.home, checkpoint.companions, self._part, progress)
+        staging.copy_companions(self.job.plan.checkpoint, self._part, progress)
 
     def publish(self) -> None:
         """Give the output its name, and remove what it replaces."""
@@ -289,14 +292,6 @@ class VariantWriter:
 
     def result(self) -> Written | Failure:
         """Return what was written, or why it failed."""
-        target = self.job.target
         if self.error:
-            return Failure(target, self.error)
-        return Written(target, tuple(map(self._final, self._files)), len(self.job.plan.checkpoint.companions))
-
-    def _final(self, file: BakedFile) -> BakedFile:
-        """Return the file with its final path in place of the temp file's."""
-        target = self.job.target
-        path = target / file.path.relative_to(self._part) if self._folder else target
-        sidecar = file.sidecar and replace(file.sidecar, path=sidecar_path(path))
-        return replace(file, path=path, sidecar=sidecar)
+            return Failure(self.job.target, self.error)
+        return Written(self.job.target, tuple(self._files), len(self.job.plan.checkpoint.companions))

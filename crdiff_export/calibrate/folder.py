@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from crdiff_export.bake import staging
+from crdiff_export.bake.destination import check_file
 from crdiff_export.errors import CalibrationError, CheckpointError, PlanError
 from crdiff_export.formats import file_lock, safetensors
 from crdiff_export.formats.checkpoint import read_file
@@ -45,29 +46,14 @@ def check_target(target: Path, plan: Plan, *, force: bool) -> None:
     Raises:
         PlanError: It cannot or must not be written there.
     """
-    try:
-        _check_target(target, plan, force=force)
-    except OSError as error:
-        raise PlanError(f"{target}: {error.strerror}", "Give another place with -o.") from error
-
-
-def _check_target(target: Path, plan: Plan, *, force: bool) -> None:
     if target.suffix != SUFFIX:
         raise PlanError(
             f"{target}: a calibration is a safetensors file", f"Name it {target.name or 'calibration'}{SUFFIX}."
         )
-    if not target.parent.is_dir():
-        raise PlanError(f"{target}: the folder {target.parent} does not exist", "Create it, or give another -o.")
-    if os.path.lexists(target):
-        target.lstat()
-        if target.exists() and not target.is_file():
-            raise PlanError(f"{target}: not a regular file", "Give another place with -o.")
-        if any(target.exists() and target.samefile(file.path) for file in plan.checkpoint.files):
-            raise PlanError(f"{target}: that is the base itself", "Give another place with -o.")
-        if not force:
-            raise PlanError(f"{target}: already exists", "Give another -o, or --force to replace it.")
-    if not os.access(target.parent, os.W_OK):
-        raise PlanError(f"{target}: the folder {target.parent} cannot be written to", "Give another place with -o.")
+    paths = [file.path for file in plan.checkpoint.files]  # which do not exist while the base is on the Hub alone
+    if os.path.lexists(target) and any(path.exists() and target.exists() and target.samefile(path) for path in paths):
+        raise PlanError(f"{target}: that is the base itself", "Give another place with -o.")
+    check_file(target, force=force)
 
 
 class Folder:

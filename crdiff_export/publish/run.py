@@ -163,7 +163,7 @@ class _Run:
             return Outcome(item, "failed", error=result.error)
         digest = _digest(result)
         if not item.destination:
-            size = result.written.size + companions_size(result.job.plan)
+            size = result.written.size + companions_size(result.job.plan.checkpoint)
             return Outcome(item, "written", digest, size, notes=result.notes)
         try:
             return replace(self._push(item, checked=True), digest=digest, notes=result.notes)

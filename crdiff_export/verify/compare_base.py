@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 from crdiff_export.bake.residual import EMBED, RESIDUAL_KEYS, residual_tensors
 from crdiff_export.bake.residual_writer import header_of
 from crdiff_export.bake.source_hashes import SourceHashes
-from crdiff_export.bake.stream import CHUNK, PruneRange, Pruning, Stream, prunable_ranges
+from crdiff_export.bake.stream import CHUNK, PruneRange, Pruning, Stream, prune_ranges
 from crdiff_export.errors import CheckpointError, VerifyError
-from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
+from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.hashing import hash_file
 from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.weight_file import SourceFile
@@ -75,18 +75,17 @@ def check_base(
         _check_moved(baked, plan_again, derived)
         decision = derived
     progress.stage("comparing", plan_again.data_size)
-    whole = {output.source.name: file.metadata.get(FILE_HASH, "") for output, file in files}
     hashed = any(DATA_HASH in file.metadata for _, file in files)
-    with SourceHashes([plan_again], whole) if hashed else contextlib.nullcontext() as hashes:
+    with SourceHashes([plan_again]) if hashed else contextlib.nullcontext() as hashes:
         for number, (output, file) in enumerate(files):
             stream = Stream([Pruning(plan_again, decision, keep=bool(residuals))], number, kernel)
             # Moved weights were compared above, where they could be.
-            skipped = prunable_ranges(plan_again, number) if baked.stamp.moved else ()
+            skipped = prune_ranges(plan_again, number) if baked.stamp.moved else ()
             _compare(stream, output, file, residuals[number] if residuals else None, skipped, progress)
-            if hashes and not hashes.file_hash(number):
-                _check_source(output.source, file, DATA_HASH, hashes.digest(number))
             if FILE_HASH in file.metadata:
                 _check_source(output.source, file, FILE_HASH, _hash_whole(output.source))
+            elif hashes:
+                _check_source(output.source, file, DATA_HASH, hashes.digest(number))
     return plan_again.checkpoint.path
 
 
@@ -95,12 +94,12 @@ def _plan_again(baked: BakedCheckpoint, base: str) -> Plan:
     planned, stamp = baked.plan, baked.stamp
     named = _VARIANT.fullmatch(planned.outputs[0].source.name)
     variant = named[1] if named and planned.checkpoint.kind == "folder" else None
-    path = bases.locate(base, variant).path
-    checkpoint = open_checkpoint(path, variant)
+    checkpoint = bases.locate(base, variant).open(variant)
     match = families.detect(checkpoint.shapes)
     if match.family.id != stamp.family or match.layout.name != stamp.layout:
         raise VerifyError(
-            f"{path}: {match.family.title} ({match.layout.name}), the file is {stamp.family} ({stamp.layout})",
+            f"{checkpoint.path}: {match.family.title} ({match.layout.name}), "
+            f"the file is {stamp.family} ({stamp.layout})",
             _GIVE_BASE,
         )
     refuse_sparse(checkpoint)

@@ -94,8 +94,10 @@ def read_decision(baked: BakedCheckpoint, progress: Progress | None = None, *, m
 
 def _stamp(checkpoint: Checkpoint) -> Stamp:
     stamps = [Stamp.from_metadata(file.metadata, str(file.path)) for file in checkpoint.files]
-    for file, stamp in zip(checkpoint.files, stamps, strict=True):
-        if _shared(stamp) != _shared(stamps[0]):
+    # Only the hash of each file's source differs between the files of one export.
+    shared = [replace(stamp, source_hash=None, source_file_hash=None) for stamp in stamps]
+    for file, stamp in zip(checkpoint.files, shared, strict=True):
+        if stamp != shared[0]:
             raise VerifyError(f"{file.path}: its header is of another export than its neighbours'", REPAIR)
     stamp = stamps[0]
     if not stamp.masked and stamp.criterion not in MAGNITUDES:
@@ -105,12 +107,6 @@ def _stamp(checkpoint: Checkpoint) -> Stamp:
             f"{checkpoint.path}: crdiff.mask does not go with {stamp.criterion}, which has thresholds", REPAIR
         )
     return stamp
-
-
-def _shared(stamp: Stamp) -> dict[str, str]:
-    """Return the keys that all files of one export have in common: all but the hash of each file's source."""
-    keys = stamp.to_metadata()
-    return {key: text for key, text in keys.items() if key not in (DATA_HASH, FILE_HASH)}
 
 
 def _plan(checkpoint: Checkpoint, stamp: Stamp) -> Plan:

@@ -1,9 +1,8 @@
 """Read residuals: find them by the headers, check their hashes, and give their values back in order."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import TYPE_CHECKING, Self
 
 from crdiff_export.bake.residual import (
@@ -26,7 +25,7 @@ from crdiff_export.formats.hashing import hash_data
 from crdiff_export.formats.safetensors import TensorSpec, show
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.progress import Progress
-from crdiff_export.prune.plan import Target
+from crdiff_export.prune.plan import Target, open_targets
 from crdiff_export.verify.reopen import NEWER, REPAIR, BakedCheckpoint
 
 if TYPE_CHECKING:
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _BASE = "Use the base itself; `crdiff inspect` names it."
+_CHANGED = f"It was changed since. {_BASE}"
+_DAMAGED = f"It was merged, altered or damaged, and cannot be restored. {_BASE}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +54,6 @@ class Residual:
     values: TensorSpec
     head: TensorSpec | None
     base_size: int
-
-    @property
-    def is_sidecar(self) -> bool:
-        """Whether it is in a file of its own."""
-        return self.file is not self.baked
 
 
 def find_residuals(baked: BakedCheckpoint) -> tuple[Residual, ...]:
@@ -121,7 +117,7 @@ def _residual(baked: SourceFile, file: SourceFile, start: int, base_size: int) -
     tensors = {tensor.name: tensor for tensor in residual_tensors(file.tensors)}
     values, head = tensors.get(VALUES), tensors.get(HEAD)
     if values is None or tuple(tensors.values()) != tensor_specs(start, values.nbytes, head.nbytes if head else 0):
-        raise VerifyError(f"{file.path}: its residual is not where crdiff puts it", f"It was changed since. {_BASE}")
+        raise VerifyError(f"{file.path}: its residual is not where crdiff puts it", _CHANGED)
     return Residual(baked, file, values, head, base_size)
 
 
@@ -136,13 +132,11 @@ def check_residuals(baked: BakedCheckpoint, progress: Progress) -> None:
         VerifyError: A file has changed since it was written; also what `find_residuals` raises.
     """
     residuals = find_residuals(baked)
-    progress.stage("hashing", sum(residual.baked.data_size for residual in residuals))
-    for residual in residuals:
-        check_hash(residual.baked, OUTPUT_HASH, hash_data(residual.baked, progress))
+    check_hashes(baked.checkpoint.files, OUTPUT_HASH, progress)
     check_sidecars(residuals, progress)
 
 
-def check_sidecars(residuals: tuple[Residual, ...], progress: Progress) -> None:
+def check_sidecars(residuals: Sequence[Residual], progress: Progress) -> None:
     """Hash the sidecars among residuals.
 
     Args:
@@ -152,28 +146,44 @@ def check_sidecars(residuals: tuple[Residual, ...], progress: Progress) -> None:
     Raises:
         VerifyError: A sidecar has changed since it was written.
     """
-    sidecars = [residual.file for residual in residuals if residual.is_sidecar]
-    if sidecars:
-        progress.stage("hashing", sum(file.data_size for file in sidecars))
-    for file in sidecars:
-        check_hash(file, SIDECAR_HASH, hash_data(file, progress))
+    check_hashes(
+        [residual.file for residual in residuals if residual.file is not residual.baked], SIDECAR_HASH, progress
+    )
 
 
-def check_hash(file: SourceFile, key: str, actual: str) -> None:
+def check_hashes(files: Sequence[SourceFile], key: str, progress: Progress, hint: str = _DAMAGED) -> None:
+    """Hash the data sections of files and compare each with the hash in its header.
+
+    Args:
+        files: The files.
+        key: The header key that holds the expected hash.
+        progress: Is told how far the work is, and may interrupt it.
+        hint: What to do with a file that has changed.
+
+    Raises:
+        VerifyError: A file has changed since it was written.
+    """
+    if files:
+        progress.stage("hashing", sum(file.data_size for file in files))
+    for file in files:
+        check_hash(file, key, hash_data(file, progress), hint)
+
+
+def check_hash(file: SourceFile, key: str, actual: str, hint: str = _DAMAGED) -> None:
     """Compare a hash with the one in a file's header.
 
     Args:
         file: The file.
         key: The header key that holds the expected hash, with `0x` before it.
         actual: The hash of the file's data section, as hex.
+        hint: What to do with a file that has changed.
 
     Raises:
         VerifyError: They differ.
     """
     if (expected := file.metadata.get(key)) != f"0x{actual}":
         raise VerifyError(
-            f"{file.path}: its bytes hash to 0x{actual}, its header says {show(expected or 'nothing')}",
-            f"It was merged, altered or damaged, and cannot be restored. {_BASE}",
+            f"{file.path}: its bytes hash to 0x{actual}, its header says {show(expected or 'nothing')}", hint
         )
 
 
@@ -193,10 +203,9 @@ def base_header(residual: Residual) -> bytes:
         size = safetensors.length(bytes(raw[:8]), len(raw), str(path))
         header = safetensors.parse(bytes(raw[8:]), len(raw) + residual.base_size, str(path))
     except CheckpointError as error:
-        raise VerifyError(f"{path}: {HEAD} holds no valid header", f"It was changed since. {_BASE}") from error
-    name = attrgetter("name")
-    if size + 8 != len(raw) or sorted(header.tensors, key=name) != sorted(tensors, key=name):
-        raise VerifyError(f"{path}: the header in {HEAD} describes other tensors", f"It was changed since. {_BASE}")
+        raise VerifyError(f"{path}: {HEAD} holds no valid header", _CHANGED) from error
+    if size + 8 != len(raw) or set(header.tensors) != set(tensors):
+        raise VerifyError(f"{path}: the header in {HEAD} describes other tensors", _CHANGED)
     return bytes(raw)
 
 
@@ -251,8 +260,7 @@ class ResidualReader:
     def _mismatch(self, word: str) -> VerifyError:
         path, size = self._residual.baked.path, self._residual.values.nbytes
         return VerifyError(
-            f"{path}: {word} of its weights are zero than its residual of {size} bytes has values for",
-            f"It was merged, altered or damaged, and cannot be restored. {_BASE}",
+            f"{path}: {word} of its weights are zero than its residual of {size} bytes has values for", _DAMAGED
         )
 
     def _other_content(self, name: str) -> VerifyError:
@@ -269,13 +277,12 @@ def dense_weights(baked: BakedCheckpoint) -> "Iterator[tuple[Target, NDArray[np.
     """
     import numpy as np
 
-    for number, residual in enumerate(find_residuals(baked)):
-        with contextlib.closing(residual.baked.open()) as reader, ResidualReader(residual) as values:
-            for target in (t for t in baked.plan.targets if t.file == number):
-                start, stop = target.span(target.source)
-                weights = memoryview(bytearray(stop - start))
-                reader.read_into(start, weights)
-                if baked.plan.scopes[target.scope].rank:
-                    values.fill(weights, target.source.dtype)
-                yield target, np.frombuffer(weights, f"u{target.source.itemsize}")
-            values.finish()
+    with open_targets(baked.checkpoint) as read:
+        for number, residual in enumerate(find_residuals(baked)):
+            with ResidualReader(residual) as values:
+                for target in (t for t in baked.plan.targets if t.file == number):
+                    weights = read(target)
+                    if baked.plan.scopes[target.scope].rank:
+                        values.fill(weights, target.source.dtype)
+                    yield target, np.frombuffer(weights, f"u{target.source.itemsize}")
+                values.finish()

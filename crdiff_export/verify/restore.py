@@ -1,21 +1,18 @@
 """Restore the base, bit for bit, from a baked file with its residual; hashes prove that it is the same."""
 
 import contextlib
-import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import cycle
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crdiff_export.bake import destination, residual, staging, stream
 from crdiff_export.bake.direct_writer import DirectWriter
-from crdiff_export.bake.prefetch import DEPTH, prefetch
+from crdiff_export.bake.prefetch import prefetch
 from crdiff_export.bake.source_hashes import SourceHashes
-from crdiff_export.bake.stream import PAGE, SEAM, STAGES, Chunk, PruneRange
+from crdiff_export.bake.stream import SEAM, Chunk
 from crdiff_export.errors import CheckpointError, VerifyError
-from crdiff_export.formats import dtypes
 from crdiff_export.formats.weight_file import Bytes
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import kernels
@@ -92,51 +89,33 @@ def restore(
     baked, progress = open_baked(path), progress or Silent()
     residuals = find_residuals(baked)
     companions = tuple(name for name in baked.checkpoint.companions if name.suffix != residual.SUFFIX)
-    destination.check_target(baked.checkpoint, output, force=force, source="baked file")
-    destination.check_space(_measure_space(baked, residuals, companions, output))
+    checkpoint = replace(baked.checkpoint, companions=companions)
+    destination.check_target(checkpoint, output, force=force, source="baked file")
+    size = sum(each.base_size for each in residuals)
+    heads = sum(each.head.nbytes if each.head else destination.HEADER_GROWTH for each in residuals)
+    needed = size + heads + destination.companions_size(checkpoint)
+    destination.check_space(destination.DiskSpace(output.parent, needed))
     check_sidecars(residuals, progress)
+    progress.stage("restoring", size)
+    folder, files = checkpoint.kind != "file", []
     try:
-        files = _write(baked, residuals, companions, output, progress, chunk, force=force)
+        with staging.temp_sibling(output, folder) as part, SourceHashes([baked.plan]) as hashes:
+            for number, each in enumerate(residuals):
+                path, final = (part / each.baked.name, output / each.baked.name) if folder else (part, output)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                base_file = _BaseFile(baked, number, each, hashes, chunk)
+                base_file.write(path, progress)
+                files.append(base_file.restored(final))
+            staging.copy_companions(checkpoint, part, progress)
+            for each in residuals:
+                each.baked.check_unchanged()
+                each.file.check_unchanged()
+            progress.advance(0)  # the last moment to interrupt
+            staging.copy_permissions(part, output)
+            staging.publish(part, output, replace=force)
     except OSError as error:
         raise staging.as_bake_error(error, output) from error
-    return Restored(output, files, len(companions))
-
-
-def _measure_space(
-    baked: BakedCheckpoint, residuals: Sequence[Residual], companions: Sequence[PurePosixPath], output: Path
-) -> destination.DiskSpace:
-    heads = [each.head.nbytes if each.head else destination.HEADER_GROWTH for each in residuals]
-    copied = sum((baked.checkpoint.home / name).stat().st_size for name in companions)
-    needed = sum(each.base_size for each in residuals) + sum(heads) + copied
-    return destination.DiskSpace(output.parent, needed, shutil.disk_usage(output.parent).free)
-
-
-def _write(
-    baked: BakedCheckpoint,
-    residuals: Sequence[Residual],
-    companions: Sequence[PurePosixPath],
-    output: Path,
-    progress: Progress,
-    chunk: int,
-    *,
-    force: bool,
-) -> tuple[RestoredFile, ...]:
-    folder, files = baked.checkpoint.kind != "file", []
-    progress.stage("restoring", sum(each.base_size for each in residuals))
-    with staging.temp_sibling(output, folder) as part, SourceHashes([baked.plan]) as hashes:
-        for number, each in enumerate(residuals):
-            path = part / each.baked.name if folder else part
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = _BaseFile(baked, number, each, hashes, chunk).write(path, progress)
-            files.append(replace(file, path=output / each.baked.name if folder else output))
-        staging.copy_companions(baked.checkpoint.home, companions, part, progress)
-        for each in residuals:
-            each.baked.check_unchanged()
-            each.file.check_unchanged()
-        progress.advance(0)  # the last moment to interrupt
-        staging.copy_permissions(part, output)
-        staging.publish(part, output, replace=force)
-    return tuple(files)
+    return Restored(output, tuple(files), len(companions))
 
 
 class _BaseFile:
@@ -150,7 +129,7 @@ class _BaseFile:
         self._size = len(self._head) + residual.base_size
         self._ranges = [
             replace(target, start=target.start + len(self._head), stop=target.stop + len(self._head))
-            for target in stream.prunable_ranges(baked.plan, number)
+            for target in stream.prune_ranges(baked.plan, number)
         ]
         # The hash of a pickle does not describe the safetensors file that its tensors become.
         keys = (FILE_HASH, DATA_HASH) if residual.head else (DATA_HASH,)
@@ -165,7 +144,12 @@ class _BaseFile:
         self._shared = shared if self._key == DATA_HASH and shared < residual.base_size else 0
         self._digest: _Hash | None = None if self._shared else sha256()
 
-    def write(self, path: Path, progress: Progress) -> RestoredFile:
+    def restored(self, path: Path) -> RestoredFile:
+        """Describe the file at its final path."""
+        key, head = self._key, self._residual.head
+        return RestoredFile(path, self._size, key, self._residual.baked.metadata[key], whole=head is not None)
+
+    def write(self, path: Path, progress: Progress) -> None:
         """Write the file; VerifyError unless it has the base's hash."""
         baked = self._residual.baked
         try:
@@ -188,7 +172,6 @@ class _BaseFile:
                 f"{baked.path}: what it restores hashes to {actual}, its {self._key} is {expected}",
                 "Its header or its sidecar was changed; use the base itself.",
             )
-        return RestoredFile(path, self._size, self._key, expected, whole=self._residual.head is not None)
 
     def _check_baked(self) -> None:
         actual = self._hashes.digest(self._number)
@@ -196,12 +179,8 @@ class _BaseFile:
         check_hash(self._residual.baked, residual.OUTPUT_HASH, actual)
 
     def _read(self) -> Generator[Chunk, None, None]:
-        kernel = kernels.load()
-        alive = STAGES + (STAGES - 1) * DEPTH
-        buffers: Iterator[memoryview] = cycle([kernel.buffer(self._chunk + 2 * PAGE) for _ in range(alive)])
         with contextlib.closing(self._residual.baked.open()) as reader:
-            for start in range(0, self._size, self._chunk):
-                chunk = Chunk(start, min(start + self._chunk, self._size), next(buffers))
+            for chunk in stream.windows(self._size, self._chunk, kernels.load()):
                 self._fill(chunk, reader)
                 yield chunk
 
@@ -220,7 +199,11 @@ class _BaseFile:
         carried = b""
         for chunk in chunks:
             chunk.part(chunk.start, chunk.start + len(carried))[:] = carried
-            carried = _fill_zeros(chunk, self._ranges, values)
+            carried = b""
+            for target, start, stop in stream.own_parts(self._ranges, chunk.start, chunk.stop):
+                values.fill(chunk.part(start, stop), target.dtype)
+                if stop > chunk.stop:
+                    carried = bytes(chunk.part(chunk.stop, stop))
             self._hash(chunk)
             yield chunk
 
@@ -230,16 +213,3 @@ class _BaseFile:
         if chunk.stop > start:
             self._digest = self._digest or self._hashes.state(self._number)
             self._digest.update(chunk.part(max(chunk.start, start), chunk.stop))
-
-
-def _fill_zeros(chunk: Chunk, ranges: Sequence[PruneRange], values: ResidualReader) -> bytes:
-    """Fill the zeros among the weights that begin in a chunk; return the bytes of the last one behind the chunk."""
-    carried = b""
-    for target, first, stop in stream.overlaps(ranges, chunk.start, chunk.stop):
-        size = dtypes.FORMATS[target.dtype].itemsize
-        start = first if first >= chunk.start else first + size
-        if start < stop:
-            values.fill(chunk.part(start, stop), target.dtype)
-        if stop > chunk.stop:
-            carried = bytes(chunk.part(chunk.stop, stop))
-    return carried

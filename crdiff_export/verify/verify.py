@@ -4,23 +4,22 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from crdiff_export.bake.residual import NONE, OUTPUT_HASH, RESIDUAL_KEYS, SIDECAR, sidecar_path
 from crdiff_export.bake.stream import CHUNK
 from crdiff_export.errors import OptionError, VerifyError
 from crdiff_export.formats import dtypes
 from crdiff_export.formats.crdiff_keys import Stamp
-from crdiff_export.formats.hashing import hash_data
 from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import CriterionChoice
-from crdiff_export.prune.plan import Plan, Scope, Target
+from crdiff_export.prune.plan import Scope, Target
 from crdiff_export.prune.threshold import Threshold
 from crdiff_export.verify.compare_base import check_base, refuse_sparse
 from crdiff_export.verify.reopen import REPAIR, BakedCheckpoint, open_baked
-from crdiff_export.verify.residual_reader import Residual, check_sidecars, find_residuals
+from crdiff_export.verify.residual_reader import Residual, check_hashes, check_sidecars, find_residuals
 
 # What the comparison with a base has proved.
 Against = Literal["nothing", "others", "zeros", "all"]
@@ -79,14 +78,17 @@ def verify(
             f"--calibration {calibration}: decides nothing without the base's weights", "Give --base, too."
         )
     baked = open_baked(path)
-    stamp, planned = baked.stamp, baked.plan
+    stamp = baked.stamp
     criterion = _choose_criterion(baked, calibration, progress) if base else None
     refuse_sparse(baked.checkpoint)
     _check_weights(baked, progress)
-    hashed = _check_hashes(planned, progress)
+    files = baked.checkpoint.files
+    hashed = any(OUTPUT_HASH in file.metadata for file in files)
+    if hashed:
+        check_hashes(files, OUTPUT_HASH, progress, REPAIR)
     residuals = _check_residuals(baked, progress)
     way = stamp.residual if residuals or stamp.residual == RESIDUAL_KEYS[NONE] else "missing"
-    weights = sum(scope.count for scope in planned.scopes)
+    weights = sum(scope.count for scope in baked.plan.scopes)
     if not base:
         return Verified(path, stamp, weights, hashed, None, way)
     base_path = check_base(baked, base, criterion, residuals, device, progress)
@@ -102,7 +104,9 @@ def _choose_criterion(baked: BakedCheckpoint, calibration: Path | None, progress
         VerifyError: The file was made with another calibration, or its criterion moves no weights.
     """
     stamp, path = baked.stamp, baked.checkpoint.path
-    loaded = _load(stamp.criterion)
+    loaded = None
+    with contextlib.suppress(OptionError):  # its package may not be installed here
+        loaded = CriterionChoice.load(stamp.criterion)
     if loaded and stamp.moved and not loaded.moves:
         raise VerifyError(f"{path}: crdiff.moved is true, but {show(stamp.criterion)} moves no weights", REPAIR)
     if calibration is None and (stamp.calibrated or loaded is None or loaded.statistics):
@@ -122,61 +126,43 @@ def _choose_criterion(baked: BakedCheckpoint, calibration: Path | None, progress
     return criterion
 
 
-def _load(criterion: str) -> CriterionChoice | None:
-    """Load a criterion; None if its package is not installed."""
-    try:
-        return CriterionChoice.load(criterion)
-    except OptionError:
-        return None
-
-
-@dataclass(slots=True)
-class _Counts:
-    """Counts for one scope: weights that are +0.0, that should be zero but are not, and that are not finite."""
-
-    zeros: int = 0
-    missed: int = 0
-    nonfinite: int = 0
-
-
 def _check_weights(baked: BakedCheckpoint, progress: Progress) -> None:
     """Count what the targets hold; VerifyError if a weight should be zero but is not, or a count is wrong."""
-    planned, thresholds = baked.plan, baked.thresholds
-    path = planned.checkpoint.path
-    counts = [_Counts() for _ in planned.scopes]
+    planned, path = baked.plan, baked.checkpoint.path
+    zeros, nonfinite = [0] * len(planned.scopes), [0] * len(planned.scopes)
     pruned = [t for t in planned.targets if planned.scopes[t.scope].rank]
     progress.stage("counting", sum(t.nbytes for t in pruned))
     for target in pruned:
-        file, scope_counts = planned.checkpoint.files[target.file], counts[target.scope]
-        before = scope_counts.missed
-        _count(file, target, thresholds[target.scope], scope_counts, progress)
-        if missed := scope_counts.missed - before:
-            raise VerifyError(f"{path}: {show(target.name)} has {missed} weights that should be zero", REPAIR)
+        counts = _count(planned.checkpoint.files[target.file], target, baked.thresholds[target.scope], progress)
+        if counts.missed:
+            raise VerifyError(f"{path}: {show(target.name)} has {counts.missed} weights that should be zero", REPAIR)
+        zeros[target.scope] += counts.zeros
+        nonfinite[target.scope] += counts.nonfinite
     for name in planned.groups:
-        _compare_counts(
-            baked, name, [pair for pair in zip(planned.scopes, counts, strict=True) if pair[0].group == name]
-        )
+        counted = zip(planned.scopes, zeros, nonfinite, strict=True)
+        _compare_counts(baked, name, [counts for counts in counted if counts[0].group == name])
 
 
-def _compare_counts(baked: BakedCheckpoint, name: str, scopes: Sequence[tuple[Scope, _Counts]]) -> None:
-    """Compare the counts of one group with the header, and those of its scopes with the ratio."""
+def _compare_counts(baked: BakedCheckpoint, name: str, scopes: Sequence[tuple[Scope, int, int]]) -> None:
+    """Compare the counts of one group with the header, and those of its scopes, zeros and nonfinite, with the ratio."""
     path, group = baked.checkpoint.path, baked.stamp.groups[name]
-    zeros, nonfinite = sum(counts.zeros for _, counts in scopes), sum(counts.nonfinite for _, counts in scopes)
-    if zeros != group.pruned:
-        raise VerifyError(f"{path}: {zeros} weights of {name} are zero, crdiff.pruned.{name} is {group.pruned}", REPAIR)
+    pruned, nonfinite = sum(zeros for _, zeros, _ in scopes), sum(count for _, _, count in scopes)
+    if pruned != group.pruned:
+        raise VerifyError(
+            f"{path}: {pruned} weights of {name} are zero, crdiff.pruned.{name} is {group.pruned}", REPAIR
+        )
     if nonfinite != group.nonfinite:
         raise VerifyError(
             f"{path}: {nonfinite} weights of {name} are not finite, crdiff.nonfinite.{name} is {group.nonfinite}",
             REPAIR,
         )
-    for scope, counts in scopes:
+    for scope, zeros, unranked in scopes:
         least = _least_pruned(baked, scope)
         # Weights that are not finite rank last in a scope; in a single row they may be all that would be pruned.
         room = scope.count if baked.stamp.compare == "block" else least
-        if counts.zeros < min(least, room - counts.nonfinite):
+        if zeros < min(least, room - unranked):
             raise VerifyError(
-                f"{path}: {counts.zeros} weights of {show(scope.name)} are zero, crdiff.ratio.{name} asks for {least}",
-                REPAIR,
+                f"{path}: {zeros} weights of {show(scope.name)} are zero, crdiff.ratio.{name} asks for {least}", REPAIR
             )
 
 
@@ -191,7 +177,15 @@ def _least_pruned(baked: BakedCheckpoint, scope: Scope) -> int:
     return sum(max(int(rows * columns * scope.ratio) - columns, 0) for rows, columns in shapes)
 
 
-def _count(file: SourceFile, target: Target, threshold: Threshold, counts: _Counts, progress: Progress) -> None:
+class _Counts(NamedTuple):
+    """How many weights of a target are +0.0, should be zero but are not, and are not finite."""
+
+    zeros: int
+    missed: int
+    nonfinite: int
+
+
+def _count(file: SourceFile, target: Target, threshold: Threshold, progress: Progress) -> _Counts:
     """Count a target's weights, a chunk at a time; without a threshold no weight counts as missed."""
     import numpy as np
 
@@ -199,32 +193,18 @@ def _count(file: SourceFile, target: Target, threshold: Threshold, counts: _Coun
     limit = min(dtypes.limit(form.dtype, threshold.bits or 0), form.first_nonfinite - 1)
     start, stop = target.span(target.source)
     buffer = memoryview(bytearray(min(CHUNK, stop - start)))
+    zeros = small = nonfinite = 0
     with contextlib.closing(file.open()) as reader:
         for offset in range(start, stop, CHUNK):
             part = buffer[: min(CHUNK, stop - offset)]
             reader.read_into(offset, part)
             bits = np.frombuffer(part, f"<u{form.itemsize}")
             magnitudes = bits & bits.dtype.type(form.mask)
-            zeros = bits.size - int(np.count_nonzero(bits))
-            counts.zeros += zeros
-            if threshold.bits is not None:
-                counts.missed += int(np.count_nonzero(magnitudes <= limit)) - zeros
-            counts.nonfinite += int(np.count_nonzero(magnitudes >= form.first_nonfinite))
+            zeros += bits.size - int(np.count_nonzero(bits))
+            small += int(np.count_nonzero(magnitudes <= limit))
+            nonfinite += int(np.count_nonzero(magnitudes >= form.first_nonfinite))
             progress.advance(len(part))
-
-
-def _check_hashes(planned: Plan, progress: Progress) -> bool:
-    """Hash every file and compare with its header; False if no header has a hash."""
-    hashes = [output.source.metadata.get(OUTPUT_HASH) for output in planned.outputs]
-    if not any(hashes):
-        return False
-    progress.stage("hashing", planned.data_size)
-    for output, expected in zip(planned.outputs, hashes, strict=True):
-        actual = "0x" + hash_data(output.source, progress)
-        if actual != expected:
-            says = show(expected or "nothing")
-            raise VerifyError(f"{output.source.path}: its bytes hash to {actual}, its header says {says}", REPAIR)
-    return True
+    return _Counts(zeros, 0 if threshold.bits is None else small - zeros, nonfinite)
 
 
 def _check_residuals(baked: BakedCheckpoint, progress: Progress) -> tuple[Residual, ...]:
