@@ -9,8 +9,8 @@ from crdiff_export.evaluate.request import Subject
 from crdiff_export.prune.criteria.spec import Spec
 from crdiff_export.sampling.drawing_setup import DrawingSetup
 from crdiff_export.sizes import Size
+from crdiff_export.verify import BakedCheckpoint
 from crdiff_export.verify.inspect import provenance
-from crdiff_export.verify.reopen import BakedCheckpoint
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -16,7 +16,7 @@ from crdiff_export.prune import criterion_choice
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.sampling import drawing_setup, pipelines, poa, request_checks
 from crdiff_export.sizes import check_grid
-from crdiff_export.verify.reopen import open_baked
+from crdiff_export.verify import open_baked
 
 
 def preview(request: PreviewRequest, progress: Progress | None = None) -> Preview:

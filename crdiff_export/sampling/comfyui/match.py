@@ -20,7 +20,7 @@ from crdiff_export.sampling.poa.checkpoint_tensors import (
     sparse_warning,
 )
 from crdiff_export.sampling.poa.masks import MaskPart, Masks, Part, ReplacedWeights, holds
-from crdiff_export.verify.reopen import BakedCheckpoint, open_baked, read_decision
+from crdiff_export.verify import BakedCheckpoint, open_baked, read_decision
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ from crdiff_export.models.recipe import MAX_POA_WEIGHT
 from crdiff_export.sampling.comfyui import listing, match
 from crdiff_export.sampling.comfyui.patch import PoaPatch, take_off
 from crdiff_export.sampling.poa.mix import Schedule
-from crdiff_export.verify.reopen import open_baked
+from crdiff_export.verify import open_baked
 
 # The choice that finds the file which was made from the loaded model.
 LOADED = "(loaded model)"

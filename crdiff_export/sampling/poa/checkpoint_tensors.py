@@ -9,7 +9,7 @@ from crdiff_export.errors import PoaError
 from crdiff_export.formats.dtypes import torch_dtypes
 from crdiff_export.formats.safetensors import show
 from crdiff_export.prune.plan import Plan, Target
-from crdiff_export.verify.reopen import BakedCheckpoint
+from crdiff_export.verify import BakedCheckpoint
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,8 +26,7 @@ from crdiff_export.sampling.poa.checkpoint_tensors import (
 )
 from crdiff_export.sampling.poa.masks import Part, ReplacedWeights, holds
 from crdiff_export.sampling.poa.source import Source
-from crdiff_export.verify.reopen import BakedCheckpoint
-from crdiff_export.verify.residual_reader import check_residuals, check_sidecars, dense_weights, find_residuals
+from crdiff_export.verify import BakedCheckpoint, check_residuals, check_sidecars, dense_weights, find_residuals
 
 
 def find(model: nn.Module, source: Source) -> dict[str, nn.Linear]:

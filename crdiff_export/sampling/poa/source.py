@@ -19,7 +19,7 @@ from crdiff_export.prune.criteria import magnitude
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan, with_ratios
 from crdiff_export.sampling.poa.masks import Masks
-from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH, BakedCheckpoint, open_baked, read_decision
+from crdiff_export.verify import DATA_HASH, FILE_HASH, BakedCheckpoint, open_baked, read_decision
 
 
 @dataclass(frozen=True)
