@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,6 +202,22 @@ def clients() -> Iterator["Clients | None"]:
     yield made
     if made:
         made.close()
+
+
+@pytest.fixture(scope="session")
+def narrow_exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Base and export (96x64, ratio 0.3) of each table's narrow checkpoint, made once. No test may change them."""
+    from crdiff_export import ExportRequest, Size, export
+    from tests.support import makers
+
+    @cache
+    def pair(table: str) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp("narrow")
+        base = makers.write(folder / "base.safetensors", makers.tiny(table))
+        request = ExportRequest(str(base), Size(96, 64), folder / "out.safetensors", ratio=0.3)
+        return base, export(request).written.path
+
+    return pair
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,15 +28,14 @@ from crdiff_export import CrdiffError, ExportRequest, Size, export
 from crdiff_export.bake.staging import clean
 from crdiff_export.cli import signals
 from crdiff_export.cli.signals import PATIENCE, Stopped, Stopper
-from crdiff_export.models import demo
 from crdiff_export.progress import Progress, Silent
-from crdiff_export.verify.verify import verify
 from tests.support import makers
 from tests.support.forks import Forks
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
 
-RANDOM_KILLS = 6  # of each of three signals, for a file and for a folder
+# How often each of three signals comes at random, for a file and for a folder.
+RANDOM_KILLS = [3, pytest.param(30, marks=pytest.mark.slow)]
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 EXIT_CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 SAID = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
@@ -52,7 +52,7 @@ other_forks = pytest.fixture(scope="module", name="other_forks")(some_forks)
 
 
 def large(table: str, fraction: int) -> dict[str, tuple[str, makers.Shape, bytes]]:
-    """A checkpoint of some 40 MB, quickly."""
+    """A checkpoint of some 20 MB, quickly."""
     rng = np.random.default_rng(0)
 
     def content(dtype: str, shape: makers.Shape) -> bytes:
@@ -100,14 +100,14 @@ def case(folder: Path, base: Path, forks: Forks, name: str) -> Iterator[Case]:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[Case]:
     folder = tmp_path_factory.mktemp("file")
-    base = makers.write(folder / "base.safetensors", large("sd15.original", 9))
+    base = makers.write(folder / "base.safetensors", large("sd15.original", 12))
     yield from case(folder, base, forks, "o.safetensors")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[Case]:
     home = tmp_path_factory.mktemp("folder")
-    makers.write_shards(home / "base/unet", large("sd15.diffusers-unet", 14), 3)
+    makers.write_shards(home / "base/unet", large("sd15.diffusers-unet", 18), 3)
     (home / "base/vae").mkdir()
     (home / "base/vae/config.json").write_text("{}")
     (home / "base/model_index.json").write_text("{}")
@@ -122,8 +122,8 @@ def small(tmp_path_factory: pytest.TempPathFactory, forks: Forks, shelf: Path) -
 
 @pytest.fixture(params=["file", "folder"])
 def either(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.getfixturevalue(request.param)
-    return found
+    case: Case = request.getfixturevalue(request.param)
+    return case
 
 
 @pytest.fixture
@@ -183,10 +183,11 @@ def prepare(case: Case, place: Path, *, force: bool) -> None:
 
 
 @pytest.mark.parametrize("name", SIGNALS)
-def test_a_signal_at_any_moment(forks: Forks, either: Case, place: Path, name: str) -> None:
+@pytest.mark.parametrize("kills", RANDOM_KILLS)
+def test_a_signal_at_any_moment(forks: Forks, either: Case, place: Path, name: str, kills: int) -> None:
     signum, rng = SIGNALS[name], random.Random(f"{name} {either.name}")
     ended, window = 0, either.seconds
-    while ended < RANDOM_KILLS:
+    while ended < kills:
         force = rng.random() < 0.5
         prepare(either, place, force=force)
         run = forks.start(place, *command(either, force=force))
@@ -210,12 +211,6 @@ def test_a_signal_at_any_moment(forks: Forks, either: Case, place: Path, name: s
     check(either, place, force=False, code=0)
 
 
-def test_the_whole_outputs_are_what_they_say(file: Case, folder: Case) -> None:
-    for made in (file, folder):
-        assert verify(made.whole, str(made.base), Silent()).hashed
-        assert verify(made.old, str(made.base), Silent()).hashed
-
-
 # --- signals, at the moments that count ---
 
 MOMENTS = {
@@ -237,9 +232,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "force"), [("SIGKILL", False), ("SIGKILL", True), ("SIGTERM", False), ("SIGINT", True)]
-)
+@pytest.mark.parametrize(("name", "force"), [("SIGKILL", True), ("SIGTERM", False), ("SIGINT", True)])
 @pytest.mark.parametrize(("call", "nth", "after"), MOMENTS.values(), ids=MOMENTS)
 def test_a_signal_at_a_moment_that_counts(
     forks: Forks, small: Case, place: Path, name: str, *, call: str, nth: int, after: bool, force: bool
@@ -301,7 +294,7 @@ def test_a_terminal_that_is_closed_and_an_interrupt_for_machines(forks: Forks, s
 def test_a_signal_to_a_process_of_its_own(file: Case, place: Path, name: str) -> None:
     """From the very start, imports included."""
     signum, rng = SIGNALS[name], random.Random(name)
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen(
             [sys.executable, "-m", "crdiff_export", *map(str, command(file, force=False))],
             cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -426,7 +419,8 @@ def test_a_signal_that_python_drops_comes_again(stopper: Stopper, monkeypatch: p
 
     def work() -> None:
         last.clear()
-        time.sleep(PATIENCE)
+        for _ in range(500):
+            time.sleep(PATIENCE / 500)
 
     with pytest.raises(Stopped) as stop:
         work()
@@ -499,12 +493,12 @@ def test_a_thread_takes_no_signals() -> None:
 # --- disks ---
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.999], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999], ids=str)
 @pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
 def test_a_file_that_may_not_grow_further(forks: Forks, either: Case, place: Path, share: float, force: bool) -> None:
     sizes = [p.stat().st_size for p in ([either.whole] if either.whole.is_file() else either.whole.rglob("*"))]
     prepare(either, place, force=force)
-    code, err = forks.run(place, *command(either, force=force), limit=4096 + int(share * max(sizes)))
+    code, err = forks.run(place, *command(either, force=force), limit=max(4096, int(share * max(sizes))))
     assert code == 1
     assert err[-2:] == [
         f"crdiff: {either.name}: File too large; nothing was left behind",
@@ -518,7 +512,7 @@ def test_a_file_that_may_not_grow_further(forks: Forks, either: Case, place: Pat
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     mount = tmp_path / "small"
     mount.mkdir()
-    made = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(mount)]
+    made = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(mount)]
     if shutil.which("mount") is None or subprocess.run(made, capture_output=True, check=False).returncode:
         pytest.skip("may not mount a small disk here")
     yield mount
@@ -526,23 +520,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
-def test_a_disk_that_fills_up(small_disk: Path, either: Case, force: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up(small_disk: Path, file: Case, force: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(small_disk)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 40))  # another program was faster
-    target = small_disk / either.name
-    if force:
-        export(ExportRequest("demo", Size(64, 64), small_disk / "o.safetensors"))
-        target = small_disk / "o.safetensors"
-    else:
-        (small_disk / "filler").write_bytes(bytes(21 << 20))
+    target = small_disk / file.name
+    shutil.copyfile(file.old, target if force else small_disk / "filler")
     before = state(small_disk)
-    base = either.base if not force or either.base.is_file() else demo.path()
-    if base == demo.path():
-        (small_disk / "filler").write_bytes(bytes(7 << 20))
-        before = state(small_disk)
-    request = ExportRequest(str(base), Size(512, 512), target, force=force)
     with pytest.raises(CrdiffError) as error:
-        export(request)
+        export(ExportRequest(str(file.base), Size(512, 512), target, force=force))
     assert error.value.message == f"{target}: No space left on device; nothing was left behind"
     assert state(small_disk) == before
     assert parts(small_disk) == []
@@ -552,9 +537,8 @@ def test_a_disk_that_fills_up(small_disk: Path, either: Case, force: bool, monke
 CALLS = [
     *[("os.open", errno.EACCES, True), ("os.open", errno.EMFILE, False), ("os.write", errno.ENOSPC, True)],
     *[("os.write", errno.EIO, False), ("os.fsync", errno.EIO, True), ("os.lseek", errno.EIO, True)],
-    *[("os.link", errno.ENOSPC, True), ("os.link", errno.EACCES, True), ("os.replace", errno.EBUSY, True)],
-    *[("os.rename", errno.EACCES, True), ("os.rename", errno.ENOSPC, True), ("os.mkdir", errno.ENOSPC, True)],
-    *[("os.fstat", errno.EIO, True), ("shutil.copyfile", errno.ENOSPC, True)],
+    *[("os.link", errno.EACCES, True), ("os.replace", errno.EBUSY, True), ("os.rename", errno.ENOSPC, True)],
+    *[("os.mkdir", errno.ENOSPC, True), ("os.fstat", errno.EIO, True), ("shutil.copyfile", errno.ENOSPC, True)],
 ]
 
 
@@ -575,21 +559,20 @@ class Failing:
         return self._original(*args, **kwargs)
 
 
-def small_base(shelf: Path, kind: str) -> Path:
-    return {"file": shelf / "sd15.safetensors", "folder": shelf / "pipe"}[kind]
-
-
 @pytest.fixture(scope="module")
 def small_case(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
     """A case of each kind, made once."""
 
     @cache
     def made(kind: str, *, hashing: bool) -> Case:
-        base, name = small_base(shelf, kind), {"file": "o.safetensors", "folder": "o"}[kind]
-        whole, old = (tmp_path_factory.mktemp(which) / name for which in ("whole", "old"))
-        for target, ratio in ((whole, None), (old, 0.1)):
+        folder = tmp_path_factory.mktemp("small")
+        base, name = shelf / "pipe", "o"
+        if kind == "file":
+            base, name = makers.write(folder / "base.safetensors", makers.tiny("demo.original-unet")), "o.safetensors"
+        for target, ratio in ((folder / "whole" / name, None), (folder / "old" / name, 0.1)):
+            target.parent.mkdir()
             export(ExportRequest(str(base), Size(512, 512), target, ratio=ratio, hashing=hashing))
-        return Case(base, whole, old, 0)
+        return Case(base, folder / "whole" / name, folder / "old" / name, 0)
 
     return made
 
@@ -607,7 +590,7 @@ def test_every_call_of_the_system_may_fail(
     before, threads = state(base), threading.active_count()
     place.mkdir()
     request = ExportRequest(str(base), Size(512, 512), place / name, hashing=hashing, force=force)
-    for nth in (1, 2, 3, 4, 6, 8, 11, 15, 20, 30, 60, 1000):
+    for nth in (1, 2, 3, 5, 8, 13, 21, 34, 1000):
         prepare(made, place, force=force)
         with pytest.MonkeyPatch.context() as patch:
             failing = Failing(call, number, nth, patch)
@@ -661,28 +644,31 @@ def test_two_runs_for_one_target(
 
 @pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
 def test_many_runs_for_one_target(place: Path, shelf: Path, force: bool) -> None:
-    """All from the start; each for itself is right, and one of them is what stays."""
+    """All from the start; each for itself is right, and one of them is what stays. A lock is a thread's own, too."""
+    target, wholes = place / "out" / "o", {ratio: place / "whole" / str(ratio) for ratio in range(1, 5)}
+    base = str(shelf / "pipe")
     (place / "whole").mkdir()
-    base = small_base(shelf, "folder")
-    for ratio in range(1, 5):
-        export(ExportRequest(str(base), Size(512, 512), place / "whole" / str(ratio), ratio=ratio / 10))
     (place / "out").mkdir()
+    for ratio, whole in wholes.items():
+        export(ExportRequest(base, Size(512, 512), whole, ratio=ratio / 10))
     if force:
-        shutil.copytree(place / "whole/1", place / "out/o")
-    options = ["--force"] if force else []
-    runs = [
-        subprocess.Popen(
-            [
-                sys.executable, "-m", "crdiff_export", "export", base, "--res", "512", "--ratio", str(ratio / 10),
-                "-qo", place / "out/o", *options,
-            ],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )
-        for ratio in range(1, 5)
-    ]  # fmt: skip
-    codes = [run.wait() for run in runs]
-    left = [ratio for ratio in range(1, 5) if same(place / "whole" / str(ratio), place / "out/o")]
-    assert len(left) == 1
-    assert codes[left[0] - 1] == 0
-    assert codes == [0] * 4 if force else codes.count(0) == 1
-    assert [p.name for p in (place / "out").iterdir()] == ["o"]
+        shutil.copytree(wholes[1], target)
+    start = threading.Barrier(len(wholes))
+
+    def run(ratio: int) -> bool:
+        start.wait()
+        try:
+            export(ExportRequest(base, Size(512, 512), target, ratio=ratio / 10, force=force))
+        except CrdiffError:
+            return False
+        return True
+
+    for _ in range(3):
+        if not force:
+            shutil.rmtree(target, ignore_errors=True)
+        with ThreadPoolExecutor(len(wholes)) as pool:
+            written = dict(zip(wholes, pool.map(run, wholes), strict=True))
+        (left,) = [ratio for ratio, whole in wholes.items() if same(whole, target)]
+        assert written[left]
+        assert all(written.values()) if force else sum(written.values()) == 1
+        assert [path.name for path in target.parent.iterdir()] == ["o"]

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,65 +38,6 @@ def put(target: Path, folder: bool, *, replace: bool = True) -> None:
 
 
 both = pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
-
-
-@both
-def test_a_part_is_a_hidden_sibling_and_then_the_target(tmp_path: Path, folder: bool) -> None:
-    with temp_sibling(tmp_path / "o", folder) as part:
-        assert part.parent == tmp_path
-        assert part.name.startswith(".o.")
-        assert part.name.endswith(".crdiff-part")
-        assert part.is_dir() == folder
-        assert list(part.iterdir()) == [] if folder else part.read_bytes() == b""
-        fill(part)
-        assert not (tmp_path / "o").exists()
-        publish(part, tmp_path / "o", replace=False)
-    assert (names(tmp_path), content(tmp_path / "o")) == (["o"], "new")
-
-
-@both
-@pytest.mark.parametrize("how", [RuntimeError, KeyboardInterrupt, SystemExit, None], ids=str)
-def test_a_part_that_is_not_published_is_gone(tmp_path: Path, folder: bool, how: type[BaseException] | None) -> None:
-    with contextlib.suppress(BaseException), temp_sibling(tmp_path / "o", folder) as part:
-        fill(part)
-        if how:
-            raise how
-    assert names(tmp_path) == []
-
-
-@both
-def test_what_is_there_is_replaced_on_demand(tmp_path: Path, folder: bool) -> None:
-    target = tmp_path / "o"
-    if folder:
-        target.mkdir()
-    fill(target, "old")
-    with temp_sibling(target, folder) as part:
-        fill(part)
-        assert content(target) == "old"
-        publish(part, target, replace=True)
-        assert content(target) == "new"
-    assert names(tmp_path) == ["o"]
-
-
-@both
-def test_what_came_in_the_meantime_stays(tmp_path: Path, folder: bool) -> None:
-    target = tmp_path / "o"
-    with temp_sibling(target, folder) as part:
-        fill(part)
-        if folder:
-            target.mkdir()
-        fill(target, "old")
-        with pytest.raises(FileExistsError) as error:
-            publish(part, target, replace=False)
-    assert error.value.errno == errno.EEXIST
-    assert names(tmp_path) == ["o"]
-    assert content(target) == "old"
-
-
-def test_an_empty_folder_is_nothing(tmp_path: Path) -> None:
-    (tmp_path / "o").mkdir()
-    put(tmp_path / "o", folder=True, replace=False)
-    assert content(tmp_path / "o") == "new"
 
 
 @pytest.mark.parametrize("taken", [False, True])
@@ -173,33 +113,7 @@ def test_a_failed_step_leaves_the_old_folder(
     assert content(part) == "new"
 
 
-@posix
-def test_a_kill_between_the_two_steps_is_mended_by_the_next_run(tmp_path: Path) -> None:
-    (tmp_path / ".o.aaaaaaaaaaaa.crdiff-old").mkdir()
-    fill(tmp_path / ".o.aaaaaaaaaaaa.crdiff-old", "old")
-    (tmp_path / ".o.aaaaaaaaaaaa.crdiff-part").mkdir()
-    clean(tmp_path / "o")
-    assert names(tmp_path) == ["o"]
-    assert content(tmp_path / "o") == "old"
-
-
-def test_a_kill_after_the_two_steps_is_mended_too(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    shutil.copytree(folders[1], tmp_path / ".o.aaaaaaaaaaaa.crdiff-old")
-    clean(folders[1])
-    assert names(tmp_path) == ["o"]
-
-
 # --- left-overs and neighbours ---
-
-
-@both
-def test_a_left_over_goes_with_the_next_run(tmp_path: Path, folder: bool) -> None:
-    left = tmp_path / ".o.0123456789ab.crdiff-part"
-    if folder:
-        left.mkdir()
-    fill(left)
-    with temp_sibling(tmp_path / "o", folder) as part:
-        assert names(tmp_path) == [part.name]
 
 
 @pytest.mark.parametrize(
@@ -237,21 +151,6 @@ def test_a_long_name_has_a_short_part(tmp_path: Path) -> None:
         assert names(tmp_path) == [part.name]
         publish(part, tmp_path / name)
     assert names(tmp_path) == [name]
-
-
-@posix
-@both
-def test_a_living_runs_part_stays(tmp_path: Path, folder: bool) -> None:
-    with temp_sibling(tmp_path / "o", folder) as first:
-        fill(first, "first")
-        with temp_sibling(tmp_path / "o", folder) as second:
-            fill(second, "second")
-            assert names(tmp_path) == sorted([first.name, second.name])
-            publish(second, tmp_path / "o", replace=True)
-        assert content(first) == "first"
-        publish(first, tmp_path / "o", replace=True)
-    assert names(tmp_path) == ["o"]
-    assert content(tmp_path / "o") == "first"
 
 
 @posix
@@ -331,35 +230,6 @@ def test_a_system_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 class Interrupt(BaseException):
     pass
-
-
-@both
-def test_an_interrupt_while_a_part_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool) -> None:
-    removed = staging._remove
-    calls: list[Path] = []
-
-    def interrupted(path: Path) -> None:
-        calls.append(path)
-        if len(calls) == 1:
-            raise Interrupt
-        removed(path)
-
-    monkeypatch.setattr(staging, "_remove", interrupted)
-    with contextlib.suppress(Interrupt), temp_sibling(tmp_path / "o", folder) as part:
-        fill(part)
-    assert names(tmp_path) == []
-    assert len(calls) == 2
-
-
-@both
-def test_an_interrupt_while_a_part_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool) -> None:
-    def interrupted(_: Path) -> int | None:
-        raise Interrupt
-
-    monkeypatch.setattr(file_lock, "lock", interrupted)
-    with pytest.raises(Interrupt), temp_sibling(tmp_path / "o", folder):
-        pass
-    assert names(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,8 +217,9 @@ def unet_config(folder: Path, config: Mapping[str, Any], groups: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("residual", ["none", "embed"])
-@pytest.mark.parametrize("family", UNETS)
+@pytest.mark.parametrize(
+    ("family", "residual"), [("sd15", "none"), ("sd15", "embed"), ("sd21", "none"), ("sdxl", "embed")]
+)
 def test_diffusers_loads_the_unet_of_a_single_file(family: str, residual: str, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
@@ -261,12 +262,12 @@ def test_diffusers_converts_a_transformer_beside_a_residual(table: str) -> None:
     assert set(convert({**plain, **residual})) == set(convert(dict(plain)))
 
 
-@pytest.mark.parametrize("residual", ["none", "embed"])
-def test_diffusers_loads_a_whole_pipeline(residual: str, tmp_path: Path) -> None:
+def test_diffusers_loads_a_whole_pipeline(tmp_path: Path) -> None:
+    """Beside a residual, of which it must make nothing."""
     from diffusers import StableDiffusionPipeline
 
     config = demo.config()
-    request = ExportRequest("demo", Size(96, 64), tmp_path / "out.safetensors", ratios=RATIOS, residual=residual)
+    request = ExportRequest("demo", Size(96, 64), tmp_path / "out.safetensors", ratios=RATIOS, residual="embed")
     output = export(request).written.path
 
     def load(path: Path) -> Any:
@@ -287,8 +288,7 @@ def test_diffusers_loads_a_whole_pipeline(residual: str, tmp_path: Path) -> None
     assert_same(pruned.unet.state_dict(), prune_unet(dense.unet, RATIOS))
 
 
-@pytest.mark.parametrize("variant", [None, "fp16"], ids=["plain", "fp16"])
-@pytest.mark.parametrize("shards", [False, True], ids=["whole", "shards"])
+@pytest.mark.parametrize(("variant", "shards"), [(None, False), ("fp16", True)], ids=["plain", "fp16 shards"])
 def test_diffusers_loads_a_folder(shards: bool, variant: str | None, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
@@ -365,16 +365,14 @@ def architecture_of(folder: Path) -> str:
 # sd-mecha, a merger with tables of its own of what a checkpoint has to hold.
 
 
-def test_sd_mecha_merges_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    base = makers.write(tmp_path / "base.safetensors", makers.tiny("sd15.original"))
-    assert_merged(bake(base, tmp_path / "out.safetensors", ratio=0.3))
-    assert not caplog.records
-
-
-def test_sd_mecha_merges_the_model_of_an_embedded_residual(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("residual", "without"), [("none", None), ("embed", "zz_crdiff.")])
+def test_sd_mecha_merges_it(
+    residual: str, without: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """It leaves out what it does not know: a merged file has no residual that would not be its own."""
     base = makers.write(tmp_path / "base.safetensors", makers.tiny("sd15.original"))
-    assert_merged(bake(base, tmp_path / "out.safetensors", ratio=0.3, residual="embed"), without="zz_crdiff.")
+    assert_merged(bake(base, tmp_path / "out.safetensors", ratio=0.3, residual=residual), without)
+    assert residual != "none" or not caplog.records
 
 
 def assert_merged(path: Path, without: str | None = None) -> None:

@@ -159,6 +159,17 @@ def metadata_of(path: Path) -> dict[str, str]:
     return found
 
 
+def changed(path: Path, name: str, places: Mapping[int, bytes], to: Path) -> Path:
+    """A copy of a file with other bytes at some places of a tensor."""
+    raw = bytearray(path.read_bytes())
+    (length,) = struct.unpack("<Q", raw[:8])
+    start = 8 + length + entries_of(path)[name]["data_offsets"][0]
+    for place, data in places.items():
+        raw[start + place : start + place + len(data)] = data
+    to.write_bytes(raw)
+    return to
+
+
 def said(path: Path, changes: Mapping[str, str | None], to: Path) -> Path:
     """A copy of a file with other metadata; None removes a key."""
     raw = path.read_bytes()

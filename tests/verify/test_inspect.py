@@ -15,8 +15,8 @@ from tests.support.isolation import Crdiff
 INDEX = "shards/diffusion_pytorch_model.safetensors.index.json"
 
 
-def facts(found: Inspection) -> dict[str, str]:
-    return dict(found.facts())
+def facts(inspection: Inspection) -> dict[str, str]:
+    return dict(inspection.facts())
 
 
 @pytest.mark.parametrize(
@@ -31,14 +31,14 @@ def facts(found: Inspection) -> dict[str, str]:
     ids=["file", "transformer", "shards", "folder", "sparse"],
 )
 def test_a_base(shelf: Path, name: str, file: str, family: str, prefix: str) -> None:
-    found = inspect(shelf / name)
-    told = facts(found)
-    assert told["file"] == f"{shelf / name} ({file})"
-    assert (told["family"], told["prefix"]) == (family, prefix)
-    assert told["crdiff"] == "not made by crdiff"
-    assert found.columns == ("group", "layers", "weights")
-    assert [row[0] for row in found.rows] == list(found.groups)
-    assert found.as_json()["crdiff"] is None
+    inspection = inspect(shelf / name)
+    report = facts(inspection)
+    assert report["file"] == f"{shelf / name} ({file})"
+    assert (report["family"], report["prefix"]) == (family, prefix)
+    assert report["crdiff"] == "not made by crdiff"
+    assert inspection.columns == ("group", "layers", "weights")
+    assert [row[0] for row in inspection.rows] == list(inspection.groups)
+    assert inspection.as_json()["crdiff"] is None
 
 
 @pytest.mark.parametrize(
@@ -50,24 +50,24 @@ def test_a_base(shelf: Path, name: str, file: str, family: str, prefix: str) -> 
     ],
 )
 def test_a_file_of_no_known_family(shelf: Path, name: str, what: str) -> None:
-    found = inspect(shelf / name)
-    assert facts(found)["family"].startswith(what)
-    assert (found.rows, found.groups, found.match) == ([], {}, None)
-    assert found.as_json()["unknown"].startswith(what)
+    inspection = inspect(shelf / name)
+    assert facts(inspection)["family"].startswith(what)
+    assert (inspection.rows, inspection.groups, inspection.match) == ([], {}, None)
+    assert inspection.as_json()["unknown"].startswith(what)
 
 
 def test_one_tensor_is_one_and_none_are_tensors(shelf: Path, tmp_path: Path) -> None:
     assert facts(inspect(shelf / "odd.safetensors"))["file"].endswith("(one file, 1 tensor, 8 bytes)")
-    told = facts(inspect(makers.write(tmp_path / "none.safetensors", {})))
-    assert told["file"].endswith("(one file, 0 tensors, 0 bytes)")
-    assert told["dtypes"] == "none"
-    assert told["family"] == "no known model family: the file has no tensors"
+    report = facts(inspect(makers.write(tmp_path / "none.safetensors", {})))
+    assert report["file"].endswith("(one file, 0 tensors, 0 bytes)")
+    assert report["dtypes"] == "none"
+    assert report["family"] == "no known model family: the file has no tensors"
 
 
 def test_a_hole_is_told(shelf: Path) -> None:
-    found = inspect(shelf / "sparse.safetensors")
-    assert facts(found)["note"] == "sparse.safetensors is sparse: mostly a hole, without weights"
-    assert found.as_json()["sparse"] is True
+    inspection = inspect(shelf / "sparse.safetensors")
+    assert facts(inspection)["note"] == "sparse.safetensors is sparse: mostly a hole, without weights"
+    assert inspection.as_json()["sparse"] is True
     assert inspect(shelf / "sd15.safetensors").as_json()["sparse"] is False
 
 
@@ -75,9 +75,9 @@ def test_dtypes_come_with_their_sizes_largest_first(tmp_path: Path) -> None:
     tensors: Mapping[str, tuple[str, makers.Shape, bytes]] = {
         "a": ("F32", (2,), bytes(8)), "b": ("BF16", (2000,), bytes(4000)), "c": ("F8_E4M3", (9,), bytes(9)),
     }  # fmt: skip
-    found = inspect(makers.write(tmp_path / "a.safetensors", tensors))
-    assert facts(found)["dtypes"] == "BF16 4.00 KB, F8_E4M3 9 bytes, F32 8 bytes"
-    assert list(found.as_json()["dtypes"].items()) == [("BF16", 4000), ("F8_E4M3", 9), ("F32", 8)]
+    inspection = inspect(makers.write(tmp_path / "a.safetensors", tensors))
+    assert facts(inspection)["dtypes"] == "BF16 4.00 KB, F8_E4M3 9 bytes, F32 8 bytes"
+    assert list(inspection.as_json()["dtypes"].items()) == [("BF16", 4000), ("F8_E4M3", 9), ("F32", 8)]
 
 
 def test_an_inpainting_model_and_an_ema_copy_are_told(tmp_path: Path) -> None:
@@ -86,16 +86,16 @@ def test_an_inpainting_model_and_an_ema_copy_are_told(tmp_path: Path) -> None:
     dtype, (out, _, *rest), data = tensors[name]
     tensors[name] = (dtype, (out, 9, *rest), data[:2] * out * 9 * 9)
     tensors["model_ema.diffusion_modelout2bias"] = ("F16", (1,), bytes(2))
-    told = facts(inspect(makers.write(tmp_path / "a.safetensors", tensors)))
-    assert told["family"] == "SD1.5 (original layout, inpainting)"
-    assert told["note"] == "1 tensors of an EMA copy (model_ema.*)"
+    report = facts(inspect(makers.write(tmp_path / "a.safetensors", tensors)))
+    assert report["family"] == "SD1.5 (original layout, inpainting)"
+    assert report["note"] == "1 tensors of an EMA copy (model_ema.*)"
 
 
 def test_quantised_weights_are_told(tmp_path: Path) -> None:
     tensors = {**makers.tiny("demo.original-unet"), "model.diffusion_model.scaled_fp8": ("F32", (), bytes(4))}
-    found = inspect(makers.write(tmp_path / "a.safetensors", tensors))
-    assert facts(found)["quantised"].endswith("cannot be pruned by magnitude")
-    assert found.as_json()["quantised"]
+    inspection = inspect(makers.write(tmp_path / "a.safetensors", tensors))
+    assert facts(inspection)["quantised"].endswith("cannot be pruned by magnitude")
+    assert inspection.as_json()["quantised"]
 
 
 @pytest.mark.parametrize(
@@ -127,48 +127,48 @@ def baked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_baked_file_says_all_about_itself(baked: Path) -> None:
     stamp = makers.metadata_of(baked)
-    told = facts(inspect(baked))
-    assert told["title"] == "crdiff demo CR-Diff 96x64"
-    assert told["pruned for"] == "96x64 (native 64x64)"
-    assert told["ratios"].startswith("searched (crdiff search: tpe, seed 42, ")
-    assert told["recipe"] == "demo.toml 96x64"
-    assert told["targets"] == "attn, ff by magnitude, cast to BF16"
-    assert told["POA weight"] == "1.8259"
-    assert told["base"] == f"demo ({stamp['crdiff.source.hash_sha256']})"
-    assert told["hash"] == stamp["modelspec.hash_sha256"]
-    assert told["made by"] == f"crdiff {stamp['crdiff.version']}"
+    report = facts(inspect(baked))
+    assert report["title"] == "crdiff demo CR-Diff 96x64"
+    assert report["pruned for"] == "96x64 (native 64x64)"
+    assert report["ratios"].startswith("searched (crdiff search: tpe, seed 42, ")
+    assert report["recipe"] == "demo.toml 96x64"
+    assert report["targets"] == "attn, ff by magnitude, cast to BF16"
+    assert report["POA weight"] == "1.8259"
+    assert report["base"] == f"demo ({stamp['crdiff.source.hash_sha256']})"
+    assert report["hash"] == stamp["modelspec.hash_sha256"]
+    assert report["made by"] == f"crdiff {stamp['crdiff.version']}"
 
 
 def test_a_baked_file_has_a_row_for_each_group(baked: Path) -> None:
-    found = inspect(baked)
+    inspection = inspect(baked)
     stamp = makers.metadata_of(baked)
-    assert found.stamp is not None
-    assert (found.columns, found.rows) == (GROUP_COLUMNS, group_rows(found.stamp))
-    for name, ratio, zeroed, of, share, threshold in found.rows:
+    assert inspection.stamp is not None
+    assert (inspection.columns, inspection.rows) == (GROUP_COLUMNS, group_rows(inspection.stamp))
+    for name, ratio, zeroed, of, share, threshold in inspection.rows:
         assert (ratio, zeroed, of) == (
             f"{float(stamp[f'crdiff.ratio.{name}']):g}",
             f"{int(stamp[f'crdiff.pruned.{name}']):,}",
-            f"{found.groups[name]['total']:,}",
+            f"{inspection.groups[name]['total']:,}",
         )
         assert float(share) == pytest.approx(float(ratio), abs=0.01)
         assert float(threshold) == pytest.approx(float.fromhex(stamp[f"crdiff.threshold.{name}"]), rel=1e-5)
 
 
 def test_a_baked_file_is_told_to_machines(baked: Path) -> None:
-    told = inspect(baked).as_json()
-    assert told["crdiff"] == {
+    report = inspect(baked).as_json()
+    assert report["crdiff"] == {
         key.removeprefix("crdiff."): text
         for key, text in makers.metadata_of(baked).items()
         if key.startswith("crdiff.")
     }
-    assert set(told["groups"]) == {"down", "mid", "up"}
+    assert set(report["groups"]) == {"down", "mid", "up"}
 
 
 def test_thresholds_of_layers_are_not_a_groups(shelf: Path, tmp_path: Path) -> None:
     request = ExportRequest(str(shelf / "dit.safetensors"), Size(512, 512), tmp_path / "o.safetensors", hashing=False)
-    found = inspect(export(request).written.path)
-    assert found.rows[0][-1] == "per layer"
-    assert (facts(found)["hash"], facts(found)["base"]) == ("none", "dit.safetensors (not hashed)")
+    inspection = inspect(export(request).written.path)
+    assert inspection.rows[0][-1] == "per layer"
+    assert (facts(inspection)["hash"], facts(inspection)["base"]) == ("none", "dit.safetensors (not hashed)")
 
 
 def test_a_group_that_was_left_alone_has_no_threshold(tmp_path: Path) -> None:
