@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals a
 RANDOM_KILLS = [3, pytest.param(30, marks=pytest.mark.slow)]
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 EXIT_CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
-SAID = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
+WORDS = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
 
 
 def some_forks() -> Iterator[Forks]:
@@ -201,8 +201,10 @@ def test_a_signal_at_any_moment(forks: Forks, either: Case, place: Path, name: s
         # A fork is killed outright before its handlers are there and after they are gone.
         assert code in (0, EXIT_CODES[signum], -signum), run.err
         if code == EXIT_CODES[signum] > 0:
-            said = [line for line in run.err if not line.startswith(("counting: ", "writing: ", "copying: ", "note: "))]
-            assert said == [f"crdiff: {SAID[signum]}; nothing half-done was left behind"]
+            stages = ("counting: ", "writing: ", "copying: ", "note: ")
+            assert [line for line in run.err if not line.startswith(stages)] == [
+                f"crdiff: {WORDS[signum]}; nothing half-done was left behind"
+            ]
         ended += code != 0
         window *= 1 if code else 0.9  # it was faster; a machine has better and worse moments
     prepare(either, place, force=False)
@@ -460,19 +462,6 @@ def test_what_else_python_drops_is_reported_as_ever(stopper: Stopper, monkeypatc
     last = Last()
     del last
     assert [dropped.exc_type for dropped in printed] == [ZeroDivisionError]
-
-
-def test_a_signal_that_is_to_be_ignored_is() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stopper = Stopper()
-    try:
-        stopper.install()
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        stopper.remove()
-        signal.signal(signal.SIGHUP, before)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_a_thread_takes_no_signals() -> None:

@@ -104,8 +104,8 @@ def test_one_count_serves_all_ratios(base: Path, tmp_path: Path, monkeypatch: py
         count(self, target, weights)
 
     monkeypatch.setattr(magnitude.RankedMagnitudes, "_count", noted)
-    made = list(run_in_turn(jobs(base, tmp_path / "m", [{"ratio": r / 10} for r in range(8)]), Silent()))
-    assert len(made) == 8
+    results = list(run_in_turn(jobs(base, tmp_path / "m", [{"ratio": r / 10} for r in range(8)]), Silent()))
+    assert len(results) == 8
     assert len(seen) == len(set(seen)) > 10
 
 
@@ -113,20 +113,20 @@ def test_one_count_serves_all_ratios(base: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_a_known_hash_is_not_computed_again(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = hashlib.sha256(base.read_bytes()).hexdigest()
+    digest = hashlib.sha256(base.read_bytes()).hexdigest()
     (job,) = jobs(base, tmp_path / "out", [{"ratio": 0.3}])
     counted = Counted(monkeypatch)
     (baked,) = run_together([job], Silent())
     without, counted.read = counted.read, 0
     (again,) = run_together(
-        [replace(job, base=replace(job.base, hashes={base.name: known}), target=tmp_path / "known.safetensors")],
+        [replace(job, base=replace(job.base, hashes={base.name: digest}), target=tmp_path / "known.safetensors")],
         Silent(),
     )
     assert counted.read < without - base.stat().st_size // 2
     assert isinstance(baked, Baked)
     assert isinstance(again, Baked)
-    ours, theirs = (makers.metadata_of(made.written.path) for made in (again, baked))
-    assert ours["crdiff.source.file_sha256"] == f"0x{known}"
+    ours, theirs = (makers.metadata_of(result.written.path) for result in (again, baked))
+    assert ours["crdiff.source.file_sha256"] == f"0x{digest}"
     assert "crdiff.source.hash_sha256" not in ours
     assert "crdiff.source.file_sha256" not in theirs
     assert ours["modelspec.hash_sha256"] == theirs["modelspec.hash_sha256"]
@@ -138,15 +138,15 @@ def test_only_some_hashes_are_known(tmp_path: Path) -> None:
     alone = export(ExportRequest(str(tmp_path / "base"), SIZE, tmp_path / "alone"))
     (job,) = jobs(tmp_path / "base", tmp_path / "out", [{}])
     name = job.plan.outputs[1].source.name
-    known = hashlib.sha256((tmp_path / "base" / name).read_bytes()).hexdigest()
-    (baked,) = run_together([replace(job, base=replace(job.base, hashes={name: known}))], Silent())
+    digest = hashlib.sha256((tmp_path / "base" / name).read_bytes()).hexdigest()
+    (baked,) = run_together([replace(job, base=replace(job.base, hashes={name: digest}))], Silent())
     assert isinstance(baked, Baked)
     for file, other in zip(baked.written.files, alone.written.files, strict=True):
         assert file.hashes
         assert other.hashes
         mine = file.path.relative_to(baked.written.path).as_posix() == name
         assert file.hashes.source == (None if mine else other.hashes.source)
-        assert file.hashes.source_file == (f"0x{known}" if mine else None)
+        assert file.hashes.source_file == (f"0x{digest}" if mine else None)
         assert file.hashes.output == other.hashes.output
 
 
@@ -158,7 +158,7 @@ def test_a_write_that_fails_ends_only_its_own(
     at: int, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_in_chunks(monkeypatch, 4096)
-    made = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}, {"ratio": 0.3}])
+    planned = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}, {"ratio": 0.3}])
     write = DirectWriter.write
     calls = 0
 
@@ -171,7 +171,7 @@ def test_a_write_that_fails_ends_only_its_own(
         write(writer, data, offset)
 
     monkeypatch.setattr(DirectWriter, "write", failing)
-    first, second, third = run_together(made, Silent())
+    first, second, third = run_together(planned, Silent())
     assert calls == at + 1  # nothing more is tried
     assert isinstance(second, Failure)
     assert isinstance(second.error, BakeError)
@@ -185,9 +185,9 @@ def test_a_write_that_fails_ends_only_its_own(
 
 def test_when_all_fail_the_rest_is_not_read(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_in_chunks(monkeypatch, 4096)
-    made = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}])
+    planned = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}])
     monkeypatch.setattr(DirectWriter, "write", failing())
-    outcomes = list(run_together(made, Silent()))
+    outcomes = list(run_together(planned, Silent()))
     assert [type(outcome) for outcome in outcomes] == [Failure, Failure]
     assert names(tmp_path / "many") == []
 
@@ -196,9 +196,9 @@ def test_when_all_fail_the_rest_is_not_read(base: Path, tmp_path: Path, monkeypa
 def test_a_last_step_that_fails_ends_only_its_own(
     step: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}])
+    planned = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}])
     if step == "publish":
-        made[0].target.write_bytes(b"it came there during the export")
+        planned[0].target.write_bytes(b"it came there during the export")
     else:
         check, calls = direct_writer._check, []
 
@@ -209,7 +209,7 @@ def test_a_last_step_that_fails_ends_only_its_own(
             check(*args)
 
         monkeypatch.setattr(direct_writer, "_check", failing)
-    first, second = run_together(made, Silent())
+    first, second = run_together(planned, Silent())
     assert isinstance(first, Failure)
     assert isinstance(first.error, BakeError)
     assert isinstance(second, Baked)
@@ -229,25 +229,25 @@ def test_a_damaged_base_ends_all(tmp_path: Path) -> None:
 
 def test_no_more_than_the_caller_keeps(base: Path, tmp_path: Path) -> None:
     """One by one, each may be taken away before the next is written."""
-    made = jobs(base, tmp_path / "many", [{"ratio": r} for r in (0.1, 0.2, 0.3)])
-    for number, outcome in enumerate(run_in_turn(made, Silent())):
+    planned = jobs(base, tmp_path / "many", [{"ratio": r} for r in (0.1, 0.2, 0.3)])
+    for number, outcome in enumerate(run_in_turn(planned, Silent())):
         assert isinstance(outcome, Baked)
         assert [p.name for p in (tmp_path / "many").iterdir()] == [f"{number}.safetensors"]
         outcome.written.path.unlink()
 
 
 def test_a_full_disk_is_told_before_each(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}])
-    one = made[0].space.needed
+    planned = jobs(base, tmp_path / "many", [{"ratio": 0.1}, {"ratio": 0.2}])
+    needed = planned[0].space.needed
 
     def usage(_: Path) -> SimpleNamespace:
-        return SimpleNamespace(free=one + one // 2 - _used(tmp_path / "many"))
+        return SimpleNamespace(free=needed * 3 // 2 - _used(tmp_path / "many"))
 
     monkeypatch.setattr("shutil.disk_usage", usage)
     with pytest.raises(PlanError, match=r"needed, .* free"):
-        list(run_together(made, Silent()))
+        list(run_together(planned, Silent()))
     assert names(tmp_path / "many") == []
-    first, second = run_in_turn(made, Silent())
+    first, second = run_in_turn(planned, Silent())
     assert isinstance(first, Baked)
     assert isinstance(second, Failure)
     assert isinstance(second.error, PlanError)

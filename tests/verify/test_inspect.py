@@ -101,14 +101,11 @@ def test_quantised_weights_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("title", "shown"),
     [
-        ("A plain title: 100%, 'quoted'", "A plain title: 100%, 'quoted'"),
-        ("Ünïcödé 模型", "Ünïcödé 模型"),
+        ("100% Ünïcödé 模型, 'quoted'", "100% Ünïcödé 模型, 'quoted'"),
         ("red \x1b[31m", r"red \x1b[31m"),
-        ("turned \u202e round", r"turned \u202e round"),
-        ("two\nlines", r"two\nlines"),
         ("long " * 100, ("long " * 40) + "… (500 characters)"),
     ],
-    ids=["plain", "unicode", "escape", "direction", "lines", "long"],
+    ids=["plain", "escape", "long"],
 )
 def test_a_title_is_shown_as_it_is_where_it_can_be(tmp_path: Path, title: str, shown: str) -> None:
     path = makers.write(tmp_path / "a.safetensors", makers.tiny("demo.original-unet"), {"modelspec.title": title})
