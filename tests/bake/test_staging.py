@@ -225,11 +225,23 @@ def test_a_system_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert names(tmp_path) == ["o"]
 
 
-# --- interrupts within the cleaning up ---
+# --- the end ---
 
 
-class Interrupt(BaseException):
-    pass
+def test_an_interrupt_while_a_part_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = staging._remove
+
+    def interrupted(path: Path) -> None:
+        monkeypatch.setattr(staging, "_remove", remove)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(staging, "_remove", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        put(tmp_path / "o", folder=False)
+    assert names(tmp_path) == ["o"]
+    with pytest.raises(KeyboardInterrupt), temp_sibling(tmp_path / "o", folder=True):
+        monkeypatch.setattr(staging, "_remove", interrupted)
+    assert names(tmp_path) == ["o"]
 
 
 def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
