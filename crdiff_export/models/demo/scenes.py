@@ -123,11 +123,10 @@ class Scene:
         )
 
 
+@cache
 def vocabulary() -> tuple[str, ...]:
     """Return every word of the prompts, sorted."""
-    relations = {word for relation in RELATIONS for word in relation.split()}
-    plurals = {f"{shape}s" for shape in SHAPES}
-    return tuple(sorted({"a", "an", "on", *SHAPES, *plurals, *COLOURS, *BACKGROUNDS, *SIZES, *COUNTS, *relations}))
+    return tuple(sorted({word for prompt in _by_prompt() for word in prompt.split()}))
 
 
 def all_scenes() -> Iterator[Scene]:
