@@ -1,9 +1,8 @@
 """Rank by |w| (Han et al. 2015, arXiv 1506.02626), the criterion of the paper. This is pass one over the weights."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from threading import Lock, local
 
 from crdiff_export.formats.dtypes import FORMATS, INFINITY
@@ -20,14 +19,6 @@ from crdiff_export.prune.threshold import Threshold
 _Counting = Callable[[Target, memoryview], None]
 # Elements read and counted at once.
 CHUNK = 2 << 20
-
-
-@dataclass
-class _Tally:
-    """Counts of some weights: a histogram per dtype, and for F32 refined ones by the upper bits that they belong to."""
-
-    counts: "dict[str, threshold.Totals]" = field(default_factory=dict)
-    refined: "dict[int, threshold.Totals]" = field(default_factory=dict)
 
 
 class RankedMagnitudes:
@@ -49,7 +40,10 @@ class RankedMagnitudes:
     def __init__(self, plans: Sequence[Plan], kernel: Kernel, progress: Progress, *, refined: bool = True) -> None:
         self._plan, self._kernel = plans[0], kernel
         self._targets = {t.name: t for plan in plans for t in plan.targets if plan.scopes[t.scope].rank}
-        self._tallies = {_tally(plans[0], t): _Tally() for t in self._targets.values()}
+        tallies = {_tally(plans[0], t) for t in self._targets.values()}
+        # By tally: a histogram for each dtype, and refined ones of F32 for some values of the upper bits.
+        self._counts: dict[Hashable, dict[str, threshold.Totals]] = {tally: {} for tally in tallies}
+        self._refined: dict[Hashable, dict[int, threshold.Totals]] = {tally: {} for tally in tallies}
         self._widest = max((t.source.itemsize for t in self._targets.values()), default=1)
         self._nonfinite = Counter[str]()
         self._lock = Lock()
@@ -67,20 +61,28 @@ class RankedMagnitudes:
         # F32 weights are read again, unless the same upper bits were refined before.
         nonfinite.refuse([plan], self._nonfinite)
         self._refine([plan], Silent())
-        return Decision(
-            tuple(_select(scope, [self._tallies[name] for name in names]) for scope, names in _tallies_of(plan))
-        )
+        return Decision(tuple(self._threshold(scope, tallies) for scope, tallies in _tallies_of(plan)))
+
+    def _threshold(self, scope: Scope, tallies: Sequence[Hashable]) -> Threshold:
+        if not scope.rank:
+            return Threshold(None, 0, scope.count)
+        counts = _merged([self._counts[tally] for tally in tallies])
+        if "F32" not in counts:
+            return threshold.select(counts, scope.rank)
+        upper = threshold.upper_bits(counts, scope.rank)
+        refined = sum((self._refined[tally][upper] for tally in tallies), threshold.totals(REFINED))
+        return threshold.select(counts, scope.rank, refined)
 
     def _refine(self, plans: Sequence[Plan], progress: Progress) -> None:
         """Count the lower bits of the F32 weights near the thresholds, if that was not done before."""
         refined: dict[Hashable, dict[int, threshold.Totals]] = {}
-        for scope, names in (scope for plan in plans for scope in _tallies_of(plan)):
-            counts = _merged([self._tallies[name] for name in names])
+        for scope, tallies in (scope for plan in plans for scope in _tallies_of(plan)):
+            counts = _merged([self._counts[tally] for tally in tallies])
             if "F32" in counts:
                 upper = threshold.upper_bits(counts, scope.rank)
-                for name in names:
-                    if upper not in self._tallies[name].refined:
-                        refined.setdefault(name, {})[upper] = threshold.totals(REFINED)
+                for tally in tallies:
+                    if upper not in self._refined[tally]:
+                        refined.setdefault(tally, {})[upper] = threshold.totals(REFINED)
         wide = [t for t in self._targets.values() if t.output.dtype == "F32" and _tally(self._plan, t) in refined]
 
         def count(target: Target, weights: memoryview) -> None:
@@ -92,8 +94,8 @@ class RankedMagnitudes:
                     totals[upper] += counts
 
         self._pass(wide, count, progress)
-        for name, totals in refined.items():  # only when complete: nothing may use half a count
-            self._tallies[name].refined |= totals
+        for tally, totals in refined.items():  # only when complete: nothing may use half a count
+            self._refined[tally] |= totals
 
     def _pass(self, targets: list[Target], count: _Counting, progress: Progress) -> None:
         """Read targets, and count their weights on the kernel's threads."""
@@ -127,10 +129,10 @@ class RankedMagnitudes:
         counts = counters(magnitudes(form.dtype))
         self._kernel.count(weights, form.dtype, counts)
         first = INFINITY >> LOWER_BITS if form.width == 32 else form.first_nonfinite
-        tally = self._tallies[_tally(self._plan, target)]
+        totals = self._counts[_tally(self._plan, target)]
         with self._lock:
-            tally.counts.setdefault(form.dtype, threshold.totals(len(counts)))
-            tally.counts[form.dtype] += counts
+            totals.setdefault(form.dtype, threshold.totals(len(counts)))
+            totals[form.dtype] += counts
             self._nonfinite[target.name] += int(counts[first:].sum())
 
     def _read(self, target: Target, start: int, stop: int) -> memoryview:
@@ -165,20 +167,9 @@ def _tallies_of(plan: Plan) -> list[tuple[Scope, list[Hashable]]]:
     return [(scope, list(keys)) for scope, keys in zip(plan.scopes, names, strict=True)]
 
 
-def _merged(tallies: Sequence[_Tally]) -> "dict[str, threshold.Totals]":
+def _merged(tallies: "Sequence[Mapping[str, threshold.Totals]]") -> "dict[str, threshold.Totals]":
     """Sum the histograms of several tallies."""
     merged: dict[str, threshold.Totals] = {}
-    for dtype, counts in ((dtype, counts) for tally in tallies for dtype, counts in tally.counts.items()):
+    for dtype, counts in (item for tally in tallies for item in tally.items()):
         merged[dtype] = merged[dtype] + counts if dtype in merged else counts
     return merged
-
-
-def _select(scope: Scope, tallies: Sequence[_Tally]) -> Threshold:
-    if not scope.rank:
-        return Threshold(None, 0, scope.count)
-    counts = _merged(tallies)
-    if "F32" not in counts:
-        return threshold.select(counts, scope.rank)
-    upper = threshold.upper_bits(counts, scope.rank)
-    refined = sum((tally.refined[upper] for tally in tallies), threshold.totals(REFINED))
-    return threshold.select(counts, scope.rank, refined)
