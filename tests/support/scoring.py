@@ -12,29 +12,24 @@ from torch import Tensor
 
 from crdiff_export import hub
 from crdiff_export.evaluate.scorers import Scorer
-from crdiff_export.evaluate.scorers.weights import Fetch, Repo
 from crdiff_export.hub.location import HubLocation
 
 Fetched = list[tuple[str, str | None, str | None]]
 Tensors = Mapping[str, Tensor]
 
 
-def fetch_from(shelf: Path) -> Fetch:
-    """Fetch from repositories that lie in a folder by their ids."""
+def serve(shelf: Path, monkeypatch: pytest.MonkeyPatch, **others: Path) -> Fetched:
+    """Put repositories that lie in a folder by their ids in the Hub's place.
 
-    def fetch(repo: Repo, file: str | None) -> Path:
-        return shelf / repo.id / file if file else shelf / repo.id
-
-    return fetch
-
-
-def serve(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Fetched:
-    """Put those repositories in the Hub's place; the list that is returned grows by repository, file and commit."""
+    A file whose name begins with a word of `others` is that one. The list that is returned grows by repository, file
+    and commit.
+    """
     fetched: Fetched = []
 
     def fetch(location: HubLocation, *_: object) -> Path:
         fetched.append((location.repo, location.file, location.revision))
-        return shelf / location.repo / (location.file or "")
+        name = location.file or ""
+        return others.get(name.partition(".")[0], shelf / location.repo / name)
 
     monkeypatch.setattr(hub, "fetch", fetch)
     monkeypatch.setattr(hub, "fetch_parts", fetch)

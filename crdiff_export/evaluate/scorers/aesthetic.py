@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from crdiff_export.evaluate.scorers import weights
 from crdiff_export.evaluate.scorers.clip import BATCH, CLIP_L, Clip
 from crdiff_export.evaluate.scorers.score import FunctionScorer, Scorer
-from crdiff_export.evaluate.scorers.weights import Fetch, Repo
+from crdiff_export.evaluate.scorers.weights import Repo
 
 if TYPE_CHECKING:
     import torch
@@ -36,23 +36,23 @@ def head(width: int) -> "torch.nn.Sequential":
     return nn.Sequential(*layers).eval()
 
 
-def aesthetic(device: str, dtype: str, fetch: Fetch = weights.fetch) -> Scorer:
+def aesthetic(device: str, dtype: str) -> Scorer:
     """Open the predictor and the CLIP that it needs; 1.7 GB of weights. The head computes in float32."""
     weights.transformers()
-    path = fetch(REPO, FILE)
+    path = weights.fetch(REPO, FILE)
     tensors = weights.read_pickle(path)
     first = tensors.get("layers.0.weight")
     layers = head(int(first.shape[-1]) if first is not None and first.ndim else 768)
     weights.fill(layers, {name.removeprefix("layers."): tensor for name, tensor in tensors.items()}, f"{REPO}/{FILE}")
-    clip = Clip(CLIP_L, CLIP_L, device, dtype, fetch)
+    clip = Clip(CLIP_L, CLIP_L, device, dtype)
     about = {"head": f"{REPO}", "head sha256": weights.sha256(path), **clip.about}
 
     def compute(images: "Sequence[Image]", _prompts: Sequence[str]) -> list[float]:
         import torch
 
-        seen, _ = clip.embed(images, [""] * len(images))
+        vectors, _ = clip.embed(images, [""] * len(images))
         with torch.inference_mode():
-            values: list[float] = layers(seen).squeeze(-1).tolist()
+            values: list[float] = layers(vectors).squeeze(-1).tolist()
         return values
 
     return FunctionScorer(weights.fingerprint("aesthetic", device, dtype, **about), compute, BATCH)

@@ -5,7 +5,7 @@ src: `vit.py` and `med.py` of salesforce/BLIP, `blip_pretrain.py` and `ImageRewa
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 from crdiff_export.evaluate.scorers import weights
 from crdiff_export.evaluate.scorers.aesthetic import head
@@ -41,53 +41,27 @@ RENAMED: Final = (
 UNUSED: Final = re.compile(r"blip\.(vision|text)_proj\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids")
 
 
-class Reward:
-    """Computes the reward, before it is normalised, of each picture and the tokens of its prompt."""
-
-    def __init__(self, module: "torch.nn.ModuleDict", side: int) -> None:
-        self._module = module
-        self.side = side
-
-    def to(self, device: "torch.device", dtype: "torch.dtype") -> Self:
-        """Move to a device; the encoders compute in `dtype`, the head in float32."""
-        import torch
-
-        for name, part in self._module.items():
-            part.to(device, torch.float32 if name == "head" else dtype)
-        return self
-
-    def __call__(self, pixels: "Tensor", tokens: "Tensor", mask: "Tensor") -> "Tensor":
-        seen = self._module["vision"](pixel_values=pixels).last_hidden_state
-        read = self._module["text"](
-            input_ids=tokens,
-            attention_mask=mask,
-            encoder_hidden_states=seen,
-            is_decoder=False,  # every word sees every other
-        )
-        values: Tensor = self._module["head"](read.last_hidden_state[:, 0].float())
-        return values.squeeze(-1).cpu()
-
-
-def open_reward(
-    tensors: "Mapping[str, Tensor]", config: Mapping[str, Any], vision: Mapping[str, int], source: str
-) -> Reward:
-    """Make the network with a file's weights in it.
+def reward(parts: "torch.nn.ModuleDict", pixels: "Tensor", tokens: "Tensor", mask: "Tensor") -> "Tensor":
+    """Compute the reward of each picture and the tokens of its prompt, before it is normalised.
 
     Args:
-        tensors: The weights, by the file's names.
-        config: The size of the text's encoder: `TEXT_CONFIG`.
-        vision: The size of the picture's encoder, as in `VISION`.
-        source: What an error calls the file.
+        parts: What `network` returned; the head computes in float32.
+        pixels: [picture, 3, side, side].
+        tokens: [picture, token].
+        mask: [picture, token], 1 where there is a token.
 
     Returns:
-        The network.
-
-    Raises:
-        ScorerError: A weight is missing or left over.
+        [picture], on the CPU.
     """
-    module = network(config, vision)
-    weights.fill(module, dict(rename_tensors(tensors)), source)
-    return Reward(module, vision["image_size"])
+    picture_states = parts["vision"](pixel_values=pixels).last_hidden_state
+    text_states = parts["text"](
+        input_ids=tokens,
+        attention_mask=mask,
+        encoder_hidden_states=picture_states,
+        is_decoder=False,  # every word sees every other
+    )
+    values: Tensor = parts["head"](text_states.last_hidden_state[:, 0].float())
+    return values.squeeze(-1).cpu()
 
 
 def network(config: Mapping[str, Any], vision: Mapping[str, int]) -> "torch.nn.ModuleDict":
@@ -96,20 +70,20 @@ def network(config: Mapping[str, Any], vision: Mapping[str, int]) -> "torch.nn.M
 
     library = weights.transformers()
     with weights.quiet():
-        seen = library.BlipVisionConfig(
+        vision_config = library.BlipVisionConfig(
             **vision,
             hidden_act="gelu",
             layer_norm_eps=1e-6,  # BLIP's own; transformers has 1e-5
             attn_implementation="eager",
         )
         # "is_decoder" is what makes transformers build the cross-attention.
-        read = library.BlipTextConfig(
+        text_config = library.BlipTextConfig(
             **config, encoder_hidden_size=vision["hidden_size"], is_decoder=True, attn_implementation="eager"
         )
         parts = {
-            "vision": library.BlipVisionModel(seen),
-            "text": library.BlipTextModel(read, add_pooling_layer=False),
-            "head": head(read.hidden_size),
+            "vision": library.BlipVisionModel(vision_config),
+            "text": library.BlipTextModel(text_config, add_pooling_layer=False),
+            "head": head(text_config.hidden_size),
         }
     return nn.ModuleDict(parts).eval()
 

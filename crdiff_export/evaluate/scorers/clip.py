@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from crdiff_export.evaluate.scorers import weights
 from crdiff_export.evaluate.scorers.score import FunctionScorer, Scorer
-from crdiff_export.evaluate.scorers.weights import Fetch, Repo
+from crdiff_export.evaluate.scorers.weights import Repo
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,11 +28,11 @@ BATCH = 16  # our choice: pictures in one forward pass
 class Clip:
     """A CLIP of transformers with its tokenizer and its preprocessing, which may be another repository's."""
 
-    def __init__(self, repo: Repo, words: Repo, device: str, dtype: str, fetch: Fetch) -> None:
+    def __init__(self, repo: Repo, words: Repo, device: str, dtype: str) -> None:
         library = weights.transformers()
         self._device, self._dtype = weights.place(device, dtype)
-        folder, file = fetch(repo, None), fetch(repo, FILE)
-        small = folder if words == repo else fetch(words, None)
+        folder, file = weights.fetch(repo, None), weights.fetch(repo, FILE)
+        small = folder if words == repo else weights.fetch(words, None)
         with weights.quiet():
             # Pillow's way also where torchvision is installed, whose numbers are a little different.
             processor = getattr(library, "CLIPImageProcessorPil", None) or library.CLIPImageProcessor
@@ -80,25 +80,25 @@ class Clip:
         return _normalized(output.image_embeds), _normalized(output.text_embeds)
 
 
-def clip_score(device: str, dtype: str, fetch: Fetch = weights.fetch) -> Scorer:
+def clip_score(device: str, dtype: str) -> Scorer:
     """Open the cosine that OpenAI's CLIP ViT-L/14 sees, -1 to 1; 1.7 GB of weights."""
-    return _cosine_scorer("clip-score", CLIP_L, CLIP_L, device, dtype, fetch)
+    return _cosine_scorer("clip-score", CLIP_L, CLIP_L, device, dtype)
 
 
-def pick_score(device: str, dtype: str, fetch: Fetch = weights.fetch) -> Scorer:
+def pick_score(device: str, dtype: str) -> Scorer:
     """Open PickScore v1, about 15 to 25; 3.9 GB of weights."""
-    return _cosine_scorer("pick-score", PICK_SCORE, CLIP_H, device, dtype, fetch)
+    return _cosine_scorer("pick-score", PICK_SCORE, CLIP_H, device, dtype)
 
 
-def _cosine_scorer(name: str, repo: Repo, words: Repo, device: str, dtype: str, fetch: Fetch) -> Scorer:
+def _cosine_scorer(name: str, repo: Repo, words: Repo, device: str, dtype: str) -> Scorer:
     """Make a scorer of a factor times the cosine of the two embeddings."""
-    clip = Clip(repo, words, device, dtype, fetch)
+    clip = Clip(repo, words, device, dtype)
     is_logit = repo == PICK_SCORE
     factor = clip.scale if is_logit else 1.0
 
     def compute(images: "Sequence[Image]", prompts: Sequence[str]) -> list[float]:
-        seen, read = clip.embed(images, prompts)
-        cosines: list[float] = (seen.double() * read.double()).sum(-1).tolist()
+        image_vectors, text_vectors = clip.embed(images, prompts)
+        cosines: list[float] = (image_vectors.double() * text_vectors.double()).sum(-1).tolist()
         return [factor * cosine for cosine in cosines]
 
     record = weights.fingerprint(name, device, dtype, **clip.about)

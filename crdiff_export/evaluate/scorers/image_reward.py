@@ -5,14 +5,14 @@ five linear layers, and the reward is normalised with the mean and deviation of 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from crdiff_export.errors import ScorerError
 from crdiff_export.evaluate.scorers import blip, weights
 from crdiff_export.evaluate.scorers.score import FunctionScorer, Scorer
-from crdiff_export.evaluate.scorers.weights import Fetch, Repo
+from crdiff_export.evaluate.scorers.weights import Repo
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,35 +30,29 @@ PIXEL_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 BATCH = 8  # our choice: pictures in one forward pass
 
 
-def image_reward(
-    device: str, dtype: str, fetch: Fetch = weights.fetch, vision: Mapping[str, int] | None = None
-) -> Scorer:
-    """Open ImageReward 1.0, about -2 to 2; 1.8 GB of weights. The head computes in float32.
-
-    Args:
-        device: The device, as torch names it.
-        dtype: What the encoders compute in: fp32, fp16 or bf16.
-        fetch: Returns the path of a repository's file.
-        vision: Another size of the picture's encoder, as in `blip.VISION`.
-
-    Returns:
-        The scorer.
-    """
-    place = weights.place(device, dtype)
-    config = _config(fetch(REPO, CONFIG))
-    tokenizer = _tokenizer(fetch(BERT, None), config)
-    path = fetch(REPO, FILE)
-    reward = blip.open_reward(weights.read_pickle(path), config, vision or blip.VISION, f"{REPO}/{FILE}").to(*place)
+def image_reward(device: str, dtype: str) -> Scorer:
+    """Open ImageReward 1.0, about -2 to 2; 1.8 GB of weights. The head computes in float32."""
+    place, precision = weights.place(device, dtype)
+    config = _config(weights.fetch(REPO, CONFIG))
+    tokenizer = _tokenizer(weights.fetch(BERT, None), config)
+    path = weights.fetch(REPO, FILE)
+    parts, side = blip.network(config, blip.VISION), blip.VISION["image_size"]
+    weights.fill(parts, dict(blip.rename_tensors(weights.read_pickle(path))), f"{REPO}/{FILE}")
+    parts.to(place)
+    for name in ("vision", "text"):
+        parts[name].to(precision)
     about = {"weights": f"{REPO}", "sha256": weights.sha256(path), "words": f"{BERT}"}
-    about["preprocessing"] = f"RGB, bicubic to {reward.side}, centre, CLIP's mean and deviation; {TOKENS} tokens"
+    about["preprocessing"] = f"RGB, bicubic to {side}, centre, CLIP's mean and deviation; {TOKENS} tokens"
 
     def compute(images: "Sequence[Image]", prompts: Sequence[str]) -> list[float]:
         import torch
 
-        pixels = torch.stack([pixels_of(image, reward.side) for image in images])
-        tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+        pixels = torch.stack([pixels_of(image, side) for image in images])
+        tokens = tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+        ).to(place)
         with torch.inference_mode():
-            raw = reward(pixels.to(*place), tokens["input_ids"].to(place[0]), tokens["attention_mask"].to(place[0]))
+            raw = blip.reward(parts, pixels.to(place, precision), tokens["input_ids"], tokens["attention_mask"])
         values: list[float] = ((raw.double() - MEAN) / DEVIATION).tolist()
         return values
 

@@ -107,7 +107,6 @@ def load(device: str, file: Path | None = None) -> Inception:
     Raises:
         ScorerError: The weights cannot be fetched or are not the published ones, or torch-fidelity is missing.
     """
-    check(file)
     place, _ = weights.place(device, "fp32")
     path = file or _fetch()
     try:

@@ -7,6 +7,7 @@ whose values are factories `(device, dtype) -> Scorer`; another package cannot t
 
 import re
 from collections.abc import Iterable
+from contextlib import ExitStack, closing
 from importlib.metadata import EntryPoint, entry_points
 from typing import Final
 
@@ -55,14 +56,11 @@ def load(spec: str, device: str = "cpu", dtype: str = "fp32") -> Scorer:
         return Checked(_open(members[0][1], device, dtype))
     from crdiff_export.evaluate.scorers.weighted import Weighted
 
-    opened: list[tuple[float, Scorer]] = []
-    try:
-        for weight, text in members:
-            opened.append((weight, Checked(_open(text, device, dtype))))
-    except BaseException:
-        for _, scorer in opened:
-            scorer.close()
-        raise
+    with ExitStack() as stack:
+        opened = [
+            (weight, stack.enter_context(closing(Checked(_open(text, device, dtype))))) for weight, text in members
+        ]
+        stack.pop_all()  # nothing is closed where all could be opened
     return Checked(Weighted(public(spec), opened))
 
 

@@ -5,7 +5,7 @@ into the Hub client's cache.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -36,16 +36,12 @@ class Repo:
         return f"{self.id}@{self.commit}"
 
 
-# Returns the path of a repository's file, or with None the folder of its small files: configurations and vocabularies.
-Fetch = Callable[[Repo, str | None], Path]
-
-
 def fetch(repo: Repo, file: str | None) -> Path:
     """Return the path of a file in the Hub client's cache, after a download if need be.
 
     Args:
         repo: The repository.
-        file: A file of it, or None for its small files.
+        file: A file of it, or None for its small files: configurations and vocabularies.
 
     Returns:
         The file, or the folder of the small files.

@@ -1,7 +1,6 @@
 """Scorers that are programs: real ones, right and wrong in every way."""
 
 import gc
-import os
 import shlex
 import sys
 import tempfile
@@ -196,18 +195,6 @@ def test_neither_paths_nor_arguments_get_out(made: Make, tmp_path: Path) -> None
     assert "secret" not in str(error.value)
 
 
-def test_it_may_be_part_of_a_sum(made: Make, tmp_path: Path) -> None:
-    made(LOOP + ANSWER)
-    words = f"command:{shlex.join([sys.executable, str(tmp_path / 'a program.py')])}"
-    scorer = scorers.load(f"-1*{words}")
-    (found,) = scorer.score([RED], ["abc"])
-    program = f"command:{Path(sys.executable).name}"
-    assert (found.value, dict(found.parts)) == (-3.0, {program: 3.0})
-    assert scorer.name == scorers.public(f"-1*{words}") == f"-1*{program}"
-    assert str(tmp_path) not in repr(scorer.fingerprint())
-    scorer.close()
-
-
 # What is wrong
 
 
@@ -328,9 +315,3 @@ def test_whatever_stops_the_scoring_ends_the_program(made: Make, temporary: Path
     assert list(temporary.iterdir()) == []
     with pytest.raises(ScorerError, match="has ended"):
         scorer.score([RED], ["a"])
-
-
-@pytest.mark.skipif(os.name != "posix", reason="sessions are POSIX's")
-def test_it_has_a_session_of_its_own(made: Make) -> None:
-    (found,) = made(LOOP + '    print(json.dumps({"score": os.getsid(0)}), flush=True)\n').score([RED], ["a"])
-    assert found.value != os.getsid(0)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from crdiff_export.errors import ScorerError
 from crdiff_export.evaluate import scorers
-from crdiff_export.evaluate.scorers import Scorer, blip, image_reward, weights
+from crdiff_export.evaluate.scorers import Scorer, blip, image_reward
 from tests.support.messages import raises
 from tests.support.scoring import (
     HEAD,
+    Fetched,
     Tensors,
     attended,
     cut,
-    fetch_from,
     graded,
     linear,
     noise,
@@ -177,48 +177,40 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def fetch(shelf: Path) -> weights.Fetch:
-    return fetch_from(shelf)
+@pytest.fixture(autouse=True)
+def served(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Fetched:
+    return serve(shelf, monkeypatch)
 
 
 @pytest.fixture
-def scorer(fetch: weights.Fetch) -> Scorer:
-    return image_reward.image_reward("cpu", "fp32", fetch, TINY)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blip, "VISION", TINY)
+
+
+@pytest.fixture
+def scorer(tiny: None) -> Scorer:
+    return image_reward.image_reward("cpu", "fp32")
 
 
 def pictures() -> list[Image.Image]:
     return noise([(32, 32), (47, 33), (9, 100), (101, 40), (1, 1)], seed=4)
 
 
-def in_place_of(path: Path, name: str, fetch: weights.Fetch) -> weights.Fetch:
-    """The same repositories with another file of this name."""
-    return lambda repo, file: path if file == name else fetch(repo, file)
+@pytest.fixture
+def other(tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a test may put another file of weights."""
+    serve(shelf, monkeypatch, ImageReward=tmp_path / image_reward.FILE)
+    return tmp_path / image_reward.FILE
 
 
-def test_it_is_the_network_written_out(scorer: Scorer) -> None:
+def test_it_is_the_network_written_out(monkeypatch: pytest.MonkeyPatch, tiny: None) -> None:
+    """Of every picture by itself: what else is in its batch does not count, nor a word after the 35th token."""
+    monkeypatch.setattr(image_reward, "BATCH", 2)
+    scorer = image_reward.image_reward("cpu", "fp32")
     tensors = random_weights()
     expected = [by_hand(image, prompt, tensors) for image, prompt in zip(pictures(), PROMPTS, strict=True)]
     assert len({round(value, 2) for value in expected}) == 5
     assert values(scorer, pictures(), PROMPTS) == pytest.approx(expected, abs=1e-5)
-
-
-def test_neither_batch_nor_order_matters(scorer: Scorer, fetch: weights.Fetch, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, prompts = pictures(), PROMPTS
-    together = values(scorer, images, prompts)
-    alone = [values(scorer, [image], [prompt])[0] for image, prompt in zip(images, prompts, strict=True)]
-    assert together == pytest.approx(alone, abs=1e-5)
-    assert values(scorer, images[::-1], prompts[::-1]) == pytest.approx(together[::-1], abs=1e-5)
-    monkeypatch.setattr(image_reward, "BATCH", 2)
-    in_twos = image_reward.image_reward("cpu", "fp32", fetch, TINY)
-    assert values(in_twos, images, prompts) == pytest.approx(together, abs=1e-5)
-
-
-def test_words_beyond_the_35th_token_do_not_count(scorer: Scorer) -> None:
-    image = pictures()[1]
-    found = values(scorer, [image] * 3, ["red " * 33, "red " * 33 + "cat dog", "red " * 32])
-    assert found[0] == pytest.approx(found[1], abs=1e-6)
-    assert abs(found[0] - found[2]) > 1e-4
 
 
 def test_every_mode_is_seen_as_rgb(scorer: Scorer) -> None:
@@ -226,13 +218,13 @@ def test_every_mode_is_seen_as_rgb(scorer: Scorer) -> None:
     clear = image.convert("RGBA")
     clear.putalpha(7)
     few = image.quantize(16)
-    found = values(scorer, [image, clear, few, few.convert("RGB")], ["a cat"] * 4)
-    assert found[0] == pytest.approx(found[1], abs=1e-5)
-    assert found[2] == pytest.approx(found[3], abs=1e-5)
+    scores = values(scorer, [image, clear, few, few.convert("RGB")], ["a cat"] * 4)
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert scores[2] == pytest.approx(scores[3], abs=1e-5)
 
 
-def test_half_precision(fetch: weights.Fetch, scorer: Scorer) -> None:
-    half = values(image_reward.image_reward("cpu", "bf16", fetch, TINY), pictures(), PROMPTS)
+def test_half_precision(scorer: Scorer) -> None:
+    half = values(image_reward.image_reward("cpu", "bf16"), pictures(), PROMPTS)
     full = values(scorer, pictures(), PROMPTS)
     assert half != full
     assert half == pytest.approx(full, abs=0.5)
@@ -256,22 +248,20 @@ def test_the_names_of_the_published_size_all_have_a_place() -> None:
     assert sizes == dict(zip(found, needed.values(), strict=True))
 
 
-def test_without_the_unused_ones(tmp_path: Path, fetch: weights.Fetch, scorer: Scorer) -> None:
-    path = tmp_path / image_reward.FILE
-    torch.save({name: tensor for name, tensor in random_weights().items() if not blip.UNUSED.fullmatch(name)}, path)
-    other = image_reward.image_reward("cpu", "fp32", in_place_of(path, image_reward.FILE, fetch), TINY)
-    assert values(other, pictures(), PROMPTS) == values(scorer, pictures(), PROMPTS)
-    assert other.fingerprint()["sha256"] != scorer.fingerprint()["sha256"]
+def test_without_the_unused_ones(scorer: Scorer, other: Path) -> None:
+    torch.save({name: tensor for name, tensor in random_weights().items() if not blip.UNUSED.fullmatch(name)}, other)
+    without = image_reward.image_reward("cpu", "fp32")
+    assert values(without, pictures(), PROMPTS) == values(scorer, pictures(), PROMPTS)
+    assert without.fingerprint()["sha256"] != scorer.fingerprint()["sha256"]
 
 
-def test_a_file_with_other_weights(tmp_path: Path, fetch: weights.Fetch) -> None:
+def test_a_file_with_other_weights(tiny: None, other: Path) -> None:
     tensors = random_weights()
     del tensors["blip.visual_encoder.blocks.1.attn.proj.bias"]
     tensors["blip.text_encoder.pooler.dense.bias"] = torch.zeros(2)
     tensors["blip.visual_encoder.blocks.7.norm1.bias"] = torch.zeros(2)
     tensors["mlp.layers.7.bias"] = torch.zeros(2)
-    path = tmp_path / image_reward.FILE
-    torch.save(tensors, path)
+    torch.save(tensors, other)
     wrong = (
         'Missing key(s) in state_dict: "vision.encoder.layers.1.self_attn.projection.bias"',
         "Unexpected key(s) in state_dict: ",
@@ -280,7 +270,7 @@ def test_a_file_with_other_weights(tmp_path: Path, fetch: weights.Fetch) -> None
         "size mismatch for head.7.bias",
     )
     with pytest.raises(ScorerError) as error:
-        image_reward.image_reward("cpu", "fp32", in_place_of(path, image_reward.FILE, fetch), TINY)
+        image_reward.image_reward("cpu", "fp32")
     for text in (f"{image_reward.REPO}/ImageReward.pt", *wrong):
         assert text in error.value.message
 
@@ -291,11 +281,13 @@ def test_a_file_with_other_weights(tmp_path: Path, fetch: weights.Fetch) -> None
      (json.dumps({**CONFIG, "vocab_size": 99}), "its last word is number 15")],
     ids=["cut", "list", "empty", "other words"],
 )  # fmt: skip
-def test_another_configuration_is_refused(tmp_path: Path, fetch: weights.Fetch, text: str, error: str) -> None:
-    path = tmp_path / image_reward.CONFIG
-    path.write_text(text)
+def test_another_configuration_is_refused(
+    tmp_path: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch, text: str, error: str
+) -> None:
+    (tmp_path / image_reward.CONFIG).write_text(text)
+    serve(shelf, monkeypatch, med_config=tmp_path / image_reward.CONFIG)
     with raises(ScorerError, image_reward.REPO, error):
-        image_reward.image_reward("cpu", "fp32", in_place_of(path, image_reward.CONFIG, fetch), TINY)
+        image_reward.image_reward("cpu", "fp32")
 
 
 def test_the_fingerprint(scorer: Scorer) -> None:
@@ -306,11 +298,9 @@ def test_the_fingerprint(scorer: Scorer) -> None:
     assert "35 tokens" in record["preprocessing"]
 
 
-def test_load_fetches_three_things(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched = serve(shelf, monkeypatch)
-    monkeypatch.setattr(blip, "VISION", TINY)
+def test_load_fetches_three_things(tiny: None, served: Fetched) -> None:
     scorer = scorers.load("0.5*image-reward")
-    assert [(repo, file) for repo, file, _ in fetched] == [
+    assert [(repo, file) for repo, file, _ in served] == [
         (image_reward.REPO.id, "med_config.json"),
         (image_reward.BERT.id, None),
         (image_reward.REPO.id, "ImageReward.pt"),

@@ -264,36 +264,20 @@ def test_a_sum_closes_its_members(module: Path) -> None:
 # The demo's judge
 
 
-def pictures(count: int) -> tuple[list[Image.Image], list[str]]:
-    scene = Scene.parse(EXAMPLE)
-    return [Image.fromarray(draw(scene, 96, 64, seed)) for seed in range(count)], [scene.prompt] * count
-
-
 def test_the_judge() -> None:
-    images, prompts = pictures(3)
-    images.append(Image.new("RGB", (64, 64)))
-    prompts.append("a large red circle on white")
+    """It sees RGB, and knows its own language only."""
+    scene = Scene.parse(EXAMPLE)
+    images = [Image.fromarray(draw(scene, 96, 64, seed)) for seed in range(3)] + [Image.new("RGB", (64, 64))]
+    prompts = [scene.prompt] * 3 + ["a large red circle on white"]
     scorer = scorers.load("demo", "cuda", "fp16")
-    found = scorer.score(images, prompts)
-    assert found == [judge(np.asarray(i), Scene.parse(p)) for i, p in zip(images, prompts, strict=True)]
-    assert [score.parts["right"] for score in found] == [1.0, 1.0, 1.0, 0.0]
-    assert set(found[0].parts) == {"right", "background", "count", "colours", "shapes", "relation", "purity"}
-    assert "size" in found[3].parts
-    scorer.close()
-
-
-def test_the_judge_sees_rgb() -> None:
-    (image,), prompts = pictures(1)
-    clear = image.convert("RGBA")
-    assert scorers.load("demo").score([clear], prompts) == scorers.load("demo").score([image], prompts)
-
-
-def test_the_judge_knows_its_language_only() -> None:
-    with raises(ScorerError, "demo", '"a cat"'):
-        scorers.load("demo").score([GREY, GREY], [EXAMPLE, "a cat"])
-
-
-def test_the_judges_fingerprint() -> None:
-    record = scorers.load("demo").fingerprint()
+    scores = scorer.score([image.convert("RGBA") for image in images], prompts)
+    assert scores == [judge(np.asarray(i), Scene.parse(p)) for i, p in zip(images, prompts, strict=True)]
+    assert [score.parts["right"] for score in scores] == [1.0, 1.0, 1.0, 0.0]
+    assert set(scores[0].parts) == {"right", "background", "count", "colours", "shapes", "relation", "purity"}
+    assert "size" in scores[3].parts
+    record = scorer.fingerprint()
     assert set(record) == {"name", "judge", "crdiff", "numpy"}
     assert record == scorers.load("demo").fingerprint()
+    with raises(ScorerError, "demo", '"a cat"'):
+        scorer.score([GREY, GREY], [EXAMPLE, "a cat"])
+    scorer.close()
