@@ -69,11 +69,6 @@ def check_request(request: ComparisonRequest) -> None:
         recipe.check_poa_weight("the POA weight", weight)
 
 
-def model_weights(weights: Iterable[float]) -> tuple[float, ...]:
-    """Return the POA weights of all models: dense, pruned, and each of `weights` that is neither."""
-    return tuple(dict.fromkeys((DENSE, PRUNED, *map(float, weights))))
-
-
 def model_name(weight: float) -> str:
     """Return what a model is called, by its POA weight."""
     return {DENSE: "dense", PRUNED: "pruned"}.get(weight, f"POA {weight:g}")

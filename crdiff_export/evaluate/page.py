@@ -42,7 +42,8 @@ def differences(evaluation: Evaluation, subject: Subject, title: str, facts: Fac
     for index in evaluation.most_different(subject, SHOWN):
         prompt, seed = evaluation.job.pairs[index]
         scores = ", ".join(f"{model.name} {model.scores[index].value:.4g}" for model in models)
-        pictures = tuple(SheetPicture(_image(model.images[index])) for model in models)
+        images = (Image.open(io.BytesIO(model.images[index])).convert("RGB") for model in models)
+        pictures = tuple(map(SheetPicture, images))
         rows.append(SheetRow(f"{prompt} ({scores})", seed, pictures))
     return ContactSheet(title, facts, tuple(model.name for model in models), tuple(rows))
 
@@ -55,7 +56,3 @@ def _sections(evaluation: Evaluation) -> Iterator[PageSection]:
         sheet = differences(evaluation, subject, title)
         if sheet.rows:
             yield PageSection(title, sheet=sheet)
-
-
-def _image(png: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(png)).convert("RGB")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from crdiff_export.evaluate.comparison import DENSE, ComparisonRequest, Pair, model_weights
+from crdiff_export.evaluate.comparison import DENSE, PRUNED, ComparisonRequest, Pair
 from crdiff_export.evaluate.fid import FidReference
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
@@ -57,8 +57,10 @@ class Subject:
         Returns:
             The subject.
         """
-        prunes = any(scope.rank for scope in plan.scopes)
-        return cls(size, plan, model_weights(weights or (plan.variant.poa_weight,)) if prunes else (DENSE,))
+        if not any(scope.rank for scope in plan.scopes):
+            return cls(size, plan, (DENSE,))
+        every = (DENSE, PRUNED, *map(float, weights or (plan.variant.poa_weight,)))
+        return cls(size, plan, tuple(dict.fromkeys(every)))
 
     @property
     def ratios(self) -> dict[str, float]:

@@ -46,9 +46,12 @@ def prepare(request: EvaluateRequest) -> EvaluateJob:
         The job. No weight has been read yet, and nothing is refused later that could be refused now.
 
     Raises:
+        OptionError: There is no size, or another option cannot be.
         CrdiffError: The request cannot be met.
     """
-    _check(request)
+    if not request.sizes:
+        raise OptionError("there is no size", "Give --res.")
+    check_request(request)
     pipelines.check_packages(offload=False)
     outputs = files.check(request.outputs, force=request.force)
     scorer = scorers.choose(request.scorer, request.base)
@@ -101,13 +104,6 @@ def measure(job: EvaluateJob, progress: Progress) -> poa.BaseRanking:
         if len(subject.weights) > 1:
             counted.source(subject.plan)  # if the weights must be read again, it happens here
     return counted
-
-
-def _check(request: EvaluateRequest) -> None:
-    """Refuse what the request alone shows to be impossible."""
-    if not request.sizes:
-        raise OptionError("there is no size", "Give --res.")
-    check_request(request)
 
 
 def _choose_pairs(request: EvaluateRequest, scorer: str) -> tuple[Pair, ...]:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,13 +22,13 @@ from PIL import Image
 
 from crdiff_export import Size
 from crdiff_export.errors import ScorerError
-from crdiff_export.evaluate import EvaluateRequest, Evaluation, evaluate, fid, files, page, prepare, report_text
+from crdiff_export.evaluate import EvaluateRequest, Evaluation, evaluate, fid, files, page, report_text
 from crdiff_export.evaluate.frechet import Moments
 from crdiff_export.evaluate.scorers import inception
 from crdiff_export.formats.hashing import hash_file
 from crdiff_export.progress import Silent
 from crdiff_export.sampling.session import Session
-from tests.support.evaluating import Line
+from tests.support.evaluating import Line, Steps, failing
 from tests.support.messages import raises, refused
 from tests.support.scoring import noise
 
@@ -295,13 +295,6 @@ def test_weights_that_cannot_be_fetched(
         inception.load("cpu")
 
 
-def failing(error: Exception) -> Callable[..., None]:
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    return fail
-
-
 # --- in an evaluation ---
 
 
@@ -358,15 +351,6 @@ def test_against_a_folder(weights: Path, undrawn: None, tmp_path: Path) -> None:
     assert meter.record(2)["reference_sha256"] != made.fid["reference_sha256"]
 
 
-def test_the_reference_has_noise_of_its_own(weights: Path) -> None:
-    job = prepare(replace(REQUEST, pictures=2, seed=10, fid_weights=weights))
-    assert [seed for _, seed in job.pairs] == list(range(10, 18))
-    assert [seed for _, seed in job.reference_pairs] == list(range(18, 26))
-    assert [prompt for prompt, _ in job.reference_pairs] == [prompt for prompt, _ in job.pairs]
-    plain = prepare(replace(REQUEST, pictures=2, seed=10, fid=None))
-    assert (plain.reference_pairs, job.pictures - plain.pictures) == ((), 8)
-
-
 def test_few_pictures_are_pointed_out() -> None:
     reference = fid.FidReference("dense", (), 2048)
     assert list(reference.notes(2048)) == []
@@ -413,21 +397,12 @@ def test_the_reference_is_drawn_first(weights: Path, monkeypatch: pytest.MonkeyP
         on_step()
         return pictures(len(texts), seed=seeds[0])
 
-    class Counted(Silent):
-        done = 0
-
-        def stage(self, title: str, size: int, unit: str = "bytes") -> None:
-            self.total, self.done = size, 0
-
-        def advance(self, size: int) -> None:
-            self.done += size
-
     monkeypatch.setattr(Session, "draw", draw)
-    watched = Counted()
+    watched = Steps()
     evaluate(replace(REQUEST, native=False, weights=(1.0,), fid_weights=weights), watched)
     native, small = Size(64, 64), Size(48, 48)
     assert drawn == [(native, (4, 5, 6)), (native, (7,)), *[(small, (0, 1, 2)), (small, (3,))] * 2]
-    assert watched.done == watched.total == 3 * 4
+    assert watched.done["drawing"] == watched.stages["drawing"][0] == 3 * 4
 
 
 REFUSED = {
@@ -474,6 +449,7 @@ def test_a_download_is_announced(line: Line, weights: Path, monkeypatch: pytest.
     monkeypatch.setattr(torch.hub, "download_url_to_file", failing(URLError("no route")))
     ran = line("evaluate demo --res 48 --limit 4 --steps 1 --fid dense --no-native")
     assert ran.code == 1
+    assert "note: 16 pictures of 4 prompts, on cpu in fp32" in ran.err  # of three models, and the reference
     assert f"note: FID's network, 91 MiB, comes from {URL}" in ran.err
     assert "no route" in ran.err
 

@@ -6,7 +6,6 @@ import io
 import re
 import shlex
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,14 @@ from crdiff_export.cli.signals import Stopped
 from crdiff_export.errors import PreviewError
 from crdiff_export.evaluate.comparison import Pair, model_name
 from crdiff_export.evaluate.preview import Preview, PreviewRequest, prepare, preview, run
-from crdiff_export.evaluate.report import page
+from crdiff_export.evaluate.report import fonts, page
 from crdiff_export.hub.location import HubLocation
 from crdiff_export.models import demo
-from crdiff_export.progress import Silent
 from crdiff_export.sampling import pipelines
 from crdiff_export.sampling.quiet import quiet_libraries
 from crdiff_export.sampling.session import Session
 from tests.support import hub_runs, makers
-from tests.support.evaluating import Line, draw_plainly, open_plainly
+from tests.support.evaluating import Line, Steps, draw_plainly, failing, open_plainly
 from tests.support.isolation import Crdiff, Ran
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.messages import raises, refused
@@ -44,21 +42,6 @@ ONE = replace(REQUEST, weights=(1.0,), prompts=PROMPTS[:1], seeds=(0,))
 FOX = "--prompt 'a red fox' --steps 1"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Steps(Silent):
-    """A progress that adds up."""
-
-    def __init__(self) -> None:
-        self.stages: dict[str, tuple[int, str]] = {}
-        self.done: dict[str, int] = {}
-
-    def stage(self, title: str, size: int, unit: str = "bytes") -> None:
-        self.stages[title], self.done[title] = (size, unit), 0
-        self._now = title
-
-    def advance(self, size: int) -> None:
-        self.done[self._now] += size
 
 
 @pytest.fixture(scope="module")
@@ -260,74 +243,32 @@ def test_the_command_shows_facts_and_files(line: Line, here: Path) -> None:
     assert re.fullmatch(r"drawing: 4 passes in [\d.]+ s(, [\d.]+/s)?", notes[4])
 
 
-def test_the_command_as_json_with_prompts_from_a_file(line: Line, here: Path, undrawn: None) -> None:
+def test_the_command_as_json_with_prompts_from_a_file(line: Line, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "draw", lambda *_: [Image.new("RGB", (64, 64))])
     (here / "prompts.txt").write_text("a red fox\n\n  лиса \n", encoding="utf-8")
     (here / "o.html").write_text("old")
-    ran = line("demo --res 64 --prompts prompts.txt --seed 3 --steps 1 --poa-weight 1 -o o.html --force --json")
+    monkeypatch.setattr(fonts, "SYSTEM", ())
+    options = "--seed 3 --steps 1 --poa-weight 1 -o o.html -o o.png --force --json"
+    ran = line(f"demo --res 64 --prompts prompts.txt {options}")
     assert (ran.code, ran.err) == (0, "")
     result = ran.result
-    assert result["files"] == ["o.html"]
+    assert result["files"] == ["o.html", "o.png"]
     assert result["columns"] == [{"name": "dense", "poa_weight": 0.0}, {"name": "pruned", "poa_weight": 1.0}]
     assert [(p["column"], p["prompt"], p["seed"]) for p in result["pictures"]] == [
         ("dense", "a red fox", 3), ("pruned", "a red fox", 3), ("dense", "лиса", 3), ("pruned", "лиса", 3)
     ]  # fmt: skip
     assert (result["provenance"], result["ratios"]) == ("searched", {"down": 0.7394, "mid": 0.7556, "up": 0.0522})
     assert result["criterion"] == "magnitude"
+    black, letters = result["notes"][-2:]
+    assert black == "4 of 4 pictures are all black: try another --dtype, such as bf16 or fp32"
+    assert letters.startswith("no font here has all letters of the prompts")
     assert (result["steps"], result["scheduler"], result["device"], result["dtype"]) == (1, "DDIM", "cpu", "fp32")
     assert "<!DOCTYPE html>" in (here / "o.html").read_text("utf-8")
-    assert sorted(path.name for path in here.iterdir()) == ["o.html", "prompts.txt"]
+    assert sorted(path.name for path in here.iterdir()) == ["o.html", "o.png", "prompts.txt"]
 
 
 def test_quiet_leaves_the_paths_alone(line: Line, undrawn: None) -> None:
     assert line(f"demo --res 64 {FOX} -o o.png -q") == Ran(0, "o.png\n", "")
-
-
-SHARDS = "{shelf}/shards/diffusion_pytorch_model.safetensors.index.json --res 64 "
-WRONG = {
-    "no-prompt": ("demo --res 64", 2, "prompt"),
-    "empty-prompt": ("demo --res 64 --prompt ' '", 2, "prompt"),
-    "no-such-seed": (f"demo --res 64 --seed -1 {FOX}", 2, "seed"),
-    "no-size": (f"demo {FOX}", 2, "size"),
-    "off-grid": (f"demo --res 97 {FOX}", 1, "97x97"),
-    "no-steps": ("demo --res 64 --prompt a --steps 0", 2, "--steps"),
-    "heavy-weight": (f"demo --res 64 {FOX} --poa-weight 11", 2, "--poa-weight"),
-    "backwards": (f"demo --res 64 {FOX} --start 0.6 --stop 0.5", 1, "0.6 to 0.5"),
-    "no-ratio": (f"demo --res 64 {FOX} --ratio 0", 1, "ratios"),
-    "no-such-base": (f"nowhere.safetensors --res 64 {FOX}", 1, "nowhere.safetensors"),
-    "no-such-list": ("demo --res 64 --prompts no.txt", 2, "no.txt"),
-    "not-text": ("demo --res 64 --prompts {shelf}/sd15.safetensors", 2, "sd15.safetensors"),
-    "strange-output": (f"demo --res 64 {FOX} -o o.jpg", 1, "o.jpg"),
-    "no-folder": (f"demo --res 64 {FOX} -o no/o.png", 1, "no/o.png"),
-    "taken": (f"demo --res 64 {FOX} -o taken.png", 1, "taken.png"),
-    "a-folder": (f"demo --res 64 {FOX} -o folder.png --force", 1, "folder.png"),
-    "huge": ("demo --res 16384 --prompt a", 1, "16384x16384"),
-    "dit-alone": ("{shelf}/dit.safetensors --res 512 " + FOX, 4, "dit.safetensors"),
-    "shards": (SHARDS + FOX, 1, "shards"),
-    "half-a-folder": ("{shelf}/pipe/unet --res 64 " + FOX, 1, "model_index.json"),
-    "config-of-folder": ("{shelf}/pipe --res 64 --config x " + FOX, 2, "configuration"),
-    "no-config": (f"demo --res 64 {FOX} --config no/where/at/all", 1, "no/where/at/all"),
-    "config-is-file": (f"demo --res 64 {FOX} --config taken.png", 1, "model_index.json"),
-    "baked-and-ratio": (f"demo --baked taken.png --ratio 0.3 {FOX}", 2, "--baked"),
-    "baked-and-criterion": (f"demo --baked taken.png --criterion random {FOX}", 2, "--baked"),
-    "no-calibration": (f"demo --res 64 --criterion wanda {FOX}", 2, "wanda"),
-    "baked-not": (f"demo --baked taken.png {FOX}", 1, "taken.png"),
-    "offload-on-cpu": (f"demo --res 64 {FOX} --offload --device cpu", 2, "--offload"),
-    "lora": ("{shelf}/lora.safetensors --res 64 " + FOX, 1, "LoRA"),
-}
-
-
-@pytest.mark.parametrize(("text", "code", "key"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_and_what_to_do(
-    text: str, code: int, key: str, line: Line, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (here / "taken.png").write_text("taken")
-    (here / "folder.png").mkdir()
-    ran = line(text)
-    refused(ran, code, key)
-    assert ran.out == ""
-    assert sorted(path.name for path in here.iterdir()) == ["folder.png", "taken.png"]
-    assert (here / "taken.png").read_text() == "taken"
 
 
 @pytest.mark.parametrize(
@@ -366,25 +307,10 @@ def test_a_baked_file_of_another_base(here: Path, line: Line, baked: Path) -> No
     assert [path.name for path in here.iterdir()] == ["other.safetensors"]
 
 
-def test_a_device_that_is_not_there(line: Line) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("it is there")
-    ran = line(f"demo --res 64 {FOX} --device cuda")
-    assert ran.code == 1
-    assert re.search(r"crdiff: device cuda: .+\n  Leave --device out", ran.err)
-
-
 def test_a_package_that_is_not_there(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(pipelines, "find_spec", lambda name: None if name == "transformers" else find(name))
     refused(line(f"demo --res 64 {FOX}"), 1, "transformers")
-
-
-def failing(error: Exception) -> Callable[..., None]:
-    def fail(*_: object) -> None:
-        raise error
-
-    return fail
 
 
 def test_too_little_memory(line: Line, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,12 +321,6 @@ def test_too_little_memory(line: Line, here: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Session, "draw", failing(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         preview(ONE)
-
-
-def test_black_pictures_are_pointed_out(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Session, "draw", lambda *_: [Image.new("RGB", (64, 64))])
-    ran = line(f"demo --res 72 {FOX}")
-    assert "note: 3 of 3 pictures are all black: try another --dtype, such as bf16 or fp32" in ran.err
 
 
 def test_a_folder_that_asks_for_other_libraries_is_refused(here: Path) -> None:

@@ -12,6 +12,7 @@ from crdiff_export import Size
 from crdiff_export.evaluate import EvaluateRequest, Evaluation
 from crdiff_export.evaluate.comparison import Pair
 from crdiff_export.models import demo
+from crdiff_export.progress import Silent
 from crdiff_export.sampling.quiet import quiet_libraries
 from crdiff_export.sampling.session import Session
 from tests.support.isolation import Ran
@@ -19,7 +20,31 @@ from tests.support.scoring import noise
 
 Line = Callable[[str], Ran]
 # Eight prompts at two sizes, the second of which is the native one, by three models.
-REQUEST = EvaluateRequest("demo", (Size(48, 48), Size(64, 64)), limit=8, ratio=0.4, steps=2, batch=8, weights=(1.5,))
+REQUEST = EvaluateRequest("demo", (Size(48, 48), Size(64, 64)), limit=8, ratio=0.4, steps=1, batch=8, weights=(1.5,))
+
+
+class Steps(Silent):
+    """A progress that adds up."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, tuple[int, str]] = {}
+        self.done: dict[str, int] = {}
+
+    def stage(self, title: str, size: int, unit: str = "bytes") -> None:
+        self.stages[title], self.done[title] = (size, unit), 0
+        self._now = title
+
+    def advance(self, size: int) -> None:
+        self.done[self._now] += size
+
+
+def failing(error: Exception) -> Callable[..., None]:
+    """A function that raises this."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
 
 
 def of_pairs(evaluation: Evaluation, pairs: Iterable[Pair], pictures: int = 1) -> Evaluation:
