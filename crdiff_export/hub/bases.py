@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from crdiff_export.errors import CheckpointError
-from crdiff_export.formats.checkpoint import PICKLES, Checkpoint, open_checkpoint
+from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
+from crdiff_export.hub import download
 from crdiff_export.hub.location import HubLocation, parse_id, parse_page, parse_uri
 from crdiff_export.models import recipe_files
 
@@ -49,50 +50,8 @@ class Base:
         checkpoint = open_checkpoint(self.path, variant)
         if self.stem is None or checkpoint.kind != "folder":
             return checkpoint
-        from crdiff_export.hub.download import drop_other_variants
-
-        names = drop_other_variants([str(name) for name in checkpoint.companions], variant)
+        names = download.drop_other_variants([str(name) for name in checkpoint.companions], variant)
         return replace(checkpoint, companions=tuple(map(PurePosixPath, names)))
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteBase:
-    """A base whose headers have been read; its files may still be on the Hub.
-
-    Attributes:
-        base: The base; its path exists only after `fetch`.
-        checkpoint: The headers.
-        location: Where to fetch it from, at the commit whose headers were read; None for a base on this machine.
-        size: The bytes to fetch at most.
-        contents: `RemoteFile.content` of the files beside the weights, by name, as far as the Hub gives it.
-
-    """
-
-    base: Base
-    checkpoint: Checkpoint
-    location: HubLocation | None = None
-    size: int = 0
-    contents: Mapping[str, str] = field(default_factory=dict)
-
-    def fetch(self, variant: str | None = None) -> "RemoteBase":
-        """Fetch the files that are not on this machine.
-
-        Args:
-            variant: The weights to take from a folder that has several.
-
-        Returns:
-            The same base on this machine.
-
-        Raises:
-            HubError: If the Hub does not give the files.
-
-        """
-        if self.location is None:
-            return self
-        path = locate(str(self.location), variant).path
-        checkpoint = open_checkpoint(path, variant)
-        companions = tuple(name for name in checkpoint.companions if name in self.checkpoint.companions)
-        return RemoteBase(replace(self.base, path=path), replace(checkpoint, companions=companions))
 
 
 def locate(base: str, variant: str | None = None) -> Base:
@@ -119,43 +78,14 @@ def locate(base: str, variant: str | None = None) -> Base:
 
         return Base(demo.path(), BUILT_IN)
     if location := hub_location(base):
-        from crdiff_export.hub.download import cached_hashes, fetch
-
-        path = fetch(location, variant)
+        path = download.fetch(location, variant)
         stem = location.repo.partition("/")[2] if path.is_dir() else None
-        return Base(path, str(location), stem, cached_hashes(path))
+        return Base(path, str(location), stem, download.cached_hashes(path))
     local = _existing_path(base)
     if local is None:
         raise CheckpointError(f"{without_secrets(base)}: no such file or folder", hint(base))
     # The name of a link says more than its target's: in the Hub's cache that is a hash.
     return Base(local, local.name if local.name not in ("", "..") else local.resolve().name)
-
-
-def read_headers(base: str, variant: str | None = None) -> RemoteBase:
-    """Read the headers of a base, on the Hub without fetching its weights.
-
-    A pickle has no header and is fetched. So is everything if the Hub is off (HF_HUB_OFFLINE): from the cache.
-
-    Args:
-        base: As for `locate`.
-        variant: As for `locate`.
-
-    Returns:
-        The base and its headers.
-
-    Raises:
-        CheckpointError: If the text names nothing, or not a checkpoint.
-        HubError: If the Hub does not give the headers.
-
-    """
-    location = hub_location(base)
-    if location and not (location.file or "").lower().endswith(PICKLES):
-        from crdiff_export.hub.remote_headers import read_remote_headers
-
-        if remote := read_remote_headers(location, variant):
-            return remote
-    local = locate(base, variant)
-    return RemoteBase(local, local.open(variant))
 
 
 def hub_location(base: str) -> HubLocation | None:

@@ -9,7 +9,7 @@ from crdiff_export.errors import HubError
 from crdiff_export.formats.checkpoint import read_index
 from crdiff_export.hub.daemon_threads import run_in_daemon_thread
 from crdiff_export.hub.location import HubLocation
-from crdiff_export.hub.messages import as_hub_error, no_answer
+from crdiff_export.hub.messages import as_hub_error, connection_errors
 
 INDEX = ".safetensors.index.json"
 # Files that a pipeline folder needs besides its weights.
@@ -157,7 +157,7 @@ def _list_files(repo: str, revision: str | None) -> tuple[list[str], bool]:
             return HfApi().list_repo_files(repo, revision=revision), False
         except errors.HfHubHTTPError:  # an answer
             raise
-        except no_answer():
+        except connection_errors():
             pass  # as hf_hub_download does
     return _list_cached_files(repo, revision), True
 

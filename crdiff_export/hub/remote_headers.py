@@ -1,76 +1,141 @@
 """Read the headers of a base on the Hub, so that it can be planned or skipped before anything is downloaded."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from crdiff_export.errors import HubError
-from crdiff_export.formats.checkpoint import COMPONENTS, INDEX_NAME, Checkpoint
+from crdiff_export.formats.checkpoint import COMPONENTS, INDEX_NAME, PICKLES, Checkpoint, open_checkpoint
 from crdiff_export.formats.safetensors import BITS, show
 from crdiff_export.formats.weight_file import SourceFile
-from crdiff_export.hub import repository
-from crdiff_export.hub.bases import Base, RemoteBase
+from crdiff_export.hub import bases, repository
+from crdiff_export.hub.bases import Base
 from crdiff_export.hub.download import INDEX, SMALL_FILES, choose_files, shard_names
 from crdiff_export.hub.location import HubLocation
-from crdiff_export.hub.repository import RemoteFile, RemoteHeader, Repository
+from crdiff_export.hub.repository import Repository
 
 
-def read_remote_headers(location: HubLocation, variant: str | None) -> RemoteBase | None:
-    """Read the headers of what `fetch` would get; None if the Hub is off. Raises HubError."""
+@dataclass(frozen=True, slots=True)
+class RemoteBase:
+    """A base whose headers have been read; its files may still be on the Hub.
+
+    Attributes:
+        base: The base; its path exists only after `fetch`.
+        checkpoint: The headers.
+        location: Where to fetch it from, at the commit whose headers were read; None for a base on this machine.
+        size: The bytes to fetch at most.
+        contents: `RemoteFile.content` of the files beside the weights, by name, as far as the Hub gives it.
+
+    """
+
+    base: Base
+    checkpoint: Checkpoint
+    location: HubLocation | None = None
+    size: int = 0
+    contents: Mapping[str, str] = field(default_factory=dict)
+
+    def fetch(self, variant: str | None = None) -> "RemoteBase":
+        """Fetch the files that are not on this machine.
+
+        Args:
+            variant: The weights to take from a folder that has several.
+
+        Returns:
+            The same base on this machine.
+
+        Raises:
+            HubError: If the Hub does not give the files.
+
+        """
+        if self.location is None:
+            return self
+        path = bases.locate(str(self.location), variant).path
+        checkpoint = open_checkpoint(path, variant)
+        companions = tuple(name for name in checkpoint.companions if name in self.checkpoint.companions)
+        return RemoteBase(replace(self.base, path=path), replace(checkpoint, companions=companions))
+
+
+def read_headers(base: str, variant: str | None = None) -> RemoteBase:
+    """Read the headers of a base, on the Hub without fetching its weights.
+
+    A pickle has no header and is fetched. So is everything if the Hub is off (HF_HUB_OFFLINE): from the cache.
+
+    Args:
+        base: As for `locate`.
+        variant: As for `locate`.
+
+    Returns:
+        The base and its headers.
+
+    Raises:
+        CheckpointError: If the text names nothing, or not a checkpoint.
+        HubError: If the Hub does not give the headers.
+
+    """
+    location = bases.hub_location(base)
+    if location and not (location.file or "").lower().endswith(PICKLES):
+        from huggingface_hub import constants
+
+        if not constants.HF_HUB_OFFLINE:
+            return _read_remote_headers(location, variant)
+    local = bases.locate(base, variant)
+    return RemoteBase(local, local.open(variant))
+
+
+def _read_remote_headers(location: HubLocation, variant: str | None) -> RemoteBase:
+    """Read the headers of what `fetch` would get."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
-        return None
-    there = repository.read(location.repo, location.revision)
-    if location.file is not None and location.file not in there.files:
-        hint = f"See {constants.ENDPOINT}/{location.repo}/tree/main."
-        raise HubError(f"{location.repo}/{location.file}: no such file in the repository", hint)
-    chosen = location.file if location.file is not None else choose_files(location.repo, list(there.files), variant)
+    listing = repository.read(location.repo, location.revision)
+    chosen = location.file or choose_files(location.repo, list(listing.files), variant)
     if not isinstance(chosen, str):
-        return _folder(location, there, chosen)
-    if chosen.endswith(INDEX):
-        names = shard_names(chosen, repository.download(there, chosen))
-        if missing := [name for name in names if name not in there.files]:
-            raise HubError(
-                f"{there.repo}/{chosen}: its shard {missing[0]} is not in the repository", "Give another file."
-            )
-        return _files(location, there, chosen, names)
-    return _files(location, there, chosen, [chosen])
+        return _folder(location, listing, chosen)
+    if chosen not in listing.files:
+        hint = f"See {constants.ENDPOINT}/{location.repo}/tree/main."
+        raise HubError(f"{location.repo}/{chosen}: no such file in the repository", hint)
+    if not chosen.endswith(INDEX):
+        return _files(location, listing, chosen, [chosen])
+    shards = shard_names(chosen, repository.download(listing, chosen))
+    if missing := [name for name in shards if name not in listing.files]:
+        raise HubError(
+            f"{listing.repo}/{chosen}: its shard {missing[0]} is not in the repository", "Give another file."
+        )
+    return _files(location, listing, chosen, shards)
 
 
-def _files(location: HubLocation, there: Repository, file: str, weights: Sequence[str]) -> RemoteBase:
+def _files(location: HubLocation, listing: Repository, file: str, paths: Sequence[str]) -> RemoteBase:
     """Describe a single file, or the shards of an index, which are named after the repository's root."""
     name = PurePosixPath(PurePosixPath(file).name)
-    local_names = {path: PurePosixPath(path).name for path in weights}
-    sharded = file not in local_names
-    headers = repository.headers(there, weights)
-    files = tuple(_source(there.files[path], local_names[path], headers[path]) for path in weights)
-    hashes = {local_names[path]: sha256 for path in weights if (sha256 := there.files[path].sha256)}
-    checkpoint = Checkpoint(Path(name), "shards" if sharded else "file", files, (name,) if sharded else ())
-    size = sum(there.files[path].size for path in {file, *weights})
-    pinned = HubLocation(there.repo, file, there.commit)
-    return RemoteBase(Base(checkpoint.path, str(location), None, hashes), checkpoint, pinned, size)
-
-
-def _folder(location: HubLocation, there: Repository, weights: list[str]) -> RemoteBase:
-    """Describe a diffusers folder; of its weights only those of the pruned component have headers to read."""
-    components = {name.partition("/")[0] for name in weights}
-    component = next((name for name in COMPONENTS if name in components), COMPONENTS[0])
-    pruned = sorted(name for name in weights if name.startswith(f"{component}/"))
-    if not pruned:
-        raise HubError(f"{there.repo}: its {component}/ has no weights in safetensors format", "Give another one.")
-    headers = repository.headers(there, pruned)
-    small = [name for name in there.files if any(PurePosixPath(name).match(kind) for kind in SMALL_FILES)]
-    others = {*weights, *small} - set(pruned)
-    companions = tuple(PurePosixPath(name) for name in sorted(others) if not _is_other_index(name, component, pruned))
-    name = there.repo.partition("/")[2]
-    files = tuple(_source(there.files[path], path, headers[path]) for path in pruned)
+    weights, hashes = _weights(listing, {path: PurePosixPath(path).name for path in paths})
+    sharded = file not in paths
+    checkpoint = Checkpoint(Path(name), "shards" if sharded else "file", weights, (name,) if sharded else ())
     return RemoteBase(
-        Base(Path(name), str(location), name, {p: sha256 for p in pruned if (sha256 := there.files[p].sha256)}),
-        Checkpoint(Path(name), "folder", files, companions),
-        HubLocation(there.repo, None, there.commit),
-        sum(there.files[path].size for path in {*weights, *small}),
-        {str(path): there.files[str(path)].content for path in companions},
+        Base(checkpoint.path, str(location), None, hashes),
+        checkpoint,
+        HubLocation(listing.repo, file, listing.commit),
+        sum(listing.files[path].size for path in {file, *paths}),
+    )
+
+
+def _folder(location: HubLocation, listing: Repository, paths: list[str]) -> RemoteBase:
+    """Describe a diffusers folder; of its weights only those of the pruned component have headers to read."""
+    components = {name.partition("/")[0] for name in paths}
+    component = next((name for name in COMPONENTS if name in components), COMPONENTS[0])
+    pruned = sorted(name for name in paths if name.startswith(f"{component}/"))
+    if not pruned:
+        raise HubError(f"{listing.repo}: its {component}/ has no weights in safetensors format", "Give another one.")
+    small = [name for name in listing.files if any(PurePosixPath(name).match(kind) for kind in SMALL_FILES)]
+    others = {*paths, *small} - set(pruned)
+    companions = tuple(PurePosixPath(name) for name in sorted(others) if not _is_other_index(name, component, pruned))
+    name = listing.repo.partition("/")[2]
+    weights, hashes = _weights(listing, {path: path for path in pruned})
+    return RemoteBase(
+        Base(Path(name), str(location), name, hashes),
+        Checkpoint(Path(name), "folder", weights, companions),
+        HubLocation(listing.repo, None, listing.commit),
+        sum(listing.files[path].size for path in {*paths, *small}),
+        {str(path): listing.files[str(path)].content for path in companions},
     )
 
 
@@ -83,10 +148,15 @@ def _is_other_index(name: str, component: str, pruned: list[str]) -> bool:
     return not any(re.search(rf"diffusion_pytorch_model{re.escape(middle)}-\d{{5}}-of-", file) for file in pruned)
 
 
-def _source(remote: RemoteFile, name: str, header: RemoteHeader) -> SourceFile:
-    for tensor in header.tensors:
-        if tensor.dtype not in BITS:
-            message = f"{remote.path}: tensor {show(tensor.name)} has the unknown dtype {show(tensor.dtype)}"
-            raise HubError(message, "Give another file.")
-    data = max((tensor.end for tensor in header.tensors), default=0)
-    return SourceFile(Path(remote.path), name, header.tensors, header.metadata, remote.size - data, None)
+def _weights(listing: Repository, names: Mapping[str, str]) -> tuple[tuple[SourceFile, ...], dict[str, str]]:
+    """Describe files of weights by their path and their name on this machine; also return the SHA-256 of each name."""
+    files, hashes = [], {}
+    for path, header in repository.headers(listing, names).items():
+        for tensor in header.tensors:
+            if tensor.dtype not in BITS:
+                message = f"{path}: tensor {show(tensor.name)} has the unknown dtype {show(tensor.dtype)}"
+                raise HubError(message, "Give another file.")
+        files.append(SourceFile(Path(path), names[path], header.tensors, header.metadata, header.data_start, None))
+        if sha256 := listing.files[path].sha256:
+            hashes[names[path]] = sha256
+    return tuple(files), hashes

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from crdiff_export.errors import CheckpointError, HubError
 from crdiff_export.formats.crdiff_keys import Stamp, is_baked
-from crdiff_export.formats.safetensors import TensorSpec
+from crdiff_export.formats.safetensors import Header, TensorSpec
 from crdiff_export.hub.daemon_threads import map_in_threads
 from crdiff_export.hub.messages import as_hub_error
 
@@ -45,14 +45,6 @@ class RemoteFile:
     def content(self) -> str:
         """An id that files of equal content share, if both are stored in LFS or both outside."""
         return self.sha256 or self.blob
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteHeader:
-    """The header of a safetensors file on the Hub, its tensors in their order."""
-
-    tensors: tuple[TensorSpec, ...]
-    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +110,7 @@ def _files(entries: Iterable[Any]) -> dict[str, RemoteFile]:
     }
 
 
-def headers(repository: Repository, paths: Iterable[str]) -> dict[str, RemoteHeader]:
+def headers(repository: Repository, paths: Iterable[str]) -> dict[str, Header]:
     """Read the headers of safetensors files, several at once.
 
     Args:
@@ -126,7 +118,7 @@ def headers(repository: Repository, paths: Iterable[str]) -> dict[str, RemoteHea
         paths: The files.
 
     Returns:
-        The headers, by path.
+        The headers, by path, in the order of `paths`.
 
     Raises:
         HubError: If a file is not a safetensors file, or the Hub does not answer.
@@ -140,19 +132,21 @@ class _NotSafetensorsError(HubError):
     """A file that is not what its name says."""
 
 
-def _header(repository: Repository, path: str) -> RemoteHeader:
+def _header(repository: Repository, path: str) -> Header:
     from huggingface_hub import HfApi, errors
 
-    file = repository.files.get(path)
+    size = repository.files[path].size
     wrong = _NotSafetensorsError(
         f"{repository.repo}/{path}: not a safetensors file", "Give another file of the repository."
     )
-    if file and file.size <= _LENGTH:  # the Hub cannot give a part of an empty file
+    if size <= _LENGTH:  # the Hub cannot give a part of an empty file
         raise wrong
     with as_hub_error(repository.repo, path):
         try:
             parsed = HfApi().parse_safetensors_file_metadata(repository.repo, path, revision=repository.commit)
-            return RemoteHeader(tuple(_tensors(parsed)), _checked_metadata(parsed.metadata or {}))
+            tensors = tuple(_tensors(parsed))
+            data_start = size - max((tensor.end for tensor in tensors), default=0)
+            return Header(tensors, _checked_metadata(parsed.metadata or {}), data_start)
         except errors.HfHubHTTPError:
             raise
         except (errors.SafetensorsParsingError, *_MALFORMED) as error:
@@ -196,7 +190,7 @@ class BakedHeader:
         return cls(Stamp.from_metadata(metadata, path), "inpaint" in metadata.get("modelspec.architecture", ""))
 
 
-# Headers by the SHA-256 of their file; None for a file that crdiff did not bake.
+# Headers by `RemoteFile.content` of their file; None for a file that crdiff did not bake.
 HeaderCache = dict[str, BakedHeader | None]
 
 
@@ -221,12 +215,10 @@ def baked_headers(
     """
     cache = {} if cache is None else cache
     chosen = repository.files.keys() if paths is None else repository.files.keys() & set(paths)
-    hashes = {path: repository.files[path].sha256 for path in sorted(chosen) if path.endswith(".safetensors")}
-    new = [path for path, sha256 in hashes.items() if sha256 not in cache]
-    read_now = dict(zip(new, map_in_threads(lambda path: _baked_header(repository, path), new, AT_ONCE), strict=True))
-    cache |= {sha256: read_now[path] for path in new if (sha256 := hashes[path])}
-    every = {path: read_now[path] if path in read_now else cache[str(sha256)] for path, sha256 in hashes.items()}
-    return {path: header for path, header in every.items() if header}
+    contents = {path: repository.files[path].content for path in sorted(chosen) if path.endswith(".safetensors")}
+    new = {content: path for path, content in contents.items() if content not in cache}
+    cache |= zip(new, map_in_threads(lambda path: _baked_header(repository, path), new.values(), AT_ONCE), strict=True)
+    return {path: header for path, content in contents.items() if (header := cache[content])}
 
 
 def _baked_header(repository: Repository, path: str) -> BakedHeader | None:

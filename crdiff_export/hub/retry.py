@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from crdiff_export.errors import HubError
-from crdiff_export.hub.messages import may_pass, no_answer, retry_after, status
+from crdiff_export.hub.messages import connection_errors, is_temporary, retry_after, status
 
 Result = TypeVar("Result")
 TRIES = 5
@@ -26,7 +26,7 @@ def retry(function: Callable[[], Result], sleep: Callable[[float], None]) -> Res
     """
     from huggingface_hub import errors
 
-    kinds: tuple[type[BaseException], ...] = (errors.HfHubHTTPError, HubError, *no_answer())
+    kinds: tuple[type[BaseException], ...] = (errors.HfHubHTTPError, HubError, *connection_errors())
     for attempt in range(1, TRIES + 1):
         try:
             return function()
@@ -45,6 +45,6 @@ def _wait(attempt: int, error: BaseException | None) -> float | None:
     if status(error) in _RACE_LOST:
         return 0.0
     wanted = retry_after(error)
-    if not may_pass(error) or (wanted or 0.0) > _LONGEST_WAIT:
+    if not is_temporary(error) or (wanted or 0.0) > _LONGEST_WAIT:
         return None
     return wanted if wanted is not None else 2.0 ** (attempt - 1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from crdiff_export.errors import HubError
-from crdiff_export.hub.messages import as_hub_error, may_pass, status
+from crdiff_export.hub.messages import as_hub_error, is_temporary, status
 from crdiff_export.hub.retry import retry
 
 if TYPE_CHECKING:
@@ -122,6 +122,6 @@ def _user() -> str | None:
     try:
         return str(HfApi().whoami(cache=True)["name"])
     except errors.HfHubHTTPError as error:
-        if may_pass(error):
+        if is_temporary(error):
             raise
         return None

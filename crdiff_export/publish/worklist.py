@@ -12,8 +12,8 @@ from crdiff_export.errors import CrdiffError, OptionError, PlanError
 from crdiff_export.export import ExportRequest, plan_variant
 from crdiff_export.formats.crdiff_keys import PREFIX, CalibrationStamp, Stamp
 from crdiff_export.formats.hashing import hash_data
-from crdiff_export.hub import bases
-from crdiff_export.hub.bases import RemoteBase
+from crdiff_export.hub import remote_headers
+from crdiff_export.hub.remote_headers import RemoteBase
 from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
@@ -168,7 +168,7 @@ def _base_work(
 ) -> BaseWork:  # fmt: skip
     export = entries[0].request
     try:
-        remote = bases.read_headers(export.base, export.variant)
+        remote = remote_headers.read_headers(export.base, export.variant)
     except CrdiffError as error:
         return BaseWork(None, tuple(_item(request, plan, entry, folder=False).fail(error) for entry in entries))
     expected = _ExpectedStamps(remote, export, open_progress)

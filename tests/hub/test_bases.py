@@ -302,50 +302,28 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("variant", "chosen"),
-    [
-        (
-            None,
-            [
-                "text_encoder/model-00001-of-00002.safetensors",
-                "text_encoder/model-00002-of-00002.safetensors",
-                "unet/diffusion_pytorch_model.safetensors",
-                "vae/diffusion_pytorch_model.safetensors",
-                "vae_fp16/diffusion_pytorch_model.fp16.safetensors",
-            ],
-        ),
-        (
-            "fp16",
-            [
-                "text_encoder/model.fp16-00001-of-00002.safetensors",
-                "text_encoder/model.fp16-00002-of-00002.safetensors",
-                "unet/diffusion_pytorch_model.fp16.safetensors",
-                "vae/diffusion_pytorch_model.safetensors",
-                "vae_fp16/diffusion_pytorch_model.fp16.safetensors",
-            ],
-        ),
+# The weights that are fetched, by variant.
+CHOSEN: dict[str | None, list[str]] = {
+    None: [
+        "text_encoder/model-00001-of-00002.safetensors",
+        "text_encoder/model-00002-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "vae_fp16/diffusion_pytorch_model.fp16.safetensors",
     ],
-    ids=["plain", "fp16"],
-)
-def test_only_what_is_needed_of_a_folder_is_fetched(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variant: str | None, chosen: list[str]
-) -> None:
-    asked: dict[str, Any] = {}
+    "fp16": [
+        "text_encoder/model.fp16-00001-of-00002.safetensors",
+        "text_encoder/model.fp16-00002-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "vae_fp16/diffusion_pytorch_model.fp16.safetensors",
+    ],
+}
 
-    def snapshot(repo: str, **options: Any) -> str:
-        asked.update(options, repo=repo)
-        return str(tmp_path)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: FILES)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert fetch("org/name", None, "v1", variant) == tmp_path
-    assert asked == {
-        "repo": "org/name",
-        "revision": "v1",
-        "allow_patterns": ["*.json", "*.txt", "*.model", *chosen],
-        "local_files_only": False,
-    }
+@pytest.mark.parametrize("variant", CHOSEN)
+def test_one_variant_of_each_components_weights_is_chosen(variant: str | None) -> None:
+    assert download.choose_files("org/name", FILES, variant) == CHOSEN[variant]
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -353,7 +331,7 @@ def test_a_folder_of_which_a_part_was_fetched_is_found_again(cache: Cache, compl
     """As from 2.0 on, where the names of all files are kept and a snapshot without some of them counts as torn."""
     if not hasattr(huggingface_hub, "get_cached_repo_tree"):
         pytest.skip("a client that does not keep the names")
-    wanted = [name for name in FILES if name.endswith((".json", ".txt")) or name in PLAIN]
+    wanted = [name for name in FILES if name.endswith((".json", ".txt")) or name in CHOSEN[None]]
     for name in wanted if complete else wanted[:-1]:
         cache.add("org/name", name, b"x")
     _keep_names(cache.root / "models--org--name")
@@ -362,15 +340,6 @@ def test_a_folder_of_which_a_part_was_fetched_is_found_again(cache: Cache, compl
     else:
         with pytest.raises(HubError, match="not in the local cache"):
             fetch("org/name")
-
-
-PLAIN = {
-    "text_encoder/model-00001-of-00002.safetensors",
-    "text_encoder/model-00002-of-00002.safetensors",
-    "unet/diffusion_pytorch_model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors",
-    "vae_fp16/diffusion_pytorch_model.fp16.safetensors",
-}
 
 
 def _keep_names(folder: Path) -> None:
@@ -399,7 +368,7 @@ RAISED: dict[str, Callable[[], BaseException]] = {
     "the download failed": lambda: RuntimeError(f"Data processing error: {TOKEN}"),
     "cannot be reached": lambda: ConnectionResetError("reset"),
     "reached": lambda: TimeoutError("late"),
-    "Check the connection": lambda: messages.no_answer()[0](f"{TOKEN}"),
+    "Check the connection": lambda: messages.connection_errors()[0](f"{TOKEN}"),
     "No space left on device": lambda: OSError(28, "No space left on device"),
 }
 

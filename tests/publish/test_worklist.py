@@ -10,8 +10,8 @@ import pytest
 
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.errors import BakeError, CrdiffError, HubError, VerifyError
-from crdiff_export.hub import bases
-from crdiff_export.hub.bases import RemoteBase
+from crdiff_export.hub import remote_headers
+from crdiff_export.hub.remote_headers import RemoteBase
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.publish.plan_file import PlanEntry
 from crdiff_export.publish.run import Outcome, TagResult, exit_code
@@ -74,14 +74,14 @@ def test_a_base_whose_hash_nobody_knows_is_made_again(base: Path, monkeypatch: p
     made(base, "48", "x.safetensors")
     (item,) = worklist(PLAN.format(base.name, "x.safetensors"), push=False).items
     assert (item.action, item.reason) == ("skip", "unchanged")
-    look = bases.read_headers
+    look = remote_headers.read_headers
 
     def elsewhere(name: str, variant: str | None = None) -> RemoteBase:
         found = look(name, variant)
         files = tuple(replace(file, info=None) for file in found.checkpoint.files)
         return replace(found, checkpoint=replace(found.checkpoint, files=files))
 
-    monkeypatch.setattr(bases, "read_headers", elsewhere)
+    monkeypatch.setattr(remote_headers, "read_headers", elsewhere)
     (item,) = worklist(PLAN.format(base.name, "x.safetensors"), push=False).items
     assert (item.action, item.reason) == ("make", "changed: source.hash_sha256")
     made(base, "48", "x.safetensors", hashing=False, force=True)
