@@ -243,7 +243,7 @@ def _rank(jobs: Sequence[ExportJob], progress: Progress) -> Iterator[_Ranking]:
 
 def _known_hashes(jobs: Sequence[ExportJob]) -> Mapping[str, str]:
     """Return the files' hashes that the Hub told; none if a pickle's restore will need the hash of its tensors."""
-    pickled = any(file.tensors_of for file in jobs[0].plan.checkpoint.files)
+    pickled = any(file.reader for file in jobs[0].plan.checkpoint.files)
     restorable = any(job.request.residual != residual.NONE for job in jobs)
     return {} if pickled and restorable else jobs[0].base.hashes
 

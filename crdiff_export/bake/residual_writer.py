@@ -72,7 +72,7 @@ def _sidecar_metadata(owner_hash: str, own_hash: str = _UNKNOWN_HASH) -> dict[st
 
 def header_of(source: SourceFile) -> bytes:
     """Return the length field and header of a safetensors file; nothing for a file of another format."""
-    if source.tensors_of is not None:
+    if source.reader is not None:
         return b""
     with source.path.open("rb") as file:
         return file.read(source.data_start)

@@ -214,7 +214,7 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
         files = _read_shards(path, home / choices[chosen])
     else:
         files = (read_file(path / home / choices[chosen], str(home / choices[chosen])),)
-    left_out = _weight_files(path / home)
+    left_out = {entry.name for entry in (path / home).iterdir() if _ANY_WEIGHTS.fullmatch(entry.name)}
     others = sorted(set(choices) - {chosen})
     notes = [f"the {name or 'plain'} weights beside them are not in the output" for name in others]
     companions, links = _companions(path, home)
@@ -241,10 +241,6 @@ def _weights(folder: Path) -> dict[str, str]:
         elif (match := _WEIGHTS.fullmatch(name)) and not _SHARD.search(name):
             by_variant.setdefault(match["variant"] or "", name)
     return by_variant
-
-
-def _weight_files(folder: Path) -> set[str]:
-    return {entry.name for entry in folder.iterdir() if _ANY_WEIGHTS.fullmatch(entry.name)}
 
 
 def _choose(choices: Mapping[str, str], variant: str | None, folder: Path) -> str:

@@ -34,7 +34,17 @@ _REQUEST_KEYS = re.compile(
 )
 # A float as Python writes it: `repr` and `float.hex`.
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-][0-9]{1,3})?")
+_WHOLE = re.compile(r"[0-9]{1,18}")
+_SIZE = re.compile(r"[1-9][0-9]{0,5}x[1-9][0-9]{0,5}")
 _HEX_FLOAT = re.compile(r"0x[01]\.[0-9a-f]+p[+-][0-9]{1,3}")
+
+
+# The fields of a Stamp that are texts, and their keys.
+_TEXTS = {
+    "version": "version", "criterion": "criterion", "family": "family", "layout": "layout", "prefix": "prefix",
+    "source_name": "source.name", "recipe": "recipe", "provenance": "provenance",
+    "provenance_source": "provenance.source", "residual": "residual",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,23 +114,14 @@ class Stamp:
     def to_metadata(self) -> dict[str, str]:
         """Return the keys and values of the header."""
         keys = {
+            **{key: getattr(self, name) for name, key in _TEXTS.items()},
             "schema": SCHEMA,
-            "version": self.version,
             "paper": PAPER,
             "method": self.masked or (LAYER_WISE if self.thresholds is not None else BLOCK_WISE),
-            "criterion": self.criterion,
-            "family": self.family,
-            "layout": self.layout,
-            "prefix": self.prefix,
             "targets": ",".join(self.targets),
             "resolution.target": str(self.resolution),
             "resolution.native": str(self.native),
-            "source.name": self.source_name,
-            "recipe": self.recipe,
-            "provenance": self.provenance,
-            "provenance.source": self.provenance_source,
             "poa.weight": repr(self.poa_weight),
-            "residual": self.residual,
         }
         for name, group in self.groups.items():
             keys[f"ratio.{name}"] = repr(group.ratio)
@@ -181,30 +182,21 @@ class Stamp:
         thresholds = keys.thresholds() if method == LAYER_WISE and not masked else None
         names = dict.fromkeys(match[1] for key in metadata if (match := _GROUP.fullmatch(key)))
         return cls(
-            family=keys.text("family"),
-            layout=keys.text("layout"),
-            prefix=keys.text("prefix"),
-            criterion=keys.text("criterion"),
+            **{name: keys.text(key) for name, key in _TEXTS.items()},
             targets=tuple(keys.text("targets").split(",")),
             groups={name: keys.group(name, shared=thresholds is None and not masked) for name in names},
             resolution=keys.size("resolution.target"),
             native=keys.size("resolution.native"),
-            source_name=keys.text("source.name"),
-            recipe=keys.text("recipe"),
-            provenance=keys.text("provenance"),
-            provenance_source=keys.text("provenance.source"),
             poa_weight=keys.number("poa.weight"),
             thresholds=thresholds,
             masked=method if masked else None,
             moved=masked and keys.moved(),
             calibrated=keys.calibrated(),
-            source_hash=keys.hash("source.hash_sha256"),
-            source_file_hash=keys.hash("source.file_sha256"),
+            source_hash=keys.optional_hash("source.hash_sha256"),
+            source_file_hash=keys.optional_hash("source.file_sha256"),
             cast=keys.one_of("cast", tuple(dtypes.DTYPES.values())) if keys.optional("cast") is not None else None,
             prompt=keys.optional("prompt"),
             evidence=keys.below("evidence."),
-            residual=keys.text("residual"),
-            version=keys.text("version"),
         )
 
 
@@ -243,23 +235,29 @@ class _Keys:
         start = PREFIX + start
         return {key.removeprefix(start): _plain(text) for key, text in self._metadata.items() if key.startswith(start)}
 
-    def one_of(self, key: str, known: Sequence[str]) -> str:
+    def one_of(self, key: str, choices: Sequence[str]) -> str:
         text = self.text(key)
-        if text not in known:
-            self._refuse(key, f"is {show(text)}, not {' or '.join(known)}")
+        if text not in choices:
+            self._refuse(key, f"is {show(text)}, not {' or '.join(choices)}")
         return text
 
-    def hash(self, key: str) -> str | None:
-        text = self.optional(key)
-        if text is not None and not HASH.fullmatch(text):
-            self._refuse(key, f"is {show(text)}, not 0x and 64 lowercase hex digits")
+    def matching(self, key: str, pattern: re.Pattern[str], what: str) -> str:
+        text = self.text(key)
+        if not pattern.fullmatch(text):
+            self._refuse(key, f"is {show(text)}, not {what}")
         return text
+
+    def hash(self, key: str) -> str:
+        return self.matching(key, HASH, "0x and 64 lowercase hex digits")
+
+    def optional_hash(self, key: str) -> str | None:
+        return None if self.optional(key) is None else self.hash(key)
 
     def number(self, key: str) -> float:
-        text = self.text(key)
-        if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
-            self._refuse(key, f"is {show(text)}, not a number")
-        return float(text)
+        number = float(self.matching(key, _NUMBER, "a number"))
+        if not math.isfinite(number):
+            self._refuse(key, f"is {show(self.text(key))}, not a number")
+        return number
 
     def ratio(self, key: str) -> float:
         ratio = self.number(key)
@@ -267,17 +265,12 @@ class _Keys:
             self._refuse(key, f"is {show(self.text(key))}, not a ratio from 0 to below 1")
         return ratio
 
-    def whole(self, key: str, default: str | None = None) -> int:
-        text = self.text(key) if default is None else self._metadata.get(PREFIX + key, default)
-        if not re.fullmatch(r"[0-9]{1,18}", text):
-            self._refuse(key, f"is {show(text)}, not a whole number")
-        return int(text)
+    def whole(self, key: str) -> int:
+        return int(self.matching(key, _WHOLE, "a whole number"))
 
     def size(self, key: str) -> Size:
-        match = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", self.text(key))
-        if not match:
-            self._refuse(key, f"is {show(self.text(key))}, not a size such as 512x512")
-        return Size(int(match[1]), int(match[2]))
+        width, height = self.matching(key, _SIZE, "a size such as 512x512").split("x")
+        return Size(int(width), int(height))
 
     def group(self, name: str, *, shared: bool) -> GroupStamp:
         return GroupStamp(
@@ -285,7 +278,7 @@ class _Keys:
             pruned=self.whole(f"pruned.{name}"),
             total=self.whole(f"total.{name}"),
             threshold=self._magnitude(f"threshold.{name}", self.text(f"threshold.{name}")) if shared else None,
-            nonfinite=self.whole(f"nonfinite.{name}", "0"),
+            nonfinite=self.whole(f"nonfinite.{name}") if self.optional(f"nonfinite.{name}") is not None else 0,
         )
 
     def masked(self) -> bool:
@@ -300,12 +293,9 @@ class _Keys:
         return self.optional("moved") is not None and self.one_of("moved", ("true",)) == "true"
 
     def calibrated(self) -> CalibrationStamp | None:
-        digest = self.hash("calibration.file_sha256")
-        if digest is None and self.optional("calibration.size") is None:
+        if self.optional("calibration.file_sha256") is None and self.optional("calibration.size") is None:
             return None
-        if digest is None:
-            self._refuse("calibration.file_sha256", "is missing")
-        return CalibrationStamp(digest, self.size("calibration.size"))
+        return CalibrationStamp(self.hash("calibration.file_sha256"), self.size("calibration.size"))
 
     def thresholds(self) -> tuple[float | None, ...]:
         try:

@@ -69,11 +69,6 @@ class Header:
     metadata: Mapping[str, str]
     data_start: int
 
-    @property
-    def data_size(self) -> int:
-        """Bytes of the data section."""
-        return max((t.end for t in self.tensors), default=0)
-
 
 def length(prefix: bytes, file_size: int, where: str) -> int:
     """Read the length of a header.

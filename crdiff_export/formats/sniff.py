@@ -51,15 +51,11 @@ def refuse_other(start: bytes, path: Path) -> None:
             f"{path}: a web page, not a checkpoint",
             "The download saved a login or an error page; fetch the file again.",
         )
-    if len(start) >= 8 and all(chr(byte).isprintable() or byte in b"\t\r\n" for byte in start if byte < 128):
-        _refuse_text(start, path)
-
-
-def _refuse_text(start: bytes, path: Path) -> None:
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(start)
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
         return
-    raise CheckpointError(
-        f"{path}: a text file, not a checkpoint", "Look into it: a failed download leaves its message there."
-    )
+    if len(start) >= 8 and all(letter.isprintable() or letter in "\t\r\n" or letter > "\x7f" for letter in text):
+        raise CheckpointError(
+            f"{path}: a text file, not a checkpoint", "Look into it: a failed download leaves its message there."
+        )

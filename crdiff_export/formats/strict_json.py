@@ -34,7 +34,7 @@ def parse_object(raw: bytes, *, fractions: bool = False) -> dict[str, Any]:
     try:
         value = json.loads(
             raw.decode(),
-            object_pairs_hook=_object if b"\\u" in raw else _plain,
+            object_pairs_hook=_object,
             parse_float=float if fractions else _no_number,
             parse_constant=_no_number,
             parse_int=_integer,
@@ -82,12 +82,6 @@ def _show_one(value: object, limit: int) -> str:
         return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     quoted = ascii(value[:limit])
     return quoted if len(value) <= limit and len(quoted) <= 2 * limit else f"{quoted[: limit - 1]}…{quoted[0]}"
-
-
-def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Check duplicate keys only, which is enough where the document has no escapes and so no half surrogate pairs."""
-    entries = dict(pairs)
-    return entries if len(entries) == len(pairs) else _object(pairs)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import zipfile
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from crdiff_export.errors import CheckpointError
@@ -18,7 +19,7 @@ from crdiff_export.formats import sniff
 from crdiff_export.formats.safetensors import BITS, MAX_DIMENSIONS, METADATA, TensorSpec, show
 from crdiff_export.formats.strict_json import is_text
 from crdiff_export.formats.unpickle import ForeignError, StridedTensor, UnpickleError, unpickle
-from crdiff_export.formats.weight_file import Bytes, FileBytes, SourceFile
+from crdiff_export.formats.weight_file import FileBytes, SourceFile
 
 # Stable Diffusion with its EMA weights has 0.4 MB.
 MAX_PICKLE = 32 << 20
@@ -62,7 +63,7 @@ def open_pickle(path: Path) -> SourceFile:
         _refuse_other_kinds(file.read(sniff.SIZE), path)
     with _Clamped(path) as archive:
         entries = _entries(archive, path)
-        tensors = _tensors(_value(archive, entries, path), path)
+    tensors = _tensors(_value(entries, path), path)
     order = list(BITS)
     names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
     specs, sources, position = [], [], 0
@@ -72,7 +73,7 @@ def open_pickle(path: Path) -> SourceFile:
         specs.append(TensorSpec(name, tensor.dtype, tensor.shape, position, position + located.size))
         sources.append(located)
         position += located.size
-    reader = _PickledTensors(path, tuple(spec.start for spec in specs), tuple(sources))
+    reader = partial(_PickledBytes, path, [spec.start for spec in specs], sources)
     return SourceFile(path, path.with_suffix(".safetensors").name, tuple(specs), {}, 0, info, reader)
 
 
@@ -132,13 +133,13 @@ def _content(archive: io.FileIO, entry: zipfile.ZipInfo, archive_size: int, path
     return start, entry.file_size
 
 
-def _value(archive: io.FileIO, entries: _Entries, path: Path) -> object:
+def _value(entries: _Entries, path: Path) -> object:
     if entries["data.pkl"][1] > MAX_PICKLE:
         raise CheckpointError(f"{path}: its data.pkl is larger than that of any checkpoint", _AGAIN)
-    if "byteorder" in entries and _read(archive, entries["byteorder"]) != b"little":
+    if "byteorder" in entries and _read(path, *entries["byteorder"]) != b"little":
         raise CheckpointError(f"{path}: saved on a big-endian machine", _AGAIN)
     try:
-        return unpickle(_read(archive, entries["data.pkl"]))
+        return unpickle(_read(path, *entries["data.pkl"]))
     except ForeignError as error:
         raise CheckpointError(
             f"{path}: holds more than weights: its pickle {error}, and code in a checkpoint is not run",
@@ -148,14 +149,10 @@ def _value(archive: io.FileIO, entries: _Entries, path: Path) -> object:
         raise CheckpointError(f"{path}: its data.pkl {error}", _AGAIN) from error
 
 
-def _read(archive: io.FileIO, entry: tuple[int, int]) -> bytes:
-    start, size = entry
-    archive.seek(start)
-    parts = []
-    while size and (part := archive.read(size)):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
+def _read(path: Path, start: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(min(size, MAX_PICKLE))
 
 
 def _tensors(value: object, path: Path) -> dict[str, StridedTensor]:
@@ -210,33 +207,23 @@ def _is_contiguous(axes: Sequence[tuple[int, int]]) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class _PickledTensors:
-    path: Path
-    starts: tuple[int, ...]
-    tensors: tuple[_ArchiveTensor, ...]
-
-    def open(self) -> Bytes:
-        return _PickledBytes(self)
-
-
 class _PickledBytes:
-    """Reads the tensors as one data section."""
+    """Reads the tensors, which begin at `starts`, as one data section."""
 
-    def __init__(self, source: _PickledTensors) -> None:
-        self._source = source
-        self._file = FileBytes(source.path, 0)
+    def __init__(self, path: Path, starts: Sequence[int], tensors: Sequence[_ArchiveTensor]) -> None:
+        self._path, self._starts, self._tensors = path, starts, tensors
+        self._file = FileBytes(path, 0)
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        done, index = 0, bisect_right(self._source.starts, offset) - 1
+        done, index = 0, bisect_right(self._starts, offset) - 1
         while done < len(target):
-            tensor = self._source.tensors[index]
-            inside = offset + done - self._source.starts[index]
+            tensor = self._tensors[index]
+            inside = offset + done - self._starts[index]
             part = target[done : done + tensor.size - inside]
             if tensor.strides is None:
                 self._file.read_into(tensor.start + inside, part)
             else:
-                _gather(self._source.path, tensor, tensor.strides, inside, part)
+                _gather(self._path, tensor, tensor.strides, inside, part)
             done += len(part)
             index += 1
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 from crdiff_export.formats.strict_json import show
 
@@ -54,11 +54,8 @@ class StridedTensor:
     strides: tuple[int, ...]
 
 
-class Other:
-    """Any other value; it is kept on the stack and never inspected."""
-
-
-OTHER = Other()
+# Stands for any other value; it is kept on the stack and never inspected.
+OTHER: Final = object()
 
 # torch/storage.py, `_dtype_to_storage_type_map`, with the safetensors names of the dtypes.
 _STORAGES = {
@@ -89,9 +86,6 @@ _AS_READ = frozenset({
     "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG", "BINFLOAT", "FLOAT", "BINUNICODE",
     "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "SHORT_BINBYTES", "BINBYTES", "SHORT_BINSTRING", "BINSTRING",
 })  # fmt: skip
-_CONSTANTS: Mapping[str, Any] = {
-    "NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "EMPTY_SET": OTHER,
-}  # fmt: skip
 
 
 def unpickle(raw: bytes) -> object:
@@ -101,7 +95,7 @@ def unpickle(raw: bytes) -> object:
         raw: The pickle.
 
     Returns:
-        A value made of dicts with text as keys, lists, tuples, numbers, text, StridedTensor and Other.
+        A value made of dicts with text as keys, lists, tuples, numbers, text, StridedTensor and OTHER.
 
     Raises:
         UnpickleError: The pickle is damaged or describes more than any checkpoint holds.
@@ -113,7 +107,10 @@ def unpickle(raw: bytes) -> object:
             for opcode, argument, _ in islice(pickletools.genops(raw), MAX_OPCODES):
                 if opcode.name == "STOP":
                     return machine.pop()[0]
-                machine.step(opcode.name, argument)
+                action = _ACTIONS.get(opcode.name)
+                if action is None:
+                    raise UnpickleError(f"uses the pickle opcode {opcode.name}, which no torch checkpoint needs")
+                action(machine, argument)
     except (ValueError, LookupError, TypeError) as error:
         # genops raises ValueError for bytes that are not a pickle; the others come from a stack with wrong values.
         raise UnpickleError("is a damaged pickle") from error
@@ -126,17 +123,8 @@ class _Machine:
     marks: list[int] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
 
-    def step(self, opcode: str, argument: Any) -> None:
-        if opcode in _AS_READ:
-            self.stack.append(argument)
-        elif opcode in _CONSTANTS:
-            self.stack.append(_CONSTANTS[opcode])
-        elif opcode in ("PROTO", "FRAME"):
-            pass
-        elif action := _ACTIONS.get(opcode):
-            action(self, argument)
-        else:
-            raise UnpickleError(f"uses the pickle opcode {opcode}, which no torch checkpoint needs")
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
 
     def pop(self, count: int = 1) -> list[Any]:
         """Take the last `count` values; TypeError if a mark or the bottom of the stack is among them."""
@@ -165,48 +153,54 @@ class _Machine:
         elif target is not OTHER:
             raise TypeError
 
-    def tuple(self, values: list[Any]) -> None:
-        self.stack.append(tuple(values))
+    def put(self, key: int) -> None:
+        self.memo[key] = self.stack[-1]
+
+    def get(self, key: int) -> None:
+        self.push(self.memo[key])
 
     def name(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError
-        self.stack.append(_name(f"{module}.{name}"))
+        self.push(_name(f"{module}.{name}"))
 
     def call(self) -> None:
         function, arguments = self.pop(2)
-        self.stack.append(_call(function, arguments))
+        self.push(_call(function, arguments))
 
 
 _ACTIONS: Mapping[str, Callable[[_Machine, Any], object]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda *_: None),
+    **dict.fromkeys(_AS_READ, _Machine.push),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
+    "MEMOIZE": lambda machine, _: machine.put(len(machine.memo)),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "EMPTY_SET": lambda machine, _: machine.push(OTHER),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
     "MARK": lambda machine, _: machine.marks.append(len(machine.stack)),
     "POP": lambda machine, _: machine.pop(),
     "POP_MARK": lambda machine, _: machine.pop_to_mark(),
-    "EMPTY_DICT": lambda machine, _: machine.stack.append({}),
-    "EMPTY_LIST": lambda machine, _: machine.stack.append([]),
-    "LIST": lambda machine, _: machine.stack.append(machine.pop_to_mark()),
-    "TUPLE": lambda machine, _: machine.tuple(machine.pop_to_mark()),
-    "TUPLE1": lambda machine, _: machine.tuple(machine.pop(1)),
-    "TUPLE2": lambda machine, _: machine.tuple(machine.pop(2)),
-    "TUPLE3": lambda machine, _: machine.tuple(machine.pop(3)),
+    "LIST": lambda machine, _: machine.push(machine.pop_to_mark()),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.pop(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.pop(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.pop(3))),
     "APPEND": lambda machine, _: machine.fill(machine.pop()),
     "APPENDS": lambda machine, _: machine.fill(machine.pop_to_mark()),
     "SETITEM": lambda machine, _: machine.fill(machine.pop(2)),
     "SETITEMS": lambda machine, _: machine.fill(machine.pop_to_mark()),
     "ADDITEMS": lambda machine, _: machine.pop_to_mark(),
-    "PUT": lambda machine, key: machine.memo.__setitem__(key, machine.stack[-1]),
-    "BINPUT": lambda machine, key: machine.memo.__setitem__(key, machine.stack[-1]),
-    "LONG_BINPUT": lambda machine, key: machine.memo.__setitem__(key, machine.stack[-1]),
-    "MEMOIZE": lambda machine, _: machine.memo.__setitem__(len(machine.memo), machine.stack[-1]),
-    "GET": lambda machine, key: machine.stack.append(machine.memo[key]),
-    "BINGET": lambda machine, key: machine.stack.append(machine.memo[key]),
-    "LONG_BINGET": lambda machine, key: machine.stack.append(machine.memo[key]),
     "GLOBAL": lambda machine, names: machine.name(*names.split(" ", 1)),
     "STACK_GLOBAL": lambda machine, _: machine.name(*machine.pop(2)),
     "REDUCE": lambda machine, _: machine.call(),
     "NEWOBJ": lambda machine, _: machine.call(),
-    "BUILD": lambda machine, _: machine.pop(),  # attributes of a dict or of an Other: torch's own `_metadata`
-    "BINPERSID": lambda machine, _: machine.stack.append(_storage(*machine.pop())),
+    "BUILD": lambda machine, _: machine.pop(),  # attributes of a dict or of another value: torch's own `_metadata`
+    "BINPERSID": lambda machine, _: machine.push(_storage(*machine.pop())),
 }
 
 

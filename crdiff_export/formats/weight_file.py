@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,14 +32,6 @@ class Bytes(Protocol):
         ...
 
 
-class Tensors(Protocol):
-    """Tensors of another file format (a pickle), readable as the data section that a safetensors file would have."""
-
-    def open(self) -> Bytes:
-        """Open a new reader."""
-        ...
-
-
 @dataclass(frozen=True)
 class SourceFile:
     """One file of weights.
@@ -51,7 +43,8 @@ class SourceFile:
         metadata: The header's metadata.
         data_start: Bytes before the data section.
         info: The file's size and times when its header was read; None for a remote file, which can only be planned.
-        tensors_of: The reader's source where the file is not in the safetensors format.
+        reader: Opens a reader of a file in another format (a pickle), as if it were the data section of a safetensors
+            file.
     """
 
     path: Path
@@ -60,7 +53,7 @@ class SourceFile:
     metadata: Mapping[str, str]
     data_start: int
     info: os.stat_result | None
-    tensors_of: Tensors | None = None
+    reader: Callable[[], Bytes] | None = None
 
     @cached_property
     def data_size(self) -> int:
@@ -83,7 +76,7 @@ class SourceFile:
 
     def open(self) -> Bytes:
         """Open a reader of the data section, one for each thread."""
-        return self.tensors_of.open() if self.tensors_of else FileBytes(self.path, self.data_start)
+        return self.reader() if self.reader else FileBytes(self.path, self.data_start)
 
     def check_unchanged(self) -> None:
         """Check that the file is the one whose header was read, so that all passes saw the same bytes.
