@@ -17,35 +17,34 @@ from crdiff_export.errors import CheckpointError
 from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.formats.weight_file import FileBytes
 from tests.support import hostile, makers
-from tests.support.hostile import FIRST, SECOND
+from tests.support.hostile import FIRST, SECOND, Maker, sharded_with
 from tests.support.messages import raises
 from tests.support.weight_bytes import all_bytes, check_ranges
 
 if TYPE_CHECKING:
     from tests.support.isolation import Crdiff
 
-Maker = Callable[[Path], Path]
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
 
 # Each maker with what the message names beside the path.
-FILES: dict[Maker, str] = {
-    hostile.empty: "empty",
-    hostile.cut_in_the_length: "5 bytes",
-    hostile.cut_in_the_header: "64 bytes, but the file has only 30",
-    hostile.cut_in_the_data: "12 bytes of tensors, 7",
-    hostile.trailing_bytes: "4 bytes",
-    hostile.zeros: "0 bytes",
-    hostile.noise: f"{0x9B9B9B9B9B9B9B9B} bytes",
-    hostile.negative_length: f"{2**64 - 2} bytes",
-    hostile.gguf: "GGUF",
-    hostile.git_lfs_pointer: "Git LFS",
-    hostile.web_page: "web page",
-    hostile.error_message: "text file",
-    hostile.zip_archive: "zip archive",
-    hostile.bare_pickle_with_code: "pickle",
-    hostile.pickled_code: "pickle",
-    hostile.folder: "diffusion_pytorch_model",
-    lambda path: path: "no such file",
+FILES: dict[str, tuple[Maker, str]] = {
+    "empty": (hostile.empty, "empty"),
+    "cut-in-the-length": (hostile.holding(hostile.good()[:5]), "5 bytes"),
+    "cut-in-the-header": (hostile.cut_in_the_header, "64 bytes, but the file has only 30"),
+    "cut-in-the-data": (hostile.cut_in_the_data, "12 bytes of tensors, 7"),
+    "trailing-bytes": (hostile.holding(hostile.good() + b"tail"), "4 bytes"),
+    "zeros": (hostile.holding(bytes(4096)), "0 bytes"),
+    "noise": (hostile.noise, f"{0x9B9B9B9B9B9B9B9B} bytes"),
+    "negative-length": (hostile.holding(struct.pack("<q", -2) + hostile.good()[8:]), f"{2**64 - 2} bytes"),
+    "gguf": (hostile.gguf, "GGUF"),
+    "git-lfs-pointer": (hostile.git_lfs_pointer, "Git LFS"),
+    "web-page": (hostile.web_page, "web page"),
+    "error-message": (hostile.holding('{"error": "Invalid username or password — log in."}'.encode()), "text file"),
+    "zip-archive": (hostile.zip_archive, "zip archive"),
+    "bare-pickle-with-code": (hostile.bare_pickle_with_code, "pickle"),
+    "pickled-code": (hostile.pickled_code, "pickle"),
+    "folder": (hostile.folder, "diffusion_pytorch_model"),
+    "nothing": (lambda path: path, "no such file"),
 }
 NO_FILES: dict[Maker, str] = {
     hostile.pipe: "pipe",
@@ -69,31 +68,35 @@ INDEXES: dict[str, tuple[str | bytes, str]] = {
     "pipeline-index": ('{"_class_name": "FluxPipeline", "vae": ["diffusers", "AutoencoderKL"]}', "weight_map"),
 }
 INDEX, WEIGHTS = "diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model.safetensors"
+COMPANION = "vae/notes.txt"
 FOLDERS: dict[str, tuple[Maker, str]] = {
     "missing-shard": (hostile.missing_shard, SECOND),
-    "key-that-the-shard-lacks": (hostile.key_that_the_shard_lacks, f"'e' is not in '{SECOND}'"),
-    "key-that-the-index-lacks": (hostile.key_that_the_index_lacks, f"'d' in '{SECOND}'"),
-    "key-in-the-wrong-shard": (hostile.key_in_the_wrong_shard, f"'a' in '{FIRST}'"),
-    "shard-is-a-folder": (hostile.shard_made_of(hostile.folder), f"{SECOND}: a folder"),
-    "shard-is-empty": (hostile.shard_made_of(hostile.empty), f"{SECOND}: the file is empty"),
-    "shard-is-cut": (hostile.shard_made_of(hostile.cut_in_the_header), SECOND),
+    "key-that-the-shard-lacks": (sharded_with(lambda places: places.update(e=SECOND)), f"'e' is not in '{SECOND}'"),
+    "key-that-the-index-lacks": (sharded_with(lambda places: places.pop("d")), f"'d' in '{SECOND}'"),
+    "key-in-the-wrong-shard": (sharded_with(lambda places: places.update(a=SECOND)), f"'a' in '{FIRST}'"),
     "only-a-pickle": (hostile.folder_without_weights, "unet"),
-    "index-is-a-folder": (hostile.index_made_of(hostile.folder), f"{INDEX}: a folder"),
-    "weights-are-a-folder": (hostile.weights_made_of(hostile.folder), f"{WEIGHTS}: a folder"),
-    "weights-are-empty": (hostile.weights_made_of(hostile.empty), f"{WEIGHTS}: the file is empty"),
 }
-NO_PARTS: dict[str, tuple[Maker, str]] = {
-    "shard-is-a-pipe": (hostile.shard_made_of(hostile.pipe), f"{SECOND}: a pipe"),
-    "shard-is-endless": (hostile.shard_made_of(hostile.endless_device), f"{SECOND}: a pipe"),
-    "shard-in-a-circle": (hostile.shard_made_of(hostile.link_in_a_circle), SECOND),
-    "shard-leads-nowhere": (hostile.shard_made_of(hostile.link_to_nothing), SECOND),
-    "index-is-a-pipe": (hostile.index_made_of(hostile.pipe), f"{INDEX}: a pipe"),
-    "index-is-endless": (hostile.index_made_of(hostile.endless_device), f"{INDEX}: a pipe"),
-    "index-in-a-circle": (hostile.index_made_of(hostile.link_in_a_circle), INDEX),
-    "weights-are-a-pipe": (hostile.weights_made_of(hostile.pipe), f"{WEIGHTS}: a pipe"),
-    "companion-is-a-pipe": (hostile.companion_made_of(hostile.pipe), "vae/notes.txt: a pipe"),
-    "companion-in-a-circle": (hostile.companion_made_of(hostile.link_in_a_circle), "vae/notes.txt"),
-    "companion-leads-nowhere": (hostile.companion_made_of(hostile.link_to_nothing), "vae/notes.txt"),
+# What makes the folder, a part of it that is then made of something else, and what the message names.
+PARTS: dict[str, tuple[Maker, str, Maker, str]] = {
+    "shard-is-a-folder": (hostile.missing_shard, SECOND, hostile.folder, f"{SECOND}: a folder"),
+    "shard-is-empty": (hostile.missing_shard, SECOND, hostile.empty, f"{SECOND}: the file is empty"),
+    "shard-is-cut": (hostile.missing_shard, SECOND, hostile.cut_in_the_header, SECOND),
+    "index-is-a-folder": (hostile.folder, INDEX, hostile.folder, f"{INDEX}: a folder"),
+    "weights-are-a-folder": (hostile.pipeline_without_weights, WEIGHTS, hostile.folder, f"{WEIGHTS}: a folder"),
+    "weights-are-empty": (hostile.pipeline_without_weights, WEIGHTS, hostile.empty, f"{WEIGHTS}: the file is empty"),
+}
+NO_PARTS: dict[str, tuple[Maker, str, Maker, str]] = {
+    "shard-is-a-pipe": (hostile.missing_shard, SECOND, hostile.pipe, f"{SECOND}: a pipe"),
+    "shard-is-endless": (hostile.missing_shard, SECOND, hostile.endless_device, f"{SECOND}: a pipe"),
+    "shard-in-a-circle": (hostile.missing_shard, SECOND, hostile.link_in_a_circle, SECOND),
+    "shard-leads-nowhere": (hostile.missing_shard, SECOND, hostile.link_to_nothing, SECOND),
+    "index-is-a-pipe": (hostile.folder, INDEX, hostile.pipe, f"{INDEX}: a pipe"),
+    "index-is-endless": (hostile.folder, INDEX, hostile.endless_device, f"{INDEX}: a pipe"),
+    "index-in-a-circle": (hostile.folder, INDEX, hostile.link_in_a_circle, INDEX),
+    "weights-are-a-pipe": (hostile.pipeline_without_weights, WEIGHTS, hostile.pipe, f"{WEIGHTS}: a pipe"),
+    "companion-is-a-pipe": (hostile.pipeline, COMPANION, hostile.pipe, f"{COMPANION}: a pipe"),
+    "companion-in-a-circle": (hostile.pipeline, COMPANION, hostile.link_in_a_circle, COMPANION),
+    "companion-leads-nowhere": (hostile.pipeline, COMPANION, hostile.link_to_nothing, COMPANION),
 }
 OUTSIDE = {
     "parent": "../model.safetensors",
@@ -128,7 +131,7 @@ def check_refusal(path: Path, *keys: object) -> None:
     assert caught.value.message.isprintable()
 
 
-@pytest.mark.parametrize(("make", "key"), FILES.items(), ids=[make.__name__ for make in FILES])
+@pytest.mark.parametrize(("make", "key"), FILES.values(), ids=FILES)
 def test_files_that_are_no_checkpoint(make: Maker, key: str, tmp_path: Path) -> None:
     path = make(tmp_path / "model.safetensors")
     check_refusal(path, f"{path}: ", key)
@@ -144,19 +147,27 @@ def test_a_special_file_is_refused_without_waiting(make: Maker, key: str, name: 
 
 @pytest.mark.parametrize(("content", "key"), INDEXES.values(), ids=INDEXES)
 def test_the_content_of_an_index(content: str | bytes, key: str, tmp_path: Path) -> None:
-    path = hostile.index_that_says(content)(tmp_path / "model")
+    path = hostile.sharded(tmp_path / "model")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     check_refusal(path, f"{path}: ", key)
 
 
 @pytest.mark.parametrize(("make", "key"), FOLDERS.values(), ids=FOLDERS)
-def test_folders_with_a_bad_part(make: Maker, key: str, tmp_path: Path) -> None:
-    check_refusal(make(tmp_path / "model"), tmp_path / "model", key.replace("/", os.sep))
-
-
-@posix
-@pytest.mark.parametrize(("make", "key"), NO_PARTS.values(), ids=NO_PARTS)
-def test_folders_with_a_special_file(make: Maker, key: str, tmp_path: Path) -> None:
+def test_folders_whose_parts_do_not_fit_together(make: Maker, key: str, tmp_path: Path) -> None:
     check_refusal(make(tmp_path / "model"), tmp_path / "model", key)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "part", "make", "key"),
+    [
+        *(pytest.param(*case, id=name) for name, case in PARTS.items()),
+        *(pytest.param(*case, id=name, marks=posix) for name, case in NO_PARTS.items()),
+    ],
+)
+def test_folders_with_a_bad_part(prepare: Maker, part: str, make: Maker, key: str, tmp_path: Path) -> None:
+    path = prepare(tmp_path / "model")
+    make(tmp_path / "model" / part)
+    check_refusal(path, tmp_path / "model", key.replace("/", os.sep))
 
 
 def test_an_index_larger_than_any(tmp_path: Path) -> None:
@@ -168,7 +179,7 @@ def test_an_index_larger_than_any(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", OUTSIDE.values(), ids=OUTSIDE)
 def test_an_index_does_not_lead_out_of_its_folder(target: object, tmp_path: Path) -> None:
-    path = hostile.shard_placed_at(target)(tmp_path / "model")
+    path = sharded_with(lambda places: places.update(a=target))(tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"'a' is placed in .*, not a file beside the index") as caught:
         open_checkpoint(path)
     assert caught.value.message.startswith(str(path))

