@@ -18,11 +18,10 @@ from crdiff_export.models import demo
 from crdiff_export.prune import plan as plan_module
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sampling.session import Session
-from tests.support.tiny_pipelines import KINDS, POOLED, Kind
+from tests.support.tiny_pipelines import FAMILIES, KINDS, POOLED, Kind
 
 NATIVE, SIZE = Size(64, 64), Size(96, 64)
 PROMPTS = ("two red circles on grey", "a blue square on white", "a green circle on black")
-FAMILIES = {"sd15": "sd15", "sdxl": "sdxl", "sd3": "sd3-medium", "flux": "flux-dev"}
 
 
 @cache

@@ -130,33 +130,33 @@ def write_sparse(path: Path, table: str, metadata: Mapping[str, str] | None = No
     return path
 
 
+def _header_of(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header, parsed without the code under test, and where its data begin."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(size)), 8 + size
+
+
 def read(path: Path) -> dict[str, tuple[str, Shape, bytes]]:
-    """A safetensors file's tensors, read without the code under test."""
-    raw = path.read_bytes()
-    (size,) = struct.unpack("<Q", raw[:8])
-    entries = json.loads(raw[8 : 8 + size])
-    entries.pop("__metadata__", None)
+    """A safetensors file's tensors."""
+    data = path.read_bytes()[_header_of(path)[1] :]
     return {
-        name: (e["dtype"], tuple(e["shape"]), raw[8 + size + e["data_offsets"][0] : 8 + size + e["data_offsets"][1]])
-        for name, e in entries.items()
+        name: (entry["dtype"], tuple(entry["shape"]), data[slice(*entry["data_offsets"])])
+        for name, entry in entries_of(path).items()
     }
 
 
 def entries_of(path: Path) -> dict[str, Any]:
-    """The tensors' entries in a safetensors file's header, read without the code under test."""
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        entries: dict[str, Any] = json.loads(file.read(size))
+    """The tensors' entries in a safetensors file's header."""
+    entries, _ = _header_of(path)
     entries.pop("__metadata__", None)
     return entries
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """A safetensors file's metadata, read without the code under test."""
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        found: dict[str, str] = json.loads(file.read(size)).get("__metadata__", {})
-    return found
+    """A safetensors file's metadata."""
+    metadata: dict[str, str] = _header_of(path)[0].get("__metadata__", {})
+    return metadata
 
 
 def changed(path: Path, name: str, places: Mapping[int, bytes], to: Path) -> Path:
@@ -172,10 +172,8 @@ def changed(path: Path, name: str, places: Mapping[int, bytes], to: Path) -> Pat
 
 def said(path: Path, changes: Mapping[str, str | None], to: Path) -> Path:
     """A copy of a file with other metadata; None removes a key."""
-    raw = path.read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    entries = json.loads(raw[8 : 8 + length])
+    entries, start = _header_of(path)
     metadata = entries["__metadata__"] | changes
     entries["__metadata__"] = {key: text for key, text in metadata.items() if text is not None}
-    to.write_bytes(frame(json.dumps(entries).encode()) + raw[8 + length :])
+    to.write_bytes(frame(json.dumps(entries).encode()) + path.read_bytes()[start:])
     return to

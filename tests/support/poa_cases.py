@@ -19,12 +19,11 @@ from crdiff_export.export import plan_variant
 from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.prune.plan import Plan
 from tests.support import makers, masking
-from tests.support.tiny_pipelines import KINDS
+from tests.support.tiny_pipelines import FAMILIES, KINDS
 
 SD15 = KINDS["sd15"]
 SIZE = Size(512, 512)
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-FAMILIES = {"sd15": "sd15", "sdxl": "sdxl", "sd3": "sd3-medium", "flux": "flux-dev"}
 
 
 class Case:
