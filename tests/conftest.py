@@ -4,7 +4,6 @@ import contextlib
 import gc
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -15,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support import messages
-from tests.support.isolation import NOWHERE, Crdiff, NetworkUsed, Ran, is_local
+from tests.support.guard.sitecustomize import other_machine
+from tests.support.isolation import NOWHERE, Crdiff, NetworkUsed, Ran
 
 if TYPE_CHECKING:
     from tests.support.forks import Forks
-    from tests.support.publishing import Clients
 
 pytest_plugins = ["tests.support.loopback_hub"]
 
@@ -79,15 +78,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def _guarded(method: Callable[..., Any], place: int) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # For a look-up of a name the argument is the host alone.
-        address = args[place] if isinstance(args[place], tuple) or place > 0 else (args[place] or "",)
-        if not is_local(address):
-            raise NetworkUsed(f"a test reached for {address}")
-        return method(*args, **kwargs)
+def stay_on_this_machine(event: str, args: tuple[Any, ...]) -> None:
+    """Raise NetworkUsed for connections, datagrams and look-ups that leave this machine."""
+    if host := other_machine(event, args):
+        raise NetworkUsed(f"a test reached for {host}")
 
-    return call
+
+sys.addaudithook(stay_on_this_machine)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -106,27 +103,6 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HF_HUB_DISABLE_UPDATE_CHECK", "1")
         patch.setenv("TERM", "xterm")
         yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_network() -> Iterator[None]:
-    """Connections, datagrams and look-ups that leave this machine raise NetworkUsed."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("connect", "connect_ex"):
-            patch.setattr(socket.socket, name, _guarded(getattr(socket.socket, name), 1))
-        patch.setattr(socket.socket, "sendto", _sendto(socket.socket.sendto))
-        for name in ("getaddrinfo", "gethostbyname"):
-            patch.setattr(socket, name, _guarded(getattr(socket, name), 0))
-        yield
-
-
-def _sendto(method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(self: socket.socket, data: Any, *rest: Any) -> Any:
-        if not is_local(rest[-1]):
-            raise NetworkUsed(f"a test sent to {rest[-1]}")
-        return method(self, data, *rest)
-
-    return call
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -184,24 +160,33 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def drawing() -> Iterator["Forks"]:
-    """Runs command lines that draw in forks of a process that has loaded torch and diffusers once."""
-    from tests.support.forks import DRAWING, Forks
-
-    made = Forks(*DRAWING)
-    yield made
-    made.close()
+def forks() -> Iterator["Forks"]:
+    """Runs command lines in forks of a process that has loaded what an export needs."""
+    yield from _forks()
 
 
 @pytest.fixture(scope="session")
-def clients() -> Iterator["Clients | None"]:
-    """Runs command lines in forks of one client of the Hub, where there are forks."""
-    from tests.support.publishing import Clients
+def drawing() -> Iterator["Forks"]:
+    """Runs command lines that draw in forks of a process that has loaded torch and diffusers once."""
+    from tests.support.forks import DRAWING
 
-    made = Clients() if hasattr(os, "fork") else None
-    yield made
-    if made:
-        made.close()
+    yield from _forks(*DRAWING)
+
+
+@pytest.fixture(scope="session")
+def clients() -> Iterator["Forks | None"]:
+    """Runs command lines in forks of one client of the Hub, where there are forks."""
+    from tests.support.forks import HUB_CLIENT
+
+    yield from _forks(*HUB_CLIENT, hub_client=True) if hasattr(os, "fork") else [None]
+
+
+def _forks(*modules: str, hub_client: bool = False) -> Iterator["Forks"]:
+    from tests.support.forks import Forks
+
+    server = Forks(*modules, hub_client=hub_client)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from tests.support import ROOT, makers
 from tests.support.forks import Forks
 from tests.support.loopback.store import Account
 from tests.support.loopback_hub import LoopbackHub
-from tests.support.publishing import Clients, Desk
+from tests.support.publishing import Desk
 
 
 def text_of(name: str) -> str:
@@ -56,7 +56,7 @@ def test_the_offline_commands_in_their_order(names: tuple[str, ...], drawing: Fo
 
 
 def test_the_commands_that_need_the_hub_in_their_order(
-    loopback_hub: LoopbackHub, clients: Clients | None, tmp_path: Path
+    loopback_hub: LoopbackHub, clients: Forks | None, tmp_path: Path
 ) -> None:
     """Against a loopback Hub that has the base, in a narrow make."""
     desk = Desk(loopback_hub, tmp_path, clients)
@@ -66,7 +66,7 @@ def test_the_commands_that_need_the_hub_in_their_order(
     assert recipe.file
     base = makers.write(tmp_path / recipe.file, makers.tiny("sdxl.original"))
     loopback_hub.add_repo(recipe.repo, {recipe.file: base})
-    loopback_hub.state.accounts["hf_of_my_org"] = Account("my-org")
+    loopback_hub.accounts["hf_of_my_org"] = Account("my-org")
     desk.plan(blocks("docs/getting-started.md", "toml")[0], "variants.toml")
     for words in commands("README.md", "docs/getting-started.md", hub=True):
         ran = desk.run(*words, token="hf_of_my_org")

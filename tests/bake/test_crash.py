@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,14 +42,10 @@ EXIT_CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 WORDS = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
 
 
-def some_forks() -> Iterator[Forks]:
-    made = Forks()
-    yield made
-    made.close()
-
-
-forks = pytest.fixture(scope="module", name="forks")(some_forks)
-other_forks = pytest.fixture(scope="module", name="other_forks")(some_forks)
+@pytest.fixture(scope="module")
+def other_forks() -> Iterator[Forks]:
+    with closing(Forks()) as server:
+        yield server
 
 
 def large(table: str, fraction: int) -> dict[str, tuple[str, makers.Shape, bytes]]:

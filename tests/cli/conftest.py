@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,6 @@ from tests.support.isolation import Crdiff
 def line(crdiff: Crdiff, shelf: Path) -> Line:
     """Runs a command line as one would type it; {shelf} is the folder of bases."""
     return lambda text: crdiff(*shlex.split(text.format(shelf=shelf)))
-
-
-@pytest.fixture(scope="package")
-def forks() -> Iterator[Forks]:
-    """Runs command lines in processes of their own, which have loaded what an export needs."""
-    server = Forks()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="package")

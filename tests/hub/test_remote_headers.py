@@ -10,16 +10,17 @@ import pytest
 
 from crdiff_export import ExportRequest, Size, export
 from tests.support import makers
+from tests.support.forks import Forks
 from tests.support.hub_runs import Client, environment, finish, start
 from tests.support.loopback_hub import EXPIRED_TOKEN, STRANGER_TOKEN, LoopbackHub
 from tests.support.messages import refused
-from tests.support.publishing import Clients, Desk, digest
+from tests.support.publishing import Desk, digest
 
 SMALL = makers.tiny("demo.diffusers-unet")
 
 
 @pytest.fixture
-def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Clients | None) -> Desk:
+def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Forks | None) -> Desk:
     return Desk(loopback_hub, tmp_path, clients)
 
 
@@ -43,10 +44,12 @@ def fetched(hub: LoopbackHub, repo: str = "org/pipe") -> set[str]:
     return {a.path.removeprefix(start).partition("/")[2] for a in asked}
 
 
-@pytest.mark.parametrize("client", ["installed", "oldest"])
 @pytest.mark.parametrize(
-    ("variant", "weights"),
-    [([], "diffusion_pytorch_model.safetensors"), (["--variant", "fp16"], "diffusion_pytorch_model.fp16.safetensors")],
+    ("client", "variant", "weights"),
+    [
+        ("installed", [], "diffusion_pytorch_model.safetensors"),
+        ("oldest", ["--variant", "fp16"], "diffusion_pytorch_model.fp16.safetensors"),
+    ],
     ids=["plain", "fp16"],
 )
 def test_only_what_is_needed_of_a_pipeline_is_fetched(

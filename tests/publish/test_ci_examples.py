@@ -69,7 +69,7 @@ def test_github(job: LoopbackHub, tmp_path: Path, here: Path, way: str) -> None:
     names = {"vars.HF_OIDC_RESOURCE": REPO, "secrets.HF_TOKEN": ""}
     if way == "token":
         names = {"vars.HF_OIDC_RESOURCE": "", "secrets.HF_TOKEN": WRITE_TOKEN.replace("write", "my_org")}
-        job.state.accounts[names["secrets.HF_TOKEN"]] = job.state.accounts[WRITE_TOKEN].__class__("my-org")
+        job.accounts[names["secrets.HF_TOKEN"]] = job.accounts[WRITE_TOKEN].__class__("my-org")
     env = {
         key: re.sub(r"\$\{\{ (.*?) \}\}", lambda name: names[name[1]], str(text)) for key, text in work["env"].items()
     }
@@ -88,7 +88,7 @@ def test_github(job: LoopbackHub, tmp_path: Path, here: Path, way: str) -> None:
     exchanged = any(asked.path.startswith("/oauth/token") for asked in job.requests)
     assert exchanged == (way == "trusted publishing")
     said = ran.stdout + ran.stderr + (here / "report.json").read_text()
-    assert not [token for token in (*job.state.accounts, ID_TOKEN, REQUEST_TOKEN) if token in said]
+    assert not [token for token in (*job.accounts, ID_TOKEN, REQUEST_TOKEN) if token in said]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no bash")

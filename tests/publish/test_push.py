@@ -13,13 +13,13 @@ import pytest
 from huggingface_hub import HfApi
 
 from tests.support import SUPPORT, makers
+from tests.support.forks import Forks
 from tests.support.hub_runs import CLIENTS, Client
 from tests.support.isolation import Crdiff, Ran
 from tests.support.loopback_hub import (
     EXPIRED_TOKEN,
     READ_TOKEN,
     REPO_TOKEN,
-    STRANGER_TOKEN,
     WRITE_TOKEN,
     LoopbackHub,
 )
@@ -28,7 +28,6 @@ from tests.support.publishing import (
     PULL,
     REPO,
     TITLE,
-    Clients,
     Desk,
     Made,
     changed,
@@ -46,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.fixture
-def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Clients | None) -> Desk:
+def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Forks | None) -> Desk:
     return Desk(loopback_hub, tmp_path, clients)
 
 
@@ -67,14 +66,14 @@ PARTS: Mapping[str, list[int | None]] = {"lfs": [None], "parts": [1, 2, 3], "xet
     [("lfs", "installed"), ("parts", "installed"), ("xet", "installed"), ("lfs", "oldest"), ("xet", "oldest")],
 )
 def test_what_is_pushed_is_there_once(
-    way: str, client: Client, made: Made, tmp_path: Path, clients: Clients | None
+    way: str, client: Client, made: Made, tmp_path: Path, clients: Forks | None
 ) -> None:
     storage = tmp_path / "xet" if way == "xet" else None
     with LoopbackHub(storage) as hub:
         desk = Desk(hub, tmp_path, clients)
         size = made.one.stat().st_size
         if way == "parts":
-            hub.state.part_size = size // 2 - 1
+            hub.part_size = size // 2 - 1
         ran = desk.push(made.one, REPO, "--json", client=client, xet=way == "xet")
         assert (ran.code, ran.err) == (0, "")
         commit = hub.repo(REPO).branches["main"]
@@ -333,7 +332,7 @@ def test_a_branch_is_made_and_main_left_alone(desk: Desk, made: Made) -> None:
 
 def test_a_pull_request_can_be_a_revision(desk: Desk, made: Made) -> None:
     desk.hub.add_repo(REPO, {"README.md": b"# Mine\n"})
-    HfApi(desk.hub.url, WRITE_TOKEN).create_pull_request(REPO, "Anything")
+    desk.hub.open_pull_request(REPO, "Anything")
     ran = desk.push(made.one, REPO, "--revision", "refs/pr/1", "--json")
     assert (ran.code, ran.result["revision"]) == (0, "refs/pr/1")
     assert desk.titles(REPO, "refs/pr/1") == [TITLE, "Add files"]
@@ -370,12 +369,10 @@ def test_a_tag_stays_where_it_is(desk: Desk, made: Made) -> None:
 @pytest.mark.parametrize("client", CLIENTS)
 def test_one_pull_request_however_often(client: Client, desk: Desk, made: Made) -> None:
     desk.hub.add_repo("org/model", {"README.md": b"# Theirs\n"})
-    desk.hub.state.page_size = 2
+    desk.hub.page_size = 2
     how: Mapping[str, Any] = {"token": READ_TOKEN, "client": client}
-    stranger = HfApi(desk.hub.url, STRANGER_TOKEN)
     for title in (PULL, "Another one"):
-        stranger.create_pull_request("org/model", title)
-        stranger.change_discussion_status("org/model", len(desk.hub.repo("org/model").discussions), "open")
+        desk.hub.open_pull_request("org/model", title, "stranger")
     ran = desk.push(made.one, "org/model", "--create-pr", "--json", **how)
     assert ran.code == 0, ran.err
     page = f"{desk.hub.url}/org/model/discussions/3"
@@ -406,10 +403,9 @@ def test_a_pull_request_is_known_by_its_title(desk: Desk, made: Made) -> None:
     assert desk.push(made.one, "org/model", "--create-pr", token=READ_TOKEN).code == 0
     (first, second) = desk.hub.repo("org/model").pull_requests
     assert (first.title, first.description, second.title) == ("For wide pictures", "Please.", PULL)
-    api = HfApi(desk.hub.url, WRITE_TOKEN)
-    desk.hub.state.repos["tester/model"] = desk.hub.state.repos.pop("org/model")
-    desk.hub.state.repos["tester/model"].id = "tester/model"
-    api.merge_pull_request("tester/model", 1)
+    desk.hub.repositories["tester/model"] = desk.hub.repositories.pop("org/model")
+    desk.hub.repositories["tester/model"].id = "tester/model"
+    desk.hub.merge("tester/model", 1)
     ran = desk.push(made.one, "tester/model", *message, "--json")
     assert (ran.result["changed"], ran.result["revision"], ran.result["pull_request"]) == (False, "main", None)
     assert len(desk.hub.repo("tester/model").pull_requests) == 2
@@ -602,7 +598,7 @@ def strange() -> dict[str, bytes]:
 @pytest.mark.parametrize("client", CLIENTS)
 def test_strange_files_of_others_do_not_matter(client: Client, desk: Desk, made: Made) -> None:
     desk.hub.add_repo(REPO, strange())
-    desk.hub.state.page_size = 5
+    desk.hub.page_size = 5
     ran = desk.push(made.one, REPO, "--json", client=client)
     assert ran.code == 0, ran.err
     assert desk.names() == {NAME, "README.md", *strange()}
@@ -614,7 +610,7 @@ def test_strange_files_of_others_do_not_matter(client: Client, desk: Desk, made:
 
 @pytest.mark.parametrize(("client", "way"), [("installed", "lfs"), ("oldest", "xet")])
 def test_a_pipeline_goes_as_a_whole(
-    client: Client, way: str, made: Made, tmp_path: Path, clients: Clients | None
+    client: Client, way: str, made: Made, tmp_path: Path, clients: Forks | None
 ) -> None:
     with LoopbackHub(tmp_path / "xet" if way == "xet" else None) as hub:
         desk = Desk(hub, tmp_path, clients)

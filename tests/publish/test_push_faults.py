@@ -17,6 +17,7 @@ from crdiff_export.hub.daemon_threads import map_in_threads, run_in_daemon_threa
 from crdiff_export.hub.repository import AT_ONCE
 from crdiff_export.hub.retry import retry
 from tests.support import hub_runs
+from tests.support.forks import Forks
 from tests.support.hub_runs import CLIENTS, Client, answer
 from tests.support.loopback_hub import READ_TOKEN, WRITE_TOKEN, LoopbackHub
 from tests.support.publishing import (
@@ -24,7 +25,6 @@ from tests.support.publishing import (
     PULL,
     REPO,
     TITLE,
-    Clients,
     Desk,
     Made,
     changed,
@@ -39,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.fixture
-def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Clients | None) -> Desk:
+def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Forks | None) -> Desk:
     return Desk(loopback_hub, tmp_path, clients)
 
 
@@ -65,7 +65,7 @@ def test_an_outage_passes(where: str, client: Client, desk: Desk, made: Made) ->
         desk.hub.fail(match, status=(503, 502, 500, 504)[number % 4])
     ran = desk.push(made.one, REPO, "--tag", "v1", client=client, hurry=True)
     assert ran.code == 0, ran.err
-    assert all(fault.times == 0 for fault in desk.hub.faults._faults)
+    assert all(fault.times == 0 for fault in desk.hub.faults)
     assert "no commit was made" not in ran.out
     assert desk.titles()[0] == TITLE
     assert len(desk.titles()) == (2 if where == "card and tag" else 1)
@@ -172,7 +172,7 @@ def test_what_does_not_pass_is_said(kind: str, desk: Desk, made: Made) -> None:
     client: Client = "oldest" if kind in ("a card", "a file", "busy") else "installed"
     ran = desk.push(made.one, hurry=times > 1, client=client)
     refused(ran, 4, REPO, key)
-    assert sum(99 - fault.times for fault in desk.hub.faults._faults) == times
+    assert sum(99 - fault.times for fault in desk.hub.faults) == times
     assert (desk.titles(), len(desk.hub.uploads)) == ([], int(match == "/commit/"))
 
 
@@ -212,7 +212,7 @@ def test_what_the_hub_says_of_a_card_is_a_note(desk: Desk, made: Made) -> None:
 def test_a_connection_breaks_in_the_middle(client: Client, parts: bool, desk: Desk, made: Made) -> None:
     size = made.one.stat().st_size
     if parts:
-        desk.hub.state.part_size = size // 2 + 1
+        desk.hub.part_size = size // 2 + 1
     desk.hub.add_repo(REPO)
     desk.hub.drop("PUT /lfs/.*2$" if parts else "PUT /lfs/", after_bytes=1000)
     ran = desk.push(made.one, hurry=True, client=client)
@@ -377,7 +377,7 @@ def test_a_second_run_does_what_a_kill_left(
         desk = Desk(hub, tmp_path)
         hub.add_repo(REPO, {"README.md": b"# Mine\n"})
         if where == "in a later part":
-            hub.state.part_size = made.one.stat().st_size // 2 + 1
+            hub.part_size = made.one.stat().st_size // 2 + 1
         token = READ_TOKEN if "--create-pr" in given else WRITE_TOKEN
         how: Mapping[str, Any] = {"client": client, "token": token, "xet": where == "over Xet"}
         hold = HOLDS[where](hub)
@@ -417,7 +417,7 @@ def test_a_signal_ends_it_at_once(case: str, made: Made, tmp_path: Path) -> None
     where, client, signum = SIGNALS[case]
     with LoopbackHub(tmp_path / "xet" if where == "over Xet" else None) as hub:
         desk = Desk(hub, tmp_path)
-        hub.add_repo(REPO, {f"{n}.safetensors": made.other for n in range(9)} if where == "header" else {})
+        hub.add_repo(REPO, {f"{n}.safetensors": bytes([n]) * 100 for n in range(9)} if where == "header" else {})
         if where == "header":  # all that are asked for at once
             hold = [hub.hold("GET .*/resolve/.*safetensors") for _ in range(AT_ONCE)][-1]
         else:

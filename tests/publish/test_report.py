@@ -16,9 +16,10 @@ from crdiff_export.publish.report import in_order, markdown
 from crdiff_export.publish.run import Outcome, TagResult
 from crdiff_export.publish.worklist import BaseWork, PublishRequest, WorkItem, Worklist
 from crdiff_export.sizes import Size
+from tests.support.forks import Forks
 from tests.support.isolation import Crdiff
 from tests.support.loopback_hub import READ_TOKEN, LoopbackHub
-from tests.support.publishing import BASE, Clients, Desk, plan
+from tests.support.publishing import BASE, Desk, plan
 
 VARIANT = {
     "base", "size", "repo", "revision", "path", "output", "family", "ratios", "poa_weight", "provenance", "digest",
@@ -27,7 +28,7 @@ VARIANT = {
 
 
 @pytest.fixture
-def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Clients) -> Desk:
+def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Forks) -> Desk:
     return Desk(loopback_hub, tmp_path, clients)
 
 

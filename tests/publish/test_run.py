@@ -14,11 +14,11 @@ import pytest
 
 from crdiff_export import Size
 from tests.support import hub_runs, makers, masking
+from tests.support.forks import Forks
 from tests.support.loopback_hub import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, LoopbackHub
 from tests.support.publishing import (
     BASE,
     CARD,
-    Clients,
     Desk,
     checkpoint,
     plan,
@@ -38,7 +38,7 @@ for args in json.loads(sys.argv[1]):
 
 
 @pytest.fixture
-def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Clients) -> Desk:
+def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Forks) -> Desk:
     return Desk(loopback_hub, tmp_path, clients)
 
 
@@ -229,7 +229,7 @@ def test_names_that_need_quoting(desk: Desk) -> None:
     assert desk.made() == dict.fromkeys(paths, "unchanged")
 
 
-def test_xet(xet_hub: LoopbackHub, tmp_path: Path, clients: Clients) -> None:
+def test_xet(xet_hub: LoopbackHub, tmp_path: Path, clients: Forks) -> None:
     """From and to a Hub whose large files are on Xet."""
     desk = Desk(xet_hub, tmp_path, clients)
     base = desk.base(xet=True)

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 
 from tests.support import makers
+from tests.support.forks import Forks
+from tests.support.hub_runs import checked
 from tests.support.isolation import Crdiff, Ran
 from tests.support.loopback_hub import LoopbackHub
-from tests.support.publishing import Clients, Desk, checked, checkpoint, plan, publish, statuses
+from tests.support.publishing import Desk, checkpoint, plan, publish, statuses
 
 
 @pytest.fixture
-def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Clients) -> Desk:
+def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Forks) -> Desk:
     return Desk(loopback_hub, tmp_path, clients)
 
 
@@ -55,7 +57,7 @@ def test_what_is_kept_is_sent_again(desk: Desk) -> None:
     assert desk.made("--keep", "none", code=4) == {"48x48.safetensors": "failed", "96x64.safetensors": "published"}
     assert desk.files() == {"48x48.safetensors"}  # nobody wants to make that again
     (desk.folder / "96x64.safetensors").write_bytes(made["96x64.safetensors"])
-    del desk.hub.state.repos["tester/out"]
+    del desk.hub.repositories["tester/out"]
     assert set(desk.made().values()) == {"published"}
     assert desk.downloads() == []
     assert {path: desk.hub.read("tester/out", path) for path in made} == made
@@ -180,9 +182,9 @@ def test_one_that_fails_stops_no_other(desk: Desk) -> None:
 
     # What can be mended is made, and nothing else.
     (out / "taken.safetensors").unlink()
-    desk.hub.state.repos["org/gated"].access.add("tester")
+    desk.hub.repositories["org/gated"].access.add("tester")
     desk.base("org/nothing")
-    desk.hub.faults._faults.clear()
+    desk.hub.faults.clear()
     before = len(desk.titles("tester/out"))
     ran = desk.publish("--json")
     status = dict(zip(["first", *WRONG, "last"], statuses(ran.result).values(), strict=True))
@@ -217,7 +219,7 @@ def test_all_failures_are_the_hubs(desk: Desk) -> None:
     assert tag["error"]["message"] == "tester/out: not tagged v1, as not all of it is there"
     assert desk.hub.repo("tester/out").tags == {}
     desk.hub.fail("POST .*/tag/", status=500)
-    desk.hub.faults._faults.pop(0)
+    desk.hub.faults.pop(0)
     ran = desk.publish()
     assert ran.code == 4
     assert "tester/out: the Hub answered 500" in ran.err
@@ -248,7 +250,7 @@ def test_a_base_that_goes_away_in_between(desk: Desk) -> None:
     desk.base()
     desk.base("org/other")
     desk.plan(plan("48x48") + '[[base]]\nbase = "org/other"\nname = "other.safetensors"\n')
-    desk.hub.before("GET .*/auth-check", lambda: desk.hub.state.repos.pop("org/base"))
+    desk.hub.before("GET .*/auth-check", lambda: desk.hub.repositories.pop("org/base"))
     assert desk.made(code=4) == {"48x48.safetensors": "failed", "other.safetensors": "published"}
 
 
@@ -312,7 +314,7 @@ SIZES = ("48x48", "96x64", "96x96")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, clients: Clients) -> dict[str, bytes]:
+def whole(tmp_path_factory: pytest.TempPathFactory, clients: Forks) -> dict[str, bytes]:
     """What a run makes that nothing disturbs."""
     with LoopbackHub() as hub:
         desk = Desk(hub, tmp_path_factory.mktemp("whole"), clients)

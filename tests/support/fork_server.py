@@ -1,8 +1,9 @@
 """A server that runs command lines in forks of a process that has loaded everything, which spares their start-up.
 
-`python fork_server.py MODULE...` loads what an export needs and these modules. It reads jobs from stdin, one JSON
+`python fork_server.py KIND MODULE...` loads what an export needs and these modules. It reads jobs from stdin, one JSON
 object a line, and answers each with its process id, and then with its exit code. A job may add environment variables,
-and a hook: the nth call of a function sends a signal to its own process, or waits for a file.
+and a hook: the nth call of a function sends a signal to its own process, or waits for a file. With the KIND
+"hub-client" a job has an environment of its own, and loads the Hub's client, which reads that, after the fork.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import runpy
 import signal
 import sys
 import tempfile
@@ -21,9 +23,13 @@ from typing import Any
 
 def serve() -> None:
     """Run jobs until stdin ends."""
-    for module in sys.argv[1:]:
+    kind, *modules = sys.argv[1:]
+    for module in modules:
         importlib.import_module(module)
     warm()
+    if kind == "hub-client":
+        for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+            del sys.modules[name]  # what the client is made of stays loaded
     say("ready")
     for line in sys.stdin:
         job = json.loads(line)
@@ -63,6 +69,11 @@ def run(job: dict[str, Any]) -> None:
     code: Any = 99
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # not Python's exception
     try:
+        if job["hub_client"]:
+            os.environ.clear()
+            sys.path[:0] = job["env"]["PYTHONPATH"].split(os.pathsep)
+            # A new process would load this by itself.
+            runpy.run_path(str(Path(__file__).with_name("guard") / "sitecustomize.py"), run_name="sitecustomize")
         os.environ.update(job["env"])
         os.chdir(job["cwd"])
         for number, name in ((1, "stdout"), (2, "stderr")):

@@ -25,6 +25,13 @@ DRAWING = (
 )
 
 
+# What runs of a client of the Hub load besides the client itself; criteria need torch.
+HUB_CLIENT = (
+    *("huggingface_hub.hf_api", "asyncio", "encodings.idna", "tqdm.auto", "_strptime", "torch"),
+    *(f"crdiff_export.{name}" for name in ("cli.publish", "cli.push", "publish.run", "publish.report")),
+)
+
+
 @dataclass
 class Run:
     """A command that is going on in a fork."""
@@ -63,11 +70,14 @@ class Run:
 class Forks:
     """A fork server that has loaded what an export needs, and some modules. One run at a time."""
 
-    def __init__(self, *modules: str, script: str = "fork_server.py") -> None:
+    def __init__(self, *modules: str, hub_client: bool = False) -> None:
+        """With `hub_client` every run has the environment `env` and nothing else, and a client that knows its Hub."""
+        self._hub_client = hub_client
         if not hasattr(os, "fork"):
             pytest.skip("there are no forks here")
+        kind = "hub-client" if hub_client else "plain"
         self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name(script), *modules],
+            [sys.executable, Path(__file__).with_name("fork_server.py"), kind, *modules],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self._line() == "ready"
@@ -83,7 +93,8 @@ class Forks:
         job = {
             "args": [str(arg) for arg in args], "cwd": str(cwd),
             "stdout": str(logs / "out"), "stderr": str(logs / "err"),
-            "hook": None, "limit": None, "platform": None, "env": {}, **options,
+            "hook": None, "limit": None, "platform": None, "env": {},
+            "hub_client": self._hub_client, **options,
         }  # fmt: skip
         assert self.process.stdin
         print(json.dumps(job), file=self.process.stdin, flush=True)

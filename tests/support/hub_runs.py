@@ -96,10 +96,14 @@ def finish(process: subprocess.Popen[str], patience: float = PATIENCE) -> Ran:
         process.kill()
         process.communicate()
         raise
-    ran = Ran(process.returncode, out, err)
-    told = out + err
-    assert "Traceback" not in told, told
-    assert not [token for token in ACCOUNTS if token in told], "a token was shown"
+    return checked(Ran(process.returncode, out, err))
+
+
+def checked(ran: Ran) -> Ran:
+    """Assert what holds for any run: no traceback, and no token in what it prints."""
+    text = ran.out + ran.err
+    assert "Traceback" not in text, text
+    assert not [token for token in ACCOUNTS if token in text], "a token was shown"
     return ran
 
 

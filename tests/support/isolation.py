@@ -1,6 +1,5 @@
 """What a command line gives in a test, and the rule that no test reaches beyond this machine."""
 
-import ipaddress
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,18 +10,10 @@ NOWHERE = "http://127.0.0.1:9"
 
 
 class NetworkUsed(RuntimeError):
-    """Not an OSError, which the code under test might take for a network that is down."""
+    """A test reached for another machine.
 
-
-def is_local(address: Any) -> bool:
-    """Whether a socket's address is on this machine: a path (AF_UNIX) or a loopback host."""
-    if not isinstance(address, tuple):
-        return True
-    host = address[0].decode() if isinstance(address[0], bytes) else str(address[0])
-    try:
-        return host in ("localhost", "") or ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return False
+    Not an OSError, which the code under test might take for a network that is down.
+    """
 
 
 @dataclass(frozen=True)

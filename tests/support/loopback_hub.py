@@ -4,11 +4,12 @@
     subprocess.run([...], env={**os.environ, **loopback_hub.environment(tmp_path / "home")})
     assert [commit.title for commit in loopback_hub.repo("tester/new").log()] == ["Upload", "initial commit"]
 
-What no client of the real Hub may do is refused and noted in `violations`, and the fixture fails the test for it; a
-test that provokes such a thing clears the list.
+It has the routes that crdiff uses by way of the Hub's client. What no client of the real Hub may do is refused and
+noted in `violations`, and the fixture fails the test for it; a test that provokes such a thing clears the list.
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,15 +19,14 @@ import pytest
 
 from tests.support.loopback.reading import READING
 from tests.support.loopback.routes import Routes
-from tests.support.loopback.state import State, Upload
-from tests.support.loopback.store import Account, Content, Gated, Repo
-from tests.support.loopback.talking import TALKING
+from tests.support.loopback.state import State
+from tests.support.loopback.store import Account, Content, Entry, Gated, PullRequest, Repo, is_lfs
 from tests.support.loopback.trusting import TRUSTING
 from tests.support.loopback.wire import (
     Answer,
-    Asked,
+    Answered,
     Dropped,
-    Faults,
+    Fault,
     Hold,
     Interruption,
     Listener,
@@ -39,7 +39,7 @@ USER = "tester"
 ORG = "studio"  # an organization of theirs
 WRITE_TOKEN = "hf_write" + "W" * 26
 READ_TOKEN = "hf_read" + "R" * 27
-REPO_TOKEN = "hf_repo" + "S" * 27  # `scope` says what it may write to
+REPO_TOKEN = "hf_repo" + "S" * 27  # writes to SCOPED_REPO alone
 EXPIRED_TOKEN = "hf_expired" + "E" * 24
 STRANGER_TOKEN = "hf_stranger" + "O" * 23  # another user's
 SCOPED_REPO = f"{USER}/scoped"
@@ -51,26 +51,27 @@ ACCOUNTS = {
     EXPIRED_TOKEN: Account(USER, "expired"),
     STRANGER_TOKEN: Account("stranger", "write"),
 }
+ROUTES = Routes([*READING, *WRITING, *TRUSTING])
 
 
-class LoopbackHub:
+class LoopbackHub(State):
     """The Hub, from a test's side. Its server runs inside a `with` block."""
 
     def __init__(self, xet: Path | None = None) -> None:
         """With a folder for Xet's storage, clients upload there; without, the Hub is one that has no Xet."""
-        self.state = State(ACCOUNTS, xet)
-        self.faults = Faults()
-        self.requests: list[Asked] = []
+        super().__init__(ACCOUNTS, xet)
+        self.faults: list[Fault] = []
+        self.holds: list[Hold] = []
+        self.requests: list[Answered] = []
         self.violations: list[str] = []
         self.host = ""
         self._stack = ExitStack()
-        self._routes = Routes([*READING, *WRITING, *TALKING, *TRUSTING])
 
     def __enter__(self) -> Self:
         listener = Listener(self)
         self.host = f"127.0.0.1:{listener.server_address[1]}"
-        self.state.url = f"http://{self.host}"
-        self._stack.callback(self.state.end)
+        self.url = f"http://{self.host}"
+        self._stack.enter_context(self.spool)
         self._stack.enter_context(listener.open())
         return self
 
@@ -78,33 +79,6 @@ class LoopbackHub:
         self._stack.close()
 
     # --- what is there ---
-
-    @property
-    def url(self) -> str:
-        return self.state.url
-
-    @property
-    def uploads(self) -> list[Upload]:
-        """One for every PUT of a large file or a part of one, with the number of bytes that came."""
-        return self.state.uploads
-
-    @property
-    def part_size(self) -> int:
-        """Larger files have to come in parts of this many bytes."""
-        return self.state.part_size
-
-    @part_size.setter
-    def part_size(self, size: int) -> None:
-        self.state.part_size = size
-
-    @property
-    def page_size(self) -> int:
-        """How many entries of a tree, commits or discussions come in one answer."""
-        return self.state.page_size
-
-    @page_size.setter
-    def page_size(self, size: int) -> None:
-        self.state.page_size = size
 
     def environment(self, home: Path, *, token: str | None = WRITE_TOKEN, xet: bool = False) -> dict[str, str]:
         """What leads a client here and keeps what it writes below `home`; to be put over the environment's own."""
@@ -131,16 +105,12 @@ class LoopbackHub:
 
     def repo(self, repo_id: str) -> Repo:
         """A repository as it is now; later changes do not show. KeyError where there is none."""
-        with self.state.lock:
-            found = copy.copy(self.state.repos[repo_id])
-            for name in ("branches", "tags", "pulls", "commits", "objects"):
-                setattr(found, name, dict(getattr(found, name)))
-            found.discussions = copy.deepcopy(found.discussions)
-        return found
+        with self.lock:
+            return copy.deepcopy(self.repositories[repo_id])
 
     def repos(self) -> list[str]:
-        with self.state.lock:
-            return sorted(self.state.repos)
+        with self.lock:
+            return sorted(self.repositories)
 
     def read(self, repo_id: str, path: str, revision: str = "main") -> bytes:
         """A file's bytes; KeyError where there is no such file."""
@@ -159,13 +129,13 @@ class LoopbackHub:
         sha256: Mapping[str, str] | None = None,
         xet: bool = False,
     ) -> str:
-        """Make a repository with one commit of these files, and say the commit's name.
+        """Make a repository with one commit of these files, and return the commit's id.
 
         A file that is given as a path is not read before somebody asks for it, nor for its sha256 if that is given.
         `access` are users whom a gated repository lets in. With `xet`, large files are on Xet.
         """
-        with self.state.lock:
-            repo = self.state.repos[repo_id] = Repo(repo_id, private=private, gated=gated)
+        with self.lock:
+            repo = self.repositories[repo_id] = Repo(repo_id, private=private, gated=gated)
             repo.access.update(access)
             return self.commit(repo_id, files, "Add files", sha256=sha256, xet=xet) if files else repo.branches["main"]
 
@@ -181,22 +151,35 @@ class LoopbackHub:
         xet: bool = False,
     ) -> str:
         """Commit these files on top of a branch or a pull request, or take those away that are None."""
-        with self.state.lock:
-            repo = self.state.repos[repo_id]
-            head = self.state.commit_of(repo, revision)
+        with self.lock:
+            repo = self.repositories[repo_id]
+            head = self.commit_of(repo, revision)
             changed = dict(head.files)
             for path, source in files.items():
                 changed.pop(path, None)
                 if source is not None:
-                    content = Content(source, sha256=(sha256 or {}).get(path))
-                    changed[path] = repo.entry(path, content, head, self.state.xet if xet else None)
+                    changed[path] = self._entry(path, Content(source, (sha256 or {}).get(path)), xet=xet)
             oid = repo.add(head.oid, message, changed, author=author)
             move(repo, revision, oid)
             return oid
 
-    def scope(self, *repo_ids: str) -> None:
-        """Let REPO_TOKEN write to these repositories, and to no other."""
-        self.state.accounts[REPO_TOKEN] = Account(USER, "repo", frozenset({ORG}), frozenset(repo_ids))
+    def _entry(self, path: str, content: Content, *, xet: bool) -> Entry:
+        with content.open() as file:
+            lfs = is_lfs(path, content.size, file.read(512))
+        return Entry(content, lfs, self.xet.put(content) if lfs and xet and self.xet else None)
+
+    def open_pull_request(self, repo_id: str, title: str, author: str = USER) -> PullRequest:
+        """Open a pull request without changes."""
+        with self.lock:
+            repo = self.repositories[repo_id]
+            return repo.open_pull_request(title, "", author, repo.branches["main"])
+
+    def merge(self, repo_id: str, number: int) -> None:
+        """Merge a pull request into a branch that has not changed since."""
+        with self.lock:
+            repo = self.repositories[repo_id]
+            repo.branches["main"] = repo.pulls[number]
+            repo.pull_requests[number - 1].status = "merged"
 
     # --- what goes wrong; `match` is a pattern found in "METHOD /path?query" ---
 
@@ -210,70 +193,76 @@ class LoopbackHub:
         body: Any = None,
     ) -> None:
         """Answer the next requests that match with an error, and do nothing of what they ask for."""
-        told = {"error": "the Hub is out of order"} if body is None else body
-        answer = Answer(status, told) if isinstance(told, bytes) else as_json(told, status)
+        content = {"error": "the Hub is out of order"} if body is None else body
+        answer = Answer(status, content) if isinstance(content, bytes) else as_json(content, status)
         answer.headers.update(headers or {})
 
         def act(request: Request) -> None:
             request.body.drain()
             raise Interruption(answer)
 
-        self.faults.add(match, times, act)
+        self._add_fault(match, times, act)
 
-    def drop(self, match: str, *, times: int = 1, after_bytes: int = 0) -> None:
+    def drop(self, match: str, *, after_bytes: int = 0) -> None:
         """Close the connection when so much of the request's body has come."""
+        self._add_fault(match, 1, lambda request: request.body.stop_at(after_bytes, _drop))
 
-        def gone() -> None:
-            raise Dropped
-
-        self.faults.add(match, times, lambda request: request.body.stop_at(after_bytes, gone))
-
-    def drop_answer(self, match: str, *, times: int = 1) -> None:
+    def drop_answer(self, match: str) -> None:
         """Do what the request asks for, then close the connection in place of an answer."""
-
-        def act(request: Request) -> None:
-            raise Dropped
-
-        self.faults.add(match, times, act, "end")
+        self._add_fault(match, 1, lambda request: _drop(), "end")
 
     def hold(self, match: str, *, after_bytes: int = 0, answer: bool = False) -> Hold:
         """Let the next request that matches wait, when so much of its body has come or when only the answer is left."""
-        hold = self.faults.hold()
+        hold = Hold()
+        self.holds.append(hold)
         if answer:
-            self.faults.add(match, 1, lambda request: hold.wait(), "end")
+            self._add_fault(match, 1, lambda request: hold.wait(), "end")
         else:
-            self.faults.add(match, 1, lambda request: request.body.stop_at(after_bytes, hold.wait))
+            self._add_fault(match, 1, lambda request: request.body.stop_at(after_bytes, hold.wait))
         return hold
 
     def before(self, match: str, act: Callable[[], object], *, times: int = 1) -> None:
         """Call something before the next request that matches is looked at."""
-        self.faults.add(match, times, lambda request: _ignored(act()), "before")
+        self._add_fault(match, times, lambda request: act(), "before")
 
     def lie_about_sha(self, path: str, sha256: str = "0" * 64) -> None:
         """Let listings give a large file another sha256 than it has."""
-        self.state.lies[path] = sha256
+        self.lies[path] = sha256
+
+    def _add_fault(self, match: str, times: int, act: Callable[[Request], object], when: str = "start") -> None:
+        with self.lock:
+            self.faults.append(Fault(re.compile(match), times, act, when))
 
     # --- the server's side ---
 
+    def meet_faults(self, request: Request) -> None:
+        """Let the faults happen that a request meets: all of "before", and the first of the others."""
+        line = f"{request.method} {request.target}"
+        with self.lock:
+            matching = [fault for fault in self.faults if fault.times > 0 and fault.pattern.search(line)]
+            due = [fault for fault in matching if fault.when == "before"]
+            due += [fault for fault in matching if fault.when != "before"][:1]
+            for fault in due:
+                fault.times -= 1
+        for fault in due:
+            if fault.when == "end":
+                request.at_end = fault.act
+            else:
+                fault.act(request)
+
     def handle(self, request: Request) -> Answer:
-        route = self._routes.find(request)
+        route = ROUTES.find(request)
         if not request.path.startswith(("/lfs/", "/api/complete_multipart", "/oauth/", "/runner/")):
-            request.account = self.state.authenticate(request)
+            request.account = self.authenticate(request)
         if not route.locked:
-            return route.act(self.state, request)
+            return route.act(self, request)
         request.body.read()
-        with self.state.lock:
-            return route.act(self.state, request)
-
-    def record(self, request: Request, status: int) -> None:
-        self.requests.append(Asked(request.method, request.target, status, request.headers))
-
-    def violate(self, where: str, message: str) -> None:
-        self.violations.append(f"{where}: {message}")
+        with self.lock:
+            return route.act(self, request)
 
 
-def _ignored(value: object) -> None:
-    pass
+def _drop() -> None:
+    raise Dropped
 
 
 def served(xet: Path | None = None) -> Iterator[LoopbackHub]:

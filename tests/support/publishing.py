@@ -13,8 +13,9 @@ from crdiff_export.export import ExportRequest, export
 from crdiff_export.sizes import Size
 from tests.support import hub_runs, makers, messages
 from tests.support.forks import Forks, Run
+from tests.support.hub_runs import checked
 from tests.support.isolation import Ran
-from tests.support.loopback_hub import ACCOUNTS, LoopbackHub
+from tests.support.loopback_hub import LoopbackHub
 
 BASE = "hf://org/base/model.safetensors"
 CARD = b"---\nlicense: mit\n---\n# A base\n"
@@ -65,32 +66,10 @@ def _bake(base: Path, size: str, output: Path) -> Path:
     return export(ExportRequest(str(base), Size.parse(size), output=output)).written.path
 
 
-def checked(ran: Ran) -> Ran:
-    """What any run must be: without a traceback, and silent about tokens."""
-    told = ran.out + ran.err
-    assert "Traceback" not in told, told
-    assert not [token for token in ACCOUNTS if token in told], "a token was shown"
-    return ran
-
-
 def refused(ran: Ran, exit_code: int, *keys: object) -> None:
     """A failure names these keys in its last two lines, and has nothing on stdout."""
     assert ran.out == ""
     messages.refused(Ran(ran.code, "", "\n".join(ran.err.splitlines()[-2:])), exit_code, *keys)
-
-
-# What they load besides the Hub's client itself; criteria need torch.
-LOADED = (
-    *("asyncio", "encodings.idna", "tqdm.auto", "_strptime", "torch"),
-    *(f"crdiff_export.{name}" for name in ("cli.publish", "cli.push", "publish.run", "publish.report")),
-)
-
-
-class Clients(Forks):
-    """A fork server whose runs are clients of a Hub; one at a time."""
-
-    def __init__(self) -> None:
-        super().__init__(*LOADED, script="client_server.py")
 
 
 @dataclass
@@ -99,7 +78,7 @@ class Desk:
 
     hub: LoopbackHub
     tmp: Path
-    clients: Clients | None = None
+    clients: Forks | None = None
     client: hub_runs.Client = "installed"
 
     @property

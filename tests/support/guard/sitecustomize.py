@@ -5,30 +5,42 @@ import os
 import sys
 from typing import Any
 
-# What a process ends with that reached for another machine.
+# The exit code of a process that reached for another machine.
 ELSEWHERE = 97
 
 
-def watch(event: str, args: tuple[Any, ...]) -> None:
+def other_machine(event: str, args: tuple[Any, ...]) -> str | None:
+    """Return the other machine that an audited call reaches for.
+
+    Args:
+        event: The name of the event (https://docs.python.org/3/library/audit_events.html).
+        args: Its arguments.
+
+    Returns:
+        A host; None for other events, for a path (AF_UNIX) and for a host on this machine.
+    """
     if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
-        check(args[1])
+        address = args[1]
     elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
-        check(args)
-
-
-def check(address: Any) -> None:
-    """End the process unless an address is a path, or a host on this machine."""
+        address = args
+    else:
+        return None
     host = address[0] if isinstance(address, tuple) and address else None
-    if host is None or host in ("", "localhost", b"localhost"):
-        return
-    text = host.decode() if isinstance(host, bytes) else str(host)
+    text = host.decode() if isinstance(host, bytes) else str(host or "")
+    if text in ("", "localhost"):
+        return None
     try:
-        local = ipaddress.ip_address(text.partition("%")[0]).is_loopback
+        return None if ipaddress.ip_address(text.partition("%")[0]).is_loopback else text
     except ValueError:
-        local = False
-    if not local:
-        os.write(2, f"reached for {text}\n".encode())
+        return text
+
+
+def end_process(event: str, args: tuple[Any, ...]) -> None:
+    """End the process if it reaches for another machine."""
+    if host := other_machine(event, args):
+        os.write(2, f"reached for {host}\n".encode())
         os._exit(ELSEWHERE)
 
 
-sys.addaudithook(watch)
+if __name__ == "sitecustomize":
+    sys.addaudithook(end_process)

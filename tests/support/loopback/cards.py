@@ -13,10 +13,10 @@ RELATIONS = ("adapter", "merge", "quantized", "finetune")
 def front_matter(text: str) -> dict[str, Any]:
     """The card's metadata; empty where there is none, or none that can be read."""
     try:
-        found = _load(text)
+        card = _load(text)
     except yaml.YAMLError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return card if isinstance(card, dict) else {}
 
 
 def _load(text: str) -> Any:
@@ -52,12 +52,3 @@ def _well_formed(name: str, value: Any) -> bool:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def card_tags(card: dict[str, Any]) -> list[str]:
-    """The tags that the Hub shows: the card's own, and those that it makes of the other fields."""
-    named = [card[name] for name in ("library_name", "pipeline_tag") if isinstance(card.get(name), str)]
-    licences = [f"license:{licence}" for licence in _list(card.get("license"))]
-    relation = card.get("base_model_relation", "finetune")
-    bases = [f"base_model:{kind}{base}" for base in _list(card.get("base_model")) for kind in ("", f"{relation}:")]
-    return list(dict.fromkeys([*named, *_list(card.get("tags")), *bases, *licences, "region:us"]))

@@ -39,8 +39,7 @@ class Routes(list[Route]):
             match = route.path.fullmatch(request.path)
             if match and request.method in route.methods:
                 request.names = {name: value for name, value in match.groupdict().items() if value is not None}
-                unknown = request.query.keys() - route.query
-                if unknown:
+                if unknown := request.query.keys() - route.query:
                     raise Violation(400, f"unknown in the query: {', '.join(sorted(unknown))}")
                 return route
         raise Violation(404, "no such route")

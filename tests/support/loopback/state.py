@@ -1,34 +1,26 @@
 """The loopback Hub's state, and who may see and change what of it."""
 
-import itertools
 import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 from urllib.parse import unquote
 
-from tests.support.loopback.store import (
-    Account,
-    Commit,
-    Content,
-    Entry,
-    Repo,
-    XetStore,
-)
+from tests.support.loopback.store import Account, Commit, Content, Entry, Repo
 from tests.support.loopback.wire import Refusal, Request, Violation
+from tests.support.loopback.xet import XetStore
 
-Right = Literal["commit", "write"]
+FORBIDDEN = "Forbidden: you must use a write token of a member to change this repository."
+ONLY_PROPOSE = "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request."
 
 
 @dataclass
 class Upload:
-    """The body of one PUT, as far as it has come."""
+    """The body of one PUT: how many bytes of it have arrived."""
 
     oid: str
     part: int | None
-    expected: int
     received: int = 0
 
 
@@ -43,7 +35,7 @@ class Pending:
     parts: dict[int, tuple[str, Path]] = field(default_factory=dict)  # the ETag and the bytes of what has arrived
 
     def length(self, part: int | None) -> int | None:
-        """How many bytes belong into a part; None where there is no such part."""
+        """How many bytes belong into a part; None for a part that does not exist."""
         if self.chunk is None or part is None:
             return self.size if self.chunk is part is None else None
         start = (part - 1) * self.chunk
@@ -57,25 +49,14 @@ class State:
         self.url = ""
         self.accounts = dict(accounts)
         self.xet = XetStore(xet.resolve()) if xet else None
-        self.repos: dict[str, Repo] = {}
+        self.repositories: dict[str, Repo] = {}
         self.pending: dict[str, Pending] = {}
-        self.uploads: list[Upload] = []
+        self.uploads: list[Upload] = []  # one for every PUT of a large file or a part of one
         self.lies: dict[str, str] = {}  # a path, and the sha256 that listings say it has
-        self.part_size = 5 << 30  # larger files come in parts
-        self.page_size = 1000  # entries of a tree, commits or discussions
+        self.part_size = 5 << 30  # larger files come in parts of this many bytes
+        self.page_size = 1000  # entries of a tree or pull requests in one answer
         self.lock = threading.RLock()
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._numbers = itertools.count(1)
-
-    def spool(self) -> Path:
-        """A new name for a file that goes with the Hub."""
-        with self.lock:
-            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="loopback-hub-")
-            return Path(self._folder.name, f"{next(self._numbers)}")
-
-    def end(self) -> None:
-        if self._folder:
-            self._folder.cleanup()
+        self.spool = tempfile.TemporaryDirectory(prefix="loopback-hub-")  # for uploaded files
 
     def authenticate(self, request: Request) -> Account | None:
         """Whose token the request shows; one that is not valid is refused even where none is needed."""
@@ -90,91 +71,63 @@ class State:
             raise Refusal(401, "Invalid credentials in Authorization header")
         return account
 
-    def known(self, request: Request) -> Account:
+    def account(self, request: Request) -> Account:
+        """The account of the request; an error without one."""
         if request.account is None:
             # The client takes this for a missing repository where the address is https and a repository's.
             code = "RepoNotFound" if request.path.startswith("/api/models/") else None
             raise Refusal(401, "Invalid username or password.", code)
         return request.account
 
-    def readable(self, request: Request, repo_id: str | None = None) -> Repo:
-        """The repository of the request's path, if whoever asks may know of it."""
+    def readable(self, request: Request) -> Repo:
+        """The repository of the request's path, if the account may know of it."""
         account = request.account
-        repo = self.repos.get(repo_id or request.names["repo"])
-        if repo is not None and (not repo.private or (account is not None and _sees(account, repo))):
+        repo = self.repositories.get(request.names["repo"])
+        if repo is not None and (not repo.private or (account is not None and account.sees(repo.id))):
             return repo
         if account is None:
             raise Refusal(401, "Invalid username or password.", "RepoNotFound")
         raise Refusal(404, "Repository not found", "RepoNotFound")
 
     def downloadable(self, request: Request) -> Repo:
-        """The same, and whoever asks may have its files."""
-        repo = self.readable(request)
-        if not repo.gated:
+        """The same, if the account may have its files."""
+        repo, account = self.readable(request), request.account
+        if not repo.gated or (account is not None and (account.sees(repo.id) or account.user in repo.access)):
             return repo
-        if request.account is None:
-            raise Refusal(
-                401,
-                f"Access to model {repo.id} is restricted. You must have access to it and be authenticated to access "
-                "it. Please log in.",
-                "GatedRepo",
-            )
-        if not _sees(request.account, repo) and request.account.user not in repo.access:
-            raise Refusal(
-                403,
-                f"Access to model {repo.id} is restricted and you are not in the authorized list. "
-                f"Visit {self.url}/{repo.id} to ask for access.",
-                "GatedRepo",
-            )
+        message = f"Access to model {repo.id} is restricted."
+        raise Refusal(401 if account is None else 403, message, "GatedRepo")
+
+    def writable(self, request: Request) -> Repo:
+        """The same, if the account may change it."""
+        account, repo = self.account(request), self.readable(request)
+        if not account.may_write(repo.id):
+            raise Refusal(403, FORBIDDEN)
         return repo
 
-    def writable(self, request: Request, right: Right = "write", revision: str | None = None) -> Repo:
-        """The same, and whoever asks may change it; anyone may "commit" to a pull request of their own."""
-        account = self.known(request)
-        repo = self.readable(request)
-        if account.may_write(repo.id):
-            return repo
-        if right == "commit":
-            own = {f"refs/pr/{pull.num}" for pull in repo.pull_requests if pull.author == account.user}
-            if request.flag("create_pr") or revision in own:
-                return repo
-            raise Refusal(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request.")
-        raise Refusal(403, "Forbidden: you must use a write token of a member to change this repository.")
+    def committable(self, request: Request, revision: str) -> Repo:
+        """The same, if the account may commit to a revision: anyone may to a pull request of their own."""
+        account, repo = self.account(request), self.readable(request)
+        own = {f"refs/pr/{pull.num}" for pull in repo.pull_requests if pull.author == account.user}
+        if not (account.may_write(repo.id) or request.flag("create_pr") or revision in own):
+            raise Refusal(403, ONLY_PROPOSE)
+        return repo
 
     def commit_of(self, repo: Repo, revision: str) -> Commit:
-        """What a revision in a path stands for; it comes quoted."""
+        """The commit of a revision in a path, where it is quoted."""
         name = unquote(revision)
         commit = repo.resolve(name)
         if commit is None:
             raise Refusal(404, f"Invalid rev id: {name}", "RevisionNotFound")
         return commit
 
-    def page(self, request: Request) -> tuple[int, int]:
-        """Where the page that is asked for begins and how long it may be."""
-        cursor, limit = (request.asks(name) or "" for name in ("cursor", "limit"))
-        if not (cursor + limit).isdecimal() and cursor + limit:
-            raise Violation(400, f"no page: cursor={cursor} limit={limit}")
-        return int(cursor or 0), min(int(limit or self.page_size), self.page_size)
-
-    def held(self, repo: Repo, oid: str, size: int | None = None) -> tuple[Content, str | None] | None:
-        """A large file that the repository has or that was uploaded for it, and its Xet hash if it has one."""
+    def stored(self, repo: Repo, oid: str, size: int) -> tuple[Content, str | None] | None:
+        """A large file that was committed or uploaded to the repository, and its Xet hash if it has one."""
         if oid not in repo.objects:
             for entry in {entry for commit in repo.commits.values() for entry in commit.files.values()}:
-                if entry.lfs and size in (None, entry.size) and entry.content.sha256 == oid:
+                if entry.lfs and size == entry.size and entry.content.sha256 == oid:
                     repo.objects[oid] = entry.content, entry.xet
         return repo.objects.get(oid)
 
-    def stored(self, repo: Repo, oid: str, size: int | None = None) -> tuple[Content, str | None] | None:
-        """The same, or one that has come to Xet's storage, which does not say for which repository."""
-        if self.held(repo, oid, size) is None and self.xet and (found := self.xet.find(oid)):
-            xet, length = found
-            repo.objects[oid] = self.xet.content(oid, xet, length), xet
-        return repo.objects.get(oid)
-
-    def listed(self, path: str, entry: Entry) -> str:
+    def shown_sha256(self, path: str, entry: Entry) -> str:
         """The sha256 that listings give a large file."""
         return self.lies.get(path, entry.content.sha256)
-
-
-def _sees(account: Account, repo: Repo) -> bool:
-    return account.owns(repo.id) or repo.id in account.repos

@@ -11,36 +11,22 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BufferedIOBase
 from socketserver import TCPServer
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from tests.support.loopback.store import Account, Content
 
+if TYPE_CHECKING:
+    from tests.support.loopback_hub import LoopbackHub
 
-class Asked(NamedTuple):
+
+class Answered(NamedTuple):
     """A request that was answered; status 0 where the connection was closed instead."""
 
     method: str
     path: str
     status: int
     headers: dict[str, str]
-
-
-class Refusal(Exception):
-    """An answer that is an error, as the Hub words it."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, **extra: Any) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.extra = status, message, code, extra
-        self.headers: dict[str, str] = {}
-
-
-class Violation(Refusal):
-    """A request that no client of the Hub may make; the fixture fails the test for it."""
-
-
-class Dropped(Exception):
-    """The connection ends here, without an answer."""
 
 
 @dataclass
@@ -55,39 +41,65 @@ class Answer:
     length: int = 0
 
 
-def as_json(value: Any, status: int = 200, **headers: str) -> Answer:
-    body = json.dumps(value).encode()
-    named = {name.replace("_", "-"): text for name, text in headers.items()}
-    return Answer(status, body, {"Content-Type": "application/json; charset=utf-8", **named})
+def as_json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+    named = {"Content-Type": "application/json; charset=utf-8", **(headers or {})}
+    return Answer(status, json.dumps(value).encode(), named)
+
+
+class Interruption(Exception):
+    """This answer ends the work on a request."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+
+class Refusal(Interruption):
+    """An answer that is an error, as the Hub words it."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, **extra: Any) -> None:
+        self.message = message
+        headers = {"X-Error-Message": message.encode("ascii", "replace").decode()}
+        if code:
+            headers["X-Error-Code"] = code
+        super().__init__(as_json({"error": message, **extra}, status, headers))
+
+
+class Violation(Refusal):
+    """A request that no client of the Hub may make; the fixture fails the test for it."""
+
+
+class Dropped(Exception):
+    """The connection ends here, without an answer."""
 
 
 class Body:
-    """A request's body; some places in it may be met with a fault."""
+    """A request's body; a fault may happen when a part of it has been read."""
 
     def __init__(self, file: BufferedIOBase, length: int) -> None:
         self._file = file
         self.length = length
-        self.position = 0
-        self._stops: list[tuple[int, Callable[[], None]]] = []
+        self._position = self._stop = 0
+        self._act: Callable[[], None] | None = None
         self._data: bytes | None = None
 
     def stop_at(self, position: int, act: Callable[[], None]) -> None:
         """Call `act` when so many bytes have been read, or all of them."""
-        self._stops.append((min(position, self.length), act))
-        self._stops.sort(key=lambda stop: stop[0])
+        self._stop, self._act = min(position, self.length), act
         self._meet()
 
     def _meet(self) -> None:
-        while self._stops and self._stops[0][0] <= self.position:
-            self._stops.pop(0)[1]()
+        if self._act and self._position >= self._stop:
+            act, self._act = self._act, None
+            act()
 
     def pieces(self) -> Iterator[bytes]:
-        while self.position < self.length:
-            limit = self._stops[0][0] if self._stops else self.length
-            piece = self._file.read(min(1 << 20, limit - self.position))
+        while self._position < self.length:
+            limit = self._stop if self._act else self.length
+            piece = self._file.read(min(1 << 20, limit - self._position))
             if not piece:
                 raise ConnectionError("the client went away")
-            self.position += len(piece)
+            self._position += len(piece)
             yield piece
             self._meet()
 
@@ -111,54 +123,29 @@ class Request:
     body: Body
     account: Account | None = None
     names: dict[str, str] = field(default_factory=dict)  # the variable parts of the path
-    at_end: "Callable[[Request], None] | None" = None  # what a fault does when the answer is ready
+    at_end: "Callable[[Request], object] | None" = None  # what a fault does when the answer is ready
 
     @property
     def path(self) -> str:
         return urlsplit(self.target).path
 
     @property
-    def query(self) -> dict[str, list[str]]:
-        return parse_qs(urlsplit(self.target).query, keep_blank_values=True)
-
-    def asks(self, name: str) -> str | None:
-        """A query's last value."""
-        values = self.query.get(name)
-        return values[-1] if values else None
+    def query(self) -> dict[str, str]:
+        """The last value of every name."""
+        query = parse_qs(urlsplit(self.target).query, keep_blank_values=True)
+        return {name: values[-1] for name, values in query.items()}
 
     def flag(self, name: str) -> bool:
-        value = self.asks(name)
-        if value not in (None, "0", "1", "true", "false", "True", "False"):
+        value = self.query.get(name, "0")
+        if value not in ("0", "1", "true", "false", "True", "False"):
             raise Violation(400, f"{name}={value} is no flag")
         return value in ("1", "true", "True")
 
-    def json(self, kind: str = "application/json") -> Any:
-        self.expect(kind)
+    def json(self) -> Any:
         try:
             return json.loads(self.body.read())
         except ValueError as error:
             raise Violation(400, f"not JSON: {error}") from error
-
-    def fields(
-        self, needed: Mapping[str, Any], optional: Mapping[str, Any] | None = None, kind: str = "application/json"
-    ) -> dict[str, Any]:
-        return check(self.json(kind), needed, optional)
-
-    def expect(self, kind: str) -> None:
-        sent = self.headers.get("content-type", "").partition(";")[0]
-        if sent != kind:
-            raise Violation(415, f"the content type is {sent}, not {kind}")
-
-
-def check(value: Any, needed: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A JSON object that has every field it needs, no unknown one, and each of the right type."""
-    known = {**needed, **(optional or {})}
-    if not isinstance(value, dict) or not needed.keys() <= value.keys() <= known.keys():
-        raise Violation(400, f"not an object of {sorted(needed)} and perhaps {sorted(optional or {})}: {value!r:.300}")
-    for name, kind in known.items():
-        if name in value and (not isinstance(value[name], kind) or (kind is int and isinstance(value[name], bool))):
-            raise Violation(400, f"{name}: {value[name]!r:.100} is no {kind}")
-    return value
 
 
 class Hold:
@@ -190,63 +177,8 @@ class Fault:
 
     pattern: re.Pattern[str]
     times: int
-    act: Callable[[Request], None]
+    act: Callable[[Request], object]
     when: str
-
-
-class Faults:
-    """Those that a test has asked for; of several that match a request, it meets the first, and all of "before"."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._faults: list[Fault] = []
-        self._holds: list[Hold] = []
-
-    def add(self, match: str, times: int, act: Callable[[Request], None], when: str = "start") -> None:
-        with self._lock:
-            self._faults.append(Fault(re.compile(match), times, act, when))
-
-    def meet(self, request: Request) -> None:
-        """Let happen what comes before the Hub looks at the request; `at_end` is for what comes after."""
-        for fault in self._take(request):
-            if fault.when == "end":
-                request.at_end = fault.act
-            else:
-                fault.act(request)
-
-    def _take(self, request: Request) -> list[Fault]:
-        line = f"{request.method} {request.target}"
-        with self._lock:
-            found = [fault for fault in self._faults if fault.times > 0 and fault.pattern.search(line)]
-            before = [fault for fault in found if fault.when == "before"]
-            due = [*before, *[fault for fault in found if fault.when != "before"][:1]]
-            for fault in due:
-                fault.times -= 1
-        return due
-
-    def hold(self) -> Hold:
-        hold = Hold()
-        with self._lock:
-            self._holds.append(hold)
-        return hold
-
-    def end(self) -> None:
-        """Let go of every request that still waits."""
-        for hold in self._holds:
-            hold.drop()
-
-
-class Server(Protocol):
-    """What a connection needs of the Hub."""
-
-    host: str
-    faults: Faults
-
-    def handle(self, request: Request) -> Answer: ...
-
-    def record(self, request: Request, status: int) -> None: ...
-
-    def violate(self, where: str, message: str) -> None: ...
 
 
 class Connection(BaseHTTPRequestHandler):
@@ -264,50 +196,47 @@ class Connection(BaseHTTPRequestHandler):
 
     def serve(self) -> None:
         hub = self.server.hub
-        request = self.request_of()
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        length = headers.get("content-length", "0")
+        body = Body(self.rfile, int(length) if length.isdecimal() else 0)
+        request = Request(self.command, self.path, headers, body)
         try:
-            answer = self.answer(hub, request)
-            request.body.drain()
+            answer = self.answer(request)
+            body.drain()
             if request.at_end:
                 request.at_end(request)
         except (Dropped, ConnectionError):
-            hub.record(request, 0)
-            self.hang_up()
+            hub.requests.append(Answered(request.method, request.target, 0, headers))
+            self.close_connection = True
+            _shut(self.connection)
             return
-        hub.record(request, answer.status)
+        hub.requests.append(Answered(request.method, request.target, answer.status, headers))
         try:
             self.send(answer)
         except ConnectionError:
             self.close_connection = True
 
-    def request_of(self) -> Request:
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        length = headers.get("content-length", "0")
-        body = Body(self.rfile, int(length) if length.isdecimal() else 0)
-        return Request(self.command, self.path, headers, body)
-
-    def answer(self, hub: Server, request: Request) -> Answer:
+    def answer(self, request: Request) -> Answer:
+        hub = self.server.hub
         try:
-            self.check(hub, request)
-            hub.faults.meet(request)
+            self.check(request)
+            hub.meet_faults(request)
             return hub.handle(request)
-        except Refusal as refusal:
-            if isinstance(refusal, Violation):
-                hub.violate(f"{request.method} {request.target}", refusal.message)
-            return refused(refusal)
         except Interruption as interruption:
+            if isinstance(interruption, Violation):
+                hub.violations.append(f"{request.method} {request.target}: {interruption.message}")
             return interruption.answer
         except (Dropped, ConnectionError):
             raise
-        except Exception as error:  # noqa: BLE001  the test is told, and the client gets an answer
-            hub.violate(f"{request.method} {request.target}", f"the Hub itself failed: {error!r}")
-            return refused(Refusal(500, f"Internal Error: {error!r}"))
+        except Exception as error:  # noqa: BLE001  the test learns of it, and the client gets an answer
+            hub.violations.append(f"{request.method} {request.target}: the Hub itself failed: {error!r}")
+            return Refusal(500, f"Internal Error: {error!r}").answer
 
-    def check(self, hub: Server, request: Request) -> None:
-        if request.headers.get("host") != hub.host:
+    def check(self, request: Request) -> None:
+        if request.headers.get("host") != self.server.hub.host:
             raise Violation(400, f"meant for {request.headers.get('host')}")
         if "transfer-encoding" in request.headers:
-            self.close_connection = True  # nobody reads the body
+            self.close_connection = True  # nothing reads the body
             raise Violation(411, "a body without Content-Length")
 
     def send(self, answer: Answer) -> None:
@@ -324,30 +253,8 @@ class Connection(BaseHTTPRequestHandler):
             with answer.content.open() as file:
                 self.connection.sendfile(file, answer.start, length)
 
-    def hang_up(self) -> None:
-        self.close_connection = True
-        _shut(self.connection)
-
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the name that is overridden
         pass
-
-
-class Interruption(Exception):
-    """A fault's own answer takes the place of the Hub's."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__()
-        self.answer = answer
-
-
-def refused(refusal: Refusal) -> Answer:
-    shown = refusal.message.replace("\n", " ").encode("ascii", "replace").decode()
-    headers = {"X-Error-Message": shown, **refusal.headers}
-    if refusal.code:
-        headers["X-Error-Code"] = refusal.code
-    answer = as_json({"error": refusal.message, **refusal.extra}, refusal.status)
-    answer.headers.update(headers)
-    return answer
 
 
 class Listener(ThreadingHTTPServer):
@@ -357,7 +264,7 @@ class Listener(ThreadingHTTPServer):
     block_on_close = True
     request_queue_size = 128
 
-    def __init__(self, hub: Server) -> None:
+    def __init__(self, hub: "LoopbackHub") -> None:
         super().__init__(("127.0.0.1", 0), Connection)
         self.hub = hub
         self._connections: set[socket.socket] = set()
@@ -373,7 +280,8 @@ class Listener(ThreadingHTTPServer):
         try:
             yield
         finally:
-            self.hub.faults.end()
+            for hold in self.hub.holds:
+                hold.drop()
             self.shutdown()
             with self._lock:
                 for connection in self._connections:
@@ -394,7 +302,7 @@ class Listener(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exception()
         if not isinstance(error, ConnectionError):  # a client that went away is no news
-            self.hub.violate("a connection", f"failed: {error!r}")
+            self.hub.violations.append(f"a connection: failed: {error!r}")
 
 
 def _shut(connection: socket.socket) -> None:
