@@ -186,20 +186,7 @@ def formula(text: str, w: Numbers, statistics: Mapping[str, NDArray[np.floating]
     return np.asarray(forms[options])
 
 
-def choose(
-    planned: Plan, scores: Sequence[Numbers], values: Sequence[Numbers], compare: str
-) -> list[NDArray[np.bool_]]:
-    """Which weights go, by sorting whatever is compared; nothing of a scope of rank 0 does."""
-    masks = [np.zeros(each.shape, bool) for each in values]
-    for number, scope in enumerate(planned.scopes):
-        members = [i for i, target in enumerate(planned.targets) if target.scope == number]
-        if int(sum(values[i].size for i in members) * scope.ratio) == 0:
-            continue
-        ranked = {i: np.where(np.isfinite(values[i]), scores[i], np.inf) for i in members}
-        every = np.sort(np.concatenate([each.ravel() for each in ranked.values()]))
-        for i, each in ranked.items():
-            own = np.sort(each, axis=1) if compare == "row" else every[None]
-            k = int(own.shape[1] * scope.ratio)
-            gone = each <= own[:, k - 1 : k] if k else np.zeros(each.shape, bool)
-            masks[i] = (gone & np.isfinite(values[i])) | (values[i] == 0)
-    return masks
+def choose(planned: Plan, scores: Sequence[Numbers], values: Sequence[Numbers], compare: str) -> list[oracle.Bools]:
+    """Which weights of each target go."""
+    ratios = {number: scope.ratio for number, scope in enumerate(planned.scopes)}
+    return oracle.choose(scores, values, [target.scope for target in planned.targets], ratios, compare)

@@ -15,12 +15,11 @@ from crdiff_export.export import plan_variant
 from crdiff_export.formats.checkpoint import open_checkpoint
 from tests.support import criteria_makers, makers, oracle
 from tests.support.makers import Shape, Tensors
-from tests.support.oracle import Slice
+from tests.support.oracle import Bools, Slice
 
 SIZE, NATIVE = Size(512, 512), Size(64, 64)
 UNET = {"down": 0.2, "mid": 0.6, "up": 0.4}
 DIT = {"blocks": 0.3}
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -137,35 +136,16 @@ def scores(text: str, name: str, weight: NDArray[np.float32], found: Mapping[str
 
 
 def choose(base: Base, text: str, weights: Sequence[NDArray[np.float32]]) -> list[Bools]:
-    """Which weights of each layer go: by sorting what is compared."""
+    """Which weights of each layer go."""
     pieces = base.slices()
+    criterion = text.replace("compare=row,", "").replace("compare=row", "")
     found = [
-        scores(
-            text.replace("compare=row,", "").replace("compare=row", ""), base.name(p), w, base.statistics[base.name(p)]
-        )
-        for p, w in zip(pieces, weights, strict=True)
+        scores(criterion, base.name(piece), weight, base.statistics[base.name(piece)])
+        for piece, weight in zip(pieces, weights, strict=True)
     ]
-    finite = [np.isfinite(weight) for weight in weights]
-    for own, each in zip(found, finite, strict=True):
-        own[~each] = np.inf
-    masks, compared = [], dict[object, Any]()
-    for number, piece in enumerate(pieces):
-        ratio = base.ratios[piece.group]
-        scope = number if base.dit else piece.group
-        if scope not in compared:
-            others = [i for i, p in enumerate(pieces) if scope in (i, p.group)]
-            compared[scope] = np.sort(np.concatenate([found[i].ravel() for i in others]))
-        every = compared[scope]
-        k = int(len(every) * ratio)
-        if "compare=row" in text:
-            limits = [
-                sorted(row)[int(len(row) * ratio) - 1] if int(len(row) * ratio) else -np.inf for row in found[number]
-            ]
-            gone = found[number] <= np.array(limits)[:, None]
-        else:
-            gone = found[number] <= every[k - 1]
-        masks.append((gone | (weights[number] == 0)) & finite[number] if k else np.zeros_like(gone))
-    return masks
+    scopes: list[object] = [number if base.dit else piece.group for number, piece in enumerate(pieces)]
+    ratios = {scope: base.ratios[piece.group] for scope, piece in zip(scopes, pieces, strict=True)}
+    return oracle.choose(found, weights, scopes, ratios, "row" if "compare=row" in text else "block")
 
 
 def weights(base: Base, files: Sequence[Tensors]) -> list[NDArray[np.float32]]:

@@ -11,13 +11,14 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tests.support.makers import Shape, Tensors
 
+Bools = NDArray[np.bool_]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -182,6 +183,37 @@ def expect(
 def _decode(files: Sequence[Tensors], piece: Slice) -> NDArray[np.float64]:
     dtype, _, data = files[piece.file][piece.tensor]
     return decode(dtype, data)[piece.start : piece.stop]
+
+
+def choose(
+    scores: Sequence[NDArray[Any]],
+    values: Sequence[NDArray[Any]],
+    scopes: Sequence[object],
+    ratios: Mapping[Any, float],
+    compare: str,
+) -> list[Bools]:
+    """Which weights go, by sorting what is compared; none of a scope whose rank is 0.
+
+    Args:
+        scores: Of each layer.
+        values: Its weights; what is no finite number stays, and a zero goes.
+        scopes: Its scope.
+        ratios: By scope.
+        compare: "row" to compare the weights of a row, or anything else for those of a scope.
+    """
+    masks: list[Bools] = [np.zeros(each.shape, bool) for each in values]
+    for scope, ratio in ratios.items():
+        members = [i for i, own in enumerate(scopes) if own == scope]
+        if int(sum(values[i].size for i in members) * ratio) == 0:
+            continue
+        ranked = {i: np.where(np.isfinite(values[i]), scores[i], np.inf) for i in members}
+        every = np.sort(np.concatenate([each.ravel() for each in ranked.values()]))
+        for i, each in ranked.items():
+            own = np.sort(each, axis=1) if compare == "row" else every[None]
+            k = int(own.shape[1] * ratio)
+            gone = each <= own[:, k - 1 : k] if k else np.zeros(each.shape, bool)
+            masks[i] = (gone & np.isfinite(values[i])) | (values[i] == 0)
+    return masks
 
 
 class Entry(NamedTuple):
