@@ -165,8 +165,8 @@ def parse(text: str, name: str, folder: Path) -> PlanFile:
     ]
     plan = PlanFile(name, tuple(entries))
     _refuse_conflicts(plan, problems)
-    if problems.found:
-        raise PlanFileError(printable(name), problems.in_order())
+    if errors := problems.in_order():
+        raise PlanFileError(printable(name), errors)
     return plan
 
 
@@ -181,9 +181,9 @@ def _sizes_of_base(
     table: Mapping[str, object], path: KeyPath, shared: InheritedValues, folder: Path, problems: Problems
 ) -> Iterator[tuple[Size | None, KeyPath, InheritedValues]]:
     """Yield each size of a [[base]], where it is written, and the values that hold for it; None for a wrong size."""
-    own = read_table(table, path, "[[base]]", folder, problems)
-    variants, _ = own.pop("variant", (None, ()))
-    values = own.within(shared)
+    inner = read_table(table, path, "[[base]]", folder, problems)
+    variants, _ = inner.pop("variant", (None, ()))
+    values = inner.within(shared)
     if "base" not in table:
         problems.add(path, "base is missing", 'Write base = "sdxl".')
     if "sizes" not in values and "variant" not in table:
@@ -191,10 +191,10 @@ def _sizes_of_base(
     for size, at in values.value("sizes") or ():
         yield size, at, values
     for variant, at in variants or ():
-        inner = read_table(variant, at, "[[base.variant]]", folder, problems)
+        innermost = read_table(variant, at, "[[base.variant]]", folder, problems)
         if "size" not in variant:
             problems.add(at, "size is missing", f"Write {_EXAMPLES['size']}.")
-        yield inner.value("size"), (*at, "size"), inner.within(values)
+        yield innermost.value("size"), (*at, "size"), innermost.within(values)
 
 
 def _entry(size: Size | None, at: KeyPath, values: InheritedValues, problems: Problems) -> PlanEntry | None:

@@ -158,7 +158,7 @@ class Problems:
 
     name: str
     lines: Mapping[KeyPath, int]
-    found: dict[object, tuple[int, CrdiffError]] = field(default_factory=dict)
+    problems: dict[object, tuple[int, CrdiffError]] = field(default_factory=dict)
 
     def line(self, path: KeyPath) -> int:
         """Return the line of a key, or of the nearest table around it that has one; 0 for the file."""
@@ -170,7 +170,7 @@ class Problems:
         """Add a problem at a key, or on a line."""
         line = at if isinstance(at, int) else self.line(at)
         message = printable(f"{self.name}:{line}: {problem}" if line else f"{self.name}: {problem}", 400)
-        self.found.setdefault((at, kind) if kind else message, (line, CrdiffError(message, printable(hint, 400))))
+        self.problems.setdefault((at, kind) if kind else message, (line, CrdiffError(message, printable(hint, 400))))
 
     @contextmanager
     def catching(self, at: KeyPath, prefix: str = "") -> Iterator[None]:
@@ -182,4 +182,4 @@ class Problems:
 
     def in_order(self) -> list[CrdiffError]:
         """Return all problems by line."""
-        return [error for _, error in sorted(self.found.values(), key=lambda problem: problem[0])]
+        return [error for _, error in sorted(self.problems.values(), key=lambda problem: problem[0])]

@@ -109,22 +109,22 @@ class _Edits:
     def merge(self, key: Any, value: Any, items: Sequence[str], stale: frozenset[str], *, lone: bool) -> Any:
         """Add and remove items of a value; return the node that it will be."""
         nodes = self._texts(key, value)
-        kept = [node for node in nodes if node.value not in stale]
-        new = [text for text in dict.fromkeys(items) if text not in {node.value for node in kept}]
-        if kept == nodes and not new:
+        remaining = [node for node in nodes if node.value not in stale]
+        new = [text for text in dict.fromkeys(items) if text not in {node.value for node in remaining}]
+        if remaining == nodes and not new:
             return value
         if not nodes and lone:
             self._replace(key, value, scalar(*new, flow=self._flow))
             return _node(new[0])
         if _is_list(value) and value.value:
             edit = self._in_flow if value.flow_style else self._in_block
-            edit(value, kept, new)
+            edit(value, remaining, new)
         elif nodes:
             self._to_list(key, value, new)
         else:
             self._replace(key, value, _in_line(new))
         merged = _node([])
-        merged.value = [*kept, *map(_node, new)]
+        merged.value = [*remaining, *map(_node, new)]
         return merged
 
     def _texts(self, key: Any, value: Any) -> list[Any]:
@@ -158,9 +158,9 @@ class _Edits:
         self._edits.append((key.end_mark.index, start, colon[1] + self._newline + dash))
         self._paste(end, [dash + scalar(text) for text in new])
 
-    def _in_block(self, value: Any, kept: Sequence[Any], new: Sequence[str]) -> None:
+    def _in_block(self, value: Any, remaining: Sequence[Any], new: Sequence[str]) -> None:
         for item in value.value:
-            if item not in kept:
+            if item not in remaining:
                 start = self._start_of_line(item.start_mark.index)
                 if not re.fullmatch(r" *- +", self._block[start : item.start_mark.index]):
                     _refuse(self._line + item.start_mark.line, "an item of a list is not on a line of its own")
@@ -168,18 +168,18 @@ class _Edits:
         dash = " " * value.start_mark.column + "- "
         self._paste(value.value[-1].end_mark.index, [dash + scalar(text) for text in new])
 
-    def _in_flow(self, value: Any, kept: Sequence[Any], new: Sequence[str]) -> None:
+    def _in_flow(self, value: Any, remaining: Sequence[Any], new: Sequence[str]) -> None:
         nodes = value.value
-        last = nodes.index(kept[-1]) if kept else -1
+        last = nodes.index(remaining[-1]) if remaining else -1
         for node, following in pairwise(nodes[: last + 1]):
-            if node not in kept:
+            if node not in remaining:
                 self._edits.append((node.start_mark.index, following.start_mark.index, ""))
         start = nodes[-1].start_mark.index
         lead = self._block[self._start_of_line(start) : start]
         comma = f",{self._newline}{lead}" if lead.isspace() else ", "  # each on a line of its own, or all on one
         texts = comma.join(scalar(text, flow=True) for text in new)
-        index = kept[-1].end_mark.index if kept else nodes[0].start_mark.index
-        self._edits.append((index, nodes[-1].end_mark.index, comma + texts if kept and new else texts))
+        index = remaining[-1].end_mark.index if remaining else nodes[0].start_mark.index
+        self._edits.append((index, nodes[-1].end_mark.index, comma + texts if remaining and new else texts))
 
     def add(self, pairs: Sequence[tuple[str, Any]]) -> None:
         """Add new keys behind those that exist."""

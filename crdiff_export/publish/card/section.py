@@ -83,8 +83,8 @@ def _grouped(variants: Iterable[CardVariant], key: Callable[[CardVariant], objec
 
 def _layers(card: Card) -> str:
     kinds = {kind for variant in card.variants for kind in variant.stamp.targets}
-    own = "self-" if "attn" in kinds and all("down" in variant.stamp.groups for variant in card.variants) else ""
-    return own + (_listed(name for kind, name in _LAYERS.items() if kind in kinds) or "target")
+    prefix = "self-" if "attn" in kinds and all("down" in variant.stamp.groups for variant in card.variants) else ""
+    return prefix + (_listed(name for kind, name in _LAYERS.items() if kind in kinds) or "target")
 
 
 def _name(card: Card, base: BaseModel) -> str:

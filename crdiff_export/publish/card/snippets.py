@@ -36,7 +36,7 @@ def kind(variant: CardVariant) -> Kind:
 
 def title(family: str) -> str:
     """Return the title of a family; the id of one that is unknown here."""
-    return next((known.title for known in families.all_families() if known.id == family), prose(family))
+    return next((each.title for each in families.all_families() if each.id == family), prose(family))
 
 
 def opening(variant: CardVariant) -> tuple[str, ...]:
@@ -90,14 +90,14 @@ def folders(variant: CardVariant) -> list[tuple[str, str]]:
     """List the programs that open a file, each with the folder that it reads."""
     family, stored = variant.stamp.family, kind(variant)
     bare = "; text encoders and VAE are the base's"
-    places = []
+    programs = []
     if family == "demo":
         return []
     if stored == "checkpoint":
-        places = [("ComfyUI, Load Checkpoint", _CHECKPOINTS)]
-        places += [("A1111 and Forge", _WEBUI.format(""))] if "down" in variant.stamp.groups else []
+        programs = [("ComfyUI, Load Checkpoint", _CHECKPOINTS)]
+        programs += [("A1111 and Forge", _WEBUI.format(""))] if "down" in variant.stamp.groups else []
     elif stored == "network" and variant.stamp.prefix in ("", BUNDLED):
-        places = [(f"ComfyUI, Load Diffusion Model{bare}", _NETWORKS)]
-    if places and family.startswith("flux-") and variant.stamp.layout == "original":
-        places.append((f"Forge{bare if stored == 'network' else ''}", _WEBUI.format("-forge")))
-    return places
+        programs = [(f"ComfyUI, Load Diffusion Model{bare}", _NETWORKS)]
+    if programs and family.startswith("flux-") and variant.stamp.layout == "original":
+        programs.append((f"Forge{bare if stored == 'network' else ''}", _WEBUI.format("-forge")))
+    return programs
