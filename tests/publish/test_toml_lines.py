@@ -25,7 +25,6 @@ def numbered(*rows: tuple[str, *tuple[KeyPath, ...]]) -> tuple[str, dict[KeyPath
 
 
 EXAMPLES = {
-    "nothing": numbered(("",)),
     "comments": numbered(("# a = 1 ' \"\"\"",), ("",), ("a = 1 # b = 2", ("a",)), ("  \t b=2", ("b",))),
     "dotted": numbered(
         ("a.b . 'c.d' = 1", ("a",), ("a", "b"), ("a", "b", "c.d")),
@@ -64,10 +63,6 @@ EXAMPLES = {
         ("  2]], c.d = 1979-05-27 07:32:00 }, -1.5,", ("a", 1, "b", 1, 1), ("a", 1, "c"), ("a", 1, "c", "d"), ("a", 2)),
         ("inf]", ("a", 3)),
         ("f = 1", ("f",)),
-    ),
-    "inline tables": numbered(
-        ("r = { up = 1e3, 'd' = 2, e.f = '}' }", ("r",), ("r", "up"), ("r", "d"), ("r", "e"), ("r", "e", "f")),
-        ("s = 1", ("s",)),
     ),
     "texts": numbered(
         ('a = """', ("a",)),

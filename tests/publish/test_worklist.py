@@ -68,6 +68,10 @@ def test_a_base_is_hashed_only_where_it_matters(base: Path) -> None:
         export(ExportRequest(str(base), Size.parse(size), Path(f"{size}.safetensors")))
     assert [item.action for item in worklist(text, watched, push=False).items] == ["skip", "skip", "make"]
     assert watched.stages == ["hashing"]
+    base.write_bytes(checkpoint(1))
+    reasons = [item.reason for item in worklist(text, watched, push=False).items]
+    assert reasons == ["changed: source.hash_sha256", "changed: source.hash_sha256", "new"]
+    assert watched.stages == ["hashing"] * 2
 
 
 def test_a_base_whose_hash_nobody_knows_is_made_again(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
