@@ -108,20 +108,20 @@ class _Push:
         destination, files = self._destination, self._upload.files
         request = find_pull_request(destination) if destination.pull_request else None
         revision = str(request.git_reference) if request else destination.revision
-        there = repository.read(destination.repo, revision)
-        changed = [path for path, file in files.items() if not _is_same(file, there.files.get(path))]
-        commit, page = there.commit, request.url if request else None
+        remote = repository.read(destination.repo, revision)
+        changed = [path for path, file in files.items() if not _is_same(file, remote.files.get(path))]
+        commit, page = remote.commit, request.url if request else None
         if changed:
             if self._upload.tag:
                 _check_free(destination.repo, self._upload.tag)
-            info = self._commit(there, revision, changed, new=bool(destination.pull_request and not request))
+            info = self._commit(remote, revision, changed, new=bool(destination.pull_request and not request))
             self._verify(info.oid)
             commit, revision, page = info.oid, info.pr_revision or revision, page or info.pr_url
         if self._upload.tag:
             tag(destination.repo, self._upload.tag, commit, list(files))
         return self._result(commit, revision, page)
 
-    def _commit(self, there: Repository, revision: str, changed: Sequence[str], *, new: bool) -> "CommitInfo":
+    def _commit(self, remote: Repository, revision: str, changed: Sequence[str], *, new: bool) -> "CommitInfo":
         """Commit the changed files and the card, `new`: to a pull request that is opened with them."""
         from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -129,7 +129,7 @@ class _Push:
             if path not in self._additions:
                 self._additions[path] = CommitOperationAdd(path, str(self._upload.files[path].path))
         operations = [self._additions[path] for path in changed]
-        card = None if CARD in self._upload.files else self._card(there)
+        card = None if CARD in self._upload.files else self._card(remote)
         if card is not None:
             operations.append(CommitOperationAdd(CARD, card.encode()))
         title, _, description = self._upload.message.partition("\n")
@@ -138,9 +138,9 @@ class _Push:
         with warnings.catch_warnings(record=True) as caught, self._explain_refusals():
             warnings.simplefilter("always")
             info = HfApi().create_commit(
-                there.repo, operations,
+                remote.repo, operations,
                 commit_message=title, commit_description=description.strip(),
-                revision=None if new else revision, create_pr=new, parent_commit=there.commit,
+                revision=None if new else revision, create_pr=new, parent_commit=remote.commit,
             )  # fmt: skip
         self._additions.clear()  # the client takes an addition only once
         self._notes += [_one_line(warning.message) for warning in caught if warning.category is UserWarning]
@@ -165,19 +165,19 @@ class _Push:
             hint = "Mend the front matter of README.md, then run it again." if what == "card" else "Run it again."
             raise HubError(f"{self._destination.repo}: the Hub refuses the {what}: {_one_line(error)}", hint) from error
 
-    def _card(self, there: Repository) -> str | None:
+    def _card(self, remote: Repository) -> str | None:
         """Write the card of the repository with the files of this push; None if it does not change."""
         sent = self._upload.files
-        headers = repository.baked_headers(there, [path for path in there.files if path not in sent], self._cache)
+        headers = repository.baked_headers(remote, [path for path in remote.files if path not in sent], self._cache)
         headers |= {path: file.header for path, file in sent.items() if file.header}
-        files = {**there.files, **{path: RemoteFile(path, f.size, f.sha256, "") for path, f in sent.items()}}
+        files = {**remote.files, **{path: RemoteFile(path, f.size, f.sha256, "") for path, f in sent.items()}}
         variants = card_variants(files, headers)
         bases, notes = bases_of(variants, self._upload.base_model)
         self._notes = [note for note in self._notes if note not in notes] + notes
-        old = repository.read_text(there, CARD)
+        old = repository.read_text(remote, CARD)
         branch = self._destination.revision
-        shown = MAIN if branch.startswith("refs/") else branch  # a pull request is for main
-        card = render(Card(there.repo, tuple(variants), bases, self._upload.relation, shown), old)
+        revision = MAIN if branch.startswith("refs/") else branch  # a pull request is for main
+        card = render(Card(remote.repo, tuple(variants), bases, self._upload.relation, revision), old)
         return None if card == old else card
 
     def _verify(self, commit: str) -> None:

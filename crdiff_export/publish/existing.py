@@ -81,11 +81,11 @@ class HubBranches:
         if self._pull_request:
             request = find_pull_request(replace(destination, pull_request=self._pull_request))
             revision = str(request.git_reference) if request else revision
-        there = repository.read(destination.repo, revision)
+        remote = repository.read(destination.repo, revision)
         names = {entry.path for entry in self._plan.entries if entry.repo == destination.repo}
         folders = tuple(f"{name.removesuffix('.safetensors')}/" for name in names)
-        paths = [path for path in there.files if path in names or path.startswith(folders)]
-        return HubBranch(there.commit, there.files, repository.baked_headers(there, paths))
+        paths = [path for path in remote.files if path in names or path.startswith(folders)]
+        return HubBranch(remote.commit, remote.files, repository.baked_headers(remote, paths))
 
 
 def read_local_output(target: Path) -> Existing:

@@ -2,12 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from crdiff_export.errors import CrdiffError
 from crdiff_export.formats.text import amount, printable
+from crdiff_export.publish.plan_file import PlanEntry
 from crdiff_export.publish.run import Outcome, TagResult
 from crdiff_export.publish.worklist import WorkItem, Worklist
 
@@ -19,10 +20,9 @@ _STATUSES = {"published": "✅ published", "written": "✅ written", "unchanged"
 
 def planned_notes(worklist: Worklist) -> Iterator[str]:
     """Yield the notes on variants that will be made, each once for a base."""
-    for work in worklist.bases:
-        yield from _each_once(
-            (item, item.plan.notes if item.plan and item.action == "make" else ()) for item in work.items
-        )
+    yield from _each_once(
+        worklist, {id(item.entry): item.plan.notes for item in worklist.items if item.plan and item.action == "make"}
+    )
 
 
 def done_notes(worklist: Worklist, outcomes: Sequence[Outcome]) -> Iterator[str]:
@@ -35,19 +35,18 @@ def done_notes(worklist: Worklist, outcomes: Sequence[Outcome]) -> Iterator[str]
     Yields:
         One line for each note.
     """
-    notes = {id(outcome.item.entry): outcome.notes for outcome in outcomes}
-    for work in worklist.bases:
-        yield from _each_once((item, notes.get(id(item.entry), ())) for item in work.items)
+    yield from _each_once(worklist, {id(outcome.item.entry): outcome.notes for outcome in outcomes})
     yield from dict.fromkeys(note for outcome in outcomes if outcome.pushed for note in outcome.pushed.notes)
 
 
-def _each_once(item_notes: Iterable[tuple[WorkItem, Sequence[str]]]) -> Iterator[str]:
-    """Yield each note with the first item that has it."""
-    first: dict[str, WorkItem] = {}
-    for item, notes in item_notes:
-        for note in notes:
-            first.setdefault(note, item)
-    yield from (f"{item.entry}: {note}" for note, item in first.items())
+def _each_once(worklist: Worklist, notes: Mapping[int, Sequence[str]]) -> Iterator[str]:
+    """Yield the notes of entries, by their id; a note on several variants of a base names the first of them."""
+    for work in worklist.bases:
+        first: dict[str, PlanEntry] = {}
+        for item in work.items:
+            for note in notes.get(id(item.entry), ()):
+                first.setdefault(note, item.entry)
+        yield from (f"{entry}: {note}" for note, entry in first.items())
 
 
 def planned_row(item: WorkItem) -> list[str]:
@@ -168,10 +167,10 @@ def markdown(worklist: Worklist, outcomes: Sequence[Outcome], tags: Sequence[Tag
     reached = {id(outcome.item.entry) for outcome in outcomes}
     lines = [f"### crdiff publish {_cell(worklist.plan.name)}", "", f"| {' | '.join(DONE)} |", "|---" * len(DONE) + "|"]
     for outcome in outcomes:
-        base, size, _, data, commit, place = map(_cell, done_row(outcome))
+        base, size, _, data, commit, target = map(_cell, done_row(outcome))
         status = _STATUSES[outcome.status] + (f": {_cell(outcome.error.message)}" if outcome.error else "")
-        place = f"[{place}]({outcome.pushed.url})" if outcome.pushed else place
-        lines.append(f"| {base} | {size} | {status} | {data} | {commit} | {place} |")
+        target = f"[{target}]({outcome.pushed.url})" if outcome.pushed else target
+        lines.append(f"| {base} | {size} | {status} | {data} | {commit} | {target} |")
     lines += [
         f"| {_cell(_base(item))} | {item.request.size} | ⏹ not reached | - | - | {_cell(where(item))} |"
         for item in worklist.items

@@ -7,7 +7,7 @@ from crdiff_export.errors import OptionError
 from crdiff_export.formats.crdiff_keys import Stamp
 from crdiff_export.hub.location import REF, is_repo_id, parse_uri
 from crdiff_export.progress import Progress
-from crdiff_export.publish import licence, target
+from crdiff_export.publish import target
 from crdiff_export.publish.target import Destination
 from crdiff_export.publish.upload import Upload, collect, open_whole
 
@@ -114,16 +114,11 @@ def prepare(request: PushRequest, source_name: str, name: str) -> Destination:
         HubError: If the Hub does not let the token write there.
     """
     check_request(request)
-    why = None
-    if request.private is None:
-        location = parse_uri(source_name)
-        base, _ = licence.look_up(location.repo if location else request.base_model)
-        why = licence.why_private(base)
     # The same for an export, which does not know yet whether it will be a file.
     title = _message(request, name.removesuffix(".safetensors")).partition("\n")[0] if request.create_pr else None
-    private = request.private if request.private is not None else why is not None
     destination = Destination(request.repo, request.revision or target.MAIN, title)
-    return target.prepare(destination, private=private, why_private=why)
+    location = parse_uri(source_name)
+    return target.prepare(destination, request.private, [location.repo if location else request.base_model])
 
 
 def make_upload(request: PushRequest, path: Path, progress: Progress, *, checked: bool = False) -> Upload:

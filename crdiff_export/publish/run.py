@@ -17,7 +17,7 @@ from crdiff_export.hub import bases, repository
 from crdiff_export.hub.location import parse_uri
 from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import CriterionChoice
-from crdiff_export.publish import licence, target
+from crdiff_export.publish import target
 from crdiff_export.publish.commit import PushResult, push, tag
 from crdiff_export.publish.target import Destination
 from crdiff_export.publish.upload import Upload, collect
@@ -101,11 +101,9 @@ class _Run:
         works = [(work, item) for work in self._worklist.bases for item in work.items]
         users = [(work, item) for work, item in works if item.entry.repo == destination.repo]
         private = next((item.entry.private for _, item in users if item.entry.private is not None), None)
-        repos = dict.fromkeys(_base_repo(work, item) for work, item in users) if private is None else ()
-        why = next((why for repo in repos if (why := licence.why_private(licence.look_up(repo)[0]))), None)
         if self._request.create_pr:
             destination = replace(destination, pull_request=TITLE)
-        return target.prepare(destination, private=why is not None if private is None else private, why_private=why)
+        return target.prepare(destination, private, (_base_repo(work, item) for work, item in users))
 
     def publish_base(self, work: BaseWork) -> Iterator[Outcome]:
         """Yield the outcomes of all variants of a base."""

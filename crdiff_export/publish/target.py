@@ -1,12 +1,14 @@
 """Prepare where a push goes: check it, and create it if needed, before any heavy work."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from crdiff_export.errors import HubError
 from crdiff_export.hub.messages import as_hub_error, is_temporary, status
 from crdiff_export.hub.retry import retry
+from crdiff_export.publish import licence
 
 if TYPE_CHECKING:
     from huggingface_hub import Discussion
@@ -31,13 +33,13 @@ class Destination:
     notes: tuple[str, ...] = ()
 
 
-def prepare(destination: Destination, *, private: bool, why_private: str | None = None) -> Destination:
+def prepare(destination: Destination, private: bool | None, bases: Iterable[str | None]) -> Destination:
     """Make sure that a destination exists and that the token may write there; read access is enough for pull requests.
 
     Args:
         destination: Where to push.
-        private: Whether to create a private repository, if there is none.
-        why_private: The reason, for a note.
+        private: Whether to create a private repository, if there is none; None to decide by the bases' licences.
+        bases: The Hub ids of the bases of what goes there, as far as they are known.
 
     Returns:
         The destination, with notes.
@@ -45,8 +47,10 @@ def prepare(destination: Destination, *, private: bool, why_private: str | None 
     Raises:
         HubError: If nothing can be pushed there.
     """
+    repos = dict.fromkeys(bases) if private is None else ()
+    why = next((why for repo in repos if (why := licence.why_private(licence.look_up(repo)[0]))), None)
     with as_hub_error(destination.repo, access="write"):
-        return retry(lambda: _open(destination, private=private, why_private=why_private), time.sleep)
+        return retry(lambda: _open(destination, private=private or why is not None, why_private=why), time.sleep)
 
 
 def _open(destination: Destination, *, private: bool, why_private: str | None) -> Destination:
@@ -86,7 +90,7 @@ def _create(destination: Destination, *, private: bool, why_private: str | None)
             ) from error
         raise
     kind = "private" if private else "public"
-    why = f", as {why_private}" if private and why_private else ""
+    why = f", as {why_private}" if why_private else ""
     return replace(destination, notes=(*destination.notes, f"created {repo}, {kind}{why}"))
 
 
