@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -35,18 +35,26 @@ def bash(hub: LoopbackHub, home: Path, cwd: Path, script: str, env: Mapping[str,
     return subprocess.run(["bash", "-e", "-c", script], env=whole, cwd=cwd, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture
-def job(loopback_hub: LoopbackHub, tmp_path: Path, here: Path) -> LoopbackHub:
-    """A Hub with the base, in a narrow make, and the empty repository; the example's plan in the current folder."""
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job's folder, with the example's plan."""
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "variants.toml").write_bytes((DOCS / "examples/variants.toml").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
+    """A Hub with the base, in a narrow make, and a private repository, in which a job finds what another published."""
     recipe = recipe_files.by_alias("sdxl")
     assert recipe
     assert recipe.repo
     assert recipe.file
-    base = makers.write(tmp_path / recipe.file, makers.tiny("sdxl.original"))
-    loopback_hub.add_repo(recipe.repo, {recipe.file: base, "README.md": b"---\nlicense: openrail++\n---\n"})
-    loopback_hub.add_repo(REPO)
-    (here / "variants.toml").write_bytes((DOCS / "examples/variants.toml").read_bytes())
-    return loopback_hub
+    base = makers.write(tmp_path_factory.mktemp("base") / recipe.file, makers.tiny("sdxl.original"))
+    with LoopbackHub() as hub:
+        hub.add_repo(recipe.repo, {recipe.file: base, "README.md": b"---\nlicense: openrail++\n---\n"})
+        hub.add_repo(REPO, private=True)
+        yield hub
 
 
 def check_published(hub: LoopbackHub) -> None:
@@ -73,6 +81,7 @@ def test_github(job: LoopbackHub, tmp_path: Path, here: Path, way: str) -> None:
     env = {
         key: re.sub(r"\$\{\{ (.*?) \}\}", lambda name: names[name[1]], str(text)) for key, text in work["env"].items()
     }
+    job.requests.clear()
     env |= {
         "GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md"),
         "ACTIONS_ID_TOKEN_REQUEST_URL": f"{job.url}/runner/id-token", "ACTIONS_ID_TOKEN_REQUEST_TOKEN": REQUEST_TOKEN,
@@ -84,7 +93,7 @@ def test_github(job: LoopbackHub, tmp_path: Path, here: Path, way: str) -> None:
         assert ran.returncode == 0, ran.stderr
     check_published(job)
     assert {p.name for p in here.iterdir()} == {"variants.toml", "report.json"}
-    assert (tmp_path / "summary.md").read_text().count("✅ published") == len(SIZES)
+    assert len(re.findall("✅ (published|unchanged)", (tmp_path / "summary.md").read_text())) == len(SIZES)
     exchanged = any(asked.path.startswith("/oauth/token") for asked in job.requests)
     assert exchanged == (way == "trusted publishing")
     said = ran.stdout + ran.stderr + (here / "report.json").read_text()

@@ -1,4 +1,4 @@
-"""What `crdiff publish` shows: the matrix before, the report after, for people, machines and a CI job's page."""
+"""What `crdiff publish` shows: what is planned before, the report after, for people, machines and a CI job's page."""
 
 from dataclasses import replace
 from hashlib import sha256
@@ -16,20 +16,14 @@ from crdiff_export.publish.report import in_order, markdown
 from crdiff_export.publish.run import Outcome, TagResult
 from crdiff_export.publish.worklist import BaseWork, PublishRequest, WorkItem, Worklist
 from crdiff_export.sizes import Size
-from tests.support.forks import Forks
 from tests.support.isolation import Crdiff
-from tests.support.loopback_hub import READ_TOKEN, LoopbackHub
+from tests.support.loopback_hub import READ_TOKEN
 from tests.support.publishing import BASE, Desk, plan
 
 VARIANT = {
     "base", "size", "repo", "revision", "path", "output", "family", "ratios", "poa_weight", "provenance", "digest",
     "line", "notes", "error", "criterion", "calibration",
 }  # fmt: skip
-
-
-@pytest.fixture
-def desk(loopback_hub: LoopbackHub, tmp_path: Path, clients: Forks) -> Desk:
-    return Desk(loopback_hub, tmp_path, clients)
 
 
 # --- before ---
@@ -230,8 +224,8 @@ def made(text: str, size: int = 64) -> WorkItem:
 
 
 def worklist_of(*items: WorkItem, name: str = "plan.toml") -> Worklist:
-    matrix = PlanFile(name, tuple(item.entry for item in items))
-    return Worklist(PublishRequest(Path("plan.toml"), Path()), matrix, (BaseWork(None, items),))
+    plan = PlanFile(name, tuple(item.entry for item in items))
+    return Worklist(PublishRequest(Path("plan.toml"), Path()), plan, (BaseWork(None, items),))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -298,20 +292,3 @@ def test_all_that_is_wrong_with_a_plan_is_said_at_once(desk: Desk) -> None:
     assert (ran.code, ran.out, desk.hub.requests) == (1, "", [])
     assert ran.err.splitlines()[:-2] == said
     assert desk.files() == set()
-
-
-@pytest.mark.parametrize(
-    ("plan", "problem"),
-    [
-        (None, "plan.toml: no such plan file"),
-        ("[[base]\n", "plan.toml:1: "),
-        ("", "plan.toml: base is missing"),
-    ],
-    ids=["missing", "not TOML", "empty"],
-)
-def test_a_plan_that_is_none(plan: str | None, problem: str, crdiff: Crdiff, here: Path) -> None:
-    if plan is not None:
-        (here / "plan.toml").write_text(plan)
-    ran = crdiff("publish", "plan.toml", "--json")
-    assert (ran.code, ran.out) == (1, "")
-    assert [found["message"].startswith(problem) for found in ran.error["problems"]] == [True]
