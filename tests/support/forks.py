@@ -27,7 +27,16 @@ DRAWING = (
 
 # What runs of a client of the Hub load besides the client itself; criteria need torch.
 HUB_CLIENT = (
-    *("huggingface_hub.hf_api", "asyncio", "encodings.idna", "tqdm.auto", "_strptime", "torch"),
+    *(
+        "huggingface_hub.hf_api",
+        "asyncio",
+        "encodings.idna",
+        "jinja2",
+        "markdown_it",
+        "tqdm.auto",
+        "_strptime",
+        "torch",
+    ),
     *(f"crdiff_export.{name}" for name in ("cli.publish", "cli.push", "publish.run", "publish.report")),
 )
 
