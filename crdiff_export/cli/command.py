@@ -1,6 +1,7 @@
 """The frame of every command: an Output, --json and -q, options under headings in --help, examples."""
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -30,6 +31,11 @@ class HeadedOption(click.Option):
     def __init__(self, *args: Any, heading: str, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.heading = heading
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """Read the variable that is called as the option is, whatever its parameter is called."""
+        name = max(self.opts, key=len).lstrip("-").replace("-", "_").upper()
+        return os.environ.get(f"{ctx.auto_envvar_prefix}_{name}") or None
 
 
 def option(name: str, help_text: str, type_: Any = None, dest: str | None = None, **settings: Any) -> OptionMaker:

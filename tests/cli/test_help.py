@@ -88,6 +88,7 @@ def test_version(crdiff: Crdiff) -> None:
         ("CRDIFF_EXPORT_RATIO", "0.5", lambda ran: "0.5" in ran.out),
         ("CRDIFF_EXPORT_OUTPUT", "env.safetensors", lambda ran: "env.safetensors" in ran.out),
         ("CRDIFF_EXPORT_NO_HASH", "1", lambda ran: ran.code == 0),
+        ("CRDIFF_EXPORT_PUSH", "org/name", lambda ran: "would push to: org/name" in ran.out),
     ],
 )
 def test_options_from_the_environment(
