@@ -26,8 +26,9 @@ def process(*args: str, stdout: IO[str] | int) -> "subprocess.CompletedProcess[s
 
 HEAVY = {
     *("numpy", "numba", "torch", "diffusers", "transformers", "huggingface_hub", "safetensors", "httpx", "requests"),
-    *("optuna", "matplotlib"),
+    *("optuna", "matplotlib", "scipy", "sqlalchemy", "cmaes", "PIL"),
 }
+NEEDED_TO_PRUNE = {"numpy", "numba", "safetensors", "scipy"}
 HEAVY_AFTER_EACH = f"""
 import sys
 from crdiff_export.cli import main
@@ -57,8 +58,8 @@ def test_a_light_command_imports_nothing_heavy(line: Line, here: Path, shelf: Pa
 def test_export_and_verify_on_the_cpu_need_no_torch() -> None:
     lines = ["export demo --res 64", "verify demo-crdiff-64x64.safetensors --base demo"]
     for text in heavy_modules_after(*lines):
-        assert "[]" not in text
-        assert not {name for name in HEAVY - {"numpy", "numba", "safetensors"} if f"'{name}'" in text}
+        assert "'numba'" in text
+        assert not {name for name in HEAVY - NEEDED_TO_PRUNE if f"'{name}'" in text}
 
 
 def test_the_launcher_of_a_checkout_that_is_not_installed(here: Path, tmp_path: Path) -> None:

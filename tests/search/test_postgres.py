@@ -17,19 +17,8 @@ import pytest
 
 from crdiff_export.errors import SearchError
 from tests.support.messages import raises
-from tests.support.search_objective import (
-    NAME,
-    PRINTS,
-    Hill,
-    attempts_of,
-    check_scores,
-    opened,
-    run_hill,
-    scores_of,
-    setup,
-    trials_of,
-)
-from tests.support.search_workers import worker
+from tests.support.search_objective import NAME, PRINTS, Hill, opened, run_hill, scores_of, setup
+from tests.support.search_workers import check_that_nothing_is_lost
 
 PASSWORD = "s3cr@t{}/%"
 HIDDEN = ("s3cr", quote(PASSWORD, safe=""))
@@ -125,25 +114,7 @@ def database(server: Server, request: pytest.FixtureRequest) -> str:
 
 
 def test_three_workers_begin_at_once_and_one_is_killed(database: str) -> None:
-    method, trials, search = "anneal", 12, setup("anneal")
-    with (
-        worker(database, method, trials, 0.15) as one,
-        worker(database, method, trials, 0.15) as two,
-        worker(database, method, trials, 0.15) as three,
-    ):
-        begun = max(other.until("started") for other in (two, three))
-        lost = one.until("scored", after=begun, done=4)
-        one.kill()
-        two.end()
-        three.end()
-    results = trials_of(database, search)
-    assert trials <= len(results) <= trials + 2  # all may begin the last trial at once
-    assert {trial.state for trial in results} <= {"complete", "pruned"}
-    assert attempts_of(database, search)[lost] == 2
-    assert sorted(one.finished() + two.finished() + three.finished()) == [trial.number for trial in results]
-    assert two.finished()
-    assert three.finished()
-    check_scores(results)
+    check_that_nothing_is_lost(database, "anneal", trials=12, workers=3)
 
 
 def test_an_interrupted_search_goes_on_as_in_a_file(database: str, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from crdiff_export.search.objective import open_objective
 from crdiff_export.search.pairs import Pairs, choose_pairs
 from crdiff_export.search.setup import PAPER_TRIALS, choose_budget
 from crdiff_export.search.study import open_study
+from tests.support.evaluating import draw_plainly, open_plainly
 from tests.support.messages import raises
 
 SIZE = Size(48, 48)
@@ -74,25 +75,14 @@ def load_study(path: Path) -> optuna.Study:
 # --- what a trial measures ---
 
 
-def drawn(file: Path, some: Pairs, source: Path | None = None, weight: float = 1.0) -> list[float]:
+def drawn(file: Path, pairs: Pairs, source: Path | None = None, weight: float = 1.0) -> list[float]:
     """The judge's scores of what diffusers draws of a file, with POA where a baked file says of what."""
-    import diffusers
-
-    with warnings.catch_warnings(action="ignore"):
-        pipe = diffusers.StableDiffusionPipeline.from_single_file(
-            str(file), config=str(demo.config()), local_files_only=True
-        )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = open_plainly(file)
     if source:
         poa.enable(pipe, source, weight)
-    images = pipe(
-        [prompt for prompt, _ in some], width=SIZE.width, height=SIZE.height, num_inference_steps=STEPS,
-        guidance_scale=demo.GUIDANCE, generator=[torch.Generator().manual_seed(seed) for _, seed in some],
-    ).images  # fmt: skip
-    return [
-        judge(np.asarray(image), scenes.Scene.parse(prompt)).value
-        for image, (prompt, _) in zip(images, some, strict=True)
-    ]
+    pictures = draw_plainly(pipe, pairs, SIZE, STEPS, guidance_scale=demo.GUIDANCE)
+    images = [np.frombuffer(picture, np.uint8).reshape(SIZE.height, SIZE.width, 3) for picture in pictures]
+    return [judge(image, scenes.Scene.parse(prompt)).value for image, (prompt, _) in zip(images, pairs, strict=True)]
 
 
 @pytest.mark.parametrize("number", [0, 1, 3], ids=["dense", "recipe", "tried"])

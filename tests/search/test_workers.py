@@ -1,22 +1,12 @@
 """Workers that are killed, and workers beside each other, on one file: nothing is lost, nothing counts twice."""
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
 
-from tests.support.search_objective import (
-    attempts_of,
-    check_scores,
-    let_grace_pass,
-    opened,
-    run_hill,
-    scores_of,
-    setup,
-    trials_of,
-)
-from tests.support.search_workers import worker
+from tests.support.search_objective import attempts_of, let_grace_pass, run_hill, scores_of, setup, trials_of
+from tests.support.search_workers import check_that_nothing_is_lost, worker
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
 
@@ -42,29 +32,5 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.db"]
 
 
-def test_ctrl_c_gives_the_trial_back(tmp_path: Path) -> None:
-    path, search = tmp_path / "a.db", setup()
-    with worker(path, "sobol", 6, 0.05) as first:
-        first.until("scored", number=3, done=4)
-        assert first.process.pid
-        os.kill(first.process.pid, signal.SIGINT)
-        first.process.join(30)
-        assert first.process.exitcode == 1
-    with opened(path, search) as study:
-        assert [trial.state.name for trial in study.optuna.trials if trial.number > 2] == ["FAIL", "WAITING"]
-
-
 def test_two_workers_share_a_file_and_one_is_killed(tmp_path: Path) -> None:
-    path, method, trials, search = tmp_path / "a.db", "tpe", 14, setup("tpe")
-    with worker(path, method, trials, 0.1) as one, worker(path, method, trials, 0.1) as other:
-        begun = other.until("started", after=1)  # both are at work
-        lost = one.until("scored", after=begun, done=4)
-        one.kill()
-        other.end()
-    results = trials_of(path, search)
-    # Both may begin the last trial at once.
-    assert trials <= len(results) <= trials + 1
-    assert {trial.state for trial in results} <= {"complete", "pruned"}
-    assert attempts_of(path, search)[lost] == 2
-    assert sorted(one.finished() + other.finished()) == [trial.number for trial in results]
-    check_scores(results)
+    check_that_nothing_is_lost(tmp_path / "a.db", "tpe", trials=14, workers=2)

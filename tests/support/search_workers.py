@@ -6,7 +6,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -17,7 +17,7 @@ import pytest
 
 from crdiff_export.search import TrialEvent
 from tests.support import ROOT
-from tests.support.search_objective import Hill, run_hill, setup
+from tests.support.search_objective import Hill, attempts_of, check_scores, run_hill, setup, trials_of
 
 PATIENCE = 60.0
 
@@ -97,3 +97,22 @@ def worker(storage: object, method: str, trials: int, delay: float) -> Iterator[
         finally:
             process.kill()
             process.join()
+
+
+def check_that_nothing_is_lost(storage: object, method: str, trials: int, workers: int) -> None:
+    """Start several workers at once, kill the first at a trial, and check what the others make of the search."""
+    with ExitStack() as stack:
+        first, *others = [stack.enter_context(worker(storage, method, trials, 0.1)) for _ in range(workers)]
+        begun = max(other.until("started", after=1) for other in others)  # all are at work
+        lost = first.until("scored", after=begun, done=4)
+        first.kill()
+        for other in others:
+            other.end()
+    results = trials_of(storage, setup(method))
+    assert trials <= len(results) <= trials + workers - 1  # all may begin the last trial at once
+    assert {trial.state for trial in results} <= {"complete", "pruned"}
+    assert attempts_of(storage, setup(method))[lost] == 2
+    finished = [number for each in (first, *others) for number in each.finished()]
+    assert sorted(finished) == [trial.number for trial in results]
+    assert all(other.finished() for other in others)
+    check_scores(results)
