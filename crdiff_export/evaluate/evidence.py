@@ -1,11 +1,12 @@
 """The evidence that a recipe carries: what was measured of a variant."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import version
 
 from crdiff_export.bake.metadata import tool_version
-from crdiff_export.evaluate.comparison import DENSE, PRUNED
+from crdiff_export.evaluate.comparison import DENSE, PRUNED, Pair
 from crdiff_export.evaluate.request import Subject
 from crdiff_export.evaluate.results import Evaluation
 from crdiff_export.evaluate.statistics import Estimate
@@ -61,10 +62,9 @@ def measured(evaluation: Evaluation, subject: Subject) -> Evidence | None:
         extra["criterion"] = job.criterion.name
     if job.criterion.calibration:
         extra["calibration"] = job.criterion.calibration.hash
-    pairs = "\n".join(f"{prompt}\t{seed}" for prompt, seed in job.pairs)
     extra |= {
         "pictures": len(job.pairs),
-        "pairs_sha256": hashlib.sha256(pairs.encode()).hexdigest()[:16],
+        "pairs_sha256": pairs_digest(job.pairs),
         "crdiff": tool_version(),
         "diffusers": version("diffusers"),
         "torch": version("torch"),
@@ -77,6 +77,11 @@ def measured(evaluation: Evaluation, subject: Subject) -> Evidence | None:
         interval=_interval(pruned.difference) if is_general else None,
         extra=extra,
     )
+
+
+def pairs_digest(pairs: Iterable[Pair]) -> str:
+    """Return a short hash of prompts and seeds."""
+    return hashlib.sha256("\n".join(f"{prompt}\t{seed}" for prompt, seed in pairs).encode()).hexdigest()[:16]
 
 
 def _interval(estimate: Estimate) -> tuple[float, float] | None:

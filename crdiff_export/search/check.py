@@ -13,7 +13,6 @@ from crdiff_export.models.recipe import Evidence, Scalar, Variant
 from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import MAGNITUDE
 from crdiff_export.prune.plan import Plan, with_ratios
-from crdiff_export.search.pairs import pairs_digest
 from crdiff_export.search.prepare import SearchJob
 from crdiff_export.search.result import SearchResult
 
@@ -100,7 +99,7 @@ def _evidence(result: SearchResult, measured: Evidence | None) -> Evidence:
         "method": job.setup.method.name,
         "trials": len(result.trials),
         "searched_pairs": len(job.pairs.search),
-        "searched_pairs_sha256": pairs_digest(job.pairs.search),
+        "searched_pairs_sha256": evidence.pairs_digest(job.pairs.search),
         "transformers": version("transformers"),
     }
     return replace(measured, extra=extra)

@@ -22,8 +22,8 @@ def write(result: SearchResult) -> SearchResult:
     if recipe:
         makers = {RECIPE: lambda: recipe_toml.dump(recipe), **makers}
     outputs.write(paths, makers, replace=request.force)
-    if request.sheet and result.evaluation:
-        contact = page.contact_sheet(result, request.size)
+    if request.sheet and result.subject:
+        contact = page.contact_sheet(result, result.subject)
         makers = {".png": lambda: sheet.render(contact), ".html": lambda: report_page.render_sheet(contact)}
         outputs.write([request.sheet], makers, replace=request.force)
         paths.append(request.sheet)

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from crdiff_export.bake.metadata import tool_version
 from crdiff_export.errors import PreviewError
-from crdiff_export.evaluate import scorers
+from crdiff_export.evaluate import evidence, scorers
 from crdiff_export.formats.hashing import hash_data
 from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import MAGNITUDE
@@ -14,7 +14,6 @@ from crdiff_export.prune.plan import with_ratios
 from crdiff_export.sampling import fingerprint as pipeline_fingerprint
 from crdiff_export.sampling import poa
 from crdiff_export.sampling.session import Placement, Session, Style, open_session
-from crdiff_export.search.pairs import pairs_digest
 from crdiff_export.search.prepare import SearchJob
 from crdiff_export.search.space import Candidate
 
@@ -118,7 +117,7 @@ def make_fingerprint(
         "steps": str(style.steps),
         "guidance": repr(style.guidance),
         "negative": style.negative or "none",
-        "prompts and seeds": pairs_digest(job.pairs.search),
+        "prompts and seeds": evidence.pairs_digest(job.pairs.search),
         "dtype": job.drawing.dtype,
         "device": job.drawing.device.partition(":")[0],
         "batch": str(job.batch),

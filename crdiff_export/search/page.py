@@ -6,9 +6,9 @@ from crdiff_export.evaluate import page as evaluation_page
 from crdiff_export.evaluate import report_text as evaluation_text
 from crdiff_export.evaluate.report import ContactSheet, page
 from crdiff_export.evaluate.report.page import PageSection
+from crdiff_export.evaluate.request import Subject
 from crdiff_export.search import plot, report_text
 from crdiff_export.search.result import SearchResult
-from crdiff_export.sizes import Size
 
 
 def render(result: SearchResult) -> str:
@@ -17,13 +17,11 @@ def render(result: SearchResult) -> str:
     return page.render(title, report_text.facts(result), list(_sections(result)))
 
 
-def contact_sheet(result: SearchResult, size: Size) -> ContactSheet:
-    """Return the check's pictures at a size, dense beside the best, where the two differ most."""
-    evaluation = result.evaluation
-    assert evaluation
-    subject = next(subject for subject in evaluation.subjects if subject.size == size)
-    title = f"{evaluation.job.drawing.base.name} at {size}: where the models differ most"
-    return evaluation_page.differences(evaluation, subject, title, report_text.facts(result))
+def contact_sheet(result: SearchResult, subject: Subject) -> ContactSheet:
+    """Return the check's pictures of a subject, dense beside the best, where the two differ most."""
+    assert result.evaluation
+    title = f"{result.job.drawing.base.name} at {subject.size}: where the models differ most"
+    return evaluation_page.differences(result.evaluation, subject, title, report_text.facts(result))
 
 
 def _sections(result: SearchResult) -> Iterator[PageSection]:
@@ -31,7 +29,7 @@ def _sections(result: SearchResult) -> Iterator[PageSection]:
     yield PageSection("Result", report_text.conclusion(result), scores)
     yield PageSection("Course of the search", plot=plot.draw(result, "svg"))
     for subject in result.evaluation.subjects if result.evaluation else ():
-        sheet = contact_sheet(result, subject.size)
+        sheet = contact_sheet(result, subject)
         yield PageSection(sheet.title, sheet=sheet)
     yield PageSection("Trials", table=(("trial", "candidate", "score", ""), _trials(result)))
 

@@ -1,6 +1,5 @@
 """The pairs of prompt and noise that a search judges by, and the others that its result is checked on."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -43,11 +42,6 @@ def choose_pairs(request: SearchRequest) -> PromptPairs:
     count, thing = (pictures, "held-out picture") if is_single else (len(held_out), "held-out prompt")
     few = f"an interval takes {FEWEST}, so the check cannot show whether the ratios found do any good"
     return PromptPairs(search, check, pictures, (f"{plural(count, thing)}: {few}",) if count < FEWEST else ())
-
-
-def pairs_digest(pairs: Pairs) -> str:
-    """Return a short hash of prompts and seeds."""
-    return hashlib.sha256("\n".join(f"{prompt}\t{seed}" for prompt, seed in pairs).encode()).hexdigest()[:16]
 
 
 def _single(request: SearchRequest, prompt: str) -> tuple[Sequence[str], Sequence[str]]:
