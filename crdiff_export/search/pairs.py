@@ -35,7 +35,7 @@ class PromptPairs:
 def choose_pairs(request: SearchRequest) -> PromptPairs:
     """Choose the pairs of a request; OptionError where no prompts are left for the search or for the check."""
     is_single = request.prompt is not None
-    texts, held_out = _split(request) if request.prompt is None else _single(request, request.prompt)
+    texts, held_out = _single(request, request.prompt) if request.prompt is not None else _split(request)
     pictures = request.pictures or (OF_ONE if is_single else 1)
     search = _with_seeds(texts, pictures, request.noise)
     check = _with_seeds(held_out, pictures, request.noise + len(search))
