@@ -68,8 +68,8 @@ def parse(text: str, name: str) -> Recipe:
         ValueError,
         RecursionError,
     ) as error:  # ValueError: wrong syntax, or an integer of more digits than int() accepts
-        place = re.fullmatch(r"(.*) \(at (.*)\)", str(error), re.DOTALL)
-        problem = f"{place[2]}: {place[1]}" if place else str(error)
+        position = re.fullmatch(r"(.*) \(at (.*)\)", str(error), re.DOTALL)
+        problem = f"{position[2]}: {position[1]}" if position else str(error)
         hint = "A recipe is TOML; `crdiff recipes show sdxl --toml` prints a valid one."
         raise RecipeError(f"{name}: {problem}", hint) from error
     document.refuse_unknown(("model", "variant"))
@@ -145,7 +145,7 @@ def parse_variant(values: Mapping[str, object], where: str) -> Variant:
 def _evidence(table: "RecipeTable") -> Evidence:
     extra = {key: table.scalar(key) for key in table.values if key not in EVIDENCE_KEYS}
     for key in extra:
-        if guess := nearest(key, [known for known in EVIDENCE_KEYS if known not in table], cutoff=0.8):
+        if guess := nearest(key, [name for name in EVIDENCE_KEYS if name not in table], cutoff=0.8):
             raise table.wrong(key, f"looks like {guess}", f"Write {guess}, or a name less like it.")
     interval = table.pair("interval") if "interval" in table else None
     if interval is not None and interval[0] > interval[1]:

@@ -35,12 +35,12 @@ def find(plan: Plan) -> Architecture:
     stated = next((text for f in plan.checkpoint.files if (text := f.metadata.get(STATED))), None)
     twin = family.twin
     if twin and (stated == twin.architecture or (stated != family.architecture and _is_twin(plan, twin))):
-        known, native = twin.architecture, Size(*twin.native)
+        architecture, native = twin.architecture, Size(*twin.native)
     else:
-        known, native = family.architecture, Size(*family.native)
+        architecture, native = family.architecture, Size(*family.native)
     if plan.match.inpainting and family.inpainting:
-        known = family.inpainting
-    return Architecture(stated or known, native)
+        architecture = family.inpainting
+    return Architecture(stated or architecture, native)
 
 
 def _is_twin(plan: Plan, twin: Twin) -> bool:

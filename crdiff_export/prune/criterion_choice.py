@@ -44,8 +44,8 @@ class CriterionChoice:
         spec = Spec.parse(text)
         if spec.name in MAGNITUDES:
             return cls(spec)
-        ours = SCORED.get(spec.name)
-        return cls(spec, _make(EntryPoint(spec.name, ours, GROUP) if ours else installed()[spec.name], spec))
+        built_in = SCORED.get(spec.name)
+        return cls(spec, _make(EntryPoint(spec.name, built_in, GROUP) if built_in else installed()[spec.name], spec))
 
     @classmethod
     def of(cls, criterion: str, calibration: Path | None) -> Self:
@@ -191,15 +191,15 @@ def _without_foreign_evidence(variant: Variant, criterion: str, calibration: Cal
     evidence = variant.evidence
     if evidence is None and variant.provenance == "starting-point":
         return variant
-    theirs = _canonical(str(evidence.extra.get("criterion", MAGNITUDE)) if evidence else MAGNITUDE)
-    alike = {theirs, criterion} <= {MAGNITUDE, UNIFORM} and len(set(variant.ratios.values())) == 1
+    measured_with = _canonical(str(evidence.extra.get("criterion", MAGNITUDE)) if evidence else MAGNITUDE)
+    alike = {measured_with, criterion} <= {MAGNITUDE, UNIFORM} and len(set(variant.ratios.values())) == 1
     measured = evidence.extra.get("calibration") if evidence else None
     other = calibration is not None and measured is not None and measured != calibration.hash
-    if (theirs == criterion or alike) and not other:
+    if (measured_with == criterion or alike) and not other:
         return variant
     if variant.provenance == "starting-point":  # it was measured, but not searched for
         return replace(variant, evidence=None)
-    source = f"{variant.source}; found with {theirs}{' by another calibration' if other else ''}"
+    source = f"{variant.source}; found with {measured_with}{' by another calibration' if other else ''}"
     return replace(variant, provenance="starting-point", source=source, prompt=None, evidence=None)
 
 

@@ -126,11 +126,11 @@ def _scattered(size: tuple[int, int], halves: list[float], rng: np.random.Genera
     half = np.array(halves)[:, None]
     low = MARGIN * side + half
     high = np.array(size) - low
-    one, other = np.triu_indices(len(halves), 1)
-    apart = half[one, 0] + half[other, 0] + GAP * side
+    first, second = np.triu_indices(len(halves), 1)
+    apart = half[first, 0] + half[second, 0] + GAP * side
     while True:  # in the worst case, three things in a square, one try of 20 fits
         tries = low + (high - low) * rng.random((32 if len(halves) > 1 else 1, len(halves), 2))
-        fits = (np.abs(tries[:, one] - tries[:, other]).max(-1) >= apart).all(-1)
+        fits = (np.abs(tries[:, first] - tries[:, second]).max(-1) >= apart).all(-1)
         if fits.any():
             return [(x, y) for x, y in tries[fits.argmax()].tolist()]
 

@@ -155,8 +155,8 @@ class Calibration:
         Raises:
             CalibrationError: The file cannot be read, or was changed since it was opened.
         """
-        if known := vars(self).get("hash"):
-            return str(known)
+        if cached := vars(self).get("hash"):
+            return str(cached)
         try:
             digest = hash_file(self.path, progress)
             self.source.check_unchanged()

@@ -105,10 +105,10 @@ class Compensating(Obs):
         rounding. Weights of dead inputs, and weights that were 0, are pruned whatever the ratio.
         """
         factor, dead = self._factor(layer)
-        gone = (layer.weight == 0) | dead
+        zeros = (layer.weight == 0) | dead
 
         def choice(start: int, block: Tensor, diagonal: Tensor) -> Tensor:
-            settled = gone[:, start : start + BLOCK]
+            settled = zeros[:, start : start + BLOCK]
             if not (k := int(block.numel() * layer.ratio)):
                 return settled
             scores = (block / diagonal).square().masked_fill(settled, 0.0)
@@ -129,12 +129,13 @@ def _settle(weight: Tensor, factor: Tensor, choice: _Choice) -> tuple[Tensor, Te
         stop = min(start + BLOCK, len(columns))
         block, before = columns[start:stop], columns[start:stop].clone()
         identity = torch.eye(stop - start).to(factor)
-        own: Tensor = torch.linalg.solve_triangular(factor[start:stop, start:stop], identity, upper=True)
-        block.addmm_(own.t(), factor[:start, start:stop].t() @ moved[:start])
-        mask[:, start:stop] = choice(start, block.t(), own.diagonal())
-        own /= own.diagonal()[:, None].clone()  # with 1 on the diagonal, which subtracts a pruned weight from itself
+        inverse: Tensor = torch.linalg.solve_triangular(factor[start:stop, start:stop], identity, upper=True)
+        block.addmm_(inverse.t(), factor[:start, start:stop].t() @ moved[:start])
+        mask[:, start:stop] = choice(start, block.t(), inverse.diagonal())
+        # With 1 on the diagonal, a pruned weight is subtracted from itself.
+        inverse /= inverse.diagonal()[:, None].clone()
         for j, stays in enumerate(~mask[:, start:stop].t().contiguous()):
-            block[j:].addr_(own[j, j:], block[j].masked_fill(stays, 0.0), alpha=-1)
+            block[j:].addr_(inverse[j, j:], block[j].masked_fill(stays, 0.0), alpha=-1)
         moved[start:stop] = before - block
     return mask, columns.t().contiguous()
 

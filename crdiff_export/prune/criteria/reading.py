@@ -69,13 +69,13 @@ def rounded(target: Target, weights: Weights, mask: Tensor, moved: Tensor, spec:
     written = exact.to(torch_dtypes()[dtype])
     again = written.float()
     broken = torch.zeros_like(again, dtype=torch.bool) if weights.broken is None else weights.broken.cpu()
-    gone = (mask.cpu() | (again == 0)) & ~broken
-    stays = ~broken & ~gone
+    zeros = (mask.cpu() | (again == 0)) & ~broken
+    stays = ~broken & ~zeros
     if not selection.finite(again):
-        odd, over = (int((~torch.isfinite(values) & stays).sum()) for values in (exact, again))
-        if odd:
+        nonfinite, over = (int((~torch.isfinite(values) & stays).sum()) for values in (exact, again))
+        if nonfinite:
             raise CalibrationError(
-                f"{layer}: compensation by {spec} makes {odd} weights that are not finite",
+                f"{layer}: compensation by {spec} makes {nonfinite} weights that are not finite",
                 _LESS + "." if ours else "Ask whoever made the criterion.",
             )
         if over:
@@ -84,7 +84,7 @@ def rounded(target: Target, weights: Weights, mask: Tensor, moved: Tensor, spec:
                 f"{_LESS}, or for --dtype fp32." if ours else "Ask for --dtype fp32, or whoever made the criterion.",
             )
     bits = written.flatten().view(torch.uint8).numpy().view(weights.bits.dtype).copy()
-    bits[gone.flatten().numpy()] = 0
-    kept = broken.flatten().numpy()
-    bits[kept] = weights.bits[kept]
-    return Mask.pack(gone.numpy()), bits
+    bits[zeros.flatten().numpy()] = 0
+    unchanged = broken.flatten().numpy()
+    bits[unchanged] = weights.bits[unchanged]
+    return Mask.pack(zeros.numpy()), bits

@@ -202,16 +202,16 @@ class Scored:
         self, plan: Plan, target: Target, limit: float | None, read: Callable[[Target], memoryview]
     ) -> tuple[Mask, NDArray[Any] | None]:
         """Return a target's mask and, if the criterion moves weights, the bits of all of its weights."""
-        ratio, kept, compare = plan.scopes[target.scope].ratio, self._kept.get(target.name), self._choice.compare
+        ratio, stored, compare = plan.scopes[target.scope].ratio, self._kept.get(target.name), self._choice.compare
         criterion: Any = self._criterion
-        if kept and not self._choice.moves:
-            return Mask.pack(_mask(kept.scores, kept.zero, limit, ratio, compare).cpu().numpy()), None
+        if stored and not self._choice.moves:
+            return Mask.pack(_mask(stored.scores, stored.zero, limit, ratio, compare).cpu().numpy()), None
         weights = to_weights(target, read(target), self._device)
         layer = self._layer(plan, target, weights)
         if compare == "layer":
             mask, moved = criterion.choose(layer)
         else:
-            scores = kept.scores if kept else self._score(layer, weights)
+            scores = stored.scores if stored else self._score(layer, weights)
             mask = _mask(scores, weights.zero, limit, ratio, compare)
             if not self._choice.moves:
                 return Mask.pack(mask.cpu().numpy()), None

@@ -40,13 +40,13 @@ def count_upper(scores: Tensor) -> Tensor:
     if scores.device.type == "cpu":
         from crdiff_export.prune.kernels import cpu
 
-        counts = np.zeros(SIZE, np.int64)
-        cpu.count_keys(_bits(scores), counts)
-        found = torch.from_numpy(counts)
+        histogram = np.zeros(SIZE, np.int64)
+        cpu.count_keys(_bits(scores), histogram)
+        counts = torch.from_numpy(histogram)
     else:
-        found = torch.bincount((_keys(scores) >> BITS) + _HALF, minlength=SIZE)
-    found[_INFINITE] = 0  # any other score with those bits would be NaN
-    return found
+        counts = torch.bincount((_keys(scores) >> BITS) + _HALF, minlength=SIZE)
+    counts[_INFINITE] = 0  # any other score with those bits would be NaN
+    return counts
 
 
 def count_lower(scores: Tensor, upper: int) -> Tensor:
@@ -57,8 +57,8 @@ def count_lower(scores: Tensor, upper: int) -> Tensor:
         counts = np.zeros(SIZE, np.int64)
         cpu.refine_keys(_bits(scores), upper, counts)
         return torch.from_numpy(counts)
-    found = _keys(scores)
-    inside = found[(found >> BITS) + _HALF == upper]
+    keys = _keys(scores)
+    inside = keys[(keys >> BITS) + _HALF == upper]
     return torch.bincount(inside & (SIZE - 1), minlength=SIZE)
 
 
@@ -84,8 +84,8 @@ def locate(counts: Tensor, k: int, criterion: object = "a criterion") -> tuple[i
             f"{criterion}: its scores differ from one call to the next",
             "The same layer has to get the same scores every time; ask whoever made the criterion.",
         )
-    found = int(torch.searchsorted(at_most, k))
-    return found, int(at_most[found] - counts[found])
+    index = int(torch.searchsorted(at_most, k))
+    return index, int(at_most[index] - counts[index])
 
 
 def value(upper: int, lower: int) -> float:
