@@ -10,8 +10,7 @@ import torch
 
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.export import prepare
-from crdiff_export.prune import architecture
-from crdiff_export.prune.architecture import Architecture
+from crdiff_export.prune import Architecture, architecture
 from tests.support import makers
 
 ORIGINAL, DIFFUSERS = "sd21.original", "sd21.diffusers-unet"

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.errors import PlanError
+from crdiff_export.prune import TooWideError
 from crdiff_export.prune.criteria import magnitude
 from crdiff_export.prune.kernels.cast import cast, nonfinite
-from crdiff_export.prune.plan import TooWideError
 from tests.support import makers, oracle
 from tests.support.makers import Shape, Tensors
 from tests.support.messages import raises

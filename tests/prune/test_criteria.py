@@ -18,10 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from crdiff_export.errors import CalibrationError, OptionError
-from crdiff_export.prune import criteria
+from crdiff_export.prune import CriterionChoice, criteria
 from crdiff_export.prune.criteria import Layer, Spec, obs, spec
 from crdiff_export.prune.criteria.obs import Compensating, Obs
-from crdiff_export.prune.criterion_choice import CriterionChoice
 from tests.support import ROOT, criteria_makers
 from tests.support.criteria_makers import Numbers, hessian, settled
 from tests.support.messages import raises

@@ -12,14 +12,10 @@ from crdiff_export.bake.stream import Pruning, Stream
 from crdiff_export.export import plan_variant
 from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.progress import Silent
-from crdiff_export.prune.criteria import Decision, Mask
-from crdiff_export.prune.criterion_choice import CriterionChoice
-from crdiff_export.prune.kernels import Kernel
+from crdiff_export.prune import CriterionChoice, Decision, Kernel, Mask, Plan, Threshold
 from crdiff_export.prune.kernels.cpu import CpuKernel
 from crdiff_export.prune.kernels.device import DeviceKernel
 from crdiff_export.prune.kernels.pick import pick
-from crdiff_export.prune.plan import Plan
-from crdiff_export.prune.threshold import Threshold
 from tests.support import makers, oracle
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")

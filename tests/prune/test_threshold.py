@@ -9,9 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from crdiff_export.formats import dtypes
-from crdiff_export.prune import kernels, threshold
+from crdiff_export.prune import Threshold, kernels, threshold
 from crdiff_export.prune.kernels.cpu import CpuKernel
-from crdiff_export.prune.threshold import Threshold
 from tests.support import oracle
 
 KERNEL = CpuKernel(1)
