@@ -75,6 +75,13 @@ def test_without_early_stop_all_pairs_are_judged(
     assert [trial.state for trial in trials] == ["complete"] * count
 
 
+def test_the_recipes_variant_is_never_stopped_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are, where the dense model is better on every pair."""
+    monkeypatch.setattr(Hill, "scores", lambda _, candidate, pairs: [-sum(candidate.by_group.values())] * len(pairs))
+    trials = run_hill(tmp_path / "a.db", setup(), 3)
+    assert [trial.state for trial in trials] == ["complete", "complete", "pruned"]
+
+
 def test_how_far_a_search_is(tmp_path: Path) -> None:
     """Ties go to the first, and none is stopped."""
     began = time.monotonic()
