@@ -548,8 +548,8 @@ def test_notes_of_a_criterion(demo: Demo, keep: int) -> None:
     assert scored([plan], Given(scores), keep=keep).decide(plan).notes == ()
 
 
-@pytest.mark.parametrize("text", ["obs", "obs:compensate=off", "obs:compare=layer"])
-def test_raised_damping_is_told(demo: Demo, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(("text", "keep"), [("obs", KEEP), ("obs:compensate=off", 0), ("obs:compare=layer", 0)])
+def test_raised_damping_is_told(demo: Demo, tmp_path: Path, text: str, keep: int) -> None:
     plan = demo()
     found, names = criteria_makers.calibrated(plan, ("norm", "gram")), criteria_makers.names(plan)
     down, up = (next(name for name in names if name.startswith(group)) for group in ("down", "up"))
@@ -558,16 +558,15 @@ def test_raised_damping_is_told(demo: Demo, tmp_path: Path, text: str) -> None:
         np.fill_diagonal(gram, 1)
         found[name] = {**found[name], "gram": gram}
     calibration = Calibration.open(criteria_makers.write_calibration(tmp_path / "c.safetensors", plan, found))
-    for keep in (KEEP, 0):
-        for group, said in (("down", f"to at most 0.1 ({down})"), ("up", f"to at most 1 ({up})"), ("mid", "")):
-            ratios = {"down": 0.0, "mid": 0.0, "up": 0.0} | {group: 0.3}
-            only = demo(ratios)
-            count = sum(name.startswith(group) for name in names)
-            note = f"obs: damping was raised for 1 of {count} layers, {said}"
-            assert ranked([only], text, calibration, keep).decide(only).notes == ((note,) if said else ())
-        ranking = ranked([plan], text, calibration, keep)
-        note = f"obs: damping was raised for 2 of {len(names)} layers, to at most 1 ({down} and 1 more)"
-        assert ranking.decide(plan).notes == ranking.decide(with_ratio(plan, 0.1)).notes == (note,)
+    for group, said in (("down", f"to at most 0.1 ({down})"), ("up", f"to at most 1 ({up})"), ("mid", "")):
+        ratios = {"down": 0.0, "mid": 0.0, "up": 0.0} | {group: 0.3}
+        only = demo(ratios)
+        count = sum(name.startswith(group) for name in names)
+        note = f"obs: damping was raised for 1 of {count} layers, {said}"
+        assert ranked([only], text, calibration, keep).decide(only).notes == ((note,) if said else ())
+    ranking = ranked([plan], text, calibration, keep)
+    note = f"obs: damping was raised for 2 of {len(names)} layers, to at most 1 ({down} and 1 more)"
+    assert ranking.decide(plan).notes == ranking.decide(with_ratio(plan, 0.1)).notes == (note,)
     assert ranked([plan], "wanda", calibration).decide(plan).notes == ()
 
 

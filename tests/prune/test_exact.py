@@ -65,12 +65,17 @@ def ratios_of(table: str) -> dict[str, float]:
     return DIT_RATIOS if is_dit(table) else UNET_RATIOS
 
 
-# Every model in one dtype; the other pairs are slow.
+# Families with the blocks of another one; tests/models/test_families.py compares their targets with diffusers' modules.
+ALIKE = ("sd21.", "sd35-large.", "flux-schnell.")
+# Every other model in one dtype; the other pairs are slow.
 MODELS = [
-    pytest.param(table, dtype, marks=() if number % len(DTYPES) == turn else pytest.mark.slow)
+    pytest.param(
+        table, dtype,
+        marks=() if number % len(DTYPES) == turn and not table.startswith(ALIKE) else pytest.mark.slow,
+    )
     for number, table in enumerate(geometry_tables.names())
     for turn, dtype in enumerate(DTYPES)
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("table", "dtype"), MODELS)

@@ -132,7 +132,7 @@ def check(plan: Plan, kernel: Kernel, chunk: int) -> None:
             ("demo.original-unet", ("F32", "F16", "BF16"), cast, 4099, kernel)
             for cast, kernel in (("fp16", "torch"), ("bf16", "cpu"), ("fp32", "cpu"))
         ),
-        ("sdxl.diffusers-unet", ("F32", "BF16", "F8_E5M2"), None, 12288, "cpu"),
+        ("demo.diffusers-unet", ("F32", "BF16", "F8_E5M2"), None, 12288, "cpu"),
         ("sd3-medium.original-transformer", ("F16", "F32"), None, 4099, "cpu"),
         ("flux-dev.original-transformer", ("BF16",), None, 4099, "torch"),
         ("flux-dev.diffusers-transformer", ("F8_E4M3", "F16"), None, 4099, "cpu"),
