@@ -34,6 +34,9 @@ REFUSALS = {
     "command like no other": ("frobnicate", 2, "usage", "'frobnicate'"),
     "command of recipes": ("recipes lst", 2, "usage", "'lst'. Did you mean list?"),
     "two forms": ("recipes show demo --toml", 2, "usage", "--toml and --json"),
+    "prompt of a file, beside another": (
+        "evaluate demo --res 48 --prompt 'a large red circle on white' --prompts fox.txt", 1, "failed", "a fox",
+    ),
     "push option": ("export demo --res 64 --tag v1", 2, "usage", "--tag"),
     "alias": ("export sdlx --res 512", 1, "checkpoint", "sdlx"),
     "recipe": ("recipes show sdlx", 1, "recipe", "sdlx"),
@@ -80,6 +83,7 @@ def test_a_refusal(
     crdiff: Crdiff, shelf: Path, here: Path, *, command: str, exit_code: int, code: str, key: str
 ) -> None:
     (here / "there.safetensors").write_text("mine")
+    (here / "fox.txt").write_text("a fox\n")
     shutil.copy(recipe_files.builtin_path() / "sdxl.toml", here)
     before = sorted(here.iterdir())
     ran = crdiff(*shlex.split(command.format(shelf=shelf)), "--json")
