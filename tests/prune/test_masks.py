@@ -15,7 +15,7 @@ from crdiff_export.progress import Silent
 from crdiff_export.prune import CriterionChoice, Decision, Kernel, Mask, Plan, Threshold
 from crdiff_export.prune.kernels.cpu import CpuKernel
 from crdiff_export.prune.kernels.device import DeviceKernel
-from crdiff_export.prune.kernels.pick import pick
+from crdiff_export.prune.kernels.pick import pick, zeros
 from tests.support import makers, oracle
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -32,7 +32,9 @@ def test_what_is_marked_is_taken_out_in_order(dtype: str, offset: int) -> None:
     rng = np.random.default_rng(5)
     size = makers.SIZES[dtype]
     values = rng.integers(0, 1 << 8 * size, 999, np.uint64).astype(f"u{size}")
+    values[3:5] = 0, 1 << (8 * size - 1)  # -0.0 is no +0.0
     weights = memoryview(bytearray(offset) + values.tobytes())[offset:]
+    assert zeros(weights, dtype) == np.count_nonzero(values == 0)
     for share in (0, 0.4, 1):
         gone = rng.random(999) < share
         into = memoryview(bytearray(999 * size))
