@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from crdiff_export.calibrate import folder
-from crdiff_export.calibrate.setting import SAMPLES, CalibrationResult, MemoryLimit, Setting, check_statistics
+from crdiff_export.calibrate.setting import SAMPLES, CalibrationResult, Setting, check_statistics
 from crdiff_export.errors import OptionError
 from crdiff_export.export import ExportRequest
 from crdiff_export.hub import bases
@@ -73,11 +73,6 @@ class CalibrationJob:
     setting: Setting
     target: Path
     notes: tuple[str, ...]
-
-    @property
-    def room(self) -> MemoryLimit:
-        """What may be in memory at once."""
-        return MemoryLimit(self.request.memory, self.request.layers)
 
 
 def calibrate(request: CalibrateRequest, progress: Progress | None = None) -> CalibrationResult:
@@ -143,12 +138,12 @@ def run(job: CalibrationJob, progress: Progress) -> CalibrationResult:
     from crdiff_export.calibrate import runner
     from crdiff_export.sampling.session import Placement, open_session
 
-    family, drawing = job.plan.match.family.id, job.drawing
+    request, family, drawing = job.request, job.plan.match.family.id, job.drawing
     placement = Placement(drawing.device, drawing.dtype, advice="a smaller --batch or --memory")
     with open_session(drawing.opening, family, placement, drawing.base.name) as opened:
         return runner.collect(
             opened, job.plan, job.setting, job.target, progress,
-            base=drawing.base.name, room=job.room, replace=job.request.force,
+            base=drawing.base.name, memory=request.memory, layers=request.layers, replace=request.force,
         )  # fmt: skip
 
 
@@ -179,18 +174,15 @@ def _pairs(request: CalibrateRequest) -> tuple[tuple[str, int], ...]:
 def _check(request: CalibrateRequest) -> None:
     """Refuse a request that is impossible for any base."""
     request_checks.check(request, request.prompts)
-    counts = (request.limit, request.pictures, request.samples, request.batch, request.layers)
+    counts = (request.limit, request.pictures, request.samples, request.batch, request.layers, request.memory)
     if any(count is not None and count < 1 for count in counts) or request.seed < 0:
-        raise OptionError("a number is too small", "Count prompts, pictures and samples from 1, seeds from 0.")
-    if request.memory is not None and request.memory < 1:
-        raise OptionError("--memory must be at least one byte", "Give --memory 4GB, or leave it out.")
+        raise OptionError("a number is too small", "Count prompts, pictures, samples and bytes from 1, seeds from 0.")
 
 
 __all__ = [
     "CalibrateRequest",
     "CalibrationJob",
     "CalibrationResult",
-    "MemoryLimit",
     "Setting",
     "calibrate",
     "prepare",

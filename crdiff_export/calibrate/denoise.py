@@ -187,9 +187,6 @@ def _flow(scheduler: Any) -> Flow:
 @contextlib.contextmanager
 def _in_float32(model: Any) -> Iterator[None]:
     usual = model.dtype
-    if usual == torch.float32:
-        yield
-        return
     model.to(torch.float32)
     try:
         yield

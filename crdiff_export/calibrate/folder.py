@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from crdiff_export.bake import staging
 from crdiff_export.bake.destination import check_file
+from crdiff_export.bake.direct_writer import DirectWriter
 from crdiff_export.errors import CalibrationError, CheckpointError, PlanError
 from crdiff_export.formats import file_lock, safetensors
 from crdiff_export.formats.checkpoint import read_file
 from crdiff_export.formats.hashing import PIECE
 from crdiff_export.formats.safetensors import TensorSpec
 from crdiff_export.formats.strict_json import MalformedError, parse_object
+from crdiff_export.formats.text import printable
+from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.progress import Progress
 from crdiff_export.prune.plan import Plan
 
@@ -62,16 +65,16 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def finished(self) -> dict[str, Path]:
-        """Map every finished tensor to the file of its group."""
-        files = {}
+    def finished(self) -> dict[str, tuple[SourceFile, TensorSpec]]:
+        """Map the name of every finished tensor to the file of its group and the tensor in it."""
+        tensors = {}
         for path in sorted(self.path.glob(f"[0-9]*{SUFFIX}")):
             try:
                 file = read_file(path, path.name)
             except CheckpointError as error:
                 raise _damaged(self.path, path.name) from error
-            files.update({tensor.name: path for tensor in file.tensors})
-        return files
+            tensors.update({tensor.name: (file, tensor) for tensor in file.tensors})
+        return tensors
 
     def keep(self, tensors: "Mapping[str, Tensor]") -> None:
         """Store a finished group."""
@@ -101,10 +104,10 @@ class Folder:
     def assemble(
         self, target: Path, names: Sequence[str], metadata: Mapping[str, str], progress: Progress, *, replace: bool
     ) -> int:
-        """Write the calibration under its name.
+        """Write the calibration under its name; the file does not depend on the groups or the run.
 
-        The file does not depend on the groups or the run. The safetensors library is not used, because its order of
-        metadata is random (safetensors#584) and it needs all tensors in memory; it reads the file before it appears.
+        The safetensors library is not used, because its order of metadata is random (safetensors#584) and it needs all
+        tensors in memory; it reads the file before it appears.
 
         Args:
             target: The file.
@@ -116,31 +119,26 @@ class Folder:
         Returns:
             Bytes of the file.
         """
-        finished = self.finished()
-        files = {path: read_file(path, path.name) for path in set(finished.values())}
-        sources = {tensor.name: (files[path], tensor) for path in files for tensor in files[path].tensors}
-        placed, position = [], 0
+        finished, tensors, end = self.finished(), [], 0
         for name in names:
-            tensor = sources[name][1]
-            placed.append(TensorSpec(name, tensor.dtype, tensor.shape, position, position + tensor.nbytes))
-            position += tensor.nbytes
-        head = safetensors.serialise(placed, metadata)
-        progress.stage("writing", position)
+            _, tensor = finished[name]
+            tensors.append(TensorSpec(name, tensor.dtype, tensor.shape, end, end + tensor.nbytes))
+            end += tensor.nbytes
+        header_size = position = len(safetensors.serialise(tensors, metadata))
+        progress.stage("writing", end)
         try:
-            with staging.temp_sibling(target, folder=False) as part:
-                with part.open("wb") as out:
-                    out.write(head)
-                    for name in names:
-                        file, tensor = sources[name]
-                        _copy(file.path, file.data_start + tensor.start, tensor.nbytes, out, progress)
-                    out.flush()
-                    os.fsync(out.fileno())
-                _verify(part, placed, metadata)
+            with staging.temp_sibling(target, folder=False) as part, DirectWriter(part) as writer:
+                for name in names:
+                    for piece in _pieces(*finished[name]):
+                        writer.append(piece, position)
+                        position += len(piece)
+                        progress.advance(len(piece))
+                size = writer.complete(tensors, metadata, header_size)
                 staging.copy_permissions(part, target)
                 staging.publish(part, target, replace=replace)
         except OSError as error:
             raise explained(error, target, self.path) from error
-        return len(head) + position
+        return size
 
     def remove(self) -> None:
         """Remove the folder after its calibration was written."""
@@ -176,11 +174,11 @@ def open_folder(target: Path, run: Mapping[str, str], *, force: bool) -> Iterato
         CalibrationError: It belongs to a run with other settings, or another process uses it.
     """
     path = target.with_name(f"{target.name}.part")
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         try:
             path.mkdir(exist_ok=True)
             if (handle := _lock(path)) is not None:
-                held.callback(os.close, handle)
+                stack.callback(os.close, handle)
             _begin(path, run, force=force)
         except OSError as error:
             raise explained(error, path, path) from error
@@ -236,39 +234,18 @@ def _difference(record: Path, run: Mapping[str, str]) -> str | None:
         return f"{record.name} cannot be read"
     for name in sorted({*earlier, *run}):
         if earlier.get(name) != run.get(name):
-            return f"{name.replace('_', ' ')} {_shown(earlier.get(name))}, now {_shown(run.get(name))}"
+            before, now = (printable(str(texts.get(name, "not given")), 80) for texts in (earlier, run))
+            return f"{name.replace('_', ' ')} {before}, now {now}"
     return None
 
 
-def _shown(value: object) -> str:
-    text = "not given" if value is None else str(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-def _copy(path: Path, start: int, size: int, out: Any, progress: Progress) -> None:
-    with path.open("rb") as file:
-        file.seek(start)
-        while size:
-            data = file.read(min(PIECE, size))
-            if not data:
-                raise _damaged(path.parent, path.name)
-            out.write(data)
-            progress.advance(len(data))
-            size -= len(data)
-
-
-def _verify(part: Path, placed: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
-    """Check that the safetensors library reads what should have been written."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(part, framework="np") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a mapping
-            same = file.metadata() == dict(metadata) and shapes == {tensor.name: tensor.shape for tensor in placed}
-    except SafetensorError:
-        same = False
-    if not same:
-        raise CalibrationError(f"{part.name}: does not read back as written", "Check the disk, then run it again.")
+def _pieces(file: SourceFile, tensor: TensorSpec) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor."""
+    with contextlib.closing(file.open()) as reader:
+        for start in range(tensor.start, tensor.end, PIECE):
+            piece = memoryview(bytearray(min(PIECE, tensor.end - start)))
+            reader.read_into(start, piece)
+            yield piece
 
 
 def _name(number: int) -> str:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from crdiff_export.bake.metadata import tool_version
 from crdiff_export.calibrate import collect as collecting
-from crdiff_export.calibrate import gradients, memory, setting
+from crdiff_export.calibrate import gradients, setting
+from crdiff_export.calibrate import memory as free_memory
 from crdiff_export.calibrate.denoise import Denoising
 from crdiff_export.calibrate.folder import Folder, open_folder
-from crdiff_export.calibrate.setting import CalibrationResult, LayerSpec, MemoryLimit, Pass, Setting
+from crdiff_export.calibrate.setting import CalibrationResult, LayerSpec, Pass, Setting
 from crdiff_export.errors import CalibrationError
 from crdiff_export.formats.hashing import hash_data
 from crdiff_export.formats.text import printable
@@ -31,6 +32,9 @@ from crdiff_export.sampling.session import Session, Style
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+# Ours: the share of free memory that statistics may use; the rest is for the pass itself.
+SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,8 @@ def collect(
     progress: Progress | None = None,
     *,
     base: str,
-    room: MemoryLimit | None = None,
+    memory: int | None = None,
+    layers: int | None = None,
     replace: bool = False,
     identity: Identity | None = None,
 ) -> CalibrationResult:
@@ -64,7 +69,8 @@ def collect(
         target: The file to write.
         progress: Told of every stage.
         base: The name of the base, for the header.
-        room: What may be in memory at once.
+        memory: Bytes of statistics that may be in memory at once; by default a share of the free memory.
+        layers: Layers that may be measured at once.
         replace: Whether to replace an existing file.
         identity: The result of `identify`, to avoid reading the base again.
 
@@ -82,7 +88,7 @@ def collect(
     facts = setting.facts(wanted, style.steps, style.guidance, opened.scheduler, _origin(opened.pipe))
     run = _fingerprint(opened.pipe, plan, wanted, base_id, facts)
     with open_folder(target, run, force=replace) as folder:
-        work = _Work(opened, wanted, modules, base_id.layers, folder, room or MemoryLimit(), style, shown)
+        work = _Work(opened, wanted, modules, base_id.layers, folder, style, shown, memory, layers)
         resumed, notes = work.collect()
         metadata = calibration.header(
             family=plan.match.family.id, base=base, base_hash=base_id.hash, size=wanted.size, native=wanted.native,
@@ -116,88 +122,80 @@ def identify(plan: Plan, progress: Progress) -> Identity:
     return Identity(f"0x{whole}", layers)
 
 
+@dataclass(frozen=True, slots=True)
 class _Work:
     """One run with an open pipeline."""
 
-    def __init__(
-        self,
-        opened: Session,
-        wanted: Setting,
-        modules: Mapping[str, nn.Linear],
-        layers: Sequence[LayerSpec],
-        folder: Folder,
-        room: MemoryLimit,
-        style: Style,
-        progress: Progress,
-    ) -> None:
-        self._opened, self._wanted, self._modules, self._layers = opened, wanted, modules, layers
-        self._folder, self._room, self._style, self._progress = folder, room, style, progress
+    opened: Session
+    wanted: Setting
+    modules: Mapping[str, nn.Linear]
+    layers: Sequence[LayerSpec]
+    folder: Folder
+    style: Style
+    progress: Progress
+    memory: int | None
+    most_layers: int | None
 
     def collect(self) -> tuple[int, tuple[str, ...]]:
         """Fill the folder; return the number of groups that existed before, and notes on the pictures."""
-        finished = self._folder.finished()
-        resumed = len(set(finished.values()))
-        black = 0
+        finished = self.folder.finished()
         images: list[Image] = []
-        for step in setting.passes(self._wanted):
+        for step in setting.passes(self.wanted):
             missing = [
                 layer
-                for layer in self._layers
+                for layer in self.layers
                 if any(f"{name}/{layer.name}" not in finished for name in step.statistics)
             ]
             if not missing:
                 continue
             if not (step.samples_pictures or images):
                 images = self._pictures()
-                black = sum(not image.getbbox() for image in images)
             self._run(step, missing, images)
+        black = sum(not image.getbbox() for image in images)
         notes = (f"{black} pictures are all black: try another --dtype, such as bf16 or fp32",) if black else ()
-        return resumed, notes
+        return len({file.path for file, _ in finished.values()}), notes
 
     def _run(self, step: Pass, layers: Sequence[LayerSpec], images: "Sequence[Image]") -> None:
         """Run one pass, one group of layers after the other."""
+        wanted, progress, model = self.wanted, self.progress, model_of(self.opened.pipe)
         examples: list[gradients.Example] = []
         denoising = None
         if not step.samples_pictures:
-            denoising = Denoising(self._opened.pipe, step.size, self._style.guidance)
-            arguments = {prompt: denoising.embed(prompt) for prompt, _ in self._wanted.pairs}
+            denoising = Denoising(self.opened.pipe, step.size, self.style.guidance)
+            arguments = {prompt: denoising.embed(prompt) for prompt, _ in wanted.pairs}
             examples = [
                 gradients.Example(latents, arguments[prompt])
-                for latents, (prompt, _) in zip(denoising.encode(images), self._wanted.pairs, strict=True)
+                for latents, (prompt, _) in zip(denoising.encode(images), wanted.pairs, strict=True)
             ]
-        free = memory.free(next(model_of(self._opened.pipe).parameters()).device)
-        groups = list(setting.groups(layers, step.statistics, self._room, free))
+        limit = self.memory or int(SHARE * free_memory.free(next(model.parameters()).device))
+        groups = list(setting.groups(layers, step.statistics, limit, self.most_layers))
         for number, group in enumerate(groups, 1):
             title = step.title if len(groups) == 1 else f"{step.title} {number}/{len(groups)}"
-            with _repeatable(model_of(self._opened.pipe)):
+            with _repeatable(model):
                 if denoising is None:
-                    self._progress.stage(title, self._style.steps * len(self._wanted.pairs), "passes")
-                    tensors = collecting.sample(self._opened, self._wanted, step, group, self._modules, self._progress)
+                    progress.stage(title, self.style.steps * len(wanted.pairs), "passes")
+                    tensors = collecting.sample(self.opened, wanted, step, group, self.modules, progress)
                 else:
-                    self._progress.stage(title, self._wanted.samples * len(self._wanted.pairs), "samples")
-                    tensors = gradients.measure(
-                        denoising, self._wanted, step, examples, group, self._modules, self._progress
-                    )
-            _check_finite(tensors, self._opened.pipe)
-            self._folder.keep(tensors)
+                    progress.stage(title, wanted.samples * len(wanted.pairs), "samples")
+                    tensors = gradients.measure(denoising, wanted, step, examples, group, self.modules, progress)
+            _check_finite(tensors, model)
+            self.folder.keep(tensors)
 
     def _pictures(self) -> "list[Image]":
         """Return the dense model's picture of every pair at its native size; draw those that do not exist yet."""
-        pairs, batch = self._wanted.pairs, self._wanted.batch
-        pictures = [self._folder.picture(number) for number in range(len(pairs))]
-        starts = [start for start in range(0, len(pairs), batch) if None in pictures[start : start + batch]]
-        style = self._opened.style(
-            self._wanted.native, self._wanted.steps, self._wanted.guidance, self._wanted.negative
-        )
+        wanted, batch = self.wanted, self.wanted.batch
+        pictures = [self.folder.picture(number) for number in range(len(wanted.pairs))]
+        starts = [start for start in range(0, len(pictures), batch) if None in pictures[start : start + batch]]
+        style = self.opened.style(wanted.native, wanted.steps, wanted.guidance, wanted.negative)
         if starts:
-            passes = sum(len(pairs[start : start + batch]) for start in starts) * style.steps
-            self._progress.stage("drawing", passes, "passes")
+            passes = sum(len(pictures[start : start + batch]) for start in starts) * style.steps
+            self.progress.stage("drawing", passes, "passes")
         for start in starts:  # whole batches, because the batch decides the last bits
-            part = pairs[start : start + batch]
-            step = partial(self._progress.advance, len(part))
-            drawn = self._opened.draw([prompt for prompt, _ in part], [seed for _, seed in part], style, step)
+            part = wanted.pairs[start : start + batch]
+            step = partial(self.progress.advance, len(part))
+            drawn = self.opened.draw([prompt for prompt, _ in part], [seed for _, seed in part], style, step)
             for number, image in enumerate(drawn, start):
-                self._folder.keep_picture(number, image)
+                self.folder.keep_picture(number, image)
                 pictures[number] = image
         return [image for image in pictures if image is not None]
 
@@ -260,9 +258,9 @@ def _fingerprint(pipe: Any, plan: Plan, wanted: Setting, base_id: Identity, fact
     }  # fmt: skip
 
 
-def _check_finite(tensors: Mapping[str, Tensor], pipe: Any) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
     """Raise CalibrationError for the first layer with a number that is not finite."""
-    dtype = next(model_of(pipe).parameters()).dtype
+    dtype = next(model.parameters()).dtype
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             statistic, _, layer = name.partition("/")

@@ -19,8 +19,6 @@ GRADIENT: Final = ("gradient", "gradient_abs", "gradient_square")
 NATIVE: Final = tuple(f"native_{name}" for name in GRADIENT)
 # src: arXiv 2510.06751, OBS-Diff; its public code (main.py of Alrightlone/OBS-Diff at 3383a4f), `log_decrease`
 FIRST_STEP, LAST_STEP = 1.2, 0.8
-# Ours: the share of free memory that statistics may use; the rest is for the pass itself.
-SHARE: Final = 0.5
 # The fraction of the golden ratio: any number of multiples of it fill a circle evenly (Weyl; Knuth, TAOCP 6.4).
 GOLDEN: Final = (math.sqrt(5) - 1) / 2
 SAMPLES: Final = 4
@@ -54,8 +52,6 @@ class Setting:
 
     def __post_init__(self) -> None:
         check_statistics(self.statistics)
-        if not self.pairs or self.batch < 1 or self.samples < 1:
-            raise OptionError("a calibration needs a prompt and a sample", "Give at least one prompt and one sample.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +70,6 @@ class LayerSpec:
     def size(self, statistic: str) -> int:
         """Return the bytes of a statistic."""
         return math.prod(self.shape(statistic)) * BITS[STATISTICS[statistic][0]] // 8
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryLimit:
-    """The statistics that may be in memory at once: bytes and layers. Without a number free memory decides."""
-
-    memory: int | None = None
-    layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +125,7 @@ def passes(setting: Setting) -> tuple[Pass, ...]:
 
 
 def groups(
-    layers: Sequence[LayerSpec], statistics: Sequence[str], room: MemoryLimit, free: int
+    layers: Sequence[LayerSpec], statistics: Sequence[str], limit: int, most: int | None = None
 ) -> Iterator[tuple[LayerSpec, ...]]:
     """Split layers into groups whose statistics fit into memory; a layer that is too large is a group of its own.
 
@@ -146,20 +134,18 @@ def groups(
     Args:
         layers: The layers, whose order is kept.
         statistics: The statistics of the pass.
-        room: The limit that the user gave.
-        free: Free bytes, which decide if the user gave none.
+        limit: Bytes of statistics that may be in memory at once.
+        most: How many layers a group may have.
 
     Yields:
         One group after another.
     """
-    limit = room.memory if room.memory is not None else int(free * SHARE)
     extra = 0 if statistics[0] in SAMPLED else 2
     group: list[LayerSpec] = []
     used = 0
     for layer in layers:
         size = sum(map(layer.size, statistics)) + extra * 4 * layer.rows * layer.columns
-        full = used + size > limit or (room.layers is not None and len(group) >= room.layers)
-        if group and full:
+        if group and (used + size > limit or len(group) == most):
             yield tuple(group)
             group, used = [], 0
         group.append(layer)
@@ -203,17 +189,13 @@ def noise_seed(seed: int, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(f"loss {seed} {sample}".encode()).digest()[:8], "little") >> 1
 
 
-def prompts_hash(pairs: Sequence[tuple[str, int]]) -> str:
-    """Return the SHA-256 of the prompts, one a line, in the order of the pictures."""
-    return hashlib.sha256("\n".join(prompt for prompt, _ in pairs).encode()).hexdigest()
-
-
 def facts(setting: Setting, steps: int, guidance: float, scheduler: str, origin: Mapping[str, str]) -> dict[str, str]:
     """Describe how the numbers are made, for the file's header and to recognise an interrupted run."""
     pairs = setting.pairs
-    different = len({prompt for prompt, _ in pairs})
+    prompts = [prompt for prompt, _ in pairs]
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     texts = {
-        "prompts": f"{different}, sha256 {prompts_hash(pairs)}",
+        "prompts": f"{len(set(prompts))}, sha256 {digest}",
         "pictures": str(len(pairs)),
         "seeds": f"{pairs[0][1]} to {pairs[-1][1]}",
         "scheduler": scheduler,

