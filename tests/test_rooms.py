@@ -34,7 +34,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
 RUN_MODELS = ("search", "evaluate", "calibrate", "sampling")
 HEAVY = {
     *("numpy", "numba", "torch", "safetensors", "huggingface_hub", "diffusers", "transformers", "matplotlib", "jinja2"),
-    *("optuna", "scipy", "cmaes", "sqlalchemy", "psycopg", "torch_fidelity"),
+    *("optuna", "scipy", "cmaes", "sqlalchemy", "psycopg", "torch_fidelity", "comfy", "folder_paths"),
 }
 # Modules that are themselves imported inside functions, and so may import heavy libraries at their top.
 LOADED_LATE = (
@@ -56,6 +56,8 @@ ONLY_IN = {
     "torch": {"formats", "prune", "sampling", "evaluate", "calibrate"},
     "numba": {"prune"},
     "diffusers": {"sampling"},
+    "comfy": {"sampling"},
+    "folder_paths": {"sampling"},
     "PIL": {"evaluate", "calibrate"},
     "jinja2": {"evaluate", "publish"},
     "matplotlib": {"evaluate", "search"},

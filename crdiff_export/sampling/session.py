@@ -78,10 +78,10 @@ class Session:
             The style.
 
         """
-        few = self._family == "flux-schnell"
-        usual = inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default
-        usual = NO_GUIDANCE if few else demo.GUIDANCE if self._family == "demo" else usual
-        return Style(size, steps or usual_steps(self._family), float(usual if guidance is None else guidance), negative)
+        usual = {"flux-schnell": (FEW_STEPS, NO_GUIDANCE), "demo": (demo.STEPS, demo.GUIDANCE)}.get(self._family)
+        if usual is None:
+            usual = STEPS, inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default
+        return Style(size, steps or usual[0], float(usual[1] if guidance is None else guidance), negative)
 
     @property
     def scheduler(self) -> str:
@@ -127,11 +127,6 @@ class Session:
             height=style.size.height, num_inference_steps=style.steps, guidance_scale=style.guidance, **negative,
         )  # fmt: skip
         return [image.convert("RGB") for image in drawn.images]
-
-
-def usual_steps(family: str) -> int:
-    """Return the steps of sampling that a family uses by default."""
-    return FEW_STEPS if family == "flux-schnell" else demo.STEPS if family == "demo" else STEPS
 
 
 def usual_batch(family: str, device: str) -> int:

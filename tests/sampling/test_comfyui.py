@@ -25,7 +25,6 @@ from crdiff_export.verify.reopen import BakedCheckpoint, open_baked, read_decisi
 from tests.support import masking
 from tests.support.isolation import Crdiff
 from tests.support.messages import raises
-from tests.support.source_code import FILES, imports
 
 Weights = dict[str, torch.Tensor]
 
@@ -65,6 +64,10 @@ def test_install_then_uninstall(crdiff: Crdiff, comfyui: Path) -> None:
     assert contents(node) == {"__init__.py", "crdiff.json", "crdiff_export"}
     assert not list(node.rglob("__pycache__"))
     assert not (node / "crdiff_export" / "recipes").exists()
+    (node / "crdiff_export" / "of_an_old_version.py").touch()
+    (node / "crdiff.json").write_text('{"crdiff": "0.0.1", "package": "crdiff_export"}')
+    assert "version 0.0.1 is replaced" in crdiff("comfyui", "install", comfyui).err
+    assert not (node / "crdiff_export" / "of_an_old_version.py").exists()
     ran = crdiff("comfyui", "uninstall", comfyui, "-q")
     assert (ran.code, ran.out, ran.err) == (0, f"{node}\n", "")
     assert contents(comfyui / "custom_nodes") == {"somebody"}
@@ -94,24 +97,8 @@ def test_the_nodes_load_where_nothing_is_installed(crdiff: Crdiff, comfyui: Path
     names, package = ran.stdout.splitlines()
     assert names == "CrdiffPoa|CrdiffInfo|CR-Diff POA|CR-Diff Info"
     assert Path(package).is_relative_to(node) is not link
-
-
-def test_an_update_replaces_the_whole_copy(crdiff: Crdiff, comfyui: Path) -> None:
-    node = comfyui / "custom_nodes" / "crdiff"
-    crdiff("comfyui", "install", comfyui)
-    (node / "crdiff_export" / "of_an_old_version.py").touch()
-    (node / "crdiff.json").write_text('{"crdiff": "0.0.1", "package": "crdiff_export"}')
-    ran = crdiff("comfyui", "install", comfyui)
-    assert "version 0.0.1 is replaced" in ran.err
-    assert not (node / "crdiff_export" / "of_an_old_version.py").exists()
-
-
-def test_a_link_to_what_is_gone_says_so(crdiff: Crdiff, comfyui: Path) -> None:
-    node = comfyui / "custom_nodes" / "crdiff"
-    crdiff("comfyui", "install", comfyui, "--link")
     (node / "crdiff.json").write_text('{"crdiff": "0.0.1", "package": "/gone/crdiff_export"}')
-    ran = load(node)
-    assert "/gone/crdiff_export is not there any more; run `crdiff comfyui install` again" in ran.stderr
+    assert "/gone/crdiff_export is not there any more; run `crdiff comfyui install` again" in load(node).stderr
 
 
 def test_what_is_somebody_elses_stays(crdiff: Crdiff, comfyui: Path) -> None:
@@ -167,14 +154,6 @@ def test_no_right_to_write(crdiff: Crdiff, comfyui: Path) -> None:
     assert "see to it that you may write there" in ran.err
 
 
-def test_comfyui_is_imported_late_and_in_one_place() -> None:
-    names = {"comfy", "folder_paths", "nodes", "execution", "server"}
-    for path in FILES:
-        assert not {name.split(".")[0] for name in imports(path, top=True)} & names, path
-        if path.parent.name != "comfyui":
-            assert not {name.split(".")[0] for name in imports(path)} & names, path
-
-
 # Models that are compared with a file.
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
@@ -221,11 +200,8 @@ def loaded(path: Path, dtype: torch.dtype = torch.float16) -> Weights:
 @DTYPES
 @pytest.mark.parametrize(
     ("table", "criterion"),
-    [
-        ("demo", "magnitude"), ("sd15.original", "random"), ("sd15.original", "wanda"), ("sd15.original", "obs"),
-        ("flux-dev.original-transformer", "wanda"), ("flux-dev.original-transformer", "obs"),
-    ],
-)  # fmt: skip
+    [("demo", "magnitude"), ("sd15.original", "obs"), ("flux-dev.original-transformer", "wanda")],
+)
 def test_a_layer_takes_the_pruned_weights(table: str, criterion: str, dtype: torch.dtype, bakes: Bakes) -> None:
     """They are those of the file as it is loaded in this dtype, also if ComfyUI computes in float32."""
     base, output = bakes(table, criterion)

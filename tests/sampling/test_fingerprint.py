@@ -46,5 +46,5 @@ def test_the_parts_beside_the_model() -> None:
 
 def test_the_scheduler_with_its_settings() -> None:
     pipe = pipeline()
-    said = b'{"beta_end": 0.5, "steps": null}'
-    assert fingerprint.scheduler(pipe) == f"SimpleNamespace {short(said)}"
+    config = b'{"beta_end": 0.5, "steps": null}'
+    assert fingerprint.scheduler(pipe) == f"SimpleNamespace {short(config)}"

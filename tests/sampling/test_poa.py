@@ -32,8 +32,7 @@ def _disabled(case: Case) -> Iterator[None]:
     ("case", "criterion"),
     [
         *product(KINDS, ["magnitude"]),
-        *product(FAMILIES, ["wanda:compare=row", "obs"]),
-        ("sd15", "wanda"), ("sd15", "random:compare=row"),
+        ("sd15", "wanda"), ("flux", "wanda:compare=row"), ("sd15", "obs"), ("sd3", "obs"),
     ],
     indirect=["case"],
 )  # fmt: skip
@@ -50,7 +49,7 @@ def test_it_is_the_formula_of_two_models(criterion: str, case: Case) -> None:
     for weight, keep in ((0, False), (1, False), (W, False), (W, True)):
         poa.enable(pipe, baked, weight, keep=keep)
         assert torch.equal(kind.run(pipe, 2), expected[weight])
-    if criterion == "magnitude":
+    if criterion == "magnitude" and case.name in FAMILIES:
         alone = kind.run(pipe, 1, **kind.unguided)
         poa.disable(pipe)
         with two_models(model, other, W):
@@ -62,13 +61,13 @@ def test_it_is_the_formula_of_two_models(criterion: str, case: Case) -> None:
         handle = embedding.register_forward_hook(lambda *_, passes=passes: passes.append(1))
         if mode == "batched":
             poa.enable(pipe, baked, W, mode="batched")
-        found = kind.run(pipe, 2)
+        result = kind.run(pipe, 2)
         handle.remove()
         if mode == "batched":
             poa.disable(pipe)
-            assert torch.allclose(found, expected[W], rtol=1e-3, atol=1e-4 * float(expected[W].abs().max()))
+            assert torch.allclose(result, expected[W], rtol=1e-3, atol=1e-4 * float(expected[W].abs().max()))
         else:
-            assert torch.equal(found, expected[0])
+            assert torch.equal(result, expected[0])
     assert len(calls["batched"]) == len(calls["dense"])
     after = model.state_dict()
     assert after.keys() == before.keys()
@@ -80,8 +79,7 @@ def test_it_is_the_formula_of_two_models(criterion: str, case: Case) -> None:
 @pytest.mark.parametrize(
     ("case", "criterion"),
     [
-        *product(FAMILIES, ["random:seed=5", "obs"]),
-        ("sd15", "wanda:compare=row"), ("sd15", "magnitude"),
+        ("sd15", "magnitude"), ("sd15", "wanda:compare=row"), ("sd3", "obs"), ("flux", "random:seed=5"),
     ],
     indirect=["case"],
 )  # fmt: skip

@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,21 +24,6 @@ from tests.support.tiny_pipelines import KINDS, sd15, sd_pipe
 
 W = 1.7
 BIAS = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.bias"
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case("sd15", tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def baked(case: Case) -> Path:
-    return case.baked()
-
-
-@pytest.fixture
-def pipe() -> Any:
-    return SD15.make()
 
 
 def refusal(pipe: Any, source: Any, weight: Any = W, **options: Any) -> CrdiffError:
@@ -73,12 +57,6 @@ def test_arguments(options: dict[str, Any], key: str, pipe: Any, baked: Path) ->
 def test_a_function_that_gives_no_number(pipe: Any, baked: Path) -> None:
     poa.enable(pipe, baked, lambda _: math.nan)
     with raises(PoaError, "nan"):
-        SD15.run(pipe)
-
-
-def test_a_schedule_without_a_scheduler(pipe: Any, baked: Path) -> None:
-    poa.enable(pipe.unet, baked, W, stop=0.5)
-    with raises(PoaError, "step of sampling"):
         SD15.run(pipe)
 
 
@@ -127,18 +105,6 @@ FILES: dict[str, tuple[Callable[[Case], Path], type[CrdiffError], str]] = {
 def test_files(file: str, pipe: Any, case: Case) -> None:
     make, kind, key = FILES[file]
     check(refusal(pipe, make(case)), kind, key)
-
-
-def test_a_base_with_another_hash(case: Case, baked: Path, tmp_path: Path) -> None:
-    other = tmp_path / "base.safetensors"
-    shutil.copyfile(case.base, other)
-    with other.open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\x01")
-    for source in (baked, case.baked("obs")):
-        with raises(PoaError, "base.safetensors"):
-            poa.from_baked(source, str(other))
-        assert poa.from_baked(source, str(case.base)).weight == 1.5
 
 
 def test_a_file_that_does_not_know_its_base(case: Case) -> None:
@@ -220,7 +186,7 @@ def test_weights_of_another_model(criterion: str, stays: bool, case: Case) -> No
         poa.enable(pipe, file)
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "obs"])
+@pytest.mark.parametrize("criterion", ["magnitude", "obs"])
 def test_weights_that_are_pruned_already(criterion: str, case: Case) -> None:
     file = case.baked(criterion)
     check(refusal(sd15_with(file), file), PoaError, "pruned weights already")
@@ -285,9 +251,9 @@ def test_a_batch_that_the_model_takes_apart(pipe: Any, baked: Path) -> None:
         SD15.run(pag)
     plain = SD15.run(pag)
     with poa.enabled(pag, baked, W):
-        found = SD15.run(pag)
-    assert found.isfinite().all()
-    assert not torch.equal(found, plain)
+        result = SD15.run(pag)
+    assert result.isfinite().all()
+    assert not torch.equal(result, plain)
 
 
 # Residuals.
@@ -316,16 +282,12 @@ def test_a_residual_that_was_altered(residual: Path) -> None:
 # The dense base, as far as a file tells.
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "random", "wanda", "obs"])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "obs"])
 def test_a_smaller_mask_is_seen_by_its_zeros(criterion: str, case: Case) -> None:
     smaller = sd15_with(case.baked(criterion, ratio=0.1))
     baked = case.baked(criterion)
     with pytest.warns(UserWarning, match=r"2\d% of the weights that .* prunes are zero in the model already") as warned:
         poa.enable(smaller, baked)
-    assert warned[0].filename == __file__
-    poa.disable(smaller)
-    with pytest.warns(UserWarning, match="zero in the model already") as warned, poa.enabled(smaller, baked):
-        pass
     assert warned[0].filename == __file__
     poa.enable(smaller, baked, check=False)
     poa.enable(SD15.make(), baked)
@@ -347,17 +309,14 @@ def test_a_base_that_is_sparse_itself_can_be_used(case: Case, tmp_path: Path) ->
 def test_with_a_residual_every_weight_is_known(case: Case, pipe: Any, tmp_path: Path) -> None:
     file = case.baked("random", residual="sidecar")
     other = sd15_with(case.baked("random", ratio=0.1))
-    with pytest.raises(PoaError, match=r"the weights of .* are not those of") as caught:
-        poa.enable(other, file)
-    assert caught.value.hint
+    check(refusal(other, file), PoaError, "the weights of")
     poa.enable(other, file, check=False)
     gone = safetensors.torch.load_file(file)[f"{LAYER}.weight"] == 0
     poa.enable(pipe, file)
     poa.disable(pipe)
     with torch.no_grad():
         pipe.unet.get_submodule(LAYER).weight[tuple(gone.nonzero()[0])] += 1
-    with pytest.raises(PoaError, match=f"the weights of {LAYER} are not those of"):
-        poa.enable(pipe, file)
+    check(refusal(pipe, file), PoaError, f"the weights of {LAYER}")
     elsewhere = tmp_path / "file.safetensors"
     elsewhere.write_bytes(file.read_bytes())
     poa.enable(pipe, elsewhere)
@@ -365,21 +324,15 @@ def test_with_a_residual_every_weight_is_known(case: Case, pipe: Any, tmp_path: 
     poa.enable(pipe, elsewhere)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_of_moved_weights_the_biases_tell(dtype: torch.dtype, case: Case, pipe: Any) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "cast"), [(torch.float32, None), (torch.float16, None), (torch.bfloat16, None), (torch.float32, "fp16")]
+)
+def test_of_moved_weights_the_biases_tell(dtype: torch.dtype, cast: str | None, case: Case, pipe: Any) -> None:
+    file = case.baked("obs", dtype=cast)
     pipe.unet.to(dtype)
-    poa.enable(pipe, case.baked("obs"))
+    poa.enable(pipe, file)
     poa.disable(pipe)
     with torch.no_grad():
         pipe.unet.get_parameter(BIAS)[0] += 1
-    with pytest.raises(PoaError, match=f"the weights of {BIAS.removesuffix('.bias')} are not those of"):
-        poa.enable(pipe, case.baked("obs"))
+    check(refusal(pipe, file), PoaError, BIAS.removesuffix(".bias"))
     poa.enable(pipe, case.baked("wanda"))
-
-
-def test_the_biases_of_a_file_that_was_cast(case: Case, pipe: Any) -> None:
-    poa.enable(pipe, case.baked("obs", dtype="fp16"))
-    with torch.no_grad():
-        pipe.unet.get_parameter(BIAS)[0] += 1
-    with pytest.raises(PoaError, match="are not those of"):
-        poa.enable(pipe, case.baked("obs", dtype="fp16"))

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.sampling import poa
 from crdiff_export.sampling.poa.masks import prune
 from tests.support.accelerators import accelerator, on_an_accelerator
+from tests.support.messages import raises
 from tests.support.poa_cases import LAYER, SD15, SIZE, Case, inputs, lora, sd15_with, two_models
 from tests.support.tiny_pipelines import KINDS, PIXELS, pooled_inputs, sdxl_unet, vae
 
@@ -27,21 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # di
 W = 1.7
 # A threshold for each layer, a bit for each weight, and moved weights.
 CRITERIA = pytest.mark.parametrize("criterion", ["magnitude", "wanda", "obs"])
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case("sd15", tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def baked(case: Case) -> Path:
-    return case.baked()
-
-
-@pytest.fixture
-def pipe() -> Any:
-    return SD15.make()
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +55,6 @@ def test_without_a_weight_it_is_the_files_own(pipe: Any, case: Case) -> None:
     assert torch.equal(run_with(pipe, file, None), run_with(pipe, case.baked(), 2.25))
 
 
-def test_a_base_is_known_by_its_hash(pipe: Any, case: Case, expected: torch.Tensor) -> None:
-    assert torch.equal(run_with(pipe, poa.from_baked(case.baked(), str(case.base))), expected)
-
-
 def with_residual(case: Case, folder: Path, dtype: torch.dtype, criterion: str = "magnitude") -> Path:
     """A baked file of the base in `dtype`, and its residual beside it."""
     base = folder / "base.safetensors"
@@ -82,8 +65,7 @@ def with_residual(case: Case, folder: Path, dtype: torch.dtype, criterion: str =
     return export(request).written.path
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "random"])
-@pytest.mark.parametrize("loaded", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("loaded", "criterion"), [(torch.float16, "magnitude"), (torch.float32, "random")])
 def test_the_file_and_its_residual_are_enough(loaded: torch.dtype, criterion: str, case: Case, tmp_path: Path) -> None:
     """The pruned weights in memory become the dense ones, and again what they were."""
     file = with_residual(case, tmp_path, torch.float16, criterion)
@@ -136,17 +118,15 @@ def test_shards_are_known_by_all_of_their_hashes(tmp_path: Path) -> None:
 
 
 def test_the_memory_of_a_source_is_freed_with_it(case: Case) -> None:
-    for criterion in ("obs", "wanda"):
-        choice = CriterionChoice.of(criterion, case.calibration)
-        ranking = poa.BaseRanking([case.plan("obs")], "base", criterion=choice)
-        source = ranking.source(case.plan("obs"))
-        with poa.enabled(case.pipe, source, W):
-            SD15.run(case.pipe)
-        part = source.masks.diffusers[f"{LAYER}.weight"][0]
-        tensor = weakref.ref(part._tensor)  # type: ignore[union-attr]
-        del source, part
-        gc.collect()
-        assert tensor() is None
+    plan = case.plan("wanda")
+    source = poa.BaseRanking([plan], "base", criterion=CriterionChoice.of("wanda", case.calibration)).source(plan)
+    with poa.enabled(case.pipe, source, W):
+        SD15.run(case.pipe)
+    part = source.masks.diffusers[f"{LAYER}.weight"][0]
+    tensor = weakref.ref(part._tensor)  # type: ignore[union-attr]
+    del source, part
+    gc.collect()
+    assert tensor() is None
 
 
 def test_the_memory_that_a_handle_counts(case: Case) -> None:
@@ -171,15 +151,20 @@ def test_the_memory_that_a_handle_counts(case: Case) -> None:
 # When: schedules.
 
 
-def test_it_starts_and_stops(pipe: Any, baked: Path) -> None:
-    """With the weight as a function of the fraction, which is asked at each step and only there."""
-    asked: list[float] = []
+def weight_function(asked: list[float], stop: float = 1.0) -> Callable[[float], float]:
+    """A weight that notes when it is asked for, and is 0 outside of [1 - stop, stop)."""
 
     def weight(fraction: float) -> float:
         asked.append(fraction)
-        return W if 0.25 <= fraction < 0.75 else 0.0
+        return W if 1 - stop <= fraction < stop else 0.0
 
-    with poa.enabled(pipe, baked, weight):
+    return weight
+
+
+def test_it_starts_and_stops(pipe: Any, baked: Path) -> None:
+    """With the weight as a function of the fraction, which is asked at each step and only there."""
+    asked: list[float] = []
+    with poa.enabled(pipe, baked, weight_function(asked, 0.75)):
         by_function = SD15.run(pipe, num_inference_steps=8)
     assert asked == [step / 8 for step in range(8)]
     calls: list[int] = []
@@ -191,50 +176,26 @@ def test_it_starts_and_stops(pipe: Any, baked: Path) -> None:
     assert len(calls) == 8 + 4
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux", "img2img"])
-def test_every_scheduler_tells_the_step(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("sdxl", {}), ("sd3", {}), ("flux", {}), ("img2img", {}), ("img2img", {"strength": 0.6})],
+    ids=["sdxl", "sd3", "flux", "img2img", "part of the noise is a later part of sampling"],
+)
+def test_every_scheduler_tells_the_step(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     pipe = KINDS[kind].make()
     base = KINDS[kind].save(pipe, tmp_path)
     asked: list[float] = []
-
-    def weight(fraction: float) -> float:
-        asked.append(fraction)
-        return W
-
     source = poa.from_recipe(ExportRequest(str(base), SIZE, ratio=0.4))
-    with poa.enabled(pipe, source, weight):
-        KINDS[kind].run(pipe, num_inference_steps=5)
+    with poa.enabled(pipe, source, weight_function(asked)):
+        KINDS[kind].run(pipe, num_inference_steps=5, **options)
     passes = 2 if kind == "flux" else 1  # its true guidance calls the model for either prompt
-    assert asked == [step / 5 for step in range(5) for _ in range(passes)]
-
-
-def test_part_of_the_noise_is_a_later_part_of_sampling(baked: Path) -> None:
-    kind = KINDS["img2img"]
-    asked: list[float] = []
-
-    def weight(fraction: float) -> float:
-        asked.append(fraction)
-        return W
-
-    pipe = kind.make()
-    with poa.enabled(pipe, baked, weight):
-        kind.run(pipe, num_inference_steps=10, strength=0.3)
-    assert asked == [0.7, 0.8, 0.9]
-
-
-def test_the_schedule_may_change_between_images(pipe: Any, baked: Path, expected: torch.Tensor) -> None:
-    handle = poa.enable(pipe, baked, 0.5)
-    first = SD15.run(pipe)
-    handle.schedule = poa.Schedule(W)
-    assert torch.equal(SD15.run(pipe), expected)
-    assert not torch.equal(first, expected)
+    assert asked == [step / 5 for step in range(2 if options else 0, 5) for _ in range(passes)]
 
 
 # In company.
 
 
-@CRITERIA
-@pytest.mark.parametrize("weight", [1, W])
+@pytest.mark.parametrize(("weight", "criterion"), [(W, "magnitude"), (1, "wanda"), (W, "obs"), (1, "obs")])
 def test_kept_weights_follow_the_model(weight: float, criterion: str, pipe: Any, case: Case) -> None:
     file = case.baked(criterion)
     poa.enable(pipe, file, weight, keep=True)
@@ -279,9 +240,9 @@ def test_gradients_are_those_of_two_models(pipe: Any, baked: Path) -> None:
     weight, twins = pipe.unet.get_submodule(LAYER).weight, twin.get_submodule(LAYER).weight
     with poa.enabled(pipe, baked, W):
         pipe.unet(*arguments)[0].square().sum().backward()
-    found, weight.grad = weight.grad.clone(), None
+    result, weight.grad = weight.grad.clone(), None
     ((1 - W) * pipe.unet(*arguments)[0] + W * twin(*arguments)[0]).square().sum().backward()
-    assert torch.allclose(found, weight.grad + (twins != 0) * twins.grad, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(result, weight.grad + (twins != 0) * twins.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_lists_that_the_model_empties(pipe: Any, baked: Path) -> None:
@@ -290,8 +251,8 @@ def test_lists_that_the_model_empties(pipe: Any, baked: Path) -> None:
     features = [torch.randn(1, 8, size, size) for size in (8, 4, 2, 1)]
 
     def predict(model: Any) -> torch.Tensor:
-        found: torch.Tensor = model(*arguments, down_intrablock_additional_residuals=list(features))[0]
-        return found
+        result: torch.Tensor = model(*arguments, down_intrablock_additional_residuals=list(features))[0]
+        return result
 
     with torch.no_grad():
         expected = (1 - W) * predict(pipe.unet) + W * predict(twin)
@@ -385,13 +346,18 @@ def test_blocks_and_enablings_replace_each_other(
 
 
 def test_the_model_alone_will_do(pipe: Any, baked: Path, expected: torch.Tensor) -> None:
+    """But it has no scheduler that tells the steps."""
     poa.enable(pipe.unet, baked, W)
     assert torch.equal(SD15.run(pipe), expected)
-    poa.disable(pipe.unet)
+    poa.enable(pipe.unet, baked, W, stop=0.5)
+    with raises(PoaError, "step of sampling"):
+        SD15.run(pipe)
 
 
-@CRITERIA
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "criterion"),
+    [(torch.float16, "magnitude"), (torch.bfloat16, "magnitude"), (torch.float16, "wanda"), (torch.bfloat16, "obs")],
+)
 def test_half_precision(dtype: torch.dtype, criterion: str, case: Case, pipe: Any) -> None:
     """A threshold is rounded as in an export with --dtype, a mask is the same; the mix is rounded once."""
     name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
@@ -424,9 +390,9 @@ def test_a_model_may_be_cast_later(criterion: str, pipe: Any, case: Case) -> Non
     pipe.unet.to(torch.bfloat16)
     arguments = inputs(dtype=torch.bfloat16)
     with torch.no_grad():
-        found = pipe.unet(*arguments)[0]
+        result = pipe.unet(*arguments)[0]
         poa.enable(pipe, case.baked(criterion), W)
-        assert torch.equal(pipe.unet(*arguments)[0], found)
+        assert torch.equal(pipe.unet(*arguments)[0], result)
 
 
 def test_channels_last(pipe: Any, baked: Path) -> None:
@@ -438,8 +404,9 @@ def test_channels_last(pipe: Any, baked: Path) -> None:
     assert torch.equal(SD15.run(pipe), dense)
 
 
-@CRITERIA
-@pytest.mark.parametrize("first", ["poa", "lora"])
+@pytest.mark.parametrize(
+    ("first", "criterion"), [("poa", "magnitude"), ("lora", "magnitude"), ("poa", "wanda"), ("lora", "obs")]
+)
 def test_a_lora_is_added_to_the_pruned_base(
     first: str, criterion: str, pipe: Any, case: Case, plain: torch.Tensor
 ) -> None:
@@ -453,15 +420,15 @@ def test_a_lora_is_added_to_the_pruned_base(
     handle = poa.enable(pipe, file, 1) if first == "lora" else pipe.unet.crdiff_poa
     assert torch.equal(SD15.run(pipe), SD15.run(pruned))
     handle.schedule = poa.Schedule(W)
-    found = SD15.run(pipe)
+    result = SD15.run(pipe)
     poa.disable(pipe)
     with two_models(pipe.unet, pruned.unet, W):
-        assert torch.equal(found, SD15.run(pipe))
+        assert torch.equal(result, SD15.run(pipe))
     pipe.unload_lora_weights()
     assert torch.equal(SD15.run(pipe), plain)
 
 
-@CRITERIA
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda"])
 def test_offloading(criterion: str, case: Case, plain: torch.Tensor) -> None:
     """Of the model, of groups, and layer by layer, from weights that are nowhere between two calls."""
     file = case.baked(criterion)
@@ -495,7 +462,12 @@ def test_offloading(criterion: str, case: Case, plain: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("whole", "criterion"),
-    [pytest.param(True, "magnitude", marks=pytest.mark.slow), (False, "magnitude"), (False, "wanda"), (False, "obs")],
+    [
+        pytest.param(True, "magnitude", marks=pytest.mark.slow),
+        (False, "magnitude"),
+        (False, "wanda"),
+        pytest.param(False, "obs", marks=pytest.mark.slow),
+    ],
 )
 def test_compiled(whole: bool, criterion: str, pipe: Any, case: Case) -> None:
     """The graphs of dense and pruned layers are two; nothing is traced again at the next image."""
@@ -531,8 +503,8 @@ def test_a_modular_pipeline(tmp_path: Path) -> None:
     def run() -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)
         sizes = {"height": PIXELS, "width": PIXELS, "num_inference_steps": 2}
-        found: torch.Tensor = pipe(**pooled_inputs(2048, 1), **sizes, output="latents", generator=generator)
-        return found
+        result: torch.Tensor = pipe(**pooled_inputs(2048, 1), **sizes, output="latents", generator=generator)
+        return result
 
     plain = run()
     pipe.unet.save_pretrained(tmp_path)
@@ -541,9 +513,9 @@ def test_a_modular_pipeline(tmp_path: Path) -> None:
     pruned = copy.deepcopy(pipe.unet)
     pruned.load_state_dict(safetensors.torch.load_file(baked))
     with poa.enabled(pipe, baked, W):
-        found = run()
+        result = run()
     with two_models(pipe.unet, pruned, W):
-        assert torch.equal(found, run())
+        assert torch.equal(result, run())
     assert torch.equal(run(), plain)
 
 
@@ -560,8 +532,8 @@ def test_on_an_accelerator(dtype: torch.dtype, pipe: Any, case: Case) -> None:
         ours, theirs = pipe.unet(*arguments)[0].float(), pruned.unet(*arguments)[0].float()
         for mode in ("sequential", "batched"):
             with poa.enabled(pipe, file, W, mode=mode):
-                found = pipe.unet(*arguments)[0]
+                result = pipe.unet(*arguments)[0]
             tolerance = 1e-4 if dtype == torch.float32 else 1e-2
-            assert torch.allclose(found.float(), (1 - W) * ours + W * theirs, atol=tolerance, rtol=tolerance)
+            assert torch.allclose(result.float(), (1 - W) * ours + W * theirs, atol=tolerance, rtol=tolerance)
         with poa.enabled(pipe, file, 0):
             assert torch.equal(pipe.unet(*arguments)[0].float(), ours)

@@ -13,7 +13,7 @@ EMPTY = ("a prompt is empty", "Say what the pictures are to show.")
 
 
 @pytest.mark.parametrize(
-    ("prompts", "negative", "said"),
+    ("prompts", "negative", "texts"),
     [
         (["a fox", os.fsdecode(b"caf\xe9")], None, NOT_UTF8),
         (["a fox"], os.fsdecode(b"caf\xe9"), NOT_UTF8),
@@ -23,10 +23,10 @@ EMPTY = ("a prompt is empty", "Say what the pictures are to show.")
     ],
     ids=["latin-1", "negative", "half", "nothing", "blank"],
 )
-def test_texts_that_cannot_be_drawn(prompts: list[str], negative: str | None, said: tuple[str, str]) -> None:
+def test_texts_that_cannot_be_drawn(prompts: list[str], negative: str | None, texts: tuple[str, str]) -> None:
     with pytest.raises(OptionError) as error:
         request_checks.check_texts(prompts, negative)
-    assert (error.value.message, error.value.hint) == said
+    assert (error.value.message, error.value.hint) == texts
 
 
 @pytest.mark.parametrize(

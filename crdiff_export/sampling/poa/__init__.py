@@ -71,14 +71,21 @@ def enable(
         )
     opened = source if isinstance(source, Source) else from_baked(source)
     schedule = Schedule(opened.weight if weight is None else weight, start, stop)
-    return handle.enable(pipe, opened, schedule, mode=mode, check=check, keep=keep)
+    present = handle.installed(pipe)
+    if present and present.filled:  # the weights are compared as they were loaded
+        present.remove()
+    poa = handle.Poa(pipe, opened, schedule, mode, check=check, keep=keep)
+    disable(pipe)
+    poa.install()
+    return poa
 
 
 def disable(pipe: Any) -> None:
     """Take POA off a model, if it has any; its weights are as they were, bit by bit."""
     from crdiff_export.sampling.poa import handle
 
-    handle.disable(pipe)
+    if poa := handle.installed(pipe):
+        poa.remove()
 
 
 @contextmanager
@@ -101,4 +108,5 @@ def enabled(pipe: Any, source: Source | str | Path, weight: Weight | None = None
     try:
         yield poa
     finally:
-        handle.take_off(poa)
+        if handle.installed(poa.model) is poa:
+            poa.remove()

@@ -32,7 +32,8 @@ class Poa:
         self._layers = layers.find(self.model, source)
         for path, layer in self._layers.items():
             hooks.refuse_wrapped(path, layer)
-        self._filled = layers.make_dense(self._layers, source, check=check) if check or source.has_residual else False
+        # Whether the model's dense weights come from a residual, so that `remove` prunes them again.
+        self.filled = (check or source.has_residual) and layers.make_dense(self._layers, source, check=check)
         self._switch = LayerSwitch(keep=keep)
         self._hooks: dict[str, hooks.LayerHook] = {}
         self._call: tuple[tuple[Any, ...], dict[str, Any], float] = ((), {}, 0.0)
@@ -45,6 +46,7 @@ class Poa:
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
+        setattr(self.model, NAME, self)
 
     def __reduce_ex__(self, _protocol: Any) -> NoReturn:
         raise PoaError("a model with POA on cannot be copied or pickled", "Take POA off first: poa.disable.")
@@ -80,15 +82,10 @@ class Poa:
         """
         return self._switch.extra_bytes + sum(hook.extra_bytes for hook in self._hooks.values())
 
-    @property
-    def filled(self) -> bool:
-        """Whether the model's dense weights come from a residual, so that `remove` prunes them again."""
-        return self._filled
-
     @torch.no_grad()
     def remove(self) -> None:
         """Remove all hooks and the residual's weights; PoaError, with nothing changed, if these are offloaded."""
-        if self._filled and any(layer.weight.is_meta for layer in self._layers.values()):
+        if self.filled and any(layer.weight.is_meta for layer in self._layers.values()):
             raise PoaError(
                 "the weights that are to be pruned again are offloaded, layer by layer",
                 "Call pipe.remove_all_hooks() first, then poa.disable.",
@@ -98,10 +95,11 @@ class Poa:
         self._switch.side = Side.DENSE
         for name, layer in self._layers.items():
             hooks.detach(layer, self._hooks[name])
-            if self._filled:
+            if self.filled:
                 rule = self.source.masks.diffusers[name][0].rule(layer.weight.dtype)
                 layer.weight.copy_(rule(layer.weight, None))
         self.source.masks.release()
+        delattr(self.model, NAME)
 
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Choose the weights of the model's own pass."""
@@ -162,32 +160,10 @@ class Poa:
         return int(distances.argmin()) / len(distances)
 
 
-def enable(pipe: Any, source: Source, schedule: Schedule, *, mode: str, check: bool, keep: bool = False) -> Poa:
-    """Put POA on a pipeline's model; a POA that it has is replaced, or stays if the new one is refused."""
-    model = model_of(pipe)
-    old: Poa | None = getattr(model, NAME, None)
-    if old and old.filled:  # the weights are compared as they were loaded
-        disable(pipe)
-    poa = Poa(pipe, source, schedule, mode, check=check, keep=keep)
-    disable(pipe)
-    poa.install()
-    setattr(model, NAME, poa)
+def installed(pipe: Any) -> Poa | None:
+    """Return the POA of a pipeline's model, if it has one."""
+    poa: Poa | None = getattr(model_of(pipe), NAME, None)
     return poa
-
-
-def disable(pipe: Any) -> None:
-    """Take POA off a pipeline's model."""
-    model = model_of(pipe)
-    poa: Poa | None = getattr(model, NAME, None)
-    if poa:
-        poa.remove()
-        delattr(model, NAME)
-
-
-def take_off(poa: Poa) -> None:
-    """Take this POA off, unless another one has replaced it."""
-    if getattr(poa.model, NAME, None) is poa:
-        disable(poa.model)
 
 
 def model_of(pipe: Any) -> nn.Module:

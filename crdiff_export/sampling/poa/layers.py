@@ -1,10 +1,7 @@
 """The pruned layers of a model in memory: found by name, compared with the checkpoint, and made dense if necessary."""
 
-import contextlib
-import inspect
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -130,18 +127,8 @@ def make_dense(layers: Mapping[str, nn.Linear], source: Source, *, check: bool =
         return False
     gone, zeros = sum(result.gone for result in results.values()), sum(result.zeros for result in results.values())
     if text := sparse_warning(zeros, gone, baked):
-        warnings.warn(text, stacklevel=_stack_level())
+        warnings.warn(text, stacklevel=4)  # the caller of `poa.enable`
     return False
-
-
-def _stack_level() -> int:
-    """Count the frames up to the user's code: past this package and the module that opens `with` blocks."""
-    inside = str(Path(__file__).parents[2]), contextlib.__file__
-    caller = inspect.currentframe()
-    frame, level = caller and caller.f_back, 1
-    while frame and frame.f_code.co_filename.startswith(inside):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _other(name: str, source: Source) -> PoaError:
