@@ -399,7 +399,7 @@ def test_the_reference_is_drawn_first(weights: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Session, "draw", draw)
     watched = Steps()
-    evaluate(replace(REQUEST, native=False, weights=(1.0,), fid_weights=weights), watched)
+    evaluate(replace(REQUEST, limit=2, pictures=2, native=False, weights=(1.0,), fid_weights=weights), watched)
     native, small = Size(64, 64), Size(48, 48)
     assert drawn == [(native, (4, 5, 6)), (native, (7,)), *[(small, (0, 1, 2)), (small, (3,))] * 2]
     assert watched.done["drawing"] == watched.stages["drawing"][0] == 3 * 4

@@ -225,15 +225,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
 
 
 def test_one_file_of_a_repository(cache: Cache) -> None:
-    path = cache.add("org/name", "a.safetensors", b"x")
-    assert fetch("org/name", "a.safetensors") == path
-    assert fetch("org/name", "a.safetensors", SHA) == path
+    path = cache.add("org/name", "a.safetensors", b"x", revision="v1")
+    for revision in ("v1", SHA):
+        assert fetch("org/name", "a.safetensors", revision) == path
 
 
 def test_the_only_checkpoint_of_a_repository(cache: Cache) -> None:
-    path = cache.add("org/name", "a.safetensors", b"x")
-    cache.add("org/name", "README.md", b"x")
-    assert fetch("org/name") == path
+    path = cache.add("org/name", "a.safetensors", b"x", revision="v1")
+    cache.add("org/name", "README.md", b"x", revision="v1")
+    assert fetch("org/name", None, "v1") == path
 
 
 @pytest.mark.parametrize("letters", ["", "ab", "abcde"])
@@ -292,6 +292,7 @@ FILES = [
     "text_encoder/model.fp16-00002-of-00002.safetensors",
     "text_encoder/pytorch_model.bin",
     "tokenizer/merges.txt",
+    "tokenizer/spiece.model",
     "unet/config.json",
     "unet/diffusion_pytorch_model.fp16.safetensors",
     "unet/diffusion_pytorch_model.non_ema.safetensors",
@@ -326,20 +327,20 @@ def test_one_variant_of_each_components_weights_is_chosen(variant: str | None) -
     assert download.choose_files("org/name", FILES, variant) == CHOSEN[variant]
 
 
-@pytest.mark.parametrize("complete", [True, False])
-def test_a_folder_of_which_a_part_was_fetched_is_found_again(cache: Cache, complete: bool) -> None:
+@pytest.mark.parametrize("missing", [None, "tokenizer/merges.txt", "tokenizer/spiece.model", CHOSEN[None][-1]])
+def test_a_folder_of_which_a_part_was_fetched_is_found_again(cache: Cache, missing: str | None) -> None:
     """As from 2.0 on, where the names of all files are kept and a snapshot without some of them counts as torn."""
     if not hasattr(huggingface_hub, "get_cached_repo_tree"):
         pytest.skip("a client that does not keep the names")
-    wanted = [name for name in FILES if name.endswith((".json", ".txt")) or name in CHOSEN[None]]
-    for name in wanted if complete else wanted[:-1]:
-        cache.add("org/name", name, b"x")
+    needed = {name for name in FILES if name.endswith((".json", ".txt", ".model")) or name in CHOSEN[None]}
+    for name in needed - {missing}:
+        cache.add("org/name", name, b"x", revision="v1")
     _keep_names(cache.root / "models--org--name")
-    if complete:
-        assert fetch("org/name") == cache.root / "models--org--name/snapshots" / SHA
+    if missing is None:
+        assert fetch("org/name", None, "v1") == cache.root / "models--org--name/snapshots" / SHA
     else:
         with pytest.raises(HubError, match="not in the local cache"):
-            fetch("org/name")
+            fetch("org/name", None, "v1")
 
 
 def _keep_names(folder: Path) -> None:
