@@ -571,6 +571,7 @@ REFUSED = {
     "unknown": ("--criterion wnda", 2, "'wnda'"),
     "needs one": ("--criterion wanda:compare=row", 2, "wanda:compare=row needs a calibration"),
     "needs none": ("--criterion random --calibration {cal}", 2, "random needs no calibration"),
+    "by default": ("--calibration {cal}", 2, "magnitude needs no calibration"),
     "no file": ("--criterion wanda --calibration gone", 1, "gone: no such file"),
     "no calibration": ("--criterion wanda --calibration {base}", 1, "{base}"),
     "residual": ("--criterion obs --calibration {cal} --residual embed", 2, "--residual embed and obs"),

@@ -484,13 +484,15 @@ def test_base_of_another_shape(case: str, pairs: Callable[..., Pair], tmp_path: 
     assert message in refused(pairs().output, base)
 
 
-def test_base_without_the_variant(tmp_path: Path) -> None:
+def test_base_without_the_variant_or_the_shards(tmp_path: Path) -> None:
     tensors = makers.tiny("demo.diffusers-unet", "F16")
     for name, variant in (("half", "fp16"), ("plain", "")):
         makers.write_shards(tmp_path / name, tensors, 2, variant=variant)
     output = bake(tmp_path / "half", tmp_path / "out")
     with pytest.raises(CheckpointError, match="no 'fp16' variant of the weights"):
         check(output, tmp_path / "plain")
+    whole = makers.write(tmp_path / "whole.safetensors", tensors)
+    assert refused(output, whole) == f"{output}: has 2 files, the base 1"
 
 
 # What is no file of ours.
