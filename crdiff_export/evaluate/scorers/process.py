@@ -29,10 +29,14 @@ class Program:
     def __init__(self, words: Sequence[str]) -> None:
         """Start it; OSError or ValueError where that fails."""
         pipe = subprocess.PIPE
-        self._popen = subprocess.Popen(  # noqa: S603  the user's own command, and no shell reads it
-            words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
-        )
         self.folder = Path(tempfile.mkdtemp(prefix="crdiff-scorer-"))
+        try:
+            self._popen = subprocess.Popen(  # noqa: S603  the user's own command, and no shell reads it
+                words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+            )
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
         stdin, stdout, stderr = self._popen.stdin, self._popen.stdout, self._popen.stderr
         assert stdin and stdout and stderr  # noqa: PT018  one fact
         self._stdin = stdin
