@@ -68,7 +68,9 @@ def _parse(text: str) -> HubLocation | None:
         uri = parse_hf_uri(text)
     except errors.HfUriError:
         return None
-    return HubLocation(uri.id, uri.path_in_repo or None, uri.revision) if uri.type == "model" else None
+    if uri.type != "model" or {".", ".."} & set(uri.path_in_repo.split("/")):
+        return None
+    return HubLocation(uri.id, uri.path_in_repo or None, uri.revision)
 
 
 def parse_id(text: str) -> HubLocation | None:

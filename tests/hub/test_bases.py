@@ -97,6 +97,7 @@ def test_every_alias_is_a_place_on_the_hub(alias: str) -> None:
         *((name, name) for name in ("model.safetensors", "models/model.safetensors", "models/model.CKPT")),
         *((name, name) for name in ("/no/such/folder", "a/b/c", "~nobody-of-that-name/x", "x" * 300, "sdlx", "SDXL")),
         *((name, name) for name in ("hf://name", "hf://", "hf://datasets/a/b", "hf://my--org/b")),
+        *((name, name) for name in ("hf://org/name/../x.safetensors", "hf://org/name/a/./x.safetensors")),
         ("https://huggingface.co/org/name/resolve/main/a/b.safetensors?download=true", "/a/b.safetensors:"),
         ("https://huggingface.co/org/name", "https://huggingface.co/org/name"),
         ("https://me:password@example.org/api/download/1?token=secret", "https://example.org/api/download/1:"),
