@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from crdiff_export.bake import staging
 from crdiff_export.bake.staging import clean, publish, temp_sibling
 from crdiff_export.formats import file_lock
-from tests.support.exporting import failing, names
+from tests.support.exporting import bake, failing, names
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="no flock, no rename over folders")
 
@@ -38,6 +39,15 @@ def put(target: Path, folder: bool, *, replace: bool = True) -> None:
 
 
 both = pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no permissions of POSIX")
+def test_a_replaced_file_keeps_its_permissions(shelf: Path, tmp_path: Path) -> None:
+    target = tmp_path / "o.safetensors"
+    target.write_text("old")
+    target.chmod(0o640)
+    bake(shelf / "dit.safetensors", target, force=True)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
 
 
 @pytest.mark.parametrize("taken", [False, True])

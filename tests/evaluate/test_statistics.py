@@ -57,6 +57,13 @@ def test_few_have_no_interval(few: list[list[float]]) -> None:
     assert estimate.verdict == "too few to say"
 
 
+@pytest.mark.parametrize(("changed", "verdict"), [(5, "no difference shown"), (6, "better")])
+def test_a_few_changes_show_nothing(changed: int, verdict: str) -> None:
+    scores = [[1.0]] * changed + [[0.0]] * (12 - changed)
+    assert stats.difference(scores, [[0.0]] * 12).verdict == verdict
+    assert stats.mean(scores).verdict == "better", "resamples alone would show it"
+
+
 def test_differences_are_paired() -> None:
     base = np.random.default_rng(4).normal(0, 10, (50, 1))
     change = stats.difference((base + 0.1).tolist(), base.tolist())

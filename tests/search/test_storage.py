@@ -11,12 +11,14 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy.exc
 
 from crdiff_export import Size
 from crdiff_export.errors import SearchError
 from crdiff_export.search import Candidate, SearchRequest, prepare
 from crdiff_export.search.methods import SearchMethod
 from crdiff_export.search.setup import SearchSetup
+from crdiff_export.search.storage import as_search_error
 from crdiff_export.search.study import SearchStudy, check_settings, open_study
 from tests.support.messages import raises
 from tests.support.search_objective import NAME, PRINTS, SPACE, opened, run_hill, setup
@@ -182,6 +184,13 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with raises(SearchError, "optuna, sqlalchemy, scipy, cmaes"):
         prepare(SearchRequest("demo", Size(48, 48)))
+
+
+def test_no_error_shows_a_secret() -> None:
+    secrets = ["s3cret", "", "k3y"]
+    with raises(SearchError, "no answer for ***, key ***") as caught, as_search_error("a server", secrets):
+        raise sqlalchemy.exc.OperationalError("connect", {}, OSError("no answer for s3cret, key k3y"))
+    assert caught.value.__suppress_context__, "a traceback shows no other error"
 
 
 def test_a_storage_that_goes_away_is_an_error_of_ours(tmp_path: Path) -> None:
