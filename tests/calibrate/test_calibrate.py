@@ -277,10 +277,10 @@ def test_a_run_that_is_stopped_again_and_again_goes_on(whole: bytes, target: Pat
     assert last.titles == ["hashing", "writing"]
 
 
-def test_a_process_that_a_signal_ended_goes_on(drawing: Forks, line: Line, here: Path) -> None:
+def test_a_process_that_a_signal_ended_goes_on(drawing: Forks, here: Path) -> None:
     """SIGKILL, then SIGINT between two groups: in the end the bytes are those of a command that nobody stopped."""
     words = f"{QUICK} --criterion wanda --layers-at-once 3 -o"
-    assert line(f"{words} a.safetensors").code == 0
+    assert drawing.start(here, *shlex.split(f"{words} a.safetensors")).end().code == 0
     part = here / "b.safetensors.part"
     for signum, code, group in ((signal.SIGKILL, -signal.SIGKILL, "0001"), (signal.SIGINT, 130, "0005")):
         run = drawing.start(here, *shlex.split(f"{words} b.safetensors"))
@@ -293,7 +293,7 @@ def test_a_process_that_a_signal_ended_goes_on(drawing: Forks, line: Line, here:
         assert not (here / "b.safetensors").exists()
     assert part.name in ran.err
     assert "Traceback" not in ran.err
-    assert "kept from before:" in line(f"{words} b.safetensors").out
+    assert "kept from before:" in drawing.start(here, *shlex.split(f"{words} b.safetensors")).end().out
     assert (here / "b.safetensors").read_bytes() == (here / "a.safetensors").read_bytes()
     assert sorted(path.name for path in here.iterdir()) == ["a.safetensors", "b.safetensors"]
 
