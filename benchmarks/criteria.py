@@ -20,6 +20,7 @@ from crdiff_export.hub import bases
 from crdiff_export.progress import Silent
 from crdiff_export.prune import kernels
 from crdiff_export.prune.criterion_choice import CriterionChoice
+from crdiff_export.prune.ranking import rank
 
 CALIBRATED = ("wanda", "taylor", "adverse", "obs")
 FREE = ("magnitude", "random")
@@ -66,7 +67,7 @@ def decide(base: str, size: Size, spec: str, calibration: Path | None, device: s
     criterion = CriterionChoice.of(spec, calibration)
     plan = plan_variant(request, bases.locate(base).open(None), criterion)
     began = time.perf_counter()
-    criterion.rank([plan], kernels.load("cpu"), Silent(), device).decide(plan)
+    rank(criterion, [plan], kernels.load("cpu"), Silent(), device).decide(plan)
     return time.perf_counter() - began
 
 

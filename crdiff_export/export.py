@@ -24,6 +24,7 @@ from crdiff_export.prune.criteria import Ranked
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
 from crdiff_export.prune.plan_request import PlanRequest, plan_variant
+from crdiff_export.prune.ranking import rank
 from crdiff_export.prune.threshold import Threshold
 
 
@@ -237,7 +238,7 @@ def _rank(jobs: Sequence[ExportJob], progress: Progress) -> Iterator[_Ranking]:
     with SourceHashes(plans, _known_hashes(jobs)) if request.hashing else nullcontext() as hashes:
         kernel = kernels.load(request.device, request.threads)
         calibrated = criterion.calibrated(progress)
-        ranked = criterion.rank(plans, kernel, progress, request.device)
+        ranked = rank(criterion, plans, kernel, progress, request.device)
         yield _Ranking(calibrated, ranked, architecture.find(plans[0]), kernel, hashes, progress)
 
 

@@ -1,7 +1,7 @@
 """Which weights are set to zero: plan, thresholds, criteria and the kernels that count and clear.
 
-Begin with `plan_request.plan_variant`: it makes the `Plan` from headers and the recipe. `CriterionChoice.rank` reads
-the weights of a plan, and the `Decision` that follows has a threshold for each scope or a mask for each target.
+Begin with `plan_request.plan_variant`: it makes the `Plan` from headers and the recipe. `rank` reads the
+weights of a plan, and the `Decision` that follows has a threshold for each scope or a mask for each target.
 Importing this loads neither torch nor NumPy.
 """
 
@@ -11,6 +11,7 @@ from crdiff_export.prune.criterion_choice import MAGNITUDE, UNIFORM, CriterionCh
 from crdiff_export.prune.kernels import Kernel
 from crdiff_export.prune.plan import OutputFile, Plan, Run, Scope, Target, TooWideError, recognise, with_ratios
 from crdiff_export.prune.plan_request import PlanRequest, plan_variant
+from crdiff_export.prune.ranking import rank
 from crdiff_export.prune.threshold import Threshold
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Threshold",
     "TooWideError",
     "plan_variant",
+    "rank",
     "recognise",
     "with_ratios",
 ]

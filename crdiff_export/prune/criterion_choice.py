@@ -1,7 +1,6 @@
 """The criterion that a request names, resolved once: which weights go, and how it changes a recipe's plan."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -11,9 +10,8 @@ from crdiff_export.errors import OptionError
 from crdiff_export.formats.crdiff_keys import CalibrationStamp
 from crdiff_export.models.recipe import Variant
 from crdiff_export.progress import Progress
-from crdiff_export.prune.criteria import Calibration, Criterion, Ranked
+from crdiff_export.prune.criteria import Calibration, Criterion
 from crdiff_export.prune.criteria.spec import GROUP, MAGNITUDES, SCORED, Spec, installed
-from crdiff_export.prune.kernels import Kernel
 from crdiff_export.prune.plan import Plan, with_ratios
 
 MAGNITUDE = "magnitude"
@@ -111,30 +109,6 @@ class CriterionChoice:
             return planned
         notes = self.calibration.check(planned, self.statistics)
         return replace(planned, notes=(*planned.notes, *notes))
-
-    def rank(self, plans: Sequence[Plan], kernel: Kernel, progress: Progress, device: str = "cpu") -> Ranked:
-        """Read and rank the target weights of plans that share their checkpoint and cast.
-
-        Args:
-            plans: The plans.
-            kernel: Counts magnitudes.
-            progress: Told of the bytes read.
-            device: The torch device on which scores are computed.
-
-        Returns:
-            The ranked weights, which decide for any ratios.
-
-        Raises:
-            CalibrationError: The calibration is of another base, or lacks a statistic.
-            PlanError: Target weights are not finite, and the plans do not allow that.
-        """
-        if self.criterion is None:
-            from crdiff_export.prune.criteria.magnitude import RankedMagnitudes
-
-            return RankedMagnitudes(plans, kernel, progress)
-        from crdiff_export.prune.criteria.scored import Scored
-
-        return Scored(plans, self, progress, device)
 
     def calibrated(self, progress: Progress) -> CalibrationStamp | None:
         """Return the header's record of the calibration, whose file is read for its hash."""

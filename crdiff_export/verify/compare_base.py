@@ -22,6 +22,7 @@ from crdiff_export.prune import kernels, plan
 from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import OutputFile, Plan, open_targets
+from crdiff_export.prune.ranking import rank
 from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH, REPAIR, BakedCheckpoint, read_decision
 from crdiff_export.verify.residual_reader import Residual, ResidualReader
 
@@ -70,7 +71,7 @@ def check_base(
     kernel = kernels.load(device)
     decision = read_decision(baked, progress, moved=False)
     if criterion:
-        derived = criterion.rank([plan_again], kernel, progress, device).decide(plan_again, progress)
+        derived = rank(criterion, [plan_again], kernel, progress, device).decide(plan_again, progress)
         _compare_decisions(baked, plan_again, derived, decision)
         _check_moved(baked, plan_again, derived)
         decision = derived

@@ -18,6 +18,7 @@ from crdiff_export.prune import kernels
 from crdiff_export.prune.criteria import Calibration, Ranked, calibration
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
+from crdiff_export.prune.ranking import rank
 from crdiff_export.sizes import Size
 from tests.support import criteria_makers, makers
 from tests.support.criteria_makers import NATIVE, SIZE, planned, write_calibration
@@ -32,7 +33,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 
 def ranked(plan: Plan, text: str, calibration: Calibration | None = None) -> Ranked:
-    return replace(CriterionChoice.load(text), calibration=calibration).rank([plan], kernels.load("cpu", 1), Silent())
+    return rank(replace(CriterionChoice.load(text), calibration=calibration), [plan], kernels.load("cpu", 1), Silent())
 
 
 def made(

@@ -21,6 +21,7 @@ from crdiff_export.models.recipe import Evidence
 from crdiff_export.progress import Silent
 from crdiff_export.prune import kernels
 from crdiff_export.prune.criterion_choice import CriterionChoice
+from crdiff_export.prune.ranking import rank
 from crdiff_export.publish import report
 from crdiff_export.publish.run import publish
 from crdiff_export.publish.worklist import PublishRequest, make_worklist
@@ -175,7 +176,7 @@ def decided(base: Base, criterion: str) -> tuple[Any, Any]:
     request = base.request(Path("unused.safetensors"), criterion)
     planned = plan_variant(request, open_checkpoint(base.path))
     choice = CriterionChoice.of(criterion, base.calibration)
-    return planned, choice.rank([planned], kernels.load("cpu"), Silent()).decide(planned)
+    return planned, rank(choice, [planned], kernels.load("cpu"), Silent()).decide(planned)
 
 
 @pytest.mark.parametrize("table", [UNET, DIT])

@@ -32,6 +32,7 @@ from crdiff_export.prune.criteria import (
 )
 from crdiff_export.prune.criteria.magnitude import RankedMagnitudes
 from crdiff_export.prune.criteria.scored import KEEP, Scored
+from crdiff_export.prune.ranking import rank
 from tests.support import criteria_makers, makers, oracle
 from tests.support.accelerators import accelerator, on_an_accelerator
 from tests.support.criteria_makers import Numbers, hessian, planned, settled, with_ratio
@@ -330,7 +331,7 @@ def test_weights_are_ranked_as_they_will_be_written(demo: Demo, tmp_path: Path) 
 def test_magnitudes_have_thresholds(demo: Demo, text: str, dtype: str) -> None:
     plans = [demo(ratio, dtype) for ratio in (0.2, 0.6)]
     kernel = kernels.load("cpu", 1)
-    ranking = CriterionChoice.of(text, None).rank(plans, kernel, Silent())
+    ranking = rank(CriterionChoice.of(text, None), plans, kernel, Silent())
     for plan in (*plans, with_ratio(plans[0], 0.31)):
         right = RankedMagnitudes([plan], kernel, Silent()).decide(plan).thresholds
         decision = ranking.decide(plan)
@@ -636,7 +637,7 @@ def test_scores_of_another_shape(demo: Demo) -> None:
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
 def test_a_device_that_is_not_there(demo: Demo, device: str) -> None:
     with pytest.raises(PlanError, match=f"device {device}: ") as error:  # the rest is torch's
-        CriterionChoice.of("random", None).rank([demo()], kernels.load("cpu", 1), Silent(), device)
+        rank(CriterionChoice.of("random", None), [demo()], kernels.load("cpu", 1), Silent(), device)
     assert "--device" in error.value.hint
 
 

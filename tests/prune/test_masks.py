@@ -16,6 +16,7 @@ from crdiff_export.prune import CriterionChoice, Decision, Kernel, Mask, Plan, T
 from crdiff_export.prune.kernels.cpu import CpuKernel
 from crdiff_export.prune.kernels.device import DeviceKernel
 from crdiff_export.prune.kernels.pick import pick, zeros
+from crdiff_export.prune.ranking import rank
 from tests.support import makers, oracle
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -166,7 +167,7 @@ def test_variants_of_every_kind_come_from_one_reading(chunk: int, tmp_path: Path
     """Thresholds, masks, moved weights, another set of masks, and one that leaves everything."""
     path = base(tmp_path, "demo.original-unet", ("F16",))
     plan, nothing = planned(path), planned(path, ratio=0)
-    by_threshold = CriterionChoice.of("magnitude", None).rank([plan], kernel, Silent()).decide(plan)
+    by_threshold = rank(CriterionChoice.of("magnitude", None), [plan], kernel, Silent()).decide(plan)
     left = Decision(tuple(Threshold(None, 0, scope.count) for scope in nothing.scopes), (None,) * len(nothing.targets))
     decisions = [by_threshold, decided(plan, 4), decided(plan, 5, moved=True), left, decided(plan, 6)]
     plans = [plan, plan, plan, nothing, plan]

@@ -18,6 +18,7 @@ from crdiff_export.prune import criteria, kernels
 from crdiff_export.prune.criteria import magnitude
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan, with_ratios
+from crdiff_export.prune.ranking import rank
 from crdiff_export.sampling.poa.masks import Masks
 from crdiff_export.verify import DATA_HASH, FILE_HASH, BakedCheckpoint, open_baked, read_decision
 
@@ -102,7 +103,7 @@ def from_recipe(request: ExportRequest, progress: Progress | None = None) -> Sou
     criterion, shown = CriterionChoice.of(request.criterion, request.calibration), progress or Silent()
     plan = plan_variant(request, base.open(request.variant), criterion)
     kernel = kernels.load(request.device, request.threads)
-    decided = criterion.rank([plan], kernel, shown, request.device).decide(plan, shown)
+    decided = rank(criterion, [plan], kernel, shown, request.device).decide(plan, shown)
     return Source(Masks.of(plan, decided), plan, plan.variant.poa_weight, base.name, notes=decided.notes)
 
 
@@ -132,7 +133,7 @@ class BaseRanking:
         kernel, shown = kernels.load("cpu", None), progress or Silent()
         self._ranked: criteria.Ranked
         if criterion and criterion.masks:
-            self._ranked = criterion.rank(every, kernel, shown, device)
+            self._ranked = rank(criterion, every, kernel, shown, device)
         else:  # the ranking counts magnitudes, and looks up the threshold of a ratio in them
             self._ranked = magnitude.RankedMagnitudes(every, kernel, shown, refined=False)
 
