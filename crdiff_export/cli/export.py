@@ -19,8 +19,10 @@ from crdiff_export.export import Baked, ExportJob, ExportRequest, prepare, run
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.formats.text import amount
 from crdiff_export.prune.criterion_choice import MAGNITUDE
-from crdiff_export.publish import Destination, PushRequest, check_request
-from crdiff_export.publish import prepare as check_destination
+from crdiff_export.publish.request import PushRequest, check_request
+from crdiff_export.publish.request import prepare as check_destination
+from crdiff_export.publish.target import Destination
+from crdiff_export.sizes import Size
 from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance
 
 
@@ -33,7 +35,7 @@ from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance
 )
 @options.base_argument
 @option_group("Base", options.variant)
-@option_group("Size", option("--res", "The size to prune for, in pixels.", options.SIZE, "size", required=True))
+@option_group("Size", option("--res", "The size to prune for, in pixels.", options.SIZE, required=True))
 @options.ratio_options
 @option_group(
     "Ratios",
@@ -50,8 +52,7 @@ from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance
     option("--dtype", "Cast all float tensors. Default: keep each as it is.", click.Choice(list(DTYPES))),
     option("--residual", "Keep what is pruned away, for crdiff restore: in the file itself, or in a sidecar beside it.",
            click.Choice(list(WAYS)), default=NONE, show_default=True),
-    option("--no-hash", "Leave the SHA-256 of base and output out of the header.", dest="hashing",
-           callback=options.negated),
+    option("--no-hash", "Leave the SHA-256 of base and output out of the header."),
     option("--allow-nonfinite", "Keep and count target weights that are infinite or not numbers."),
     option("--dry-run", "Show what would be done; read headers only, write nothing."),
     options.force,
@@ -61,8 +62,13 @@ from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance
 )
 @options.push_options
 @gather("push", partial(PushRequest, ""))
-@gather("request", ExportRequest)
-def export(out: Output, request: ExportRequest, push: PushRequest, *, dry_run: bool, repo: str | None) -> Result:
+def export(
+    out: Output, base: str, res: Size, *, output: Path | None, recipe: Path | None, prompt: str | None,
+    ratio: float | None, ratios: Mapping[str, float], poa_weight: float | None, targets: tuple[str, ...] | None,
+    criterion: str, calibration: Path | None, device: str, threads: int | None, dtype: str | None, variant: str | None,
+    residual: str, no_hash: bool, allow_nonfinite: bool, dry_run: bool, force: bool, repo: str | None,
+    push: PushRequest,
+) -> Result:  # fmt: skip
     """Prune BASE for a size and write a new checkpoint with everything about it in its header.
 
     BASE is a path to a checkpoint or diffusers folder, a Hub id (ORG/NAME), hf://ORG/NAME/FILE, or an alias
@@ -70,7 +76,12 @@ def export(out: Output, request: ExportRequest, push: PushRequest, *, dry_run: b
     """
     out.quiet_hub_client()
     pushing = _push_request(repo, push)
-    out.announce_base(request.base)
+    request = ExportRequest(
+        base, res, output, recipe=recipe, prompt=prompt, ratio=ratio, ratios=ratios, poa_weight=poa_weight,
+        targets=targets, criterion=criterion, calibration=calibration, device=device, dtype=dtype, variant=variant,
+        residual=residual, hashing=not no_hash, force=force, allow_nonfinite=allow_nonfinite, threads=threads,
+    )  # fmt: skip
+    out.announce_base(base)
     destination = _destination(pushing, request) if pushing and not dry_run else None
     job = prepare(request)
     out.notes(job.plan.notes)

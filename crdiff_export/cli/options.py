@@ -78,11 +78,6 @@ POA_WEIGHT = click.FloatRange(0, MAX_POA_WEIGHT)
 COUNT = click.IntRange(1)
 
 
-def negated(_ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
-    """Turn a flag such as --no-hash into the value of a parameter such as `hashing`."""
-    return not value
-
-
 def complete_base(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Offer the built-in recipes, whose names stand for their bases, and files."""
     from crdiff_export.models.recipe_files import aliases

@@ -9,21 +9,14 @@ import click
 
 from crdiff_export.cli import options
 from crdiff_export.cli.blocks import Facts, Table
-from crdiff_export.cli.command import command, gather, option, option_group
+from crdiff_export.cli.command import command, option, option_group
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.push import log_upload
 from crdiff_export.errors import OptionError
-from crdiff_export.publish import (
-    Outcome,
-    PublishRequest,
-    TagResult,
-    Worklist,
-    exit_code,
-    make_worklist,
-    report,
-    set_tags,
-)
-from crdiff_export.publish import publish as run
+from crdiff_export.publish import report
+from crdiff_export.publish.run import Outcome, TagResult, exit_code, set_tags
+from crdiff_export.publish.run import publish as run
+from crdiff_export.publish.worklist import PublishRequest, Worklist, make_worklist
 
 
 @command(
@@ -35,7 +28,7 @@ from crdiff_export.publish import publish as run
 @option_group("Computing", options.device, options.threads)
 @option_group(
     "Hub",
-    option("--no-push", "Write the files, and leave the Hub alone.", dest="push", callback=options.negated),
+    option("--no-push", "Write the files, and leave the Hub alone."),
     option("--create-pr", "Commit to a pull request; a second run continues it."),
 )
 @option_group(
@@ -43,22 +36,26 @@ from crdiff_export.publish import publish as run
     option("-o, --output DIRECTORY", "Folder to write to. Default: the current one.",
            click.Path(path_type=Path, file_okay=False), "folder", default=Path()),
     option("--keep", "none: make, push and remove one variant after the other, for a small disk.",
-           click.Choice(["all", "none"]), default="all", show_default=True,
-           callback=lambda _ctx, _param, value: value == "all"),
+           click.Choice(["all", "none"]), default="all", show_default=True),
     option("--dry-run", "Show what would be done; write and push nothing."),
 )  # fmt: skip
-@gather("request", PublishRequest)
-def publish(out: Output, request: PublishRequest, *, dry_run: bool) -> Result:
+def publish(
+    out: Output, plan: Path, folder: Path, *, keep: str, no_push: bool, create_pr: bool, dry_run: bool, device: str,
+    threads: int | None,
+) -> Result:  # fmt: skip
     """Make all variants that PLAN asks for and push them, with their model cards.
 
     PLAN is a TOML file with bases, sizes and repositories (docs/publishing.md). What the Hub holds already, made from
     the same base with the same numbers, is skipped. A base is read once for all of its variants. One that fails does
     not stop the others; a second run does what is missing.
     """
-    if not (request.push or request.keep):
+    if no_push and keep == "none":
         raise OptionError("--no-push and --keep none do not go together", "Nothing would be left.")
-    if request.create_pr and not request.push:
+    if no_push and create_pr:
         raise OptionError("--no-push and --create-pr do not go together", "Leave one of them out.")
+    request = PublishRequest(
+        plan, folder, keep=keep == "all", push=not no_push, create_pr=create_pr, device=device, threads=threads
+    )
     out.quiet_hub_client()
     worklist = make_worklist(request, out.threads_progress)
     out.notes(report.planned_notes(worklist))

@@ -14,18 +14,18 @@ from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.progress_display import rate_text
 from crdiff_export.errors import HubError
 from crdiff_export.formats.text import amount
-from crdiff_export.publish import (
-    Destination,
+from crdiff_export.publish.commit import PushResult
+from crdiff_export.publish.commit import push as send
+from crdiff_export.publish.request import (
     PushRequest,
-    PushResult,
-    Upload,
     check_request,
     make_upload,
     path_in_repository,
     prepare,
     read_source_name,
 )
-from crdiff_export.publish import push as send
+from crdiff_export.publish.target import Destination
+from crdiff_export.publish.upload import Upload
 
 
 @command(
