@@ -120,7 +120,7 @@ def _explanations(error: Exception, repo: str, access: Access) -> Iterator[tuple
             lost = "the Hub's Xet storage does not answer", failed[1]
     yield errors.GatedRepoError, "gated; your account has no access", f"Accept its terms at {page}, then {_LOG_IN}."
     yield errors.LocalEntryNotFoundError, *absent
-    yield errors.LocalTokenNotFoundError, "nobody is logged in", f"R{_LOG_IN[1:]}."
+    yield errors.LocalTokenNotFoundError, "you are not logged in", f"R{_LOG_IN[1:]}."
     yield errors.OfflineModeIsEnabled, *cut_off
     yield errors.RepositoryNotFoundError, "no such repository, or a private one", f"Check the id, or {_LOG_IN}."
     yield errors.RevisionNotFoundError, "no such revision", "Check the branch, tag or commit."

@@ -1,7 +1,7 @@
 """Which weights are set to zero: plan, thresholds, criteria and the kernels that count and clear.
 
-Begin with `plan_request.plan_variant`: it makes the `Plan` from headers and the recipe. `rank` reads the
-weights of a plan, and the `Decision` that follows has a threshold for each scope or a mask for each target.
+Begin with `plan_request.plan_variant`: it makes the `Plan` from headers and the recipe. `rank` reads the weights of a
+plan, and the `Decision` that follows has a threshold for each scope or a mask for each target.
 Importing this loads neither torch nor NumPy.
 """
 

@@ -38,7 +38,8 @@ def prepare(destination: Destination, private: bool | None, bases: Iterable[str 
 
     Args:
         destination: Where to push.
-        private: Whether to create a private repository, if there is none; None to decide by the bases' licences.
+        private: Whether a repository that has to be created is private; None for private where `why_private` has a
+            reason for one of the bases.
         bases: The Hub ids of the bases of what goes there, as far as they are known.
 
     Returns:
@@ -63,7 +64,7 @@ def _open(destination: Destination, *, private: bool, why_private: str | None) -
         raise
     except errors.RepositoryNotFoundError as error:
         if status(error) == 401:  # without a login; an invalid token raises another error
-            raise HubError(f"{repo}: nobody is logged in", "Run `hf auth login` or set HF_TOKEN.") from error
+            raise HubError(f"{repo}: you are not logged in", "Run `hf auth login` or set HF_TOKEN.") from error
         if for_request:
             raise HubError(
                 f"{repo}: no such repository, or a private one, to open a pull request for",

@@ -97,7 +97,7 @@ def next_point(
     running: Collection[Point] = (),
     constants: AnnealingConstants = PAPER,
 ) -> Point | None:
-    """Choose the point to try next, as the continuation of a walk that nobody is at.
+    """Choose the point to try next, as the continuation of a walk that no worker is at.
 
     Walk 0 is the public code's. Where workers are at all walks (ours, for several workers), another one begins at a
     random point of the box, unless one has ended already. Walks are recognised by their points alone. Two workers that

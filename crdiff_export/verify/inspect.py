@@ -193,7 +193,7 @@ def mask(stamp: Stamp) -> str:
 
 
 def provenance(standing: str, source: str) -> str:
-    """Say in one line where ratios come from and, if nobody has tuned them, say so.
+    """Say in one line where ratios come from and say so if they are not tuned.
 
     Args:
         standing: The provenance, as in recipes and headers.
@@ -202,7 +202,7 @@ def provenance(standing: str, source: str) -> str:
     Returns:
         The line.
     """
-    return f"{'starting point, tuned by nobody' if standing == 'starting-point' else standing} ({source})"
+    return f"{'starting point, not tuned' if standing == 'starting-point' else standing} ({source})"
 
 
 def _plain_groups(checkpoint: Checkpoint, match: Match) -> dict[str, dict[str, Any]]:

@@ -278,7 +278,7 @@ def test_a_run_that_is_stopped_again_and_again_goes_on(whole: bytes, target: Pat
 
 
 def test_a_process_that_a_signal_ended_goes_on(drawing: Forks, here: Path) -> None:
-    """SIGKILL, then SIGINT between two groups: in the end the bytes are those of a command that nobody stopped."""
+    """SIGKILL, then SIGINT between two groups: in the end the bytes are those of an uninterrupted command."""
     words = f"{QUICK} --criterion wanda --layers-at-once 3 -o"
     assert drawing.start(here, *shlex.split(f"{words} a.safetensors")).end().code == 0
     part = here / "b.safetensors.part"

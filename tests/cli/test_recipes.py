@@ -56,7 +56,7 @@ def test_a_recipe_is_shown_with_what_differs_between_its_variants(line: Line, he
     assert "base:  none" in ran.out
     assert ran.out.splitlines()[-3:] == [
         "size     down  mid   up  POA weight  prompt  ratios",
-        "512x512   0.1  0.2  0.3         1.5  a cat   starting point, tuned by nobody (a guess)",
+        "512x512   0.1  0.2  0.3         1.5  a cat   starting point, not tuned (a guess)",
         "768x768   0.1  0.2  0.3           2  any     searched (a search)",
     ]
     _, searched = line("recipes show own.toml --json").result["variants"]

@@ -172,7 +172,7 @@ def test_the_sheet_has_the_pictures_and_says_what_they_are(made: tuple[Preview, 
     text = sheet.text["parameters"]  # type: ignore[attr-defined]
     assert facts["base"] == "demo (demo)"
     assert facts["size"] == "96x64, native 64x64"
-    assert facts["ratios"] == "down 0.4, mid 0.4, up 0.4: starting point, tuned by nobody (given on the command line)"
+    assert facts["ratios"] == "down 0.4, mid 0.4, up 0.4: starting point, not tuned (given on the command line)"
     assert facts["sampling"] == "2 steps of DDIM, guidance 3"
     assert facts["negative"] == "blurry"
     assert facts["note"].startswith('"a red fox" is not a prompt of the demo model: it does not know fox; ')
@@ -197,7 +197,7 @@ def test_the_page_has_each_picture_with_its_parameters(made: tuple[Preview, Step
     assert (prompt, negative) == ("a red fox", "Negative prompt: blurry")
     start = "Steps: 2, Sampler: DDIM, CFG scale: 3, Seed: 0, Size: 96x64, Model: demo, crdiff: POA 1.5, ratios: "
     assert last == start + "0.4/0.4/0.4"
-    assert "starting point, tuned by nobody" in html
+    assert "starting point, not tuned" in html
 
 
 @pytest.mark.parametrize("where", ["drawing", "writing"])

@@ -17,7 +17,7 @@ from crdiff_export.evaluate.report.sheet import PAPER, SheetLayout, TextLine
 from tests.support.scoring import noise
 
 COLUMNS = ("dense", "pruned", "POA 1.5")
-FACTS = (("base", "demo"), ("ratios", "starting point, tuned by nobody (" + "a long story " * 12 + "ends)"))
+FACTS = (("base", "demo"), ("ratios", "starting point, not tuned (" + "a long story " * 12 + "ends)"))
 LONG = " ".join(f"word{number}" for number in range(120))
 HOSTILE = '<script src="https://example.org/x.js">alert(1)</script> & "quotes" \u202e'
 

@@ -180,7 +180,7 @@ def test_command_prints_facts_a_table_and_files(line: Line, undrawn: None, monke
     assert ran.code == 0, ran.err
     out = ran.out.splitlines()
     assert out[0].split() == ["base:", "demo", "(demo),", "native", "64x64"]
-    assert re.search(r"ratios for 48x48: +down 0.4, mid 0.4, up 0.4: starting point, tuned by nobody", ran.out)
+    assert re.search(r"ratios for 48x48: +down 0.4, mid 0.4, up 0.4: starting point, not tuned", ran.out)
     (head,) = [text for text in out if text.startswith("size")]
     assert re.split(" {2,}", head)[:2] == ["size", "model"]
     assert out[-2:] == ["e.html", "e.toml"]

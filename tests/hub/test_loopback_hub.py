@@ -139,26 +139,26 @@ def test_rights(client: Client, loopback_hub: LoopbackHub) -> None:
     }  # fmt: skip
     job = {"base": "org/base", "gated": "org/gated", "private": SCOPED_REPO, "tokens": tokens}
     (answer,) = client(loopback_hub, ("rights", job))
-    missing, missing_to_nobody = (["RepositoryNotFoundError", status] for status in (404, 401))
+    missing, missing_to_anonymous = (["RepositoryNotFoundError", status] for status in (404, 401))
     forbidden, invalid = (["HfHubHTTPError", status] for status in (403, 401))
     assert answer["repo"] == missing
     assert answer["revision"] == ["RevisionNotFoundError", HTTPStatus.NOT_FOUND]
     assert answer["entry"] == ["RemoteEntryNotFoundError", HTTPStatus.NOT_FOUND]
     gated = {
         "stranger": ["GatedRepoError", HTTPStatus.FORBIDDEN],
-        "nobody": ["GatedRepoError", HTTPStatus.UNAUTHORIZED],
+        "anonymous": ["GatedRepoError", HTTPStatus.UNAUTHORIZED],
     }
     assert answer["gated"] == {**gated, "write": OK}
     assert answer["whoami"] == ["write", "read", "fineGrained"]
     assert answer["expired"] == invalid
-    strangers = {"expired": invalid, "stranger": missing, "nobody": missing_to_nobody}
+    strangers = {"expired": invalid, "stranger": missing, "anonymous": missing_to_anonymous}
     assert answer["read"] == {"write": OK, "read": OK, "scoped": OK, **strangers}
     assert answer["write"] == {"write": OK, "read": forbidden, "scoped": OK, **strangers}
-    nobody = {"expired": invalid, "nobody": missing_to_nobody}
-    assert answer["commit"] == {**dict.fromkeys(("write", "read", "scoped", "stranger"), forbidden), **nobody}
-    assert answer["pull"] == {**dict.fromkeys(("write", "read", "scoped", "stranger"), OK), **nobody}
+    anonymous = {"expired": invalid, "anonymous": missing_to_anonymous}
+    assert answer["commit"] == {**dict.fromkeys(("write", "read", "scoped", "stranger"), forbidden), **anonymous}
+    assert answer["pull"] == {**dict.fromkeys(("write", "read", "scoped", "stranger"), OK), **anonymous}
     assert answer["own pull"] == OK
-    creators = {"read": forbidden, "scoped": forbidden, "stranger": forbidden, "expired": invalid, "nobody": invalid}
+    creators = {"read": forbidden, "scoped": forbidden, "stranger": forbidden, "expired": invalid, "anonymous": invalid}
     assert answer["create"] == {"write": OK, **creators}
     assert answer["create elsewhere"] == forbidden
 

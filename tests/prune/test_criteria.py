@@ -301,7 +301,7 @@ def test_damping_is_raised_where_it_is_too_little() -> None:
 
 
 def test_obs_tells_where_it_raised_the_damping() -> None:
-    # Off the diagonal all are 1.05, so that an eigenvalue of -0.05 has to be mended.
+    # Off the diagonal all are 1.05, so the least eigenvalue is -0.05, which damping has to raise above 0.
     bad = np.full((3, 3), 1.05)
     np.fill_diagonal(bad, 1)
     layers = [layer_of(weight_of(2, 3), {"gram": gram.astype(np.float32)}) for gram in (bad, np.eye(3))]

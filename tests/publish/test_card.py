@@ -473,7 +473,7 @@ def test_evidence_is_shown_and_no_more() -> None:
     odd = told(row(provenance="guessed", provenance_source="x"))
     assert "the ratios are called guessed (x). No measurement is recorded." in odd
     both = told(row(evidence={"scorer": "S", "pruned": "1"}, prompt="a *cat*"))
-    assert "**nobody tuned these ratios**" in both
+    assert "**these ratios are not tuned**" in both
     only = "They are for one prompt: “a &#42;cat&#42;”. It records this measurement and no other: scorer S, pruned 1."
     assert only in both
 
@@ -486,7 +486,7 @@ def test_the_table() -> None:
     assert rows[0] == ["file", "base", "size", "ratios", "provenance", "POA weight", "bytes", "SHA-256"]
     at = "https://huggingface.co/me/x"
     large, small, tall = CARD.variants[0].path, CARD.variants[1].path, "2048x1024"
-    start = "starting point, tuned by nobody"
+    start = "starting point, not tuned"
     base = f"[{SDXL}](https://huggingface.co/{SDXL})"
     unet = "down 0.3, mid 0.3, up 0.3"
     size = "6,938,040,682"

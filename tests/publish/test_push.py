@@ -177,9 +177,9 @@ ACCESS: dict[str, tuple[str | None, str, str, Client]] = {
     "read token, new": (READ_TOKEN, "tester/new", "may not create", "installed"),
     "expired": (EXPIRED_TOKEN, "tester/mine", "401", "installed"),
     "nonsense": ("hf_" + "x" * 34, "tester/new", "401", "oldest"),
-    "none": (None, "tester/mine", "nobody", "installed"),
-    "none, oldest": (None, "tester/mine", "nobody", "oldest"),
-    "none, new": (None, "tester/new", "nobody", "installed"),
+    "none": (None, "tester/mine", "not logged in", "installed"),
+    "none, oldest": (None, "tester/mine", "not logged in", "oldest"),
+    "none, new": (None, "tester/new", "not logged in", "installed"),
     "another repository's": (REPO_TOKEN, "tester/mine", "403", "installed"),
     "somebody's": (WRITE_TOKEN, "stranger/public", "403", "installed"),
     "somebody's secret": (WRITE_TOKEN, "stranger/private", "may not create", "installed"),
@@ -274,7 +274,7 @@ def test_an_export_to_a_pull_request_needs_a_token(desk: Desk) -> None:
     """To look at the repository takes none."""
     desk.hub.add_repo("stranger/public")
     ran = desk.export("demo", "--push", "stranger/public", "--create-pr", token=None)
-    refused(ran, 4, "stranger/public", "nobody")
+    refused(ran, 4, "stranger/public", "not logged in")
     assert list(desk.folder.iterdir()) == []
 
 

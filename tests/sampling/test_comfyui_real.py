@@ -222,4 +222,4 @@ def test_information(results: dict[str, Any]) -> None:
     assert "baked.safetensors" in results["choices"]
     assert "demo.safetensors" not in results["choices"]
     assert "POA weight: 1.5" in results["info"]
-    assert "tuned by nobody" in results["info"]
+    assert "not tuned" in results["info"]

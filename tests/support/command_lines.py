@@ -7,6 +7,6 @@ from tests.support.isolation import Ran
 # Runs a command line as one would type it.
 Line = Callable[[str], Ran]
 UNTUNED = (
-    "starting point, tuned by nobody (search start of the CR-Diff public code: 0.3/0.3/0.3, POA weight 1.5; "
+    "starting point, not tuned (search start of the CR-Diff public code: 0.3/0.3/0.3, POA weight 1.5; "
     "nobody tuned this size)"
 )

@@ -231,5 +231,5 @@ def test_inspect_reads_headers_only(crdiff: Crdiff, tmp_path: Path) -> None:
 
 
 def test_what_nobody_tuned_says_so() -> None:
-    assert provenance("starting-point", "a guess") == "starting point, tuned by nobody (a guess)"
+    assert provenance("starting-point", "a guess") == "starting point, not tuned (a guess)"
     assert provenance("published", "a paper") == "published (a paper)"

@@ -86,7 +86,7 @@ def propose(repo: str) -> Any:
 
     pulls = [commit(b"1", f"Pull {number}", create_pr=True) for number in (1, 2)]
     commit(b"2", "More", revision="refs/pr/1")
-    queries: dict[str, dict[str, Any]] = {"all": {}, "own": {"author": "tester"}, "others": {"author": "nobody"}}
+    queries: dict[str, dict[str, Any]] = {"all": {}, "own": {"author": "tester"}, "others": {"author": "stranger"}}
     listed = {
         kind: [
             [pull.num, pull.title, pull.status, pull.author]
@@ -132,7 +132,7 @@ def read(repo: str, revisions: list[str], path: str) -> Any:
 def rights(base: str, gated: str, private: str, tokens: dict[str, str]) -> Any:
     """What goes wrong with names that do not exist and with tokens that lack a right."""
     api = HfApi()
-    as_ = {**{name: HfApi(token=token) for name, token in tokens.items()}, "nobody": HfApi(token=False)}
+    as_ = {**{name: HfApi(token=token) for name, token in tokens.items()}, "anonymous": HfApi(token=False)}
 
     def commit(who: str, repo: str, **more: Any) -> Any:
         add = CommitOperationAdd("file.bin", f"{who} {more}".encode())
@@ -150,7 +150,7 @@ def rights(base: str, gated: str, private: str, tokens: dict[str, str]) -> Any:
         "entry": caught(lambda: api.hf_hub_download(base, "nothing")),
         "gated": {
             who: caught(lambda who=who: as_[who].hf_hub_download(gated, "model.safetensors"))  # type: ignore[misc]
-            for who in ("stranger", "nobody", "write")
+            for who in ("stranger", "anonymous", "write")
         },
         "whoami": [as_[who].whoami()["auth"]["accessToken"]["role"] for who in ("write", "read", "scoped")],
         "expired": caught(lambda: as_["expired"].model_info(base)),
