@@ -132,6 +132,9 @@ def documents(draw: st.DrawFn) -> str:
         line = text.count("\n") + 1
         if draw(st.booleans()) and arrays:
             header = draw(st.sampled_from(arrays))
+            # Its tables so far are those of the element before.
+            tables = [table for table in tables if table == f"{header} . " or not table.startswith(f"{header} . ")]
+            arrays = [array for array in arrays if not array.startswith(f"{header} . ")]
         else:
             header = draw(st.sampled_from(tables)) + draw(st.sampled_from(["t{}_{}", '"t{} ]_{}"'])).format(
                 line, number
