@@ -316,7 +316,7 @@ def test_targets_of_transformers(table: str, kinds: tuple[str, ...], tmp_path: P
     check(tmp_path, tensors, DIT_RATIOS, kinds, targets=kinds)
     if table == "flux-dev.original":
         expected = oracle.expect([tensors], DIT_RATIOS, kinds, dit=True)
-        linear1 = [piece for piece in expected.slices if piece.tensor.endswith("single_blocks.7.linear1.weight")]
+        linear1 = [piece for piece in expected.slices if piece.tensor.endswith("single_blocks.8.linear1.weight")]
         assert len({expected.thresholds[expected.slices.index(piece)] for piece in linear1}) == 3
 
 
