@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from crdiff_export.errors import HubError
 from crdiff_export.hub.daemon_threads import map_in_threads, run_in_daemon_thread
 from crdiff_export.hub.retry import retry
 from tests.support import hub_runs
+from tests.support.forks import Forks
 from tests.support.hub_runs import CLIENTS, Client, answer
 from tests.support.loopback_hub import READ_TOKEN, WRITE_TOKEN, LoopbackHub
 from tests.support.publishing import NAME, PULL, REPO, TITLE, Desk, Made, changed, digest, refused
@@ -161,11 +163,11 @@ def test_an_error_is_one_object(desk: Desk, made: Made) -> None:
 
 
 def test_a_bare_result_has_nothing_of_the_clients_troubles(desk: Desk, made: Made) -> None:
-    """It logs every request that it sends again, to signed addresses as well."""
+    """It logs every request that it sends again, to signed addresses as well, unless it is told before it is loaded."""
     desk.hub.add_repo(REPO)
     for match in ("/preupload/", "PUT /lfs/"):
         desk.hub.fail(match)
-    ran = desk.push(made.one, REPO, "--json", hurry=True)
+    ran = replace(desk, clients=None).push(made.one, REPO, "--json", hurry=True)
     assert (ran.code, ran.err, ran.result["changed"]) == (0, "", True)
 
 
@@ -333,10 +335,10 @@ def held(desk: Desk, path: Path, hold: Any, *args: object, **how: Any) -> subpro
     ],
 )
 def test_a_second_run_does_what_a_kill_left(
-    where: str, given: list[str], client: Client, made: Made, tmp_path: Path
+    where: str, given: list[str], client: Client, made: Made, tmp_path: Path, clients: Forks | None
 ) -> None:
     with LoopbackHub(tmp_path / "xet" if where == "over Xet" else None) as hub:
-        desk = Desk(hub, tmp_path)
+        desk = Desk(hub, tmp_path, clients)
         hub.add_repo(REPO, {"README.md": b"# Mine\n"})
         if where == "in a later part":
             hub.part_size = made.one.stat().st_size // 2 + 1

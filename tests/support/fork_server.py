@@ -3,42 +3,92 @@
 `python fork_server.py KIND MODULE...` loads what an export needs and these modules. It reads jobs from stdin, one JSON
 object a line, and answers each with its process id, and then with its exit code. A job may add environment variables,
 and a hook: the nth call of a function sends a signal to its own process, or waits for a file. With the KIND
-"hub-client" a job has an environment of its own, and loads the Hub's client, which reads that, after the fork.
+"hub-client" a job has an environment of its own. The Hub's client reads that when it is loaded, so a fork loads it for
+all jobs of one environment.
 """
 
 import contextlib
 import importlib
 import io
 import json
+import logging
 import os
 import runpy
 import signal
+import ssl
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+GUARD = Path(__file__).with_name("guard")
 
 
 def serve() -> None:
     """Run jobs until stdin ends."""
     kind, *modules = sys.argv[1:]
+    if kind == "hub-client":
+        runpy.run_path(str(GUARD / "short_sleep.py"))  # before anything keeps `time.sleep` as a default
     for module in modules:
         importlib.import_module(module)
     warm()
     if kind == "hub-client":
         for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
             del sys.modules[name]  # what the client is made of stays loaded
+        logging.getLogger("huggingface_hub").handlers.clear()
     say("ready")
-    for line in sys.stdin:
+    line = sys.stdin.readline()
+    while line:
+        if kind == "hub-client":
+            line = serve_with_client(line)
+        else:
+            start(json.loads(line))
+            line = sys.stdin.readline()
+
+
+def serve_with_client(line: str) -> str:
+    """Run a job, and those that follow, in a fork that has loaded the Hub's client; return the first it is not for."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.close(reader)
         job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            run(job)
-        say(child)
-        _, status = os.waitpid(child, 0)
-        say(os.waitstatus_to_exitcode(status))
+        environment = job["env"]
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
+        # A new process would load this by itself.
+        runpy.run_path(str(GUARD / "sitecustomize.py"), run_name="sitecustomize")
+        importlib.import_module("huggingface_hub.hf_api")
+        ssl.create_default_context(capath=os.devnull)  # the first one takes long
+        while line and read_by_client(job["env"]) == read_by_client(environment):
+            start(job)
+            if line := sys.stdin.readline():
+                job = json.loads(line)
+        os.write(writer, line.encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, encoding="utf-8") as rest:
+        line = rest.read()
+    os.wait()
+    return line
+
+
+def read_by_client(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what decides which of the Hub's clients is loaded, and what that reads then; not the token."""
+    names = (name for name in environment if name == "PYTHONPATH" or name.startswith("HF_"))
+    return {name: environment[name] for name in names if name != "HF_TOKEN"}
+
+
+def start(job: dict[str, Any]) -> None:
+    """Run a job in a fork, and answer it."""
+    child = os.fork()
+    if child == 0:
+        run(job)
+    say(child)
+    _, status = os.waitpid(child, 0)
+    say(os.waitstatus_to_exitcode(status))
 
 
 def warm() -> None:
@@ -71,9 +121,6 @@ def run(job: dict[str, Any]) -> None:
     try:
         if job["hub_client"]:
             os.environ.clear()
-            sys.path[:0] = job["env"]["PYTHONPATH"].split(os.pathsep)
-            # A new process would load this by itself.
-            runpy.run_path(str(Path(__file__).with_name("guard") / "sitecustomize.py"), run_name="sitecustomize")
         os.environ.update(job["env"])
         os.chdir(job["cwd"])
         for number, name in ((1, "stdout"), (2, "stderr")):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ class Forks:
     def __init__(self, *modules: str, hub_client: bool = False) -> None:
         """With `hub_client` every run has the environment `env` and nothing else, and a client that knows its Hub."""
         self._hub_client = hub_client
+        self._folder = tempfile.TemporaryDirectory() if hub_client else None
         if not hasattr(os, "fork"):
             pytest.skip("there are no forks here")
         kind = "hub-client" if hub_client else "plain"
@@ -97,6 +99,8 @@ class Forks:
 
     def start(self, cwd: Path, *args: object, **options: Any) -> Run:
         """Begin a command; `hook`, `limit` (bytes of any file), `platform` and `env` are as the server says."""
+        if self._folder:
+            options["env"] = self._at_one_place(options["env"])
         logs = cwd.parent / f"logs-{self.process.pid}"
         logs.mkdir(exist_ok=True)
         job = {
@@ -109,6 +113,15 @@ class Forks:
         print(json.dumps(job), file=self.process.stdin, flush=True)
         return Run(self.process, int(self._line()), logs / "err")
 
+    def _at_one_place(self, environment: dict[str, str]) -> dict[str, str]:
+        """The same with a home of the Hub's client that has one name for all runs, so that it is loaded once."""
+        assert self._folder
+        link = Path(self._folder.name) / "home"
+        link.unlink(missing_ok=True)
+        Path(environment["HF_HOME"]).mkdir(parents=True, exist_ok=True)
+        link.symlink_to(environment["HF_HOME"])
+        return {**environment, "HF_HOME": str(link), "HF_XET_CACHE": str(link / "xet")}
+
     def run(self, cwd: Path, *args: object, **options: Any) -> tuple[int, list[str]]:
         started = self.start(cwd, *args, **options)
         return started.wait(), started.err
@@ -119,3 +132,5 @@ class Forks:
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
+        if self._folder:
+            self._folder.cleanup()

@@ -32,18 +32,6 @@ CLIENTS: tuple[Client, ...] = ("installed", "oldest")
 GUARD = Path(__file__).resolve().parent / "guard"
 # Seconds that no run may take, however busy the machine.
 PATIENCE = 120.0
-HURRY = """
-import os, time
-sleep = time.sleep
-def note(seconds):
-    if seconds:
-        with open(os.environ["CRDIFF_TEST_SLEPT"], "a") as file:
-            print(seconds, file=file)
-    sleep(seconds / 100)
-time.sleep = note
-from crdiff_export.cli import main
-main()
-"""
 
 
 def need(client: Client) -> None:
@@ -60,6 +48,7 @@ def environment(
     token: str | None = WRITE_TOKEN,
     env: Mapping[str, str] | None = None,
     xet: bool = False,
+    hurry: bool = False,
 ) -> dict[str, str]:
     """What leads a process to the Hub, keeps what it writes below `home`, and chooses its client."""
     need(client)
@@ -71,18 +60,16 @@ def environment(
         **hub.environment(home / "hub", token=token, xet=xet),
         "PYTHONWARNINGS": "default",
         "CRDIFF_TEST_SLEPT": str(home / "slept"),
+        **({"CRDIFF_TEST_HURRY": "1"} if hurry else {}),
         "PYTHONPATH": os.pathsep.join(first),
         **(env or {}),
     }
 
 
-def start(
-    hub: LoopbackHub, home: Path, cwd: Path, *args: object, hurry: bool = False, **how: Any
-) -> subprocess.Popen[str]:
+def start(hub: LoopbackHub, home: Path, cwd: Path, *args: object, **how: Any) -> subprocess.Popen[str]:
     """Begin `crdiff ARGS` in the folder `cwd`; its caches are below `home`, and are shared by what has the same one."""
-    program = ["-c", HURRY] if hurry else ["-m", "crdiff_export"]
     return subprocess.Popen(
-        [sys.executable, "-P", *program, *map(str, args)],
+        [sys.executable, "-P", "-m", "crdiff_export", *map(str, args)],
         cwd=cwd, env=environment(hub, home, **how),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

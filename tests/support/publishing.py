@@ -90,18 +90,17 @@ class Desk:
     def home(self) -> Path:
         return self.tmp / "home"
 
-    def run(self, *args: object, client: hub_runs.Client | None = None, hurry: bool = False, **how: Any) -> Ran:
-        """What `crdiff ARGS` does: in a fork, but for what forks cannot do."""
-        client = client or self.client
-        if self.clients is None or hurry or client != "installed":
-            return hub_runs.run(self.hub, self.home, self.folder, *args, client=client, hurry=hurry, **how)
+    def run(self, *args: object, **how: Any) -> Ran:
+        """What `crdiff ARGS` does."""
+        if self.clients is None:
+            return hub_runs.run(self.hub, self.home, self.folder, *args, **{"client": self.client, **how})
         return checked(self.fork(*args, **how).end())
 
     def fork(self, *args: object, hook: Mapping[str, Any] | None = None, **how: Any) -> Run:
         """Begin `crdiff ARGS` in a fork."""
         if not self.clients:
             pytest.skip("there are no forks here")
-        environment = hub_runs.environment(self.hub, self.home, **how)
+        environment = hub_runs.environment(self.hub, self.home, **{"client": self.client, **how})
         return self.clients.start(self.folder, *args, hook=hook, env=environment)
 
     def push(self, path: Path | str, repo: str = REPO, *args: object, **how: Any) -> Ran:

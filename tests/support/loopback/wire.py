@@ -258,14 +258,19 @@ class Connection(BaseHTTPRequestHandler):
 
 
 class Listener(ThreadingHTTPServer):
-    """On a port of its own; `open` until its block ends, then no connection and no thread is left."""
+    """On a port that all have one after the other; `open` until its block ends, then no connection is left."""
 
     daemon_threads = False
     block_on_close = True
     request_queue_size = 128
+    _last_port = 0
 
     def __init__(self, hub: "LoopbackHub") -> None:
-        super().__init__(("127.0.0.1", 0), Connection)
+        try:
+            super().__init__(("127.0.0.1", Listener._last_port), Connection)
+        except OSError:  # another program's by now
+            super().__init__(("127.0.0.1", 0), Connection)
+        Listener._last_port = self.server_address[1]
         self.hub = hub
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
