@@ -33,4 +33,4 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
 
 
 def test_two_workers_share_a_file_and_one_is_killed(tmp_path: Path) -> None:
-    check_that_nothing_is_lost(tmp_path / "a.db", "tpe", trials=14, workers=2)
+    check_that_nothing_is_lost(tmp_path / "a.db", "tpe", trials=8, workers=2)

@@ -4,9 +4,11 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -15,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from crdiff_export.search import TrialEvent
+from crdiff_export.search import Candidate, TrialEvent
 from tests.support import ROOT
 from tests.support.search_objective import Hill, attempts_of, check_scores, run_hill, setup, trials_of
 
@@ -33,21 +35,39 @@ def context() -> ForkServerContext:
     return made
 
 
-def work(storage: str, method: str, trials: int, delay: float, events: Connection, errors: Path) -> None:
+@dataclass
+class Held(Hill):
+    """A hill that waits before one of its calls, until the file `hold` is gone from a folder."""
+
+    folder: Path = Path()
+    call: int | None = None
+
+    def scores(self, candidate: Candidate, pairs: Sequence[int]) -> list[float]:
+        if self.calls == self.call:
+            hold = self.folder / "hold"
+            hold.touch()
+            while hold.exists():
+                time.sleep(0.01)
+        return super().scores(candidate, pairs)
+
+
+def work(
+    storage: str, method: str, trials: int, delay: float, hold: int | None, events: Connection, folder: Path
+) -> None:
     """Work on a search, send each event, and write what is said to a file; no warning passes."""
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(folder / "errors", os.O_WRONLY | os.O_CREAT), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.simplefilter("error")
-    run_hill(storage, setup(method), trials, Hill(delay=delay), events.send)
+    run_hill(storage, setup(method), trials, Held(delay=delay, folder=folder, call=hold), events.send)
 
 
 class WorkerProcess:
     """A worker, and the events that it has told so far."""
 
-    def __init__(self, process: ForkServerProcess, connection: Connection, errors: Path) -> None:
+    def __init__(self, process: ForkServerProcess, connection: Connection, folder: Path) -> None:
         self.process = process
         self.events: list[TrialEvent] = []
-        self._connection, self._errors = connection, errors
+        self._connection, self._hold, self._errors = connection, folder / "hold", folder / "errors"
 
     def until(self, kind: str, after: int = -1, **wanted: object) -> int:
         """The number of the first trial beyond another one that has an event of a kind, with these fields."""
@@ -55,7 +75,17 @@ class WorkerProcess:
             matches = all(getattr(event, key) == value for key, value in {"kind": kind, **wanted}.items())
             if matches and event.number is not None and event.number > after:
                 return event.number
-        raise AssertionError(f"the worker ended after {self.events[-3:]}: {self._errors.read_text()}")
+        raise AssertionError(f"the worker ended after {self.events[-3:]}: {self._said()}")
+
+    def wait(self) -> None:
+        """Wait until it is held."""
+        until = time.monotonic() + PATIENCE
+        while not self._hold.exists():
+            assert time.monotonic() < until, self._said()
+            time.sleep(0.01)
+
+    def release(self) -> None:
+        self._hold.unlink()
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -66,13 +96,16 @@ class WorkerProcess:
         """The kinds of all events, once the worker has ended well and without another word."""
         list(self._further())
         self.process.join(PATIENCE)
-        assert (self.process.exitcode, self._errors.read_text()) == (0, "")
+        assert (self.process.exitcode, self._said()) == (0, "")
         return [event.kind for event in self.events]
 
     def finished(self) -> list[int]:
         """The trials that it finished."""
         kinds = ("complete", "pruned")
         return [event.number for event in self.events if event.kind in kinds and event.number is not None]
+
+    def _said(self) -> str:
+        return self._errors.read_text()
 
     def _further(self) -> Iterator[TrialEvent]:
         while True:
@@ -84,28 +117,33 @@ class WorkerProcess:
 
 
 @contextmanager
-def worker(storage: object, method: str, trials: int, delay: float) -> Iterator[WorkerProcess]:
-    """A worker that runs; it is killed at the end, unless it has ended."""
+def worker(storage: object, method: str, trials: int, delay: float, hold: int | None = None) -> Iterator[WorkerProcess]:
+    """A worker that runs, and is held before a call of its objective; it is killed at the end, unless it has ended."""
     reader, writer = context().Pipe(duplex=False)
-    with TemporaryDirectory() as folder, reader:
-        errors = Path(folder) / "errors"
-        process = context().Process(target=work, args=(str(storage), method, trials, delay, writer, errors))
+    with TemporaryDirectory() as name, reader:
+        folder = Path(name)
+        process = context().Process(target=work, args=(str(storage), method, trials, delay, hold, writer, folder))
         process.start()
         writer.close()
         try:
-            yield WorkerProcess(process, reader, errors)
+            yield WorkerProcess(process, reader, folder)
         finally:
             process.kill()
             process.join()
 
 
 def check_that_nothing_is_lost(storage: object, method: str, trials: int, workers: int) -> None:
-    """Start several workers at once, kill the first at a trial, and check what the others make of the search."""
+    """Start several workers at once, kill the first in a trial, and check what the others make of the search."""
     with ExitStack() as stack:
-        first, *others = [stack.enter_context(worker(storage, method, trials, 0.1)) for _ in range(workers)]
-        begun = max(other.until("started", after=1) for other in others)  # all are at work
-        lost = first.until("scored", after=begun, done=4)
+        # The first has scored half of a trial when all are at work.
+        holds = [1] + [0] * (workers - 1)
+        first, *others = [stack.enter_context(worker(storage, method, trials, 0.05, hold)) for hold in holds]
+        for each in (first, *others):
+            each.wait()
+        lost = first.until("scored")
         first.kill()
+        for other in others:
+            other.release()
         for other in others:
             other.end()
     results = trials_of(storage, setup(method))
