@@ -34,7 +34,7 @@ def commands(*names: str, hub: bool) -> list[list[str]]:
     return [shlex.split(part)[1:] for part in parts if ("sdxl" in part or "publish" in part) == hub]
 
 
-# A picture of few steps is a picture, too: what a command does not say is said here.
+# A picture of few steps is a picture, too: what a command does not say is said here, and what it says is replaced.
 FEW_STEPS = {
     "CRDIFF_PREVIEW_STEPS": "2", "CRDIFF_EVALUATE_STEPS": "2", "CRDIFF_SEARCH_NATIVE": "0",
     "CRDIFF_PREVIEW_FORCE": "1",  # two documents have a preview of one name
@@ -48,7 +48,8 @@ def test_the_offline_commands_in_their_order(names: tuple[str, ...], drawing: Fo
     for folder in ("comfy", "custom_nodes"):
         (here / "ComfyUI" / folder).mkdir(parents=True)
     for words in dict.fromkeys(map(tuple, commands(*names, hub=False))):
-        ran = drawing.start(here, *words, env=FEW_STEPS).end()
+        few = ["1" if before == "--steps" else word for before, word in zip(("", *words), words, strict=False)]
+        ran = drawing.start(here, *few, env=FEW_STEPS).end()
         assert ran.code == 0, (words, ran.err)
         if words[0] in ("preview", "evaluate"):
             assert "2 steps of " in ran.out, words

@@ -365,7 +365,9 @@ def architecture_of(folder: Path) -> str:
 # sd-mecha, a merger with tables of its own of what a checkpoint has to hold.
 
 
-@pytest.mark.parametrize(("residual", "without"), [("none", None), ("embed", "zz_crdiff.")])
+@pytest.mark.parametrize(
+    ("residual", "without"), [pytest.param("none", None, marks=pytest.mark.slow), ("embed", "zz_crdiff.")]
+)
 def test_sd_mecha_merges_it(
     residual: str, without: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
