@@ -31,21 +31,40 @@ settings.load_profile("crdiff")
 
 FOREIGN = ("CRDIFF_", "_CRDIFF_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "DIFFUSERS_")
 APPEARANCE = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "CLICOLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE")
+# Rooms of the tests, those first that take longest.
+LONG = (
+    "test_docs.py", "search", "calibrate", "sampling", "publish", "bake", "export", "evaluate", "formats", "prune",
+    "verify",
+)  # fmt: skip
+# They share a fork server, which takes ten seconds to start.
+DRAWING = LONG[:3]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Use one worker more than there are cores: tests of signals, servers and disks wait a tenth of their time."""
-    return (os.cpu_count() or 1) + 1
-
-
-@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give neighbouring tests to one process, which makes what a module shares only once."""
-    from xdist.scheduler import WorkStealingScheduling  # type: ignore[import-untyped]
+    """Give each room to one process, so that what its tests share is made once."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
-    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+    class ByRoom(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            part = room(nodeid.partition("::")[0])
+            return "drawing" if part in DRAWING else part
+
+    config.option.loadscopereorder = False  # they are in order by now
+    return ByRoom(config, log)
+
+
+def room(file: str) -> str:
+    """The folder or file below `tests` that a path leads to."""
+    return file.removeprefix("tests/").partition("/")[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the rooms that take longest, so that all processes end at about the same time."""
+    items.sort(key=lambda item: LONG.index(part) if (part := room(item.nodeid.partition("::")[0])) in LONG else 99)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
