@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 import click
 
 from crdiff_export.cli.command import Decorator, OptionMaker, gather, option, option_group
-from crdiff_export.cli.options import COUNT, DEVICE, join_prompts, prompts_file, variant
+from crdiff_export.cli.options import COUNT, DEVICE, FiniteRange, join_prompts, prompts_file, variant
 from crdiff_export.cli.output import Output
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.sampling.drawing_setup import DrawingSetup
@@ -24,7 +24,7 @@ scorer_options = option_group(
 options = option_group(
     "Drawing",
     option("--steps N", "Steps of sampling. Default: 25; schnell: 4.", click.IntRange(1, 1000)),
-    option("--guidance G", "Guidance scale. Default: diffusers'; demo: 4.", click.FloatRange(0, 100)),
+    option("--guidance G", "Guidance scale. Default: diffusers'; demo: 4.", FiniteRange(0, 100)),
     option("--negative TEXT", "Negative prompt."),
     option("--device", "Where to draw: auto takes a GPU.", DEVICE, default="auto", show_default=True),
     option("--dtype", "Default: fp16 or bf16 on a GPU, fp32 on a CPU.", click.Choice(list(DTYPES))),

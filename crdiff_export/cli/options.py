@@ -1,5 +1,6 @@
 """Types of options, options that several commands take, and completion."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,16 @@ from crdiff_export.models.recipe import MAX_POA_WEIGHT, TARGETS
 from crdiff_export.sizes import Size
 
 BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers. No bound of click's own keeps out `nan`, which is neither below nor above it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a number that can be used.", param, ctx)
+        return number
 
 
 class ParsedType(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.5 on
@@ -73,8 +84,8 @@ TARGET_KINDS = ParsedType("KINDS", _parse_targets)
 DEVICE = ParsedType("DEVICE", _parse_device, ("auto", "cpu", "cuda", "mps"))
 BYTES = ParsedType("BYTES", parse_bytes)
 FILE = click.Path(path_type=Path)
-RATIO = click.FloatRange(0, 1, max_open=True)
-POA_WEIGHT = click.FloatRange(0, MAX_POA_WEIGHT)
+RATIO = FiniteRange(0, 1, max_open=True)
+POA_WEIGHT = FiniteRange(0, MAX_POA_WEIGHT)
 COUNT = click.IntRange(1)
 
 

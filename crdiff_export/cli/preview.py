@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import click
-
 from crdiff_export.cli import drawing, options
 from crdiff_export.cli.blocks import Facts
 from crdiff_export.cli.command import command, gather, option, option_group
@@ -12,7 +10,7 @@ from crdiff_export.evaluate.comparison import model_name
 from crdiff_export.evaluate.preview import Preview, PreviewJob, PreviewRequest, draw, measure, prepare, write
 from crdiff_export.formats.text import plural
 
-FRACTION = click.FloatRange(0, 1)
+FRACTION = options.FiniteRange(0, 1)
 
 
 @command(

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     option("--seed N", "The method's seed.", click.IntRange(0), default=42, show_default=True),
     option("--trials N", "Trials in all, of all runs and workers. Default: 60; with --hours as many as there is time "
            "for.", click.IntRange(2)),
-    option("--hours H", "Begin no trial after H hours.", click.FloatRange(0, min_open=True)),
+    option("--hours H", "Begin no trial after H hours.", options.FiniteRange(0, min_open=True)),
     option("--low R", "The smallest ratio to try. Default: 0.", options.RATIO),
     option("--high R", "The largest. Default: 0.9.", options.RATIO),
     option("--paper", "Annealing from 0.1 to 0.8 with the constants of the paper's public code."),
