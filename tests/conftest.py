@@ -64,7 +64,9 @@ def room(file: str) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the rooms that take longest, so that all processes end at about the same time."""
-    items.sort(key=lambda item: LONG.index(part) if (part := room(item.nodeid.partition("::")[0])) in LONG else 99)
+    items.sort(
+        key=lambda item: LONG.index(part) if (part := room(item.nodeid.partition("::")[0])) in LONG else len(LONG)
+    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -48,9 +48,9 @@ from tests.support.messages import check, raises, refused
 DEMO = CalibrateRequest("demo", Size(48, 48), ("wanda",), limit=3, steps=1, batch=2, samples=1)
 ALL = ("wanda", "obs", "taylor", "taylor:form=abs", "adverse")
 # Two groups of gradients, of one sample of each of two pictures.
-LITTLE = replace(DEMO, criteria=("taylor",), limit=2, steps=1, samples=1, layers=30)
+LITTLE = replace(DEMO, criteria=("taylor",), limit=2, layers=30)
 # For what happens around the files.
-SHORT = replace(DEMO, limit=1, steps=1)
+SHORT = replace(DEMO, limit=1)
 QUICK = "calibrate demo --res 48 --limit 2 --steps 1 --loss-samples 1"
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -54,7 +54,7 @@ def test_what_is_pushed_is_there_once(
         ran = desk.push(made.one, REPO, "--json", client=client, xet=way == "xet")
         assert (ran.code, ran.err) == (0, "")
         agents = " ".join(asked.headers["user-agent"] for asked in hub.requests)
-        assert {found == "1.32.0" for found in re.findall(r"hf_hub/([\d.]+)", agents)} == {client == "oldest"}
+        assert set(re.findall(r"hf_hub/(\d)", agents)) == {"1" if client == "oldest" else "2"}
         commit = hub.repo(REPO).branches["main"]
         url = f"{hub.url}/{REPO}/resolve/{commit}/{NAME}"
         note = f"created {REPO}, private, as the licence of its base is not known"

@@ -54,15 +54,15 @@ def serve_with_client(line: str) -> str:
     if os.fork() == 0:
         os.close(reader)
         job = json.loads(line)
-        environment = job["env"]
-        os.environ.clear()
-        os.environ.update(environment)
-        sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
+        loaded = read_by_client(job["env"])
+        take_on(job["env"])
+        sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
         # A new process would load this by itself.
         runpy.run_path(str(GUARD / "sitecustomize.py"), run_name="sitecustomize")
         importlib.import_module("huggingface_hub.hf_api")
         ssl.create_default_context(capath=os.devnull)  # the first one takes long
-        while line and read_by_client(job["env"]) == read_by_client(environment):
+        while line and read_by_client(job["env"]) == loaded:
+            take_on(job["env"])
             start(job)
             if line := sys.stdin.readline():
                 job = json.loads(line)
@@ -73,6 +73,12 @@ def serve_with_client(line: str) -> str:
         line = rest.read()
     os.wait()
     return line
+
+
+def take_on(environment: Mapping[str, str]) -> None:
+    """Have this environment and nothing else."""
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def read_by_client(environment: Mapping[str, str]) -> dict[str, str]:
@@ -119,8 +125,6 @@ def run(job: dict[str, Any]) -> None:
     code: Any = 99
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # not Python's exception
     try:
-        if job["hub_client"]:
-            os.environ.clear()
         os.environ.update(job["env"])
         os.chdir(job["cwd"])
         for number, name in ((1, "stdout"), (2, "stderr")):

@@ -82,7 +82,6 @@ class Forks:
 
     def __init__(self, *modules: str, hub_client: bool = False) -> None:
         """With `hub_client` every run has the environment `env` and nothing else, and a client that knows its Hub."""
-        self._hub_client = hub_client
         self._folder = tempfile.TemporaryDirectory() if hub_client else None
         if not hasattr(os, "fork"):
             pytest.skip("there are no forks here")
@@ -106,8 +105,7 @@ class Forks:
         job = {
             "args": [str(arg) for arg in args], "cwd": str(cwd),
             "stdout": str(logs / "out"), "stderr": str(logs / "err"),
-            "hook": None, "limit": None, "platform": None, "env": {},
-            "hub_client": self._hub_client, **options,
+            "hook": None, "limit": None, "platform": None, "env": {}, **options,
         }  # fmt: skip
         assert self.process.stdin
         print(json.dumps(job), file=self.process.stdin, flush=True)

@@ -77,12 +77,17 @@ class WorkerProcess:
                 return event.number
         raise AssertionError(f"the worker ended after {self.events[-3:]}: {self._said()}")
 
-    def wait(self) -> None:
-        """Wait until it is held."""
+    def wait(self) -> int:
+        """Wait until it is held; the number of the trial that it is at."""
         until = time.monotonic() + PATIENCE
         while not self._hold.exists():
             assert time.monotonic() < until, self._said()
             time.sleep(0.01)
+        while self._connection.poll():
+            self.events.append(self._connection.recv())
+        (*_, number) = (event.number for event in self.events if event.kind == "started")
+        assert number is not None
+        return number
 
     def release(self) -> None:
         self._hold.unlink()
@@ -135,12 +140,10 @@ def worker(storage: object, method: str, trials: int, delay: float, hold: int | 
 def check_that_nothing_is_lost(storage: object, method: str, trials: int, workers: int) -> None:
     """Start several workers at once, kill the first in a trial, and check what the others make of the search."""
     with ExitStack() as stack:
-        # The first has scored half of a trial when all are at work.
-        holds = [1] + [0] * (workers - 1)
+        # The first has finished a trial and is in another when all are at work.
+        holds = [3] + [0] * (workers - 1)
         first, *others = [stack.enter_context(worker(storage, method, trials, 0.05, hold)) for hold in holds]
-        for each in (first, *others):
-            each.wait()
-        lost = first.until("scored")
+        lost, *_ = [each.wait() for each in (first, *others)]
         first.kill()
         for other in others:
             other.release()
@@ -152,5 +155,5 @@ def check_that_nothing_is_lost(storage: object, method: str, trials: int, worker
     assert attempts_of(storage, setup(method))[lost] == 2
     finished = [number for each in (first, *others) for number in each.finished()]
     assert sorted(finished) == [trial.number for trial in results]
-    assert all(other.finished() for other in others)
+    assert all(each.finished() for each in (first, *others))
     check_scores(results)

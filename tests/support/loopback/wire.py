@@ -258,7 +258,7 @@ class Connection(BaseHTTPRequestHandler):
 
 
 class Listener(ThreadingHTTPServer):
-    """On a port that all have one after the other; `open` until its block ends, then no connection is left."""
+    """On a port that all have in turn; `open` until its block ends, then no connection and no thread is left."""
 
     daemon_threads = False
     block_on_close = True
