@@ -3,8 +3,12 @@
 `code` is the error's name in JSON, `exit_code` that of the command line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import ClassVar
+
+_PACKAGE = str(Path(__file__).parent)
 
 
 class CrdiffError(Exception):
@@ -45,6 +49,12 @@ class OptionError(RecipeError):
 
     exit_code = 2
     code = "usage"
+
+
+class PromptsError(CrdiffError):
+    """A file of prompts cannot be read."""
+
+    code = "prompts"
 
 
 class PlanError(CrdiffError):
@@ -118,3 +128,58 @@ class CalibrationError(CrdiffError):
     """A calibration cannot be made or read, or is of another base than the one it is used with."""
 
     code = "calibration"
+
+
+class CriterionError(CrdiffError):
+    """A criterion of another package fails."""
+
+    code = "criterion"
+
+
+@contextmanager
+def foreign_errors(error_type: type[CrdiffError], what: str, hint: str) -> Iterator[None]:
+    """Turn an exception of code that is not ours into an error for people.
+
+    An exception of this package is a bug and keeps its traceback, and so does one of the block itself only if it is
+    none of a call with wrong arguments or of a wrong result. Too little memory has an error of its own.
+
+    Args:
+        error_type: The class of the error.
+        what: Whose code it is, with which the message begins.
+        hint: What to do; the traceback is shown on request.
+
+    Yields:
+        Nothing; the code runs in the `with` block.
+
+    Raises:
+        CrdiffError: An `error_type`, with the kind and the first line of the exception.
+    """
+    try:
+        yield
+    except CrdiffError:
+        raise
+    except (Exception, SystemExit) as error:
+        if is_out_of_memory(error) or _is_ours(error):
+            raise
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        text = f"{type(error).__name__}: {first}" if first else type(error).__name__
+        raise error_type(f"{what}: {text}", f"{hint} --debug shows the traceback.") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory is too small, for Python or on a device."""
+    words = str(error).lower()
+    phrases = ("out of memory", "can't allocate memory", "not enough memory")
+    is_runtime = isinstance(error, RuntimeError) and any(phrase in words for phrase in phrases)
+    return isinstance(error, MemoryError) or is_runtime
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an exception comes from a function of this package that the guarded block called."""
+    trace = error.__traceback__
+    block = trace.tb_next if trace else None  # below the frame of `foreign_errors` is that of the block
+    if block is None or block.tb_next is None:
+        return False
+    while block.tb_next:
+        block = block.tb_next
+    return block.tb_frame.f_code.co_filename.startswith(_PACKAGE)

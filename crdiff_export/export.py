@@ -38,6 +38,7 @@ class ExportRequest(PlanRequest):
         residual: Where to keep the pruned values: `none`, `embed` or `sidecar`.
         hashing: Write the SHA-256 of base and output into the header.
         force: Replace an output that exists.
+        all_files: Copy files of a diffusers folder that are no part of its pipeline, too.
         threads: Threads on the CPU; None for all cores.
     """
 
@@ -47,6 +48,7 @@ class ExportRequest(PlanRequest):
     residual: str = residual.NONE
     hashing: bool = True
     force: bool = False
+    all_files: bool = False
     threads: int | None = None
 
 
@@ -104,7 +106,7 @@ def prepare(request: ExportRequest) -> ExportJob:
     criterion = CriterionChoice.of(request.criterion, request.calibration)
     residual.check_request(request.residual, criterion, hashing=request.hashing)
     base = bases.locate(request.base, request.variant)
-    return prepare_located(request, criterion, base, base.open(request.variant))
+    return prepare_located(request, criterion, base, base.open(request.variant, all_files=request.all_files))
 
 
 def prepare_located(
@@ -129,6 +131,7 @@ def prepare_located(
         checkpoint, request.size, request.output, base.stem, request.residual, force=request.force
     )
     planned = plan_variant(request, checkpoint, criterion)
+    metadata.check_length(planned, criterion.name, base.name)
     return ExportJob(request, base, criterion, planned, target)
 
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Final, Self
 
-from crdiff_export.errors import RecipeError
+from crdiff_export.errors import OptionError, RecipeError
 
 MAX_SIDE: Final = 16384
 
@@ -46,9 +46,9 @@ def check_grid(target: Size, grid: int, title: str) -> None:
         title: The model family's name, for the message.
 
     Raises:
-        RecipeError: A side is no multiple of the grid; the hint names the nearest size that fits.
+        OptionError: A side is no multiple of the grid; the hint names the nearest size that fits.
 
     """
     fit = Size(*(max(1, (side + grid // 2) // grid) * grid for side in (target.width, target.height)))
     if fit != target:
-        raise RecipeError(f"{target} does not fit {title}'s latent grid (multiples of {grid})", f"Use {fit}.")
+        raise OptionError(f"{target} does not fit {title}'s latent grid (multiples of {grid})", f"Use {fit}.")

@@ -41,7 +41,8 @@ def choose_target(
     Args:
         checkpoint: The base's headers.
         size: The size to prune for.
-        output: The path that the user gives; None for `STEM-crdiff-WxH` in the current folder.
+        output: The path that the user gives, or a folder for a file with the default name; None for
+            `STEM-crdiff-WxH` in the current folder.
         stem: The base's name, for the default; None to take the checkpoint's.
         way: How the residual is kept; a sidecar needs a free path, too.
         force: Replace an output that exists.
@@ -54,7 +55,11 @@ def choose_target(
     """
     folder = checkpoint.kind != "file"
     suffix = "" if folder else ".safetensors"
-    target = output if output is not None else Path(f"{stem or checkpoint.stem}-crdiff-{size}{suffix}")
+    default = f"{stem or checkpoint.stem}-crdiff-{size}{suffix}"
+    target = output if output is not None else Path(default)
+    with _refuse_os_errors(target):
+        is_place = not folder and target.suffix != ".safetensors" and target.is_dir()
+        target = target / default if is_place else target
     check_target(checkpoint, target, force=force)
     if way == residual.SIDECAR and not folder:
         check_file(residual.sidecar_path(target), force=force)
@@ -108,7 +113,7 @@ def _refuse_os_errors(target: Path) -> Iterator[None]:
 
 def _check_parent(target: Path) -> None:
     """Refuse a path without a name, and a folder that does not exist or cannot be written to."""
-    if target.name in ("", ".."):
+    if target.name in ("", "..", ".safetensors"):
         raise PlanError(f"{target}: not a name for the output", f"Give it one: -o {target / 'NAME'}.")
     if not target.parent.is_dir():
         raise PlanError(f"{target}: the folder {target.parent} does not exist", "Create it, or give another -o.")
@@ -146,8 +151,10 @@ def _check_file_name(target: Path) -> None:
             f"{target}: a folder; the output is one file", f"Give a file name: -o {target / 'NAME.safetensors'}."
         )
     if target.suffix != ".safetensors":
-        name = target.stem if target.suffix in PICKLES else target.name
-        raise PlanError(f"{target}: the output is a safetensors file", f"Name it {name}.safetensors.")
+        name = target.stem if target.suffix in (*PICKLES, ".sft") else target.name
+        raise PlanError(
+            f"{target}: the output is a safetensors file", f"Name it {name}.safetensors, or give a folder that exists."
+        )
 
 
 def _check_folder(checkpoint: Checkpoint, target: Path, *, force: bool) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
+from crdiff_export.errors import PlanError
 from crdiff_export.formats.crdiff_keys import (
     BLOCK_WISE,
     LAYER_WISE,
@@ -18,6 +19,7 @@ from crdiff_export.formats.crdiff_keys import (
     Stamp,
     safe,
 )
+from crdiff_export.formats.safetensors import MAX_BYTES, serialise, show
 from crdiff_export.models.recipe import Evidence
 from crdiff_export.prune.architecture import Architecture
 from crdiff_export.prune.criteria import Decision
@@ -25,6 +27,10 @@ from crdiff_export.prune.plan import Plan
 
 # Hashes of bytes that pruning changes; web UIs would name the base in every image that the baked file draws.
 STALE = re.compile(r"modelspec\.hash_\w+|sshs_model_hash|sshs_legacy_hash")
+
+
+# The most characters of a threshold and its counts in a header.
+_THRESHOLD = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +75,12 @@ def stamp_of_plan(
         groups={group: GroupStamp(plan.ratio(group), 0, 0) for group in plan.groups},
         resolution=plan.size,
         native=plan.size,
+        native_source="",
         source_name=_text(source_name),
         recipe=_text(f"{plan.recipe} {variant.resolution}"),
         provenance=variant.provenance,
         provenance_source=_text(variant.source),
+        borrowed_from=variant.borrowed_from,
         poa_weight=float(variant.poa_weight),
         calibrated=calibrated,
         cast=plan.cast,
@@ -123,6 +131,7 @@ def stamp(
         stamp_of_plan(plan, criterion, source_name, residual, calibrated),
         groups=groups,
         native=architecture.native,
+        native_source=architecture.native_source,
         thresholds=tuple(t.value for t in decision.thresholds) if per_layer and not masked else None,
         masked=method if masked else None,
         moved=bool(decision.moved),
@@ -177,12 +186,41 @@ def header(
     return {**inherited, **generated, **stamp.to_metadata()}
 
 
+def check_length(plan: Plan, criterion: str, source_name: str) -> None:
+    """Refuse a base whose header leaves no room for ours, before anything is written.
+
+    Args:
+        plan: The plan of the export.
+        criterion: The criterion as headers spell it.
+        source_name: The name of the base.
+
+    Raises:
+        PlanError: The header would be longer than the format allows.
+    """
+    hashes = Hashes("0" * 66, None, "0" * 66)
+    family = Architecture(plan.match.family.architecture, plan.size)
+    for output in plan.outputs:
+        if output.source.data_start < MAX_BYTES // 2:  # our keys have a few KB
+            continue
+        keys = header(plan, stamp_of_plan(plan, criterion, source_name), family, output.source.metadata, hashes)
+        size = len(serialise(output.tensors, keys)) - 8 + _THRESHOLD * len(plan.scopes)
+        if size > MAX_BYTES:
+            texts = {**dict.fromkeys((tensor.name for tensor in output.tensors), ""), **output.source.metadata}
+            longest = max(texts, key=lambda key: len(key) + len(texts[key]))
+            message = f"with crdiff's keys its header has {size:,} bytes, the format allows {MAX_BYTES:,}"
+            length = len(longest) + len(texts[longest])
+            raise PlanError(
+                f"{output.source.path}: {message}",
+                f"Save it without the key {show(longest)}, which has {length:,} characters.",
+            )
+
+
 def _title(name: str) -> str:
     """Make a model's title from the name of its file, folder or repository."""
     last = name.rsplit("/", 1)[-1]
     if re.fullmatch(r"hf://[^/]+/[^/]+", name):
         last = last.partition("@")[0]  # a revision
-    return re.sub(r"\.(safetensors|safetensors\.index\.json|ckpt|pth?|bin)$", "", last) or name
+    return re.sub(r"\.(safetensors|sft|safetensors\.index\.json|ckpt|pth?|bin)$", "", last) or name
 
 
 def tool_version() -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from crdiff_export.bake import staging
 from crdiff_export.bake.destination import check_file
 from crdiff_export.bake.direct_writer import DirectWriter
-from crdiff_export.errors import CalibrationError, CheckpointError, PlanError
+from crdiff_export.errors import CalibrationError, CheckpointError, OptionError, PlanError
 from crdiff_export.formats import file_lock, safetensors
 from crdiff_export.formats.checkpoint import read_file
 from crdiff_export.formats.hashing import PIECE
@@ -50,7 +50,7 @@ def check_target(target: Path, plan: Plan, *, force: bool) -> None:
         PlanError: It cannot or must not be written there.
     """
     if target.suffix != SUFFIX:
-        raise PlanError(
+        raise OptionError(
             f"{target}: a calibration is a safetensors file", f"Name it {target.name or 'calibration'}{SUFFIX}."
         )
     paths = [file.path for file in plan.checkpoint.files]  # which do not exist while the base is on the Hub alone

@@ -20,7 +20,7 @@ from crdiff_export.calibrate import memory as free_memory
 from crdiff_export.calibrate.denoise import Denoising
 from crdiff_export.calibrate.folder import Folder, open_folder
 from crdiff_export.calibrate.setting import CalibrationResult, LayerSpec, Pass, Setting
-from crdiff_export.errors import CalibrationError
+from crdiff_export.errors import CalibrationError, foreign_errors
 from crdiff_export.formats.hashing import hash_data
 from crdiff_export.formats.text import printable
 from crdiff_export.progress import Progress, Silent
@@ -162,11 +162,11 @@ class _Work:
         denoising = None
         if not step.samples_pictures:
             denoising = Denoising(self.opened.pipe, step.size, self.style.guidance)
-            arguments = {prompt: denoising.embed(prompt) for prompt, _ in wanted.pairs}
-            examples = [
-                gradients.Example(latents, arguments[prompt])
-                for latents, (prompt, _) in zip(denoising.encode(images), wanted.pairs, strict=True)
-            ]
+            with self._guarded():
+                arguments = {prompt: denoising.embed(prompt) for prompt, _ in wanted.pairs}
+                latents = denoising.encode(images)
+            pairs = zip(latents, wanted.pairs, strict=True)
+            examples = [gradients.Example(latent, arguments[prompt]) for latent, (prompt, _) in pairs]
         limit = self.memory or int(SHARE * free_memory.free(next(model.parameters()).device))
         groups = list(setting.groups(layers, step.statistics, limit, self.most_layers))
         for number, group in enumerate(groups, 1):
@@ -177,9 +177,14 @@ class _Work:
                     tensors = collecting.sample(self.opened, wanted, step, group, self.modules, progress)
                 else:
                     progress.stage(title, wanted.samples * len(wanted.pairs), "samples")
-                    tensors = gradients.measure(denoising, wanted, step, examples, group, self.modules, progress)
+                    with self._guarded():
+                        tensors = gradients.measure(denoising, wanted, step, examples, group, self.modules, progress)
             _check_finite(tensors, model)
             self.folder.keep(tensors)
+
+    def _guarded(self) -> contextlib.AbstractContextManager[None]:
+        what = f"{type(self.opened.pipe).__name__} cannot compute its loss"
+        return foreign_errors(CalibrationError, what, "Choose a criterion without gradients (wanda, obs).")
 
     def _pictures(self) -> "list[Image]":
         """Return the dense model's picture of every pair at its native size; draw those that do not exist yet."""

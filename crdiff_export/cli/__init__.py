@@ -10,15 +10,17 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from typing import Any, TextIO, cast
 
 import click
 
-from crdiff_export.cli.command import Group, Invocation, examples
+from crdiff_export.cli.command import Group, Invocation, examples, variable_of
 from crdiff_export.cli.output import print_error
 from crdiff_export.cli.signals import Stopped
-from crdiff_export.errors import CrdiffError, PlanFileError
+from crdiff_export.errors import CrdiffError, OptionError, PlanFileError
 
 __all__ = ["main"]
 
@@ -72,7 +74,8 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: object) -
     epilog=examples(
         "crdiff export demo --res 96x64      offline, in seconds",
         "crdiff export sdxl --res 2048 -o sdxl-2048.safetensors",
-        more="Every option has an environment variable: CRDIFF_EXPORT_RES=2048 is export's --res 2048.",
+        more="Every option has an environment variable: CRDIFF_EXPORT_RES=2048 is export's --res 2048. "
+        "CRDIFF_DEBUG=1 is --debug of every command.",
     ),
 )
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version,
@@ -88,17 +91,17 @@ def crdiff() -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0, 1 failure, 2 usage, 3 not verified, 4 Hub, 128 + the signal that ended it."""
     invocation = Invocation(sys.argv[1:] if args is None else list(args))
-    as_json, stopper = _wants_json(invocation.words), invocation.stopper
-    _open_streams()
-    try:
-        stopper.install()
-        code = _flush(_run(invocation, as_json=as_json))
-        stopper.remove()
-    except Stopped as stop:
-        print_error(stop.word, f"{stop.word}; {stop.outcome}", stop.hint, as_json=as_json)
-        code = stop.exit_code
-        _exit_past_hub_threads(code)
-    sys.exit(code)
+    as_json, stopper = _wants(invocation.words, "json"), invocation.stopper
+    with _opened_streams():
+        try:
+            stopper.install()
+            code = _flush(_run(invocation, as_json=as_json))
+            stopper.remove()
+        except Stopped as stop:
+            print_error(stop.word, f"{stop.word}; {stop.outcome}", stop.hint, as_json=as_json)
+            code = stop.exit_code
+            _exit_past_hub_threads(code)
+        sys.exit(code)
 
 
 def _exit_past_hub_threads(code: int) -> None:
@@ -116,39 +119,86 @@ def _run(invocation: Invocation, *, as_json: bool) -> int:
     try:
         code = crdiff.main(invocation.words, prog_name="crdiff", standalone_mode=False, obj=invocation)
     except CrdiffError as error:
+        hint = error.hint
+        if error.exit_code == OptionError.exit_code and invocation.variables:
+            hint = f"{hint} In effect: {', '.join(invocation.variables)}.".lstrip()
         problems = error.problems if isinstance(error, PlanFileError) else ()
-        print_error(error.code, error.message, error.hint, problems, as_json=as_json)
+        trace = (
+            "".join(traceback.format_exception(error.__cause__ or error)) if _wants(invocation.words, "debug") else None
+        )
+        print_error(error.code, error.message, hint, problems, as_json=as_json, trace=trace)
         return error.exit_code
     except click.ClickException as error:
         return _explain_usage(error, as_json=as_json)
+    except OSError as error:
+        if not invocation.is_help:
+            raise
+        print_error("failed", f"standard output: {error.strerror}", "Free some space, or send the output elsewhere.")
+        return 1
     return code if isinstance(code, int) else 0
 
 
-def _wants_json(words: Sequence[str]) -> bool:
-    """Whether errors are to be JSON, judged by the words alone: they may be what is wrong."""
+def _wants(words: Sequence[str], option: str) -> bool:
+    """Whether --json or --debug is given, judged by the words alone: they may be what is wrong."""
     names = [word.upper() for word in words if not word.startswith("-")]
-    variables = (os.environ.get(f"CRDIFF_{'_'.join(names[:depth])}_JSON", "").lower() for depth in (1, 2))
-    return "--json" in words or any(text in ("1", "true", "t", "yes", "y", "on") for text in variables)
+    variables = (f"CRDIFF_{'_'.join([*names[:depth], option.upper()])}" for depth in range(3))
+    on = any(os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on") for name in variables)
+    return f"--{option}" in words or on
 
 
 def _explain_usage(error: click.ClickException, *, as_json: bool) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":  # from click 8.2 on; its text is the help
         error.show()
         return error.exit_code
-    context = getattr(error, "ctx", None)
+    context, param = getattr(error, "ctx", None), getattr(error, "param", None)
     path = context.command_path if context else "crdiff"
-    print_error("usage", error.format_message(), f"`{path} -h` explains it.", as_json=as_json)
+    variable = variable_of(context, param) if context and param else None
+    prefix, message = f"{variable}: " if variable else "", error.format_message()
+    if isinstance(error, click.NoSuchOption) and context:
+        names = [name for param in context.command.params for name in param.opts if name.startswith("--")]
+        if guess := next((name for name in names if error.option_name.startswith(name)), None):
+            message = f"No such option: {error.option_name}. Did you mean {guess}?"  # click's guess is another one
+    print_error("usage", prefix + message, f"`{path} -h` explains it.", as_json=as_json)
     return error.exit_code
 
 
-def _open_streams() -> None:
-    """Open the null device for a stream that was closed, and let stdout take file names of any bytes."""
+class _BestEffort:
+    """A stream whose reader may be gone or whose disk may be full: what cannot be written there is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def _opened_streams() -> Iterator[None]:
+    """Open the null device for a stream that was closed, and let stdout take file names of any bytes.
+
+    A result is worth more than what is said about it, so nothing fails because stderr is full.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
         sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+    usual = sys.stderr
+    sys.stderr = cast(TextIO, _BestEffort(usual))
+    try:
+        yield
+    finally:
+        sys.stderr = usual
 
 
 def _flush(code: int) -> int:

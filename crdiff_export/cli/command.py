@@ -19,10 +19,27 @@ OptionMaker = Callable[[str], Decorator]
 
 @dataclass(frozen=True)
 class Invocation:
-    """One run of crdiff: the words of its command line, and what a signal does meanwhile."""
+    """One run of crdiff: the words of its command line, and what a signal does meanwhile.
+
+    `variables` are the environment variables that give options a value.
+    """
 
     words: Sequence[str] = ()
     stopper: Stopper = field(default_factory=Stopper)
+    variables: list[str] = field(default_factory=list)
+
+    @property
+    def is_help(self) -> bool:
+        """Whether the run shows a help text or the version, and nothing else."""
+        return not self.words or not {"-h", "--help", "--version"}.isdisjoint(self.words)
+
+
+def variable_of(context: click.Context, param: click.Parameter) -> str | None:
+    """Return the environment variable that a parameter's value comes from, if it comes from one."""
+    from_variable = context.get_parameter_source(param.name or "") is click.core.ParameterSource.ENVIRONMENT
+    if not (from_variable and isinstance(param, HeadedOption)):
+        return None
+    return param.variable(context)
 
 
 class HeadedOption(click.Option):
@@ -34,8 +51,12 @@ class HeadedOption(click.Option):
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """Read the variable that is called as the option is, whatever its parameter is called."""
+        return os.environ.get(self.variable(ctx)) or None
+
+    def variable(self, ctx: click.Context) -> str:
+        """Return the name of its environment variable."""
         name = max(self.opts, key=len).lstrip("-").replace("-", "_").upper()
-        return os.environ.get(f"{ctx.auto_envvar_prefix}_{name}") or None
+        return f"{ctx.auto_envvar_prefix}_{name}"
 
 
 def option(name: str, help_text: str, type_: Any = None, dest: str | None = None, **settings: Any) -> OptionMaker:
@@ -105,6 +126,7 @@ class Command(click.Command):
         for names, text in (
             (["--json"], "One JSON object on stdout, or on stderr if it fails."),
             (["-q", "--quiet"], "The bare result: no progress, no notes, no explanations."),
+            (["--debug"], "Show the traceback of an error, too."),
         ):
             self.params.append(HeadedOption(names, heading="Output", is_flag=True, help=text))
 
@@ -158,8 +180,11 @@ def command(
 
     def make(function: Callable[..., Result | None]) -> click.Command:
         @wraps(function)
-        def run(*, json: bool, quiet: bool, **options: Any) -> int:
-            invocation = click.get_current_context().find_object(Invocation) or Invocation()
+        def run(*, json: bool, quiet: bool, debug: bool, **options: Any) -> int:  # noqa: ARG001  # `main` reads --debug
+            context = click.get_current_context()
+            invocation = context.find_object(Invocation) or Invocation()
+            variables = (variable_of(context, param) for param in context.command.params)
+            invocation.variables.extend(name for name in variables if name)
             out = Output(invocation.stopper, as_json=json, quiet=quiet)
             result = function(out, **options)
             if result is None:

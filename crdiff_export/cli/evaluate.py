@@ -89,6 +89,7 @@ def _as_json(evaluation: Evaluation) -> dict[str, Any]:
         subject_json(evaluation, subject) | {
             "ratios_for": str(subject.plan.size), "ratios": subject.ratios,
             "provenance": subject.plan.variant.provenance, "ratios_from": subject.plan.variant.source,
+            "borrowed_from": subject.plan.variant.borrowed_from and str(subject.plan.variant.borrowed_from),
         }
         for subject in evaluation.subjects
     ]  # fmt: skip

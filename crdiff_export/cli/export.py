@@ -47,13 +47,15 @@ from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance
 @option_group("Computing", options.device, options.threads)
 @option_group(
     "Output",
-    option("-o, --output FILE", "Where to write. Default: STEM-crdiff-WxH.safetensors in the current folder; a folder "
-           "for a sharded base or a diffusers folder.", options.FILE),
+    option("-o, --output FILE", "Where to write; a folder that exists gets the default name. Default: "
+           "STEM-crdiff-WxH.safetensors in the current folder; a folder for a sharded base or a diffusers folder.",
+           options.FILE),
     option("--dtype", "Cast all float tensors. Default: keep each as it is.", click.Choice(list(DTYPES))),
     option("--residual", "Keep what is pruned away, for crdiff restore: in the file itself, or in a sidecar beside it.",
            click.Choice(list(WAYS)), default=NONE, show_default=True),
     option("--no-hash", "Leave the SHA-256 of base and output out of the header."),
     option("--allow-nonfinite", "Keep and count target weights that are infinite or not numbers."),
+    option("--all-files", "Copy all files of a diffusers folder. Default: those of its pipeline."),
     option("--dry-run", "Show what would be done; read headers only, write nothing."),
     options.force,
 )  # fmt: skip
@@ -66,7 +68,7 @@ def export(
     out: Output, base: str, res: Size, *, output: Path | None, recipe: Path | None, prompt: str | None,
     ratio: float | None, ratios: Mapping[str, float], poa_weight: float | None, targets: tuple[str, ...] | None,
     criterion: str, calibration: Path | None, device: str, threads: int | None, dtype: str | None, variant: str | None,
-    residual: str, no_hash: bool, allow_nonfinite: bool, dry_run: bool, force: bool, repo: str | None,
+    residual: str, no_hash: bool, allow_nonfinite: bool, all_files: bool, dry_run: bool, force: bool, repo: str | None,
     push: PushRequest,
 ) -> Result:  # fmt: skip
     """Prune BASE for a size and write a new checkpoint with everything about it in its header.
@@ -79,7 +81,8 @@ def export(
     request = ExportRequest(
         base, res, output, recipe=recipe, prompt=prompt, ratio=ratio, ratios=ratios, poa_weight=poa_weight,
         targets=targets, criterion=criterion, calibration=calibration, device=device, dtype=dtype, variant=variant,
-        residual=residual, hashing=not no_hash, force=force, allow_nonfinite=allow_nonfinite, threads=threads,
+        residual=residual, hashing=not no_hash, force=force, allow_nonfinite=allow_nonfinite, all_files=all_files,
+        threads=threads,
     )  # fmt: skip
     out.announce_base(base)
     destination = _destination(pushing, request) if pushing and not dry_run else None
@@ -102,9 +105,11 @@ def _push_request(repo: str | None, push: PushRequest) -> PushRequest | None:
         request = replace(push, repo=repo)
         check_request(request)
         return request
-    unset = PushRequest("")
+    unset, context = PushRequest(""), click.get_current_context()
     for name in (field.name for field in fields(push)):
-        if getattr(push, name) != getattr(unset, name):
+        # A variable of the environment is for those runs that push.
+        is_typed = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if is_typed and getattr(push, name) != getattr(unset, name):
             flag = {"path": "path-in-repo", "private": "private/--public"}.get(name, name.replace("_", "-"))
             raise OptionError(f"--{flag} is for a push", "Give --push ORG/NAME, too, or leave it out.")
     return None
@@ -126,6 +131,7 @@ def _planned(job: ExportJob, pushing: PushRequest | None) -> Result:
         "dry_run": True, "base": str(plan.checkpoint.path), "family": plan.match.family.id,
         "layout": plan.match.layout.name, "resolution": str(plan.size), "recipe": plan.recipe,
         "variant": str(plan.variant.resolution), "provenance": plan.variant.provenance,
+        "borrowed_from": plan.variant.borrowed_from and str(plan.variant.borrowed_from),
         "criterion": job.criterion.name, "calibration": calibration and str(calibration),
         "poa_weight": plan.variant.poa_weight, "targets": list(plan.kinds), "groups": groups,
         "bytes": plan.data_size, "dtype": plan.cast, "output": str(job.target),
@@ -194,6 +200,7 @@ def _done(baked: Baked) -> Result:
     record = {
         "output": str(written.path), "bytes": written.size, "family": stamp.family, "layout": stamp.layout,
         "resolution": str(stamp.resolution), "recipe": stamp.recipe, "provenance": stamp.provenance,
+        "borrowed_from": stamp.borrowed_from and str(stamp.borrowed_from),
         "poa_weight": stamp.poa_weight, "residual": stamp.residual, "criterion": stamp.criterion,
         "calibration": stamp.calibrated and stamp.calibrated.hash, "moved": stamp.moved,
         "groups": {
@@ -224,4 +231,7 @@ def _done(baked: Baked) -> Result:
 
 def _choice(job: ExportJob) -> Mapping[str, str]:
     variant = job.plan.variant
-    return {"pruned for": str(job.plan.size), "ratios": provenance(variant.provenance, variant.source)}
+    return {
+        "pruned for": str(job.plan.size),
+        "ratios": provenance(variant.provenance, variant.source, variant.borrowed_from),
+    }

@@ -19,7 +19,7 @@ def inspect(_out: Output, file: Path, *, metadata: bool) -> Result:
     from crdiff_export.formats.text import printable
     from crdiff_export.verify.inspect import inspect as run
 
-    inspection = run(file)
+    inspection = run(_base_of_alias(file) or file)
     text: list[Block] = [Facts(inspection.facts())]
     if inspection.rows:
         text += ["", Table(inspection.columns, inspection.rows, inspection.columns[1:])]
@@ -27,3 +27,19 @@ def inspect(_out: Output, file: Path, *, metadata: bool) -> Result:
     if metadata:
         text += ["", *(f"{printable(key)}: {printable(value)}" for key, value in sorted(keys.items()))]
     return Result(inspection.as_json() | ({"metadata": keys} if metadata else {}), text)
+
+
+def _base_of_alias(file: Path) -> Path | None:
+    """Return the demo model for its name; None for a path. A base on the Hub is not fetched to be looked at."""
+    from crdiff_export.errors import CheckpointError
+    from crdiff_export.models import demo, recipe_files
+
+    name = str(file)
+    if file.exists() or name not in recipe_files.aliases():
+        return None
+    recipe = recipe_files.by_alias(name)
+    if recipe is None or recipe.repo is None:
+        return demo.path()
+    where = f"{recipe.repo}/{recipe.file}" if recipe.file else recipe.repo
+    hint = f"Give the file itself, which `crdiff export {name} --res N --dry-run` fetches."
+    raise CheckpointError(f"{name}: the alias of {where} on the Hub, not a file", hint)

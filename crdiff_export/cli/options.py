@@ -1,5 +1,7 @@
 """Types of options, options that several commands take, and completion."""
 
+import csv
+import io
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -10,7 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from crdiff_export.cli.command import OptionMaker, gather, option, option_group
-from crdiff_export.errors import CrdiffError, OptionError
+from crdiff_export.errors import CrdiffError, OptionError, PromptsError
 from crdiff_export.formats.text_file import read_text_file
 from crdiff_export.models.recipe import MAX_POA_WEIGHT, TARGETS
 from crdiff_export.sizes import Size
@@ -26,6 +28,15 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{number} is not a number that can be used.", param, ctx)
         return number
+
+
+class Ratio(FiniteRange):
+    """A share of weights, from 0 to below 1."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, str) and (match := re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{1,9})?)\s*%\s*", value)):
+            self.fail(f"{value!r} is a percentage. Write it as {float(match[1]) / 100:g}.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class ParsedType(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.5 on
@@ -84,7 +95,7 @@ TARGET_KINDS = ParsedType("KINDS", _parse_targets)
 DEVICE = ParsedType("DEVICE", _parse_device, ("auto", "cpu", "cuda", "mps"))
 BYTES = ParsedType("BYTES", parse_bytes)
 FILE = click.Path(path_type=Path)
-RATIO = FiniteRange(0, 1, max_open=True)
+RATIO = Ratio(0, 1, max_open=True)
 POA_WEIGHT = FiniteRange(0, MAX_POA_WEIGHT)
 COUNT = click.IntRange(1)
 
@@ -166,10 +177,36 @@ def join_prompts(listed: tuple[str, ...], prompts: tuple[str, ...] = ()) -> tupl
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """Read a file with one prompt a line; OptionError where it is no such file."""
-    hint = "Give --prompts a text file with one prompt a line."
-    text = read_text_file(path, "prompt", hint, OptionError)
-    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not lines:
-        raise OptionError(f"{path}: has no prompt", hint)
-    return lines
+    r"""Read prompts from a file: one a line, or of a .csv or .tsv file the column `prompt`.
+
+    A line ends where an editor ends it, at `\n`, `\r\n` or `\r`, and no sign begins a comment.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The prompts, without spaces around them; empty ones are left out.
+
+    Raises:
+        PromptsError: It is no such file.
+    """
+    hint = "Give --prompts a text file with one prompt a line, or a .csv or .tsv file with a column prompt."
+    text = read_text_file(path, "prompt", hint, PromptsError)
+    separator = {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
+    lines = re.split(r"\r\n|\r|\n", text) if separator is None else _read_column(path, text, separator, hint)
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise PromptsError(f"{path}: has no prompt", hint)
+    return prompts
+
+
+def _read_column(path: Path, text: str, separator: str, hint: str) -> list[str]:
+    """Read the column `prompt` of a table (RFC 4180) whose first row names the columns."""
+    try:
+        columns, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    except (csv.Error, ValueError) as error:
+        raise PromptsError(f"{path}: not a table of columns: {error}", hint) from error
+    names = [name.strip().lower() for name in columns]
+    if names.count("prompt") != 1:
+        raise PromptsError(f"{path}: its first row names no column prompt, but {', '.join(columns) or 'nothing'}", hint)
+    return [row[names.index("prompt")] for row in rows if len(row) > names.index("prompt")]

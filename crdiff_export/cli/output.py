@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 from crdiff_export.cli.blocks import Block, Facts, Table
 from crdiff_export.cli.signals import Stopper
 from crdiff_export.errors import CrdiffError
-from crdiff_export.formats.text import printable
+from crdiff_export.formats.text import WARNING, printable
 from crdiff_export.progress import Progress
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class Output:
     def notes(self, texts: Iterable[str]) -> None:
         """Print what is worth knowing on stderr, unless it is to be silent."""
         for text in () if self.silent else texts:
-            print(f"note: {printable(text, limit=None)}", file=sys.stderr, flush=True)
+            line = text if text.startswith(WARNING) else f"note: {text}"
+            print(printable(line, limit=None), file=sys.stderr, flush=True)
 
     def log(self, text: str) -> None:
         """Print a line of progress on stderr, unless it is to be silent."""
@@ -109,8 +110,9 @@ class Output:
 
 
 def print_error(
-    code: str, message: str, hint: str, problems: Sequence[CrdiffError] = (), *, as_json: bool = False
-) -> None:
+    code: str, message: str, hint: str, problems: Sequence[CrdiffError] = (), *, as_json: bool = False,
+    trace: str | None = None,
+) -> None:  # fmt: skip
     """Print on stderr what is wrong and what to do; of several problems each one first.
 
     Args:
@@ -119,14 +121,19 @@ def print_error(
         hint: What to do about it; may be empty.
         problems: What has been wrong in all places, if the error only counts them.
         as_json: Print one JSON object instead of text.
+        trace: The traceback, if it is to be shown.
 
     """
     if as_json:
         error: dict[str, Any] = {"code": code, "message": message, "hint": hint}
         if problems:
             error["problems"] = [{"message": problem.message, "hint": problem.hint} for problem in problems]
+        if trace:
+            error["traceback"] = trace
         print(json.dumps({"schema": SCHEMA, "error": error}), file=sys.stderr)
         return
+    if trace:
+        print(trace, end="", file=sys.stderr)
     for problem in problems:
         print_error(problem.code, problem.message, problem.hint)
     first = f"crdiff: {printable(message, limit=None)}"

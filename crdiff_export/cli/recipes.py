@@ -11,7 +11,7 @@ from crdiff_export.cli.blocks import Block, Facts, Table
 from crdiff_export.cli.command import Group, command, examples, option, option_group
 from crdiff_export.cli.options import FILE, complete_base
 from crdiff_export.cli.output import Output, Result
-from crdiff_export.errors import CrdiffError, RecipeError
+from crdiff_export.errors import CrdiffError, OptionError, RecipeError
 from crdiff_export.models.recipe import Evidence, Recipe
 
 
@@ -60,7 +60,11 @@ def show(out: Output, recipe: str, *, toml: bool) -> Result:
 
     if toml and out.as_json:
         raise click.UsageError("--toml and --json do not go together.", click.get_current_context())
-    loaded = recipe_files.by_alias(recipe) or recipe_files.load(recipe)
+    loaded = recipe_files.by_alias(recipe)
+    if loaded is None and "." not in recipe and not Path(recipe).exists():
+        hint = f"{recipe_files.unknown_alias_hint(recipe)} A file is named with its ending."
+        raise OptionError(f"no built-in recipe is called {recipe!r}", hint)
+    loaded = loaded or recipe_files.load(recipe)
     return Result(_as_json(loaded), [recipe_toml.dump(loaded).rstrip("\n")] if toml else _blocks(loaded))
 
 

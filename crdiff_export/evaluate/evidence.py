@@ -27,10 +27,12 @@ def variant(evaluation: Evaluation, subject: Subject) -> Variant:
         The subject's variant. Ratios that were tuned for another size are only a starting point for this one.
     """
     planned = subject.plan.variant
-    if subject.is_borrowed:
-        source = f"{planned.source}; those for {planned.resolution}"
-        planned = replace(planned, provenance="starting-point", evidence=None, source=source)
-    return replace(planned, resolution=subject.plan.size, evidence=measured(evaluation, subject) or planned.evidence)
+    if planned.borrowed_from:
+        planned = replace(planned, source=f"{planned.source}; borrowed from {planned.borrowed_from}")
+    return replace(
+        planned, resolution=subject.plan.size, borrowed_from=None,
+        evidence=measured(evaluation, subject) or planned.evidence,
+    )  # fmt: skip
 
 
 def measured(evaluation: Evaluation, subject: Subject) -> Evidence | None:

@@ -136,7 +136,7 @@ def _facts(job: EvaluateJob, style: "Style", session: "Session") -> Iterator[tup
     for subject in job.subjects:
         if not subject.is_native_check:
             variant = subject.plan.variant
-            origin = provenance(variant.provenance, variant.source)
+            origin = provenance(variant.provenance, variant.source, variant.borrowed_from)
             yield f"ratios for {subject.plan.size}", f"{comparison.ratios_text(subject.plan)}: {origin}"
     if criterion.name != criterion_choice.MAGNITUDE:
         size = f", calibrated at {criterion.calibration.size}" if criterion.calibration else ""

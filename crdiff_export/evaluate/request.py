@@ -68,11 +68,6 @@ class Subject:
         return {group: self.plan.ratio(group) for group in self.plan.groups}
 
     @property
-    def is_borrowed(self) -> bool:
-        """Whether the variant is a recipe's for another size, taken because there was none for this one."""
-        return self.plan.variant.resolution != self.plan.size
-
-    @property
     def is_native_check(self) -> bool:
         """Whether this shows what the ratios for another size do at the native size."""
         return self.size != self.plan.size

@@ -6,7 +6,7 @@ and a `.ckpt`. Names, folders and variants follow diffusers (`_add_variant`, `WE
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -14,6 +14,7 @@ from typing import Literal, NoReturn
 
 from crdiff_export.errors import CheckpointError
 from crdiff_export.formats import safetensors, sniff
+from crdiff_export.formats.pipeline_files import pipeline_files
 from crdiff_export.formats.safetensors import TensorSpec, show
 from crdiff_export.formats.strict_json import MalformedError, parse_object
 from crdiff_export.formats.torch_zip import open_pickle
@@ -47,9 +48,10 @@ class Checkpoint:
     def stem(self) -> str:
         """The name that default output names begin with."""
         if self.kind == "folder":
-            return self.path.resolve().name or "model"
+            repository = cached_repository(self.path)
+            return repository[1] if repository else self.path.resolve().name or "model"
         name = self.path.name.removesuffix(".index.json")
-        return re.sub(r"\.(safetensors|ckpt|pth?|bin)$", "", name, flags=re.IGNORECASE)
+        return re.sub(r"\.(safetensors|sft|ckpt|pth?|bin)$", "", name, flags=re.IGNORECASE)
 
     @property
     def home(self) -> Path:
@@ -73,12 +75,20 @@ class Checkpoint:
                 yield number, tensor
 
 
-def open_checkpoint(path: Path, variant: str | None = None) -> Checkpoint:
+def cached_repository(path: Path) -> tuple[str, str, str] | None:
+    """Read owner, name and commit off the path of a snapshot in the Hub client's cache; None for any other path."""
+    *_, repository, snapshots, commit = ("", "", "", *path.absolute().parts)
+    match = re.fullmatch(r"models--(.+?)--(.+)", repository)
+    return (match[1], match[2], commit) if match and snapshots == "snapshots" else None
+
+
+def open_checkpoint(path: Path, variant: str | None = None, *, all_files: bool = True) -> Checkpoint:
     """Read the headers of a checkpoint.
 
     Args:
         path: A file, an index of shards, or a folder.
         variant: The variant of the weights in a diffusers folder, such as `fp16`; by default the plain ones.
+        all_files: Whether all files of a folder are companions, or only those of its pipeline.
 
     Returns:
         The checkpoint.
@@ -88,7 +98,7 @@ def open_checkpoint(path: Path, variant: str | None = None) -> Checkpoint:
     """
     try:
         if path.is_dir():
-            return _open_folder(path, variant)
+            return _open_folder(path, variant, all_files=all_files)
         check_regular(path)
         if path.suffix.lower() == ".json":
             return _open_index(path)
@@ -197,7 +207,7 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_folder(path: Path, variant: str | None) -> Checkpoint:
+def _open_folder(path: Path, variant: str | None, *, all_files: bool) -> Checkpoint:
     component = next((c for c in COMPONENTS if (path / c).is_dir()), None)
     home = PurePosixPath(component) if component else PurePosixPath()
     choices = _weights(path / home)
@@ -211,6 +221,7 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
         )
     chosen = _choose(choices, variant, path / home)
     if choices[chosen].endswith(".json"):
+        _check_shards(path / home, choices, chosen)
         files = _read_shards(path, home / choices[chosen])
     else:
         files = (read_file(path / home / choices[chosen], str(home / choices[chosen])),)
@@ -219,14 +230,50 @@ def _open_folder(path: Path, variant: str | None) -> Checkpoint:
     notes = [f"the {name or 'plain'} weights beside them are not in the output" for name in others]
     companions, links = _companions(path, home)
     copied = [c for c in companions if not (c.parent == home and c.name in left_out)]
+    if not all_files:
+        kept = set(pipeline_files([str(c) for c in companions], variant, _components(path)))
+        notes += _left_out([c for c in copied if str(c) not in kept])
+        copied = [c for c in copied if str(c) in kept]
     if choices[chosen].endswith(".json"):
         copied.append(home / choices[chosen])
     notes += [f"{link} is a link to a folder and is not in the output" for link in links]
     return Checkpoint(path, "folder", files, tuple(sorted(copied)), tuple(notes))
 
 
+def _check_shards(folder: Path, choices: Mapping[str, str], chosen: str) -> None:
+    """Name another variant where shards of the chosen one are missing, as when only that one was fetched."""
+    if all((folder / shard).exists() for shard in read_index(folder / choices[chosen]).values()):
+        return
+    for name, file in choices.items():
+        if name and name != chosen and not file.endswith(".json"):
+            raise CheckpointError(
+                f"{folder / choices[chosen]}: shards of it are missing",
+                f"Fetch them, or take the {name} weights beside them: --variant {name}.",
+            )
+
+
+def _components(path: Path) -> list[str] | None:
+    """Return the folders of a pipeline's components; None if nothing names them."""
+    try:
+        index = parse_object((path / "model_index.json").read_bytes(), fractions=True)
+    except (OSError, MalformedError):  # the drawing commands say what is wrong with it
+        return None
+    names = [name for name, value in index.items() if isinstance(value, list)]
+    return [*names, *COMPONENTS] if names else None
+
+
+def _left_out(names: Sequence[PurePosixPath]) -> list[str]:
+    if not names:
+        return []
+    shown = ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return [f"no part of the pipeline, and left out: {shown} (--all-files copies them)"]
+
+
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>[\w-]+?))?\.safetensors")
-INDEX_NAME = re.compile(r"diffusion_pytorch_model\.safetensors\.index(?:\.(?P<variant>[\w-]+))?\.json")
+# The second form is the old one, as are shards whose variant comes after their number.
+INDEX_NAME = re.compile(
+    r"diffusion_pytorch_model\.safetensors\.(?:index(?:\.(?P<variant>[\w-]+))?|(?P<old>[\w-]+)\.index)\.json"
+)
 _ANY_WEIGHTS = re.compile(r"diffusion_pytorch_model.*\.(safetensors|bin|msgpack|onnx|ckpt|pt)|"
                           r"diffusion_pytorch_model.*\.index(\.[\w-]+)?\.json")  # fmt: skip
 _SHARD = re.compile(r"\d{5}-of-\d{5}")
@@ -237,10 +284,18 @@ def _weights(folder: Path) -> dict[str, str]:
     by_variant: dict[str, str] = {}
     for name in sorted(entry.name for entry in folder.iterdir()):
         if match := INDEX_NAME.fullmatch(name):
-            by_variant[match["variant"] or ""] = name
+            by_variant[match["variant"] or match["old"] or ""] = name
         elif (match := _WEIGHTS.fullmatch(name)) and not _SHARD.search(name):
             by_variant.setdefault(match["variant"] or "", name)
     return by_variant
+
+
+def shard_pattern(variant: str | None) -> str:
+    """Return a regular expression for the names of a variant's shards, None for the plain weights."""
+    if not variant:
+        return r"diffusion_pytorch_model-\d{5}-of-\d{5}\.safetensors"
+    text = re.escape(variant)
+    return rf"diffusion_pytorch_model(\.{text}-\d{{5}}-of-\d{{5}}|-\d{{5}}-of-\d{{5}}\.{text})\.safetensors"
 
 
 def _choose(choices: Mapping[str, str], variant: str | None, folder: Path) -> str:

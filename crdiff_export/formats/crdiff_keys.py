@@ -80,6 +80,7 @@ class Stamp:
     """The `crdiff.*` keys as values.
 
     Attributes:
+        borrowed_from: The size that the ratios were found for, where they were taken for another one.
         thresholds: Per layer, in target order; None for a layer where nothing was pruned.
         masked: The method of a file that has a mask instead of thresholds, because its criterion is not the magnitude;
             None for a file with thresholds.
@@ -99,6 +100,8 @@ class Stamp:
     provenance: str
     provenance_source: str
     poa_weight: float
+    native_source: str = "family"
+    borrowed_from: Size | None = None
     thresholds: tuple[float | None, ...] | None = None
     masked: str | None = None
     moved: bool = False
@@ -121,6 +124,7 @@ class Stamp:
             "targets": ",".join(self.targets),
             "resolution.target": str(self.resolution),
             "resolution.native": str(self.native),
+            "resolution.native.source": self.native_source,
             "poa.weight": repr(self.poa_weight),
         }
         for name, group in self.groups.items():
@@ -135,6 +139,7 @@ class Stamp:
             keys["thresholds"] = json.dumps([_hex(t) for t in self.thresholds], separators=(",", ":"))
         optional = {
             "source.hash_sha256": self.source_hash, "source.file_sha256": self.source_file_hash,
+            "provenance.borrowed_from": str(self.borrowed_from) if self.borrowed_from else None,
             "cast": self.cast, "prompt": self.prompt,
             "mask": ZEROS if self.masked else None, "moved": "true" if self.moved else None,
             "calibration.file_sha256": self.calibrated.hash if self.calibrated else None,
@@ -187,7 +192,9 @@ class Stamp:
             groups={name: keys.group(name, shared=thresholds is None and not masked) for name in names},
             resolution=keys.size("resolution.target"),
             native=keys.size("resolution.native"),
+            native_source=keys.optional("resolution.native.source") or "family",
             poa_weight=keys.number("poa.weight"),
+            borrowed_from=keys.optional_size("provenance.borrowed_from"),
             thresholds=thresholds,
             masked=method if masked else None,
             moved=masked and keys.moved(),
@@ -271,6 +278,9 @@ class _Keys:
     def size(self, key: str) -> Size:
         width, height = self.matching(key, _SIZE, "a size such as 512x512").split("x")
         return Size(int(width), int(height))
+
+    def optional_size(self, key: str) -> Size | None:
+        return None if self.optional(key) is None else self.size(key)
 
     def group(self, name: str, *, shared: bool) -> GroupStamp:
         return GroupStamp(

@@ -115,7 +115,7 @@ def parse(raw: bytes, file_size: int, where: str) -> Header:
         CheckpointError: The header breaks a rule of the format. The message names the file and the key.
     """
     entries = _load(raw, where)
-    metadata = _metadata(entries.pop(METADATA, {}), where)
+    metadata = _metadata(entries.pop(METADATA, None), where)
     tensors = tuple(_tensor(name, entry, where) for name, entry in entries.items())
     data_start = 8 + len(raw)
     _check_layout(tensors, file_size - data_start, where)
@@ -153,6 +153,8 @@ def _load(raw: bytes, where: str) -> dict[str, Any]:
 
 
 def _metadata(value: Any, where: str) -> dict[str, str]:
+    if value is None:  # the library reads null as no metadata
+        return {}
     if not isinstance(value, dict):
         _refuse(where, f"{METADATA} is not an object")
     for key, text in value.items():
@@ -206,7 +208,12 @@ def _check_layout(tensors: tuple[TensorSpec, ...], available: int, where: str) -
             f"{position - available} bytes more, or the last download did not finish.",
         )
     if position < available:
-        _refuse(where, f"{available - position} bytes after the last tensor belong to no tensor")
+        _refuse(
+            where,
+            f"{available - position} bytes after the last tensor belong to no tensor",
+            hint="Save it again with the program that made it, or cut them off: "
+            f"truncate -s -{available - position} FILE.",
+        )
 
 
 def _misfit(tensor: TensorSpec) -> str | None:

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+# How a note begins that is a warning.
+WARNING = "warning: "
 _STEPS = (("GB", 10**9), ("MB", 10**6), ("KB", 10**3))
 
 
@@ -56,6 +58,10 @@ def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
     Returns:
         The nearest valid word, or None if none is near.
     """
+    words = list(words)
+    begun = [valid for valid in words if len(word) > 2 and (valid.startswith(word) or word.startswith(valid))]
+    if len(begun) == 1 and cutoff <= 0.6:
+        return begun[0]
     return next(iter(difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=cutoff)), None)
 
 

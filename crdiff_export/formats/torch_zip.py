@@ -157,7 +157,7 @@ def _read(path: Path, start: int, size: int) -> bytes:
 
 def _tensors(value: object, path: Path) -> dict[str, StridedTensor]:
     for _ in range(8):
-        inner = next((value[k] for k in _WRAPPERS if isinstance(value, dict) and isinstance(value.get(k), dict)), None)
+        inner = _wrapped(value)
         if inner is None:
             break
         value = inner
@@ -165,10 +165,25 @@ def _tensors(value: object, path: Path) -> dict[str, StridedTensor]:
         raise CheckpointError(f"{path}: holds no named weights", "Give a model's checkpoint.")
     tensors = {name: tensor for name, tensor in value.items() if isinstance(tensor, StridedTensor)}
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors", "Give a model's checkpoint.")
+        keys = ", ".join(show(key) for key in list(value)[:5])
+        raise CheckpointError(
+            f"{path}: holds no tensors" + (f", only {keys}" if keys else ""),
+            f"Give a model's checkpoint; its weights are looked for in {', '.join(_WRAPPERS)}, or under an only key.",
+        )
     if name := next((name for name in tensors if name == METADATA or not is_text(name)), None):
         raise CheckpointError(f"{path}: no safetensors file can hold a tensor called {show(name)}", _AGAIN)
     return tensors
+
+
+def _wrapped(value: object) -> dict[str, object] | None:
+    """Return the dictionary inside another one: under a trainer's key, or under any key if it is the only one."""
+    if not isinstance(value, dict):
+        return None
+    inner = next((value[key] for key in _WRAPPERS if isinstance(value.get(key), dict)), None)
+    if inner is None and not any(isinstance(item, StridedTensor) for item in value.values()):
+        dicts = [item for item in value.values() if isinstance(item, dict)]
+        inner = dicts[0] if len(dicts) == 1 else None
+    return inner
 
 
 def _locate(tensor: StridedTensor, entries: _Entries, where: str) -> _ArchiveTensor:

@@ -3,11 +3,11 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from crdiff_export.errors import CheckpointError
-from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
+from crdiff_export.formats.checkpoint import Checkpoint, cached_repository, open_checkpoint
 from crdiff_export.hub import download
 from crdiff_export.hub.location import HubLocation, parse_id, parse_page, parse_uri
 from crdiff_export.models import recipe_files
@@ -34,24 +34,21 @@ class Base:
     stem: str | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)
 
-    def open(self, variant: str | None) -> Checkpoint:
+    def open(self, variant: str | None, *, all_files: bool = False) -> Checkpoint:
         """Read the headers.
 
         Args:
             variant: The weights to take from a folder that has several, such as "fp16".
+            all_files: Whether an export copies files of a folder that are no part of its pipeline.
 
         Returns:
-            The checkpoint, without weights of other variants that the Hub's cache has beside it.
+            The checkpoint.
 
         Raises:
             CheckpointError: If the base is not a checkpoint that crdiff can read.
 
         """
-        checkpoint = open_checkpoint(self.path, variant)
-        if self.stem is None or checkpoint.kind != "folder":
-            return checkpoint
-        names = download.drop_other_variants([str(name) for name in checkpoint.companions], variant)
-        return replace(checkpoint, companions=tuple(map(PurePosixPath, names)))
+        return open_checkpoint(self.path, variant, all_files=all_files)
 
 
 def locate(base: str, variant: str | None = None) -> Base:
@@ -84,6 +81,9 @@ def locate(base: str, variant: str | None = None) -> Base:
     local = _existing_path(base)
     if local is None:
         raise CheckpointError(f"{without_secrets(base)}: no such file or folder", hint(base))
+    if snapshot := cached_repository(local):
+        owner, name, commit = snapshot
+        return Base(local, f"hf://{owner}/{name}@{commit}", name)
     # The name of a link says more than its target's: in the Hub's cache that is a hash.
     return Base(local, local.name if local.name not in ("", "..") else local.resolve().name)
 

@@ -7,16 +7,13 @@ from pathlib import Path, PurePosixPath
 
 from crdiff_export.errors import HubError
 from crdiff_export.formats.checkpoint import read_index
+from crdiff_export.formats.pipeline_files import SMALL_FILES, component_weights
 from crdiff_export.hub.daemon_threads import run_in_daemon_thread
 from crdiff_export.hub.location import HubLocation
 from crdiff_export.hub.messages import as_hub_error, connection_errors
 
 INDEX = ".safetensors.index.json"
-# Files that a pipeline folder needs besides its weights.
-SMALL_FILES = ("*.json", "*.txt", "*.model")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# diffusers' `_add_variant`: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
-_WEIGHTS = re.compile(r"(?P<folder>.+)/[^/.]+(\.(?P<variant>[^/.]+?))?(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def fetch(location: HubLocation, variant: str | None = None) -> Path:
@@ -59,7 +56,7 @@ def _fetch_snapshot(location: HubLocation, weights: Sequence[str], *, offline: b
     """Fetch the small files of a diffusers folder, and these weights."""
     from huggingface_hub import snapshot_download
 
-    patterns = [*SMALL_FILES, *weights]
+    patterns = [*(f"*{ending}" for ending in SMALL_FILES), *weights]
     return Path(
         snapshot_download(location.repo, revision=location.revision, allow_patterns=patterns, local_files_only=offline)
     )
@@ -99,7 +96,7 @@ def fetch_parts(location: HubLocation, without: str | None = None) -> Path:
             return _fetch_snapshot(location, ())
         names, offline = _list_files(location.repo, location.revision)
         unwanted = (f"{without}/", "safety_checker/")
-        weights = [name for name in _weights(names, None) if not name.startswith(unwanted)]
+        weights = [name for name in component_weights(names, None) if not name.startswith(unwanted)]
         return _fetch_snapshot(location, weights, offline=offline)
 
     with as_hub_error(location.repo):
@@ -130,7 +127,7 @@ def cached_hashes(path: Path) -> Mapping[str, str]:
 def choose_files(repo: str, names: Sequence[str], variant: str | None) -> str | list[str]:
     """Choose the only checkpoint of a repository, or the weights of its diffusers folder; raises HubError."""
     if any(name.startswith(("unet/", "transformer/")) for name in names):
-        return _weights(names, variant)
+        return component_weights(names, variant)
     files = [name for name in names if name.endswith(".safetensors")]
     if variant and len(files) > 1:  # as in model.fp16.safetensors, model-fp16.safetensors, model_fp16.safetensors
         files = [name for name in files if re.search(rf"[._-]{re.escape(variant)}\.safetensors$", name)] or files
@@ -140,12 +137,6 @@ def choose_files(repo: str, names: Sequence[str], variant: str | None) -> str | 
         raise HubError(f"{repo}: has no checkpoint in safetensors format", "Give another repository.")
     shown = ", ".join(f"hf://{repo}/{name}" for name in files[:4])
     raise HubError(f"{repo}: has {len(files)} checkpoints", f"Choose one: {shown}{', …' if len(files) > 4 else ''}.")
-
-
-def drop_other_variants(names: Sequence[str], variant: str | None) -> list[str]:
-    """Keep the files that `fetch` takes; the cache may also hold weights of other variants."""
-    chosen = set(_weights(names, variant))
-    return [name for name in names if name in chosen or not _WEIGHTS.fullmatch(name)]
 
 
 def _list_files(repo: str, revision: str | None) -> tuple[list[str], bool]:
@@ -174,17 +165,3 @@ def _list_cached_files(repo: str, revision: str | None) -> list[str]:
             return [file.path for file in listing(repo, revision=revision)]
     folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-
-
-def _weights(files: Sequence[str], variant: str | None) -> list[str]:
-    """List the weights of every component: those of the variant if it has some, else the plain ones."""
-    folders: dict[str, dict[str, str | None]] = {}
-    for name in files:
-        if match := _WEIGHTS.fullmatch(name):
-            folders.setdefault(match["folder"], {})[name] = match["variant"]
-    chosen: list[str] = []
-    for _, inside in sorted(folders.items()):
-        special = [name for name, kind in inside.items() if variant and kind == variant]
-        plain = [name for name, kind in inside.items() if kind is None]
-        chosen += special or plain or inside
-    return chosen

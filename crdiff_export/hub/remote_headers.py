@@ -6,12 +6,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from crdiff_export.errors import HubError
-from crdiff_export.formats.checkpoint import COMPONENTS, INDEX_NAME, PICKLES, Checkpoint, open_checkpoint
+from crdiff_export.formats.checkpoint import (
+    COMPONENTS,
+    INDEX_NAME,
+    PICKLES,
+    Checkpoint,
+    open_checkpoint,
+    shard_pattern,
+)
+from crdiff_export.formats.pipeline_files import SMALL_FILES
 from crdiff_export.formats.safetensors import BITS, show
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.hub import bases, repository
 from crdiff_export.hub.bases import Base
-from crdiff_export.hub.download import INDEX, SMALL_FILES, choose_files, shard_names
+from crdiff_export.hub.download import INDEX, choose_files, shard_names
 from crdiff_export.hub.location import HubLocation
 from crdiff_export.hub.repository import Repository
 
@@ -125,7 +133,7 @@ def _folder(location: HubLocation, listing: Repository, paths: list[str]) -> Rem
     pruned = sorted(name for name in paths if name.startswith(f"{component}/"))
     if not pruned:
         raise HubError(f"{listing.repo}: its {component}/ has no weights in safetensors format", "Give another one.")
-    small = [name for name in listing.files if any(PurePosixPath(name).match(kind) for kind in SMALL_FILES)]
+    small = [name for name in listing.files if name.endswith(SMALL_FILES)]
     others = {*paths, *small} - set(pruned)
     companions = tuple(PurePosixPath(name) for name in sorted(others) if not _is_other_index(name, component, pruned))
     name = listing.repo.partition("/")[2]
@@ -144,8 +152,9 @@ def _is_other_index(name: str, component: str, pruned: list[str]) -> bool:
     path = PurePosixPath(name)
     if path.parent != PurePosixPath(component) or not (match := INDEX_NAME.fullmatch(path.name)):
         return False
-    middle = f".{match['variant']}" if match["variant"] else ""
-    return not any(re.search(rf"diffusion_pytorch_model{re.escape(middle)}-\d{{5}}-of-", file) for file in pruned)
+    variant = match["variant"] or match["old"]
+    shard = re.compile(shard_pattern(variant))
+    return not any(shard.fullmatch(PurePosixPath(file).name) for file in pruned)
 
 
 def _weights(listing: Repository, names: Mapping[str, str]) -> tuple[tuple[SourceFile, ...], dict[str, str]]:

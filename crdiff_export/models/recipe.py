@@ -6,13 +6,15 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from crdiff_export.errors import OptionError, RecipeError
-from crdiff_export.formats.text import did_you_mean
+from crdiff_export.formats.text import WARNING, did_you_mean
 from crdiff_export.sizes import Size
 
 Provenance = Literal["starting-point", "searched", "published"]
 Scalar = str | int | float | bool
 
 TARGETS: Final = ("attn", "ff", "attn2")
+START_POA_WEIGHT: Final = 1.5  # src: the default of the public code, whose search does not vary it
+FAR: Final = 1.5  # ours: beyond this factor in area or aspect, borrowed numbers need a warning
 MAX_POA_WEIGHT: Final = 10.0  # ours: the public code uses 1.5; a weight above 10 is a typing error
 
 
@@ -30,7 +32,19 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """The numbers for one size, for any prompt or for one prompt."""
+    """The numbers for one size, for any prompt or for one prompt.
+
+    Attributes:
+        resolution: The size that a recipe has the numbers for.
+        ratios: The ratio of each group.
+        poa_weight: The POA weight to recommend.
+        provenance: How the ratios came about.
+        source: Where they come from, for people.
+        targets: The kinds of layers to prune; None for the family's default.
+        prompt: The prompt that they are for; None for any.
+        evidence: What was measured of them at this size.
+        borrowed_from: The size that they were found for, where they are taken for another one: see `borrow`.
+    """
 
     resolution: Size
     ratios: Mapping[str, float]
@@ -40,6 +54,7 @@ class Variant:
     targets: tuple[str, ...] | None = None
     prompt: str | None = None
     evidence: Evidence | None = None
+    borrowed_from: Size | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +111,40 @@ def choose(recipe: Recipe, target: Size, prompt: str | None = None) -> Choice:
     if (best.resolution, best.prompt) == (target, prompt):
         return Choice(best)
     wanted = f"{target}" if prompt is None else f"{target} and this prompt"
-    standing = best.provenance.replace("-", " ")
-    return Choice(best, f"no variant for {wanted}; using the one for {best.resolution} ({standing})")
+    if best.resolution == target:
+        return Choice(best, f"no variant for {wanted}; using the one for any prompt")
+    borrowed = f"no variant for {wanted}; its numbers are borrowed from {best.resolution}, a starting point"
+    if far := _far(best.resolution, target):
+        return Choice(best, f"{WARNING}{borrowed}: {far}")
+    return Choice(best, borrowed)
+
+
+def _far(size: Size, target: Size) -> str | None:
+    """Say by how much the area or the aspect of a target size differs, if by more than FAR."""
+    area = (target.width * target.height) / (size.width * size.height)
+    aspect = (target.width / target.height) / (size.width / size.height)
+    if max(area, 1 / area) > FAR:
+        return f"{target} has {area:.3g} times the area"
+    if max(aspect, 1 / aspect) > FAR:
+        return f"{target} is {aspect:.3g} times as wide for its height"
+    return None
+
+
+def borrow(variant: Variant, target: Size) -> Variant:
+    """Take the numbers of a variant for a size that may be another one.
+
+    Numbers that were found or measured at one size are a starting point at another, and no evidence of it.
+
+    Args:
+        variant: The variant.
+        target: The size to prune for.
+
+    Returns:
+        The variant, which is the same if it is for the size.
+    """
+    if variant.resolution == target:
+        return variant
+    return replace(variant, provenance="starting-point", evidence=None, borrowed_from=variant.resolution)
 
 
 def _distance(size: Size, target: Size) -> float:
@@ -111,19 +158,18 @@ def override(
     groups: tuple[str, ...],
     ratio: float | None = None,
     per_group: Mapping[str, float] | None = None,
-    poa_weight: float | None = None,
     by: str = "on the command line",
 ) -> Variant:
-    """Replace numbers of a variant by the user's own.
+    """Replace ratios of a variant by the user's own.
 
     One ratio of the user makes the variant a starting point without evidence, because the new set was never measured.
+    The POA weight goes with the ratios that it was found with.
 
     Args:
         variant: The variant.
         groups: The family's groups.
         ratio: A ratio for all groups.
         per_group: Ratios of single groups, which win over `ratio`.
-        poa_weight: The POA weight.
         by: Where the user gave the numbers, for the variant's source.
 
     Returns:
@@ -136,27 +182,46 @@ def override(
     ratios = {} if ratio is None else dict.fromkeys(groups, ratio)
     ratios |= per_group or {}
     ratios = {group: check_ratio(f"the ratio of {group}", share) for group, share in ratios.items()}
-    weight = variant.poa_weight if poa_weight is None else check_poa_weight("the POA weight", poa_weight)
     if unknown := next((group for group in ratios if group not in groups), None):
         hint = f"{did_you_mean(unknown, groups, 'groups')} --ratio is for all of them."
         raise OptionError(f"this model has no group {unknown!r} to prune", hint)
-    if ratios:
-        variant = replace(
-            variant,
-            ratios=ratios if ratios.keys() == set(groups) else {**variant.ratios, **ratios},
-            provenance="starting-point",
-            source=f"given {by}",
-            prompt=None,
-            evidence=None,
-        )
-    if poa_weight is not None:
-        source = variant.source if ratios else f"{variant.source}; POA weight given {by}"
-        evidence = variant.evidence
-        if evidence and weight != variant.poa_weight:  # what was measured of POA was so at another weight
-            extra = {key: value for key, value in evidence.extra.items() if key not in ("poa", "poa_low", "poa_high")}
-            evidence = replace(evidence, extra=extra)
-        variant = replace(variant, poa_weight=weight, source=source, evidence=evidence)
-    return variant
+    if not ratios:
+        return variant
+    is_whole = ratios.keys() == set(groups)
+    ratios = ratios if is_whole else {**variant.ratios, **ratios}
+    return replace(
+        variant,
+        ratios=ratios,
+        poa_weight=variant.poa_weight if ratios == variant.ratios else START_POA_WEIGHT,
+        provenance="starting-point",
+        source=f"given {by}",
+        prompt=None,
+        evidence=None,
+        borrowed_from=None if is_whole else variant.borrowed_from,
+    )
+
+
+def override_poa_weight(variant: Variant, weight: float, by: str = "on the command line") -> Variant:
+    """Replace the POA weight of a variant by the user's own; what was measured of POA was so at another weight.
+
+    Args:
+        variant: The variant.
+        weight: The POA weight.
+        by: Where the user gave it, for the variant's source.
+
+    Returns:
+        The new variant.
+
+    Raises:
+        RecipeError: The weight is out of its range.
+    """
+    weight = check_poa_weight("the POA weight", weight)
+    source = variant.source if variant.source == f"given {by}" else f"{variant.source}; POA weight given {by}"
+    evidence = variant.evidence
+    if evidence and weight != variant.poa_weight:
+        extra = {key: value for key, value in evidence.extra.items() if key not in ("poa", "poa_low", "poa_high")}
+        evidence = replace(evidence, extra=extra)
+    return replace(variant, poa_weight=weight, source=source, evidence=evidence)
 
 
 def check_ratio(what: str, ratio: float) -> float:

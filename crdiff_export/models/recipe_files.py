@@ -9,7 +9,7 @@ from typing import Final
 from crdiff_export.errors import RecipeError
 from crdiff_export.formats.text import did_you_mean
 from crdiff_export.formats.text_file import read_text_file
-from crdiff_export.models.recipe import Recipe
+from crdiff_export.models.recipe import START_POA_WEIGHT, Recipe
 from crdiff_export.models.recipe_toml import RecipeTable, parse, parse_variant, shown
 
 
@@ -122,7 +122,7 @@ def from_public_config(text: str, name: str) -> Recipe:
     variant = {
         "resolution": f"{model.count('width')}x{model.count('height')}",
         "ratios": _public_ratios(document, tuple(builtin_recipe.variants[0].ratios)),
-        "poa_weight": 1.5,  # src: the default of the public code, whose search does not vary it
+        "poa_weight": START_POA_WEIGHT,
         "provenance": "searched",
         "source": "the ratio search of the CR-Diff public code, which never scores the dense model",
         "evidence": {"scorer": "ImageReward", "pruned": score, "model": _shareable(names)},

@@ -1,14 +1,15 @@
 """The criterion that a request names, resolved once: which weights go, and how it changes a recipe's plan."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Self
 
-from crdiff_export.errors import OptionError
+from crdiff_export.errors import CriterionError, OptionError, foreign_errors
 from crdiff_export.formats.crdiff_keys import CalibrationStamp
-from crdiff_export.models.recipe import Variant
+from crdiff_export.models.recipe import START_POA_WEIGHT, Variant
 from crdiff_export.progress import Progress
 from crdiff_export.prune.criteria import Calibration, Criterion
 from crdiff_export.prune.criteria.spec import GROUP, MAGNITUDES, SCORED, Spec, installed
@@ -97,14 +98,48 @@ class CriterionChoice:
         """Whether it changes weights that are not pruned, to compensate for those that are."""
         return hasattr(self.criterion, "compensate")
 
+    def disown(self, variant: Variant, targets: Sequence[str] | None = None) -> Variant:
+        """Drop provenance, evidence and POA weight of numbers that were found otherwise than they will be used.
+
+        A recipe names criterion and calibration in its evidence; without a name it was magnitude. Equal ratios for all
+        groups belong to uniform as well.
+
+        Args:
+            variant: A recipe's variant.
+            targets: The kinds of layers that will be pruned, if they are not those of the variant.
+
+        Returns:
+            The variant, as a starting point if its numbers belong to another criterion, calibration or other targets.
+        """
+        evidence = variant.evidence
+        if evidence is None and variant.provenance == "starting-point":
+            return variant
+        found = []
+        measured_with = _canonical(str(evidence.extra.get("criterion", MAGNITUDE)) if evidence else MAGNITUDE)
+        alike = {measured_with, self.name} <= {MAGNITUDE, UNIFORM} and len(set(variant.ratios.values())) == 1
+        if measured_with != self.name and not alike:
+            found.append(f"with {measured_with}")
+        measured = evidence.extra.get("calibration") if evidence else None
+        if self.calibration is not None and measured is not None and measured != self.calibration.hash:
+            found.append("by another calibration" if found else f"with {measured_with} by another calibration")
+        if targets is not None:
+            found.append("for other targets")
+        if not found:
+            return variant
+        if variant.provenance == "starting-point":  # it was measured, but not searched for
+            return replace(variant, evidence=None)
+        return replace(
+            variant, provenance="starting-point", poa_weight=START_POA_WEIGHT, prompt=None, evidence=None,
+            source=f"{variant.source}; found {' '.join(found)}",
+        )  # fmt: skip
+
     def plan(self, planned: Plan) -> Plan:
-        """Adapt a recipe's plan to the criterion, and add its notes.
+        """Adapt a plan to the criterion, and add its notes.
 
         Raises:
             CalibrationError: The calibration does not fit the plan.
         """
         planned = _with_equal_ratios(planned) if self.name == UNIFORM else planned
-        planned = replace(planned, variant=_without_foreign_evidence(planned.variant, self.name, self.calibration))
         if self.calibration is None:
             return planned
         notes = self.calibration.check(planned, self.statistics)
@@ -119,7 +154,7 @@ class CriterionChoice:
 
 
 def _make(entry: EntryPoint, spec: Spec) -> Criterion:
-    """Call an entry point; errors of another package's own code keep their traceback."""
+    """Call an entry point; an error of another package's own code becomes one of one line."""
     package = entry.dist.name if entry.dist else entry.value
     hint = f"It has to make a criterion, with statistics and score, of a mapping of options; ask {package}."
     try:
@@ -130,7 +165,8 @@ def _make(entry: EntryPoint, spec: Spec) -> Criterion:
         ) from error
     if not callable(factory):
         raise OptionError(f"{entry.name}: {entry.value} is not a function", hint)
-    criterion: Criterion = factory(spec.values)
+    with foreign_errors(CriterionError, entry.name, f"Ask {package}."):
+        criterion: Criterion = factory(spec.values)
     statistics = getattr(criterion, "statistics", None)
     listed = isinstance(statistics, tuple) and all(isinstance(name, str) for name in statistics)
     if not listed or not callable(getattr(criterion, "score", None)):
@@ -151,30 +187,9 @@ def _with_equal_ratios(planned: Plan) -> Plan:
     ratios_text = "/".join(f"{planned.ratio(group):g}" for group in planned.groups)
     variant = replace(
         equal.variant, provenance="starting-point", source=f"mean of {ratios_text} ({planned.variant.source})",
-        prompt=None, evidence=None,
+        poa_weight=START_POA_WEIGHT, prompt=None, evidence=None,
     )  # fmt: skip
     return replace(equal, variant=variant)
-
-
-def _without_foreign_evidence(variant: Variant, criterion: str, calibration: Calibration | None) -> Variant:
-    """Drop provenance and evidence of numbers that were found with another criterion or calibration.
-
-    A recipe names both in its evidence; without a name it was magnitude. Equal ratios for all groups belong to uniform
-    as well.
-    """
-    evidence = variant.evidence
-    if evidence is None and variant.provenance == "starting-point":
-        return variant
-    measured_with = _canonical(str(evidence.extra.get("criterion", MAGNITUDE)) if evidence else MAGNITUDE)
-    alike = {measured_with, criterion} <= {MAGNITUDE, UNIFORM} and len(set(variant.ratios.values())) == 1
-    measured = evidence.extra.get("calibration") if evidence else None
-    other = calibration is not None and measured is not None and measured != calibration.hash
-    if (measured_with == criterion or alike) and not other:
-        return variant
-    if variant.provenance == "starting-point":  # it was measured, but not searched for
-        return replace(variant, evidence=None)
-    source = f"{variant.source}; found with {measured_with}{' by another calibration' if other else ''}"
-    return replace(variant, provenance="starting-point", source=source, prompt=None, evidence=None)
 
 
 def _canonical(spec: str) -> str:

@@ -5,7 +5,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from crdiff_export.errors import FamilyError, PlanError
+from crdiff_export.errors import FamilyError, OptionError, PlanError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.dtypes import FORMATS
 from crdiff_export.formats.safetensors import BITS, TensorSpec, show
@@ -269,7 +269,8 @@ def make(
         The plan.
 
     Raises:
-        PlanError: The family has no such layers, or a target's dtype cannot be pruned.
+        OptionError: The family has no such layers.
+        PlanError: A target's dtype cannot be pruned.
     """
     chosen = _kinds(match, kinds or variant.targets)
     outputs = tuple(_output(file, cast) for file in checkpoint.files)
@@ -290,7 +291,7 @@ def _kinds(match: Match, requested: Sequence[str] | None) -> tuple[str, ...]:
         return family.default_kinds
     for kind in requested:
         if kind not in family.kinds:
-            raise PlanError(
+            raise OptionError(
                 f"{family.title} has no {show(kind)} targets", f"It has: {', '.join(family.kinds)} (--targets)."
             )
     return tuple(kind for kind in family.kinds if kind in requested)

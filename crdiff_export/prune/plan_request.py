@@ -1,7 +1,7 @@
 """What a user wants to prune, and the plan that follows from it, the recipe and the headers."""
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
 from crdiff_export.errors import PlanError, RecipeError
@@ -11,6 +11,7 @@ from crdiff_export.models import recipe, recipe_files
 from crdiff_export.models.families import Family
 from crdiff_export.models.recipe import Variant
 from crdiff_export.prune import plan
+from crdiff_export.prune.architecture import native_note
 from crdiff_export.prune.criteria.calibration import NARROWER
 from crdiff_export.prune.criterion_choice import MAGNITUDE, CriterionChoice
 from crdiff_export.prune.plan import Plan, TooWideError
@@ -72,7 +73,7 @@ def plan_variant(request: PlanRequest, checkpoint: Checkpoint, criterion: Criter
     """
     criterion = criterion or CriterionChoice.of(request.criterion, request.calibration)
     match = plan.recognise(checkpoint)
-    variant, recipe_name, notes = _choose_ratios(request, match.family)
+    variant, recipe_name, notes = _choose_ratios(request, match.family, criterion)
     try:
         planned = plan.make(
             checkpoint, match, request.size, variant, recipe_name,
@@ -83,10 +84,25 @@ def plan_variant(request: PlanRequest, checkpoint: Checkpoint, criterion: Criter
         if criterion.calibration:  # it describes the uncast weights, so a cast is no way out
             raise PlanError(error.message, NARROWER) from error
         raise
-    return criterion.plan(planned)
+    return _settle_poa_weight(criterion.plan(planned), request)
 
 
-def _choose_ratios(request: PlanRequest, family: Family) -> tuple[Variant, str, tuple[str, ...]]:
+def _settle_poa_weight(planned: Plan, request: PlanRequest) -> Plan:
+    """Recommend the user's POA weight, or 1 where nothing is pruned, and note what pruning cannot do here."""
+    variant, notes = planned.variant, planned.notes
+    if not any(scope.rank for scope in planned.scopes):
+        variant = replace(variant, poa_weight=1.0)
+        notes = (*notes, "these ratios prune nothing: every weight stays as it is in the base")
+    elif note := native_note(planned):
+        notes = (*notes, note)
+    if request.poa_weight is not None:
+        variant = recipe.override_poa_weight(variant, request.poa_weight, request.given)
+    return replace(planned, variant=variant, notes=notes)
+
+
+def _choose_ratios(
+    request: PlanRequest, family: Family, criterion: CriterionChoice
+) -> tuple[Variant, str, tuple[str, ...]]:
     """Choose the recipe's variant for this size, or the nearest one, and apply the user's numbers to it.
 
     Returns:
@@ -99,10 +115,10 @@ def _choose_ratios(request: PlanRequest, family: Family) -> tuple[Variant, str, 
             "Leave --recipe out, or give one for this family.",
         )
     choice = recipe.choose(numbers, request.size, request.prompt)
-    variant = recipe.override(
-        choice.variant, family.groups,
-        ratio=request.ratio, per_group=request.ratios, poa_weight=request.poa_weight, by=request.given,
-    )  # fmt: skip
+    usual = choice.variant.targets or family.default_kinds
+    other_targets = request.targets if request.targets and set(request.targets) != set(usual) else None
+    variant = recipe.borrow(criterion.disown(choice.variant, other_targets), request.size)
+    variant = recipe.override(variant, family.groups, request.ratio, request.ratios, request.given)
     recipe.check_groups(variant, family.groups, numbers.name)
     check_grid(request.size, family.grid, family.title)
     # Skip the note about the nearest size when the user overrides every ratio.

@@ -37,12 +37,16 @@ from crdiff_export.sizes import Size, check_grid
 # A part of a path that every system can have.
 _PART = r'[^/\\:*?"<>|\x00-\x1f\x7f-\x9f]{0,199}[^/\\:*?"<>|\x00-\x1f\x7f-\x9f. ]'
 # The keys that are templates: the check of what one gives, and what it must be.
+_PATH = re.compile(f"{_PART}(/{_PART})*")
+# Windows takes these for devices, whatever ending they have.
+# src: https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
 _TEMPLATES: Mapping[str, tuple[Callable[[str], object], str]] = {
     "repo": (is_repo_id, "ORG/NAME"),
     "revision": (REF.fullmatch, "the name of a branch"),
     "tag": (REF.fullmatch, "the name of a tag"),
     "name": (
-        re.compile(f"{_PART}(/{_PART})*").fullmatch,
+        lambda path: _PATH.fullmatch(path) and not any(map(_is_no_name, path.split("/"))),
         "a path that every system can have, with / between its parts",
     ),
 }
@@ -277,6 +281,11 @@ def _fill(key: str, values: InheritedValues, base: PlanBase, size: Size, problem
     return None
 
 
+def _is_no_name(part: str) -> bool:
+    """Whether a part of a path is only an ending, or the name of a device on Windows."""
+    return part.lower() == ".safetensors" or part.partition(".")[0].rstrip().lower() in _DEVICES
+
+
 def _check_name(path: str, folder: bool | None, at: KeyPath, problems: Problems) -> None:
     """Find a name that does not fit a base that is a file, or a folder."""
     safetensors = path.endswith(".safetensors")
@@ -301,7 +310,10 @@ def _refuse_conflicts(plan: PlanFile, problems: Problems) -> None:
         other = first.setdefault(path, entry)
         if other is not entry:
             problem = f"{entry} would be {entry.path}, and so would {other} (line {other.line})"
-            problems.add(entry.line or 0, problem, "Put {base} and {size} into name, or give one of them its own.")
+            hint = "Put {base} and {size} into name, or give one of them its own."
+            if entry.request.size == other.request.size and entry.request.base != other.request.base:
+                hint = 'The bases have one name: write another one below its [[base]], as in name = "other-{size}".'
+            problems.add(entry.line or 0, problem, hint)
     for path, entry in paths:
         outer = next((first[parent] for parent in path.parents if parent in first), entry)
         if outer is not entry:

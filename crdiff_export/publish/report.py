@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crdiff_export.errors import CrdiffError
-from crdiff_export.formats.text import amount, printable
+from crdiff_export.formats.text import WARNING, amount, printable
 from crdiff_export.publish.plan_file import PlanEntry
 from crdiff_export.publish.run import Outcome, TagResult
 from crdiff_export.publish.worklist import WorkItem, Worklist
@@ -46,7 +46,9 @@ def _each_once(worklist: Worklist, notes: Mapping[int, Sequence[str]]) -> Iterat
         for item in work.items:
             for note in notes.get(id(item.entry), ()):
                 first.setdefault(note, item.entry)
-        yield from (f"{entry}: {note}" for note, entry in first.items())
+        for note, entry in first.items():
+            sort = WARNING if note.startswith(WARNING) else ""
+            yield f"{sort}{entry}: {note.removeprefix(sort)}"
 
 
 def planned_row(item: WorkItem) -> list[str]:
@@ -124,7 +126,9 @@ def _item_json(item: WorkItem) -> dict[str, Any]:
         "output": str(item.target), "family": plan.match.family.id if plan else None,
         "ratios": {group: plan.ratio(group) for group in plan.groups} if plan else None,
         "poa_weight": plan.variant.poa_weight if plan else None,
-        "provenance": plan.variant.provenance if plan else None, "digest": item.digest,
+        "provenance": plan.variant.provenance if plan else None,
+        "borrowed_from": str(plan.variant.borrowed_from) if plan and plan.variant.borrowed_from else None,
+        "digest": item.digest,
         "criterion": export.criterion, "calibration": str(export.calibration) if export.calibration else None,
         "line": item.entry.line,
     }  # fmt: skip
@@ -197,7 +201,9 @@ def _ratios(item: WorkItem) -> str:
     if item.plan is None:
         return "-"
     values = [f"{item.plan.ratio(group):g}" for group in item.plan.groups]
-    origin = "" if item.plan.variant.provenance != "starting-point" else " (starting point)"
+    variant = item.plan.variant
+    origin = " (starting point)" if variant.provenance == "starting-point" else ""
+    origin = f" (borrowed from {variant.borrowed_from})" if variant.borrowed_from else origin
     criterion = "" if item.request.criterion == "magnitude" else f", {printable(item.request.criterion)}"
     return "/".join(values) + origin + criterion
 

@@ -1,5 +1,6 @@
 """Push one baked checkpoint to the Hub: check the request, prepare the repository, collect the files, send them."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def check_request(request: PushRequest) -> None:
         OptionError: If the request cannot be right.
     """
     if not is_repo_id(request.repo):
-        raise OptionError(f"{request.repo!r} is not a repository", "Write ORG/NAME.")
+        page = re.match(r"(?:https?://[^/@]+|hf:/)/(?:models/)?([\w.-]+/[\w.-]+)/?$", request.repo)
+        raise OptionError(f"{request.repo!r} is not a repository", f"Write {page[1] if page else 'ORG/NAME'}.")
     if request.base_model and not is_repo_id(request.base_model):
         raise OptionError(f"{request.base_model!r} is not a repository", "Write --base-model ORG/NAME.")
     if request.create_pr and request.revision:

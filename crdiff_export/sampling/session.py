@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from crdiff_export.errors import OptionError, PlanError, PreviewError
-from crdiff_export.formats.text import printable
+from crdiff_export.errors import OptionError, PlanError, PreviewError, foreign_errors, is_out_of_memory
 from crdiff_export.models import demo
 from crdiff_export.models.families.pipelines import BUNDLED, Pipeline
 from crdiff_export.sampling.pipelines import Opening
@@ -122,10 +121,12 @@ class Session:
         # Made on the CPU, so that the noise is the same on every machine.
         noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         negative = {"negative_prompt": [style.negative] * len(prompts)} if style.negative else {}
-        drawn = self.pipe(
-            list(prompts), generator=noise, callback_on_step_end=step, width=style.size.width,
-            height=style.size.height, num_inference_steps=style.steps, guidance_scale=style.guidance, **negative,
-        )  # fmt: skip
+        hint = "Check that this base draws in diffusers at this size."
+        with foreign_errors(PreviewError, f"{type(self.pipe).__name__} cannot draw", hint):
+            drawn = self.pipe(
+                list(prompts), generator=noise, callback_on_step_end=step, width=style.size.width,
+                height=style.size.height, num_inference_steps=style.steps, guidance_scale=style.guidance, **negative,
+            )  # fmt: skip
         return [image.convert("RGB") for image in drawn.images]
 
 
@@ -215,7 +216,6 @@ def choose_dtype(dtype: str | None, pipeline: Pipeline, device: str) -> str:
 
 def _open(opening: Opening, folder: str, precision: torch.dtype, name: str) -> Any:
     import diffusers
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     pipeline = getattr(diffusers, opening.pipeline.pipeline)
     options: dict[str, Any] = {"torch_dtype": precision, "local_files_only": True}
@@ -223,7 +223,12 @@ def _open(opening: Opening, folder: str, precision: torch.dtype, name: str) -> A
     unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     accepted = inspect.signature(pipeline.__init__).parameters
     parts: dict[str, Any] = {part: value for part, value in unchecked.items() if part in accepted}
-    try:
+    hint = {
+        "folder": "Save or download the folder again, with all of its parts as safetensors files.",
+        "file": "Give the folder of this very model, as diffusers saves it, with --config.",
+        "network": "The file is the UNet or transformer alone: the folder of --config has to hold all other parts.",
+    }[opening.kind]
+    with foreign_errors(PreviewError, f"{name}: diffusers cannot open it", hint):
         if opening.kind == "file":
             return pipeline.from_single_file(str(opening.path), config=folder, **options, **parts)
         if opening.kind == "network":
@@ -233,16 +238,6 @@ def _open(opening: Opening, folder: str, precision: torch.dtype, name: str) -> A
         else:
             options["variant"] = opening.variant
         return pipeline.from_pretrained(folder, use_safetensors=True, **options, **parts)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SingleFileComponentError) as error:
-        if _is_memory(error):
-            raise
-        text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        hint = {
-            "folder": "Save or download the folder again, with all of its parts as safetensors files.",
-            "file": "Give the folder of this very model, as diffusers saves it, with --config.",
-            "network": "The file is the UNet or transformer alone: the folder of --config has to hold all other parts.",
-        }[opening.kind]
-        raise PreviewError(f"{name}: diffusers cannot open it: {printable(text.strip())}", hint) from error
 
 
 def _weights(opening: Opening) -> Any:
@@ -272,13 +267,7 @@ def _enough_memory(placement: Placement) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_memory(error):
+        if not is_out_of_memory(error):
             raise
         hint = f"Give a smaller --res, or {'--dtype bf16' if placement.device == 'cpu' else placement.advice}."
         raise PreviewError(f"device {placement.device}: not enough memory", hint) from error
-
-
-def _is_memory(error: BaseException) -> bool:
-    words = str(error).lower()
-    phrases = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or any(phrase in words for phrase in phrases)

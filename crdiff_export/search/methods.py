@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
-from crdiff_export.errors import SearchError
+from crdiff_export.errors import OptionError
 from crdiff_export.formats.text import did_you_mean
 from crdiff_export.search import anneal
 from crdiff_export.search.space import Point, RatioSpace
@@ -35,7 +35,7 @@ class SearchMethod:
 
     def __post_init__(self) -> None:
         if self.name not in METHODS:
-            raise SearchError(f"no method is called {self.name!r}", did_you_mean(self.name, METHODS, "methods"))
+            raise OptionError(f"no method is called {self.name!r}", did_you_mean(self.name, METHODS, "methods"))
 
     @property
     def stops_early(self) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from crdiff_export.errors import SearchError
+from crdiff_export.errors import OptionError
 
 POA_WEIGHT: Final = "poa_weight"
 # Ours: the public code's 0.1 cannot leave a group alone, and 0.9 gives some room above its 0.8.
@@ -63,10 +63,10 @@ class RatioSpace:
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high < 1:
             hint = "Give 0 <= low < high < 1, as in 0 to 0.9."
-            raise SearchError(f"ratios from {self.low} to {self.high} cannot be searched", hint)
+            raise OptionError(f"ratios from {self.low} to {self.high} cannot be searched", hint)
         if self.poa_weights and not (0 <= self.poa_weights[0] < self.poa_weights[1] < math.inf):
             hint = "Give two numbers, the smaller first, as in 1 to 2.5."
-            raise SearchError("POA weights from {} to {} cannot be searched".format(*self.poa_weights), hint)
+            raise OptionError("POA weights from {} to {} cannot be searched".format(*self.poa_weights), hint)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ import sqlalchemy.exc
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 
-from crdiff_export.errors import SearchError
+from crdiff_export.errors import OptionError, SearchError
 from crdiff_export.formats import file_lock
 
 SUFFIX: Final = ".db"
@@ -152,7 +152,7 @@ def check_file(path: Path) -> None:
     """Refuse a file that is not a search's, before it is touched."""
     if path.suffix != SUFFIX:
         hint = f"A search is kept in NAME{SUFFIX}, or on a server, as in postgresql://host/database."
-        raise SearchError(f"{path}: not the name of a search's file", hint)
+        raise OptionError(f"{path}: not the name of a search's file", hint)
     if not path.parent.is_dir():
         raise SearchError(f"{path}: the folder {path.parent} does not exist", "Create it, or name a file elsewhere.")
     if not path.exists():
@@ -184,7 +184,7 @@ def _server_address(storage: str) -> StorageAddress:
     scheme = storage.partition("://")[0]
     if scheme.partition("+")[0] not in ("postgresql", "postgres"):
         hint = f"Leave --storage out or name a {SUFFIX} file; for many machines name a postgresql:// server."
-        raise SearchError(f"a search cannot be kept in {scheme[:20]}", hint)
+        raise OptionError(f"a search cannot be kept in {scheme[:20]}", hint)
     try:
         import psycopg  # noqa: F401
     except ImportError as error:
@@ -194,7 +194,7 @@ def _server_address(storage: str) -> StorageAddress:
         url = sqlalchemy.make_url(storage).set(drivername="postgresql+psycopg")
     except (sqlalchemy.exc.ArgumentError, ValueError):
         hint = "Write postgresql://user:password@host:5432/database, with %40 for an @ in the password."
-        raise SearchError("the address of the PostgreSQL server cannot be read", hint) from None
+        raise OptionError("the address of the PostgreSQL server cannot be read", hint) from None
     engine = {"connect_args": {"connect_timeout": TIMEOUT}, "pool_pre_ping": True}
     return StorageAddress(
         # Optuna formats the address.

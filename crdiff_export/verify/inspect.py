@@ -22,7 +22,9 @@ from crdiff_export.formats.crdiff_keys import LAYER_WISE, PREFIX, Stamp, is_bake
 from crdiff_export.formats.text import amount, printable
 from crdiff_export.models import families
 from crdiff_export.models.families import Match
+from crdiff_export.prune.criteria.calibration import KEY as CALIBRATION
 from crdiff_export.prune.plan import quantisation
+from crdiff_export.sizes import Size
 
 GROUP_COLUMNS = ("group", "ratio", "zeroed", "of", "share", "threshold")
 _SHAPES = {"file": "one file", "shards": "shards", "folder": "diffusers folder"}
@@ -108,6 +110,16 @@ class Inspection:
             return f"in a sidecar, but there is no {missing.name}"
         return f"in a sidecar, {amount(sum(path.stat().st_size for path in sidecars))}"
 
+    @property
+    def calibration(self) -> str | None:
+        """What a calibration is one of, in words; None for any other file."""
+        keys = {
+            key: self.checkpoint.metadata.get(f"{CALIBRATION}.{key}", "?") for key in ("base", "size", "statistics")
+        }
+        if CALIBRATION not in self.checkpoint.metadata:
+            return None
+        return printable(f"a calibration of {keys['base']} at {keys['size']}: {keys['statistics']}")
+
     def facts(self) -> Iterator[tuple[str, str]]:
         """Yield what to print before the table, as name and text."""
         checkpoint, match = self.checkpoint, self.match
@@ -119,7 +131,7 @@ class Inspection:
             inpainting = ", inpainting" if match.inpainting else ""
             yield "family", f"{match.family.title} ({match.layout.name} layout{inpainting})"
             yield "prefix", match.prefix or "none"
-        else:
+        elif not self.calibration:
             yield "family", self.why_not or "unknown"
         if kind := quantisation(checkpoint):
             yield "quantised", f"{kind}; cannot be pruned by magnitude"
@@ -127,6 +139,8 @@ class Inspection:
             yield "title", printable(title)
         if self.stamp:
             yield from _stamp_facts(self.stamp, checkpoint.metadata.get(OUTPUT_HASH))
+        elif calibrated := self.calibration:
+            yield "crdiff", calibrated
         elif not self.residual:
             yield "crdiff", "not made by crdiff"
         if self.residual:
@@ -145,7 +159,7 @@ class Inspection:
             "prefix": match and match.prefix, "inpainting": match and match.inpainting, "unknown": self.why_not,
             "quantised": quantisation(checkpoint), "sparse": any(file.is_sparse for file in checkpoint.files),
             "title": metadata.get("modelspec.title"), "groups": self.groups, "notes": self.notes,
-            "crdiff": keys if self.stamp else None,
+            "crdiff": keys if self.stamp else None, "calibration": self.calibration is not None,
         }  # fmt: skip
 
 
@@ -163,8 +177,9 @@ def inspect(path: Path) -> Inspection:
 
 
 def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, str]]:
-    yield "pruned for", f"{stamp.resolution} (native {stamp.native})"
-    yield "ratios", printable(provenance(stamp.provenance, stamp.provenance_source))
+    known_from = "" if stamp.native_source == "family" else f" by its {printable(stamp.native_source)}"
+    yield "pruned for", f"{stamp.resolution} (native {stamp.native}{known_from})"
+    yield "ratios", printable(provenance(stamp.provenance, stamp.provenance_source, stamp.borrowed_from))
     yield "recipe", printable(stamp.recipe)
     if stamp.evidence:
         yield "evidence", printable(", ".join(f"{key} {text}" for key, text in sorted(stamp.evidence.items())))
@@ -192,16 +207,19 @@ def mask(stamp: Stamp) -> str:
     return f"its zeros, compared within each {among}{moved}"
 
 
-def provenance(standing: str, source: str) -> str:
+def provenance(standing: str, source: str, borrowed_from: Size | None = None) -> str:
     """Say in one line where ratios come from and say so if they are not tuned.
 
     Args:
         standing: The provenance, as in recipes and headers.
         source: Its source, as in recipes and headers.
+        borrowed_from: The size that they were found for, where that is another one.
 
     Returns:
         The line.
     """
+    if borrowed_from:
+        return f"starting point, borrowed from {borrowed_from} ({source})"
     return f"{'starting point, not tuned' if standing == 'starting-point' else standing} ({source})"
 
 

@@ -273,6 +273,8 @@ def test_document_names_every_key_and_its_format(tmp_path: Path) -> None:
         ),
         bake_tiny(tmp_path, "sd35-medium.original-transformer"),
     ]
+    job = prepare(ExportRequest(str(base), Size(72, 72), tmp_path / "borrowed.safetensors", allow_nonfinite=True))
+    header.append(makers.metadata_of(run(job, Silent()).written.path))
     job = prepare(ExportRequest(str(base), SIZE, tmp_path / "hub.safetensors", allow_nonfinite=True))
     from_hub = replace(job, base=replace(job.base, hashes={base.name: "ab" * 32}))
     header.append(makers.metadata_of(run(from_hub, Silent()).written.path))

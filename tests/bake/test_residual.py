@@ -426,7 +426,7 @@ def test_a_name_in_the_bases_folder_is_not_taken(shelf: Path, tmp_path: Path) ->
     index = makers.write_shards(tmp_path / "base", makers.tiny("sd15.diffusers-unet"), 1)
     stranger = index.parent / "diffusion_pytorch_model-00001-of-00001.crdiff-residual"
     stranger.write_text("mine")
-    refused(index.parent, "sidecar", tmp_path, stranger.name)
+    refused(index.parent, "sidecar", tmp_path, stranger.name, all_files=True)
 
 
 @pytest.mark.parametrize("force", [True, False])

@@ -16,7 +16,7 @@ REFUSALS = {
     "no size": ("export demo", 2, "usage", "'--res'"),
     "size": ("export demo --res abc", 2, "usage", "'abc'"),
     "size too large": ("export demo --res 20000", 2, "usage", "20000x20000"),
-    "size off the grid": ("export demo --res 97x64", 1, "recipe", "97x64"),
+    "size off the grid": ("export demo --res 97x64", 2, "usage", "97x64"),
     "ratio": ("export demo --res 64 --ratio 1", 2, "usage", "'--ratio': 1.0"),
     "ratio nan": ("export demo --res 64 --mid nan", 2, "usage", "'--mid': nan"),
     "ratio text": ("export demo --res 64 --up lots", 2, "usage", "'--up': 'lots'"),
@@ -31,7 +31,7 @@ REFUSALS = {
     "down of a transformer": ("export {shelf}/dit.safetensors --res 512 --down 0.2", 2, "usage", "'down'"),
     "targets": ("export demo --res 64 --targets attn,mlp", 2, "usage", "'--targets': 'mlp'"),
     "no targets": ("export demo --res 64 --targets ,", 2, "usage", "'--targets'"),
-    "targets of others": ("export demo --res 64 --targets attn2", 1, "plan", "'attn2'"),
+    "targets of others": ("export demo --res 64 --targets attn2", 2, "usage", "'attn2'"),
     "criterion": ("export demo --res 64 --criterion taste", 2, "usage", "'taste'"),
     "dtype": ("export demo --res 64 --dtype int8", 2, "usage", "'--dtype': 'int8'"),
     "device": ("export demo --res 64 --device gpu", 2, "usage", "'--device': 'gpu'"),
@@ -45,7 +45,7 @@ REFUSALS = {
     ),
     "push option": ("export demo --res 64 --tag v1", 2, "usage", "--tag"),
     "alias": ("export sdlx --res 512", 1, "checkpoint", "sdlx"),
-    "recipe": ("recipes show sdlx", 1, "recipe", "sdlx"),
+    "recipe": ("recipes show sdlx", 2, "usage", "sdlx"),
     "recipe missing": ("export demo --res 64 --recipe own.toml", 1, "recipe", "own.toml"),
     "recipe folder": ("recipes validate {shelf}", 1, "recipe", "shelf"),
     "recipe of another family": ("export demo --res 64 --recipe sdxl.toml", 1, "recipe", "sdxl.toml"),
@@ -77,10 +77,18 @@ REFUSALS = {
         "export {shelf}/sd15.safetensors --res 512 -o {shelf}/sd15.safetensors --force", 1, "plan", "sd15.safetensors",
     ),
     "output in no folder": ("export demo --res 64 -o no/o.safetensors", 1, "plan", "no/o.safetensors"),
-    "output is a folder": ("export demo --res 64 -o {shelf}/pipe", 1, "plan", "pipe"),
+    "output in a folder exists": ("export demo --res 64 -o taken", 1, "plan", "taken/demo-crdiff-64x64.safetensors"),
     "output has another suffix": ("export demo --res 64 -o sdxl-1.5", 1, "plan", "sdxl-1.5"),
     "output is a pickle": ("export demo --res 64 -o o.ckpt", 1, "plan", "o.ckpt"),
-    "output is no name": ("export demo --res 64 -o ..", 1, "plan", ".."),
+    "output is no name": ("export demo --res 64 -o .safetensors", 1, "plan", ".safetensors"),
+    "ratio in percent": ("export demo --res 64 --ratio 30%", 2, "usage", "'30%'"),
+    "scorer": ("evaluate demo --res 48 --scorer clip", 2, "usage", "'clip'"),
+    "scorers without a weight": ("evaluate demo --res 48 --scorer x*clip-score+aesthetic", 2, "usage", "'x'"),
+    "scorer without a function": ("evaluate demo --res 48 --scorer own:", 2, "usage", "'own:'"),
+    "alias to inspect": ("inspect sdxl", 1, "checkpoint", "sdxl"),
+    "repository by its page": (
+        "push {shelf}/pruned.safetensors https://huggingface.co/my-org/sdxl", 2, "usage", "https://huggingface.co",
+    ),
 }  # fmt: skip
 
 
@@ -90,6 +98,8 @@ def test_a_refusal(
 ) -> None:
     (here / "there.safetensors").write_text("mine")
     (here / "fox.txt").write_text("a fox\n")
+    (here / "taken").mkdir()
+    (here / "taken" / "demo-crdiff-64x64.safetensors").touch()
     shutil.copy(recipe_files.builtin_path() / "sdxl.toml", here)
     before = sorted(here.iterdir())
     ran = crdiff(*shlex.split(command.format(shelf=shelf)), "--json")

@@ -317,7 +317,7 @@ def test_against_the_dense_model(against_dense: Evaluation) -> None:
     assert [model.subject.size for model in other.models] == [native]
     assert other.job.pairs == tuple((prompt, seed + 4) for prompt, seed in against_dense.job.pairs)
     reference = rows_of(other.models[0].images)
-    assert [model.name for model in against_dense.models] == ["dense", "pruned", "POA 2.4365"] * 2
+    assert [model.name for model in against_dense.models] == ["dense", "pruned", "POA 1.5"] * 2
     for model in against_dense.models:
         assert model.fid == pytest.approx(by_singular_values(rows_of(model.images), reference), rel=1e-5)
     assert all(model.fid for model in against_dense.models), "not even the dense model at that size is at 0"
@@ -383,7 +383,7 @@ def test_an_fid_however_large_changes_no_word(against_dense: Evaluation) -> None
     none = replace(against_dense, models=tuple(replace(m, fid=None) for m in against_dense.models))
     columns, rows = report_text.table(far)
     index = columns.index("FID")
-    assert [row[index] for row in rows] == ["0.00", "1000.00", "2436.50"] * 2
+    assert [row[index] for row in rows] == ["0.00", "1000.00", "1500.00"] * 2
     assert [row[:index] + row[index + 1 :] for row in rows] == report_text.table(none)[1]
     assert "FID" not in report_text.table(none)[0]
     assert files.recipe(far, "x") == files.recipe(none, "x")

@@ -230,13 +230,13 @@ def test_the_command_shows_facts_and_files(line: Line, here: Path) -> None:
     assert ran.code == 0
     told = dict(text.split(":", 1) for text in ran.out.splitlines()[:-2])
     assert list(told) == ["base", "size", "ratios", "sampling", "note", "drawn on", "made by", "pictures"]
-    assert "searched (crdiff search: " in told["ratios"]
+    assert "starting point, borrowed from 80x80 (crdiff search: " in told["ratios"]
     assert re.fullmatch(r" 3 \(dense [\d.]+ s, pruned [\d.]+ s, POA 1.2519 [\d.]+ s each\)", told["pictures"])
     names = ["demo-preview-72x72.png", "demo-preview-72x72.html"]
     assert ran.out.splitlines()[-2:] == names
     assert sorted(path.name for path in here.iterdir()) == sorted(names)
     notes = ran.err.splitlines()
-    assert notes[0].startswith("note: no variant for 72x72; using the one for ")
+    assert notes[0].startswith("note: no variant for 72x72; its numbers are borrowed from ")
     assert notes[1].startswith('note: "a red fox" is not a prompt of the demo model: it does not know fox; ')
     assert notes[2] == "note: 3 pictures, 1 row of dense, pruned, POA 1.2519, on cpu in fp32"
     assert [text.partition(":")[0] for text in notes[3:]] == ["counting", "drawing"]
@@ -257,7 +257,8 @@ def test_the_command_as_json_with_prompts_from_a_file(line: Line, here: Path, mo
     assert [(p["column"], p["prompt"], p["seed"]) for p in result["pictures"]] == [
         ("dense", "a red fox", 3), ("pruned", "a red fox", 3), ("dense", "лиса", 3), ("pruned", "лиса", 3)
     ]  # fmt: skip
-    assert (result["provenance"], result["ratios"]) == ("searched", {"down": 0.7394, "mid": 0.7556, "up": 0.0522})
+    assert (result["provenance"], result["borrowed_from"]) == ("starting-point", "56x56")
+    assert result["ratios"] == {"down": 0.7394, "mid": 0.7556, "up": 0.0522}
     assert result["criterion"] == "magnitude"
     black, letters = result["notes"][-2:]
     assert black == "4 of 4 pictures are all black: try another --dtype, such as bf16 or fp32"

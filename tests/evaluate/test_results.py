@@ -16,7 +16,7 @@ from crdiff_export.evaluate import Evaluation, Subject, evidence, files, page, p
 from crdiff_export.evaluate.results import ModelScores
 from crdiff_export.evaluate.scorers import Score
 from crdiff_export.models import recipe_files
-from crdiff_export.models.recipe import Evidence, Variant
+from crdiff_export.models.recipe import Evidence, Variant, borrow
 from tests.support.evaluating import of_pairs
 
 WITHOUT_FID = tuple(name for name in report_text.COLUMNS if name != "FID")
@@ -133,9 +133,9 @@ def test_ratios_for_another_size_are_a_starting_point(evaluation: Evaluation) ->
         subject.plan.variant, resolution=Size(96, 64), provenance="searched", source="a search",
         evidence=Evidence("s", 1.0),
     )  # fmt: skip
-    made = evidence.variant(evaluation, with_variant(subject, searched))
-    assert (made.provenance, made.source) == ("starting-point", "a search; those for 96x64")
-    assert made.resolution == subject.size
+    made = evidence.variant(evaluation, with_variant(subject, borrow(searched, subject.plan.size)))
+    assert (made.provenance, made.source) == ("starting-point", "a search; borrowed from 96x64")
+    assert (made.resolution, made.borrowed_from) == (subject.size, None)
     own = evidence.variant(evaluation, with_variant(subject, replace(searched, resolution=subject.plan.size)))
     assert (own.provenance, own.source) == ("searched", "a search")
 

@@ -49,6 +49,8 @@ def stamped(draw: st.DrawFn) -> Stamp:
         groups=groups,
         resolution=draw(SIZES),
         native=draw(SIZES),
+        native_source=draw(st.sampled_from(["family", "config.json", "modelspec.resolution"])),
+        borrowed_from=draw(st.none() | SIZES),
         source_name=draw(TEXT),
         recipe=draw(TEXT),
         provenance=draw(TEXT),

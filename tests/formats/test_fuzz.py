@@ -187,7 +187,8 @@ def data_size(raw: bytes) -> int:
 def check(found: Header, raw: bytes, data: int) -> None:
     """Every invariant of the format, from the JSON again."""
     value = json.loads(raw)
-    metadata = value.pop("__metadata__", {})
+    metadata = value.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     assert found.metadata == metadata
     assert all(type(key) is str and type(text) is str for key, text in metadata.items())
     assert [t.name for t in found.tensors] == list(value)

@@ -14,10 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crdiff_export.errors import OptionError, RecipeError
-from crdiff_export.formats.text import nearest
+from crdiff_export.formats.text import WARNING, nearest
 from crdiff_export.models import families, recipe_files
 from crdiff_export.models.families import Kind
-from crdiff_export.models.recipe import TARGETS, Choice, Evidence, Recipe, Variant, check_groups, choose, override
+from crdiff_export.models.recipe import (
+    START_POA_WEIGHT,
+    TARGETS,
+    Choice,
+    Evidence,
+    Recipe,
+    Variant,
+    borrow,
+    check_groups,
+    choose,
+    override,
+    override_poa_weight,
+)
 from crdiff_export.models.recipe_files import (
     aliases,
     builtin,
@@ -172,7 +184,7 @@ def test_text_that_is_no_size_is_refused(text: str) -> None:
     [("401x560", 8, "400x560"), ("404x564", 16, "400x560"), ("408x568", 16, "416x576"), ("1x3", 8, "8x8")],
 )
 def test_a_size_off_the_latent_grid_is_answered_with_the_nearest(target: str, grid: int, use: str) -> None:
-    with raises(RecipeError, target, "SDXL", grid) as error:
+    with raises(OptionError, target, "SDXL", grid) as error:
         check_grid(Size.parse(target), grid, "SDXL")
     assert use in error.value.hint
     check_grid(Size.parse(use), grid, "SDXL")
@@ -600,10 +612,35 @@ def test_a_broken_public_config_is_refused(text: str, key: str) -> None:
 
 def test_a_size_without_a_variant_takes_the_nearest_and_says_so() -> None:
     assert choose(recipe(variant("512x512"), variant("400x560")), Size(400, 560)) == Choice(variant("400x560"))
-    searched = dataclasses.replace(variant(), provenance="searched", evidence=Evidence("ImageReward", 0.5))
-    for chosen, standing in ((variant(), "starting point"), (searched, "searched")):
-        choice = choose(recipe(variant("2048x2048"), chosen), Size(640, 640))
-        assert choice == Choice(chosen, f"no variant for 640x640; using the one for 512x512 ({standing})")
+    choice = choose(recipe(variant("2048x2048"), variant()), Size(576, 576))
+    note = "no variant for 576x576; its numbers are borrowed from 512x512, a starting point"
+    assert choice == Choice(variant(), note)
+
+
+@pytest.mark.parametrize(
+    ("target", "is_far"),
+    [
+        ("512x768", False),  # 1.5 times the area, and 1.5 times as high for its width
+        ("512x776", True),
+        ("624x624", False),
+        ("632x632", True),  # 1.52 times the area
+        ("416x416", True),  # as many times less
+        ("632x416", True),  # the area, but 1.52 times as wide
+        ("416x632", True),
+    ],
+)
+def test_numbers_from_afar_come_with_a_warning(target: str, *, is_far: bool) -> None:
+    note = choose(recipe(variant()), Size.parse(target)).note
+    assert note
+    assert note.startswith(WARNING) == is_far
+    assert "borrowed from 512x512" in note
+
+
+def test_borrowed_numbers_are_a_starting_point_without_evidence() -> None:
+    assert borrow(SEARCHED, SEARCHED.resolution) is SEARCHED
+    assert borrow(SEARCHED, Size(96, 64)) == dataclasses.replace(
+        SEARCHED, provenance="starting-point", evidence=None, borrowed_from=SEARCHED.resolution
+    )
 
 
 @pytest.mark.parametrize(
@@ -649,7 +686,7 @@ def test_a_prompt_takes_its_own_variant_and_no_other_prompt_does() -> None:
     assert (own.variant.ratios["mid"], own.note) == (0.2, None)
     other = choose(made, Size(512, 512), prompt="a fox")
     assert other.variant.ratios["mid"] == 0.1
-    assert other.note == "no variant for 512x512 and this prompt; using the one for 512x512 (starting point)"
+    assert other.note == "no variant for 512x512 and this prompt; using the one for any prompt"
 
 
 @pytest.mark.parametrize("variants", [(), (variant(prompt="a cat"),)], ids=["none", "for a prompt"])
@@ -661,8 +698,9 @@ def test_a_recipe_without_a_fitting_variant_is_refused(variants: tuple[Variant, 
 # --- the user's own numbers ---
 
 SEARCHED = dataclasses.replace(
-    variant(prompt="a cat"), provenance="searched", source="a search", evidence=Evidence("ImageReward", 0.5)
-)
+    variant(prompt="a cat"), provenance="searched", source="a search", poa_weight=2.5,
+    evidence=Evidence("ImageReward", 0.5, extra={"poa": 0.6, "poa_low": 0.1, "poa_high": 0.2, "torch": "2"}),
+)  # fmt: skip
 
 
 def test_nothing_given_changes_nothing() -> None:
@@ -681,8 +719,20 @@ def test_nothing_given_changes_nothing() -> None:
 def test_a_ratio_of_the_user_ends_the_whole_claim(numbers: dict[str, Any], ratios: tuple[float, ...]) -> None:
     assert override(SEARCHED, UNET, **numbers) == dataclasses.replace(
         SEARCHED, ratios=dict(zip(UNET, ratios, strict=True)), provenance="starting-point",
-        source="given on the command line", evidence=None, prompt=None,
+        source="given on the command line", evidence=None, prompt=None, poa_weight=START_POA_WEIGHT,
     )  # fmt: skip
+
+
+def test_the_poa_weight_goes_with_the_ratios_that_it_was_found_with() -> None:
+    assert override(SEARCHED, UNET, ratio=0.3).poa_weight == SEARCHED.poa_weight
+    assert override(SEARCHED, UNET, per_group={"up": 0.3}).poa_weight == SEARCHED.poa_weight
+    assert override(SEARCHED, UNET, per_group={"up": 0.31}).poa_weight == START_POA_WEIGHT
+
+
+def test_only_a_full_set_of_ratios_is_not_borrowed() -> None:
+    borrowed = borrow(SEARCHED, Size(96, 64))
+    assert override(borrowed, UNET, ratio=0.5).borrowed_from is None
+    assert override(borrowed, UNET, per_group={"up": 0.5}).borrowed_from == SEARCHED.resolution
 
 
 def test_a_full_set_needs_nothing_of_the_variant() -> None:
@@ -690,27 +740,27 @@ def test_a_full_set_needs_nothing_of_the_variant() -> None:
 
 
 def test_the_poa_weight_leaves_the_ratios_where_they_come_from() -> None:
-    made = override(SEARCHED, UNET, poa_weight=2)
-    assert (made.poa_weight, made.provenance, made.evidence) == (2, "searched", SEARCHED.evidence)
+    made = override_poa_weight(SEARCHED, 2)
+    assert (made.poa_weight, made.provenance) == (2, "searched")
+    assert made.evidence == Evidence("ImageReward", 0.5, extra={"torch": "2"})  # POA was measured at another weight
+    assert override_poa_weight(SEARCHED, 2.5).evidence == SEARCHED.evidence
     assert made.source == "a search; POA weight given on the command line"
-    assert override(SEARCHED, UNET, ratio=0.5, poa_weight=2).source == "given on the command line"
+    assert override_poa_weight(override(SEARCHED, UNET, ratio=0.5), 2).source == "given on the command line"
 
 
 @pytest.mark.parametrize(
-    ("ratio", "per_group", "poa_weight", "key"),
-    [
-        (1.0, {}, None, "down is 1.0"),
-        (None, {"mid": -0.1}, None, "mid is -0.1"),
-        (None, {"mid": math.nan}, None, "mid is nan"),
-        (None, {}, math.inf, "POA weight is inf"),
-        (None, {}, math.nan, "POA weight is nan"),
-    ],
+    ("ratio", "per_group", "key"),
+    [(1.0, {}, "down is 1.0"), (None, {"mid": -0.1}, "mid is -0.1"), (None, {"mid": math.nan}, "mid is nan")],
 )
-def test_numbers_out_of_bounds_are_refused(
-    ratio: float | None, per_group: dict[str, float], poa_weight: float | None, key: str
-) -> None:
+def test_ratios_out_of_bounds_are_refused(ratio: float | None, per_group: dict[str, float], key: str) -> None:
     with raises(RecipeError, key):
-        override(SEARCHED, UNET, ratio, per_group, poa_weight)
+        override(SEARCHED, UNET, ratio, per_group)
+
+
+@pytest.mark.parametrize("weight", [math.inf, math.nan, -1.0])
+def test_a_poa_weight_out_of_bounds_is_refused(weight: float) -> None:
+    with raises(RecipeError, f"POA weight is {weight}"):
+        override_poa_weight(SEARCHED, weight)
 
 
 def test_an_unknown_group_is_refused() -> None:

@@ -291,6 +291,7 @@ ADDED = {
     "4: tag": ['tag = "v"'],
     "4: private": ["private = true"],
     "4: name": [
+        'name = "NUL.safetensors"', 'name = "a/con"', 'name = "Com1.x.safetensors"', 'name = ".safetensors"',
         'name = "../a"', 'name = "/a"', "name = 'a\\b'", 'name = "c:/a"', 'name = "a/"', 'name = "a//b"',
         'name = "a/./b"', f'name = "{"a" * 201}"', 'name = "a.ckpt"', 'name = "a"', 'name = "{sice}"',
         'name = "{width:04}"', 'name = "a}"', 'name = "{dtype}"',

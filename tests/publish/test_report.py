@@ -22,7 +22,7 @@ from tests.support.publishing import BASE, Desk, plan
 
 VARIANT = {
     "base", "size", "repo", "revision", "path", "output", "family", "ratios", "poa_weight", "provenance", "digest",
-    "line", "notes", "error", "criterion", "calibration",
+    "borrowed_from", "line", "notes", "error", "criterion", "calibration",
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ repo = "tester/out"
 sizes = ["96x64"]
 name = "nothing.safetensors"
 """
-WHY = ["unchanged", "made by an earlier run", "new", "changed: ratio.down, ratio.mid, ratio.up, …",
+WHY = ["unchanged", "made by an earlier run", "new", "changed: poa.weight, ratio.down, ratio.mid, …",
        "replaces what crdiff did not make", "org/nothing: no such repository, or a private one"]  # fmt: skip
 
 
@@ -75,7 +75,8 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(desk: Desk) -> None:
     assert fetch == "to fetch: at most 193.25 KB"
     assert write == "to write: 470.14 KB, 156.71 KB at once"
     note, error, hint = ran.err.splitlines()
-    assert note == "note: 72x72 of model.safetensors: no variant for 72x72; using the one for 80x80 (searched)"
+    borrowed = "no variant for 72x72; its numbers are borrowed from 80x80, a starting point"
+    assert note == f"note: 72x72 of model.safetensors: {borrowed}"
     assert error == "crdiff: 96x64 of nothing: org/nothing: no such repository, or a private one"
     assert hint.startswith("  Check the id")
     assert not page.exists()
@@ -91,9 +92,10 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(desk: Desk) -> None:
     assert found[2] == {
         "base": BASE, "size": "72x72", "repo": "tester/out", "revision": "main", "path": "72x72.safetensors",
         "output": "out/72x72.safetensors", "family": "demo", "ratios": {"down": 0.036, "mid": 0.4942, "up": 0.1461},
-        "poa_weight": 1.2519, "provenance": "searched", "digest": None, "line": 5, "action": "make",
+        "poa_weight": 1.2519, "provenance": "starting-point", "borrowed_from": "80x80", "digest": None, "line": 5,
+        "action": "make",
         "criterion": "magnitude", "calibration": None,
-        "reason": "new", "notes": ["no variant for 72x72; using the one for 80x80 (searched)"], "error": None,
+        "reason": "new", "notes": [borrowed], "error": None,
     }  # fmt: skip
     assert found[5]["error"]["code"] == "hub"
 
@@ -137,7 +139,7 @@ def test_a_run_says_what_it_did(desk: Desk) -> None:
     data = desk.hub.read("tester/out", "72x72.safetensors")
     assert one["url"] == f"{desk.hub.url}/tester/out/resolve/{one['commit']}/72x72.safetensors"
     assert (one["bytes"], one["sha256"]) == (len(data), sha256(data).hexdigest())
-    assert one["notes"] == ["no variant for 72x72; using the one for 80x80 (searched)"]
+    assert one["notes"] == ["no variant for 72x72; its numbers are borrowed from 80x80, a starting point"]
     assert found[0]["notes"] == ["created tester/out, private, as the licence of its base is not known"]
     assert len({one["digest"] for one in found}) == 6
     assert [tag.keys() for tag in ran.result["tags"]] == [{"repo", "tag", "commit", "error"}]

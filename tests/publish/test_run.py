@@ -299,7 +299,7 @@ def test_only_what_changed_is_made_again(desk: Desk) -> None:
     desk.hub.commit("org/replaced", {"model.safetensors": new})
     desk.hub.commit("org/touched", {"README.md": CARD + b"More.\n", "picture.png": b"\0" * 600})
     expected = {f"{name}.safetensors": change[1] for name, change in CHANGES.items() if change} | {
-        "size.safetensors": "changed: poa.weight, recipe, resolution.target",
+        "size.safetensors": "changed: recipe, resolution.target",
         "same.safetensors": "unchanged",
         "replaced.safetensors": "changed: source.file_sha256",
         "touched.safetensors": "unchanged",

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from crdiff_export.errors import SearchError
+from crdiff_export.errors import OptionError
 from crdiff_export.search import METHODS, Candidate, RatioSpace
 from crdiff_export.search.methods import MethodName, PointScore, SearchMethod, TrialHistory, suggest
 from crdiff_export.search.space import Point
@@ -90,7 +90,7 @@ def test_a_sobol_sequence_covers_the_box() -> None:
 
 def test_a_method_has_a_name() -> None:
     assert [SearchMethod(name).stops_early for name in METHODS] == [True, False, True, True, True]
-    with raises(SearchError, "anneel"):
+    with raises(OptionError, "anneel"):
         SearchMethod("anneel")  # type: ignore[arg-type]
 
 
@@ -105,7 +105,7 @@ WRONG_SPACES = [
 
 @pytest.mark.parametrize(("low", "high", "weights", "key"), WRONG_SPACES)
 def test_a_box_is_a_box(low: float, high: float, weights: tuple[float, float] | None, key: str) -> None:
-    with raises(SearchError, key):
+    with raises(OptionError, key):
         RatioSpace(("up",), low, high, weights)
 
 

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import pytest
 
-from crdiff_export.errors import SearchError
+from crdiff_export.errors import CrdiffError, OptionError, SearchError
 from tests.support.messages import raises
 from tests.support.search_objective import NAME, PRINTS, Hill, opened, run_hill, scores_of, setup
 from tests.support.search_workers import check_that_nothing_is_lost
@@ -126,8 +126,8 @@ def test_an_interrupted_search_goes_on_as_in_a_file(database: str, tmp_path: Pat
         pass
 
 
-def refused(url: str) -> SearchError:
-    with pytest.raises(SearchError) as error, opened(url, setup()):
+def refused(url: str, kind: type[CrdiffError] = SearchError) -> CrdiffError:
+    with pytest.raises(kind) as error, opened(url, setup()):
         pass
     for hidden in HIDDEN:
         assert hidden not in str(error.value)
@@ -150,7 +150,7 @@ def test_a_server_that_is_not_there_is_said() -> None:
     error = refused(Server(port).url("a"))
     assert "refused" in error.message
     assert error.hint.startswith("Finished trials are kept")
-    assert "cannot be read" in refused(f"postgresql://crdiff:{HIDDEN[0]}@127.0.0.1:port/a").message
+    assert "cannot be read" in refused(f"postgresql://crdiff:{HIDDEN[0]}@127.0.0.1:port/a", OptionError).message
 
 
 def test_a_driver_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ class Made:
 
 def _bake(base: Path, size: str, output: Path) -> Path:
     output.parent.mkdir(exist_ok=True)
-    return export(ExportRequest(str(base), Size.parse(size), output=output)).written.path
+    return export(ExportRequest(str(base), Size.parse(size), output=output, all_files=True)).written.path
 
 
 def refused(ran: Ran, exit_code: int, *keys: object) -> None:

@@ -126,7 +126,7 @@ def test_a_baked_file_says_all_about_itself(baked: Path) -> None:
     stamp = makers.metadata_of(baked)
     report = facts(inspect(baked))
     assert report["title"] == "crdiff demo CR-Diff 96x64"
-    assert report["pruned for"] == "96x64 (native 64x64)"
+    assert report["pruned for"] == "96x64 (native 64x64 by its modelspec.resolution)"
     assert report["ratios"].startswith("searched (crdiff search: tpe, seed 42, ")
     assert report["recipe"] == "demo.toml 96x64"
     assert report["targets"] == "attn, ff by magnitude, cast to BF16"

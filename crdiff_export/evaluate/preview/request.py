@@ -65,10 +65,15 @@ class PreviewJob:
         return self.baked.stamp.provenance if self.baked else self.subject.plan.variant.provenance
 
     @property
+    def borrowed_from(self) -> Size | None:
+        """The size that the ratios were found for, where they are taken for another one."""
+        return self.baked.stamp.borrowed_from if self.baked else self.subject.plan.variant.borrowed_from
+
+    @property
     def ratios_from(self) -> str:
         """Where the ratios come from, in words."""
         source = self.baked.stamp.provenance_source if self.baked else self.subject.plan.variant.source
-        return provenance(self.provenance, source)
+        return provenance(self.provenance, source, self.borrowed_from)
 
     @property
     def criterion(self) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from crdiff_export.errors import CrdiffError, OptionError, PreviewError
+from crdiff_export.errors import CrdiffError, OptionError, PoaError, PreviewError
 from crdiff_export.evaluate.comparison import DENSE, check_request
 from crdiff_export.evaluate.preview import files
 from crdiff_export.evaluate.preview.files import write
@@ -46,7 +46,8 @@ def prepare(request: PreviewRequest) -> PreviewJob:
         The job. No weight has been read yet, and nothing is refused later that could be refused now.
 
     Raises:
-        PreviewError: The baked file is of another family, or nothing is pruned.
+        PreviewError: The baked file is of another family.
+        OptionError: Nothing is pruned.
         CrdiffError: Something else of the request cannot be met.
     """
     _check(request)
@@ -68,7 +69,7 @@ def prepare(request: PreviewRequest) -> PreviewJob:
     subject = Subject.of_plan(request.size or plan.size, plan, request.weights)
     check_grid(subject.size, family.grid, family.title)
     if subject.weights == (DENSE,):
-        raise PreviewError("all ratios are 0, so there is no pruned model to look at", "Give --ratio, or a --recipe.")
+        raise OptionError("all ratios are 0, so there is no pruned model to look at", "Give --ratio, or a --recipe.")
     outputs = files.choose(request, subject, base.base.stem or base.checkpoint.stem)
     drawing = drawing_setup.set_up(request, base, plan, offload=request.offload)
     notes = (*(() if baked else plan.notes), *(demo_notes(request.prompts) if family.id == "demo" else ()))
@@ -121,4 +122,7 @@ def _check(request: PreviewRequest) -> None:
         raise OptionError("--baked is pruned already", "Leave out --criterion and --calibration, or leave out --baked.")
     if not request.baked and request.size is None:
         raise OptionError("there is no size", "Give --res, or a baked file with --baked, which has one.")
-    poa.Schedule(1.0, request.start, request.stop)
+    try:
+        poa.Schedule(1.0, request.start, request.stop)
+    except PoaError as error:
+        raise OptionError(error.message, error.hint) from error

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from crdiff_export.bake import destination, staging
-from crdiff_export.errors import PlanError
+from crdiff_export.errors import OptionError
 
 # What makes the content of a file, by the file's suffix in lower case.
 Makers = Mapping[str, Callable[[], str | bytes]]
@@ -24,14 +24,15 @@ def check(paths: Sequence[Path], suffixes: Sequence[str], what: str, *, force: b
         Each file once.
 
     Raises:
-        PlanError: A name, its folder or what stands there now does not allow it.
+        OptionError: A name has another ending.
+        PlanError: Its folder or what stands there now does not allow it.
     """
     once = tuple(dict.fromkeys(paths))
     for path in once:
         if path.suffix.lower() not in suffixes:
             name = path.name or "report"
             *names, last = [f"{name}{suffix}" for suffix in suffixes]
-            raise PlanError(f"{path}: {what}", f"Name it {', '.join(names)} or {last}.")
+            raise OptionError(f"{path}: {what}", f"Name it {', '.join(names)} or {last}.")
         destination.check_file(path, force=force)
     return once
 

@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from crdiff_export.errors import ScorerError
+from crdiff_export.errors import OptionError, ScorerError
 from crdiff_export.evaluate.scorers.process import LONGEST_LINE, Program
 from crdiff_export.evaluate.scorers.score import Score, is_finite
 from crdiff_export.formats.strict_json import show
@@ -116,13 +116,13 @@ class CommandScorer:
 
 
 def words_of(spec: str) -> list[str]:
-    """Split a command into the program and its arguments; ScorerError where there are none."""
+    """Split a command into the program and its arguments; OptionError where there are none."""
     try:
         words = shlex.split(spec.partition(":")[2])
     except ValueError as error:
-        raise ScorerError(f"{spec}: cannot be split into words: {error}", _QUOTES) from error
+        raise OptionError(f"{spec}: cannot be split into words: {error}", _QUOTES) from error
     if not words:
-        raise ScorerError(f"{spec}: names no program", _QUOTES)
+        raise OptionError(f"{spec}: names no program", _QUOTES)
     return words
 
 

@@ -2,7 +2,7 @@
 
 A function whose first parameter is called `images` is the scoring function itself, `(images, prompts) -> list[float]`.
 Any other is a factory, `(device, dtype) -> Scorer`. The module may lie in the current folder; what is installed wins.
-An exception of its code is not caught: it keeps its traceback.
+An exception of its code becomes an error of one line; `--debug` shows its traceback.
 """
 
 import hashlib
@@ -15,10 +15,11 @@ from functools import reduce
 from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from crdiff_export.errors import ScorerError
-from crdiff_export.evaluate.scorers.score import FunctionScorer, Scorer
+from crdiff_export.errors import OptionError, ScorerError, foreign_errors
+from crdiff_export.evaluate.scorers.score import FAILED, FunctionScorer, Scorer
 
 _MEMBERS = ("name", "score", "fingerprint", "close")
 
@@ -27,28 +28,34 @@ def open_function(spec: str, device: str, dtype: str) -> Scorer:
     """Open the scorer at `module:function`, where `function` may be `a.b`; ScorerError if it does not exist."""
     module, _, path = spec.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), *path.split("."))):
-        raise ScorerError(f"{spec!r} names no function", "Write module:function, as in my_scorers:sharpness.")
+        raise OptionError(f"{spec!r} names no function", "Write module:function, as in my_scorers:sharpness.")
+    with _current_folder(), foreign_errors(ScorerError, f"{spec}: cannot be imported", FAILED):
+        imported = _import(spec, module)
+    try:
+        function: Any = reduce(getattr, path.split("."), imported)
+    except AttributeError as error:
+        file = getattr(imported, "__file__", None) or module
+        hint = f"Check the name; it is read from {file}."
+        raise ScorerError(f"{spec}: {module} has no {path!r}", hint) from error
     with _current_folder():
-        try:
-            imported = import_module(module)
-        except ImportError as error:
-            is_missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-            what = f"there is no module {error.name!r}" if is_missing else f"cannot be imported: {error}"
-            hint = "Install it here, or run crdiff in the folder that it is in."
-            raise ScorerError(f"{spec}: {what}", hint) from error
-        try:
-            function: Any = reduce(getattr, path.split("."), imported)
-        except AttributeError as error:
-            file = getattr(imported, "__file__", None) or module
-            hint = f"Check the name; it is read from {file}."
-            raise ScorerError(f"{spec}: {module} has no {path!r}", hint) from error
         return as_scorer(spec, function, device, dtype)
+
+
+def _import(spec: str, module: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        what = f"there is no module {error.name!r}" if is_missing else f"cannot be imported: {error}"
+        hint = "Install it here, or run crdiff in the folder that it is in."
+        raise ScorerError(f"{spec}: {what}", hint) from error
 
 
 def load_entry_point(entry: EntryPoint) -> Any:
     """Import what an entry point names; ScorerError where its package is broken."""
     try:
-        return entry.load()
+        with foreign_errors(ScorerError, f"{entry.name}: {entry.value} cannot be loaded", FAILED):
+            return entry.load()
     except (ImportError, AttributeError) as error:
         package = entry.dist.name if entry.dist else entry.value
         hint = f"Install {package} again, or whatever it needs."
@@ -82,7 +89,8 @@ def as_scorer(name: str, function: Any, device: str, dtype: str) -> Scorer:
     except (ValueError, TypeError) as error:  # ValueError: a function in C may have no signature
         message = f"{name}: takes neither (images, prompts) nor (device, dtype)"
         raise ScorerError(message, "Name its parameters so; the first one's name decides.") from error
-    scorer: Scorer = function(device, dtype)
+    with foreign_errors(ScorerError, name, FAILED):
+        scorer: Scorer = function(device, dtype)
     missing = [member for member in _MEMBERS if not hasattr(scorer, member)]
     if missing:
         raise ScorerError(

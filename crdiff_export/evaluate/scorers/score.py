@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from crdiff_export.errors import ScorerError
+from crdiff_export.errors import ScorerError, foreign_errors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     # Gives a number for each picture and its prompt.
     Compute = Callable[[Sequence[Image], Sequence[str]], Any]
 
+# The hint for a scorer whose code raises.
+FAILED: Final = "Mend the scorer, or ask whoever made it."
 # A larger score is a fault; sums and squares of it would overflow.
 LARGEST: Final = 1e100
 
@@ -63,7 +65,8 @@ class FunctionScorer:
         values: list[float] = []
         batch = self._batch or len(images)
         for start in range(0, len(images), batch):
-            answer = self._compute(images[start : start + batch], prompts[start : start + batch])
+            with foreign_errors(ScorerError, self.name, FAILED):
+                answer = self._compute(images[start : start + batch], prompts[start : start + batch])
             try:
                 values += answer
             except TypeError as error:
@@ -86,7 +89,8 @@ class Checked:
         self._scorer = scorer
 
     def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
-        scores = self._scorer.score(images, prompts)
+        with foreign_errors(ScorerError, self.name, FAILED):
+            scores = self._scorer.score(images, prompts)
         if not isinstance(scores, list) or not all(isinstance(score, Score) for score in scores):
             raise ScorerError(f"{self.name}: its answer is no list of scores", "Return one `Score` for each picture.")
         if len(scores) != len(images):
@@ -102,10 +106,12 @@ class Checked:
         return [Score(float(score.value), score.parts) for score in scores]
 
     def fingerprint(self) -> dict[str, str]:
-        return self._scorer.fingerprint()
+        with foreign_errors(ScorerError, self.name, FAILED):
+            return dict(self._scorer.fingerprint())
 
     def close(self) -> None:
-        self._scorer.close()
+        with foreign_errors(ScorerError, self.name, FAILED):
+            self._scorer.close()
 
 
 def is_finite(value: object) -> bool:

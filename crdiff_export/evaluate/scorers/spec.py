@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 from importlib.metadata import EntryPoint, entry_points
 from typing import Final
 
-from crdiff_export.errors import OptionError, ScorerError
+from crdiff_export.errors import OptionError
 from crdiff_export.evaluate.scorers.score import Checked, Scorer
 from crdiff_export.formats.text import did_you_mean
 from crdiff_export.hub import bases
@@ -75,8 +75,7 @@ def choose(spec: str | None, base: str) -> str:
         What the user wrote, or the scorer that the demo model brings.
 
     Raises:
-        OptionError: Another base has no scorer.
-        ScorerError: It is not known.
+        OptionError: Another base has no scorer, or there is no such scorer.
     """
     if not spec and base != bases.BUILT_IN:
         hint = f"Give --scorer: {', '.join(names())}, module:function or command:PROGRAM."
@@ -126,7 +125,7 @@ def parse(spec: str) -> list[tuple[float, str]]:
         The weight and the text of each scorer, at least one.
 
     Raises:
-        ScorerError: The text is no sum.
+        OptionError: The text is no sum.
     """
     members: list[tuple[float, str]] = []
     rest, more = spec, True
@@ -135,9 +134,9 @@ def parse(spec: str) -> list[tuple[float, str]]:
         assert match
         scorer = match["scorer"].strip()
         if not scorer:
-            raise ScorerError(f"{spec!r}: a scorer is missing", _SUM_HINT)
+            raise OptionError(f"{spec!r}: a scorer is missing", _SUM_HINT)
         if scorer in [other for _, other in members]:
-            raise ScorerError(f"{spec!r}: {scorer} is in the sum twice", "Add the two weights.")
+            raise OptionError(f"{spec!r}: {scorer} is in the sum twice", "Add the two weights.")
         members.append((_weight(spec, match["weight"]), scorer))
         rest, more = rest[match.end() :], bool(match["more"])
     return members
@@ -149,7 +148,7 @@ def _weight(spec: str, text: str | None) -> float:
     except ValueError:
         weight = 0.0
     if not 0 < abs(weight) < float("inf"):
-        raise ScorerError(f"{spec!r}: {text!r} is no weight", f"A weight is a number other than 0. {_SUM_HINT}")
+        raise OptionError(f"{spec!r}: {text!r} is no weight", f"A weight is a number other than 0. {_SUM_HINT}")
     return weight
 
 
@@ -169,7 +168,7 @@ def _open(text: str, device: str, dtype: str) -> Scorer:
 def _check_name(name: str) -> None:
     if name not in names():
         others = "module:function and command:PROGRAM work as well."
-        raise ScorerError(f"no scorer is called {name!r}", f"{did_you_mean(name, names(), 'scorers')[:-1]}; {others}")
+        raise OptionError(f"no scorer is called {name!r}", f"{did_you_mean(name, names(), 'scorers')[:-1]}; {others}")
 
 
 def _entries() -> dict[str, EntryPoint]:

@@ -38,7 +38,7 @@ _DOUBLE = (
 _SINGLE = _fused("linear1.weight", "attn")
 
 _transformer = partial(Family, native=(1024, 1024), grid=16, groups=("blocks",), scope="layer")
-_sd3 = partial(_transformer, implementation="sgm")
+_sd3 = partial(_transformer, implementation="sgm", buckets=True)
 _flux = partial(
     _transformer,
     implementation="https://github.com/black-forest-labs/flux",

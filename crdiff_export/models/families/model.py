@@ -118,6 +118,7 @@ class Family:
         layouts: The ways in which the model is saved.
         inpainting: The architecture id of its inpainting model.
         twin: Another model with the same names and shapes.
+        buckets: Whether it was trained on pictures of many shapes with about the native area.
     """
 
     id: str
@@ -133,6 +134,7 @@ class Family:
     layouts: tuple[Layout, ...]
     inpainting: str | None = None
     twin: Twin | None = None
+    buckets: bool = False
 
 
 @dataclass(frozen=True, slots=True)

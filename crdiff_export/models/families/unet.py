@@ -60,11 +60,11 @@ def unet_families() -> tuple[Family, ...]:
         ),
         _unet(
             id="sdxl", title="SDXL", architecture="stable-diffusion-xl-v1-base", native=(1024, 1024),
-            layouts=_layouts((0, 2, 10), mid=10, context=2048),
+            layouts=_layouts((0, 2, 10), mid=10, context=2048), buckets=True,
         ),
         _unet(
             id="sdxl-refiner", title="SDXL refiner", architecture="stable-diffusion-xl-v1-refiner",
-            native=(1024, 1024), layouts=_layouts((0, 4, 4, 0), mid=4, context=1280),
+            native=(1024, 1024), layouts=_layouts((0, 4, 4, 0), mid=4, context=1280), buckets=True,
         ),
         _unet(
             id="demo", title="demo", architecture="stable-diffusion-v1", native=(64, 64),

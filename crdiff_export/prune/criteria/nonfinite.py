@@ -23,8 +23,12 @@ def refuse(plans: Sequence[Plan], counts: Mapping[str, int]) -> None:
         return
     shown = ", ".join(show(name) for name in names[:3])
     more = len(names) - 3
+    cast = plans[0].cast
+    hint = "The checkpoint is damaged; --allow-nonfinite keeps such weights."
+    if cast:
+        hint = "Leave --dtype out, or give bf16, which has the range of fp32. --allow-nonfinite keeps such weights."
     raise PlanError(
-        f"{plans[0].checkpoint.path}: {sum(counts[name] for name in names)} target weights are not finite, "
-        f"in {shown}{f' and {more} more' if more > 0 else ''}",
-        "The checkpoint is damaged, or --dtype is too narrow for it; --allow-nonfinite keeps such weights.",
+        f"{plans[0].checkpoint.path}: {sum(counts[name] for name in names)} target weights are not finite"
+        f"{f' once cast to {cast}' if cast else ''}, in {shown}{f' and {more} more' if more > 0 else ''}",
+        hint,
     )

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crdiff_export.errors import CalibrationError, PlanError
+from crdiff_export.errors import CalibrationError, CriterionError, PlanError, foreign_errors
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune.criteria import Layer, nonfinite, selection
 from crdiff_export.prune.criteria.decision import Decision, Mask
@@ -141,7 +142,8 @@ class Scored:
     def _score(self, layer: Layer, weights: Weights) -> Tensor:
         """Score a layer and check the scores; they are infinite for weights that are not finite."""
         spec, calibration = self._choice.spec, self._choice.calibration
-        scores = self._criterion.score(replace(layer, ratio=math.nan)).detach().to(self._device, torch.float32)
+        with self._guarded():
+            scores = self._criterion.score(replace(layer, ratio=math.nan)).detach().to(self._device, torch.float32)
         if scores.shape != layer.weight.shape:
             raise CalibrationError(
                 f"{layer.name}: {spec} gives scores of {list(scores.shape)} for weights of {list(layer.weight.shape)}",
@@ -209,19 +211,27 @@ class Scored:
         weights = to_weights(target, read(target), self._device)
         layer = self._layer(plan, target, weights)
         if compare == "layer":
-            mask, moved = criterion.choose(layer)
+            with self._guarded():
+                mask, moved = criterion.choose(layer)
         else:
             scores = stored.scores if stored else self._score(layer, weights)
             mask = _mask(scores, weights.zero, limit, ratio, compare)
             if not self._choice.moves:
                 return Mask.pack(mask.cpu().numpy()), None
-            moved = criterion.compensate(layer, mask)
+            with self._guarded():
+                moved = criterion.compensate(layer, mask)
         return rounded(target, weights, mask, moved, self._choice.spec)
 
     def _notes(self, layers: Sequence[str]) -> tuple[str, ...]:
         """Return the criterion's notes on these layers, with its name."""
         notes: Any = getattr(self._criterion, "notes", None)
-        return tuple(f"{self._choice.spec.name}: {text}" for text in notes(layers)) if notes and layers else ()
+        if not (notes and layers):
+            return ()
+        with self._guarded():
+            return tuple(f"{self._choice.spec.name}: {text}" for text in notes(layers))
+
+    def _guarded(self) -> AbstractContextManager[None]:
+        return foreign_errors(CriterionError, str(self._choice.spec), "Ask whoever made the criterion.")
 
 
 def _mask(scores: Tensor, zero: Tensor | None, limit: float | None, ratio: float, compare: str) -> Tensor:

@@ -117,7 +117,8 @@ def _source(card: Card, variant: CardVariant) -> str:
 
 def _origin(variant: CardVariant) -> tuple[object, ...]:
     stamp = variant.stamp
-    return stamp.provenance, stamp.provenance_source, stamp.prompt, tuple(sorted(stamp.evidence.items()))
+    evidence = tuple(sorted(stamp.evidence.items()))
+    return stamp.provenance, stamp.provenance_source, str(stamp.borrowed_from), stamp.prompt, evidence
 
 
 def _evidence(stamp: Stamp) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crdiff_export.errors import ScorerError
+from crdiff_export.errors import OptionError, ScorerError
 from crdiff_export.evaluate import scorers
 from crdiff_export.evaluate.scorers import Score, spec
 from crdiff_export.evaluate.scorers.demo_scorer import judge
@@ -129,12 +129,12 @@ def test_what_others_may_read(text: str, shown: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "demo+", "2*", "a*demo", "0*demo", "nan*demo", "inf*demo", "demo+2*demo"])
 def test_a_text_that_is_no_sum(text: str) -> None:
-    with raises(ScorerError, repr(text)):
+    with raises(OptionError, repr(text)):
         spec.parse(text)
 
 
 def test_an_unknown_name() -> None:
-    with raises(ScorerError, "'clipscore'") as error:
+    with raises(OptionError, "'clipscore'") as error:
         scorers.load("clipscore")
     assert error.value.hint.startswith("Did you mean clip-score? ")
 
@@ -202,6 +202,7 @@ def test_a_factory(module: Path, text: str) -> None:
         ("mine:", "'mine:'"),
         ("nowhere:f", "nowhere:f: there is no module 'nowhere'"),
         ("broken:f", "broken:f: cannot be imported"),
+        ("failing:f", "failing:f: cannot be imported: ValueError: boom"),
         ("mine:gone", "'gone'"),
         ("mine:alone", "(images, prompts) nor (device, dtype)"),
         ("math:hypot", "(images, prompts) nor (device, dtype)"),
@@ -211,7 +212,9 @@ def test_a_factory(module: Path, text: str) -> None:
 )
 def test_a_text_that_names_no_scorer(module: Path, text: str, key: str) -> None:
     (module.parent / "broken.py").write_text("import missing_thing\n")
-    with raises(ScorerError, key):
+    (module.parent / "failing.py").write_text("raise ValueError('boom')\n")
+    is_typed = key in ("'a-b:c'", "'mine:'")
+    with raises(OptionError if is_typed else ScorerError, key):
         scorers.load(text)
 
 
@@ -256,7 +259,7 @@ def test_a_sum_closes_its_members(module: Path) -> None:
     scorer = scorers.load("2*mine:make")
     scorer.close()
     assert sys.modules["mine"].Made.opened[-1].closed == 1
-    with pytest.raises(ScorerError):
+    with pytest.raises(OptionError):
         scorers.load("2*mine:make+nobody")
     assert sys.modules["mine"].Made.opened[-1].closed == 1, "where a later one cannot be opened, too"
 
