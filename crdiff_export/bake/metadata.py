@@ -20,6 +20,7 @@ from crdiff_export.formats.crdiff_keys import (
     safe,
 )
 from crdiff_export.formats.safetensors import MAX_BYTES, serialise, show
+from crdiff_export.models.prediction import STATED
 from crdiff_export.models.recipe import Evidence
 from crdiff_export.prune.architecture import Architecture
 from crdiff_export.prune.criteria import Decision
@@ -132,6 +133,8 @@ def stamp(
         groups=groups,
         native=architecture.native,
         native_source=architecture.native_source,
+        special=architecture.special or None,
+        prediction=str(architecture.prediction) if architecture.prediction else None,
         thresholds=tuple(t.value for t in decision.thresholds) if per_layer and not masked else None,
         masked=method if masked else None,
         moved=bool(decision.moved),
@@ -180,6 +183,8 @@ def header(
         "modelspec.architecture": inherited.get("modelspec.architecture") or architecture.id,
         "modelspec.implementation": inherited.get("modelspec.implementation") or implementation,
     }
+    if architecture.prediction and architecture.prediction.modelspec and STATED not in inherited:
+        generated[STATED] = architecture.prediction.modelspec
     if hashes:
         generated["modelspec.hash_sha256"] = hashes.output
         stamp = replace(stamp, source_hash=hashes.source, source_file_hash=hashes.source_file)

@@ -80,6 +80,8 @@ class Stamp:
     """The `crdiff.*` keys as values.
 
     Attributes:
+        special: What kind of model of its family the base is, such as `inpainting`; None for the plain one.
+        prediction: What the base predicts, such as `v-zsnr`; None if nothing marks it.
         borrowed_from: The size that the ratios were found for, where they were taken for another one.
         thresholds: Per layer, in target order; None for a layer where nothing was pruned.
         masked: The method of a file that has a mask instead of thresholds, because its criterion is not the magnitude;
@@ -101,6 +103,8 @@ class Stamp:
     provenance_source: str
     poa_weight: float
     native_source: str = "family"
+    special: str | None = None
+    prediction: str | None = None
     borrowed_from: Size | None = None
     thresholds: tuple[float | None, ...] | None = None
     masked: str | None = None
@@ -140,7 +144,7 @@ class Stamp:
         optional = {
             "source.hash_sha256": self.source_hash, "source.file_sha256": self.source_file_hash,
             "provenance.borrowed_from": str(self.borrowed_from) if self.borrowed_from else None,
-            "cast": self.cast, "prompt": self.prompt,
+            "special": self.special, "prediction": self.prediction, "cast": self.cast, "prompt": self.prompt,
             "mask": ZEROS if self.masked else None, "moved": "true" if self.moved else None,
             "calibration.file_sha256": self.calibrated.hash if self.calibrated else None,
             "calibration.size": str(self.calibrated.size) if self.calibrated else None,
@@ -194,6 +198,8 @@ class Stamp:
             native=keys.size("resolution.native"),
             native_source=keys.optional("resolution.native.source") or "family",
             poa_weight=keys.number("poa.weight"),
+            special=keys.optional("special"),
+            prediction=keys.optional("prediction"),
             borrowed_from=keys.optional_size("provenance.borrowed_from"),
             thresholds=thresholds,
             masked=method if masked else None,

@@ -167,10 +167,10 @@ def _tensors(parsed: "SafetensorsFileMetadata") -> Iterator[TensorSpec]:
 
 @dataclass(frozen=True, slots=True)
 class BakedHeader:
-    """What the header of a baked file says: our keys, and whether its model is one for inpainting."""
+    """What the header of a baked file says: our keys, and what kind of model of its family it is."""
 
     stamp: Stamp
-    inpainting: bool = False
+    special: str = ""
 
     @classmethod
     def parse(cls, metadata: Mapping[str, str], path: str) -> Self:
@@ -187,7 +187,9 @@ class BakedHeader:
             CheckpointError: If they lack our keys, or a key is damaged.
 
         """
-        return cls(Stamp.from_metadata(metadata, path), "inpaint" in metadata.get("modelspec.architecture", ""))
+        stamp = Stamp.from_metadata(metadata, path)
+        stated = "inpainting" if "inpaint" in metadata.get("modelspec.architecture", "") else ""
+        return cls(stamp, stamp.special or stated)
 
 
 # Headers by `RemoteFile.content` of their file; None for a file that crdiff did not bake.

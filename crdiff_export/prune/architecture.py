@@ -11,15 +11,21 @@ The size is what the base says of itself, in its header or in its diffusers conf
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 from crdiff_export.errors import RecipeError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.strict_json import MalformedError, parse_object
 from crdiff_export.models.families import Twin
+from crdiff_export.models.prediction import SIGMAS, Prediction, by_marks, by_scheduler
 from crdiff_export.prune.plan import CASTABLE, Plan
 from crdiff_export.sizes import MAX_SIDE, Size
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 STATED = "modelspec.architecture"
 STATED_SIZE = "modelspec.resolution"
@@ -29,8 +35,6 @@ _VAE_FACTOR = 8
 _NEAR = 1.12
 # src: SDXL (arXiv:2307.01952), appendix I: buckets up to 4 times as wide as high; SD3 (arXiv:2403.03206), too
 _BUCKET_ASPECT = 4
-# Inpainting and depth models have more.
-_CHANNELS = 4
 # The tensor has 320 numbers; do not read one of gigabytes.
 _MOST_NUMBERS = 1 << 16
 
@@ -43,26 +47,46 @@ class Architecture:
         id: The ModelSpec id.
         native: The size that the model was trained for.
         native_source: What says so: `modelspec.resolution`, `config.json`, or `family`.
+        special: The id of a `Special` of the family, `base` for the family's twin, or nothing.
+        prediction: What the model predicts; None if nothing marks it.
     """
 
     id: str
     native: Size
     native_source: str = "family"
+    special: str = ""
+    prediction: Prediction | None = None
 
 
 def find(plan: Plan) -> Architecture:
     """Find the architecture of a plan's base; reads one tensor of a few hundred numbers if necessary."""
     family = plan.match.family
     stated = next((text for f in plan.checkpoint.files if (text := f.metadata.get(STATED))), None)
-    twin = family.twin
+    twin, special = family.twin, plan.match.special
+    architecture, native, kind = family.architecture, Size(*family.native), ""
     if twin and (stated == twin.architecture or (stated != family.architecture and _is_twin(plan, twin))):
-        architecture, native = twin.architecture, Size(*twin.native)
-    else:
-        architecture, native = family.architecture, Size(*family.native)
-    if plan.match.inpainting and family.inpainting:
-        architecture = family.inpainting
-    own = stated_native(plan.checkpoint)
-    return Architecture(stated or architecture, *(own or (native, "family")))
+        architecture, native, kind = twin.architecture, Size(*twin.native), "base"
+    if special:
+        architecture, kind = special.architecture, special.id
+    own = stated_native(plan.checkpoint) or (native, "family")
+    return Architecture(stated or architecture, *own, kind, _prediction(plan))
+
+
+def _prediction(plan: Plan) -> Prediction | None:
+    """Tell what the base predicts; flow matching, which all transformers use, has no marks."""
+    checkpoint = plan.checkpoint
+    if plan.match.family.scope != "group":
+        return None
+    if checkpoint.kind == "folder":
+        with contextlib.suppress(OSError, MalformedError):
+            config = (checkpoint.home / "scheduler" / "scheduler_config.json").read_bytes()
+            return by_scheduler(parse_object(config, fractions=True))
+    prediction = by_marks(checkpoint.shapes, checkpoint.metadata)
+    if prediction and prediction.kind == "edm-v":
+        low, high = (_numbers(plan, name) for name in SIGMAS)
+        if low is not None and high is not None and low.size == high.size == 1:
+            return replace(prediction, sigmas=(float(low.item()), float(high.item())))
+    return prediction
 
 
 def stated_native(checkpoint: Checkpoint) -> tuple[Size, str] | None:
@@ -100,16 +124,14 @@ def native_note(plan: Plan) -> str | None:
 
 def _is_twin(plan: Plan, twin: Twin) -> bool:
     match = plan.match
-    first = match.layout.inpainting
-    shape = plan.checkpoint.shapes.get(match.prefix + first.tensor, ()) if first else ()
-    if first and len(shape) > first.axis and shape[first.axis] != _CHANNELS:
+    if match.special and match.special.channels:
         return True
-    spread = _spread(plan, match.prefix + twin.tensors[match.layout.name])
-    return spread is not None and not spread > twin.limit
+    numbers = _numbers(plan, match.prefix + twin.tensors[match.layout.name])
+    return numbers is not None and not float(numbers.std()) > twin.limit
 
 
-def _spread(plan: Plan, name: str) -> float | None:
-    """Return the standard deviation of a tensor; None if it is absent or the file is sparse."""
+def _numbers(plan: Plan, name: str) -> "NDArray[np.float64] | None":
+    """Read a small tensor; None if it is absent, or the file is sparse."""
     import numpy as np
 
     from crdiff_export.prune.kernels.cast import cast
@@ -121,6 +143,5 @@ def _spread(plan: Plan, name: str) -> float | None:
             raw = memoryview(bytearray(tensor.nbytes))
             with contextlib.closing(file.open()) as source:
                 source.read_into(tensor.start, raw)
-            values = np.frombuffer(cast(raw, tensor.dtype, "F32"), np.float32)
-            return float(np.std(values, dtype=np.float64))
+            return np.frombuffer(cast(raw, tensor.dtype, "F32"), np.float32).astype(np.float64)
     return None

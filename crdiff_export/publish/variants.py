@@ -32,7 +32,7 @@ def card_variants(files: Mapping[str, RemoteFile], headers: Mapping[str, BakedHe
             stamp=headers[members[0]].stamp,
             size=sum(files[member].size for member in members),
             sha256=None if in_folder else files[members[0]].sha256,
-            inpainting=headers[members[0]].inpainting,
+            special=headers[members[0]].special,
             weights=weights,
         )
         for (path, weights, in_folder), members in groups.items()

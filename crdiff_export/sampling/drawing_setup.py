@@ -89,13 +89,13 @@ def set_up(request: DrawingRequest, headers: BaseHeaders, plan: Plan, *, offload
         The setup.
 
     """
-    native = architecture.find(plan).native
+    model = architecture.find(plan)
     opening = pipelines.choose(
-        headers.base, headers.checkpoint, headers.match, native, config=request.config, variant=request.variant
+        headers.base, headers.checkpoint, headers.match, model, config=request.config, variant=request.variant
     )
     from crdiff_export.sampling import session
 
     device = session.choose_device(request.device, offload=offload)
     return DrawingSetup(
-        headers.base, native, opening, device, session.choose_dtype(request.dtype, opening.pipeline, device)
+        headers.base, model.native, opening, device, session.choose_dtype(request.dtype, opening.pipeline, device)
     )

@@ -14,7 +14,8 @@ from crdiff_export.hub.bases import Base
 from crdiff_export.models import demo
 from crdiff_export.models.families import Match, pipelines
 from crdiff_export.models.families.pipelines import BUNDLED, Pipeline
-from crdiff_export.sizes import Size
+from crdiff_export.models.prediction import Prediction
+from crdiff_export.prune.architecture import Architecture
 
 # A file of the original layout with these tensors holds the whole model.
 _VAE = "first_stage_model."
@@ -35,6 +36,7 @@ class Opening:
         prefix: The prefix of the network's tensors in a file.
         original: Whether a file has the original layout.
         variant: The variant of a folder's weights.
+        prediction: What a file's own marks say that it predicts; a folder has its own scheduler.
     """
 
     kind: Literal["folder", "file", "network"]
@@ -44,6 +46,7 @@ class Opening:
     prefix: str = ""
     original: bool = True
     variant: str | None = None
+    prediction: Prediction | None = None
 
     @property
     def remote(self) -> str | None:
@@ -87,7 +90,7 @@ def check_packages(*, offload: bool) -> None:
 
 
 def choose(
-    base: Base, checkpoint: Checkpoint, match: Match, native: Size, *, config: str | None, variant: str | None
+    base: Base, checkpoint: Checkpoint, match: Match, model: Architecture, *, config: str | None, variant: str | None
 ) -> Opening:
     """Decide how diffusers opens a base.
 
@@ -95,7 +98,7 @@ def choose(
         base: The base.
         checkpoint: Its headers.
         match: Its family, layout and prefix.
-        native: The size that it was trained for.
+        model: Its architecture.
         config: The user's `--config`, if any.
         variant: The user's `--variant`, if any.
 
@@ -107,7 +110,7 @@ def choose(
         OptionError: `config` was given for a folder.
 
     """
-    pipeline = _pipeline(base.name, match, native)
+    pipeline = _pipeline(base.name, match, model)
     if checkpoint.kind == "folder":
         _check_folder(checkpoint.path, base.name)
         if config:
@@ -123,19 +126,18 @@ def choose(
     parts = _config(config) if config else demo.config() if match.family.id == "demo" else f"hf://{pipeline.config}"
     if isinstance(parts, Path):
         _check_folder(parts, str(parts))
-    return Opening(kind, checkpoint.path, pipeline, parts, match.prefix, original)
+    return Opening(kind, checkpoint.path, pipeline, parts, match.prefix, original, prediction=model.prediction)
 
 
-def _pipeline(name: str, match: Match, native: Size) -> Pipeline:
-    family = match.family
-    base = family.twin is not None and native == Size(*family.twin.native)
-    special = "inpainting" if match.inpainting else "base" if base else ""
+def _pipeline(name: str, match: Match, model: Architecture) -> Pipeline:
+    family, special = match.family, model.special
+    if not special and model.prediction and model.prediction.kind == "edm":
+        special = "edm"
     # The demo model is a small SD1.
     pipeline = pipelines.find("sd15" if family.id == "demo" else family.id, special)
     if pipeline is None or pipeline.pictures:
-        title = f"{family.title}, inpainting," if match.inpainting else family.title
         raise PreviewError(
-            f"{name}: {title} makes pictures from pictures, not from a prompt alone",
+            f"{name}: {match.title}: no picture can be drawn with it from a prompt alone here",
             "Take its text-to-image sibling; `crdiff export` takes this one.",
         )
     return pipeline

@@ -4,16 +4,19 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from crdiff_export.errors import OptionError, PlanError, PreviewError, foreign_errors, is_out_of_memory
+from crdiff_export.formats.strict_json import MalformedError, parse_object
 from crdiff_export.models import demo
 from crdiff_export.models.families.pipelines import BUNDLED, Pipeline
 from crdiff_export.sampling.pipelines import Opening
 from crdiff_export.sampling.poa.handle import model_of
 from crdiff_export.sampling.quiet import quiet_libraries
+from crdiff_export.sampling.scheduler import DEFAULT, scheduler_change
 from crdiff_export.sizes import Size
 
 if TYPE_CHECKING:
@@ -228,16 +231,42 @@ def _open(opening: Opening, folder: str, precision: torch.dtype, name: str) -> A
         "file": "Give the folder of this very model, as diffusers saves it, with --config.",
         "network": "The file is the UNet or transformer alone: the folder of --config has to hold all other parts.",
     }[opening.kind]
+    change = _scheduler_change(opening, folder, name)
     with foreign_errors(PreviewError, f"{name}: diffusers cannot open it", hint):
         if opening.kind == "file":
-            return pipeline.from_single_file(str(opening.path), config=folder, **options, **parts)
-        if opening.kind == "network":
-            part = opening.pipeline.folder
-            network = getattr(diffusers, opening.pipeline.network)
-            parts[part] = network.from_single_file(_weights(opening), config=folder, subfolder=part, **options)
+            pipe = pipeline.from_single_file(str(opening.path), config=folder, **options, **parts)
         else:
-            options["variant"] = opening.variant
-        return pipeline.from_pretrained(folder, use_safetensors=True, **options, **parts)
+            if opening.kind == "network":
+                part = opening.pipeline.folder
+                network = getattr(diffusers, opening.pipeline.network)
+                parts[part] = network.from_single_file(_weights(opening), config=folder, subfolder=part, **options)
+            else:
+                options["variant"] = opening.variant
+            pipe = pipeline.from_pretrained(folder, use_safetensors=True, **options, **parts)
+        if change:
+            pipe.scheduler = _scheduler(pipe.scheduler, *change)
+        return pipe
+
+
+def _scheduler_change(opening: Opening, folder: str, name: str) -> tuple[str, dict[str, Any]] | None:
+    """Compare the configured scheduler with what the base predicts, before anything is loaded."""
+    if opening.prediction is None:
+        return None
+    try:
+        config = parse_object((Path(folder) / "scheduler" / "scheduler_config.json").read_bytes(), fractions=True)
+    except (OSError, MalformedError):
+        return None  # diffusers says what is wrong with it
+    return scheduler_change(opening.prediction, config, name)
+
+
+def _scheduler(configured: Any, name: str, settings: dict[str, Any]) -> Any:
+    """Make the scheduler of this class with changed settings; diffusers' usual one if it does not know them."""
+    import diffusers
+
+    chosen = getattr(diffusers, name)
+    if not settings.keys() <= inspect.signature(chosen.__init__).parameters.keys():
+        chosen = getattr(diffusers, DEFAULT)
+    return chosen.from_config(configured.config, **settings)
 
 
 def _weights(opening: Opening) -> Any:

@@ -128,8 +128,8 @@ class Inspection:
         yield "file", f"{self.path} ({shape}, {count} {'tensor' if count == 1 else 'tensors'}, {amount(self.size)})"
         yield "dtypes", ", ".join(f"{dtype} {amount(size)}" for dtype, size in self.dtypes.items()) or "none"
         if match:
-            inpainting = ", inpainting" if match.inpainting else ""
-            yield "family", f"{match.family.title} ({match.layout.name} layout{inpainting})"
+            special = f", {match.special.title}" if match.special else ""
+            yield "family", f"{match.family.title} ({match.layout.name} layout{special})"
             yield "prefix", match.prefix or "none"
         elif not self.calibration:
             yield "family", self.why_not or "unknown"
@@ -156,7 +156,8 @@ class Inspection:
             "file": str(self.path), "kind": checkpoint.kind, "files": len(checkpoint.files),
             "tensors": sum(len(file.tensors) for file in checkpoint.files), "bytes": self.size, "dtypes": self.dtypes,
             "family": match and match.family.id, "layout": match and match.layout.name,
-            "prefix": match and match.prefix, "inpainting": match and match.inpainting, "unknown": self.why_not,
+            "prefix": match and match.prefix, "special": match and match.special and match.special.id,
+            "inpainting": match and bool(match.special and match.special.id == "inpainting"), "unknown": self.why_not,
             "quantised": quantisation(checkpoint), "sparse": any(file.is_sparse for file in checkpoint.files),
             "title": metadata.get("modelspec.title"), "groups": self.groups, "notes": self.notes,
             "crdiff": keys if self.stamp else None, "calibration": self.calibration is not None,

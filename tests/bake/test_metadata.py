@@ -278,6 +278,11 @@ def test_document_names_every_key_and_its_format(tmp_path: Path) -> None:
     job = prepare(ExportRequest(str(base), SIZE, tmp_path / "hub.safetensors", allow_nonfinite=True))
     from_hub = replace(job, base=replace(job.base, hashes={base.name: "ab" * 32}))
     header.append(makers.metadata_of(run(from_hub, Silent()).written.path))
+    special = dict(makers.tiny("sd15.original"))
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    special[first] = "F16", (5, 9, 3, 3), bytes(2 * 5 * 9 * 3 * 3)
+    special["v_pred"] = "F32", (0,), b""
+    header.append(bake(makers.write(tmp_path / "special.safetensors", special), tmp_path / "inpainting.safetensors"))
     masked = masking.base(tmp_path / "masked", "sd15.original")
     header.append(makers.metadata_of(export(masked.request(tmp_path / "obs.safetensors", "obs")).written.path))
     assert header[0]["crdiff.threshold.mid"] == "none"

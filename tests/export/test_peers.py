@@ -313,12 +313,12 @@ def test_diffusers_loads_a_folder(shards: bool, variant: str | None, tmp_path: P
 
 SD3 = {
     "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "attention_head_dim": 8,
-    "num_attention_heads": 2, "joint_attention_dim": 8, "caption_projection_dim": 16, "pooled_projection_dim": 8,
+    "num_attention_heads": 2, "joint_attention_dim": 4096, "caption_projection_dim": 16, "pooled_projection_dim": 8,
     "pos_embed_max_size": 8,
 }  # fmt: skip
 FLUX = {
     "patch_size": 1, "in_channels": 4, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 8,
-    "num_attention_heads": 2, "joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": (2, 2, 4),
+    "num_attention_heads": 2, "joint_attention_dim": 4096, "pooled_projection_dim": 8, "axes_dims_rope": (2, 2, 4),
 }  # fmt: skip
 # As deep as the real ones, which is what tells families apart, and no wider than it takes.
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {

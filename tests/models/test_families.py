@@ -45,8 +45,9 @@ def layout_of(table: str) -> Layout:
     return next(layout for layout in by_id(family_of(table)).layouts if kind.startswith(layout.name))
 
 
-def summary(match: Match) -> tuple[str, str, str, bool, int]:
-    return match.family.id, match.layout.name, match.prefix, match.inpainting, match.ema_tensors
+def summary(match: Match) -> tuple[str, str, str, str, int]:
+    special = match.special.id if match.special else ""
+    return match.family.id, match.layout.name, match.prefix, special, match.ema_tensors
 
 
 def check_refusal(shapes: Mapping[str, tuple[int, ...]], *keys: object) -> None:
@@ -72,7 +73,7 @@ def check_short_refusal(shapes: Mapping[str, tuple[int, ...]]) -> None:
 @pytest.mark.parametrize("table", TABLES)
 def test_detects_behind_prefix(table: str, prefix: str) -> None:
     """The model alone, and with the rest of its bundle."""
-    expected = (family_of(table), layout_of(table).name, prefix, False, 0)
+    expected = (family_of(table), layout_of(table).name, prefix, "", 0)
     alone = prefixed(model(table), prefix)
     rest = {name: shape for name, shape in load(table).items() if not name.startswith(BUNDLE)}
     assert summary(detect(alone)) == expected
@@ -86,7 +87,7 @@ def test_every_family_and_layout_has_a_table() -> None:
 
 
 def test_order_of_names_is_irrelevant() -> None:
-    assert summary(detect(dict(reversed(load("sdxl.original").items())))) == ("sdxl", "original", BUNDLE, False, 0)
+    assert summary(detect(dict(reversed(load("sdxl.original").items())))) == ("sdxl", "original", BUNDLE, "", 0)
 
 
 # --- targets: that they follow the method's rule is proved on the bytes of an export, in tests/prune/test_exact.py
@@ -196,7 +197,7 @@ def test_default_targets_are_those_of_the_reference(family: str) -> None:
     match = detect({name: tuple(tensor.shape) for name, tensor in net.state_dict().items()})
     shapes = model(next(table for table in TABLES if table.startswith(f"{family}.diffusers")))
     layers = [layer for layer in match.layout.layers if layer.kind in match.family.default_kinds]
-    assert summary(match) == (family, "diffusers", "", False, 0)
+    assert summary(match) == (family, "diffusers", "", "", 0)
     assert {layer.tensor: (layer.group, shapes[layer.tensor]) for layer in layers} == expected
 
 
@@ -243,12 +244,12 @@ def test_inpainting_is_noticed(table: str, first: str, channels: int) -> None:
     shapes = model(table)
     rows, _, *kernel = shapes[first]
     shapes[first] = (rows, channels, *kernel)
-    assert summary(detect(shapes)) == (family_of(table), layout_of(table).name, "", True, 0)
+    assert summary(detect(shapes)) == (family_of(table), layout_of(table).name, "", "inpainting", 0)
 
 
 @pytest.mark.parametrize("shape", [(), (9,)], ids=str)
 def test_odd_first_convolution_is_no_inpainting(shape: tuple[int, ...]) -> None:
-    assert not detect(model("sd15.original") | {"input_blocks.0.0.weight": shape}).inpainting
+    assert detect(model("sd15.original") | {"input_blocks.0.0.weight": shape}).special is None
 
 
 def ema_copy(dots: str) -> Shapes:
@@ -262,8 +263,8 @@ def ema_copy(dots: str) -> Shapes:
 @pytest.mark.parametrize("dots", ["", "."], ids=["without-dots", "with-dots"])
 def test_ema_copy_is_counted_and_never_a_target(dots: str) -> None:
     copy = ema_copy(dots)
-    assert summary(detect(load("sd15.original") | copy)) == ("sd15", "original", BUNDLE, False, len(copy))
-    assert summary(detect(model("sd15.original") | copy)) == ("sd15", "original", "", False, len(copy))
+    assert summary(detect(load("sd15.original") | copy)) == ("sd15", "original", BUNDLE, "", len(copy))
+    assert summary(detect(model("sd15.original") | copy)) == ("sd15", "original", "", "", len(copy))
     check_refusal(copy, "named like one of theirs")
 
 

@@ -21,8 +21,10 @@ TENSOR = {
 }
 FIRST = {ORIGINAL: f"{PREFIX}input_blocks.0.0.weight", DIFFUSERS: "conv_in.weight"}
 V768 = Architecture("stable-diffusion-v2-768-v", Size(768, 768))
-BASE512 = Architecture("stable-diffusion-v2-512", Size(512, 512))
-INPAINTING = Architecture("stable-diffusion-v2-inpainting", Size(512, 512))
+BASE512 = Architecture("stable-diffusion-v2-512", Size(512, 512), special="base")
+INPAINTING = Architecture("stable-diffusion-v2-inpainting", Size(512, 512), special="inpainting")
+DEPTH = Architecture("stable-diffusion-v2-depth", Size(512, 512), special="depth")
+EIGHT = Architecture("stable-diffusion-v2-768-v/8-channels", Size(512, 512), special="8-channels")
 Made = dict[str, tuple[str, makers.Shape, bytes]]
 
 
@@ -64,14 +66,17 @@ CASES = {
     "diffusers wide": Case(DIFFUSERS, 0.12, V768),
     "diffusers narrow": Case(DIFFUSERS, 0.05, BASE512),
     "not a number": Case(ORIGINAL, float("nan"), BASE512),  # ComfyUI compares it as well, and epsilon is what is left
-    "depth": Case(ORIGINAL, 0.12, BASE512, channels=5),
+    "depth": Case(ORIGINAL, 0.12, DEPTH, channels=5),
+    "more channels": Case(ORIGINAL, 0.12, EIGHT, channels=8),
     "inpainting": Case(ORIGINAL, 0.12, INPAINTING, channels=9),
     "diffusers inpainting": Case(DIFFUSERS, 0.12, INPAINTING, channels=9),
     "stated 512": Case(ORIGINAL, 0.12, BASE512, stated=BASE512.id),
     "stated 768": Case(ORIGINAL, 0.05, V768, stated=V768.id),
     "stated inpainting": Case(ORIGINAL, 0.12, INPAINTING, channels=9, stated=INPAINTING.id),
     "stated other wide": Case(ORIGINAL, 0.12, Architecture("of-my-own", Size(768, 768)), stated="of-my-own"),
-    "stated other narrow": Case(ORIGINAL, 0.05, Architecture("of-my-own", Size(512, 512)), stated="of-my-own"),
+    "stated other narrow": Case(
+        ORIGINAL, 0.05, Architecture("of-my-own", Size(512, 512), special="base"), stated="of-my-own"
+    ),
     "stated nothing": Case(ORIGINAL, 0.05, BASE512, stated=""),
 }
 
@@ -137,7 +142,7 @@ def test_guess_names_no_prediction_type(tmp_path: Path) -> None:
     ("table", "first", "channels", "expected"),
     [
         ("sd15.original", f"{PREFIX}input_blocks.0.0.weight", 9, "stable-diffusion-v1-inpainting"),
-        ("sdxl.original", f"{PREFIX}input_blocks.0.0.weight", 9, "stable-diffusion-xl-v1-base"),
+        ("sdxl.original", f"{PREFIX}input_blocks.0.0.weight", 9, "stable-diffusion-xl-v1-inpainting"),
         ("flux-dev.original-transformer", "img_in.weight", 384, "Flux.1-dev/inpaint"),
     ],
 )

@@ -24,9 +24,17 @@ OPENED: Mapping[str, CardVariant] = {
                       "flux-schnell") for prefix in (BUNDLED, "", "diffusion_model.")},
     **{f"{family} {where}": row(where, family=family, layout="diffusers", prefix="")
        for family in ("sdxl", "flux-dev") for where in ("", "unet", "a/transformer", "a [b]", "x.safetensors")},
-    **{f"{family} inpainting": replace(row("x.safetensors", family=family), inpainting=True)
+    **{f"{family} inpainting": replace(row("x.safetensors", family=family), special="inpainting")
        for family in ("sd15", "sd21", "sdxl", "flux-dev")},
     "sd21 base": row("x.safetensors", family="sd21", native=Size(512, 512), cast="F32"),
+    "sdxl v": row("x.safetensors", prediction="v"),
+    "sdxl v-zsnr": row("x.safetensors", prediction="v-zsnr"),
+    "sdxl v-zsnr unet": row("unet", layout="diffusers", prefix="", prediction="v-zsnr"),
+    "sdxl edm": row("x.safetensors", prediction="edm"),
+    "sdxl edm-v": row("x.safetensors", prediction="edm-v 0.002 120.0"),
+    "sd21 epsilon": row("x.safetensors", family="sd21", prediction="epsilon"),
+    "sd21 v": row("x.safetensors", family="sd21", prediction="v"),
+    "kolors": replace(row("", layout="diffusers", prefix=""), special="kolors"),
     "fp16": replace(row("", layout="diffusers", prefix=""), weights="fp16"),
     "unet fp16": replace(row("unet", layout="diffusers", prefix="", cast="BF16"), weights="fp16"),
     "odd prefix": row("x.safetensors", layout="diffusers", prefix='unet."'),
@@ -37,6 +45,40 @@ def code_of(found: CardVariant, of: tuple[BaseModel, ...] = ()) -> str:
     text = told(found, of=of)
     (code,) = re.findall("```python\n(.*?)\n```", text, re.DOTALL)
     return str(code)
+
+
+SCHEDULERS = {
+    "sdxl v": ("EulerDiscreteScheduler", "prediction_type='v_prediction'"),
+    "sdxl v-zsnr": ("EulerDiscreteScheduler", "rescale_betas_zero_snr=True"),
+    "sdxl v-zsnr unet": ("EulerDiscreteScheduler", "timestep_spacing='trailing'"),
+    "sdxl edm-v": ("EDMEulerScheduler", "sigma_max=120.0"),
+    "sd21 epsilon": ("EulerDiscreteScheduler", "prediction_type='epsilon'"),
+}
+
+
+@pytest.mark.parametrize("case", OPENED)
+def test_code_sets_the_scheduler_that_the_base_is_marked_with(case: str) -> None:
+    (*_, last) = [""] + [
+        ast.unparse(node.value)
+        for node in ast.parse(code_of(OPENED[case])).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pipe.scheduler"
+    ]
+    name, setting = SCHEDULERS.get(case, ("", ""))
+    assert last.startswith(name)
+    assert setting in last
+    assert bool(last) == (case in SCHEDULERS)
+
+
+def test_an_edm_model_takes_the_configuration_of_one() -> None:
+    assert "playgroundai/playground-v2.5-1024px-aesthetic" in code_of(OPENED["sdxl edm"])
+
+
+@pytest.mark.parametrize("special", ["edit", "8-channels", "unclip", "depth", "control", "kolors"])
+@pytest.mark.parametrize("where", ["x.safetensors", "unet", ""])
+def test_no_code_is_shown_that_cannot_run(special: str, where: str) -> None:
+    layout, prefix = ("original", BUNDLED) if where.endswith("s") else ("diffusers", "")
+    text = told(replace(row(where, layout=layout, prefix=prefix), special=special))
+    assert ("```python" in text) == (special == "kolors" and not where)
 
 
 def arguments(call: ast.Call) -> set[str]:
@@ -67,6 +109,9 @@ def test_code_is_for_the_diffusers_that_is_there(case: str) -> None:
         name, _, method = ast.unparse(call.func).partition(".")
         if not method:
             inspect.signature(known[name]).bind(*call.args, **dict.fromkeys(arguments(call)))
+            continue
+        if method == "from_config":
+            assert arguments(call) <= set(inspect.signature(known[name].__init__).parameters)
             continue
         assert method in ("from_single_file", "from_pretrained")
         parts = set(inspect.signature(known[name].__init__).parameters) if known[name] is pipeline else set()

@@ -18,7 +18,7 @@ from crdiff_export.models import demo
 from crdiff_export.prune import plan as plan_module
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sampling.session import Session
-from tests.support.tiny_pipelines import FAMILIES, KINDS, POOLED, Kind
+from tests.support.tiny_pipelines import FAMILIES, KINDS, POOLED, T5, Kind
 
 NATIVE, SIZE = Size(64, 64), Size(96, 64)
 PROMPTS = ("two red circles on grey", "a blue square on white", "a green circle on black")
@@ -52,7 +52,7 @@ ENCODERS: dict[str, Any] = {
     "sd15": lambda: {"text_encoder": clip(768)},
     "sdxl": lambda: {"text_encoder": clip(768), "text_encoder_2": clip(1280, POOLED)},
     "sd3": lambda: {"text_encoder": clip(6, POOLED // 2), "text_encoder_2": clip(6, POOLED // 2)},
-    "flux": lambda: {"text_encoder": clip(POOLED), "text_encoder_2": t5(12)},
+    "flux": lambda: {"text_encoder": clip(POOLED), "text_encoder_2": t5(T5)},
 }
 
 

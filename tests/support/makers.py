@@ -24,6 +24,11 @@ FIXED = (
     "attn2.to_v.weight",
     "img_in.weight",
     "x_embedder.weight",
+    "x_embedder.proj.weight",
+    "pos_embed.proj.weight",
+    "txt_in.weight",
+    "context_embedder.weight",
+    "add_embedding.linear_1.weight",
     "conv_in.weight",
     ".0.0.weight",
 )

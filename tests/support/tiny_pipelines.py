@@ -12,6 +12,7 @@ from PIL import Image
 
 PIXELS = 64
 POOLED = 16
+T5 = 4096  # the width of text that SD3 and FLUX are recognised by
 # The family of each kind of model that a calibration is made of.
 FAMILIES = {"sd15": "sd15", "sdxl": "sdxl", "sd3": "sd3-medium", "flux": "flux-dev"}
 
@@ -92,7 +93,7 @@ def sd3_pipe(model: Any) -> Any:
 
 def sd3_transformer() -> Any:
     return diffusers.SD3Transformer2DModel(
-        sample_size=8, num_layers=24, attention_head_dim=4, num_attention_heads=2, joint_attention_dim=12,
+        sample_size=8, num_layers=24, attention_head_dim=4, num_attention_heads=2, joint_attention_dim=T5,
         caption_projection_dim=8, pooled_projection_dim=POOLED, out_channels=16, pos_embed_max_size=8,
     )  # fmt: skip
 
@@ -106,7 +107,7 @@ def flux_pipe(model: Any) -> Any:
 
 def flux_transformer() -> Any:
     return diffusers.FluxTransformer2DModel(
-        num_layers=19, num_single_layers=38, attention_head_dim=6, num_attention_heads=2, joint_attention_dim=12,
+        num_layers=19, num_single_layers=38, attention_head_dim=6, num_attention_heads=2, joint_attention_dim=T5,
         pooled_projection_dim=POOLED, guidance_embeds=True, axes_dims_rope=(2, 2, 2),
     )  # fmt: skip
 
@@ -195,11 +196,11 @@ KINDS = {
     ),
     "sd3": Kind(
         sd3_transformer, sd3_pipe,
-        lambda batch: {**pooled_inputs(12, batch), "height": PIXELS, "width": PIXELS}, "transformer",
+        lambda batch: {**pooled_inputs(T5, batch), "height": PIXELS, "width": PIXELS}, "transformer",
     ),
     "flux": Kind(
         flux_transformer, flux_pipe,
-        lambda batch: {**pooled_inputs(12, batch), "height": PIXELS, "width": PIXELS, "true_cfg_scale": 2.0},
+        lambda batch: {**pooled_inputs(T5, batch), "height": PIXELS, "width": PIXELS, "true_cfg_scale": 2.0},
         "transformer", {"true_cfg_scale": 1.0},
     ),
 }  # fmt: skip

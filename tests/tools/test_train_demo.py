@@ -53,7 +53,7 @@ def test_diffusers_and_the_family_open_it(trained: Path) -> None:
     with safetensors.safe_open(trained, "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     match = families.detect(shapes)
-    assert (match.family.id, match.layout.name, match.inpainting) == ("demo", "original", False)
+    assert (match.family.id, match.layout.name, match.special) == ("demo", "original", None)
     config = str(trained.parent / run.FOLDER)
     pipe = StableDiffusionPipeline.from_single_file(str(trained), config=config, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)

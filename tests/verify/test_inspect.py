@@ -23,7 +23,7 @@ def facts(inspection: Inspection) -> dict[str, str]:
     ("name", "file", "family", "prefix"),
     [
         ("sd15.safetensors", "one file, 1133 tensors, 1.13 MB", "SD1.5 (original layout)", "model.diffusion_model."),
-        ("dit.safetensors", "one file, 491 tensors, 1.05 MB", "SD3-medium (original layout)", "model.diffusion_model."),
+        ("dit.safetensors", "one file, 491 tensors, 1.25 MB", "SD3-medium (original layout)", "model.diffusion_model."),
         (INDEX, "shards, 3 files of weights, 686 tensors, 1.02 MB", "SD1.5 (diffusers layout)", "none"),
         ("pipe", "diffusers folder, 286 tensors, 156.71 KB", "demo (diffusers layout)", "none"),
         ("sparse.safetensors", "one file, 2515 tensors, 6.94 GB", "SDXL (original layout)", "model.diffusion_model."),

@@ -3,7 +3,7 @@
 from crdiff_export.errors import FamilyError
 from crdiff_export.models.families.explain import explain
 from crdiff_export.models.families.fit import EMA, Fit, Shapes, holds, measure
-from crdiff_export.models.families.model import FamilyLayer, Match
+from crdiff_export.models.families.model import ANY, FamilyLayer, Match, Special
 
 
 def detect(shapes: Shapes) -> Match:
@@ -36,9 +36,31 @@ def _match(fit: Fit, shapes: Shapes) -> Match:
         family=fit.signature.family,
         layout=layout,
         prefix=fit.prefix,
-        inpainting=layout.inpainting is not None and holds(layout.inpainting, fit.prefix, shapes),
+        special=_special(fit, shapes),
         ema_tensors=sum(name.startswith(EMA) for name in shapes),
     )
+
+
+def _special(fit: Fit, shapes: Shapes) -> Special | None:
+    """Tell from in-channels and extra projections whether a model takes something else in than its family's first."""
+    family, layout = fit.signature.family, fit.signature.layout
+
+    def width(tensor: str) -> int | None:
+        shape = shapes.get(fit.prefix + tensor, ())
+        return shape[1] if len(shape) > 1 else None
+
+    channels = width(layout.first) or family.channels
+    if channels != family.channels:
+        known = next((special for special in family.specials if special.channels == channels), None)
+        other = f"{channels}-channels"
+        return known or Special(other, f"with {channels} input channels", f"{family.architecture}/{other}", channels)
+    vector = next((size for tensor in layout.vectors if (size := width(tensor))), None)
+    if layout.vectors and vector != family.vector:
+        fitting = (special for special in family.specials if special.vector in (ANY, vector) and special.vector)
+        other = f"vector-{vector}"
+        title = f"with a vector of width {vector} beside the text" if vector else "without its vector embedding"
+        return next(fitting, None) or Special(other, title, f"{family.architecture}/{other}", vector=vector)
+    return None
 
 
 def _check_shape(layer: FamilyLayer, key: str, shape: tuple[int, ...]) -> None:

@@ -8,7 +8,7 @@ its rows. Names: diffusers' `convert_sd3_transformer_checkpoint_to_diffusers` an
 
 from functools import partial
 
-from crdiff_export.models.families.model import Block, BlockWeight, Family, Kind, Layout, Mark, layout_of
+from crdiff_export.models.families.model import Block, BlockWeight, Family, Kind, Layout, Mark, Special, layout_of
 
 
 def _fused(original: str, attention: Kind) -> tuple[BlockWeight, ...]:
@@ -37,10 +37,14 @@ _DOUBLE = (
 )
 _SINGLE = _fused("linear1.weight", "attn")
 
+# T5's text. FLUX's relatives with the same blocks (LongCat, Bria, Chroma) have other text, or no pooled text beside it.
+_text = partial(Mark, axis=1, sizes=(4096,), what="width of the text embedding")
+
 _transformer = partial(Family, native=(1024, 1024), grid=16, groups=("blocks",), scope="layer")
-_sd3 = partial(_transformer, implementation="sgm", buckets=True)
+_sd3 = partial(_transformer, implementation="sgm", buckets=True, channels=16)
 _flux = partial(
     _transformer,
+    channels=64,
     implementation="https://github.com/black-forest-labs/flux",
     kinds=("ff", "attn"),
     default_kinds=("ff",),
@@ -64,7 +68,11 @@ def dit_families() -> tuple[Family, ...]:
         ),
         _flux(
             id="flux-dev", title="FLUX.1 dev", architecture="flux-1-dev", layouts=_flux_layouts(guidance=True),
-            inpainting="Flux.1-dev/inpaint",  # FLUX.1 Fill, in SwarmUI's spelling
+            specials=(
+                Special("inpainting", "inpainting", "Flux.1-dev/inpaint", channels=384),  # FLUX.1 Fill
+                # SwarmUI has ids for Canny and for Depth, which only their metadata can tell apart.
+                Special("control", "with a control picture, as Canny and Depth", "flux-1-dev/control", channels=128),
+            ),
         ),
         _flux(
             id="flux-schnell", title="FLUX.1 schnell", architecture="flux-1-schnell",
@@ -80,9 +88,23 @@ def _sd3_layouts(depth: int, dual: int = 0) -> tuple[Layout, ...]:
         for i in range(depth)
     ]
     return (
-        layout_of("original", blocks, (Mark("joint_blocks.0.x_block.attn2.qkv.weight", present=dual > 0),)),
-        layout_of("diffusers", blocks, (Mark("transformer_blocks.0.attn2.to_q.weight", present=dual > 0),)),
-    )
+        layout_of(
+            "original", blocks,
+            (
+                Mark("joint_blocks.0.x_block.attn2.qkv.weight", present=dual > 0), _text("context_embedder.weight"),
+                Mark("y_embedder.mlp.0.weight"),
+            ),
+            "x_embedder.proj.weight",
+        ),
+        layout_of(
+            "diffusers", blocks,
+            (
+                Mark("transformer_blocks.0.attn2.to_q.weight", present=dual > 0), _text("context_embedder.weight"),
+                Mark("time_text_embed.text_embedder.linear_1.weight"),
+            ),
+            "pos_embed.proj.weight",
+        ),
+    )  # fmt: skip
 
 
 def _flux_layouts(*, guidance: bool) -> tuple[Layout, ...]:
@@ -95,11 +117,19 @@ def _flux_layouts(*, guidance: bool) -> tuple[Layout, ...]:
     embedder = "time_text_embed.guidance_embedder.linear_1.weight"
     return (
         layout_of(
-            "original", blocks, (Mark("guidance_in.in_layer.weight", present=guidance), no_chroma),
-            inpainting=Mark("img_in.weight", axis=1, size=384, what="in-channels"),
+            "original", blocks,
+            (
+                Mark("guidance_in.in_layer.weight", present=guidance), no_chroma, _text("txt_in.weight"),
+                Mark("vector_in.in_layer.weight"),
+            ),
+            "img_in.weight",
         ),
         layout_of(
-            "diffusers", blocks, (Mark(embedder, present=guidance), no_chroma),
-            inpainting=Mark("x_embedder.weight", axis=1, size=384, what="in-channels"),
+            "diffusers", blocks,
+            (
+                Mark(embedder, present=guidance), no_chroma, _text("context_embedder.weight"),
+                Mark("time_text_embed.text_embedder.linear_1.weight"),
+            ),
+            "x_embedder.weight",
         ),
     )  # fmt: skip

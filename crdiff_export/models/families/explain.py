@@ -76,7 +76,7 @@ def _objection(mark: Mark, prefix: str, shapes: Shapes) -> tuple[str, str]:
     if not mark.present:
         return f"{key} is present", "none"
     size = str(shape[mark.axis]) if mark.axis < len(shape) else "none"
-    return f"{mark.what} {size} at {key}", str(mark.size)
+    return f"{mark.what} {size} at {key}", " or ".join(map(str, mark.sizes))
 
 
 def _something_else(shapes: Shapes) -> str:

@@ -99,7 +99,7 @@ def holds(mark: Mark, prefix: str, shapes: Shapes) -> bool:
     shape = shapes.get(prefix + mark.tensor)
     if shape is None or not mark.present:
         return (shape is not None) == mark.present
-    return mark.size is None or (mark.axis < len(shape) and shape[mark.axis] == mark.size)
+    return not mark.sizes or (mark.axis < len(shape) and shape[mark.axis] in mark.sizes)
 
 
 @cache

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 Kind = Literal["attn", "ff", "attn2"]
+# A width that is not a fixed one.
+ANY: Final = -1
 LayoutName = Literal["original", "diffusers"]
 
 
@@ -53,28 +55,37 @@ class Block(NamedTuple):
 class Mark:
     """A tensor that distinguishes families with the same layers, by its size along `axis` or by its presence.
 
-    Where `size` is None only the presence counts. `what` names the size in messages.
+    Without `sizes` only the presence counts. `what` names the size in messages.
     """
 
     tensor: str
     axis: int = 0
-    size: int | None = None
+    sizes: tuple[int, ...] = ()
     present: bool = True
     what: str = "size"
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One layout of a family: its layers, the marks of the family, and the mark of its inpainting model."""
+    """One layout of a family.
+
+    Attributes:
+        name: Its name.
+        layers: The layers that may be pruned.
+        marks: The marks of the family.
+        first: The tensor whose axis 1 are the in-channels.
+        vectors: The tensors that may embed a vector beside the text, which has the width of axis 1.
+    """
 
     name: LayoutName
     layers: tuple[FamilyLayer, ...]
     marks: tuple[Mark, ...] = ()
-    inpainting: Mark | None = None
+    first: str = ""
+    vectors: tuple[str, ...] = ()
 
 
 def layout_of(
-    name: LayoutName, blocks: Sequence[Block], marks: tuple[Mark, ...], inpainting: Mark | None = None
+    name: LayoutName, blocks: Sequence[Block], marks: tuple[Mark, ...], first: str, vectors: tuple[str, ...] = ()
 ) -> Layout:
     """Describe one layout of a network by its blocks; all layouts list the same layers in the same order."""
     layers = []
@@ -84,7 +95,26 @@ def layout_of(
             tensor, part = (original, weight.part) if name == "original" else (diffusers, None)
             home = original, weight.part or 0
             layers.append(FamilyLayer(tensor, part, block.group, weight.kind, home, diffusers))
-    return Layout(name, tuple(layers), marks, inpainting)
+    return Layout(name, tuple(layers), marks, first, vectors)
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """A model with the layers of a family that takes something else in: other channels, or other embeddings.
+
+    Attributes:
+        id: The short name, which is also in the header.
+        title: What people read behind the family's title.
+        architecture: The ModelSpec id.
+        channels: Its in-channels; None if they are the family's.
+        vector: The width of the vector beside its text, or ANY; None if it is the family's.
+    """
+
+    id: str
+    title: str
+    architecture: str
+    channels: int | None = None
+    vector: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +146,9 @@ class Family:
         kinds: The kinds of layers that may be pruned.
         default_kinds: The kinds that are pruned by default.
         layouts: The ways in which the model is saved.
-        inpainting: The architecture id of its inpainting model.
+        channels: The in-channels of its text-to-image model.
+        vector: The width of the vector that it takes beside the text; None if it takes none.
+        specials: Models with the same layers that need something else than a prompt, or another pipeline.
         twin: Another model with the same names and shapes.
         buckets: Whether it was trained on pictures of many shapes with about the native area.
     """
@@ -132,17 +164,24 @@ class Family:
     kinds: tuple[Kind, ...]
     default_kinds: tuple[Kind, ...]
     layouts: tuple[Layout, ...]
-    inpainting: str | None = None
+    channels: int = 4
+    vector: int | None = None
+    specials: tuple[Special, ...] = ()
     twin: Twin | None = None
     buckets: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A recognised checkpoint: its family, layout, prefix, whether it is an inpainting model, and its EMA tensors."""
+    """A recognised checkpoint: its family, layout, prefix, what is special about it, and its EMA tensors."""
 
     family: Family
     layout: Layout
     prefix: str
-    inpainting: bool = False
+    special: Special | None = None
     ema_tensors: int = 0
+
+    @property
+    def title(self) -> str:
+        """The family's title, and what is special about the model."""
+        return f"{self.family.title}, {self.special.title}" if self.special else self.family.title

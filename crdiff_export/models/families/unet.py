@@ -7,7 +7,18 @@ reshaped (diffusers' `convert_ldm_unet_checkpoint`, ComfyUI's `TRANSFORMER_BLOCK
 from collections.abc import Iterator
 from functools import partial
 
-from crdiff_export.models.families.model import Block, BlockWeight, Family, Kind, Layout, Mark, Twin, layout_of
+from crdiff_export.models.families.model import (
+    ANY,
+    Block,
+    BlockWeight,
+    Family,
+    Kind,
+    Layout,
+    Mark,
+    Special,
+    Twin,
+    layout_of,
+)
 
 
 def _weight(name: str, kind: Kind) -> BlockWeight:
@@ -30,6 +41,11 @@ _SD2_BASE = Twin(
     },
     limit=0.09,
 )
+# Input channels: 4 of the noisy picture, then those of a masked picture and its mask (9), of another picture (8, as
+# instruct-pix2pix has), or of a depth map (5). A vector beside the text: SDXL's sizes and pooled text (Kolors has the
+# text of ChatGLM in its place), or a picture (unCLIP), where the first model of the family has none.
+_INPAINTING = partial(Special, "inpainting", "inpainting", channels=9)
+_EDIT = partial(Special, "edit", "with a picture beside the noise, as instruct-pix2pix", channels=8)
 _unet = partial(
     Family,
     implementation="sgm",
@@ -45,26 +61,36 @@ def unet_families() -> tuple[Family, ...]:
     """Return every UNet family, in order of appearance.
 
     Depths: `transformer_depth` and `attention_resolutions` of the original configs (v1-inference.yaml,
-    sd_xl_base.yaml). Architecture ids: ModelSpec; of the inpainting models: SwarmUI (`T2IModelClassSorter.cs`), which
-    has none for SDXL.
+    sd_xl_base.yaml). Architecture ids: ModelSpec; of special models: SwarmUI (`T2IModelClassSorter.cs`) and ComfyUI
+    (`nodes_model_merging.py`, `save_checkpoint`); where neither has one, ours, in the same spelling.
     """
     return (
         _unet(
             id="sd15", title="SD1.5", architecture="stable-diffusion-v1", native=(512, 512),
-            layouts=_layouts((1, 1, 1, 0), mid=1, context=768), inpainting="stable-diffusion-v1-inpainting",
+            layouts=_layouts((1, 1, 1, 0), mid=1, context=768),
+            specials=(_INPAINTING("stable-diffusion-v1-inpainting"), _EDIT("stable-diffusion-v1-edit")),
         ),
         _unet(
             id="sd21", title="SD2.1", architecture="stable-diffusion-v2-768-v", native=(768, 768),
-            layouts=_layouts((1, 1, 1, 0), mid=1, context=1024), inpainting="stable-diffusion-v2-inpainting",
-            twin=_SD2_BASE,
+            layouts=_layouts((1, 1, 1, 0), mid=1, context=1024), twin=_SD2_BASE,
+            specials=(
+                _INPAINTING("stable-diffusion-v2-inpainting"),
+                Special("depth", "with a depth map", "stable-diffusion-v2-depth", channels=5),
+                Special("unclip", "with a picture's embedding (unCLIP)", "stable-diffusion-v2-unclip", vector=ANY),
+            ),
         ),
         _unet(
-            id="sdxl", title="SDXL", architecture="stable-diffusion-xl-v1-base", native=(1024, 1024),
+            id="sdxl", title="SDXL", architecture="stable-diffusion-xl-v1-base", native=(1024, 1024), vector=2816,
             layouts=_layouts((0, 2, 10), mid=10, context=2048), buckets=True,
+            specials=(
+                _INPAINTING("stable-diffusion-xl-v1-inpainting"), _EDIT("stable-diffusion-xl-v1-edit"),
+                Special("kolors", "with the text encoder of Kolors", "kolors-v1", vector=5632),
+            ),
         ),
         _unet(
             id="sdxl-refiner", title="SDXL refiner", architecture="stable-diffusion-xl-v1-refiner",
-            native=(1024, 1024), layouts=_layouts((0, 4, 4, 0), mid=4, context=1280), buckets=True,
+            native=(1024, 1024), vector=2560, layouts=_layouts((0, 4, 4, 0), mid=4, context=1280),
+            buckets=True,
         ),
         _unet(
             id="demo", title="demo", architecture="stable-diffusion-v1", native=(64, 64),
@@ -87,16 +113,15 @@ def _layouts(depths: tuple[int, ...], *, mid: int, context: int, layers: int = 2
         Both layouts.
     """
     blocks = list(_blocks(depths, mid, layers))
-    width = partial(Mark, axis=1, size=context, what="context size")
-    channels = partial(Mark, axis=1, size=9, what="in-channels")
+    width = partial(Mark, axis=1, sizes=(context,), what="context size")
     return (
         layout_of(
-            "original", blocks, (width(f"{blocks[0].original}.attn2.to_k.weight"),),
-            inpainting=channels("input_blocks.0.0.weight"),
+            "original", blocks, (width(f"{blocks[0].original}.attn2.to_k.weight"),), "input_blocks.0.0.weight",
+            ("label_emb.0.0.weight",),
         ),
         layout_of(
-            "diffusers", blocks, (width(f"{blocks[0].diffusers}.attn2.to_k.weight"),),
-            inpainting=channels("conv_in.weight"),
+            "diffusers", blocks, (width(f"{blocks[0].diffusers}.attn2.to_k.weight"),), "conv_in.weight",
+            ("add_embedding.linear_1.weight", "class_embedding.linear_1.weight"),
         ),
     )  # fmt: skip
 

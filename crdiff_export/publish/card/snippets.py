@@ -11,12 +11,15 @@ from crdiff_export.hub.location import parse_uri
 from crdiff_export.models import families
 from crdiff_export.models.families import pipelines
 from crdiff_export.models.families.pipelines import BUNDLED, Pipeline
+from crdiff_export.models.prediction import Prediction
 from crdiff_export.publish.card.model import Card, CardVariant
 from crdiff_export.publish.card.text import prose, quoted
 from crdiff_export.sizes import Size
 
 Kind = Literal["pipeline", "folder", "component", "checkpoint", "network", "shards"]
 
+# The scheduler that takes every setting of v-prediction; `sampling/scheduler.py` has the rule.
+DEFAULT = "EulerDiscreteScheduler"
 FILES: Collection[Kind] = ("checkpoint", "network")
 DTYPES: Mapping[str | None, str] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _CHECKPOINTS, _NETWORKS = "ComfyUI/models/checkpoints", "ComfyUI/models/diffusion_models"
@@ -47,8 +50,11 @@ def opening(variant: CardVariant) -> tuple[str, ...]:
 
 def _special(variant: CardVariant) -> str:
     """The model of a family that has the same shape as others but needs its own configuration."""
-    base = variant.stamp.family == "sd21" and variant.stamp.native == Size(512, 512)
-    return "inpainting" if variant.inpainting else "base" if base else ""
+    prediction = Prediction.parse(variant.stamp.prediction or "")
+    if variant.special or not prediction:
+        old = variant.stamp.family == "sd21" and variant.stamp.native == Size(512, 512)  # before headers said it
+        return variant.special or ("base" if old else "")
+    return "edm" if prediction.kind == "edm" else ""
 
 
 def heading(variant: CardVariant) -> str:
@@ -64,9 +70,31 @@ def heading(variant: CardVariant) -> str:
 
 def pipeline(variant: CardVariant) -> Pipeline | None:
     """Return the diffusers pipeline that opens a variant, if one does; a whole pipeline names its own class."""
-    stored = kind(variant)
-    whole = Pipeline("DiffusionPipeline", "") if stored in ("pipeline", "folder") else None
-    return None if stored == "shards" else pipelines.find(variant.stamp.family, _special(variant)) or whole
+    stored, special = kind(variant), _special(variant)
+    if stored == "shards":
+        return None
+    # Other special models need more than a prompt; Kolors is a text-to-image model with a class of its own.
+    named = stored in ("pipeline", "folder") and special in ("", "kolors")
+    return pipelines.find(variant.stamp.family, special) or (Pipeline("DiffusionPipeline", "") if named else None)
+
+
+def scheduler(variant: CardVariant) -> tuple[str, str] | None:
+    """Return the scheduler's class, and the Python expression for it, where the configuration's is another one."""
+    prediction = Prediction.parse(variant.stamp.prediction or "")
+    if prediction is None or prediction.kind == "edm":
+        return None
+    if prediction.kind == "edm-v":
+        low, high = prediction.sigmas or (0.002, 120.0)
+        settings = f"sigma_min={low!r}, sigma_max={high!r}, sigma_data=1.0"
+        return "EDMEulerScheduler", (
+            f'EDMEulerScheduler(\n    {settings}, prediction_type="v_prediction", sigma_schedule="exponential"\n)'
+        )
+    configured = "v" if (variant.stamp.family, _special(variant)) == ("sd21", "") else "epsilon"
+    if prediction.kind == configured and not prediction.zero_snr:
+        return None
+    kind = {"v": "v_prediction", "epsilon": "epsilon"}[prediction.kind]
+    zero = ', rescale_betas_zero_snr=True,\n    timestep_spacing="trailing"' if prediction.zero_snr else ""
+    return DEFAULT, f'{DEFAULT}.from_config(\n    pipe.scheduler.config, prediction_type="{kind}"{zero}\n)'
 
 
 def renaming(variant: CardVariant, model: Pipeline) -> str | None:
