@@ -41,15 +41,31 @@ def _fetch(location: HubLocation, variant: str | None) -> Path:
 
     repo, file, revision = location.repo, location.file, location.revision
     if file is not None:
-        path = Path(hf_hub_download(repo, file, revision=revision))
+        offline = not _is_reachable(repo, revision)
+        path = Path(hf_hub_download(repo, file, revision=revision, local_files_only=offline))
         for shard in shard_names(file, path):
-            hf_hub_download(repo, shard, revision=revision)
+            hf_hub_download(repo, shard, revision=revision, local_files_only=offline)
         return path
     names, offline = _list_files(repo, revision)
     chosen = choose_files(repo, names, variant)
     if isinstance(chosen, str):
         return Path(hf_hub_download(repo, chosen, revision=revision, local_files_only=offline))
     return _fetch_snapshot(location, chosen, offline=offline)
+
+
+def _is_reachable(repo: str, revision: str | None) -> bool:
+    """Ask the Hub once. A download would try five times, for half a minute, before it looks into the cache."""
+    from huggingface_hub import HfApi, constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        HfApi().model_info(repo, revision=revision)
+    except errors.HfHubHTTPError:  # an answer, which the download explains
+        return True
+    except connection_errors():
+        return False
+    return True
 
 
 def _fetch_snapshot(location: HubLocation, weights: Sequence[str], *, offline: bool = False) -> Path:

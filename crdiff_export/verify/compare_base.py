@@ -41,7 +41,7 @@ _OTHER_BASE: Final = "The file was made from another base; `crdiff inspect` name
 
 def check_base(
     baked: BakedCheckpoint,
-    base: str,
+    plan_again: Plan,
     criterion: CriterionChoice | None,
     residuals: Sequence[Residual],
     device: str,
@@ -51,7 +51,7 @@ def check_base(
 
     Args:
         baked: The baked checkpoint.
-        base: The base that it was made from, as a user names it.
+        plan_again: The plan of its base, which `plan_base` makes.
         criterion: Decides which weights go. None to take the file's own zeros for the mask; then moved weights are not
             compared, and everything else has to be the base's.
         residuals: The residual of each file, to be compared, too; empty for none.
@@ -65,8 +65,6 @@ def check_base(
         VerifyError: The file is not what its base gives.
         CrdiffError: The base cannot be read.
     """
-    plan_again = _plan_again(baked, base)
-    _check_same_tensors(baked.plan, plan_again)
     files = list(zip(plan_again.outputs, baked.checkpoint.files, strict=True))
     kernel = kernels.load(device)
     decision = read_decision(baked, progress, moved=False)
@@ -90,12 +88,25 @@ def check_base(
     return plan_again.checkpoint.path
 
 
-def _plan_again(baked: BakedCheckpoint, base: str) -> Plan:
-    """Plan the base's export once more."""
+def plan_base(baked: BakedCheckpoint, base: str) -> Plan:
+    """Plan the export of a base once more, and compare its headers with a baked checkpoint's; no weight is read.
+
+    Args:
+        baked: The baked checkpoint.
+        base: The base that it was made from, as a user names it.
+
+    Returns:
+        The plan.
+
+    Raises:
+        VerifyError: The base has other tensors, or is known to be another one by its hash.
+        CrdiffError: The base cannot be read.
+    """
     planned, stamp = baked.plan, baked.stamp
     named = _VARIANT.fullmatch(planned.outputs[0].source.name)
     variant = named[1] if named and planned.checkpoint.kind == "folder" else None
-    checkpoint = bases.locate(base, variant).open(variant)
+    located = bases.locate(base, variant)
+    checkpoint = located.open(variant)
     match = families.detect(checkpoint.shapes)
     if match.family.id != stamp.family or match.layout.name != stamp.layout:
         raise VerifyError(
@@ -104,10 +115,15 @@ def _plan_again(baked: BakedCheckpoint, base: str) -> Plan:
             _GIVE_BASE,
         )
     refuse_sparse(checkpoint)
-    return plan.make(
+    again = plan.make(
         checkpoint, match, stamp.resolution, planned.variant, stamp.recipe,
         kinds=stamp.targets, cast=stamp.cast, allow_nonfinite=True,
     )  # fmt: skip
+    _check_same_tensors(planned, again)
+    for output, file in zip(again.outputs, baked.checkpoint.files, strict=True):
+        if FILE_HASH in file.metadata and (known := located.hashes.get(output.source.name)):
+            _check_source(output.source, file, FILE_HASH, known)
+    return again
 
 
 def _compare_decisions(baked: BakedCheckpoint, again: Plan, ours: Decision, theirs: Decision) -> None:

@@ -17,7 +17,7 @@ from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Scope, Target
 from crdiff_export.prune.threshold import Threshold
-from crdiff_export.verify.compare_base import check_base, refuse_sparse
+from crdiff_export.verify.compare_base import check_base, plan_base, refuse_sparse
 from crdiff_export.verify.reopen import REPAIR, BakedCheckpoint, open_baked
 from crdiff_export.verify.residual_reader import Residual, check_hashes, check_sidecars, find_residuals
 
@@ -81,6 +81,7 @@ def verify(
     stamp = baked.stamp
     criterion = _choose_criterion(baked, calibration, progress) if base else None
     refuse_sparse(baked.checkpoint)
+    plan_again = plan_base(baked, base) if base else None  # from headers, before gigabytes are read
     _check_weights(baked, progress)
     files = baked.checkpoint.files
     hashed = any(OUTPUT_HASH in file.metadata for file in files)
@@ -89,9 +90,9 @@ def verify(
     residuals = _check_residuals(baked, progress)
     way = stamp.residual if residuals or stamp.residual == RESIDUAL_KEYS[NONE] else "missing"
     weights = sum(scope.count for scope in baked.plan.scopes)
-    if not base:
+    if not plan_again:
         return Verified(path, stamp, weights, hashed, None, way)
-    base_path = check_base(baked, base, criterion, residuals, device, progress)
+    base_path = check_base(baked, plan_again, criterion, residuals, device, progress)
     against: Against = "all" if criterion else "others" if stamp.moved else "zeros"
     return Verified(path, stamp, weights, hashed, base_path, way, against)
 

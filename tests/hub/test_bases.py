@@ -401,8 +401,27 @@ def test_offline_is_told_from_a_broken_connection(crdiff: Crdiff, cache: Cache) 
 
 def test_a_bug_of_ours_is_not_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(download, "_is_reachable", lambda *_: True)
     with pytest.raises(ZeroDivisionError):
         fetch("org/name", "a")
+
+
+def test_without_a_connection_the_cache_is_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client would try a download five times, for half a minute."""
+    asked: list[bool] = []
+
+    def local(*_: object, local_files_only: bool, **__: object) -> str:
+        asked.append(local_files_only)
+        raise errors.LocalEntryNotFoundError("not there")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("refused")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", local)
+    with pytest.raises(HubError):
+        fetch("org/name", "a")
+    assert asked == [True]
 
 
 @pytest.mark.parametrize("command", ["recipes list", "inspect {demo}", "export demo --res 64 -q", "verify {demo}"])

@@ -19,8 +19,9 @@ from crdiff_export.bake.metadata import tool_version
 from crdiff_export.errors import CrdiffError, PoaError
 from crdiff_export.models import demo
 from crdiff_export.sampling.comfyui import listing, match
-from crdiff_export.sampling.comfyui.patch import PatchedLayer, PruneSwitch, fraction
+from crdiff_export.sampling.comfyui.patch import PatchedLayer, PoaPatch, PruneSwitch, fraction
 from crdiff_export.sampling.poa.masks import MaskPart, Masks, ReplacedWeights
+from crdiff_export.sampling.poa.mix import Schedule
 from crdiff_export.verify.reopen import BakedCheckpoint, open_baked, read_decision
 from tests.support import masking
 from tests.support.isolation import Crdiff
@@ -213,7 +214,8 @@ def test_a_layer_takes_the_pruned_weights(table: str, criterion: str, dtype: tor
     assert dtype.itemsize == 1 or all(not torch.equal(weights[key], pruned[key]) for key in parts)
     for key, own in parts.items():
         layer, before = PatchedLayer(switch, key, own, ()), pruned[key].clone()
-        switch.pruned = switch.used = False
+        switch.pruned = False
+        switch.used.clear()
         assert layer(weights[key]) is weights[key]
         switch.pruned = True
         results = layer(weights[key]), layer(weights[key].float())
@@ -222,6 +224,31 @@ def test_a_layer_takes_the_pruned_weights(table: str, criterion: str, dtype: tor
         assert layer(weights[key].to(torch.float8_e4m3fn)).dtype == torch.float8_e4m3fn
         assert torch.equal(pruned[key].double(), before.double())
         assert switch.used
+
+
+@pytest.mark.parametrize(
+    ("calls", "missed"),
+    [
+        ([(9.0, "ab"), (5.0, "ab")], ""),
+        ([(9.0, "ab"), (9.0, "a"), (5.0, "b"), (5.0, "a")], ""),  # skip-layer guidance: not all in every call
+        ([(9.0, "a"), (5.0, "ab")], "b"),
+        ([(9.0, "ab"), (5.0, "b")], "a"),
+        ([(9.0, "ab"), (5.0, "")], "a, b"),
+    ],
+)
+def test_a_step_without_a_pruned_layer_names_it(calls: list[tuple[float, str]], missed: str) -> None:
+    patch = PoaPatch({"a": (), "b": ()}, Schedule(1.5), "x.safetensors")
+
+    def sample() -> None:
+        for sigma, used in calls:
+            patch._count(sigma, set(used))
+        patch._check_step()
+
+    if not missed:
+        sample()
+        return
+    with raises(PoaError, "x.safetensors", f"pruned weights: {missed}"):
+        sample()
 
 
 @DTYPES

@@ -44,13 +44,22 @@ class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+class _Missing(type):
+    """The type of what such a package has: classes whose attributes are classes."""
+
+    def __getattr__(cls, name: str) -> type:
+        return _missing(name)
+
+
 def _missing(name: str) -> type:
     if name.startswith("__"):
         raise AttributeError(name)
-    return type(name, (), {})
+    return _Missing(name, (), {})
 
 
 sys.meta_path.append(Absent())
+# A fork (ComfyUI-Zluda) installs packages when this module is imported.
+sys.modules["comfy.zluda"] = types.ModuleType("comfy.zluda")
 
 from comfy.cli_args import args  # noqa: E402
 
@@ -58,6 +67,7 @@ args.cpu = True
 
 import comfy.controlnet  # noqa: E402
 import comfy.model_management as management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
@@ -355,6 +365,55 @@ def in_fewer_bits(dtype: Any, file: str, pruned: Any) -> Iterator[tuple[str, flo
         yield f"{name} lora, mixed, little memory", far(sample(poa(model, file)), expected)
 
 
+class Buffer:
+    """Stands for a buffer of pinned memory, which only a GPU has."""
+
+    def __init__(self, *_: Any) -> None:
+        self.size = 0
+
+
+@contextlib.contextmanager
+def dynamic_memory() -> Iterator[None]:
+    """Has ComfyUI load models with dynamic VRAM, its way on a GPU: small layers for good, others for each call."""
+    import comfy.model_patcher as patchers
+    import comfy_aimdo.host_buffer
+
+    class Dynamic(patchers.ModelPatcherDynamic):  # type: ignore[misc]
+        def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
+            return object.__new__(cls)  # ComfyUI's own goes back to the usual patcher on a CPU
+
+        def partially_unload(self, *_args: Any, **_kwargs: Any) -> Any:
+            return self.restore_loaded_backups()  # all that is loaded where no memory is a GPU's
+
+    before = patchers.CoreModelPatcher, comfy_aimdo.host_buffer.HostBuffer
+    management.unload_all_models()
+    patchers.CoreModelPatcher, comfy_aimdo.host_buffer.HostBuffer = Dynamic, Buffer
+    try:
+        yield
+    finally:
+        management.unload_all_models()
+        patchers.CoreModelPatcher, comfy_aimdo.host_buffer.HostBuffer = before
+
+
+def dynamically(file: str) -> Iterator[tuple[str, float]]:
+    """Every pruned layer is pruned in every step, those that get no functions from ComfyUI as well.
+
+    Without a LoRA: on a CPU such a ComfyUI leaves it out of large layers, whoever samples.
+    """
+    dense, pruned = load(), load(file)
+    expected = {"mixed": sample(mixed(dense, pruned, always)), "w=1": sample(pruned), "off again": sample(dense)}
+    with dynamic_memory():
+        model = load()
+        assert model.is_dynamic()
+        for turn in ("first", "second"):
+            label = f"dynamic memory, {file}, {turn}"
+            yield f"{label}, mixed", far(sample(poa(model, file)), expected["mixed"])
+            yield f"{label}, w=1", far(sample(poa(model, file, weight=1)), expected["w=1"])
+            yield f"{label}, off again", far(sample(model), expected["off again"])
+        left = [module for module in model.model.modules() if getattr(module, "weight_function", None)]
+        yield f"dynamic memory, {file}, functions left behind", float(len(left))
+
+
 def errors() -> Iterator[tuple[str, str]]:
     yield "pruned model", said(lambda: poa(load(BAKED)))
     yield "other model", said(lambda: poa(load(OTHER)))
@@ -405,12 +464,17 @@ def main() -> None:
         with little_memory():
             results |= against_two_models("little memory, ", plain)
             results |= against_two_models("little memory, lora, ", lora())
+        dynamic = hasattr(comfy.model_patcher, "ModelPatcherDynamic")
+        if dynamic:
+            results |= dynamically(BAKED)
         results |= errors()
         results |= info()
         # From here on there are several that fit.
         folder_paths.add_model_folder_path("checkpoints", str(WORK / "masks"))
         results |= masks()
         for file in MASKS:
+            if dynamic:
+                results |= dynamically(file)
             results |= against_two_models(f"{file}, ", plain, file)
             results |= against_two_models(f"{file}, lora, ", lora(), file)
             with little_memory():

@@ -484,6 +484,16 @@ def test_base_of_another_shape(case: str, pairs: Callable[..., Pair], tmp_path: 
     assert message in refused(pairs().output, base)
 
 
+def test_a_base_of_another_shape_is_refused_before_a_weight_is_read(
+    pairs: Callable[..., Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {name: tensor for name, tensor in makers.read(pairs().base).items() if name != OTHER}
+    other = makers.write(tmp_path / "other.safetensors", tensors)
+    monkeypatch.setattr("crdiff_export.verify.verify._check_weights", lambda *_: pytest.fail("read weights"))
+    with pytest.raises(VerifyError):
+        verify(pairs().output, str(other), Silent())
+
+
 def test_base_without_the_variant_or_the_shards(tmp_path: Path) -> None:
     tensors = makers.tiny("demo.diffusers-unet", "F16")
     for name, variant in (("half", "fp16"), ("plain", "")):

@@ -26,17 +26,18 @@ _NEAR = 1e-4
 
 
 class PruneSwitch:
-    """Whether the layers of one model take pruned weights; `used` tells that a layer has done so."""
+    """Whether the layers of one model take pruned weights; `used` are the keys of those that have done so."""
 
     def __init__(self) -> None:
-        self.pruned = self.used = False
+        self.pruned = False
+        self.used: set[str] = set()
 
 
 class PatchedLayer:
     """A function for `ModelPatcher.add_weight_wrapper`: it prunes a layer's weight and adds its patches."""
 
     def __init__(self, switch: PruneSwitch, key: str, parts: Sequence[Part], patches: Sequence[Any]) -> None:
-        self._switch, self._key, self._parts, self._patches = switch, key, parts, list(patches)
+        self._switch, self.key, self._parts, self._patches = switch, key, parts, list(patches)
 
     def __call__(self, weight: "Tensor") -> "Tensor":
         """Return the weight, pruned if the switch says so, with its patches; `weight` itself does not change."""
@@ -47,14 +48,14 @@ class PatchedLayer:
         # torch does not compute in eight bits; float32 has all of their values.
         result = weight.to(torch.float32 if weight.itemsize == 1 else weight.dtype)
         if self._switch.pruned:
-            self._switch.used = True
+            self._switch.used.add(self.key)
             result = prune(result, self._parts)
         if self._patches:
             import comfy.lora
 
             if result is weight:
                 result = weight.clone()
-            result = comfy.lora.calculate_weight(self._patches, result, self._key, intermediate_dtype=result.dtype)
+            result = comfy.lora.calculate_weight(self._patches, result, self.key, intermediate_dtype=result.dtype)
         return result.to(weight.dtype)
 
 
@@ -66,6 +67,10 @@ class PoaPatch:
         self._digest = hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
         self._switch: PruneSwitch | None = None
         self._loaded: Any = None
+        self._functions: dict[str, PatchedLayer] = {}
+        self._reached: list[tuple[Any, PatchedLayer]] = []
+        # The sigma of the step that is sampled, and the layers that were pruned in it.
+        self._step: tuple[float, set[str]] | None = None
 
     def put_on(self, model: Any) -> Any:
         """Clone a ModelPatcher and let the clone sample with POA, in place of another POA."""
@@ -84,10 +89,16 @@ class PoaPatch:
         guider.model_patcher = self._loaded = self._patcher(patcher, switch)
         before, self._switch = self._switch, switch
         try:
-            return executor(*args, **kwargs)
+            result = executor(*args, **kwargs)
+            self._check_step()
+            return result
         finally:
+            self._step = None
             for part in (part for parts in self._parts.values() for part in parts):
                 part.release()
+            for layer, function in self._reached:
+                layer.weight_function = [other for other in layer.weight_function if other is not function]
+            self._reached.clear()
             self._switch = before
             guider.model_patcher = patcher
 
@@ -105,8 +116,11 @@ class PoaPatch:
             clone.remove_wrappers_with_key(kind, KEY)
         while clone.parent is not None and clone.parent.parent is not None:
             clone.parent = clone.parent.parent
-        for key, parts in self._parts.items():
-            clone.add_weight_wrapper(key, PatchedLayer(switch, key, parts, clone.patches.pop(key, ())))
+        self._functions = {
+            key: PatchedLayer(switch, key, parts, clone.patches.pop(key, ())) for key, parts in self._parts.items()
+        }
+        for key, function in self._functions.items():
+            clone.add_weight_wrapper(key, function)
         # Equal for equal patches, because ComfyUI loads the weights again for another id.
         clone.patches_uuid = uuid.uuid5(_NAMESPACE, f"{original.patches_uuid} {self._digest}")
         return clone
@@ -128,25 +142,61 @@ class PoaPatch:
             return predict(pruned=weight == 1)
         return mix(predict(pruned=False), predict(pruned=True), weight)
 
-    def _predict(self, executor: Any, pruned: bool, *args: Any, **kwargs: Any) -> Any:
+    def _predict(self, executor: Any, pruned: bool, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
         if self._switch is None:
             raise PoaError(
                 "the model is sampled in a way that POA does not see",
                 "Use a sampler node that goes through ComfyUI's guiders, as KSampler does.",
             )
         switch = self._switch
-        switch.pruned, switch.used = pruned, False
+        self._reach_small_layers()
+        switch.pruned = pruned
+        switch.used.clear()
         try:
-            result = executor(*args, **kwargs)
+            result = executor(x, t, *args, **kwargs)
         finally:
             switch.pruned = False
-        if pruned and not switch.used:
+        if pruned:
+            self._count(float(t.reshape(-1)[0]), switch.used)
+        return result
+
+    def _count(self, sigma: float, used: set[str]) -> None:
+        """Note which layers a call has pruned. One call may skip some (skip-layer guidance), all of a step may not."""
+        if self._step and self._step[0] != sigma:
+            self._check_step()
+        self._step = self._step or (sigma, set())
+        self._step[1].update(used)
+        if not used:
+            self._check_step()
+
+    def _check_step(self) -> None:
+        """Raise PoaError if a layer took dense weights in every call of the last step."""
+        used = self._step[1] if self._step else set(self._parts)
+        self._step = None
+        if missed := [key for key in self._parts if key not in used]:
+            shown = ", ".join(missed[:3]) + (f" and {len(missed) - 3} more" if len(missed) > 3 else "")
             raise PoaError(
-                f"the layers that {self._where} prunes did not take the pruned weights",
+                f"{len(missed)} of the {len(self._parts)} layers that {self._where} prunes did not take the pruned "
+                f"weights: {shown}",
                 "Something on this model skips them or computes them in its own way (EasyCache, a quantised format, "
                 "several GPUs, `--fast cublas_ops`); take it off, or take POA off.",
             )
-        return result
+
+    def _reach_small_layers(self) -> None:
+        """Give our functions to layers that ComfyUI has loaded without any.
+
+        With dynamic VRAM (`ModelPatcherDynamic.load`) layers of up to 16 KiB are loaded for good, patches included, and
+        get no functions; their weights are cast for each call all the same. `around_sampling` takes these back.
+        """
+        import comfy.utils
+
+        for key, function in self._functions.items():
+            layer = comfy.utils.get_attr(self._loaded.model, key.removesuffix(".weight"))
+            functions = list(getattr(layer, "weight_function", ()))
+            is_there = any(isinstance(other, PatchedLayer) and other.key == key for other in functions)
+            if getattr(layer, "comfy_cast_weights", False) and not is_there:
+                layer.weight_function = [*functions, function]
+                self._reached.append((layer, function))
 
     def _weight(self, t: Any, options: Mapping[str, Any]) -> float:
         constant = self._schedule.constant
