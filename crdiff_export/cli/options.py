@@ -168,6 +168,7 @@ def ratio_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def prompts_file(name: str, help_text: str, dest: str = "listed") -> OptionMaker:
     """Describe an option that names a file of prompts; its value is the prompts."""
+    help_text += " A .csv or .tsv file needs a column prompt; in others # begins no comment."
     return option(name, help_text, FILE, dest, callback=lambda _ctx, _param, path: read_prompts(path) if path else ())
 
 

@@ -163,6 +163,8 @@ def _tensors(value: object, path: Path) -> dict[str, StridedTensor]:
         value = inner
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds no named weights", "Give a model's checkpoint.")
+    if "string_to_param" in value:
+        raise CheckpointError(f"{path}: a textual inversion, not a checkpoint", "Give a model's checkpoint.")
     tensors = {name: tensor for name, tensor in value.items() if isinstance(tensor, StridedTensor)}
     if not tensors:
         keys = ", ".join(show(key) for key in list(value)[:5])

@@ -219,15 +219,16 @@ def recognise(checkpoint: Checkpoint) -> Match:
     """
     if any("crdiff.schema" in file.metadata for file in checkpoint.files):
         raise PlanError(
-            f"{checkpoint.path}: already pruned by crdiff",
-            "Export from the base that it was made from; `crdiff inspect` names it.",
+            f"{checkpoint.path}: already pruned by crdiff, by its header",
+            "Export from the base, which `crdiff inspect` names. A merge that only kept this header has to be saved "
+            "without its crdiff.* keys.",
         )
     try:
         match = families.detect(checkpoint.shapes)
-    except FamilyError:
+    except FamilyError as error:
         # Quantised layers have other names and shapes than the family's.
         _refuse_quantised(checkpoint, "")
-        raise
+        raise FamilyError(f"{checkpoint.path}: {error.message}", error.hint) from error
     _refuse_quantised(checkpoint, match.prefix)
     return match
 

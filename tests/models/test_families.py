@@ -317,7 +317,7 @@ def test_video_models_built_on_sd21_are_refused() -> None:
     """Stable Video Diffusion has the layers of SD2.1 and as many again over time, which the rule would prune too."""
     shapes = model("sd21.original")
     again = {name.replace("transformer_blocks", "time_stack"): shape for name, shape in shapes.items()}
-    check_refusal(shapes | again, "input_blocks.1.1.time_stack.0.attn1.to_q.weight, ")
+    check_refusal(shapes | again, "Stable Video Diffusion", "time_stack.0.")
 
 
 @pytest.mark.parametrize("table", ["sd15.original", "sd15.diffusers-unet"])
@@ -491,3 +491,48 @@ def test_quantisation_in_the_metadata() -> None:
 @pytest.mark.parametrize("table", TABLES)
 def test_plain_checkpoints_are_not_quantised(table: str) -> None:
     assert quantisation(load(table), {}) is None
+
+
+OTHER_MODELS = {
+    "Qwen-Image": (
+        "transformer_blocks.0.img_mlp.net.0.proj.weight", "txt_norm.weight", "transformer_blocks.0.attn.to_q.weight"
+    ),
+    "Wan": ("blocks.0.ffn.0.weight", "blocks.0.cross_attn.k.weight", "patch_embedding.weight"),
+    "Z-Image": (
+        "context_refiner.0.attention.k_norm.weight", "noise_refiner.0.attention.qkv.weight", "cap_embedder.0.weight",
+        "layers.0.attention.qkv.weight",
+    ),
+    "Chroma": ("distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["", BUNDLE, "model."])
+@pytest.mark.parametrize("title", OTHER_MODELS)
+def test_other_models_are_called_by_their_name(title: str, prefix: str) -> None:
+    check_refusal({prefix + name: (8, 8) for name in OTHER_MODELS[title]}, f"of the kind {title}")
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("WanTransformer3DModel", "of the kind Wan"),
+        ("QwenImageTransformer2DModel", "of the kind Qwen-Image"),
+        ("ZImageTransformer2DModel", "of the kind Z-Image"),
+        ("AutoencoderKL", "this is a VAE"),
+    ],
+)
+def test_models_of_diffusers_are_called_by_their_name(name: str, key: str) -> None:
+    import diffusers
+    import torch
+
+    found = getattr(diffusers, name, None)
+    if found is None:
+        pytest.skip("this diffusers has no such model")
+    with torch.device("meta"):
+        shapes = {key: tuple(weight.shape) for key, weight in found().state_dict().items()}
+    check_refusal(shapes, key)
+
+
+@pytest.mark.parametrize("names", [("emb_params",), ("clip_l", "clip_g")])
+def test_a_textual_inversion_is_called_one(names: tuple[str, ...]) -> None:
+    check_refusal(dict.fromkeys(names, (2, 768)), "a textual inversion")

@@ -22,7 +22,32 @@ _OTHERS = {
     "this is a ControlNet, not a checkpoint": ("control_model.", "controlnet_"),
     "this is a text encoder, not a diffusion model": ("text_model.", "transformer.resblocks.", "encoder.block."),
     "this is a VAE, not a diffusion model": ("encoder.down", "encoder.mid", "decoder.up", "decoder.mid"),
+    "this is a textual inversion, not a checkpoint": ("emb_params", "clip_l", "clip_g", "string_to_param"),
     "this is a language model, not a diffusion model": ("model.layers.", "lm_head."),
+}
+
+
+# Other diffusion models, by tensors that each of them has, whatever prefix is before them. src: SwarmUI
+# (`T2IModelClassSorter.cs`), ComfyUI (`comfy/model_detection.py`), the names of diffusers.
+_MODELS = {
+    "FLUX.2": ("double_stream_modulation_img.",),
+    "Chroma": ("distilled_guidance_layer.",),
+    "Qwen-Image": ("transformer_blocks.0.img_mlp.", "txt_norm.weight"),
+    "Wan": ("blocks.0.ffn.", "blocks.0.cross_attn.", "patch_embedding."),
+    "Wan ": ("blocks.0.ffn.", "blocks.0.attn2.", "patch_embedding."),
+    "Z-Image": ("context_refiner.0.", "noise_refiner.0.", "cap_embedder.", "layers.0.attention."),
+    "Lumina": ("context_refiner.0.", "noise_refiner.0."),
+    "HunyuanVideo": ("txt_in.individual_token_refiner.",),
+    "HiDream": ("double_stream_blocks.0.", "caption_projection.0."),
+    "LTX-Video": ("transformer_blocks.0.scale_shift_table", "patchify_proj."),
+    "PixArt": ("adaln_single.", "caption_projection."),
+    "Sana": ("attention_y_norm.",),
+    "AuraFlow": ("cond_seq_linear.",),
+    "Stable Cascade": ("clip_txt_mapper.",),
+    "Stable Video Diffusion": ("time_stack.",),
+    "Hunyuan-DiT": ("mlp_t5.",),
+    "Mochi": ("attn.k_norm_x.",),
+    "Cosmos": ("x_embedder.proj.1.weight", "blocks.block0."),
 }
 
 
@@ -37,7 +62,9 @@ def explain(fits: Sequence[Fit], shapes: Shapes) -> FamilyError:
         The error to raise.
     """
     nearest = max(fits, key=lambda fit: fit.score, default=None)
-    if nearest is None:
+    if model := _other_model(shapes):
+        reason = f"no known model family: this is a model of the kind {model}"
+    elif nearest is None:
         reason = _something_else(shapes)
     elif nearest.exact:
         reason = _wrong_marks([fit for fit in fits if fit.exact and fit.prefix == nearest.prefix], shapes)
@@ -77,6 +104,15 @@ def _objection(mark: Mark, prefix: str, shapes: Shapes) -> tuple[str, str]:
         return f"{key} is present", "none"
     size = str(shape[mark.axis]) if mark.axis < len(shape) else "none"
     return f"{mark.what} {size} at {key}", " or ".join(map(str, mark.sizes))
+
+
+def _other_model(shapes: Shapes) -> str | None:
+    """Name a diffusion model of another kind; None if its tensors tell of none."""
+    for title, parts in _MODELS.items():
+        found = [next((name for name in shapes if part in name), None) for part in parts]
+        if first := found[0] if all(found) else None:
+            return f"{title.strip()}, e.g. {printable(first, _LONGEST)}"
+    return None
 
 
 def _something_else(shapes: Shapes) -> str:
