@@ -146,7 +146,7 @@ def _planned(job: ExportJob, pushing: PushRequest | None) -> Result:
     ]
     columns = ["group", "layers", "weights", "ratio", "to zero"]
     facts = {
-        "base": f"{plan.checkpoint.path} ({plan.match.family.title}, {plan.match.layout.name} layout)",
+        "base": f"{plan.checkpoint.path} ({plan.match.title}, {plan.match.layout.name} layout)",
         **_choice(job),
         "targets": f"{', '.join(plan.kinds)} in {len(plan.targets)} layers, {_chosen_by(job)}",
         "dtype": plan.cast or "as in the base",

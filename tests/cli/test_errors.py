@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from crdiff_export.errors import CrdiffError, ScorerError, foreign_errors
+from crdiff_export.errors import CrdiffError, PreviewError, ScorerError, foreign_errors
 from crdiff_export.export import export
+from crdiff_export.sizes import Size
 from tests.support.command_lines import Line
 from tests.support.isolation import Crdiff
 from tests.support.messages import raises, refused
@@ -84,6 +85,18 @@ def test_what_has_an_error_of_its_own_passes(error: Exception) -> None:
     with pytest.raises(type(error)) as info, foreign_errors(ScorerError, "a scorer", "Mend it."):
         raise error
     assert info.value is error
+
+
+def test_a_pipeline_that_fails_is_an_error_of_one_line() -> None:
+    from crdiff_export.sampling.session import Session
+
+    class Pipe:
+        def __call__(self, *_: object, **__: object) -> None:
+            raise IndexError("in diffusers")
+
+    session = Session(Pipe(), "demo")
+    with raises(PreviewError, "Pipe cannot draw: IndexError: in diffusers"):
+        session.draw(["a"], [0], session.style(Size(8, 8)))
 
 
 # --- streams ---

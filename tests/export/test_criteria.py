@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from crdiff_export import Size, export
-from crdiff_export.errors import CalibrationError, CrdiffError, OptionError, VerifyError
+from crdiff_export.errors import CalibrationError, CrdiffError, CriterionError, OptionError, VerifyError
 from crdiff_export.export import Baked, plan_variant, prepare, run_together
 from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.models.recipe import Evidence
@@ -33,6 +33,7 @@ from crdiff_export.verify.verify import Verified, verify
 from tests.support import makers, masking, oracle
 from tests.support.isolation import Crdiff
 from tests.support.masking import SIZE, Base
+from tests.support.messages import raises
 
 UNET, DIT = "sd15.original", "sd3-medium.original-transformer"
 SCORED = ("random:seed=3", "random:compare=row,seed=3", "wanda", "wanda:compare=row", "taylor", "adverse:form=signed")
@@ -783,3 +784,38 @@ def test_a_third_party_may_decide(bases: Callable[..., Base], tmp_path: Path, mo
     gone = np.concatenate([np.abs(dense[i][(weights[i] == 0) & (dense[i] != 0)]) for i in down])
     stays = np.concatenate([np.abs(dense[i][weights[i] != 0]) for i in down])
     assert gone.min() >= stays.max()
+
+
+RAISING = """
+class Raising:
+    statistics = ()
+    def __init__(self, options):
+        if "make" in options:
+            raise OSError("no table")
+    def score(self, layer):
+        raise ValueError("boom")
+
+class Odd(Raising):
+    def score(self, layer):
+        return 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("criterion", "key"),
+    [("Raising", "ValueError: boom"), ("Raising:make=1", "OSError: no table"), ("Odd", "AttributeError: ")],
+)
+def test_a_third_party_that_raises_is_an_error_of_one_line(
+    criterion: str, key: str, bases: Callable[..., Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib.metadata import EntryPoint
+
+    name = criterion.partition(":")[0]
+    (tmp_path / "raising_party.py").write_text(RAISING)
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = EntryPoint(name, f"raising_party:{name}", "crdiff.criteria")
+    monkeypatch.setattr("crdiff_export.prune.criteria.spec.entry_points", lambda group: [entry])
+    with raises(CriterionError, name, key) as error:
+        export(bases(UNET).request(tmp_path / "out.safetensors", criterion, calibration=None))
+    assert "--debug" in error.value.hint
+    assert not (tmp_path / "out.safetensors").exists()
