@@ -427,6 +427,12 @@ def meetings(one: str, other: str, start: str = "") -> list[str]:
     return []
 
 
+def test_two_bases_of_one_name_are_told_what_helps() -> None:
+    text = 'sizes = ["64"]\n[[base]]\nbase = "org/a"\n[[base]]\nbase = "other/a"\n'
+    ((_, hint),) = problems(text)
+    assert "below its [[base]]" in hint
+
+
 SAME = "and so would 64x64 of a (line 3)"
 WITHIN = "within what 64x64 of a (line 3) would be"
 MEETINGS = [
