@@ -39,8 +39,11 @@ class SearchStorage(RDBStorage):
     """Optuna's storage; a sign of life that cannot be recorded is left out, and the next one tried."""
 
     def record_heartbeat(self, trial_id: int) -> None:
-        with suppress(StorageInternalError):
-            super().record_heartbeat(trial_id)
+        try:
+            with suppress(StorageInternalError):
+                super().record_heartbeat(trial_id)
+        finally:
+            self.remove_session()  # it is the thread's own, which nothing closes when the thread ends
 
 
 def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:

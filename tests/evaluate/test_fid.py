@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ def test_a_feature_that_is_not_finite_is_refused(
 def test_nothing_else_of_the_package_is_imported_or_left(weights: Path) -> None:
     assert inception.load("cpu", weights).fingerprint() == {
         "network": "inception-v3-compat", "weights": f"sha256:{inception.SHA256}", "torch-fidelity": "0.4.0",
-        "device": "cpu", "dtype": "fp32", "torch": torch.__version__,
+        "device": "cpu", "dtype": "fp32", "torch": version("torch"),
     }  # fmt: skip
     assert not [name for name in sys.modules if name.partition(".")[0] == "torch_fidelity"]
     with pytest.raises(ImportError, match="torchvision"):

@@ -469,6 +469,7 @@ def test_offloading(criterion: str, case: Case, plain: torch.Tensor) -> None:
         pytest.param(False, "obs", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_compiled(whole: bool, criterion: str, pipe: Any, case: Case) -> None:
     """The graphs of dense and pruned layers are two; nothing is traced again at the next image."""
     torch._dynamo.reset()

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -349,7 +350,7 @@ def test_a_head_that_cannot_be_read(shelf: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(weights, "fetch", lambda *_: path)
     whole = (shelf / aesthetic.REPO.id / aesthetic.FILE).read_bytes()
     if kind in ("pickle", "list"):
-        torch.save([1] if kind == "list" else {"a": Path("x")}, path)
+        torch.save([1] if kind == "list" else {"a": Fraction(1, 2)}, path)
     else:
         path.write_bytes({"empty": b"", "text": b"<html>", "cut": whole[:5000]}[kind])
     with raises(ScorerError, path):
