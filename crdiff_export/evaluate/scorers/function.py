@@ -53,13 +53,13 @@ def _import(spec: str, module: str) -> ModuleType:
 
 def load_entry_point(entry: EntryPoint) -> Any:
     """Import what an entry point names; ScorerError where its package is broken."""
-    try:
-        with foreign_errors(ScorerError, f"{entry.name}: {entry.value} cannot be loaded", FAILED):
+    with foreign_errors(ScorerError, f"{entry.name}: {entry.value} cannot be loaded", FAILED):
+        try:
             return entry.load()
-    except (ImportError, AttributeError) as error:
-        package = entry.dist.name if entry.dist else entry.value
-        hint = f"Install {package} again, or whatever it needs."
-        raise ScorerError(f"{entry.name}: {entry.value} cannot be loaded: {error}", hint) from error
+        except (ImportError, AttributeError) as error:
+            package = entry.dist.name if entry.dist else entry.value
+            hint = f"Install {package} again, or whatever it needs."
+            raise ScorerError(f"{entry.name}: {entry.value} cannot be loaded: {error}", hint) from error
 
 
 def as_scorer(name: str, function: Any, device: str, dtype: str) -> Scorer:
