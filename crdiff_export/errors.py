@@ -140,8 +140,9 @@ class CriterionError(CrdiffError):
 def foreign_errors(error_type: type[CrdiffError], what: str, hint: str) -> Iterator[None]:
     """Turn an exception of code that is not ours into an error for people.
 
-    An exception of this package is a bug and keeps its traceback, and so does one of the block itself only if it is
-    none of a call with wrong arguments or of a wrong result. Too little memory has an error of its own.
+    What the called code raises becomes that error, and so does what the `with` block raises itself, e.g. a `TypeError`
+    because a function takes other arguments or returned what it should not. What a function of this package
+    raises, called from the block, is a bug and passes with its traceback; `MemoryError` and its kind pass as well.
 
     Args:
         error_type: The class of the error.

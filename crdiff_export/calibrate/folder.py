@@ -47,6 +47,7 @@ def check_target(target: Path, plan: Plan, *, force: bool) -> None:
         force: Whether an existing file may be replaced.
 
     Raises:
+        OptionError: Its name does not end in `.safetensors`.
         PlanError: It cannot or must not be written there.
     """
     if target.suffix != SUFFIX:

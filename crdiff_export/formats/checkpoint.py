@@ -231,9 +231,9 @@ def _open_folder(path: Path, variant: str | None, *, all_files: bool) -> Checkpo
     companions, links = _companions(path, home)
     copied = [c for c in companions if not (c.parent == home and c.name in left_out)]
     if not all_files:
-        kept = set(pipeline_files([str(c) for c in companions], variant, _components(path)))
-        notes += _left_out([c for c in copied if str(c) not in kept])
-        copied = [c for c in copied if str(c) in kept]
+        of_pipeline = set(pipeline_files([str(c) for c in companions], variant, _components(path)))
+        notes += _left_out([c for c in copied if str(c) not in of_pipeline])
+        copied = [c for c in copied if str(c) in of_pipeline]
     if choices[chosen].endswith(".json"):
         copied.append(home / choices[chosen])
     notes += [f"{link} is a link to a folder and is not in the output" for link in links]

@@ -4,7 +4,8 @@ SD2.1 for 512 (epsilon) and SD2.1 for 768 (v-prediction) have the same names and
 draws noise. The checkpoint's own metadata has priority. Otherwise ComfyUI's rule decides (`comfy/supported_models.py`,
 `SD20.model_type`): the 768 model has four input channels, and one small tensor that is never pruned has a standard
 deviation above 0.09. ComfyUI calls that a guess ("not sure how well this will actually work"), so it decides the
-architecture, which must be written, but not `modelspec.prediction_type`, which need not be.
+architecture, which must be written, but not `modelspec.prediction_type`, which is written only where the base itself
+says what it predicts (`models/prediction.py`).
 
 Models of one family are trained at several sizes, too: SDXL-Turbo has SDXL's names and shapes, and was trained at 512.
 The size is what the base says of itself, in its header or in its diffusers configuration, and else its family's.
@@ -68,8 +69,8 @@ def find(plan: Plan) -> Architecture:
         architecture, native, kind = twin.architecture, Size(*twin.native), "base"
     if special:
         architecture, kind = special.architecture, special.id
-    own = stated_native(plan.checkpoint) or (native, "family")
-    return Architecture(stated or architecture, *own, kind, _prediction(plan))
+    size_and_source = stated_native(plan.checkpoint) or (native, "family")
+    return Architecture(stated or architecture, *size_and_source, kind, _prediction(plan))
 
 
 def _prediction(plan: Plan) -> Prediction | None:
@@ -107,8 +108,9 @@ def stated_native(checkpoint: Checkpoint) -> tuple[Size, str] | None:
 def native_note(plan: Plan) -> str | None:
     """Return a note for a target size at or near those that the base was trained at; None for other sizes."""
     family, size = plan.match.family, plan.size
-    own = stated_native(plan.checkpoint)
-    natives = [own[0]] if own else [Size(*family.native), *([Size(*family.twin.native)] if family.twin else [])]
+    stated_size = stated_native(plan.checkpoint)
+    of_family = [Size(*family.native), *([Size(*family.twin.native)] if family.twin else [])]
+    natives = [stated_size[0]] if stated_size else of_family
     for native in natives:
         area = size.width * size.height / (native.width * native.height)
         aspect = size.width / size.height / (native.width / native.height)

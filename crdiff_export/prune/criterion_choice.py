@@ -98,7 +98,7 @@ class CriterionChoice:
         """Whether it changes weights that are not pruned, to compensate for those that are."""
         return hasattr(self.criterion, "compensate")
 
-    def disown(self, variant: Variant, targets: Sequence[str] | None = None) -> Variant:
+    def drop_foreign_numbers(self, variant: Variant, targets: Sequence[str] | None = None) -> Variant:
         """Drop provenance, evidence and POA weight of numbers that were found otherwise than they will be used.
 
         A recipe names criterion and calibration in its evidence; without a name it was magnitude. Equal ratios for all
@@ -114,23 +114,23 @@ class CriterionChoice:
         evidence = variant.evidence
         if evidence is None and variant.provenance == "starting-point":
             return variant
-        found = []
+        reasons = []
         measured_with = _canonical(str(evidence.extra.get("criterion", MAGNITUDE)) if evidence else MAGNITUDE)
         alike = {measured_with, self.name} <= {MAGNITUDE, UNIFORM} and len(set(variant.ratios.values())) == 1
         if measured_with != self.name and not alike:
-            found.append(f"with {measured_with}")
+            reasons.append(f"with {measured_with}")
         measured = evidence.extra.get("calibration") if evidence else None
         if self.calibration is not None and measured is not None and measured != self.calibration.hash:
-            found.append("by another calibration" if found else f"with {measured_with} by another calibration")
+            reasons.append("by another calibration" if reasons else f"with {measured_with} by another calibration")
         if targets is not None:
-            found.append("for other targets")
-        if not found:
+            reasons.append("for other targets")
+        if not reasons:
             return variant
         if variant.provenance == "starting-point":  # it was measured, but not searched for
             return replace(variant, evidence=None)
         return replace(
             variant, provenance="starting-point", poa_weight=START_POA_WEIGHT, prompt=None, evidence=None,
-            source=f"{variant.source}; found {' '.join(found)}",
+            source=f"{variant.source}; found {' '.join(reasons)}",
         )  # fmt: skip
 
     def plan(self, planned: Plan) -> Plan:

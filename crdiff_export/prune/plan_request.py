@@ -117,7 +117,7 @@ def _choose_ratios(
     choice = recipe.choose(numbers, request.size, request.prompt)
     usual = choice.variant.targets or family.default_kinds
     other_targets = request.targets if request.targets and set(request.targets) != set(usual) else None
-    variant = recipe.borrow(criterion.disown(choice.variant, other_targets), request.size)
+    variant = recipe.borrow(criterion.drop_foreign_numbers(choice.variant, other_targets), request.size)
     variant = recipe.override(variant, family.groups, request.ratio, request.ratios, request.given)
     recipe.check_groups(variant, family.groups, numbers.name)
     check_grid(request.size, family.grid, family.title)

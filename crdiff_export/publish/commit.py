@@ -162,7 +162,7 @@ class _Push:
         except ValueError as error:  # raised by the client, also for a card that the Hub refuses
             self._may_be_committed = False
             what = "card" if str(error).startswith(_REFUSED) else "upload"
-            hint = "Mend the front matter of README.md, then run it again." if what == "card" else "Run it again."
+            hint = "Correct the front matter of README.md, then run it again." if what == "card" else "Run it again."
             raise HubError(f"{self._destination.repo}: the Hub refuses the {what}: {_one_line(error)}", hint) from error
 
     def _card(self, remote: Repository) -> str | None:

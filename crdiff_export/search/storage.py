@@ -104,6 +104,7 @@ def open_storage(
         The open storage, and where it is.
 
     Raises:
+        OptionError: It is neither the name of a file that ends with .db nor the address of a server.
         SearchError: The storage cannot be used.
     """
     optuna.logging.disable_default_handler()
@@ -152,7 +153,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def check_file(path: Path) -> None:
-    """Refuse a file that is not a search's, before it is touched."""
+    """Refuse a file that is not a search's, before it is touched; OptionError where only its name is wrong."""
     if path.suffix != SUFFIX:
         hint = f"A search is kept in NAME{SUFFIX}, or on a server, as in postgresql://host/database."
         raise OptionError(f"{path}: not the name of a search's file", hint)

@@ -113,12 +113,11 @@ class Inspection:
     @property
     def calibration(self) -> str | None:
         """What a calibration is one of, in words; None for any other file."""
-        keys = {
-            key: self.checkpoint.metadata.get(f"{CALIBRATION}.{key}", "?") for key in ("base", "size", "statistics")
-        }
-        if CALIBRATION not in self.checkpoint.metadata:
+        metadata = self.checkpoint.metadata
+        if CALIBRATION not in metadata:
             return None
-        return printable(f"a calibration of {keys['base']} at {keys['size']}: {keys['statistics']}")
+        base, size, statistics = (metadata.get(f"{CALIBRATION}.{key}", "?") for key in ("base", "size", "statistics"))
+        return printable(f"a calibration of {base} at {size}: {statistics}")
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """Yield what to print before the table, as name and text."""

@@ -74,15 +74,15 @@ def test_the_traceback_is_shown_on_request(line: Line, own: Path, monkeypatch: p
 
 
 def test_a_bug_of_ours_keeps_its_traceback() -> None:
-    with pytest.raises(AttributeError), foreign_errors(ScorerError, "a scorer", "Mend it."):
+    with pytest.raises(AttributeError), foreign_errors(ScorerError, "a scorer", "Correct it."):
         export(None)  # type: ignore[arg-type]
-    with raises(ScorerError, "a scorer: TypeError"), foreign_errors(ScorerError, "a scorer", "Mend it."):
+    with raises(ScorerError, "a scorer: TypeError"), foreign_errors(ScorerError, "a scorer", "Correct it."):
         export()  # type: ignore[call-arg]  # the caller's fault
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory"), CrdiffError("a", "b")])
 def test_what_has_an_error_of_its_own_passes(error: Exception) -> None:
-    with pytest.raises(type(error)) as info, foreign_errors(ScorerError, "a scorer", "Mend it."):
+    with pytest.raises(type(error)) as info, foreign_errors(ScorerError, "a scorer", "Correct it."):
         raise error
     assert info.value is error
 

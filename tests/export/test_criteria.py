@@ -473,7 +473,7 @@ def test_evidence_of_another_calibration_is_none(exports: Callable[..., tuple[Ba
         evidence = Evidence("s", 0.5, extra=extra)
         plan = plan_variant(base.request(tmp_path / "o.safetensors", "magnitude"), open_checkpoint(base.path))
         variant = replace(plan.variant, provenance="searched", source="a search", evidence=evidence)
-        made = asked.disown(variant)
+        made = asked.drop_foreign_numbers(variant)
         return made.provenance, made.source, made.evidence is not None
 
     own = asked.calibration.hash

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     Compute = Callable[[Sequence[Image], Sequence[str]], Any]
 
 # The hint for a scorer whose code raises.
-FAILED: Final = "Mend the scorer, or ask whoever made it."
+FAILED: Final = "Correct the scorer, or ask its author."
 # A larger score is a fault; sums and squares of it would overflow.
 LARGEST: Final = 1e100
 

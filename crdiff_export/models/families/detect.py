@@ -51,9 +51,9 @@ def _special(fit: Fit, shapes: Shapes) -> Special | None:
 
     channels = width(layout.first) or family.channels
     if channels != family.channels:
-        known = next((special for special in family.specials if special.channels == channels), None)
+        special = next((special for special in family.specials if special.channels == channels), None)
         other = f"{channels}-channels"
-        return known or Special(other, f"with {channels} input channels", f"{family.architecture}/{other}", channels)
+        return special or Special(other, f"with {channels} input channels", f"{family.architecture}/{other}", channels)
     vector = next((size for tensor in layout.vectors if (size := width(tensor))), None)
     if layout.vectors and vector != family.vector:
         fitting = (special for special in family.specials if special.vector in (ANY, vector) and special.vector)

@@ -109,8 +109,8 @@ def _objection(mark: Mark, prefix: str, shapes: Shapes) -> tuple[str, str]:
 def _other_model(shapes: Shapes) -> str | None:
     """Name a diffusion model of another kind; None if its tensors tell of none."""
     for title, parts in _MODELS.items():
-        found = [next((name for name in shapes if part in name), None) for part in parts]
-        if first := found[0] if all(found) else None:
+        examples = [next((name for name in shapes if part in name), None) for part in parts]
+        if first := examples[0] if all(examples) else None:
             return f"{title.strip()}, e.g. {printable(first, _LONGEST)}"
     return None
 
