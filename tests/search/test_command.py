@@ -14,7 +14,7 @@ from crdiff_export.cli.search import _again
 from tests.support.forks import Forks
 from tests.support.isolation import Crdiff, Ran
 from tests.support.messages import refused
-from tests.support.search_objective import let_grace_pass
+from tests.support.search_objective import let_grace_pass, plain_storage
 
 Line = Callable[[str], Ran]
 
@@ -50,7 +50,8 @@ def judge(here: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def trials_of(path: Path, name: str = "demo-48x48") -> list[tuple[object, ...]]:
     """A search's finished trials, apart from their numbers and from how long they took."""
-    trials = optuna.load_study(study_name=name, storage=f"sqlite:///{path}").trials
+    with plain_storage(path) as storage:
+        trials = optuna.load_study(study_name=name, storage=storage).trials
     done = [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED")]
     return [(trial.state, trial.params, trial.value, trial.intermediate_values) for trial in done]
 

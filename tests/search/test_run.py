@@ -13,6 +13,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from optuna.trial import FrozenTrial
 from PIL import Image
 
 from crdiff_export import ExportRequest, Size, export
@@ -45,6 +46,7 @@ from crdiff_export.search.setup import PAPER_TRIALS, choose_budget
 from crdiff_export.search.study import open_study
 from tests.support.evaluating import draw_plainly, open_plainly
 from tests.support.messages import raises
+from tests.support.search_objective import plain_storage
 
 SIZE = Size(48, 48)
 STEPS = 1
@@ -68,8 +70,15 @@ def result(folder: Path) -> SearchResult:
     return made
 
 
-def load_study(path: Path) -> optuna.Study:
-    return optuna.load_study(study_name="demo-48x48", storage=f"sqlite:///{path}")
+def attempts_in(path: Path) -> list[FrozenTrial]:
+    with plain_storage(path) as storage:
+        return optuna.load_study(study_name="demo-48x48", storage=storage).trials
+
+
+def settings_in(path: Path) -> dict[str, str]:
+    with plain_storage(path) as storage:
+        study = optuna.load_study(study_name="demo-48x48", storage=storage)
+        return dict(study.user_attrs["crdiff"]["settings"])
 
 
 # --- what a trial measures ---
@@ -140,7 +149,7 @@ def test_weights_are_compared_until_they_are_those_that_were_counted(
     monkeypatch.setattr(Session, "style", spoiled)
     with pytest.raises(CrdiffError, match="mid_block"):
         tune(replace(REQUEST, trials=3))
-    states = [trial.state.name for trial in load_study(here / "demo-48x48.db").trials]
+    states = [trial.state.name for trial in attempts_in(here / "demo-48x48.db")]
     assert states == ["COMPLETE", "FAIL", "FAIL", "FAIL"]
 
 
@@ -157,7 +166,7 @@ def test_memory_that_is_too_small_is_said(here: Path, monkeypatch: pytest.Monkey
 
 
 def test_everything_that_scores_depend_on_is_in_the_fingerprint(result: SearchResult, folder: Path) -> None:
-    prints = load_study(folder / "a.db").user_attrs["crdiff"]["settings"]
+    prints = settings_in(folder / "a.db")
     assert {key: prints[key] for key in ("family", "size", "steps", "negative", "dtype", "device", "batch")} == {
         "family": "demo", "size": "48x48", "steps": "1", "negative": "none", "dtype": "fp32", "device": "cpu",
         "batch": "6",

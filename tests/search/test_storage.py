@@ -11,6 +11,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy.event
 import sqlalchemy.exc
 
 from crdiff_export import Size
@@ -21,7 +22,7 @@ from crdiff_export.search.setup import SearchSetup
 from crdiff_export.search.storage import as_search_error
 from crdiff_export.search.study import SearchStudy, check_settings, open_study
 from tests.support.messages import raises
-from tests.support.search_objective import NAME, PRINTS, SPACE, opened, run_hill, setup
+from tests.support.search_objective import NAME, PRINTS, SPACE, opened, plain_storage, run_hill, setup
 
 
 def begin(storage: object, search: SearchSetup | None = None, prints: Mapping[str, str] = PRINTS) -> None:
@@ -133,18 +134,20 @@ def test_a_name_may_hold_anything(here: Path) -> None:
 
 def test_a_study_of_someone_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
-    study = optuna.create_study(storage=f"sqlite:///{path}", study_name=NAME, direction="maximize")
-    study.add_trial(optuna.trial.create_trial(value=1.0))
-    with raises(SearchError, NAME):
-        begin(path)
-    study.set_user_attr("crdiff", {"schema": 0, "settings": {}})
-    with raises(SearchError, NAME):
-        begin(path)
+    with plain_storage(path) as storage:
+        study = optuna.create_study(storage=storage, study_name=NAME, direction="maximize")
+        study.add_trial(optuna.trial.create_trial(value=1.0))
+        with raises(SearchError, NAME):
+            begin(path)
+        study.set_user_attr("crdiff", {"schema": 0, "settings": {}})
+        with raises(SearchError, NAME):
+            begin(path)
 
 
 def test_a_search_whose_founder_died_is_begun_again(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
-    optuna.create_study(storage=f"sqlite:///{path}", study_name=NAME, direction="maximize")
+    with plain_storage(path) as storage:
+        optuna.create_study(storage=storage, study_name=NAME, direction="maximize")
     assert len(run_hill(path, setup(), 2)) == 2
 
 
@@ -177,6 +180,18 @@ def test_nothing_is_said_on_stderr_and_no_thread_is_left(tmp_path: Path, capfd: 
     logging.getLogger("optuna.storages").warning("not for people")
     assert capfd.readouterr() == ("", "")
     assert threading.active_count() == before
+
+
+def test_a_heartbeat_gives_its_connection_back(tmp_path: Path) -> None:
+    with opened(tmp_path / "a.db", setup()) as study:
+        study.storage.remove_session()
+        threads: list[object] = []
+        sqlalchemy.event.listen(study.storage.engine, "checkin", lambda *_: threads.append(threading.current_thread()))
+        heartbeat = threading.Thread(target=study.storage.record_heartbeat, args=(1,))
+        heartbeat.start()
+        heartbeat.join()
+        session = study.storage.scoped_session
+        assert (threads, session.registry.has()) == ([heartbeat], False)
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from optuna.storages import RDBStorage
+
 from crdiff_export.errors import PreviewError
 from crdiff_export.search import METHODS, Candidate, FinishedTrial, RatioSpace, TrialEvent
 from crdiff_export.search.methods import SearchMethod
@@ -68,6 +70,17 @@ def opened(storage: object, search: SearchSetup, prints: Mapping[str, str] = PRI
     """A search in a storage."""
     with open_study(str(storage), NAME, search, prints, interval=INTERVAL, grace=GRACE) as study:
         yield study
+
+
+@contextmanager
+def plain_storage(path: Path) -> Iterator[RDBStorage]:
+    """Optuna's own storage of a file, whose connections are closed at the end."""
+    storage = RDBStorage(f"sqlite:///{path}")
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def trials_of(storage: object, search: SearchSetup) -> tuple[FinishedTrial, ...]:
