@@ -14,16 +14,16 @@ from typing import Literal, NoReturn
 
 from crdiff_export.errors import CheckpointError
 from crdiff_export.formats import safetensors, sniff
-from crdiff_export.formats.pipeline_files import pipeline_files
+from crdiff_export.formats.pipeline_files import COMPONENTS, component_folders, pipeline_files
 from crdiff_export.formats.safetensors import TensorSpec, show
 from crdiff_export.formats.strict_json import MalformedError, parse_object
 from crdiff_export.formats.torch_zip import open_pickle
 from crdiff_export.formats.weight_file import SourceFile, check_regular
 
 Kind = Literal["file", "shards", "folder"]
-COMPONENTS = ("unet", "transformer")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 MAX_INDEX_BYTES = 64 << 20
+MODEL_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,7 @@ class Checkpoint:
     @property
     def stem(self) -> str:
         """The name that default output names begin with."""
-        if self.kind == "folder":
-            repository = cached_repository(self.path)
-            return repository[1] if repository else self.path.resolve().name or "model"
-        name = self.path.name.removesuffix(".index.json")
-        return re.sub(r"\.(safetensors|sft|ckpt|pth?|bin)$", "", name, flags=re.IGNORECASE)
+        return (self.path.resolve().name or "model") if self.kind == "folder" else file_stem(self.path.name)
 
     @property
     def home(self) -> Path:
@@ -75,11 +71,9 @@ class Checkpoint:
                 yield number, tensor
 
 
-def cached_repository(path: Path) -> tuple[str, str, str] | None:
-    """Read owner, name and commit off the path of a snapshot in the Hub client's cache; None for any other path."""
-    *_, repository, snapshots, commit = ("", "", "", *path.absolute().parts)
-    match = re.fullmatch(r"models--(.+?)--(.+)", repository)
-    return (match[1], match[2], commit) if match and snapshots == "snapshots" else None
+def file_stem(name: str) -> str:
+    """Return the name of a checkpoint's file, or of its index, without its ending."""
+    return re.sub(r"\.(safetensors|sft|ckpt|pth?|bin)$", "", name.removesuffix(".index.json"), flags=re.IGNORECASE)
 
 
 def open_checkpoint(path: Path, variant: str | None = None, *, all_files: bool = True) -> Checkpoint:
@@ -231,7 +225,9 @@ def _open_folder(path: Path, variant: str | None, *, all_files: bool) -> Checkpo
     companions, links = _companions(path, home)
     copied = [c for c in companions if not (c.parent == home and c.name in left_out)]
     if not all_files:
-        of_pipeline = set(pipeline_files([str(c) for c in companions], variant, _components(path)))
+        index = path / MODEL_INDEX
+        components = component_folders(index.read_bytes()) if index.is_file() else None
+        of_pipeline = set(pipeline_files([str(c) for c in companions], variant, components))
         notes += _left_out([c for c in copied if str(c) not in of_pipeline])
         copied = [c for c in copied if str(c) in of_pipeline]
     if choices[chosen].endswith(".json"):
@@ -245,28 +241,19 @@ def _check_shards(folder: Path, choices: Mapping[str, str], chosen: str) -> None
     if all((folder / shard).exists() for shard in read_index(folder / choices[chosen]).values()):
         return
     for name, file in choices.items():
-        if name and name != chosen and not file.endswith(".json"):
+        shards = read_index(folder / file).values() if file.endswith(".json") else ()
+        if name and name != chosen and all((folder / shard).exists() for shard in shards):
             raise CheckpointError(
                 f"{folder / choices[chosen]}: shards of it are missing",
                 f"Fetch them, or take the {name} weights beside them: --variant {name}.",
             )
 
 
-def _components(path: Path) -> list[str] | None:
-    """Return the folders of a pipeline's components; None if nothing names them."""
-    try:
-        index = parse_object((path / "model_index.json").read_bytes(), fractions=True)
-    except (OSError, MalformedError):  # the drawing commands say what is wrong with it
-        return None
-    names = [name for name, value in index.items() if isinstance(value, list)]
-    return [*names, *COMPONENTS] if names else None
-
-
 def _left_out(names: Sequence[PurePosixPath]) -> list[str]:
     if not names:
         return []
     shown = ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return [f"no part of the pipeline, and left out: {shown} (--all-files copies them)"]
+    return [f"no part of the pipeline, and left out: {shown} (crdiff export --all-files copies them)"]
 
 
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>[\w-]+?))?\.safetensors")

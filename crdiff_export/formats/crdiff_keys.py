@@ -198,7 +198,7 @@ class Stamp:
             native=keys.size("resolution.native"),
             native_source=keys.optional("resolution.native.source") or "family",
             poa_weight=keys.number("poa.weight"),
-            special=keys.optional("special"),
+            special=keys.special(),
             prediction=keys.optional("prediction"),
             borrowed_from=keys.optional_size("provenance.borrowed_from"),
             thresholds=thresholds,
@@ -233,6 +233,11 @@ class _Keys:
             raise CheckpointError(
                 f"{where}: its header has schema {show(schema)}, this crdiff reads {SCHEMA}", "Install a newer crdiff."
             )
+
+    def special(self) -> str | None:
+        """Headers from before there was a key have ModelSpec's architecture alone, which names inpainting models."""
+        stated = "inpainting" if "inpaint" in self._metadata.get("modelspec.architecture", "") else None
+        return self.optional("special") or stated
 
     def optional(self, key: str) -> str | None:
         text = self._metadata.get(PREFIX + key)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from crdiff_export.errors import CheckpointError
-from crdiff_export.formats.checkpoint import Checkpoint, cached_repository, open_checkpoint
+from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.hub import download
-from crdiff_export.hub.location import HubLocation, parse_id, parse_page, parse_uri
+from crdiff_export.hub.location import HubLocation, cached_location, parse_id, parse_page, parse_uri
 from crdiff_export.models import recipe_files
 
 BUILT_IN = "demo"
@@ -81,9 +81,8 @@ def locate(base: str, variant: str | None = None) -> Base:
     local = _existing_path(base)
     if local is None:
         raise CheckpointError(f"{without_secrets(base)}: no such file or folder", hint(base))
-    if snapshot := cached_repository(local):
-        owner, name, commit = snapshot
-        return Base(local, f"hf://{owner}/{name}@{commit}", name)
+    if location := cached_location(local):
+        return Base(local, str(location), location.repo.partition("/")[2])
     # The name of a link says more than its target's: in the Hub's cache that is a hash.
     return Base(local, local.name if local.name not in ("", "..") else local.resolve().name)
 

@@ -5,6 +5,7 @@ The Hub client decides what an id and an address are. It has no rule for branche
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 # Names that git, file systems and addresses all take: a part of what git-check-ref-format allows.
@@ -32,6 +33,21 @@ class HubLocation:
         """Return the `hf://` address, as headers record it."""
         at = f"@{self.revision.replace('/', '%2F')}" if self.revision else ""
         return f"hf://{self.repo}{at}{f'/{self.file}' if self.file else ''}"
+
+
+def cached_location(path: Path) -> HubLocation | None:
+    """Read the repository and the commit off the path of a snapshot in the Hub client's cache.
+
+    Args:
+        path: Any path.
+
+    Returns:
+        The location; None for any other path.
+
+    """
+    *_, repository, snapshots, commit = ("", "", "", *path.absolute().parts)
+    match = re.fullmatch(r"models--(.+?)--(.+)", repository)
+    return HubLocation(f"{match[1]}/{match[2]}", revision=commit) if match and snapshots == "snapshots" else None
 
 
 def parse_uri(text: str) -> HubLocation | None:

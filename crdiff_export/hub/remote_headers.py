@@ -7,14 +7,14 @@ from pathlib import Path, PurePosixPath
 
 from crdiff_export.errors import HubError
 from crdiff_export.formats.checkpoint import (
-    COMPONENTS,
     INDEX_NAME,
+    MODEL_INDEX,
     PICKLES,
     Checkpoint,
     open_checkpoint,
     shard_pattern,
 )
-from crdiff_export.formats.pipeline_files import SMALL_FILES
+from crdiff_export.formats.pipeline_files import COMPONENTS, SMALL_FILES, component_folders, pipeline_files
 from crdiff_export.formats.safetensors import BITS, show
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.hub import bases, repository
@@ -98,7 +98,7 @@ def _read_remote_headers(location: HubLocation, variant: str | None) -> RemoteBa
     listing = repository.read(location.repo, location.revision)
     chosen = location.file or choose_files(location.repo, list(listing.files), variant)
     if not isinstance(chosen, str):
-        return _folder(location, listing, chosen)
+        return _folder(location, listing, chosen, variant)
     if chosen not in listing.files:
         hint = f"See {constants.ENDPOINT}/{location.repo}/tree/main."
         raise HubError(f"{location.repo}/{chosen}: no such file in the repository", hint)
@@ -126,15 +126,17 @@ def _files(location: HubLocation, listing: Repository, file: str, paths: Sequenc
     )
 
 
-def _folder(location: HubLocation, listing: Repository, paths: list[str]) -> RemoteBase:
+def _folder(location: HubLocation, listing: Repository, paths: list[str], variant: str | None) -> RemoteBase:
     """Describe a diffusers folder; of its weights only those of the pruned component have headers to read."""
     components = {name.partition("/")[0] for name in paths}
     component = next((name for name in COMPONENTS if name in components), COMPONENTS[0])
-    pruned = sorted(name for name in paths if name.startswith(f"{component}/"))
+    pruned = sorted(name for name in paths if name.startswith(f"{component}/") and name.endswith(".safetensors"))
     if not pruned:
         raise HubError(f"{listing.repo}: its {component}/ has no weights in safetensors format", "Give another one.")
     small = [name for name in listing.files if name.endswith(SMALL_FILES)]
-    others = {*paths, *small} - set(pruned)
+    index = repository.download(listing, MODEL_INDEX).read_bytes() if MODEL_INDEX in listing.files else b""
+    needed = pipeline_files(list(listing.files), variant, component_folders(index))
+    others = {*needed} & {*paths, *small} - {*pruned}
     companions = tuple(PurePosixPath(name) for name in sorted(others) if not _is_other_index(name, component, pruned))
     name = listing.repo.partition("/")[2]
     weights, hashes = _weights(listing, {path: path for path in pruned})

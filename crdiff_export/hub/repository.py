@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from crdiff_export.errors import CheckpointError, HubError
 from crdiff_export.formats.crdiff_keys import Stamp, is_baked
@@ -165,40 +165,13 @@ def _tensors(parsed: "SafetensorsFileMetadata") -> Iterator[TensorSpec]:
         yield TensorSpec(name, str(tensor.dtype), tuple(tensor.shape), start, end)
 
 
-@dataclass(frozen=True, slots=True)
-class BakedHeader:
-    """What the header of a baked file says: our keys, and what kind of model of its family it is."""
-
-    stamp: Stamp
-    special: str = ""
-
-    @classmethod
-    def parse(cls, metadata: Mapping[str, str], path: str) -> Self:
-        """Parse the metadata of a header.
-
-        Args:
-            metadata: The metadata.
-            path: The file, for errors.
-
-        Returns:
-            What they say.
-
-        Raises:
-            CheckpointError: If they lack our keys, or a key is damaged.
-
-        """
-        stamp = Stamp.from_metadata(metadata, path)
-        stated = "inpainting" if "inpaint" in metadata.get("modelspec.architecture", "") else ""
-        return cls(stamp, stamp.special or stated)
-
-
 # Headers by `RemoteFile.content` of their file; None for a file that crdiff did not bake.
-HeaderCache = dict[str, BakedHeader | None]
+HeaderCache = dict[str, Stamp | None]
 
 
 def baked_headers(
     repository: Repository, paths: Iterable[str] | None = None, cache: HeaderCache | None = None
-) -> dict[str, BakedHeader]:
+) -> dict[str, Stamp]:
     """Read the headers of the files that crdiff baked.
 
     Files that are not checkpoints, or whose header is damaged, are left out.
@@ -223,10 +196,10 @@ def baked_headers(
     return {path: header for path, content in contents.items() if (header := cache[content])}
 
 
-def _baked_header(repository: Repository, path: str) -> BakedHeader | None:
+def _baked_header(repository: Repository, path: str) -> Stamp | None:
     try:
         metadata = _header(repository, path).metadata
-        return BakedHeader.parse(metadata, path) if is_baked(metadata) else None
+        return Stamp.from_metadata(metadata, path) if is_baked(metadata) else None
     except (CheckpointError, _NotSafetensorsError):
         return None
 

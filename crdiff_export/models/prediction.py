@@ -9,8 +9,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, Self
 
+# The scheduler of diffusers that takes every setting of v-prediction, and the one for EDM with v.
+V_SCHEDULER: Final = "EulerDiscreteScheduler"
+EDM_V_SCHEDULER: Final = "EDMEulerScheduler"
 PredictionKind = Literal["epsilon", "v", "edm", "edm-v"]
-STATED: Final = "modelspec.prediction_type"
+PREDICTION_KEY: Final = "modelspec.prediction_type"
 SIGMAS: Final = ("edm_vpred.sigma_min", "edm_vpred.sigma_max")
 ZERO_SNR: Final = "-zsnr"  # SwarmUI spells `v-zsnr` so
 _WORDS: Final[Mapping[str, tuple[PredictionKind, bool | None]]] = {
@@ -40,7 +43,7 @@ class Prediction:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Read the value of `crdiff.prediction`; None if it is no such value."""
+        """Read the value of `crdiff.prediction`; None if the text is malformed."""
         word, *numbers = text.split(" ")
         kind = next((kind for kind in ("epsilon", "v", "edm", "edm-v") if kind == word.removesuffix(ZERO_SNR)), None)
         if kind is None:
@@ -57,6 +60,23 @@ class Prediction:
     def modelspec(self) -> str | None:
         """ModelSpec's word for it, which knows `v` and `epsilon`; None for EDM."""
         return {"epsilon": "epsilon", "v": "v", "edm-v": "v"}.get(self.kind)
+
+    @property
+    def scheduler_settings(self) -> dict[str, object]:
+        """The settings of a diffusers scheduler for it: EDM_V_SCHEDULER for `edm-v`; none for `edm`.
+
+        Sources: CosXL's sampling for `edm-v`; for zero SNR "Common Diffusion Noise Schedules and Sample Steps are
+        Flawed" (arXiv:2305.08891), section 3.
+        """
+        if self.kind == "edm":
+            return {}
+        settings: dict[str, object] = {"prediction_type": "epsilon" if self.kind == "epsilon" else "v_prediction"}
+        if self.kind == "edm-v":
+            low, high = self.sigmas or (0.002, 120.0)
+            settings |= {"sigma_min": low, "sigma_max": high, "sigma_data": 1.0, "sigma_schedule": "exponential"}
+        elif self.zero_snr:
+            settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return settings
 
 
 def by_marks(tensors: Collection[str], metadata: Mapping[str, str]) -> Prediction | None:
@@ -75,7 +95,7 @@ def by_marks(tensors: Collection[str], metadata: Mapping[str, str]) -> Predictio
         return Prediction("edm-v")
     if "v_pred" in tensors:
         return Prediction("v", "ztsnr" in tensors)
-    stated = _WORDS.get(metadata.get(STATED, "").strip().lower())
+    stated = _WORDS.get(metadata.get(PREDICTION_KEY, "").strip().lower())
     return Prediction(*stated) if stated else None
 
 

@@ -9,7 +9,7 @@ from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.formats.crdiff_keys import Stamp, is_baked
 from crdiff_export.formats.hashing import git_id, hash_file
 from crdiff_export.hub import repository
-from crdiff_export.hub.repository import BakedHeader, RemoteFile
+from crdiff_export.hub.repository import RemoteFile
 from crdiff_export.progress import Silent
 from crdiff_export.publish.plan_file import PlanFile
 from crdiff_export.publish.target import Destination, find_pull_request
@@ -43,7 +43,7 @@ class HubBranch:
 
     commit: str | None = None
     files: Mapping[str, RemoteFile] = field(default_factory=dict)
-    headers: Mapping[str, BakedHeader] = field(default_factory=dict)
+    headers: Mapping[str, Stamp] = field(default_factory=dict)
 
     def at(self, path: str, names: Sequence[str]) -> Existing:
         """Return what it holds of a variant; `names` are those of the variant's weights."""
@@ -52,7 +52,7 @@ class HubBranch:
         if path in self.files:
             files[""] = self.files[path]
         headers = (self.headers.get(folder + name if name else path) for name in names)
-        return Existing(tuple(header.stamp for header in headers if header), files)
+        return Existing(tuple(stamp for stamp in headers if stamp), files)
 
 
 class HubBranches:

@@ -10,7 +10,7 @@ import re
 import tomllib
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from crdiff_export.errors import CrdiffError, PlanFileError
@@ -36,17 +36,17 @@ from crdiff_export.sizes import Size, check_grid
 
 # A part of a path that every system can have.
 _PART = r'[^/\\:*?"<>|\x00-\x1f\x7f-\x9f]{0,199}[^/\\:*?"<>|\x00-\x1f\x7f-\x9f. ]'
-# The keys that are templates: the check of what one gives, and what it must be.
 _PATH = re.compile(f"{_PART}(/{_PART})*")
 # Windows takes these for devices, whatever ending they have.
 # src: https://learn.microsoft.com/windows/win32/fileio/naming-a-file
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
+# The keys that are templates: the check of what one gives, and what it must be.
 _TEMPLATES: Mapping[str, tuple[Callable[[str], object], str]] = {
     "repo": (is_repo_id, "ORG/NAME"),
     "revision": (REF.fullmatch, "the name of a branch"),
     "tag": (REF.fullmatch, "the name of a tag"),
     "name": (
-        lambda path: _PATH.fullmatch(path) and not any(map(_is_no_name, path.split("/"))),
+        lambda path: _PATH.fullmatch(path) and not any(map(_is_reserved, path.split("/"))),
         "a path that every system can have, with / between its parts",
     ),
 }
@@ -71,6 +71,7 @@ class PlanEntry:
         private: Whether to create a private repository; None to decide by the base's licence.
         base_model: The Hub id of a base that is a local file.
         line: The line of the size.
+        base_name: What {base} stands for.
     """
 
     request: ExportRequest
@@ -82,6 +83,7 @@ class PlanEntry:
     private: bool | None = None
     base_model: str | None = None
     line: int | None = None
+    base_name: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         """Return what messages call it."""
@@ -227,7 +229,7 @@ def _entry(size: Size | None, at: KeyPath, values: InheritedValues, problems: Pr
     )  # fmt: skip
     return PlanEntry(
         request, path, "name" not in values, texts.get("repo"), texts.get("revision"), texts.get("tag"),
-        values.value("private"), values.value("base_model"), problems.line(at) or None,
+        values.value("private"), values.value("base_model"), problems.line(at) or None, base.short,
     )  # fmt: skip
 
 
@@ -281,7 +283,7 @@ def _fill(key: str, values: InheritedValues, base: PlanBase, size: Size, problem
     return None
 
 
-def _is_no_name(part: str) -> bool:
+def _is_reserved(part: str) -> bool:
     """Whether a part of a path is only an ending, or the name of a device on Windows."""
     return part.lower() == ".safetensors" or part.partition(".")[0].rstrip().lower() in _DEVICES
 
@@ -311,8 +313,10 @@ def _refuse_conflicts(plan: PlanFile, problems: Problems) -> None:
         if other is not entry:
             problem = f"{entry} would be {entry.path}, and so would {other} (line {other.line})"
             hint = "Put {base} and {size} into name, or give one of them its own."
-            if entry.request.size == other.request.size and entry.request.base != other.request.base:
-                hint = 'The bases have one name: write another one below its [[base]], as in name = "other-{size}".'
+            is_other = entry.request.base != other.request.base and entry.request.size == other.request.size
+            if is_other and entry.base_name.casefold() == other.base_name.casefold():
+                name = f"other-{{size}}{path.suffix if path.suffix == '.safetensors' else ''}"
+                hint = f'Both bases are called {entry.base_name}: below one [[base]] write `name = "{name}"`.'
             problems.add(entry.line or 0, problem, hint)
     for path, entry in paths:
         outer = next((first[parent] for parent in path.parents if parent in first), entry)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from crdiff_export.errors import CrdiffError, RecipeError
+from crdiff_export.formats.checkpoint import file_stem
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.formats.text import did_you_mean, nearest
 from crdiff_export.hub import bases
-from crdiff_export.hub.location import FILE_ENDINGS, is_repo_id, parse_id, parse_uri
+from crdiff_export.hub.location import cached_location, is_repo_id, parse_id, parse_uri
 from crdiff_export.models import families, recipe_files
 from crdiff_export.models.families import Family
 from crdiff_export.models.recipe import TARGETS, Recipe, check_poa_weight, check_ratio
@@ -230,12 +231,17 @@ def _base(value: _Value) -> PlanBase:
     if recipe := recipe_files.by_alias(base):
         return PlanBase(base, base, families.by_id(recipe.family), folder=False)
     if location := parse_uri(base):
-        return PlanBase(base, _stem(location.file) if location.file else location.repo.partition("/")[2])
+        file = location.file and location.file.rpartition("/")[2]
+        return PlanBase(base, file_stem(file) if file else location.repo.partition("/")[2])
     for path in (_expanded(base, value.folder), _expanded(base, Path())):
         if "://" not in base and os.path.lexists(path):
-            name = path.name if path.name not in ("", "..") else path.resolve().name
-            is_folder = path.is_dir() or name.lower().endswith(".json")
-            return PlanBase(str(path.absolute()), _stem(name) or "model", folder=is_folder)
+            if path.is_dir():
+                snapshot = cached_location(path)
+                short = snapshot.repo.partition("/")[2] if snapshot else path.resolve().name
+            else:
+                short = file_stem(path.name)
+            is_folder = path.is_dir() or path.name.lower().endswith(".json")
+            return PlanBase(str(path.absolute()), short or "model", folder=is_folder)
     if location := parse_id(base):
         return PlanBase(base, location.repo.partition("/")[2])
     raise value.wrong(f"is {shown(bases.without_secrets(base))}, which names no base", bases.hint(base))
@@ -246,12 +252,6 @@ def _expanded(path: str, folder: Path) -> Path:
         return folder / Path(path).expanduser()
     except RuntimeError:  # ~name of an unknown user
         return folder / path
-
-
-def _stem(name: str) -> str:
-    """The name without its ending, as `Checkpoint.stem` has it."""
-    name = name.rpartition("/")[2].removesuffix(".index.json")
-    return next((name[: -len(end)] for end in FILE_ENDINGS if name.lower().endswith(end)), name)
 
 
 _SIZES = Key('sizes = ["512", "400x560"]', _sizes)

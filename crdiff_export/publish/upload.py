@@ -6,10 +6,10 @@ from pathlib import Path
 
 from crdiff_export.errors import CheckpointError, VerifyError
 from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
+from crdiff_export.formats.crdiff_keys import Stamp
 from crdiff_export.formats.hashing import hash_from
 from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.weight_file import SourceFile
-from crdiff_export.hub.repository import BakedHeader
 from crdiff_export.progress import Progress
 
 # Files of the repository that a folder was downloaded from; at the root they would replace those of this repository.
@@ -23,7 +23,7 @@ class LocalFile:
     path: Path
     size: int
     sha256: str
-    header: BakedHeader | None = None
+    header: Stamp | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def collect(path: Path, destination: str, progress: Progress, *, checked: bool =
     """
     checkpoint = open_whole(path)
     baked = {file.path: file for file in checkpoint.files}
-    headers = {file.path: BakedHeader.parse(file.metadata, str(file.path)) for file in checkpoint.files}
+    headers = {file.path: Stamp.from_metadata(file.metadata, str(file.path)) for file in checkpoint.files}
     if checkpoint.kind == "file":
         paths = dict.fromkeys(baked, destination)
     else:

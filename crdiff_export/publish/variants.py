@@ -3,7 +3,8 @@
 import re
 from collections.abc import Mapping
 
-from crdiff_export.hub.repository import BakedHeader, RemoteFile
+from crdiff_export.formats.crdiff_keys import Stamp
+from crdiff_export.hub.repository import RemoteFile
 from crdiff_export.publish.card import CardVariant
 
 _MODEL = r"diffusion_pytorch_model(?:\.(?P<weights>[\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors"
@@ -11,7 +12,7 @@ _PIPELINE = re.compile(rf"(?P<folder>.*?)/?(?:unet|transformer)/{_MODEL}")
 _SHARD = re.compile(r"(?P<folder>.*?)/?[^/]*-\d{5}-of-\d{5}(?:\.(?P<weights>[\w-]+))?\.safetensors")
 
 
-def card_variants(files: Mapping[str, RemoteFile], headers: Mapping[str, BakedHeader]) -> list[CardVariant]:
+def card_variants(files: Mapping[str, RemoteFile], headers: Mapping[str, Stamp]) -> list[CardVariant]:
     """List the variants of a repository: a single file, a pipeline folder and a set of shards are one each.
 
     Args:
@@ -29,10 +30,9 @@ def card_variants(files: Mapping[str, RemoteFile], headers: Mapping[str, BakedHe
     return [
         CardVariant(
             path=path,
-            stamp=headers[members[0]].stamp,
+            stamp=headers[members[0]],
             size=sum(files[member].size for member in members),
             sha256=None if in_folder else files[members[0]].sha256,
-            special=headers[members[0]].special,
             weights=weights,
         )
         for (path, weights, in_folder), members in groups.items()

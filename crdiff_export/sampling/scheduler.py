@@ -8,10 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from crdiff_export.errors import PreviewError
-from crdiff_export.models.prediction import Prediction
-
-# The usual scheduler of SDXL, which knows all that v-prediction and zero terminal SNR need.
-DEFAULT = "EulerDiscreteScheduler"
+from crdiff_export.models.prediction import EDM_V_SCHEDULER, Prediction
 
 
 def scheduler_change(prediction: Prediction, config: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]] | None:
@@ -28,14 +25,10 @@ def scheduler_change(prediction: Prediction, config: Mapping[str, Any], name: st
     Raises:
         PreviewError: The configuration is for another kind of model, and more than the scheduler would be wrong.
     """
-    configured, is_edm = str(config.get("_class_name")), prediction.kind.startswith("edm")
+    configured, is_edm = str(config.get("_class_name")), prediction.kind == "edm"
+    settings = prediction.scheduler_settings
     if prediction.kind == "edm-v":
-        low, high = prediction.sigmas or (0.002, 120.0)  # src: CosXL
-        settings = {
-            "sigma_min": low, "sigma_max": high, "sigma_data": 1.0, "prediction_type": "v_prediction",
-            "sigma_schedule": "exponential",
-        }  # fmt: skip
-        return "EDMEulerScheduler", settings
+        return EDM_V_SCHEDULER, settings
     if is_edm != configured.startswith("EDM"):
         # Playground v2.5: its VAE has a mean and a deviation of its own, too.
         needed = "EDM (as Playground v2.5 is)" if is_edm else f"{prediction.kind}-prediction"
@@ -46,10 +39,6 @@ def scheduler_change(prediction: Prediction, config: Mapping[str, Any], name: st
         )
     if is_edm:
         return None
-    settings = {"prediction_type": "v_prediction" if prediction.kind == "v" else "epsilon"}
-    if prediction.zero_snr:
-        # src: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv:2305.08891), section 3
-        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    elif prediction.zero_snr is False and config.get("rescale_betas_zero_snr"):
+    if prediction.zero_snr is False and config.get("rescale_betas_zero_snr"):
         settings["rescale_betas_zero_snr"] = False
     return None if all(config.get(key) == value for key, value in settings.items()) else (configured, settings)

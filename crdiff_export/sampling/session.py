@@ -13,10 +13,11 @@ from crdiff_export.errors import OptionError, PlanError, PreviewError, foreign_e
 from crdiff_export.formats.strict_json import MalformedError, parse_object
 from crdiff_export.models import demo
 from crdiff_export.models.families.pipelines import BUNDLED, Pipeline
+from crdiff_export.models.prediction import V_SCHEDULER
 from crdiff_export.sampling.pipelines import Opening
 from crdiff_export.sampling.poa.handle import model_of
 from crdiff_export.sampling.quiet import quiet_libraries
-from crdiff_export.sampling.scheduler import DEFAULT, scheduler_change
+from crdiff_export.sampling.scheduler import scheduler_change
 from crdiff_export.sizes import Size
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ def _scheduler(configured: Any, name: str, settings: dict[str, Any]) -> Any:
 
     chosen = getattr(diffusers, name)
     if not settings.keys() <= inspect.signature(chosen.__init__).parameters.keys():
-        chosen = getattr(diffusers, DEFAULT)
+        chosen = getattr(diffusers, V_SCHEDULER)
     return chosen.from_config(configured.config, **settings)
 
 

@@ -51,6 +51,8 @@ def stamped(draw: st.DrawFn) -> Stamp:
         native=draw(SIZES),
         native_source=draw(st.sampled_from(["family", "config.json", "modelspec.resolution"])),
         borrowed_from=draw(st.none() | SIZES),
+        special=draw(st.none() | TEXT),
+        prediction=draw(st.none() | TEXT),
         source_name=draw(TEXT),
         recipe=draw(TEXT),
         provenance=draw(TEXT),

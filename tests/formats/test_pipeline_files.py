@@ -9,8 +9,9 @@ import pytest
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.errors import CheckpointError
 from crdiff_export.export import prepare
-from crdiff_export.formats.checkpoint import cached_repository, open_checkpoint
+from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.formats.pipeline_files import component_weights, pipeline_files
+from crdiff_export.hub.location import HubLocation, cached_location
 from tests.support import makers
 from tests.support.messages import raises
 
@@ -18,15 +19,17 @@ PIPELINE = (
     "model_index.json", "unet/config.json", "text_encoder/config.json", "text_encoder/model.safetensors",
     "text_encoder_2/model.safetensors.index.json", "text_encoder_2/model-00001-of-00002.safetensors",
     "text_encoder_2/model-00002-of-00002.safetensors", "tokenizer/merges.txt", "tokenizer/spiece.model",
-    "scheduler/scheduler_config.json", "vae/diffusion_pytorch_model.safetensors", "LICENSE.md",
+    "scheduler/scheduler_config.json", "image_encoder/pytorch_model-00001-of-00001.bin",
+    "image_encoder/pytorch_model.bin.index.json", "image_encoder/config.json",
+    "vae/diffusion_pytorch_model.safetensors", "LICENSE.md",
 )  # fmt: skip
 OTHERS = (
     "v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "README.md", "picture.png", "text_encoder/model.fp16.safetensors",
     "text_encoder/pytorch_model.bin", "text_encoder/pytorch_model.bin.index.json", "text_encoder/flax_model.msgpack",
     "text_encoder/model.onnx", "unet/diffusion_flax_model.msgpack", "vae/diffusion_pytorch_model.bin",
-    "vae_encoder/openvino_model.xml", "vae_encoder/config.json", "feature/model.safetensors",
+    "unet/optimizer.bin", "vae_encoder/openvino_model.xml", "vae_encoder/config.json", "feature/model.safetensors",
 )  # fmt: skip
-COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "scheduler")
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "scheduler", "image_encoder")
 INDEX = json.dumps({"_class_name": "StableDiffusionPipeline", **{name: ["diffusers", "X"] for name in COMPONENTS}})
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -122,17 +125,21 @@ def test_shards_of_a_variant_are_read_under_old_and_new_names(here: Path, old: b
     assert files(Path("out")) == files(here / "sd")
 
 
-def test_an_index_without_its_shards_names_the_variant_beside_it(here: Path) -> None:
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_an_index_without_its_shards_names_the_variant_beside_it(here: Path, is_sharded: bool) -> None:
     makers.write_shards(here / "unet", makers.tiny("demo.diffusers-unet"), 2)
     for shard in (here / "unet").glob("*-of-*"):
         shard.unlink()
     with raises(CheckpointError, "diffusion_pytorch_model-00001-of-00002.safetensors"):
         open_checkpoint(here)
-    makers.write(here / "unet/diffusion_pytorch_model.fp16.safetensors", makers.tiny("demo.diffusers-unet"))
+    if is_sharded:
+        makers.write_shards(here / "unet", makers.tiny("demo.diffusers-unet"), 2, variant="fp16")
+    else:
+        makers.write(here / "unet/diffusion_pytorch_model.fp16.safetensors", makers.tiny("demo.diffusers-unet"))
     with raises(CheckpointError, "diffusion_pytorch_model.safetensors.index.json") as error:
         open_checkpoint(here)
     assert "--variant fp16" in error.value.hint
-    assert len(open_checkpoint(here, "fp16").files) == 1
+    assert len(open_checkpoint(here, "fp16").files) == (2 if is_sharded else 1)
 
 
 # --- names ---
@@ -142,8 +149,8 @@ def test_a_snapshot_is_called_after_its_repository(here: Path) -> None:
     snapshot = here / "models--org--some--name" / "snapshots" / ("ab" * 20)
     (snapshot / "unet").mkdir(parents=True)
     makers.write(snapshot / UNET, makers.tiny("demo.diffusers-unet"))
-    assert cached_repository(snapshot) == ("org", "some--name", "ab" * 20)
-    assert cached_repository(here) is None
+    assert cached_location(snapshot) == HubLocation("org/some--name", revision="ab" * 20)
+    assert cached_location(here) is None
     job = prepare(ExportRequest(str(snapshot), Size(96, 64)))
     assert (job.target.name, job.base.name) == ("some--name-crdiff-96x64", f"hf://org/some--name@{'ab' * 20}")
 

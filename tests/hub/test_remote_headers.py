@@ -1,5 +1,6 @@
 """Bases on the Hub: only what is needed is fetched, and what is known from headers needs no fetching."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from tests.support.forks import Forks
 from tests.support.hub_runs import Client, environment, finish, start
 from tests.support.loopback_hub import EXPIRED_TOKEN, STRANGER_TOKEN, LoopbackHub
 from tests.support.messages import refused
-from tests.support.publishing import Desk, digest
+from tests.support.publishing import REPO, Desk, digest
 
 SMALL = makers.tiny("demo.diffusers-unet")
 
@@ -62,6 +63,26 @@ def test_only_what_is_needed_of_a_pipeline_is_fetched(
     assert fetched(pipeline) | same == wanted
     assert fetched(pipeline) & same
     assert files_below(desk.folder / "pipe-crdiff-64x64").keys() == wanted
+
+
+def test_an_export_and_a_publication_hold_the_same_files(loopback_hub: LoopbackHub, desk: Desk, shelf: Path) -> None:
+    """A part that only has pickles, and what is no part of the pipeline."""
+    index = json.dumps({"_class_name": "P", **dict.fromkeys(("unet", "vae", "text_encoder"), ("diffusers", "X"))})
+    others = (
+        "vae_1_0/diffusion_pytorch_model.safetensors", "vae_decoder/config.json", "vae/diffusion_pytorch_model.bin",
+        "vae/diffusion_pytorch_model.bin.index.json", "unet/optimizer.bin", "whole.safetensors",
+    )  # fmt: skip
+    small = ("text_encoder/pytorch_model.bin", "text_encoder/pytorch_model.bin.index.json", "text_encoder/config.json")
+    files = files_below(shelf / "pipe") | {name: name.encode() for name in (*others, *small)}
+    loopback_hub.add_repo("org/pipe", files | {"model_index.json": index.encode()})
+    assert desk.run("export", "org/pipe", "--res", 64).code == 0
+    exported = files_below(desk.folder / "pipe-crdiff-64x64")
+    desk.plan(f'repo = "{REPO}"\nsizes = ["64"]\n[[base]]\nbase = "org/pipe"\n')
+    assert desk.made() == {"pipe-crdiff-64x64": "published"}
+    assert desk.names() - {"README.md", ".gitattributes"} == {f"pipe-crdiff-64x64/{name}" for name in exported}
+    assert {*small, "model_index.json"} < exported.keys()
+    assert not {*others} & exported.keys()
+    assert desk.made() == {"pipe-crdiff-64x64": "unchanged"}
 
 
 def test_variants_in_the_cache_do_not_mix(loopback_hub: LoopbackHub, tmp_path: Path, desk: Desk, shelf: Path) -> None:

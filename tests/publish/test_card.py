@@ -66,6 +66,24 @@ def as_the_client_has_it(text: str) -> Any:
 # A new card.
 
 
+def test_borrowed_numbers_are_said_to_be() -> None:
+    lines = told(row(), row("b.safetensors", resolution=Size(2048, 1024), borrowed_from=Size(640, 640))).splitlines()
+    (line,) = [line for line in lines if "b.safetensors" in line and line.startswith("|")]
+    assert "starting point, borrowed from 640x640" in line
+    (below,) = [line for line in lines if "640x640" in line and not line.startswith("|")]
+    assert below.startswith("- For 2048x1024: **these ratios are borrowed from 640x640**")
+
+
+def test_files_of_another_prediction_have_code_of_their_own() -> None:
+    codes = re.findall("```python\n(.*?)\n```", told(row(), row("v.safetensors", prediction="v-zsnr")), re.DOTALL)
+    assert ["v_prediction" in code for code in codes] == [False, True]
+
+
+def test_a_size_that_an_sd2_states_does_not_make_it_the_base() -> None:
+    text = told(row(family="sd21", native=Size(512, 512), native_source="modelspec.resolution"))
+    assert "stable-diffusion-2-1-base" not in text
+
+
 def test_a_new_card() -> None:
     text = render(CARD, None)
     assert text == (CARDS / "created.md").read_text(encoding="utf-8")

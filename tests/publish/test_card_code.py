@@ -24,7 +24,7 @@ OPENED: Mapping[str, CardVariant] = {
                       "flux-schnell") for prefix in (BUNDLED, "", "diffusion_model.")},
     **{f"{family} {where}": row(where, family=family, layout="diffusers", prefix="")
        for family in ("sdxl", "flux-dev") for where in ("", "unet", "a/transformer", "a [b]", "x.safetensors")},
-    **{f"{family} inpainting": replace(row("x.safetensors", family=family), special="inpainting")
+    **{f"{family} inpainting": row("x.safetensors", family=family, special="inpainting")
        for family in ("sd15", "sd21", "sdxl", "flux-dev")},
     "sd21 base": row("x.safetensors", family="sd21", native=Size(512, 512), cast="F32"),
     "sdxl v": row("x.safetensors", prediction="v"),
@@ -34,7 +34,7 @@ OPENED: Mapping[str, CardVariant] = {
     "sdxl edm-v": row("x.safetensors", prediction="edm-v 0.002 120.0"),
     "sd21 epsilon": row("x.safetensors", family="sd21", prediction="epsilon"),
     "sd21 v": row("x.safetensors", family="sd21", prediction="v"),
-    "kolors": replace(row("", layout="diffusers", prefix=""), special="kolors"),
+    "kolors": row("", layout="diffusers", prefix="", special="kolors"),
     "fp16": replace(row("", layout="diffusers", prefix=""), weights="fp16"),
     "unet fp16": replace(row("unet", layout="diffusers", prefix="", cast="BF16"), weights="fp16"),
     "odd prefix": row("x.safetensors", layout="diffusers", prefix='unet."'),
@@ -77,7 +77,7 @@ def test_an_edm_model_takes_the_configuration_of_one() -> None:
 @pytest.mark.parametrize("where", ["x.safetensors", "unet", ""])
 def test_no_code_is_shown_that_cannot_run(special: str, where: str) -> None:
     layout, prefix = ("original", BUNDLED) if where.endswith("s") else ("diffusers", "")
-    text = told(replace(row(where, layout=layout, prefix=prefix), special=special))
+    text = told(row(where, layout=layout, prefix=prefix, special=special))
     assert ("```python" in text) == (special == "kolors" and not where)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -427,10 +428,26 @@ def meetings(one: str, other: str, start: str = "") -> list[str]:
     return []
 
 
-def test_two_bases_of_one_name_are_told_what_helps() -> None:
-    text = 'sizes = ["64"]\n[[base]]\nbase = "org/a"\n[[base]]\nbase = "other/a"\n'
+@pytest.mark.parametrize("shared", ["", 'name = "{base}-{size}"\n', 'name = "{base}-{size}.safetensors"\n'])
+def test_two_bases_of_one_name_are_told_what_helps(shared: str) -> None:
+    text = f'{shared}sizes = ["64"]\n[[base]]\nbase = "org/a"\n[[base]]\nbase = "other/a"\n'
     ((_, hint),) = problems(text)
-    assert "below its [[base]]" in hint
+    match = re.search("`(.+)`", hint)
+    assert match
+    assert len(entries(text + match[1])) == 2, "the hint as it stands is right"
+
+
+def test_one_name_for_two_bases_needs_a_placeholder() -> None:
+    text = 'name = "x.safetensors"\nsizes = ["64"]\n[[base]]\nbase = "org/a"\n[[base]]\nbase = "org/b"\n'
+    ((_, hint),) = problems(text)
+    assert "{base}" in hint
+
+
+def test_a_snapshot_is_called_as_its_repository(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name/snapshots" / ("ab" * 20)
+    snapshot.mkdir(parents=True)
+    (entry,) = entries(f'[[base]]\nbase = "{snapshot.as_posix()}"\nsizes = ["64"]\n')
+    assert entry.path == "name-crdiff-64x64"
 
 
 SAME = "and so would 64x64 of a (line 3)"

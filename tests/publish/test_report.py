@@ -71,6 +71,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(desk: Desk) -> None:
     words = ["nothing", "push", "make and push", "make and push", "make and push", "cannot"]
     assert [word for word, row, why in zip(words, rows, WHY, strict=True) if f"  {word}  " not in row] == []
     assert "  0.1/0/0.25 (starting point)  " in rows[3]
+    assert "(borrowed from 80x80)" in rows[2]
     assert variants == "variants: 3 to make, 1 to push, 1 there, 1 failing"
     assert fetch == "to fetch: at most 193.25 KB"
     assert write == "to write: 470.14 KB, 156.71 KB at once"
@@ -80,6 +81,10 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(desk: Desk) -> None:
     assert error == "crdiff: 96x64 of nothing: org/nothing: no such repository, or a private one"
     assert hint.startswith("  Check the id")
     assert not page.exists()
+
+    desk.plan(plan("512"), "far.toml")
+    ran = desk.publish("far.toml", "--dry-run", token=READ_TOKEN)
+    assert ran.err.startswith("warning: 512x512 of model.safetensors: no variant for 512x512")
 
     ran = desk.publish("--dry-run", "-o", "out", "--json", token=READ_TOKEN, env={"GITHUB_STEP_SUMMARY": str(page)})
     assert (ran.code, ran.err) == (4, "")

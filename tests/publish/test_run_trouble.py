@@ -102,7 +102,12 @@ WRONG: dict[str, tuple[str, dict[str, str], str, str]] = {
     "no model": ("hf://org/odd/odd.safetensors", {}, "family", "no known model family"),
     "no weights": ("hf://org/odd/README.md", {}, "hub", "org/odd/README.md: not a safetensors file"),
     "damaged": ("hf://org/odd/damaged.safetensors", {}, "hub", "damaged.safetensors: not a safetensors file"),
-    "pruned": ("hf://org/odd/pruned.safetensors", {}, "plan", "pruned.safetensors: already pruned by crdiff"),
+    "pruned": (
+        "hf://org/odd/pruned.safetensors",
+        {},
+        "plan",
+        "pruned.safetensors: its header says that crdiff pruned it",
+    ),
     "not finite": ("hf://org/odd/nan.safetensors", {}, "plan", "not finite"),
     "recipe": ("org/base", {"recipe": '"foreign.toml"', "size": '"512"'}, "recipe", "foreign.toml: not a recipe for"),
     "group": ("org/base", {"ratios": "{ blocks = 0.3 }"}, "usage", "this model has no group 'blocks' to prune"),

@@ -78,7 +78,6 @@ class CardVariant:
         stamp: Its header.
         size: Bytes of its weights.
         sha256: The SHA-256 of its file as hex; None for a folder.
-        special: What kind of model of its family it is, such as `inpainting`.
         weights: diffusers' name for weights such as `*.fp16.safetensors`.
     """
 
@@ -86,7 +85,6 @@ class CardVariant:
     stamp: Stamp
     size: int
     sha256: str | None
-    special: str = ""
     weights: str | None = None
 
 

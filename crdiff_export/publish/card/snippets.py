@@ -11,15 +11,13 @@ from crdiff_export.hub.location import parse_uri
 from crdiff_export.models import families
 from crdiff_export.models.families import pipelines
 from crdiff_export.models.families.pipelines import BUNDLED, Pipeline
-from crdiff_export.models.prediction import Prediction
+from crdiff_export.models.prediction import EDM_V_SCHEDULER, V_SCHEDULER, Prediction
 from crdiff_export.publish.card.model import Card, CardVariant
 from crdiff_export.publish.card.text import prose, quoted
 from crdiff_export.sizes import Size
 
 Kind = Literal["pipeline", "folder", "component", "checkpoint", "network", "shards"]
 
-# The scheduler that takes every setting of v-prediction; `sampling/scheduler.py` has the rule.
-DEFAULT = "EulerDiscreteScheduler"
 FILES: Collection[Kind] = ("checkpoint", "network")
 DTYPES: Mapping[str | None, str] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _CHECKPOINTS, _NETWORKS = "ComfyUI/models/checkpoints", "ComfyUI/models/diffusion_models"
@@ -44,16 +42,20 @@ def title(family: str) -> str:
 
 def opening(variant: CardVariant) -> tuple[str, ...]:
     """Return a key that variants share which are opened with the same code."""
-    stamp, weights = variant.stamp, variant.weights or ""
-    return stamp.family, _special(variant), kind(variant), stamp.layout, stamp.prefix, stamp.cast or "", weights
+    stamp = variant.stamp
+    model = stamp.family, _special(variant), stamp.prediction or ""
+    return *model, kind(variant), stamp.layout, stamp.prefix, stamp.cast or "", variant.weights or ""
 
 
 def _special(variant: CardVariant) -> str:
     """The model of a family that has the same shape as others but needs its own configuration."""
-    prediction = Prediction.parse(variant.stamp.prediction or "")
-    if variant.special or not prediction:
-        old = variant.stamp.family == "sd21" and variant.stamp.native == Size(512, 512)  # before headers said it
-        return variant.special or ("base" if old else "")
+    prediction, special = Prediction.parse(variant.stamp.prediction or ""), variant.stamp.special
+    if special or not prediction:
+        # Headers from before the prediction was in them: SD2.1's 512x512 model is the base. A size that the base
+        # states itself does not tell.
+        by_family = variant.stamp.native_source == "family"
+        is_base = variant.stamp.family == "sd21" and variant.stamp.native == Size(512, 512) and by_family
+        return special or ("base" if is_base else "")
     return "edm" if prediction.kind == "edm" else ""
 
 
@@ -83,18 +85,17 @@ def scheduler(variant: CardVariant) -> tuple[str, str] | None:
     prediction = Prediction.parse(variant.stamp.prediction or "")
     if prediction is None or prediction.kind == "edm":
         return None
-    if prediction.kind == "edm-v":
-        low, high = prediction.sigmas or (0.002, 120.0)
-        settings = f"sigma_min={low!r}, sigma_max={high!r}, sigma_data=1.0"
-        return "EDMEulerScheduler", (
-            f'EDMEulerScheduler(\n    {settings}, prediction_type="v_prediction", sigma_schedule="exponential"\n)'
-        )
     configured = "v" if (variant.stamp.family, _special(variant)) == ("sd21", "") else "epsilon"
     if prediction.kind == configured and not prediction.zero_snr:
         return None
-    kind = {"v": "v_prediction", "epsilon": "epsilon"}[prediction.kind]
-    zero = ', rescale_betas_zero_snr=True,\n    timestep_spacing="trailing"' if prediction.zero_snr else ""
-    return DEFAULT, f'{DEFAULT}.from_config(\n    pipe.scheduler.config, prediction_type="{kind}"{zero}\n)'
+    values = {key: quoted(v) if isinstance(v, str) else repr(v) for key, v in prediction.scheduler_settings.items()}
+    settings = [f"{key}={value}" for key, value in values.items()]
+    if prediction.kind == "edm-v":
+        name = call = EDM_V_SCHEDULER
+    else:
+        name, call = V_SCHEDULER, f"{V_SCHEDULER}.from_config"
+        settings = ["pipe.scheduler.config", *settings]
+    return name, "\n    ".join([f"{call}(", *(f"{text}," for text in settings)]) + "\n)"
 
 
 def renaming(variant: CardVariant, model: Pipeline) -> str | None:
