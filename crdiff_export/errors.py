@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = Path(__file__).parent
 
 
 class CrdiffError(Exception):
@@ -114,7 +114,7 @@ class PlanFileError(CrdiffError):
 
     def __init__(self, name: str, problems: Sequence[CrdiffError]) -> None:
         count = f"{len(problems)} problems" if len(problems) > 1 else "one problem"
-        super().__init__(f"{name}: {count}", "Nothing was done; mend the file, then run it again.")
+        super().__init__(f"{name}: {count}", "Nothing was done; correct the file, then run it again.")
         self.problems = tuple(problems)
 
 
@@ -183,4 +183,4 @@ def _is_ours(error: BaseException) -> bool:
         return False
     while block.tb_next:
         block = block.tb_next
-    return block.tb_frame.f_code.co_filename.startswith(_PACKAGE)
+    return Path(block.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE)

@@ -131,7 +131,7 @@ def prepare_located(
         checkpoint, request.size, request.output, base.stem, request.residual, force=request.force
     )
     planned = plan_variant(request, checkpoint, criterion)
-    metadata.check_length(planned, criterion.name, base.name)
+    destination.check_headers(planned)
     return ExportJob(request, base, criterion, planned, target)
 
 

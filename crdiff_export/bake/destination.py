@@ -12,6 +12,7 @@ from crdiff_export.bake import residual
 from crdiff_export.errors import CheckpointError, PlanError
 from crdiff_export.formats.checkpoint import PICKLES, Checkpoint, open_checkpoint
 from crdiff_export.formats.crdiff_keys import is_baked
+from crdiff_export.formats.safetensors import MAX_BYTES, show
 from crdiff_export.formats.text import amount
 from crdiff_export.prune.plan import Plan
 from crdiff_export.sizes import Size
@@ -41,7 +42,7 @@ def choose_target(
     Args:
         checkpoint: The base's headers.
         size: The size to prune for.
-        output: The path that the user gives, or a folder for a file with the default name; None for
+        output: The path that the user gives, or a folder for an output with the default name; None for
             `STEM-crdiff-WxH` in the current folder.
         stem: The base's name, for the default; None to take the checkpoint's.
         way: How the residual is kept; a sidecar needs a free path, too.
@@ -58,12 +59,26 @@ def choose_target(
     default = f"{stem or checkpoint.stem}-crdiff-{size}{suffix}"
     target = output if output is not None else Path(default)
     with _refuse_os_errors(target):
-        is_place = not folder and target.suffix != ".safetensors" and target.is_dir()
-        target = target / default if is_place else target
+        if _names_a_folder(target, is_folder=folder, force=force):
+            target = target / default
     check_target(checkpoint, target, force=force)
     if way == residual.SIDECAR and not folder:
         check_file(residual.sidecar_path(target), force=force)
     return target
+
+
+def _names_a_folder(target: Path, *, is_folder: bool, force: bool) -> bool:
+    """Whether the output goes into the folder `target`; if not, `target` is the output itself.
+
+    Where the output is a folder, too, an empty folder and an earlier output are the output itself, and so is any
+    folder that --force is to replace.
+    """
+    if not target.is_dir():
+        return False
+    if not is_folder:
+        return target.suffix != ".safetensors"
+    has_name = target.name not in ("", "..")
+    return not has_name or (not force and any(target.iterdir()) and not _is_ours(target))
 
 
 def check_target(checkpoint: Checkpoint, target: Path, *, force: bool, source: str = "base") -> None:
@@ -114,7 +129,8 @@ def _refuse_os_errors(target: Path) -> Iterator[None]:
 def _check_parent(target: Path) -> None:
     """Refuse a path without a name, and a folder that does not exist or cannot be written to."""
     if target.name in ("", "..", ".safetensors"):
-        raise PlanError(f"{target}: not a name for the output", f"Give it one: -o {target / 'NAME'}.")
+        name = target.with_name("NAME.safetensors") if target.name == ".safetensors" else target / "NAME"
+        raise PlanError(f"{target}: not a name for the output", f"Give it one: -o {name}.")
     if not target.parent.is_dir():
         raise PlanError(f"{target}: the folder {target.parent} does not exist", "Create it, or give another -o.")
     with contextlib.suppress(FileNotFoundError):
@@ -194,6 +210,24 @@ def _foreign_file(checkpoint: Checkpoint, folder: Path) -> str | None:
     weights = ("diffusion_pytorch_model*", f"*{residual.SUFFIX}")
     names = (path.relative_to(folder).as_posix() for path in files if not any(map(path.match, weights)))
     return next((name for name in names if name not in new), None)
+
+
+def check_headers(plan: Plan) -> None:
+    """Refuse a base whose header leaves no room for ours, before anything is written.
+
+    Raises:
+        PlanError: A header would be longer than the format allows.
+    """
+    for file in (output.source for output in plan.outputs):
+        if file.data_start + HEADER_GROWTH <= MAX_BYTES:
+            continue
+        longest = max(file.metadata, key=lambda key: len(key) + len(file.metadata[key]), default=None)
+        if longest is None:
+            hint = "Save it with shorter names of tensors."
+        else:
+            hint = f"Save it without the key {show(longest)}, which has {len(file.metadata[longest]):,} characters."
+        sizes = f"its header has {file.data_start:,} bytes, the format allows {MAX_BYTES:,}"
+        raise PlanError(f"{file.path}: no room for crdiff's keys: {sizes}", hint)
 
 
 def measure_space(plan: Plan, target: Path, way: str, counts: Sequence[int] | None = None) -> DiskSpace:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
-from crdiff_export.errors import PlanError
+from crdiff_export.formats.checkpoint import file_stem
 from crdiff_export.formats.crdiff_keys import (
     BLOCK_WISE,
     LAYER_WISE,
@@ -19,8 +19,7 @@ from crdiff_export.formats.crdiff_keys import (
     Stamp,
     safe,
 )
-from crdiff_export.formats.safetensors import MAX_BYTES, serialise, show
-from crdiff_export.models.prediction import STATED
+from crdiff_export.models.prediction import PREDICTION_KEY, by_marks
 from crdiff_export.models.recipe import Evidence
 from crdiff_export.prune.architecture import Architecture
 from crdiff_export.prune.criteria import Decision
@@ -28,10 +27,6 @@ from crdiff_export.prune.plan import Plan
 
 # Hashes of bytes that pruning changes; web UIs would name the base in every image that the baked file draws.
 STALE = re.compile(r"modelspec\.hash_\w+|sshs_model_hash|sshs_legacy_hash")
-
-
-# The most characters of a threshold and its counts in a header.
-_THRESHOLD = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,41 +178,14 @@ def header(
         "modelspec.architecture": inherited.get("modelspec.architecture") or architecture.id,
         "modelspec.implementation": inherited.get("modelspec.implementation") or implementation,
     }
-    if architecture.prediction and architecture.prediction.modelspec and STATED not in inherited:
-        generated[STATED] = architecture.prediction.modelspec
+    stated, prediction = by_marks((), inherited), architecture.prediction
+    if prediction and (stated is None or stated.modelspec != prediction.modelspec):
+        inherited.pop(PREDICTION_KEY, None)  # a tensor says more than a key
+        generated |= {PREDICTION_KEY: prediction.modelspec} if prediction.modelspec else {}
     if hashes:
         generated["modelspec.hash_sha256"] = hashes.output
         stamp = replace(stamp, source_hash=hashes.source, source_file_hash=hashes.source_file)
     return {**inherited, **generated, **stamp.to_metadata()}
-
-
-def check_length(plan: Plan, criterion: str, source_name: str) -> None:
-    """Refuse a base whose header leaves no room for ours, before anything is written.
-
-    Args:
-        plan: The plan of the export.
-        criterion: The criterion as headers spell it.
-        source_name: The name of the base.
-
-    Raises:
-        PlanError: The header would be longer than the format allows.
-    """
-    hashes = Hashes("0" * 66, None, "0" * 66)
-    family = Architecture(plan.match.family.architecture, plan.size)
-    for output in plan.outputs:
-        if output.source.data_start < MAX_BYTES // 2:  # our keys have a few KB
-            continue
-        keys = header(plan, stamp_of_plan(plan, criterion, source_name), family, output.source.metadata, hashes)
-        size = len(serialise(output.tensors, keys)) - 8 + _THRESHOLD * len(plan.scopes)
-        if size > MAX_BYTES:
-            texts = {**dict.fromkeys((tensor.name for tensor in output.tensors), ""), **output.source.metadata}
-            longest = max(texts, key=lambda key: len(key) + len(texts[key]))
-            message = f"with crdiff's keys its header has {size:,} bytes, the format allows {MAX_BYTES:,}"
-            length = len(longest) + len(texts[longest])
-            raise PlanError(
-                f"{output.source.path}: {message}",
-                f"Save it without the key {show(longest)}, which has {length:,} characters.",
-            )
 
 
 def _title(name: str) -> str:
@@ -225,7 +193,7 @@ def _title(name: str) -> str:
     last = name.rsplit("/", 1)[-1]
     if re.fullmatch(r"hf://[^/]+/[^/]+", name):
         last = last.partition("@")[0]  # a revision
-    return re.sub(r"\.(safetensors|sft|safetensors\.index\.json|ckpt|pth?|bin)$", "", last) or name
+    return file_stem(last) or name
 
 
 def tool_version() -> str:

@@ -120,8 +120,12 @@ def _run(invocation: Invocation, *, as_json: bool) -> int:
         code = crdiff.main(invocation.words, prog_name="crdiff", standalone_mode=False, obj=invocation)
     except CrdiffError as error:
         hint = error.hint
-        if error.exit_code == OptionError.exit_code and invocation.variables:
-            hint = f"{hint} In effect: {', '.join(invocation.variables)}.".lstrip()
+        named = [
+            name for name, flag in invocation.variables.items()
+            if flag in error.message or os.environ.get(name, "") in error.message
+        ]  # fmt: skip
+        if error.exit_code == OptionError.exit_code and named:
+            hint = f"{hint} In effect: {', '.join(named)}.".lstrip()
         problems = error.problems if isinstance(error, PlanFileError) else ()
         trace = (
             "".join(traceback.format_exception(error.__cause__ or error)) if _wants(invocation.words, "debug") else None
@@ -141,7 +145,9 @@ def _run(invocation: Invocation, *, as_json: bool) -> int:
 def _wants(words: Sequence[str], option: str) -> bool:
     """Whether --json or --debug is given, judged by the words alone: they may be what is wrong."""
     names = [word.upper() for word in words if not word.startswith("-")]
-    variables = (f"CRDIFF_{'_'.join([*names[:depth], option.upper()])}" for depth in range(3))
+    # CRDIFF_DEBUG is for every command; other options have a variable for each command.
+    depths = range(0 if option == "debug" else 1, 3)
+    variables = (f"CRDIFF_{'_'.join([*names[:depth], option.upper()])}" for depth in depths)
     on = any(os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on") for name in variables)
     return f"--{option}" in words or on
 

@@ -21,12 +21,12 @@ OptionMaker = Callable[[str], Decorator]
 class Invocation:
     """One run of crdiff: the words of its command line, and what a signal does meanwhile.
 
-    `variables` are the environment variables that give options a value.
+    `variables` are the environment variables that give options a value, each with its option.
     """
 
     words: Sequence[str] = ()
     stopper: Stopper = field(default_factory=Stopper)
-    variables: list[str] = field(default_factory=list)
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_help(self) -> bool:
@@ -183,8 +183,9 @@ def command(
         def run(*, json: bool, quiet: bool, debug: bool, **options: Any) -> int:  # noqa: ARG001  # `main` reads --debug
             context = click.get_current_context()
             invocation = context.find_object(Invocation) or Invocation()
-            variables = (variable_of(context, param) for param in context.command.params)
-            invocation.variables.extend(name for name in variables if name)
+            for param in context.command.params:
+                if variable := variable_of(context, param):
+                    invocation.variables[variable] = max(param.opts, key=len)
             out = Output(invocation.stopper, as_json=json, quiet=quiet)
             result = function(out, **options)
             if result is None:

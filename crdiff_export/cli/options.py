@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 
 from crdiff_export.cli.command import OptionMaker, gather, option, option_group
 from crdiff_export.errors import CrdiffError, OptionError, PromptsError
+from crdiff_export.formats.text import printable
 from crdiff_export.formats.text_file import read_text_file
 from crdiff_export.models.recipe import MAX_POA_WEIGHT, TARGETS
 from crdiff_export.sizes import Size
@@ -203,11 +204,20 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 def _read_column(path: Path, text: str, separator: str, hint: str) -> list[str]:
     """Read the column `prompt` of a table (RFC 4180) whose first row names the columns."""
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
-        columns, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    except (csv.Error, ValueError) as error:
-        raise PromptsError(f"{path}: not a table of columns: {error}", hint) from error
+        columns = next(table, [])
+        rows = [(table.line_num, row) for row in table if row]
+    except csv.Error as error:
+        raise PromptsError(f"{path}, line {table.line_num}: not a table of columns: {error}", hint) from error
     names = [name.strip().lower() for name in columns]
     if names.count("prompt") != 1:
-        raise PromptsError(f"{path}: its first row names no column prompt, but {', '.join(columns) or 'nothing'}", hint)
-    return [row[names.index("prompt")] for row in rows if len(row) > names.index("prompt")]
+        count = "two columns" if "prompt" in names else "no column"
+        shown = ", ".join(map(printable, columns)) or "nothing"
+        raise PromptsError(f"{path}: its first row names {count} prompt, but has to name one: {shown}", hint)
+    for line, row in rows:
+        if len(row) != len(columns):
+            message = f"{path}, line {line}: has {len(row)} columns, its first row {len(columns)}"
+            mark = "comma" if separator == "," else "tab"
+            raise PromptsError(message, f'Put a prompt that holds a {mark} into quotes: "a red fox".')
+    return [row[names.index("prompt")] for _, row in rows]

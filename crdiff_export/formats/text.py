@@ -58,11 +58,11 @@ def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
     Returns:
         The nearest valid word, or None if none is near.
     """
-    words = list(words)
-    begun = [valid for valid in words if len(word) > 2 and (valid.startswith(word) or word.startswith(valid))]
-    if len(begun) == 1 and cutoff <= 0.6:
-        return begun[0]
-    return next(iter(difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=cutoff)), None)
+    word, words = word.lower(), list(words)
+    prefixed = [valid for valid in words if len(word) > 2 and (valid.startswith(word) or word.startswith(valid))]
+    if len(prefixed) == 1 and cutoff <= 0.6:
+        return prefixed[0]
+    return next(iter(difflib.get_close_matches(word, words, n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(word: str, words: tuple[str, ...], plural: str) -> str:

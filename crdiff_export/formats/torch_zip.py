@@ -157,20 +157,21 @@ def _read(path: Path, start: int, size: int) -> bytes:
 
 def _tensors(value: object, path: Path) -> dict[str, StridedTensor]:
     for _ in range(8):
+        if isinstance(value, dict) and "string_to_param" in value:
+            raise CheckpointError(f"{path}: a textual inversion, not a checkpoint", "Give a model's checkpoint.")
         inner = _wrapped(value)
         if inner is None:
             break
         value = inner
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds no named weights", "Give a model's checkpoint.")
-    if "string_to_param" in value:
-        raise CheckpointError(f"{path}: a textual inversion, not a checkpoint", "Give a model's checkpoint.")
     tensors = {name: tensor for name, tensor in value.items() if isinstance(tensor, StridedTensor)}
     if not tensors:
         keys = ", ".join(show(key) for key in list(value)[:5])
         raise CheckpointError(
             f"{path}: holds no tensors" + (f", only {keys}" if keys else ""),
-            f"Give a model's checkpoint; its weights are looked for in {', '.join(_WRAPPERS)}, or under an only key.",
+            f"Give a model's checkpoint. Weights are expected at the top, under {', '.join(_WRAPPERS)}, or in the only "
+            "dictionary with tensors.",
         )
     if name := next((name for name in tensors if name == METADATA or not is_text(name)), None):
         raise CheckpointError(f"{path}: no safetensors file can hold a tensor called {show(name)}", _AGAIN)
@@ -178,12 +179,14 @@ def _tensors(value: object, path: Path) -> dict[str, StridedTensor]:
 
 
 def _wrapped(value: object) -> dict[str, object] | None:
-    """Return the dictionary inside another one: under a trainer's key, or under any key if it is the only one."""
+    """Return the dictionary inside another one: under a trainer's key, or the only one, or the only with tensors."""
     if not isinstance(value, dict):
         return None
     inner = next((value[key] for key in _WRAPPERS if isinstance(value.get(key), dict)), None)
     if inner is None and not any(isinstance(item, StridedTensor) for item in value.values()):
         dicts = [item for item in value.values() if isinstance(item, dict)]
+        if len(dicts) > 1:
+            dicts = [item for item in dicts if any(isinstance(tensor, StridedTensor) for tensor in item.values())]
         inner = dicts[0] if len(dicts) == 1 else None
     return inner
 

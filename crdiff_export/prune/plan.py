@@ -219,9 +219,9 @@ def recognise(checkpoint: Checkpoint) -> Match:
     """
     if any("crdiff.schema" in file.metadata for file in checkpoint.files):
         raise PlanError(
-            f"{checkpoint.path}: already pruned by crdiff, by its header",
-            "Export from the base, which `crdiff inspect` names. A merge that only kept this header has to be saved "
-            "without its crdiff.* keys.",
+            f"{checkpoint.path}: its header says that crdiff pruned it",
+            "Export from the base, which `crdiff inspect` names. If `crdiff verify` finds that the weights are others, "
+            "as after a merge, save the file without its crdiff.* keys.",
         )
     try:
         match = families.detect(checkpoint.shapes)

@@ -55,9 +55,14 @@ def test_the_default_name_of_the_current_folder(shelf: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "sub/.."])
-def test_what_is_no_name(shelf: Path, here: Path, name: str) -> None:
+@pytest.mark.parametrize("force", [True, False])
+def test_a_path_without_a_name_is_a_folder(shelf: Path, here: Path, name: str, force: bool) -> None:
     (here / "sub").mkdir()
-    refused(shelf / "pipe", Path(name), "not a name for the output")
+    assert job(shelf / "pipe", Path(name), force=force).target == Path(name) / "pipe-crdiff-512x512"
+
+
+def test_only_an_ending_is_no_name(here: Path) -> None:
+    refused("demo", Path(".safetensors"), "not a name")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 250 + ".safetensors"])
@@ -95,7 +100,6 @@ def full(path: Path) -> None:
         ("sd15.safetensors", lambda path: path.symlink_to("nowhere"), False, "already exists"),
         ("sd15.safetensors", lambda path: path.symlink_to(path), False, "already exists"),
         ("sd15.safetensors", os.mkfifo, True, "not a regular file"),
-        ("pipe", full, False, "already exists"),
         ("pipe", full, True, "not a folder that crdiff made; --force does not replace it"),
         ("pipe", Path.touch, True, "not a folder, which the output is"),
         ("pipe", lambda path: path.symlink_to("nowhere"), True, "not a folder, which the output is"),
@@ -112,6 +116,20 @@ def test_what_is_in_the_way(
     before = sorted(tmp_path.rglob("*")), os.lstat(target).st_mtime_ns, os.lstat(target).st_ino
     refused(shelf / base, target, message, force=force)
     assert (sorted(tmp_path.rglob("*")), os.lstat(target).st_mtime_ns, os.lstat(target).st_ino) == before
+
+
+@pytest.mark.parametrize("base", ["sd15.safetensors", "pipe", SHARDS])
+def test_a_folder_of_other_things_gets_the_default_name_inside(shelf: Path, tmp_path: Path, base: str) -> None:
+    full(tmp_path / "o")
+    written = bake(shelf / base, tmp_path / "o")
+    assert written.parent == tmp_path / "o"
+    assert written.name.removesuffix(".safetensors").endswith("-crdiff-512x512")
+    assert (tmp_path / "o/photo.jpg").read_text() == "mine"
+
+
+def test_an_earlier_output_is_not_replaced_unasked(shelf: Path, tmp_path: Path) -> None:
+    bake(shelf / "pipe", tmp_path / "o")
+    refused(shelf / "pipe", tmp_path / "o", "already exists")
 
 
 def test_an_empty_folder_is_nothing(shelf: Path, tmp_path: Path) -> None:

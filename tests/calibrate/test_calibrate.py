@@ -752,7 +752,7 @@ REFUSED = {
     "no-folder": (f"{QUICK} --criterion wanda -o no/c.safetensors", 1, "folder no"),
     "the-base": ("calibrate sd15.safetensors {} --config conf --force -o sd15.safetensors", 1, "the base itself"),
     "negative": ("calibrate flux.safetensors {} --negative fog", 2, "negative prompt"),
-    "baked": ("calibrate baked.safetensors {}", 1, "already pruned"),
+    "baked": ("calibrate baked.safetensors {}", 1, "baked.safetensors: its header says"),
 }
 BASES = {"sd15": "sd15.original", "flux": "flux-dev.original-transformer", "baked": "demo.diffusers-unet"}
 

@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import crdiff_export
 from crdiff_export.errors import CrdiffError, PreviewError, ScorerError, foreign_errors
 from crdiff_export.export import export
 from crdiff_export.sizes import Size
@@ -80,6 +82,15 @@ def test_a_bug_of_ours_keeps_its_traceback() -> None:
         export()  # type: ignore[call-arg]  # the caller's fault
 
 
+def test_a_plug_in_whose_name_begins_with_ours_is_not_ours() -> None:
+    package = Path(crdiff_export.__file__).parent
+    code = compile("def score():\n    raise ValueError('boom')", f"{package}_extra/scorer.py", "exec")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    with raises(ScorerError, "a scorer: ValueError"), foreign_errors(ScorerError, "a scorer", "Correct it."):
+        names["score"]()
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory"), CrdiffError("a", "b")])
 def test_what_has_an_error_of_its_own_passes(error: Exception) -> None:
     with pytest.raises(type(error)) as info, foreign_errors(ScorerError, "a scorer", "Correct it."):
@@ -136,6 +147,17 @@ def test_a_variable_with_a_wrong_value_is_named(line: Line, here: Path, monkeypa
     monkeypatch.delenv("CRDIFF_EXPORT_DEVICE")
     monkeypatch.setenv("CRDIFF_EXPORT_CRITERION", "taste")
     refused(line("export demo --res 48 --dry-run"), 2, "CRDIFF_EXPORT_CRITERION")
+
+
+def test_a_variable_that_has_nothing_to_do_with_an_error_is_not_named(
+    line: Line, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRDIFF_EXPORT_DEVICE", "cpu")
+    monkeypatch.setenv("CRDIFF_JSON", "1")  # there is no option for all commands
+    ran = line("export demo --res 48 --dry-run --criterion taste")
+    assert ran.code == 2
+    assert ran.err.startswith("crdiff: ")
+    assert "CRDIFF_EXPORT_DEVICE" not in ran.err
 
 
 @pytest.mark.parametrize(("name", "value"), [("TAG", "v1"), ("PATH_IN_REPO", "a/b"), ("CREATE_PR", "1")])

@@ -42,7 +42,10 @@ def test_a_table_gives_its_column(here: Path, name: str, text: str, prompts: tup
     [
         ("p.csv", "a red circle\nfox\n", "a red circle"),
         ("p.csv", "prompt,prompt\na,b\n", "prompt, prompt"),
-        ("p.csv", "", "p.csv"),
+        ("p.csv", "", "nothing"),
+        ("p.csv", "prompt\na red fox, on white\n", "line 2"),
+        ("p.csv", 'seed,prompt\n1,"two\nlines"\n\n2\n', "line 5"),
+        ("p.tsv", "prompt\tseed\nfox\t1\t2\n", "line 2"),
         ("p.csv", 'prompt\n"open', "p.csv"),
         ("p.tsv", "prompt,seed\na,1\n", "prompt,seed"),
         ("p.csv", "prompt\n \n", "has no prompt"),

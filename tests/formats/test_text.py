@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crdiff_export.formats.text import amount, plural, printable
+from crdiff_export.formats.text import amount, nearest, plural, printable
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,20 @@ def test_any_text_becomes_one_printable_line(text: str) -> None:
 def test_a_long_text_is_cut_and_its_length_told() -> None:
     assert printable("x" * 300, 10) == "x" * 10 + "… (300 characters)"
     assert printable("x" * 300, limit=None) == "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("word", "guess"),
+    [
+        ("clip", "clip-score"),
+        ("CLIP", "clip-score"),
+        ("sdlx", "sdxl"),
+        ("sdxl-refiners", "sdxl-refiner"),
+        ("zzz", None),
+    ],
+)
+def test_the_nearest_word(word: str, guess: str | None) -> None:
+    assert nearest(word, ("sdxl", "clip-score", "sdxl-refiner")) == guess
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 prompts"), (1, "1 prompt"), (2, "2 prompts")])

@@ -110,6 +110,11 @@ REFUSED: dict[str, tuple[Maker, str]] = {
     "list": (archived(opcodes(b"]")), "no named weights"),
     "number": (archived(opcodes(number(1))), "no named weights"),
     "only-numbers": (archived(state(epoch=number(1))), "no tensors"),
+    "textual-inversion": (archived(state(string_to_param=b"}" + text("*") + tensor() + b"s")), "textual inversion"),
+    "two-of-equal-right": (
+        archived(state(a=b"}" + text("x") + tensor() + b"s", b=b"}" + text("x") + tensor() + b"s")),
+        "no tensors",
+    ),
     "names-that-are-numbers": (archived(opcodes(b"}" + number(1) + tensor() + b"s")), "no tensors"),
     "lone-surrogate": (floats(b"N" + text("\ud800") + tensor()), r"'\ud800'"),
     "called-metadata": (archived(state(__metadata__=tensor())), "'__metadata__'"),
@@ -310,6 +315,7 @@ WRAPPED: dict[str, Any] = {
     "lightning": {"state_dict": WEIGHTS, "optimizer_states": [{"state": {0: {"exp_avg": numbered(9)}}}]},
     "deep": {"state_dict": {"state_dict": WEIGHTS}},
     "module": {"module": {"params": WEIGHTS}},
+    "beside-settings": {"hyper": {"lr": 0.1}, "net": WEIGHTS, "more": {}},
     "model-state-dict": {"model_state_dict": WEIGHTS, "optimizer": {"a": numbered(3)}},
     "beside-other-things": {
         **WEIGHTS, "epoch": 3, "name": "x", "none": None, "list": [numbered(2)], "nested": {"c": numbered(2)},

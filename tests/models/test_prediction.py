@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from crdiff_export import ExportRequest, Size, export
-from crdiff_export.models.prediction import STATED, Prediction, by_marks, by_scheduler
+from crdiff_export.models.prediction import PREDICTION_KEY, Prediction, by_marks, by_scheduler
 from tests.support import makers
 
 V, ZERO = Prediction("v", False), Prediction("v", True)
@@ -35,7 +35,7 @@ V, ZERO = Prediction("v", False), Prediction("v", True)
     ],
 )
 def test_marks_of_a_file(tensors: Collection[str], stated: str | None, expected: Prediction | None) -> None:
-    assert by_marks({*tensors, "other"}, {STATED: stated} if stated else {}) == expected
+    assert by_marks({*tensors, "other"}, {PREDICTION_KEY: stated} if stated else {}) == expected
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,12 @@ def test_other_texts_say_nothing(text: str) -> None:
     ("marks", "header", "told", "modelspec"),
     [
         ({"v_pred": 0, "ztsnr": 0}, {}, "v-zsnr", "v"),
-        ({"v_pred": 0}, {STATED: "epsilon"}, "v", "epsilon"),  # the base's own key is kept
+        ({"v_pred": 0}, {PREDICTION_KEY: "epsilon"}, "v", "v"),  # a tensor says more than a key
+        ({"v_pred": 0}, {PREDICTION_KEY: "vpred"}, "v", "vpred"),
+        ({"edm_mean": 4, "edm_std": 4}, {PREDICTION_KEY: "epsilon"}, "edm", None),
         ({"edm_mean": 4, "edm_std": 4}, {}, "edm", None),
         ({"edm_vpred.sigma_min": 1, "edm_vpred.sigma_max": 1}, {}, "edm-v 0.5 0.5", "v"),
-        ({}, {STATED: "v"}, "v", "v"),
+        ({}, {PREDICTION_KEY: "v"}, "v", "v"),
         ({}, {}, None, None),
     ],
 )
@@ -92,7 +94,7 @@ def test_an_export_says_what_is_proven(
     makers.write(here / "base.safetensors", tensors, header)
     written = export(ExportRequest("base.safetensors", Size(512, 512), Path("o.safetensors"))).written
     keys = makers.metadata_of(written.path)
-    assert (keys.get("crdiff.prediction"), keys.get(STATED)) == (told, modelspec)
+    assert (keys.get("crdiff.prediction"), keys.get(PREDICTION_KEY)) == (told, modelspec)
     assert marks.keys() <= makers.read(written.path).keys()
 
 
@@ -108,4 +110,4 @@ def test_an_export_of_a_folder_says_what_its_scheduler_says(here: Path) -> None:
     (here / "base/scheduler/scheduler_config.json").write_text(json.dumps(config))
     written = export(ExportRequest("base", Size(512, 512), Path("o"))).written
     keys = makers.metadata_of(written.files[0].path)
-    assert (keys["crdiff.prediction"], keys[STATED]) == ("v-zsnr", "v")
+    assert (keys["crdiff.prediction"], keys[PREDICTION_KEY]) == ("v-zsnr", "v")

@@ -91,7 +91,7 @@ def as_scorer(name: str, function: Any, device: str, dtype: str) -> Scorer:
         raise ScorerError(message, "Name its parameters so; the first one's name decides.") from error
     with foreign_errors(ScorerError, name, FAILED):
         scorer: Scorer = function(device, dtype)
-    missing = [member for member in _MEMBERS if not hasattr(scorer, member)]
+        missing = [member for member in _MEMBERS if not hasattr(scorer, member)]
     if missing:
         raise ScorerError(
             f"{name}: gives no scorer: {type(scorer).__name__} has no {', '.join(missing)}",

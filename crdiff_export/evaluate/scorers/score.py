@@ -85,7 +85,8 @@ class Checked:
     """A scorer whose answers can be trusted: one for each picture, every number finite; ScorerError otherwise."""
 
     def __init__(self, scorer: Scorer) -> None:
-        self.name = scorer.name
+        with foreign_errors(ScorerError, type(scorer).__name__, FAILED):
+            self.name = scorer.name
         self._scorer = scorer
 
     def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
