@@ -39,11 +39,8 @@ class SearchStorage(RDBStorage):
     """Optuna's storage; a sign of life that cannot be recorded is left out, and the next one tried."""
 
     def record_heartbeat(self, trial_id: int) -> None:
-        try:
-            with suppress(StorageInternalError):
-                super().record_heartbeat(trial_id)
-        finally:
-            self.remove_session()  # it is the thread's own, which nothing closes when the thread ends
+        with suppress(StorageInternalError):
+            super().record_heartbeat(trial_id)
 
 
 def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
@@ -147,8 +144,12 @@ def _file_address(path: Path) -> StorageAddress:
 
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=BUSY, check_same_thread=False)
-    # A commit then waits for one write to the disk instead of several; where this cannot be, nothing changes.
-    connection.execute("PRAGMA journal_mode=WAL")
+    try:
+        # A commit then waits for one write to the disk instead of several; where this cannot be, nothing changes.
+        connection.execute("PRAGMA journal_mode=WAL")
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection
 
 

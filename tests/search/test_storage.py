@@ -11,7 +11,6 @@ from pathlib import Path
 
 import optuna
 import pytest
-import sqlalchemy.event
 import sqlalchemy.exc
 
 from crdiff_export import Size
@@ -180,18 +179,6 @@ def test_nothing_is_said_on_stderr_and_no_thread_is_left(tmp_path: Path, capfd: 
     logging.getLogger("optuna.storages").warning("not for people")
     assert capfd.readouterr() == ("", "")
     assert threading.active_count() == before
-
-
-def test_a_heartbeat_gives_its_connection_back(tmp_path: Path) -> None:
-    with opened(tmp_path / "a.db", setup()) as study:
-        study.storage.remove_session()
-        threads: list[object] = []
-        sqlalchemy.event.listen(study.storage.engine, "checkin", lambda *_: threads.append(threading.current_thread()))
-        heartbeat = threading.Thread(target=study.storage.record_heartbeat, args=(1,))
-        heartbeat.start()
-        heartbeat.join()
-        session = study.storage.scoped_session
-        assert (threads, session.registry.has()) == ([heartbeat], False)
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
