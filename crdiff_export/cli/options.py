@@ -36,8 +36,10 @@ class Ratio(FiniteRange):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, str) and (match := re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{1,9})?)\s*%\s*", value)):
-            self.fail(f"{value!r} is a percentage. Write it as {float(match[1]) / 100:g}.", param, ctx)
-        return super().convert(value, param, ctx)
+            share = float(match[1]) / 100
+            advice = f"Write it as {share:g}." if share < 1 else "A ratio is below 1."
+            self.fail(f"{value!r} is a percentage. {advice}", param, ctx)
+        return super().convert(value, param, ctx) + 0.0  # -0.0 is 0
 
 
 class ParsedType(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic from click 8.5 on

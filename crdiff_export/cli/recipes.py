@@ -73,7 +73,7 @@ def _blocks(recipe: Recipe) -> list[Block]:
     from crdiff_export.verify.inspect import provenance
 
     base = f"hf://{recipe.repo}{f'/{recipe.file}' if recipe.file else ''}" if recipe.repo else None
-    origins = [printable(provenance(v.provenance, v.source)) for v in recipe.variants]
+    origins = [provenance(v.provenance, v.source) for v in recipe.variants]
     alike = len(set(origins)) == 1
     facts = {
         "model": f"{printable(recipe.title)} ({recipe.family}), native {recipe.native}",

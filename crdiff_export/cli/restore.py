@@ -23,14 +23,17 @@ def restore(out: Output, file: Path, output: Path, *, force: bool) -> Result:
     FILE is what `crdiff export --residual embed` or `--residual sidecar` has written; a sidecar lies beside it. Exit
     code 3 if either was merged, altered or damaged since: nothing is written then.
     """
+    from crdiff_export.verify.reopen import FILE_HASH
     from crdiff_export.verify.restore import restore as run
 
     with out.threads_progress() as progress:
         restored = run(file, output, progress, force=force)
     notes = [
-        f"{file.path}: the base's {'file' if file.whole else 'tensors'}, bit by bit ({file.hash})"
+        f"{file.path}: the base's {'file' if file.key == FILE_HASH else 'tensors'}, bit by bit ({file.hash})"
         for file in restored.files
     ]
+    if restored.whole and any(file.key != FILE_HASH for file in restored.files):
+        notes.append("the base's header was restored, too; it was kept without a hash")
     if not restored.whole:
         notes.append("the base was no safetensors file; its tensors are in one now")
     return Result(

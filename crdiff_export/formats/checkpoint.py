@@ -219,17 +219,24 @@ def _open_folder(path: Path, variant: str | None, *, all_files: bool) -> Checkpo
         files = _read_shards(path, home / choices[chosen])
     else:
         files = (read_file(path / home / choices[chosen], str(home / choices[chosen])),)
-    left_out = {entry.name for entry in (path / home).iterdir() if _ANY_WEIGHTS.fullmatch(entry.name)}
-    others = sorted(set(choices) - {chosen})
-    notes = [f"the {name or 'plain'} weights beside them are not in the output" for name in others]
+    variants = sorted(set(choices) - {chosen})
+    notes = [f"the {name or 'plain'} weights beside them are not in the output" for name in variants]
     companions, links = _companions(path, home)
-    copied = [c for c in companions if not (c.parent == home and c.name in left_out)]
+    # Other weights of the pruned component would not be those of the output.
+    beside = [c for c in companions if c.parent == home and _ANY_WEIGHTS.fullmatch(c.name)]
+    copied = [c for c in companions if c not in beside]
+    shards = re.compile("|".join(map(shard_pattern, choices)))
+    unnamed = [c for c in beside if c.name not in choices.values() and not shards.fullmatch(c.name)]
+    notes += [f"{_listed(unnamed)}: weights beside those that are pruned, and not in the output"] if unnamed else []
     if not all_files:
         index = path / MODEL_INDEX
         components = component_folders(index.read_bytes()) if index.is_file() else None
         of_pipeline = set(pipeline_files([str(c) for c in companions], variant, components))
-        notes += _left_out([c for c in copied if str(c) not in of_pipeline])
+        others = [c for c in copied if str(c) not in of_pipeline]
+        advice = "no part of the pipeline, and left out (crdiff export --all-files copies them)"
+        notes += [f"{_listed(others)}: {advice}"] if others else []
         copied = [c for c in copied if str(c) in of_pipeline]
+    notes += _outside_links(path, copied)
     if choices[chosen].endswith(".json"):
         copied.append(home / choices[chosen])
     notes += [f"{link} is a link to a folder and is not in the output" for link in links]
@@ -249,11 +256,17 @@ def _check_shards(folder: Path, choices: Mapping[str, str], chosen: str) -> None
             )
 
 
-def _left_out(names: Sequence[PurePosixPath]) -> list[str]:
-    if not names:
-        return []
-    shown = ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return [f"no part of the pipeline, and left out: {shown} (crdiff export --all-files copies them)"]
+def _listed(names: Sequence[PurePosixPath]) -> str:
+    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _outside_links(path: Path, names: Sequence[PurePosixPath]) -> list[str]:
+    """Note links to files outside of the folder, whose content is copied; those of the Hub's cache belong to it."""
+    blobs = path.absolute().parent.parent / "blobs"
+    homes = [path.resolve(), *([blobs.resolve()] if path.absolute().parent.name == "snapshots" else [])]
+    links = [(name, (path / name).resolve()) for name in names if (path / name).is_symlink()]
+    outside = [(name, real) for name, real in links if not any(real.is_relative_to(home) for home in homes)]
+    return [f"{name} is a link to {real}, whose content is copied" for name, real in outside]
 
 
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>[\w-]+?))?\.safetensors")

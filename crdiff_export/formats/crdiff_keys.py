@@ -237,7 +237,8 @@ class _Keys:
     def special(self) -> str | None:
         """Headers from before there was a key have ModelSpec's architecture alone, which names inpainting models."""
         stated = "inpainting" if "inpaint" in self._metadata.get("modelspec.architecture", "") else None
-        return self.optional("special") or stated
+        special = self.optional("special")
+        return stated if special is None else special
 
     def optional(self, key: str) -> str | None:
         text = self._metadata.get(PREFIX + key)

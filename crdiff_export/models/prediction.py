@@ -5,14 +5,15 @@ pictures. Marks: the tensors that ComfyUI looks for (`comfy/supported_models.py`
 `prediction_type`, and the scheduler of a diffusers folder.
 """
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, get_args
 
 # The scheduler of diffusers that takes every setting of v-prediction, and the one for EDM with v.
 V_SCHEDULER: Final = "EulerDiscreteScheduler"
 EDM_V_SCHEDULER: Final = "EDMEulerScheduler"
-PredictionKind = Literal["epsilon", "v", "edm", "edm-v"]
+PredictionKind = Literal["epsilon", "v", "edm", "edm-v", "other"]
 PREDICTION_KEY: Final = "modelspec.prediction_type"
 SIGMAS: Final = ("edm_vpred.sigma_min", "edm_vpred.sigma_max")
 ZERO_SNR: Final = "-zsnr"  # SwarmUI spells `v-zsnr` so
@@ -27,7 +28,8 @@ class Prediction:
     """What a model predicts.
 
     Attributes:
-        kind: `epsilon` or `v`; `edm` or `edm-v` where the model is conditioned on sigma as in EDM (arXiv:2206.00364).
+        kind: `epsilon` or `v`; `edm` or `edm-v` where the model is conditioned on sigma as in EDM (arXiv:2206.00364);
+            `other` where the base says something else, such as `flow`, or has marks that cannot be right.
         zero_snr: Whether the last step of its training has no signal at all (arXiv:2305.08891); None if unknown.
         sigmas: The smallest and the largest sigma of an `edm-v` model.
     """
@@ -45,14 +47,14 @@ class Prediction:
     def parse(cls, text: str) -> Self | None:
         """Read the value of `crdiff.prediction`; None if the text is malformed."""
         word, *numbers = text.split(" ")
-        kind = next((kind for kind in ("epsilon", "v", "edm", "edm-v") if kind == word.removesuffix(ZERO_SNR)), None)
+        kind = next((kind for kind in get_args(PredictionKind) if kind == word.removesuffix(ZERO_SNR)), None)
         if kind is None:
             return None
         try:
             sigmas = [float(number) for number in numbers]
         except ValueError:
             return None
-        if len(sigmas) not in (0, 2):
+        if sigmas and not are_sigmas(sigmas):
             return None
         return cls(kind, True if word.endswith(ZERO_SNR) else None, (sigmas[0], sigmas[1]) if sigmas else None)
 
@@ -63,12 +65,12 @@ class Prediction:
 
     @property
     def scheduler_settings(self) -> dict[str, object]:
-        """The settings of a diffusers scheduler for it: EDM_V_SCHEDULER for `edm-v`; none for `edm`.
+        """The settings of a diffusers scheduler for it: EDM_V_SCHEDULER for `edm-v`; none for `edm` and `other`.
 
         Sources: CosXL's sampling for `edm-v`; for zero SNR "Common Diffusion Noise Schedules and Sample Steps are
         Flawed" (arXiv:2305.08891), section 3.
         """
-        if self.kind == "edm":
+        if self.kind in ("edm", "other"):
             return {}
         settings: dict[str, object] = {"prediction_type": "epsilon" if self.kind == "epsilon" else "v_prediction"}
         if self.kind == "edm-v":
@@ -77,6 +79,11 @@ class Prediction:
         elif self.zero_snr:
             settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return settings
+
+
+def are_sigmas(numbers: Sequence[float]) -> bool:
+    """Whether numbers are a smallest and a largest sigma."""
+    return len(numbers) == 2 and 0 < numbers[0] < numbers[1] < math.inf
 
 
 def by_marks(tensors: Collection[str], metadata: Mapping[str, str]) -> Prediction | None:
@@ -95,8 +102,11 @@ def by_marks(tensors: Collection[str], metadata: Mapping[str, str]) -> Predictio
         return Prediction("edm-v")
     if "v_pred" in tensors:
         return Prediction("v", "ztsnr" in tensors)
-    stated = _WORDS.get(metadata.get(PREDICTION_KEY, "").strip().lower())
-    return Prediction(*stated) if stated else None
+    word = metadata.get(PREDICTION_KEY, "").strip().lower()
+    kind, zero_snr = _WORDS.get(word, ("other", None))
+    if kind == "v" and "ztsnr" in tensors:
+        zero_snr = True
+    return Prediction(kind, zero_snr) if word else None
 
 
 def by_scheduler(config: Mapping[str, object]) -> Prediction | None:

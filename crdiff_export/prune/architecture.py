@@ -20,7 +20,7 @@ from crdiff_export.errors import RecipeError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.strict_json import MalformedError, parse_object
 from crdiff_export.models.families import Twin
-from crdiff_export.models.prediction import SIGMAS, Prediction, by_marks, by_scheduler
+from crdiff_export.models.prediction import SIGMAS, Prediction, are_sigmas, by_marks, by_scheduler
 from crdiff_export.prune.plan import CASTABLE, Plan
 from crdiff_export.sizes import MAX_SIDE, Size
 
@@ -84,9 +84,9 @@ def _prediction(plan: Plan) -> Prediction | None:
             return by_scheduler(parse_object(config, fractions=True))
     prediction = by_marks(checkpoint.shapes, checkpoint.metadata)
     if prediction and prediction.kind == "edm-v":
-        low, high = (_numbers(plan, name) for name in SIGMAS)
-        if low is not None and high is not None and low.size == high.size == 1:
-            return replace(prediction, sigmas=(float(low.item()), float(high.item())))
+        read = [numbers for name in SIGMAS if (numbers := _numbers(plan, name)) is not None]
+        sigmas = [float(number) for numbers in read for number in numbers]
+        return replace(prediction, sigmas=(sigmas[0], sigmas[1])) if are_sigmas(sigmas) else Prediction("other")
     return prediction
 
 

@@ -64,12 +64,12 @@ class CriterionChoice:
         choice = cls.load(criterion)
         if choice.statistics and calibration is None:
             raise OptionError(
-                f"{choice.name} needs a calibration", "Give --calibration FILE, which `crdiff calibrate` makes."
+                f"{choice.name} needs a calibration", "Make one with `crdiff calibrate` and give it as calibration."
             )
         if calibration is not None and not choice.statistics:
             raise OptionError(
                 f"{choice.name} needs no calibration",
-                "Leave --calibration out, or choose a criterion that ranks by one, such as wanda.",
+                "Leave the calibration out, or choose a criterion that ranks by one, such as wanda.",
             )
         return choice if calibration is None else replace(choice, calibration=Calibration.open(calibration))
 

@@ -5,7 +5,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from crdiff_export.errors import FamilyError, OptionError, PlanError
+from crdiff_export.errors import FamilyError, OptionError, PlanError, RecipeError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.dtypes import FORMATS
 from crdiff_export.formats.safetensors import BITS, TensorSpec, show
@@ -273,7 +273,7 @@ def make(
         OptionError: The family has no such layers.
         PlanError: A target's dtype cannot be pruned.
     """
-    chosen = _kinds(match, kinds or variant.targets)
+    chosen = _kinds(match, kinds, variant, recipe)
     outputs = tuple(_output(file, cast) for file in checkpoint.files)
     targets, scopes = _targets(outputs, match, chosen, variant.ratios)
     ema = (
@@ -286,15 +286,17 @@ def make(
     )  # fmt: skip
 
 
-def _kinds(match: Match, requested: Sequence[str] | None) -> tuple[str, ...]:
-    family = match.family
+def _kinds(match: Match, kinds: Sequence[str] | None, variant: Variant, recipe: str) -> tuple[str, ...]:
+    """Choose the user's kinds of layers, or the variant's, or else the family's."""
+    family, requested = match.family, kinds or variant.targets
     if not requested:
         return family.default_kinds
     for kind in requested:
         if kind not in family.kinds:
-            raise OptionError(
-                f"{family.title} has no {show(kind)} targets", f"It has: {', '.join(family.kinds)} (--targets)."
-            )
+            message, hint = f"{family.title} has no {show(kind)} targets", f"It has: {', '.join(family.kinds)}"
+            if kinds:
+                raise OptionError(message, f"{hint} (--targets).")
+            raise RecipeError(f"{recipe}, {variant.resolution}: {message}", f"{hint}.")
     return tuple(kind for kind in family.kinds if kind in requested)
 
 

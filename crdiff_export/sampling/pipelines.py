@@ -135,6 +135,11 @@ def _pipeline(name: str, match: Match, model: Architecture) -> Pipeline:
         special = "edm"
     # The demo model is a small SD1.
     pipeline = pipelines.find("sd15" if family.id == "demo" else family.id, special)
+    if pipeline is None and special == "edm":
+        raise PreviewError(
+            f"{name}: marked as EDM, which no configuration of {family.title} is known for",
+            "Give the model's folder for diffusers, with its own scheduler.",
+        )
     if pipeline is None or pipeline.pictures:
         raise PreviewError(
             f"{name}: {match.title}: no picture can be drawn with it from a prompt alone here",

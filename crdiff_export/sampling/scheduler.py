@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from crdiff_export.errors import PreviewError
-from crdiff_export.models.prediction import EDM_V_SCHEDULER, Prediction
+from crdiff_export.models.prediction import EDM_V_SCHEDULER, PREDICTION_KEY, SIGMAS, Prediction
 
 
 def scheduler_change(prediction: Prediction, config: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]] | None:
@@ -25,6 +25,11 @@ def scheduler_change(prediction: Prediction, config: Mapping[str, Any], name: st
     Raises:
         PreviewError: The configuration is for another kind of model, and more than the scheduler would be wrong.
     """
+    if prediction.kind == "other":
+        raise PreviewError(
+            f"{name}: its marks are of no prediction that is known here ({PREDICTION_KEY}, {', '.join(SIGMAS)})",
+            "Correct them if they are wrong; `crdiff export` takes it as it is.",
+        )
     configured, is_edm = str(config.get("_class_name")), prediction.kind == "edm"
     settings = prediction.scheduler_settings
     if prediction.kind == "edm-v":

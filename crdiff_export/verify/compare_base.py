@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from crdiff_export.bake.destination import companions_size
 from crdiff_export.bake.residual import EMBED, RESIDUAL_KEYS, residual_tensors
 from crdiff_export.bake.residual_writer import header_of
 from crdiff_export.bake.source_hashes import SourceHashes
@@ -36,7 +37,6 @@ ULPS: Final = 2
 # diffusers' `_add_variant` puts the variant before the number of the shard.
 _VARIANT = re.compile(r"(?:.*/)?diffusion_pytorch_model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors")
 _GIVE_BASE: Final = "Give the base that the file was made from; `crdiff inspect` names it."
-_OTHER_BASE: Final = "The file was made from another base; `crdiff inspect` names it."
 
 
 def check_base(
@@ -73,7 +73,7 @@ def check_base(
         _compare_decisions(baked, plan_again, derived, decision)
         _check_moved(baked, plan_again, derived)
         decision = derived
-    progress.stage("comparing", plan_again.data_size)
+    progress.stage("comparing", plan_again.data_size + companions_size(plan_again.checkpoint))
     hashed = any(DATA_HASH in file.metadata for _, file in files)
     with SourceHashes([plan_again]) if hashed else contextlib.nullcontext() as hashes:
         for number, (output, file) in enumerate(files):
@@ -85,7 +85,27 @@ def check_base(
                 _check_source(output.source, file, FILE_HASH, _hash_whole(output.source))
             elif hashes:
                 _check_source(output.source, file, DATA_HASH, hashes.digest(number))
+    _compare_companions(baked.checkpoint, plan_again.checkpoint, progress)
     return plan_again.checkpoint.path
+
+
+def _compare_companions(baked: Checkpoint, base: Checkpoint, progress: Progress) -> None:
+    """Compare the files that an export copies: configurations, other components, the index of shards."""
+    for name in base.companions:
+        path, original = baked.home / name, base.home / name
+        if not path.is_file():
+            raise VerifyError(f"{path}: no such file, where the base has {original}", REPAIR)
+        try:
+            with path.open("rb") as ours, original.open("rb") as theirs:
+                while part := theirs.read(CHUNK):
+                    if ours.read(CHUNK) != part:
+                        raise VerifyError(f"{path}: differs from {original}", REPAIR)
+                    progress.advance(len(part))
+                if ours.read(1):
+                    raise VerifyError(f"{path}: differs from {original}", REPAIR)
+        except OSError as error:
+            message = f"{error.filename or path}: reading failed: {error.strerror}"
+            raise CheckpointError(message, "Check the disk and the permissions.") from error
 
 
 def plan_base(baked: BakedCheckpoint, base: str) -> Plan:
@@ -134,7 +154,7 @@ def _compare_decisions(baked: BakedCheckpoint, again: Plan, ours: Decision, thei
             if mine.bits != other.bits:
                 raise VerifyError(
                     f"{path}: gives {show(scope.name)} the threshold {mine.value}, the file has {other.value}",
-                    _OTHER_BASE,
+                    "The file was made from another base, which `crdiff inspect` names, or its header was changed.",
                 )
         return
     if bool(ours.moved) != baked.stamp.moved:

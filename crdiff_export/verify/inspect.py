@@ -179,7 +179,7 @@ def inspect(path: Path) -> Inspection:
 def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, str]]:
     known_from = "" if stamp.native_source == "family" else f" by its {printable(stamp.native_source)}"
     yield "pruned for", f"{stamp.resolution} (native {stamp.native}{known_from})"
-    yield "ratios", printable(provenance(stamp.provenance, stamp.provenance_source, stamp.borrowed_from))
+    yield "ratios", provenance(stamp.provenance, stamp.provenance_source, stamp.borrowed_from)
     yield "recipe", printable(stamp.recipe)
     if stamp.evidence:
         yield "evidence", printable(", ".join(f"{key} {text}" for key, text in sorted(stamp.evidence.items())))
@@ -219,8 +219,9 @@ def provenance(standing: str, source: str, borrowed_from: Size | None = None) ->
         The line.
     """
     if borrowed_from:
-        return f"starting point, borrowed from {borrowed_from} ({source})"
-    return f"{'starting point, not tuned' if standing == 'starting-point' else standing} ({source})"
+        return f"starting point, borrowed from {borrowed_from} ({printable(source)})"
+    standing = "starting point, not tuned" if standing == "starting-point" else printable(standing)
+    return f"{standing} ({printable(source)})"
 
 
 def _plain_groups(checkpoint: Checkpoint, match: Match) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from crdiff_export.models.recipe import Variant
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import plan
 from crdiff_export.prune.criteria import Decision, Mask
-from crdiff_export.prune.criteria.spec import MAGNITUDES
+from crdiff_export.prune.criteria.spec import MAGNITUDES, installed
 from crdiff_export.prune.plan import Plan, open_targets
 from crdiff_export.prune.threshold import Threshold
 
@@ -101,6 +101,9 @@ def _stamp(checkpoint: Checkpoint) -> Stamp:
             raise VerifyError(f"{file.path}: its header is of another export than its neighbours'", REPAIR)
     stamp = stamps[0]
     if not stamp.masked and stamp.criterion not in MAGNITUDES:
+        if stamp.criterion.partition(":")[0] in installed():
+            message = f"{checkpoint.path}: has no crdiff.mask, which goes with {show(stamp.criterion)}"
+            raise VerifyError(message, REPAIR)
         raise VerifyError(f"{checkpoint.path}: ranked by {show(stamp.criterion)}, which is not known here", NEWER)
     if stamp.masked and stamp.criterion in MAGNITUDES:
         raise VerifyError(
@@ -119,8 +122,10 @@ def _plan(checkpoint: Checkpoint, stamp: Stamp) -> Plan:
         ("prefix", stamp.prefix, match.prefix),
         ("ratio", sorted(stamp.groups), sorted(family.groups)),
         ("targets", stamp.targets, tuple(kind for kind in family.kinds if kind in stamp.targets)),
+        ("special", stamp.special or "", match.special.id if match.special else ""),
     ):
-        if stated != actual:
+        # Headers of older exports have no word for most special models; `base` is seen in the weights alone.
+        if stated != actual and not (key == "special" and stated in ("", "base")):
             raise VerifyError(
                 f"{checkpoint.path}: crdiff.{key} is for {_words(stated)}, its layers are of {_words(actual)}", REPAIR
             )

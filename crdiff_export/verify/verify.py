@@ -19,7 +19,7 @@ from crdiff_export.prune.plan import Scope, Target
 from crdiff_export.prune.threshold import Threshold
 from crdiff_export.verify.compare_base import check_base, plan_base, refuse_sparse
 from crdiff_export.verify.reopen import REPAIR, BakedCheckpoint, open_baked
-from crdiff_export.verify.residual_reader import Residual, check_hashes, check_sidecars, find_residuals
+from crdiff_export.verify.residual_reader import Residual, base_header, check_hashes, check_sidecars, find_residuals
 
 # What the comparison with a base has proved.
 Against = Literal["nothing", "others", "zeros", "all"]
@@ -216,4 +216,6 @@ def _check_residuals(baked: BakedCheckpoint, progress: Progress) -> tuple[Residu
         return ()
     residuals = find_residuals(baked)
     check_sidecars(residuals, progress)
+    for residual in residuals:
+        base_header(residual)  # raises where the base had other tensors
     return residuals

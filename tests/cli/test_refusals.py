@@ -82,6 +82,7 @@ REFUSALS = {
     "output is a pickle": ("export demo --res 64 -o o.ckpt", 1, "plan", "o.ckpt"),
     "output is no name": ("export demo --res 64 -o .safetensors", 1, "plan", ".safetensors"),
     "ratio in percent": ("export demo --res 64 --ratio 30%", 2, "usage", "'30%'"),
+    "all in percent": ("export demo --res 64 --ratio 100%", 2, "usage", "A ratio is below 1."),
     "scorer": ("evaluate demo --res 48 --scorer clip", 2, "usage", "'clip'"),
     "scorers without a weight": ("evaluate demo --res 48 --scorer x*clip-score+aesthetic", 2, "usage", "'x'"),
     "scorer without a function": ("evaluate demo --res 48 --scorer own:", 2, "usage", "'own:'"),

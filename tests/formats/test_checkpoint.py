@@ -368,7 +368,9 @@ def test_variants(names: tuple[str, ...], variant: str | None, chosen: str, note
     (path / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"of another component")
     checkpoint = open_checkpoint(path, variant)
     assert [file.name for file in checkpoint.files] == [f"unet/diffusion_pytorch_model{chosen}.safetensors"]
-    assert list(checkpoint.notes) == [f"the {name} weights beside them are not in the output" for name in noted]
+    *notes, beside = checkpoint.notes
+    assert notes == [f"the {name} weights beside them are not in the output" for name in noted]
+    assert beside.startswith("unet/diffusion_pytorch_model.bin, unet/diffusion_pytorch_model.msgpack, unet/")
     expected = sorted([*PIPELINE, "vae/diffusion_pytorch_model.bin"])
     assert [str(path) for path in checkpoint.companions] == expected
 
@@ -438,6 +440,21 @@ def test_links_to_folders_are_left_out_and_noted(tmp_path: Path) -> None:
         "everything is a link to a folder and is not in the output",
         "vae/up is a link to a folder and is not in the output",
     ]
+
+
+@posix
+def test_links_that_lead_out_are_noted(tmp_path: Path) -> None:
+    """Those of the Hub's cache lead to its blobs, which belong to the snapshot."""
+    path = hostile.pipeline(tmp_path / "models--org--pipe/snapshots/abc")
+    (tmp_path / "secret.json").write_text("{}")
+    blob = tmp_path / "models--org--pipe/blobs/0123"
+    blob.parent.mkdir()
+    blob.write_text("{}")
+    (path / "vae/inside.json").symlink_to("config.json" if (path / "vae/config.json").exists() else path / PIPELINE[0])
+    (path / "vae/blob.json").symlink_to(blob)
+    (path / "vae/outside.json").symlink_to(tmp_path / "secret.json")
+    (note,) = open_checkpoint(path, all_files=False).notes
+    assert note.startswith(f"vae/outside.json is a link to {tmp_path / 'secret.json'}")
 
 
 @posix

@@ -49,9 +49,11 @@ def files(folder: Path) -> set[str]:
 
 
 def test_only_the_pipeline_is_copied_and_the_rest_is_named(folder: Path) -> None:
+    (folder / "unet/diffusion_pytorch_model (1).safetensors").touch()
     baked = export(ExportRequest(str(folder), Size(96, 64), Path("out")))
     assert files(Path("out")) == {*PIPELINE, UNET}
     (note,) = [note for note in baked.job.plan.notes if "left out" in note]
+    assert "unet/diffusion_pytorch_model (1).safetensors: weights beside" in " ".join(baked.job.plan.notes)
     assert "--all-files" in note
     assert f"and {len(OTHERS) - 3} more" in note
 

@@ -88,6 +88,9 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "SD2 depth": ("UNet2DConditionModel", {"cross_attention_dim": 1024, "in_channels": 5}, "sd21 depth"),
     "SD1.5": ("UNet2DConditionModel", {"cross_attention_dim": 768}, "sd15 "),
+    "GLIGEN": ("UNet2DConditionModel", {"cross_attention_dim": 768, "attention_type": "gated"}, REFUSED),
+    "learned variance": ("UNet2DConditionModel", {"cross_attention_dim": 768, "out_channels": 8}, "sd15 8-outputs"),
+    "AnimateDiff": ("UNetMotionModel", {"cross_attention_dim": 768, "use_motion_mid_block": False}, REFUSED),
     "SD1.5 with classes": (
         "UNet2DConditionModel",
         {"cross_attention_dim": 768, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 640},
@@ -115,6 +118,8 @@ PUBLISHED |= {
         ("inpainting", {"in_channels": 9}, "sdxl inpainting"),
         ("Kolors", {"projection_class_embeddings_input_dim": 5632, "encoder_hid_dim_type": "text_proj",
                     "encoder_hid_dim": 4096}, "sdxl kolors"),
+        ("Kolors inpainting", {"projection_class_embeddings_input_dim": 5632, "encoder_hid_dim_type": "text_proj",
+                               "encoder_hid_dim": 4096, "in_channels": 9}, "sdxl kolors-inpainting"),
         ("of other text", {"projection_class_embeddings_input_dim": 2048}, "sdxl vector-2048"),
     )
 }  # fmt: skip

@@ -277,6 +277,18 @@ def test_widths_are_free() -> None:
 # --- what is refused, and in which words
 
 
+def test_a_controlnet_in_the_same_file_is_noticed() -> None:
+    shapes = model("sd15.original") | {"control_model.zero_convs.0.0.weight": (320, 320, 1, 1)}
+    assert summary(detect(shapes))[-2] == "controlnet"
+
+
+def test_no_real_model_is_called_nearest_to_the_demo() -> None:
+    """It is so small that most of it is found in many models, such as distilled ones."""
+    shapes = model("demo.original-unet")
+    del shapes["middle_block.1.transformer_blocks.0.attn1.to_q.weight"]
+    check_refusal(shapes, "nearest is SD1.5")
+
+
 def test_smaller_sdxl_names_the_nearest_and_what_it_lacks() -> None:
     """As SSD-1B: four blocks of each ten, and no attention in the middle."""
     gone = re.compile(r"transformer_blocks\.[4-9]\.|middle_block\.1\.")

@@ -23,7 +23,9 @@ V, ZERO = Prediction("v", False), Prediction("v", True)
         ((), "V_Prediction", Prediction("v")),
         ((), "v-zsnr", Prediction("v", True)),
         ((), "epsilon", Prediction("epsilon")),
-        ((), "x0", None),
+        ((), "flow", Prediction("other")),
+        (("v_pred",), "flow", V),
+        (("ztsnr",), "v", ZERO),
         (("v_pred",), None, V),
         (("v_pred", "ztsnr"), None, ZERO),
         (("ztsnr",), None, None),
@@ -80,7 +82,11 @@ def test_other_texts_say_nothing(text: str) -> None:
         ({"v_pred": 0}, {PREDICTION_KEY: "vpred"}, "v", "vpred"),
         ({"edm_mean": 4, "edm_std": 4}, {PREDICTION_KEY: "epsilon"}, "edm", None),
         ({"edm_mean": 4, "edm_std": 4}, {}, "edm", None),
-        ({"edm_vpred.sigma_min": 1, "edm_vpred.sigma_max": 1}, {}, "edm-v 0.5 0.5", "v"),
+        ({"edm_vpred.sigma_min": 1, "edm_vpred.sigma_max": 1}, {}, "edm-v 0.5 80.0", "v"),
+        ({"edm_vpred.sigma_max": 1}, {}, "other", None),
+        ({"edm_vpred.sigma_min": 2, "edm_vpred.sigma_max": 1}, {}, "other", None),
+        ({"edm_vpred.sigma_min": 0, "edm_vpred.sigma_max": 0}, {}, "other", None),
+        ({}, {PREDICTION_KEY: "flow"}, "other", "flow"),
         ({}, {PREDICTION_KEY: "v"}, "v", "v"),
         ({}, {}, None, None),
     ],
@@ -90,7 +96,8 @@ def test_an_export_says_what_is_proven(
 ) -> None:
     tensors = dict(makers.tiny("sdxl.original"))
     for name, count in marks.items():
-        tensors[name] = "F32", (count,), np.full(count, 0.5, "<f4").tobytes()
+        number = 80.0 if name.endswith("max") else 0.5
+        tensors[name] = "F32", (count,), np.full(count, number, "<f4").tobytes()
     makers.write(here / "base.safetensors", tensors, header)
     written = export(ExportRequest("base.safetensors", Size(512, 512), Path("o.safetensors"))).written
     keys = makers.metadata_of(written.path)

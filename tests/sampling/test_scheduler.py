@@ -57,6 +57,11 @@ def test_an_edm_model_of_v_gets_its_own_scheduler() -> None:
     assert (made[1]["sigma_min"], made[1]["sigma_max"], made[1]["prediction_type"]) == (0.01, 80.0, "v_prediction")
 
 
+def test_a_prediction_that_is_not_known_is_not_drawn_with() -> None:
+    with raises(PreviewError, "base"):
+        scheduler_change(Prediction("other"), EULER, "base")
+
+
 @pytest.mark.parametrize(
     ("kind", "config"), [("edm", EULER), ("v", EDM), ("epsilon", EDM)], ids=["edm", "v", "epsilon"]
 )

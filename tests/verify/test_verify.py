@@ -23,6 +23,7 @@ from crdiff_export.verify.verify import Verified, verify
 from tests.support import geometry_tables, makers, oracle
 from tests.support.exporting import Recorder
 from tests.support.makers import changed
+from tests.support.messages import raises
 
 UNET, DIT, DEMO = "sd15.original", "sd3-medium.original-transformer", "demo.original-unet"
 TOO_SMALL: dict[str, Any] = {"ratio": 0.001, "targets": ("ff", "attn")}  # for some layers, not for others
@@ -219,6 +220,32 @@ def test_bases_of_other_shapes_hold(make: Callable[[Path], tuple[Path, Path, str
     output = bake(base, tmp_path / ("out" if other_name.is_dir() else "out.safetensors"))
     assert check(output, base).hashed
     assert check(output / index if index else output, other_name).hashed
+
+
+def without_a_part(output: Path) -> None:
+    (output / "scheduler/scheduler_config.json").unlink()
+
+
+def with_another_part(output: Path) -> None:
+    (output / "scheduler/scheduler_config.json").write_text('{"prediction_type": "epsilon"}')
+
+
+def with_a_longer_part(output: Path) -> None:
+    with (output / "scheduler/scheduler_config.json").open("a") as file:
+        file.write(" ")
+
+
+@pytest.mark.parametrize("change", [without_a_part, with_another_part, with_a_longer_part])
+def test_the_other_parts_of_a_pipeline_are_the_bases(change: Callable[[Path], None], tmp_path: Path) -> None:
+    base = in_a_pipeline(tmp_path)[0]
+    (base / "scheduler").mkdir()
+    (base / "scheduler/scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    output = bake(base, tmp_path / "out")
+    (output / "notes.txt").write_text("what else is there is not compared")
+    assert check(output, base).hashed
+    change(output)
+    with raises(VerifyError, "scheduler_config.json"):
+        verify(output, str(base), Silent())
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["whole", "shards"])

@@ -1,5 +1,6 @@
 """The protocol of a scorer, the scorer by a function, and a check of answers: a finite score for each picture."""
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -67,11 +68,11 @@ class FunctionScorer:
         for start in range(0, len(images), batch):
             with foreign_errors(ScorerError, self.name, FAILED):
                 answer = self._compute(images[start : start + batch], prompts[start : start + batch])
-            try:
-                values += answer
-            except TypeError as error:
+                listed = None if isinstance(answer, Mapping | str | bytes) else _listed(answer)
+            if listed is None:
                 message = f"{self.name}: gives {type(answer).__name__}, no list of numbers"
-                raise ScorerError(message, "Return one finite number for each picture.") from error
+                raise ScorerError(message, "Return one finite number for each picture.")
+            values += listed
         return [Score(value) for value in values]
 
     def fingerprint(self) -> dict[str, str]:
@@ -79,6 +80,14 @@ class FunctionScorer:
 
     def close(self) -> None:
         self._compute = None  # which may hold a network
+
+
+def _listed(answer: Any) -> list[Any] | None:
+    """Make a list of an answer, such as an array; None if it is not iterable."""
+    try:
+        return list(answer)
+    except TypeError:
+        return None
 
 
 class Checked:
@@ -116,10 +125,11 @@ class Checked:
 
 
 def is_finite(value: object) -> bool:
-    """Say whether a value is a number that can be a score; a truth value is not."""
-    if isinstance(value, bool):
+    """Whether a value is a number that can be a score; a truth value, a text and a list of one number are none."""
+    is_complex = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
+    if isinstance(value, bool | str | bytes) or is_complex or bool(getattr(value, "ndim", 0)):
         return False
     try:
-        return abs(value) <= LARGEST  # type: ignore[arg-type]  # anything but a number raises
+        return abs(float(value)) <= LARGEST  # type: ignore[arg-type]  # anything but a number raises
     except (TypeError, ValueError, OverflowError):
         return False

@@ -61,7 +61,9 @@ def explain(fits: Sequence[Fit], shapes: Shapes) -> FamilyError:
     Returns:
         The error to raise.
     """
-    nearest = max(fits, key=lambda fit: fit.score, default=None)
+    # No real model is a variation of the demo, which is so small that much of it is found in all of them.
+    real = [fit for fit in fits if fit.exact or fit.signature.family.id != "demo"] or fits
+    nearest = max(real, key=lambda fit: fit.score, default=None)
     if model := _other_model(shapes):
         reason = f"no known model family: this is a model of the kind {model}"
     elif nearest is None:

@@ -74,6 +74,7 @@ class Layout:
         layers: The layers that may be pruned.
         marks: The marks of the family.
         first: The tensor whose axis 1 are the in-channels.
+        last: The tensor whose axis 0 are the out-channels, if they tell models of the family apart.
         vectors: The tensors that may embed a vector beside the text, which has the width of axis 1.
     """
 
@@ -82,10 +83,16 @@ class Layout:
     marks: tuple[Mark, ...] = ()
     first: str = ""
     vectors: tuple[str, ...] = ()
+    last: str = ""
 
 
 def layout_of(
-    name: LayoutName, blocks: Sequence[Block], marks: tuple[Mark, ...], first: str, vectors: tuple[str, ...] = ()
+    name: LayoutName,
+    blocks: Sequence[Block],
+    marks: tuple[Mark, ...],
+    first: str,
+    vectors: tuple[str, ...] = (),
+    last: str = "",
 ) -> Layout:
     """Describe one layout of a network by its blocks; all layouts list the same layers in the same order."""
     layers = []
@@ -95,7 +102,7 @@ def layout_of(
             tensor, part = (original, weight.part) if name == "original" else (diffusers, None)
             home = original, weight.part or 0
             layers.append(FamilyLayer(tensor, part, block.group, weight.kind, home, diffusers))
-    return Layout(name, tuple(layers), marks, first, vectors)
+    return Layout(name, tuple(layers), marks, first, vectors, last)
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,11 +117,11 @@ def _layouts(depths: tuple[int, ...], *, mid: int, context: int, layers: int = 2
     return (
         layout_of(
             "original", blocks, (width(f"{blocks[0].original}.attn2.to_k.weight"),), "input_blocks.0.0.weight",
-            ("label_emb.0.0.weight",),
+            ("label_emb.0.0.weight",), "out.2.weight",
         ),
         layout_of(
             "diffusers", blocks, (width(f"{blocks[0].diffusers}.attn2.to_k.weight"),), "conv_in.weight",
-            ("add_embedding.linear_1.weight", "class_embedding.linear_1.weight"),
+            ("add_embedding.linear_1.weight", "class_embedding.linear_1.weight"), "conv_out.weight",
         ),
     )  # fmt: skip
 

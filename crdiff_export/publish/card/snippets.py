@@ -56,7 +56,7 @@ def _special(variant: CardVariant) -> str:
         by_family = variant.stamp.native_source == "family"
         is_base = variant.stamp.family == "sd21" and variant.stamp.native == Size(512, 512) and by_family
         return special or ("base" if is_base else "")
-    return "edm" if prediction.kind == "edm" else ""
+    return prediction.kind if prediction.kind in ("edm", "other") else ""
 
 
 def heading(variant: CardVariant) -> str:
@@ -83,7 +83,7 @@ def pipeline(variant: CardVariant) -> Pipeline | None:
 def scheduler(variant: CardVariant) -> tuple[str, str] | None:
     """Return the scheduler's class, and the Python expression for it, where the configuration's is another one."""
     prediction = Prediction.parse(variant.stamp.prediction or "")
-    if prediction is None or prediction.kind == "edm":
+    if prediction is None or prediction.kind in ("edm", "other"):
         return None
     configured = "v" if (variant.stamp.family, _special(variant)) == ("sd21", "") else "epsilon"
     if prediction.kind == configured and not prediction.zero_snr:

@@ -3,12 +3,14 @@
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from crdiff_export.errors import OptionError, ScorerError
@@ -233,7 +235,19 @@ def test_a_wrong_answer(module: Path, text: str, key: str) -> None:
         scorers.load(text).score([GREY] * 2, ["a"] * 2)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, True, "1", None, 10**400])
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple, iter])
+def test_an_answer_may_be_an_array(kind: Callable[[list[float]], Any]) -> None:
+    scorer = Checked(FunctionScorer({"name": "f"}, lambda images, prompts: kind([0.5] * len(images)), batch=2))
+    assert [score.value for score in scorer.score([GREY] * 5, ["a"] * 5)] == [0.5] * 5
+
+
+@pytest.mark.parametrize("answer", [{0: 1.0}, "1", b"1", 1.0, None])
+def test_what_is_no_list_of_numbers(answer: Any) -> None:
+    with pytest.raises(ScorerError, match="no list of numbers"):
+        Checked(FunctionScorer({"name": "f"}, lambda images, prompts: answer)).score([GREY], ["a"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, True, "1", None, 10**400, 1j, np.ones(1), [0.5]])
 def test_what_is_no_number(value: Any) -> None:
     scorer = FunctionScorer({"name": "f"}, lambda images, prompts: [value])
     with pytest.raises(ScorerError, match="the score of picture 1 is"):
