@@ -162,7 +162,7 @@ class _Work:
         denoising = None
         if not step.samples_pictures:
             denoising = Denoising(self.opened.pipe, step.size, self.style.guidance)
-            with self._guarded():
+            with self._criterion_errors():
                 arguments = {prompt: denoising.embed(prompt) for prompt, _ in wanted.pairs}
                 latents = denoising.encode(images)
             pairs = zip(latents, wanted.pairs, strict=True)
@@ -177,12 +177,12 @@ class _Work:
                     tensors = collecting.sample(self.opened, wanted, step, group, self.modules, progress)
                 else:
                     progress.stage(title, wanted.samples * len(wanted.pairs), "samples")
-                    with self._guarded():
+                    with self._criterion_errors():
                         tensors = gradients.measure(denoising, wanted, step, examples, group, self.modules, progress)
             _check_finite(tensors, model)
             self.folder.keep(tensors)
 
-    def _guarded(self) -> contextlib.AbstractContextManager[None]:
+    def _criterion_errors(self) -> contextlib.AbstractContextManager[None]:
         what = f"{type(self.opened.pipe).__name__} cannot compute its loss"
         return foreign_errors(CalibrationError, what, "Choose a criterion without gradients (wanda, obs).")
 

@@ -18,6 +18,7 @@ from crdiff_export.errors import OptionError
 from crdiff_export.export import Baked, ExportJob, ExportRequest, prepare, run
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.formats.text import amount
+from crdiff_export.prune import kernels
 from crdiff_export.prune.criterion_choice import MAGNITUDE
 from crdiff_export.publish.request import PushRequest, check_request
 from crdiff_export.publish.request import prepare as check_destination
@@ -89,6 +90,8 @@ def export(
     job = prepare(request)
     out.notes(job.plan.notes)
     if dry_run:
+        if device not in ("auto", "cpu"):
+            kernels.load(device)  # raises where it is not there
         return _planned(job, pushing)
     with out.threads_progress() as progress:
         baked = run(job, progress)

@@ -117,10 +117,10 @@ def native_note(plan: Plan) -> str | None:
         if max(area, 1 / area) > _NEAR or max(aspect, 1 / aspect) > (_BUCKET_ASPECT if family.buckets else _NEAR):
             continue
         advice = "the method is for other sizes, and here pruning is expected to cost quality"
-        of_which = "the base" if len(natives) == 1 else f"some {family.title} models"
+        owner = "the base" if len(natives) == 1 else f"some {family.title} models"
         if size == native:
-            return f"{size} is the native size of {of_which}: {advice}"
-        return f"{size} is near the native size of {of_which}, {native}: {advice}"
+            return f"{size} is the native size of {owner}: {advice}"
+        return f"{size} is near the native size of {owner}, {native}: {advice}"
     return None
 
 

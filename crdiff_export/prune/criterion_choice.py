@@ -62,16 +62,20 @@ class CriterionChoice:
             CalibrationError: The file is not a calibration.
         """
         choice = cls.load(criterion)
-        if choice.statistics and calibration is None:
+        choice.check_calibration(given=calibration is not None)
+        return choice if calibration is None else replace(choice, calibration=Calibration.open(calibration))
+
+    def check_calibration(self, *, given: bool) -> None:
+        """Raise OptionError where a calibration is missing, or given and not needed."""
+        if self.statistics and not given:
             raise OptionError(
-                f"{choice.name} needs a calibration", "Make one with `crdiff calibrate` and give it as calibration."
+                f"{self.name} needs a calibration", "Make one with `crdiff calibrate` and give it as calibration."
             )
-        if calibration is not None and not choice.statistics:
+        if given and not self.statistics:
             raise OptionError(
-                f"{choice.name} needs no calibration",
+                f"{self.name} needs no calibration",
                 "Leave the calibration out, or choose a criterion that ranks by one, such as wanda.",
             )
-        return choice if calibration is None else replace(choice, calibration=Calibration.open(calibration))
 
     @property
     def name(self) -> str:

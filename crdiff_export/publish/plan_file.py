@@ -21,6 +21,7 @@ from crdiff_export.hub.location import FILE_ENDINGS, REF, is_repo_id
 from crdiff_export.models import families
 from crdiff_export.models.recipe import check_groups, choose
 from crdiff_export.models.recipe_toml import shown
+from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.publish import toml_lines
 from crdiff_export.publish.plan_keys import (
     DEFAULT_NAME,
@@ -223,6 +224,9 @@ def _entry(size: Size | None, at: KeyPath, values: InheritedValues, problems: Pr
     if path is None or base is None or size is None or wrong:
         return None
     options = {key: values.value(key) for key in _EXPORT_KEYS if values.value(key) is not None}
+    if "criterion" in options:
+        with problems.catching(values["criterion"][1], "criterion: "):
+            CriterionChoice.load(options["criterion"]).check_calibration(given="calibration" in options)
     request = ExportRequest(
         base.base, size, recipe=recipe.path if recipe else None, variant=values.value("weights"), force=True,
         given="in the plan file", **options,

@@ -47,8 +47,8 @@ def _each_once(worklist: Worklist, notes: Mapping[int, Sequence[str]]) -> Iterat
             for note in notes.get(id(item.entry), ()):
                 first.setdefault(note, item.entry)
         for note, entry in first.items():
-            sort = WARNING if note.startswith(WARNING) else ""
-            yield f"{sort}{entry}: {note.removeprefix(sort)}"
+            prefix = WARNING if note.startswith(WARNING) else ""
+            yield f"{prefix}{entry}: {note.removeprefix(prefix)}"
 
 
 def planned_row(item: WorkItem) -> list[str]:

@@ -249,6 +249,9 @@ def test_results_for_several_branches_are_kept_apart() -> None:
 NOWHERE = Path("/nowhere")
 WRONG = {
     "one name for all": ('name = "x"\nsizes = ["64", "128"]\n[[base]]\nbase = "o/n"', "2: 128x128 of n would be x"),
+    "no such criterion": (f'criterion = "taste"\n{BASE}', "1: criterion: "),
+    "an option of none": (f'criterion = "wanda:x=1"\n{BASE}', "1: criterion: "),
+    "a calibration is missing": (f'criterion = "wanda"\n{BASE}', "1: criterion: wanda needs a calibration"),
     "empty": ("", " base"),
     "one table": (BASE.replace("[[base]]", "[base]"), "1: base"),
     "base alone": ('base = "sdxl"', "1: base"),

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from crdiff_export.errors import OptionError, ScorerError, foreign_errors
-from crdiff_export.evaluate.scorers.score import FAILED, FunctionScorer, Scorer
+from crdiff_export.evaluate.scorers.score import SCORER_HINT, FunctionScorer, Scorer
 
 _MEMBERS = ("name", "score", "fingerprint", "close")
 
@@ -29,7 +29,7 @@ def open_function(spec: str, device: str, dtype: str) -> Scorer:
     module, _, path = spec.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), *path.split("."))):
         raise OptionError(f"{spec!r} names no function", "Write module:function, as in my_scorers:sharpness.")
-    with _current_folder(), foreign_errors(ScorerError, f"{spec}: cannot be imported", FAILED):
+    with _current_folder(), foreign_errors(ScorerError, f"{spec}: cannot be imported", SCORER_HINT):
         imported = _import(spec, module)
     try:
         function: Any = reduce(getattr, path.split("."), imported)
@@ -53,7 +53,7 @@ def _import(spec: str, module: str) -> ModuleType:
 
 def load_entry_point(entry: EntryPoint) -> Any:
     """Import what an entry point names; ScorerError where its package is broken."""
-    with foreign_errors(ScorerError, f"{entry.name}: {entry.value} cannot be loaded", FAILED):
+    with foreign_errors(ScorerError, f"{entry.name}: {entry.value} cannot be loaded", SCORER_HINT):
         try:
             return entry.load()
         except (ImportError, AttributeError) as error:
@@ -89,7 +89,7 @@ def as_scorer(name: str, function: Any, device: str, dtype: str) -> Scorer:
     except (ValueError, TypeError) as error:  # ValueError: a function in C may have no signature
         message = f"{name}: takes neither (images, prompts) nor (device, dtype)"
         raise ScorerError(message, "Name its parameters so; the first one's name decides.") from error
-    with foreign_errors(ScorerError, name, FAILED):
+    with foreign_errors(ScorerError, name, SCORER_HINT):
         scorer: Scorer = function(device, dtype)
         missing = [member for member in _MEMBERS if not hasattr(scorer, member)]
     if missing:

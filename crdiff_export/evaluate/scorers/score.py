@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     Compute = Callable[[Sequence[Image], Sequence[str]], Any]
 
 # The hint for a scorer whose code raises.
-FAILED: Final = "Correct the scorer, or ask its author."
+SCORER_HINT: Final = "Correct the scorer, or ask its author."
 # A larger score is a fault; sums and squares of it would overflow.
 LARGEST: Final = 1e100
 
@@ -66,7 +66,7 @@ class FunctionScorer:
         values: list[float] = []
         batch = self._batch or len(images)
         for start in range(0, len(images), batch):
-            with foreign_errors(ScorerError, self.name, FAILED):
+            with foreign_errors(ScorerError, self.name, SCORER_HINT):
                 answer = self._compute(images[start : start + batch], prompts[start : start + batch])
                 listed = None if isinstance(answer, Mapping | str | bytes) else _listed(answer)
             if listed is None:
@@ -94,12 +94,12 @@ class Checked:
     """A scorer whose answers can be trusted: one for each picture, every number finite; ScorerError otherwise."""
 
     def __init__(self, scorer: Scorer) -> None:
-        with foreign_errors(ScorerError, type(scorer).__name__, FAILED):
+        with foreign_errors(ScorerError, type(scorer).__name__, SCORER_HINT):
             self.name = scorer.name
         self._scorer = scorer
 
     def score(self, images: "Sequence[Image]", prompts: Sequence[str]) -> list[Score]:
-        with foreign_errors(ScorerError, self.name, FAILED):
+        with foreign_errors(ScorerError, self.name, SCORER_HINT):
             scores = self._scorer.score(images, prompts)
         if not isinstance(scores, list) or not all(isinstance(score, Score) for score in scores):
             raise ScorerError(f"{self.name}: its answer is no list of scores", "Return one `Score` for each picture.")
@@ -116,11 +116,11 @@ class Checked:
         return [Score(float(score.value), score.parts) for score in scores]
 
     def fingerprint(self) -> dict[str, str]:
-        with foreign_errors(ScorerError, self.name, FAILED):
+        with foreign_errors(ScorerError, self.name, SCORER_HINT):
             return dict(self._scorer.fingerprint())
 
     def close(self) -> None:
-        with foreign_errors(ScorerError, self.name, FAILED):
+        with foreign_errors(ScorerError, self.name, SCORER_HINT):
             self._scorer.close()
 
 

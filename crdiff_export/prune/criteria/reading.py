@@ -76,7 +76,7 @@ def rounded(target: Target, weights: Weights, mask: Tensor, moved: Tensor, spec:
         if nonfinite:
             raise CalibrationError(
                 f"{layer}: compensation by {spec} makes {nonfinite} weights that are not finite",
-                _LESS + "." if ours else "Ask whoever made the criterion.",
+                _LESS + "." if ours else "Report it to the criterion's author.",
             )
         if over:
             raise CalibrationError(

@@ -142,7 +142,7 @@ class Scored:
     def _score(self, layer: Layer, weights: Weights) -> Tensor:
         """Score a layer and check the scores; they are infinite for weights that are not finite."""
         spec, calibration = self._choice.spec, self._choice.calibration
-        with self._guarded():
+        with self._criterion_errors():
             scores = self._criterion.score(replace(layer, ratio=math.nan)).detach().to(self._device, torch.float32)
         if scores.shape != layer.weight.shape:
             raise CalibrationError(
@@ -211,14 +211,14 @@ class Scored:
         weights = to_weights(target, read(target), self._device)
         layer = self._layer(plan, target, weights)
         if compare == "layer":
-            with self._guarded():
+            with self._criterion_errors():
                 mask, moved = criterion.choose(layer)
         else:
             scores = stored.scores if stored else self._score(layer, weights)
             mask = _mask(scores, weights.zero, limit, ratio, compare)
             if not self._choice.moves:
                 return Mask.pack(mask.cpu().numpy()), None
-            with self._guarded():
+            with self._criterion_errors():
                 moved = criterion.compensate(layer, mask)
         return rounded(target, weights, mask, moved, self._choice.spec)
 
@@ -227,11 +227,11 @@ class Scored:
         notes: Any = getattr(self._criterion, "notes", None)
         if not (notes and layers):
             return ()
-        with self._guarded():
+        with self._criterion_errors():
             return tuple(f"{self._choice.spec.name}: {text}" for text in notes(layers))
 
-    def _guarded(self) -> AbstractContextManager[None]:
-        return foreign_errors(CriterionError, str(self._choice.spec), "Ask whoever made the criterion.")
+    def _criterion_errors(self) -> AbstractContextManager[None]:
+        return foreign_errors(CriterionError, str(self._choice.spec), "Report it to the criterion's author.")
 
 
 def _mask(scores: Tensor, zero: Tensor | None, limit: float | None, ratio: float, compare: str) -> Tensor:

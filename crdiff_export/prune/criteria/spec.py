@@ -155,4 +155,4 @@ def _takes(name: str) -> str:
     options = [f"{key}={option}" for key, option in _options(name).items()]
     if name not in OPTIONS:
         options.append("what its package says")
-    return f"{name} takes {', '.join(options) or 'no options'}."
+    return f"Options of {name}: {', '.join(options) or 'none'}."
