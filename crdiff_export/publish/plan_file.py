@@ -226,7 +226,7 @@ def _entry(size: Size | None, at: KeyPath, values: InheritedValues, problems: Pr
     options = {key: values.value(key) for key in _EXPORT_KEYS if values.value(key) is not None}
     if "criterion" in options:
         with problems.catching(values["criterion"][1], "criterion: "):
-            CriterionChoice.load(options["criterion"]).check_calibration(given="calibration" in options)
+            CriterionChoice.load(options["criterion"]).check_calibration(given="calibration" in values)
     request = ExportRequest(
         base.base, size, recipe=recipe.path if recipe else None, variant=values.value("weights"), force=True,
         given="in the plan file", **options,
