@@ -66,7 +66,14 @@ class CriterionChoice:
         return choice if calibration is None else replace(choice, calibration=Calibration.open(calibration))
 
     def check_calibration(self, *, given: bool) -> None:
-        """Raise OptionError where a calibration is missing, or given and not needed."""
+        """Check that there is a calibration where one is needed, and nowhere else.
+
+        Args:
+            given: Whether there is one.
+
+        Raises:
+            OptionError: It is missing, or not needed.
+        """
         if self.statistics and not given:
             raise OptionError(
                 f"{self.name} needs a calibration", "Make one with `crdiff calibrate` and give it as calibration."
