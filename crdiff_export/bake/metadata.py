@@ -175,9 +175,10 @@ def header(
         "modelspec.title": safe(f"{title} CR-Diff {plan.size}"),
         "modelspec.resolution": str(plan.size),
         "modelspec.merged_from": safe(title),
-        "modelspec.architecture": inherited.get("modelspec.architecture") or architecture.id,
         "modelspec.implementation": inherited.get("modelspec.implementation") or implementation,
     }
+    if id_ := inherited.get("modelspec.architecture") or architecture.id:
+        generated["modelspec.architecture"] = id_
     stated, prediction = by_marks((), inherited), architecture.prediction
     if prediction and (stated is None or stated.modelspec != prediction.modelspec):
         inherited.pop(PREDICTION_KEY, None)  # a tensor says more than a key

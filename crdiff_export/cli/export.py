@@ -36,7 +36,12 @@ from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance
 )
 @options.base_argument
 @option_group("Base", options.variant)
-@option_group("Size", option("--res", "The size to prune for, in pixels.", options.SIZE, required=True))
+@option_group(
+    "Size",
+    option("--res", "The size to prune for, in pixels.", options.SIZE, required=True),
+    option("--native", "The size that BASE was trained at. Default: what it says itself, or its family's.",
+           options.SIZE),
+)  # fmt: skip
 @options.ratio_options
 @option_group(
     "Ratios",
@@ -66,11 +71,11 @@ from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance
 @options.push_options
 @gather("push", partial(PushRequest, ""))
 def export(
-    out: Output, base: str, res: Size, *, output: Path | None, recipe: Path | None, prompt: str | None,
-    ratio: float | None, ratios: Mapping[str, float], poa_weight: float | None, targets: tuple[str, ...] | None,
-    criterion: str, calibration: Path | None, device: str, threads: int | None, dtype: str | None, variant: str | None,
-    residual: str, no_hash: bool, allow_nonfinite: bool, all_files: bool, dry_run: bool, force: bool, repo: str | None,
-    push: PushRequest,
+    out: Output, base: str, res: Size, *, native: Size | None, output: Path | None, recipe: Path | None,
+    prompt: str | None, ratio: float | None, ratios: Mapping[str, float], poa_weight: float | None,
+    targets: tuple[str, ...] | None, criterion: str, calibration: Path | None, device: str, threads: int | None,
+    dtype: str | None, variant: str | None, residual: str, no_hash: bool, allow_nonfinite: bool, all_files: bool,
+    dry_run: bool, force: bool, repo: str | None, push: PushRequest,
 ) -> Result:  # fmt: skip
     """Prune BASE for a size and write a new checkpoint with everything about it in its header.
 
@@ -83,7 +88,7 @@ def export(
         base, res, output, recipe=recipe, prompt=prompt, ratio=ratio, ratios=ratios, poa_weight=poa_weight,
         targets=targets, criterion=criterion, calibration=calibration, device=device, dtype=dtype, variant=variant,
         residual=residual, hashing=not no_hash, force=force, allow_nonfinite=allow_nonfinite, all_files=all_files,
-        threads=threads,
+        threads=threads, native=native,
     )  # fmt: skip
     out.announce_base(base)
     destination = _destination(pushing, request) if pushing and not dry_run else None

@@ -44,8 +44,9 @@ def write(evaluation: Evaluation) -> None:
 
 def recipe(evaluation: Evaluation, name: str) -> Recipe:
     """Return the family's recipe with the variants that were measured, each with its evidence."""
-    family = recipe_files.by_alias(evaluation.job.plan.match.family.id)
-    assert family
+    plan = evaluation.job.plan
+    family = recipe_files.of_family(plan.match.family, plan.size)
+    family = replace(family, native=family.native or evaluation.job.drawing.native)
     subjects = [subject for subject in evaluation.subjects if not subject.is_native_check]
     variants = tuple(evidence.variant(evaluation, subject) for subject in subjects)
     return replace(family, variants=variants, name=name)

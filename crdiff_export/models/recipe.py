@@ -13,6 +13,11 @@ Provenance = Literal["starting-point", "searched", "published"]
 Scalar = str | int | float | bool
 
 TARGETS: Final = ("attn", "ff", "attn2")
+# Where the search of the public code starts.
+START_RATIO: Final = 0.3
+START_SOURCE: Final = (
+    "search start of the CR-Diff public code: 0.3 for each group, POA weight 1.5; nobody tuned this model"
+)
 START_POA_WEIGHT: Final = 1.5  # src: the default of the public code, whose search does not vary it
 FAR: Final = 1.5  # ours: beyond this factor in area or aspect, borrowed numbers need a warning
 MAX_POA_WEIGHT: Final = 10.0  # ours: the public code uses 1.5; a weight above 10 is a typing error
@@ -59,11 +64,14 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All variants of one family; `name` is the name of the file without its folder."""
+    """All variants of one family; `name` is the name of the file without its folder.
+
+    `native` is None only for the starting point of a UNet of no known family.
+    """
 
     family: str
     title: str
-    native: Size
+    native: Size | None
     repo: str | None
     file: str | None
     variants: tuple[Variant, ...]

@@ -4,13 +4,17 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from crdiff_export.errors import RecipeError
 from crdiff_export.formats.text import did_you_mean
 from crdiff_export.formats.text_file import read_text_file
-from crdiff_export.models.recipe import START_POA_WEIGHT, Recipe
+from crdiff_export.models.recipe import START_POA_WEIGHT, START_RATIO, START_SOURCE, Recipe, Variant
 from crdiff_export.models.recipe_toml import RecipeTable, parse, parse_variant, shown
+from crdiff_export.sizes import Size
+
+if TYPE_CHECKING:
+    from crdiff_export.models.families import Family
 
 
 def builtin_path() -> Path:
@@ -39,6 +43,23 @@ def builtin() -> tuple[Recipe, ...]:
 def by_alias(name: str) -> Recipe | None:
     """Load the built-in recipe with this name; None for any other text, even the path of one."""
     return load(builtin_path() / f"{name}.toml") if name in aliases() else None
+
+
+def of_family(family: "Family", size: Size) -> Recipe:
+    """Return the built-in recipe of a family, or the starting point where there is none.
+
+    Args:
+        family: The family, with the groups that the model has.
+        size: The size that the starting point is for.
+
+    Returns:
+        The recipe.
+    """
+    if recipe := by_alias(family.id):
+        return recipe
+    ratios = dict.fromkeys(family.groups, START_RATIO)
+    variant = Variant(size, ratios, START_POA_WEIGHT, "starting-point", START_SOURCE)
+    return Recipe(family.id, family.title, None, None, None, (variant,), "starting-point")
 
 
 def unknown_alias_hint(name: str) -> str:

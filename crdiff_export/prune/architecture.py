@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from crdiff_export.errors import RecipeError
+from crdiff_export.errors import PlanError, RecipeError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.strict_json import MalformedError, parse_object
 from crdiff_export.models.families import Twin
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 STATED = "modelspec.architecture"
 STATED_SIZE = "modelspec.resolution"
+GIVEN = "given"
 # Pixels for each number of a latent, in both directions: every family's VAE halves the sides three times.
 _VAE_FACTOR = 8
 # ours: native sizes differ by less in area and aspect; SDXL's buckets have 0.9 to 1.0 of the native area.
@@ -45,9 +46,9 @@ class Architecture:
     """A ModelSpec architecture id, and the native size of the model.
 
     Attributes:
-        id: The ModelSpec id.
+        id: The ModelSpec id; empty for a model of no known family that has none of its own.
         native: The size that the model was trained for.
-        native_source: What says so: `modelspec.resolution`, `config.json`, or `family`.
+        native_source: What says so: `modelspec.resolution`, `config.json`, `family`, or `given` by the user.
         special: The id of a `Special` of the family, `base` for the family's twin, or nothing.
         prediction: What the model predicts; None if nothing marks it.
     """
@@ -64,13 +65,21 @@ def find(plan: Plan) -> Architecture:
     family = plan.match.family
     stated = next((text for f in plan.checkpoint.files if (text := f.metadata.get(STATED))), None)
     twin, special = family.twin, plan.match.special
-    architecture, native, kind = family.architecture, Size(*family.native), ""
+    architecture, native, kind = family.architecture, Size(*family.native) if family.native else None, ""
     if twin and (stated == twin.architecture or (stated != family.architecture and _is_twin(plan, twin))):
         architecture, native, kind = twin.architecture, Size(*twin.native), "base"
     if special:
         architecture, kind = special.architecture, special.id
-    size_and_source = stated_native(plan.checkpoint) or (native, "family")
-    return Architecture(stated or architecture, *size_and_source, kind, _prediction(plan))
+    size, source = (plan.native, GIVEN) if plan.native else stated_native(plan.checkpoint) or (native, "family")
+    if size is None:
+        raise unknown_native(plan.checkpoint)
+    return Architecture(stated or architecture, size, source, kind, _prediction(plan))
+
+
+def unknown_native(checkpoint: Checkpoint) -> PlanError:
+    """Return the error for a model of no known family that does not say what it was trained for."""
+    hint = "Give it to `crdiff export` with --native WxH, or save it into the file as modelspec.resolution."
+    return PlanError(f"{checkpoint.path}: nothing says for which size this UNet was trained", hint)
 
 
 def _prediction(plan: Plan) -> Prediction | None:
@@ -109,8 +118,8 @@ def native_note(plan: Plan) -> str | None:
     """Return a note for a target size at or near those that the base was trained at; None for other sizes."""
     family, size = plan.match.family, plan.size
     stated_size = stated_native(plan.checkpoint)
-    of_family = [Size(*family.native), *([Size(*family.twin.native)] if family.twin else [])]
-    natives = [stated_size[0]] if stated_size else of_family
+    of_family = [Size(*native) for native in (family.native, family.twin and family.twin.native) if native]
+    natives = [plan.native] if plan.native else [stated_size[0]] if stated_size else of_family
     for native in natives:
         area = size.width * size.height / (native.width * native.height)
         aspect = size.width / size.height / (native.width / native.height)

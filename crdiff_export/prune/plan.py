@@ -139,6 +139,7 @@ class Plan:
         cast: The safetensors dtype of all float tensors in the output; None keeps each one's own.
         allow_nonfinite: Whether targets may hold infinite weights and NaN.
         notes: What the user should know.
+        native: The size that the user says the base was trained at; None to look for it in the base.
     """
 
     checkpoint: Checkpoint
@@ -153,6 +154,7 @@ class Plan:
     cast: str | None = None
     allow_nonfinite: bool = False
     notes: tuple[str, ...] = ()
+    native: Size | None = None
 
     @property
     def groups(self) -> tuple[str, ...]:

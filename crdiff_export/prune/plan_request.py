@@ -11,7 +11,7 @@ from crdiff_export.models import recipe, recipe_files
 from crdiff_export.models.families import Family
 from crdiff_export.models.recipe import Variant
 from crdiff_export.prune import plan
-from crdiff_export.prune.architecture import native_note
+from crdiff_export.prune.architecture import native_note, stated_native, unknown_native
 from crdiff_export.prune.criteria.calibration import NARROWER
 from crdiff_export.prune.criterion_choice import MAGNITUDE, CriterionChoice
 from crdiff_export.prune.plan import Plan, TooWideError
@@ -36,6 +36,7 @@ class PlanRequest:
         dtype: Cast all float tensors to `fp16`, `bf16` or `fp32`; None to keep each as it is.
         variant: The weights to take from a folder that has several, such as `fp16`.
         allow_nonfinite: Accept target weights that are infinite or not numbers.
+        native: The size that the base was trained at; None for what its header, its configuration or its family says.
         given: Where the user wrote the ratios, for the header's provenance.
     """
 
@@ -53,6 +54,7 @@ class PlanRequest:
     dtype: str | None = None
     variant: str | None = None
     allow_nonfinite: bool = False
+    native: Size | None = None
     given: str = "on the command line"
 
 
@@ -84,7 +86,9 @@ def plan_variant(request: PlanRequest, checkpoint: Checkpoint, criterion: Criter
         if criterion.calibration:  # it describes the uncast weights, so a cast is no way out
             raise PlanError(error.message, NARROWER) from error
         raise
-    return _settle_poa_weight(criterion.plan(planned), request)
+    if not (request.native or match.family.native or stated_native(checkpoint)):
+        raise unknown_native(checkpoint)
+    return _settle_poa_weight(criterion.plan(replace(planned, native=request.native)), request)
 
 
 def _settle_poa_weight(planned: Plan, request: PlanRequest) -> Plan:
@@ -108,8 +112,8 @@ def _choose_ratios(
     Returns:
         The variant, the recipe's name, and notes for the user.
     """
-    numbers = recipe_files.load(request.recipe) if request.recipe else recipe_files.by_alias(family.id)
-    if numbers is None or numbers.family != family.id:
+    numbers = recipe_files.load(request.recipe) if request.recipe else recipe_files.of_family(family, request.size)
+    if numbers.family != family.id:
         raise RecipeError(
             f"{request.recipe}: not a recipe for {family.title}, which {request.base} is",
             "Leave --recipe out, or give one for this family.",

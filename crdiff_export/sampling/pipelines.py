@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from crdiff_export.errors import HubError, OptionError, PreviewError
-from crdiff_export.formats.checkpoint import Checkpoint
+from crdiff_export.formats.checkpoint import MODEL_INDEX, Checkpoint
 from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.strict_json import MalformedError, parse_object
 from crdiff_export.hub import bases
@@ -110,11 +110,12 @@ def choose(
         OptionError: `config` was given for a folder.
 
     """
-    pipeline = _pipeline(base.name, match, model)
+    if checkpoint.kind == "folder" and config:
+        raise OptionError(f"{base.name}: a folder has its own configuration", "Leave --config out.")
+    folder = checkpoint.path if checkpoint.kind == "folder" else Path(config).expanduser() if config else None
+    pipeline = _pipeline(base.name, match, model, folder)
     if checkpoint.kind == "folder":
         _check_folder(checkpoint.path, base.name)
-        if config:
-            raise OptionError(f"{base.name}: a folder has its own configuration", "Leave --config out.")
         return Opening("folder", checkpoint.path, pipeline, checkpoint.path, variant=variant)
     if checkpoint.kind == "shards" or checkpoint.path.suffix.lower() != ".safetensors":
         problem = "in shards" if checkpoint.kind == "shards" else "not a safetensors file"
@@ -129,8 +130,11 @@ def choose(
     return Opening(kind, checkpoint.path, pipeline, parts, match.prefix, original, prediction=model.prediction)
 
 
-def _pipeline(name: str, match: Match, model: Architecture) -> Pipeline:
+def _pipeline(name: str, match: Match, model: Architecture, folder: Path | None) -> Pipeline:
+    """Choose the pipeline of a family; for a UNet of no known family, the one that its folder names."""
     family, special = match.family, model.special
+    if not family.layouts and not special:
+        return _pipeline_of(folder, name)
     if not special and model.prediction and model.prediction.kind == "edm":
         special = "edm"
     # The demo model is a small SD1.
@@ -148,6 +152,19 @@ def _pipeline(name: str, match: Match, model: Architecture) -> Pipeline:
     return pipeline
 
 
+def _pipeline_of(folder: Path | None, name: str) -> Pipeline:
+    hint = "Give the model's folder for diffusers as the base, or with --config, if it draws from a prompt alone."
+    if folder is None or not folder.is_dir():
+        raise PreviewError(f"{name}: a UNet of no known family, for which only its folder names a pipeline", hint)
+    _check_folder(folder, name)
+    index = folder / MODEL_INDEX
+    class_name = parse_object(index.read_bytes(), fractions=True).get("_class_name")
+    if class_name not in pipelines.from_prompts():
+        message = f"{index}: no picture can be drawn with {show(str(class_name))} from a prompt alone here"
+        raise PreviewError(message, hint)
+    return Pipeline(str(class_name), "")
+
+
 def _config(text: str) -> Path | str:
     """Read `--config`: a folder, or a repository on the Hub as hf://ORG/NAME."""
     path = Path(text).expanduser()
@@ -161,7 +178,7 @@ def _config(text: str) -> Path | str:
 
 def _check_folder(folder: Path, name: str) -> None:
     """Refuse folders without a pipeline, and pipelines with parts of other libraries."""
-    index = folder / "model_index.json"
+    index = folder / MODEL_INDEX
     try:
         parts = parse_object(index.read_bytes(), fractions=True)
     except (FileNotFoundError, NotADirectoryError) as error:

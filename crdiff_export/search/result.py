@@ -60,11 +60,11 @@ class SearchResult:
         """
         if self.variant is None or self.verdict in ("dense is best", "not checked", "worse"):
             return None
-        family = self.job.plan.match.family.id
-        recipe = recipe_files.by_alias(family)
-        assert recipe
+        family = self.job.plan.match.family
+        recipe = recipe_files.of_family(family, self.job.plan.size)
+        recipe = replace(recipe, native=recipe.native or self.job.drawing.native)
         remote = bases.hub_uri(self.job.request.base)
-        if remote is None or remote != bases.hub_uri(family):
+        if remote is None or remote != bases.hub_uri(family.id):
             recipe = replace(recipe, repo=None, file=None)
         name = next((path.name for path in self.job.outputs), "")
         return replace(recipe, variants=(self.variant,), name=name)

@@ -57,6 +57,8 @@ SPEC = {
     "demo": "stable-diffusion-v1",
     "flux-dev": "flux-1-dev",
     "flux-schnell": "flux-1-schnell",
+    "koala-1b": "koala-1b",
+    "koala-700m": "koala-700m",
     "sd15": "stable-diffusion-v1",
     "sd21": "",  # by content, see test_architecture.py
     "sd3-medium": "stable-diffusion-v3-medium",
@@ -64,6 +66,9 @@ SPEC = {
     "sd35-medium": "stable-diffusion-v3.5-medium",
     "sdxl": "stable-diffusion-xl-v1-base",
     "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
+    "sdxs-512": "sdxs-512",
+    "ssd-1b": "segmind-stable-diffusion-1b",
+    "vega": "segmind-vega",
 }
 
 

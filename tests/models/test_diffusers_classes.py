@@ -88,7 +88,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "SD2 depth": ("UNet2DConditionModel", {"cross_attention_dim": 1024, "in_channels": 5}, "sd21 depth"),
     "SD1.5": ("UNet2DConditionModel", {"cross_attention_dim": 768}, "sd15 "),
-    "GLIGEN": ("UNet2DConditionModel", {"cross_attention_dim": 768, "attention_type": "gated"}, REFUSED),
+    "GLIGEN": ("UNet2DConditionModel", {"cross_attention_dim": 768, "attention_type": "gated"}, "unet "),
     "learned variance": ("UNet2DConditionModel", {"cross_attention_dim": 768, "out_channels": 8}, "sd15 8-outputs"),
     "AnimateDiff": ("UNetMotionModel", {"cross_attention_dim": 768, "use_motion_mid_block": False}, REFUSED),
     "SD1.5 with classes": (

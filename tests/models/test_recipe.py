@@ -83,13 +83,13 @@ def changed(old: str, new: str, text: str = MODEL + VARIANT) -> str:
 def test_there_is_one_recipe_per_family_under_its_id() -> None:
     assert aliases() == tuple(sorted(family.id for family in families.all_families()))
     assert [(made.name, made.family) for made in builtin()] == [(f"{alias}.toml", alias) for alias in aliases()]
-    assert [made.family for made in builtin() if made.repo is None or made.file is None] == ["demo"]
+    assert [made.family for made in builtin() if made.repo is None] == ["demo"]
 
 
 @pytest.mark.parametrize("made", builtin(), ids=lambda made: made.family)
 def test_a_builtin_recipe_fits_its_family_and_claims_nothing(made: Recipe) -> None:
     family = families.by_id(made.family)
-    assert (made.title, (made.native.width, made.native.height)) == (family.title, family.native)
+    assert (made.title, made.native) == (family.title, Size(*family.native or ()))
     opening = (builtin_path() / made.name).read_text("utf-8").splitlines()[0]
     worth = (
         "ratios that were searched for, and what they do."

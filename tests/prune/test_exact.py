@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.errors import PlanError
+from crdiff_export.models.families import by_id
 from tests.support import geometry_tables, makers, oracle
 from tests.support.hostile_weights import (
     DEMO,
@@ -62,7 +63,8 @@ def check(
 
 
 def ratios_of(table: str) -> dict[str, float]:
-    return DIT_RATIOS if is_dit(table) else UNET_RATIOS
+    groups = by_id(table.partition(".")[0]).groups
+    return {group: ratio for group, ratio in (DIT_RATIOS | UNET_RATIOS).items() if group in groups}
 
 
 # Families with the blocks of another one; tests/models/test_families.py compares their targets with diffusers' modules.

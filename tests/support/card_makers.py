@@ -30,7 +30,7 @@ def stamp(**changes: Any) -> Stamp:
         "targets": family.default_kinds,
         "groups": {group: GroupStamp(0.3, 31, 100, 0.046875) for group in family.groups},
         "resolution": Size(512, 512),
-        "native": Size(*family.native),
+        "native": Size(*family.native or (512, 512)),
         "source_name": f"hf://{SDXL}/sd_xl_base_1.0.safetensors",
         "recipe": "sdxl.toml 512x512",
         "provenance": "starting-point",

@@ -58,7 +58,7 @@ class Case:
     def request(self, criterion: str = "magnitude", **options: Any) -> ExportRequest:
         """An export of the base without an output."""
         calibration = self.calibration if criterion.startswith(("wanda", "obs")) else None
-        settings = {"ratio": 0.4, "calibration": calibration, **options}
+        settings = {"ratio": 0.4, "calibration": calibration, "native": SIZE, **options}
         return ExportRequest(str(self.base), SIZE, criterion=criterion, **settings)
 
     def baked(self, criterion: str = "magnitude", **options: Any) -> Path:

@@ -169,6 +169,11 @@ class Kind:
         return output
 
 
+SMALLER: dict[str, Any] = {
+    "block_out_channels": (8, 8, 8), "layers_per_block": 1, "mid_block_type": None,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}  # fmt: skip
 sd15 = partial(unet, 768)
 KINDS = {
     "sd15": Kind(sd15, partial(sd_pipe, diffusers.StableDiffusionPipeline), sd),
@@ -193,6 +198,13 @@ KINDS = {
     "refiner": Kind(
         refiner_unet, partial(xl_pipe, diffusers.StableDiffusionXLImg2ImgPipeline, requires_aesthetics_score=True),
         lambda batch: {**pooled_inputs(1280, batch), "image": picture(batch), "strength": 1.0},
+    ),
+    "sdxs": Kind(partial(unet, 768, **SMALLER), partial(sd_pipe, diffusers.StableDiffusionPipeline), sd),
+    # A UNet of no known family.
+    "unet": Kind(
+        partial(unet, 24, transformer_layers_per_block=(1, 2, 3), **SMALLER),
+        partial(sd_pipe, diffusers.StableDiffusionPipeline),
+        lambda batch: {**sd_inputs(24, batch), "height": PIXELS, "width": PIXELS},
     ),
     "sd3": Kind(
         sd3_transformer, sd3_pipe,

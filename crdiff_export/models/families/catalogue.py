@@ -6,7 +6,8 @@ from crdiff_export.errors import FamilyError
 from crdiff_export.formats.text import did_you_mean
 from crdiff_export.models.families.dit import dit_families
 from crdiff_export.models.families.model import Family
-from crdiff_export.models.families.unet import unet_families
+from crdiff_export.models.families.structure import GROUPS
+from crdiff_export.models.families.unet import any_unet, unet_families
 
 
 @cache
@@ -16,12 +17,12 @@ def all_families() -> tuple[Family, ...]:
 
 
 def by_id(family_id: str) -> Family:
-    """Return the family with this id.
+    """Return the family with this id; of a UNet that is none of the others, with all groups.
 
     Raises:
         FamilyError: The id is unknown; the hint has the nearest one.
     """
-    families = {family.id: family for family in all_families()}
+    families = {family.id: family for family in (*all_families(), any_unet(GROUPS, None))}
     if family_id not in families:
         message = f"no model family is called {family_id!r}"
         raise FamilyError(message, did_you_mean(family_id, tuple(families), "families"))

@@ -1,19 +1,24 @@
 """Recognise the family of a checkpoint from the names and shapes of its tensors."""
 
 from crdiff_export.errors import FamilyError
+from crdiff_export.formats.text import printable
 from crdiff_export.models.families.explain import explain
-from crdiff_export.models.families.fit import EMA, Fit, Shapes, holds, measure
-from crdiff_export.models.families.model import ANY, FamilyLayer, Match, Special
+from crdiff_export.models.families.fit import EMA, PREFIXES, Shapes, holds, measure
+from crdiff_export.models.families.model import ANY, Family, FamilyLayer, Layout, Match, Special
+from crdiff_export.models.families.structure import read_structure
+from crdiff_export.models.families.unet import any_unet, tensors_of
 
-# Layers over time, whose names look like targets.
-_TEMPORAL = ("motion_modules.", ".temporal_transformer.")
+# Layers over time, whose names look like targets: AnimateDiff, Stable Video Diffusion, ModelScope's UNet3D.
+_TEMPORAL = ("motion_modules.", ".temporal_transformer", ".temp_attentions.", ".time_stack.")
+# A fit that is better than this is a known model that lacks a part, and not another UNet.
+_NEAR = 0.9
 
 
 def detect(shapes: Shapes) -> Match:
     """Recognise the family, layout and prefix of a checkpoint.
 
     Known families are never confused: every target tensor must be present, no other layer may look like a target, and
-    the marks must hold. Widths are free, except for those that are marks.
+    the marks must hold. Widths are free, except for those that are marks. Any other UNet is read by its structure.
 
     Args:
         shapes: The shape of every tensor, by name.
@@ -26,47 +31,76 @@ def detect(shapes: Shapes) -> Match:
     """
     if temporal := next((name for name in shapes if any(part in name for part in _TEMPORAL)), None):
         raise FamilyError(
-            f"{temporal}: a layer over time, as in AnimateDiff", "Export the model that makes single pictures."
+            f"{printable(temporal)}: a layer over time, as video models have",
+            "Give a model that makes single pictures.",
         )
     fits = measure(shapes)
     for fit in fits:
         if fit.exact and all(holds(mark, fit.prefix, shapes) for mark in fit.signature.layout.marks):
-            return _match(fit, shapes)
+            return _match(fit.signature.family, fit.signature.layout, fit.prefix, shapes)
+    if all(fit.exact or fit.score < _NEAR for fit in fits) and (match := _any_unet(shapes)):
+        return match
     raise explain(fits, shapes)
 
 
-def _match(fit: Fit, shapes: Shapes) -> Match:
-    layout = fit.signature.layout
+def _any_unet(shapes: Shapes) -> Match | None:
+    """Read a UNet of no known family by its structure; None if the file has no UNet."""
+    for prefix in PREFIXES:
+        if not any(prefix + name in shapes for name in ("input_blocks.0.0.weight", "conv_in.weight")):
+            continue
+        inner = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+        try:
+            structure = read_structure(inner)
+        except FamilyError as error:  # its message begins with a tensor
+            raise FamilyError(prefix + error.message, error.hint) from error
+        if structure:
+            first, vectors, last = tensors_of(structure.layout)
+            layout = Layout(structure.layout, structure.layers, (), first, vectors, last)
+            vector = next((size for tensor in vectors if (size := _size(inner, tensor, 1))), None)
+            return _match(any_unet(structure.groups, vector), layout, prefix, shapes)
+    return None
+
+
+def _match(family: Family, layout: Layout, prefix: str, shapes: Shapes) -> Match:
     for layer in layout.layers:
-        _check_shape(layer, fit.prefix + layer.tensor, shapes[fit.prefix + layer.tensor])
+        _check_shape(layer, prefix + layer.tensor, shapes[prefix + layer.tensor])
     return Match(
-        family=fit.signature.family,
+        family=family,
         layout=layout,
-        prefix=fit.prefix,
-        special=_special(fit, shapes),
+        prefix=prefix,
+        special=_special(family, layout, {name: shapes.get(prefix + name, ()) for name in _sizes(layout)}, shapes),
         ema_tensors=sum(name.startswith(EMA) for name in shapes),
     )
 
 
-def _special(fit: Fit, shapes: Shapes) -> Special | None:
+def _sizes(layout: Layout) -> tuple[str, ...]:
+    """Return the tensors whose sizes tell special models apart."""
+    return (layout.first, *layout.vectors, layout.last)
+
+
+def _special(family: Family, layout: Layout, sizes: Shapes, shapes: Shapes) -> Special | None:
     """Tell from channels and extra layers whether a model needs something else than its family's first."""
-    parts = [part for part in (_by_vector(fit, shapes), _by_channels(fit, shapes), _by_layers(fit, shapes)) if part]
-    if len(parts) < 2:
-        return parts[0] if parts else None
+    ways = (
+        _by_vector(family, layout, sizes),
+        _by_channels(family, layout, sizes),
+        _by_layers(family, layout, sizes, shapes),
+    )
+    parts = [part for part in ways if part]
+    if not parts:
+        return None
     first, *others = parts
-    names = "-".join(part.id for part in others)
+    names = "".join(f"-{part.id}" for part in others)
     return Special(
-        id=f"{first.id}-{names}",
+        id=f"{first.id}{names}",
         title=", ".join(part.title for part in parts),
-        architecture=f"{first.architecture}-{names}",
+        architecture=f"{first.architecture}{names}" if family.architecture else "",
         channels=next((part.channels for part in parts if part.channels), None),
         vector=first.vector,
     )
 
 
-def _by_channels(fit: Fit, shapes: Shapes) -> Special | None:
-    family, layout = fit.signature.family, fit.signature.layout
-    channels = _size(fit, shapes, layout.first, 1) or family.channels
+def _by_channels(family: Family, layout: Layout, sizes: Shapes) -> Special | None:
+    channels = _size(sizes, layout.first, 1) or family.channels
     if channels == family.channels:
         return None
     special = next((special for special in family.specials if special.channels == channels), None)
@@ -74,9 +108,8 @@ def _by_channels(fit: Fit, shapes: Shapes) -> Special | None:
     return special or Special(other, f"with {channels} input channels", f"{family.architecture}/{other}", channels)
 
 
-def _by_vector(fit: Fit, shapes: Shapes) -> Special | None:
-    family, layout = fit.signature.family, fit.signature.layout
-    vector = next((size for tensor in layout.vectors if (size := _size(fit, shapes, tensor, 1))), None)
+def _by_vector(family: Family, layout: Layout, sizes: Shapes) -> Special | None:
+    vector = next((size for tensor in layout.vectors if (size := _size(sizes, tensor, 1))), None)
     if not layout.vectors or vector == family.vector:
         return None
     fitting = (special for special in family.specials if special.vector in (ANY, vector) and special.vector)
@@ -85,20 +118,19 @@ def _by_vector(fit: Fit, shapes: Shapes) -> Special | None:
     return next(fitting, None) or Special(other, title, f"{family.architecture}/{other}", vector=vector)
 
 
-def _by_layers(fit: Fit, shapes: Shapes) -> Special | None:
+def _by_layers(family: Family, layout: Layout, sizes: Shapes, shapes: Shapes) -> Special | None:
     """Tell a model by layers that its family does not have, or by the channels of its output."""
-    family, layout = fit.signature.family, fit.signature.layout
     if any(name.startswith("control_model.") for name in shapes):
         return Special("controlnet", "with a ControlNet in the same file", f"{family.architecture}/controlnet")
-    outputs = _size(fit, shapes, layout.last, 0) or family.channels
+    outputs = _size(sizes, layout.last, 0) or family.channels
     other = f"{outputs}-outputs"
     if layout.last and outputs != family.channels:
         return Special(other, f"with {outputs} output channels", f"{family.architecture}/{other}")
     return None
 
 
-def _size(fit: Fit, shapes: Shapes, tensor: str, axis: int) -> int | None:
-    shape = shapes.get(fit.prefix + tensor, ())
+def _size(shapes: Shapes, tensor: str, axis: int) -> int | None:
+    shape = shapes.get(tensor, ())
     return shape[axis] if len(shape) > 1 else None
 
 

@@ -73,7 +73,8 @@ def explain(fits: Sequence[Fit], shapes: Shapes) -> FamilyError:
     else:
         reason = _wrong_names(nearest)
     titles = ", ".join(family.title for family in all_families() if family.id != "demo")
-    return FamilyError(reason, f"Supported, in the original and the diffusers layout, finetunes included: {titles}.")
+    supported = f"{titles}, and other UNets with their text-to-image blocks"
+    return FamilyError(reason, f"Supported, in the original and the diffusers layout, finetunes included: {supported}.")
 
 
 def _wrong_names(fit: Fit) -> str:

@@ -144,9 +144,9 @@ class Family:
     Attributes:
         id: The short name, which is also the alias of its recipe.
         title: The name for people.
-        architecture: The ModelSpec id.
+        architecture: The ModelSpec id; empty where there is none.
         implementation: The ModelSpec implementation.
-        native: Width and height in pixels that the model was trained at.
+        native: Width and height in pixels that the model was trained at; None where only the model itself can say it.
         grid: Image sides are multiples of this number of pixels.
         groups: The groups of blocks with a ratio of their own.
         scope: Whether a threshold is computed for a group or for each layer.
@@ -164,7 +164,7 @@ class Family:
     title: str
     architecture: str
     implementation: str
-    native: tuple[int, int]
+    native: tuple[int, int] | None
     grid: int
     groups: tuple[str, ...]
     scope: Literal["group", "layer"]

@@ -51,6 +51,11 @@ _MODELS: Mapping[tuple[str, str], Pipeline] = {
     ("sdxl", "inpainting"): _inpainting(
         "StableDiffusionXLInpaintPipeline", "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"
     ),
+    ("ssd-1b", ""): Pipeline("StableDiffusionXLPipeline", "segmind/SSD-1B"),
+    ("vega", ""): Pipeline("StableDiffusionXLPipeline", "segmind/Segmind-Vega"),
+    ("koala-700m", ""): Pipeline("StableDiffusionXLPipeline", "etri-vilab/koala-700m"),
+    ("koala-1b", ""): Pipeline("StableDiffusionXLPipeline", "etri-vilab/koala-1b"),
+    ("sdxs-512", ""): _sd("IDKiro/sdxs-512-dreamshaper"),
     ("sdxl-refiner", ""): Pipeline(
         "StableDiffusionXLImg2ImgPipeline", "stabilityai/stable-diffusion-xl-refiner-1.0",
         call="image=picture.resize(({0.width}, {0.height}))", pictures=("picture",),
@@ -80,3 +85,8 @@ def find(family: str, special: str = "") -> Pipeline | None:
         The pipeline, or None if diffusers has none.
     """
     return _MODELS.get((family, special))
+
+
+def from_prompts() -> frozenset[str]:
+    """Return the pipelines of UNets that draw from a prompt alone."""
+    return frozenset(model.pipeline for model in _MODELS.values() if model.folder == "unet" and not model.pictures)

@@ -7,6 +7,7 @@ what it makes of one file.
 from collections.abc import Collection, Mapping
 from typing import Literal
 
+from crdiff_export.errors import FamilyError
 from crdiff_export.hub.location import parse_uri
 from crdiff_export.models import families
 from crdiff_export.models.families import pipelines
@@ -37,7 +38,10 @@ def kind(variant: CardVariant) -> Kind:
 
 def title(family: str) -> str:
     """Return the title of a family; the id of one that is unknown here."""
-    return next((each.title for each in families.all_families() if each.id == family), prose(family))
+    try:
+        return families.by_id(family).title
+    except FamilyError:
+        return prose(family)
 
 
 def opening(variant: CardVariant) -> tuple[str, ...]:
