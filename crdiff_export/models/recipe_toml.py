@@ -201,6 +201,7 @@ class RecipeTable:
     where: str
     path: str = ""
     examples: Mapping[str, str] = field(default_factory=lambda: EXAMPLES)
+    document: str = "recipe"
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
@@ -223,7 +224,7 @@ class RecipeTable:
         """Refuse the first unknown key, with the nearest known one as a hint."""
         for key in self.values:
             if key not in known:
-                raise self.wrong(key, "is not a key of a recipe", did_you_mean(key, known, "keys"))
+                raise self.wrong(key, f"is not a key of a {self.document}", did_you_mean(key, known, "keys"))
 
     def string(self, key: str) -> str:
         """Return a text that is not blank."""
@@ -291,7 +292,7 @@ class RecipeTable:
         """Return a table inside this one."""
         value = self._get(key)
         if isinstance(value, dict):
-            return RecipeTable(value, self.where, f"{self.path}{key}.", self.examples)
+            return RecipeTable(value, self.where, f"{self.path}{key}.", self.examples, self.document)
         raise self._not(key, "a table")
 
     def tables(self, key: str) -> list[dict[str, object]]:

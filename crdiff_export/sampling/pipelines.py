@@ -13,7 +13,7 @@ from crdiff_export.hub import bases
 from crdiff_export.hub.bases import Base
 from crdiff_export.models import demo
 from crdiff_export.models.families import Match, pipelines
-from crdiff_export.models.families.pipelines import BUNDLED, Pipeline
+from crdiff_export.models.families.model import BUNDLED, Pipeline
 from crdiff_export.models.prediction import Prediction
 from crdiff_export.prune.architecture import Architecture
 

@@ -12,7 +12,7 @@ import torch
 from crdiff_export.errors import OptionError, PlanError, PreviewError, foreign_errors, is_out_of_memory
 from crdiff_export.formats.strict_json import MalformedError, parse_object
 from crdiff_export.models import demo
-from crdiff_export.models.families.pipelines import BUNDLED, Pipeline
+from crdiff_export.models.families.model import BUNDLED, Pipeline
 from crdiff_export.models.prediction import V_SCHEDULER
 from crdiff_export.sampling.pipelines import Opening
 from crdiff_export.sampling.poa.handle import model_of

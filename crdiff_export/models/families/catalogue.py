@@ -1,19 +1,24 @@
-"""The list of all families. It has a few thousand records, so it is built at the first call, not at import."""
+"""The built-in families, from their tables in `data/`. They have a few thousand records: the first call reads them."""
 
 from functools import cache
+from pathlib import Path
 
 from crdiff_export.errors import FamilyError
 from crdiff_export.formats.text import did_you_mean
-from crdiff_export.models.families.dit import dit_families
 from crdiff_export.models.families.model import Family
 from crdiff_export.models.families.structure import GROUPS
-from crdiff_export.models.families.unet import any_unet, unet_families
+from crdiff_export.models.families.table import parse_family
+from crdiff_export.models.families.unet import any_unet
+
+_DATA = Path(__file__).parent / "data"
 
 
 @cache
 def all_families() -> tuple[Family, ...]:
-    """Return every family, UNets first."""
-    return unet_families() + dit_families()
+    """Return every built-in family, UNets first."""
+    paths = sorted(_DATA.glob("*.toml"))
+    families = [parse_family(path.read_text(encoding="utf-8"), path.name) for path in paths]
+    return tuple(sorted(families, key=lambda family: (family.scope == "layer", family.id)))
 
 
 def by_id(family_id: str) -> Family:

@@ -1,12 +1,14 @@
 """Records that describe a model family; `unet.py` and `dit.py` fill them, `detect.py` reads them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 Kind = Literal["attn", "ff", "attn2"]
 # A width that is not a fixed one.
 ANY: Final = -1
+# diffusers converts a UNet in the original layout only with this prefix; ComfyUI recognises a checkpoint by it.
+BUNDLED: Final = "model.diffusion_model."
 LayoutName = Literal["original", "diffusers"]
 
 
@@ -138,6 +140,29 @@ class Twin:
 
 
 @dataclass(frozen=True, slots=True)
+class Pipeline:
+    """The names that diffusers uses for a model.
+
+    Attributes:
+        pipeline: The pipeline class.
+        config: A Hub repository with the configuration and the components that are not pruned.
+        network: The class of the pruned component.
+        folder: The folder of the pruned component.
+        dtype: The torch dtype of a code snippet.
+        call: Arguments of the pipeline's call, formatted with a Size.
+        pictures: Names of input pictures that the call needs.
+    """
+
+    pipeline: str
+    config: str
+    network: str = "UNet2DConditionModel"
+    folder: str = "unet"
+    dtype: str = "float16"
+    call: str = "width={0.width}, height={0.height}"
+    pictures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """Everything that is known about one model family.
 
@@ -158,6 +183,8 @@ class Family:
         specials: Models with the same layers that need something else than a prompt, or another pipeline.
         twin: Another model with the same names and shapes.
         buckets: Whether it was trained on pictures of many shapes with about the native area.
+        pipelines: The diffusers pipeline of the plain model (''), of special ones by their id, of the twin (`base`),
+            and of a model that predicts as EDM does (`edm`).
     """
 
     id: str
@@ -176,6 +203,7 @@ class Family:
     specials: tuple[Special, ...] = ()
     twin: Twin | None = None
     buckets: bool = False
+    pipelines: Mapping[str, Pipeline] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from crdiff_export.errors import FamilyError
 from crdiff_export.hub.location import parse_uri
 from crdiff_export.models import families
 from crdiff_export.models.families import pipelines
-from crdiff_export.models.families.pipelines import BUNDLED, Pipeline
+from crdiff_export.models.families.model import BUNDLED, Pipeline
 from crdiff_export.models.prediction import EDM_V_SCHEDULER, V_SCHEDULER, Prediction
 from crdiff_export.publish.card.model import Card, CardVariant
 from crdiff_export.publish.card.text import prose, quoted

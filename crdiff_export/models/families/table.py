@@ -1,0 +1,294 @@
+"""Read a family from its table in TOML: how it is recognised, what it is called, and which tensors are its targets.
+
+docs/families.md teaches the format. A UNet is described by its geometry, from which all names follow; any other model
+by a list of its targets, in which `{0..18}` stands for the numbers of its blocks.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from crdiff_export.errors import FamilyError, RecipeError
+from crdiff_export.models.families.model import (
+    ANY,
+    Family,
+    FamilyLayer,
+    Kind,
+    Layout,
+    LayoutName,
+    Mark,
+    Pipeline,
+    Special,
+    Twin,
+)
+from crdiff_export.models.families.unet import unet_layouts
+from crdiff_export.models.recipe_toml import RecipeTable, shown
+from crdiff_export.sizes import Size
+
+LAYOUTS: Final[tuple[LayoutName, ...]] = ("original", "diffusers")
+KINDS: Final[tuple[Kind, ...]] = ("attn", "ff", "attn2")
+# More blocks than any model has: a range in a foreign file must not fill the memory.
+_MOST_BLOCKS = 1000
+_RANGE = re.compile(r"\{(\d{1,4})\.\.(\d{1,4})\}")
+_UNET_GROUPS = ("down", "mid", "up")
+_EXAMPLES: Final = {
+    "id": 'id = "my-model"',
+    "title": 'title = "My model"',
+    "architecture": 'architecture = "my-model-v1", or leave it out',
+    "implementation": 'implementation = "sgm"',
+    "native": 'native = "1024x1024"',
+    "grid": "grid = 16",
+    "buckets": "buckets = true",
+    "unet": "[unet], with down, mid and context",
+    "transformer": "[transformer], with kinds and default",
+    "target": '[[target]], with kind = "ff" and the names in each layout',
+    "special": '[[special]], with id = "inpainting" and channels = 9',
+    "pipeline": '[pipeline], with class = "FluxPipeline"',
+    "twin": "[twin]",
+    "down": "down = [0, 2, 10]",
+    "up": "up = [10, 2, 0]",
+    "mid": "mid = 10",
+    "layers": "layers = 2",
+    "context": "context = 2048",
+    "channels": "channels = 4",
+    "vector": "vector = 2816",
+    "kinds": 'kinds = ["ff", "attn"]',
+    "default": 'default = ["ff"]',
+    "groups": 'groups = ["blocks"]',
+    "kind": 'kind = "ff"',
+    "group": 'group = "blocks"',
+    "part": "part = 0",
+    "original": 'original = "double_blocks.{0..18}.img_mlp.0.weight"',
+    "diffusers": 'diffusers = "transformer_blocks.{0..18}.ff.net.0.proj.weight"',
+    "first": 'first = "img_in.weight"',
+    "marks": 'marks = [{ tensor = "txt_in.weight", axis = 1, sizes = [4096], what = "width of the text" }]',
+    "tensor": 'tensor = "txt_in.weight"',
+    "axis": "axis = 1",
+    "sizes": "sizes = [4096]",
+    "what": 'what = "width of the text"',
+    "absent": "absent = true",
+    "class": 'class = "FluxPipeline"',
+    "config": 'config = "ORG/NAME"',
+    "network": 'network = "FluxTransformer2DModel"',
+    "call": 'call = "width={0.width}, height={0.height}"',
+    "pictures": 'pictures = ["picture"]',
+    "limit": "limit = 0.09",
+}  # fmt: skip
+_KEYS: Final = (
+    "id", "title", "architecture", "implementation", "native", "grid", "buckets", "unet", "transformer", "target",
+    "special", "pipeline", "twin",
+)  # fmt: skip
+
+
+def parse_family(text: str, where: str) -> Family:
+    """Read a family.
+
+    Args:
+        text: The table, in TOML.
+        where: The file, with which messages begin.
+
+    Returns:
+        The family.
+
+    Raises:
+        FamilyError: The text is no TOML, or a key is missing, unknown or wrong.
+    """
+    try:
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FamilyError(f"{where}: {error}", "A family is TOML; `crdiff families show sdxl` prints one.") from error
+    try:
+        return _family(RecipeTable(values, where, examples=_EXAMPLES, document="family"))
+    except RecipeError as error:
+        raise FamilyError(error.message, error.hint) from error
+
+
+def _family(table: RecipeTable) -> Family:
+    table.refuse_unknown(_KEYS)
+    name = table.string("id")
+    if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", name):
+        raise table.wrong("id", f"is {shown(name)}, must be lower-case letters, digits, dots and dashes")
+    if ("unet" in table) == ("transformer" in table):
+        raise table.wrong("unet", "and transformer: there has to be one of the two")
+    network = _unet(table.table("unet")) if "unet" in table else _transformer(table, table.table("transformer"))
+    native = table.size("native") if "native" in table else None
+    return Family(
+        id=name,
+        title=table.string("title"),
+        architecture=table.string("architecture") if "architecture" in table else "",
+        implementation=table.string("implementation") if "implementation" in table else "sgm",
+        native=(native.width, native.height) if isinstance(native, Size) else None,
+        grid=table.count("grid") if "grid" in table else 8,
+        specials=tuple(_special(each) for each in _tables(table, "special")),
+        twin=_twin(table.table("twin")) if "twin" in table else None,
+        buckets=_flag(table, "buckets"),
+        pipelines=_pipelines(table.table("pipeline"), unet="unet" in table) if "pipeline" in table else {},
+        **network,
+    )
+
+
+def _unet(table: RecipeTable) -> dict[str, Any]:
+    table.refuse_unknown(("down", "mid", "up", "layers", "context", "channels", "vector"))
+    layers, mid = table.count("layers") if "layers" in table else 2, _whole(table, "mid")
+    down = _depths(table, "down", layers)
+    up = _depths(table, "up", layers + 1) if "up" in table else None
+    layouts = unet_layouts(down, mid=mid, context=table.count("context"), layers=layers, up=up)
+    present = {layer.group for layer in layouts[0].layers}
+    return {
+        "layouts": layouts, "scope": "group", "groups": tuple(group for group in _UNET_GROUPS if group in present),
+        "kinds": ("attn", "ff"), "default_kinds": ("attn", "ff"),
+        "channels": table.count("channels") if "channels" in table else 4,
+        "vector": table.count("vector") if "vector" in table else None,
+    }  # fmt: skip
+
+
+def _depths(table: RecipeTable, key: str, layers: int) -> tuple[int | tuple[int, ...], ...]:
+    """Read the depth of each level: a number, or one for each of its attentions."""
+    value: Any = table.values.get(key)
+    depths: list[int | tuple[int, ...]] = []
+    for level in value if isinstance(value, list) and value else [None]:
+        numbers: list[Any] = level if isinstance(level, list) else [level] * layers
+        if len(numbers) != layers or not all(type(n) is int and 0 <= n < _MOST_BLOCKS for n in numbers):
+            problem = f"must be an array of levels, each a number of blocks, or {layers} of them"
+            raise table.wrong(key, problem if key in table else "is missing")
+        depths.append(tuple(numbers) if isinstance(level, list) else numbers[0])
+    return tuple(depths)
+
+
+def _transformer(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
+    table.refuse_unknown(("kinds", "default", "groups", "channels", *LAYOUTS))
+    kinds = table.strings("kinds")
+    if unknown := next((kind for kind in kinds if kind not in KINDS), None):
+        raise table.wrong("kinds", f"has {shown(unknown)}, must be some of {', '.join(KINDS)}")
+    default = table.strings("default")
+    if not set(default) <= set(kinds):
+        raise table.wrong("default", f"must be some of {', '.join(kinds)}")
+    groups = table.strings("groups") if "groups" in table else ("blocks",)
+    names = [name for name in LAYOUTS if name in table]
+    if not names:
+        raise table.wrong("diffusers", "is missing, as is original", "Write [transformer.diffusers], with first.")
+    layers: dict[LayoutName, list[FamilyLayer]] = {name: [] for name in names}
+    targets = _tables(document, "target")
+    if not targets:
+        raise document.wrong("target", "is missing")
+    for target in targets:
+        for layer in _target(target, groups, kinds, names):
+            layers[layer[0]].append(layer[1])
+    layouts = tuple(_layout(table.table(name), name, tuple(layers[name])) for name in names)
+    return {
+        "layouts": layouts, "scope": "layer", "groups": groups, "kinds": kinds, "default_kinds": default,
+        "channels": table.count("channels") if "channels" in table else 4,
+    }  # fmt: skip
+
+
+def _target(
+    table: RecipeTable, groups: tuple[str, ...], kinds: tuple[str, ...], names: list[LayoutName]
+) -> Iterator[tuple[LayoutName, FamilyLayer]]:
+    """Yield the layers of one [[target]], for each layout."""
+    table.refuse_unknown(("kind", "group", "part", *LAYOUTS))
+    kind, group = table.string("kind"), table.string("group") if "group" in table else groups[0]
+    if kind not in kinds:
+        raise table.wrong("kind", f"is {shown(kind)}, must be one of {', '.join(kinds)}")
+    if group not in groups:
+        raise table.wrong("group", f"is {shown(group)}, must be one of {', '.join(groups)}")
+    part = _whole(table, "part") if "part" in table else None
+    expanded = {name: _expand(table, name) for name in names}
+    if len({len(tensors) for tensors in expanded.values()}) > 1:
+        raise table.wrong(names[1], f"stands for {len(expanded[names[1]])} tensors, {names[0]} for another number")
+    own = expanded.get("original") or expanded["diffusers"]
+    twins = expanded.get("diffusers") or expanded["original"]
+    for original, diffusers in zip(own, twins, strict=True):
+        for name in names:
+            tensor, of_tensor = (original, part) if name == "original" else (diffusers, None)
+            yield name, FamilyLayer(tensor, of_tensor, group, kind, (original, part or 0), diffusers)  # type: ignore[arg-type]
+
+
+def _expand(table: RecipeTable, key: str) -> list[str]:
+    """Return the names that a pattern with at most one range stands for."""
+    pattern = table.string(key)
+    ranges = list(_RANGE.finditer(pattern))
+    if len(ranges) > 1 or "{" in _RANGE.sub("", pattern) or not pattern.endswith(".weight"):
+        raise table.wrong(key, f"is {shown(pattern)}, must be a tensor's name with at most one range, {{0..18}}")
+    if not ranges:
+        return [pattern]
+    first, last = int(ranges[0][1]), int(ranges[0][2])
+    if not 0 <= last - first < _MOST_BLOCKS:
+        raise table.wrong(key, f"has the range {first}..{last}, which stands for no block, or for too many")
+    return [_RANGE.sub(str(number), pattern) for number in range(first, last + 1)]
+
+
+def _layout(table: RecipeTable, name: LayoutName, layers: tuple[FamilyLayer, ...]) -> Layout:
+    table.refuse_unknown(("first", "marks"))
+    marks = tuple(_mark(each) for each in _tables(table, "marks"))
+    return Layout(name, layers, marks, table.string("first") if "first" in table else "")
+
+
+def _mark(table: RecipeTable) -> Mark:
+    table.refuse_unknown(("tensor", "axis", "sizes", "what", "absent"))
+    sizes = table.values.get("sizes", [])
+    if not isinstance(sizes, list) or not all(type(size) is int and size > 0 for size in sizes):
+        raise table.wrong("sizes", "must be an array of whole numbers")
+    axis = _whole(table, "axis") if "axis" in table else 0
+    what = table.string("what") if "what" in table else "size"
+    return Mark(table.string("tensor"), axis, tuple(sizes), not _flag(table, "absent"), what)
+
+
+def _special(table: RecipeTable) -> Special:
+    table.refuse_unknown(("id", "title", "architecture", "channels", "vector"))
+    vector = None
+    if "vector" in table:
+        vector = ANY if table.values["vector"] == "any" else table.count("vector")
+    channels = table.count("channels") if "channels" in table else None
+    if channels is None and vector is None:
+        raise table.wrong("channels", "is missing, and so is vector")
+    return Special(table.string("id"), table.string("title"), table.string("architecture"), channels, vector)
+
+
+def _twin(table: RecipeTable) -> Twin:
+    table.refuse_unknown(("architecture", "native", "limit", *LAYOUTS))
+    native = table.size("native")
+    tensors: dict[str, str] = {name: table.string(name) for name in LAYOUTS}
+    return Twin(table.string("architecture"), (native.width, native.height), tensors, table.number("limit"))
+
+
+def _pipelines(table: RecipeTable, *, unet: bool) -> Mapping[str, Pipeline]:
+    """Read the pipeline of the plain model, and those of special ones in tables of their ids."""
+    own = {key: value for key, value in table.values.items() if not isinstance(value, dict)}
+    plain = RecipeTable(own, table.where, table.path, table.examples, table.document)
+    pipelines = {"": _pipeline(plain, unet=unet)} if own else {}
+    names = [key for key, value in table.values.items() if isinstance(value, dict)]
+    return pipelines | {name: _pipeline(table.table(name), unet=unet) for name in names}
+
+
+def _pipeline(table: RecipeTable, *, unet: bool) -> Pipeline:
+    table.refuse_unknown(("class", "config", "network", "call", "pictures"))
+    return Pipeline(
+        pipeline=table.string("class"),
+        config=table.string("config"),
+        network=table.string("network") if "network" in table else "UNet2DConditionModel",
+        folder="unet" if unet else "transformer",
+        dtype="float16" if unet else "bfloat16",
+        call=table.string("call") if "call" in table else "width={0.width}, height={0.height}",
+        pictures=table.strings("pictures") if "pictures" in table else (),
+    )
+
+
+def _tables(table: RecipeTable, key: str) -> list[RecipeTable]:
+    tables = enumerate(table.tables(key), 1)
+    path = f"{table.path}{key}"
+    return [RecipeTable(values, table.where, f"{path}[{n}].", table.examples, table.document) for n, values in tables]
+
+
+def _whole(table: RecipeTable, key: str) -> int:
+    value = table.values.get(key)
+    if type(value) is int and 0 <= value < _MOST_BLOCKS:
+        return value
+    raise table.wrong(key, "is missing" if key not in table else f"is {shown(value)}, must be a whole number from 0")
+
+
+def _flag(table: RecipeTable, key: str) -> bool:
+    value = table.values.get(key, False)
+    if isinstance(value, bool):
+        return value
+    raise table.wrong(key, f"is {shown(value)}, must be true or false")
