@@ -64,6 +64,7 @@ def stamp_of_plan(
     variant = plan.variant
     return Stamp(
         family=plan.match.family.id,
+        family_table=plan.match.family.table or None,
         layout=plan.match.layout.name,
         prefix=plan.match.prefix,
         criterion=criterion,
@@ -177,7 +178,9 @@ def header(
         "modelspec.merged_from": safe(title),
         "modelspec.implementation": inherited.get("modelspec.implementation") or implementation,
     }
-    if id_ := inherited.get("modelspec.architecture") or architecture.id:
+    # Of a family that is not built in, only the base itself can know its id.
+    known = "" if plan.match.family.table else architecture.id
+    if id_ := inherited.get("modelspec.architecture") or known:
         generated["modelspec.architecture"] = id_
     stated, prediction = by_marks((), inherited), architecture.prediction
     if prediction and (stated is None or stated.modelspec != prediction.modelspec):

@@ -96,7 +96,7 @@ def _is_bundle(checkpoint: Checkpoint) -> bool:
     with contextlib.suppress(FamilyError):
         match = families.detect(checkpoint.shapes)
         return checkpoint.kind == "file" and match.layout.name == "original" and match.prefix == _BUNDLE
-    return True
+    return any(name.startswith(_BUNDLE) for name in checkpoint.shapes)
 
 
 def largest_size(plan: Plan, counts: Sequence[int]) -> int:

@@ -104,7 +104,9 @@ def prepare(request: CalibrateRequest) -> CalibrationJob:
     if not (request.prompts or demo):
         raise OptionError("no prompt is given", "Give --prompts FILE, one a line.")
     headers = drawing_setup.read_base(request)
-    exported = ExportRequest(request.base, request.size, targets=request.targets, variant=request.variant, force=True)
+    exported = ExportRequest(
+        request.base, request.size, targets=request.targets, variant=request.variant, family=request.family, force=True
+    )
     planned = drawing_setup.plan_export(headers, exported)
     stem = headers.base.stem or headers.checkpoint.stem
     target = request.output or Path(f"{stem}-{request.size}-calibration.safetensors")

@@ -37,6 +37,7 @@ COMMANDS = {
     "publish": "Make and push all variants that a plan file asks for.",
     "comfyui": "Add nodes for sampling with POA to a ComfyUI.",
     "recipes": "List, show and check recipes.",
+    "families": "List, show and check families of models.",
 }
 
 

@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 import click
 
 from crdiff_export.cli.command import Decorator, OptionMaker, gather, option, option_group
-from crdiff_export.cli.options import COUNT, DEVICE, FiniteRange, join_prompts, prompts_file, variant
+from crdiff_export.cli.options import COUNT, DEVICE, FiniteRange, family, join_prompts, prompts_file, variant
 from crdiff_export.cli.output import Output
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.sampling.drawing_setup import DrawingSetup
@@ -30,7 +30,7 @@ options = option_group(
     option("--dtype", "Default: fp16 or bf16 on a GPU, fp32 on a CPU.", click.Choice(list(DTYPES))),
     option("--config DIR|ORG/NAME", "For a single file: a folder for diffusers with the model's configuration, or a "
            "repository on the Hub."),
-    variant,
+    variant, family,
 )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance
     "crdiff export demo --res 96x64 --dry-run",
 )
 @options.base_argument
-@option_group("Base", options.variant)
+@option_group("Base", options.variant, options.family)
 @option_group(
     "Size",
     option("--res", "The size to prune for, in pixels.", options.SIZE, required=True),
@@ -71,8 +71,8 @@ from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance
 @options.push_options
 @gather("push", partial(PushRequest, ""))
 def export(
-    out: Output, base: str, res: Size, *, native: Size | None, output: Path | None, recipe: Path | None,
-    prompt: str | None, ratio: float | None, ratios: Mapping[str, float], poa_weight: float | None,
+    out: Output, base: str, res: Size, *, family: Path | None, native: Size | None, output: Path | None,
+    recipe: Path | None, prompt: str | None, ratio: float | None, ratios: Mapping[str, float], poa_weight: float | None,
     targets: tuple[str, ...] | None, criterion: str, calibration: Path | None, device: str, threads: int | None,
     dtype: str | None, variant: str | None, residual: str, no_hash: bool, allow_nonfinite: bool, all_files: bool,
     dry_run: bool, force: bool, repo: str | None, push: PushRequest,
@@ -88,7 +88,7 @@ def export(
         base, res, output, recipe=recipe, prompt=prompt, ratio=ratio, ratios=ratios, poa_weight=poa_weight,
         targets=targets, criterion=criterion, calibration=calibration, device=device, dtype=dtype, variant=variant,
         residual=residual, hashing=not no_hash, force=force, allow_nonfinite=allow_nonfinite, all_files=all_files,
-        threads=threads, native=native,
+        threads=threads, family=family, native=native,
     )  # fmt: skip
     out.announce_base(base)
     destination = _destination(pushing, request) if pushing and not dry_run else None

@@ -58,7 +58,7 @@ class ComparisonRequest(DrawingRequest):
         """Return the export whose pruned model is drawn; nothing is written, so no file can be in its way."""
         return ExportRequest(
             self.base, size, recipe=self.recipe, ratio=self.ratio, ratios=self.ratios, criterion=self.criterion,
-            calibration=self.calibration, variant=self.variant, force=True,
+            calibration=self.calibration, variant=self.variant, family=self.family, force=True,
         )  # fmt: skip
 
 

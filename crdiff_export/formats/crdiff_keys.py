@@ -18,6 +18,8 @@ from crdiff_export.formats.safetensors import show
 from crdiff_export.sizes import Size
 
 SCHEMA = "1"
+# Of files with keys that a reader of schema 1 must not overlook: the table of a family that is not built in.
+SCHEMA_2 = "2"
 PAPER = "arXiv:2604.05524"
 # The value of `crdiff.mask` where no threshold exists: the zeros of the file are the mask.
 ZEROS = "zeros"
@@ -28,7 +30,7 @@ RESIDUALS = ("none", "embedded", "sidecar")
 HASH = re.compile(r"0x[0-9a-f]{64}")
 _GROUP = re.compile(r"crdiff\.(?:ratio|pruned|total)\.(.+)", re.DOTALL)
 _REQUEST_KEYS = re.compile(
-    r"crdiff\.(schema|criterion|family|targets|ratio\..*|resolution\.target|poa\.weight|recipe|provenance.*"
+    r"crdiff\.(schema|criterion|family|family\.table|targets|ratio\..*|resolution\.target|poa\.weight|recipe|provenance.*"
     r"|cast|prompt|evidence\..*|residual|source\.\w+_sha256|calibration\.file_sha256)",
     re.DOTALL,
 )
@@ -80,6 +82,7 @@ class Stamp:
     """The `crdiff.*` keys as values.
 
     Attributes:
+        family_table: The table of a family that is not built in (docs/families.md); None for others.
         special: What kind of model of its family the base is, such as `inpainting`; None for the plain one.
         prediction: What the base predicts, such as `v-zsnr`; None if nothing marks it.
         borrowed_from: The size that the ratios were found for, where they were taken for another one.
@@ -103,6 +106,7 @@ class Stamp:
     provenance_source: str
     poa_weight: float
     native_source: str = "family"
+    family_table: str | None = None
     special: str | None = None
     prediction: str | None = None
     borrowed_from: Size | None = None
@@ -122,7 +126,7 @@ class Stamp:
         """Return the keys and values of the header."""
         keys = {
             **{key: getattr(self, name) for name, key in _TEXTS.items()},
-            "schema": SCHEMA,
+            "schema": SCHEMA if self.family_table is None else SCHEMA_2,
             "paper": PAPER,
             "method": self.masked or (LAYER_WISE if self.thresholds is not None else BLOCK_WISE),
             "targets": ",".join(self.targets),
@@ -144,6 +148,7 @@ class Stamp:
         optional = {
             "source.hash_sha256": self.source_hash, "source.file_sha256": self.source_file_hash,
             "provenance.borrowed_from": str(self.borrowed_from) if self.borrowed_from else None,
+            "family.table": self.family_table,
             "special": self.special, "prediction": self.prediction, "cast": self.cast, "prompt": self.prompt,
             "mask": ZEROS if self.masked else None, "moved": "true" if self.moved else None,
             "calibration.file_sha256": self.calibrated.hash if self.calibrated else None,
@@ -198,6 +203,7 @@ class Stamp:
             native=keys.size("resolution.native"),
             native_source=keys.optional("resolution.native.source") or "family",
             poa_weight=keys.number("poa.weight"),
+            family_table=keys.optional("family.table"),
             special=keys.special(),
             prediction=keys.optional("prediction"),
             borrowed_from=keys.optional_size("provenance.borrowed_from"),
@@ -229,9 +235,10 @@ class _Keys:
                 f"{where}: not made by crdiff (no {PREFIX}schema in its header)",
                 "`crdiff export` makes such files; `crdiff inspect` shows what this one is.",
             )
-        if schema != SCHEMA:
+        if schema not in (SCHEMA, SCHEMA_2):
             raise CheckpointError(
-                f"{where}: its header has schema {show(schema)}, this crdiff reads {SCHEMA}", "Install a newer crdiff."
+                f"{where}: its header has schema {show(schema)}, this crdiff reads {SCHEMA} and {SCHEMA_2}",
+                "Install a newer crdiff.",
             )
 
     def special(self) -> str | None:

@@ -79,7 +79,7 @@ def find(plan: Plan) -> Architecture:
 def unknown_native(checkpoint: Checkpoint) -> PlanError:
     """Return the error for a model of no known family that does not say what it was trained for."""
     hint = "Give it to `crdiff export` with --native WxH, or save it into the file as modelspec.resolution."
-    return PlanError(f"{checkpoint.path}: nothing says for which size this UNet was trained", hint)
+    return PlanError(f"{checkpoint.path}: nothing says for which size this model was trained", hint)
 
 
 def _prediction(plan: Plan) -> Prediction | None:

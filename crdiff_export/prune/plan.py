@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from crdiff_export.errors import FamilyError, OptionError, PlanError, RecipeError
 from crdiff_export.formats.checkpoint import Checkpoint
@@ -210,10 +211,17 @@ def quantisation(checkpoint: Checkpoint, prefix: str = "") -> str | None:
     return None
 
 
-def recognise(checkpoint: Checkpoint) -> Match:
+def recognise(checkpoint: Checkpoint, family: Path | None = None) -> Match:
     """Recognise the family of a checkpoint, and refuse one that must not be pruned.
 
     A quantised text encoder beside a plain UNet is allowed.
+
+    Args:
+        checkpoint: The checkpoint.
+        family: The table of the family that it is of; None for any that is built in or installed.
+
+    Returns:
+        The family, layout and prefix.
 
     Raises:
         FamilyError: No family matches.
@@ -226,7 +234,7 @@ def recognise(checkpoint: Checkpoint) -> Match:
             "as after a merge, save the file without its crdiff.* keys.",
         )
     try:
-        match = families.detect(checkpoint.shapes)
+        match = families.detect(checkpoint.shapes, families.load_family(family) if family else None)
     except FamilyError as error:
         # Quantised layers have other names and shapes than the family's.
         _refuse_quantised(checkpoint, "")

@@ -36,6 +36,7 @@ class PlanRequest:
         dtype: Cast all float tensors to `fp16`, `bf16` or `fp32`; None to keep each as it is.
         variant: The weights to take from a folder that has several, such as `fp16`.
         allow_nonfinite: Accept target weights that are infinite or not numbers.
+        family: The table of the base's family; None for any family that is built in or installed.
         native: The size that the base was trained at; None for what its header, its configuration or its family says.
         given: Where the user wrote the ratios, for the header's provenance.
     """
@@ -54,6 +55,7 @@ class PlanRequest:
     dtype: str | None = None
     variant: str | None = None
     allow_nonfinite: bool = False
+    family: Path | None = None
     native: Size | None = None
     given: str = "on the command line"
 
@@ -74,7 +76,7 @@ def plan_variant(request: PlanRequest, checkpoint: Checkpoint, criterion: Criter
         CrdiffError: The recipe, the ratios, the size or the calibration do not fit the base.
     """
     criterion = criterion or CriterionChoice.of(request.criterion, request.calibration)
-    match = plan.recognise(checkpoint)
+    match = plan.recognise(checkpoint, request.family)
     variant, recipe_name, notes = _choose_ratios(request, match.family, criterion)
     try:
         planned = plan.make(

@@ -49,7 +49,7 @@ def read_base(request: DrawingRequest) -> BaseHeaders:
     """Find the base of a request, download it if necessary, and read its headers."""
     base = bases.locate(request.base, request.variant)
     checkpoint = base.open(request.variant)
-    match = recognise(checkpoint)
+    match = recognise(checkpoint, request.family)
     request_checks.check_negative(request.negative, match.family)
     return BaseHeaders(base, checkpoint, match)
 

@@ -138,7 +138,7 @@ def _pipeline(name: str, match: Match, model: Architecture, folder: Path | None)
     if not special and model.prediction and model.prediction.kind == "edm":
         special = "edm"
     # The demo model is a small SD1.
-    pipeline = pipelines.find("sd15" if family.id == "demo" else family.id, special)
+    pipeline = pipelines.find("sd15") if family.id == "demo" else family.pipelines.get(special)
     if pipeline is None and special == "edm":
         raise PreviewError(
             f"{name}: marked as EDM, which no configuration of {family.title} is known for",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 
 from crdiff_export.errors import OptionError
 from crdiff_export.formats.strict_json import is_text
@@ -24,6 +25,7 @@ class DrawingRequest:
         dtype: The dtype to compute in, as in `--dtype`.
         config: A folder or a repository on the Hub with the parts that a single file lacks.
         variant: Which weights to take from a folder that has several.
+        family: The table of the base's family, if it is not built in.
     """
 
     base: str
@@ -35,6 +37,7 @@ class DrawingRequest:
     dtype: str | None = None
     config: str | None = None
     variant: str | None = None
+    family: Path | None = None
 
 
 def check(request: DrawingRequest, prompts: Sequence[str]) -> None:

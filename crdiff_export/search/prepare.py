@@ -63,7 +63,7 @@ def prepare(request: SearchRequest) -> SearchJob:
         base,
         ExportRequest(
             request.base, request.size, recipe=request.recipe, targets=request.targets, criterion=request.criterion,
-            calibration=request.calibration, variant=request.variant, force=True,
+            calibration=request.calibration, variant=request.variant, family=request.family, force=True,
         ),
         criterion,
     )  # fmt: skip

@@ -168,7 +168,7 @@ def inspect(path: Path) -> Inspection:
     checkpoint = open_checkpoint(path)
     match, why_not = None, None
     try:
-        match = families.detect(checkpoint.shapes)
+        match = families.detect_baked(checkpoint.shapes, checkpoint.metadata, str(checkpoint.path))
     except FamilyError as error:
         why_not = error.message
     stamped = is_baked(checkpoint.metadata)

@@ -114,7 +114,7 @@ def _stamp(checkpoint: Checkpoint) -> Stamp:
 
 def _plan(checkpoint: Checkpoint, stamp: Stamp) -> Plan:
     """Rebuild the plan that made the file, from its header and its layers."""
-    match = families.detect(checkpoint.shapes)
+    match = families.detect_baked(checkpoint.shapes, checkpoint.metadata, str(checkpoint.path))
     family = match.family
     for key, stated, actual in (
         ("family", stamp.family, family.id),

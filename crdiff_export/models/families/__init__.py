@@ -1,9 +1,10 @@
 """Model families: how each one names its layers, and how a checkpoint's family is recognised. No weights are read."""
 
-from crdiff_export.models.families.catalogue import all_families, by_id
-from crdiff_export.models.families.detect import detect
+from crdiff_export.models.families.catalogue import all_families, by_id, installed_families, table_of
+from crdiff_export.models.families.detect import detect, detect_baked
 from crdiff_export.models.families.model import Family, FamilyLayer, Kind, Match, Twin
 from crdiff_export.models.families.quantised import quantisation
+from crdiff_export.models.families.table import load_family
 
 __all__ = [
     "Family",
@@ -14,5 +15,9 @@ __all__ = [
     "all_families",
     "by_id",
     "detect",
+    "detect_baked",
+    "installed_families",
+    "load_family",
     "quantisation",
+    "table_of",
 ]

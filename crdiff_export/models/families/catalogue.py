@@ -1,15 +1,18 @@
 """The built-in families, from their tables in `data/`. They have a few thousand records: the first call reads them."""
 
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Final
 
-from crdiff_export.errors import FamilyError
+from crdiff_export.errors import FamilyError, foreign_errors
 from crdiff_export.formats.text import did_you_mean
 from crdiff_export.models.families.model import Family
-from crdiff_export.models.families.structure import GROUPS
-from crdiff_export.models.families.table import parse_family
+from crdiff_export.models.families.structure import GROUPS as UNET_GROUPS
+from crdiff_export.models.families.table import load_family, parse_family
 from crdiff_export.models.families.unet import any_unet
 
+GROUP: Final = "crdiff.families"
 _DATA = Path(__file__).parent / "data"
 
 
@@ -21,13 +24,33 @@ def all_families() -> tuple[Family, ...]:
     return tuple(sorted(families, key=lambda family: (family.scope == "layer", family.id)))
 
 
+@cache
+def installed_families() -> tuple[Family, ...]:
+    """Return the families of other packages: each entry point of `crdiff.families` gives the path of a table."""
+    families = []
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        with foreign_errors(FamilyError, f"{entry.name}: {entry.value} cannot be loaded", "Install its package again."):
+            families.append(load_family(Path(entry.load())))
+    return tuple(families)
+
+
+def table_of(family: Family) -> str:
+    """Return the text of a family's table; of `unet`, whose layers are read from its names, a comment that says so."""
+    path = _DATA / f"{family.id}.toml"
+    if family.table or not path.exists():
+        return family.table or f"# {family.title}: its layers are read from the names of its tensors.\n"
+    return path.read_text(encoding="utf-8")
+
+
 def by_id(family_id: str) -> Family:
     """Return the family with this id; of a UNet that is none of the others, with all groups.
 
     Raises:
         FamilyError: The id is unknown; the hint has the nearest one.
     """
-    families = {family.id: family for family in (*all_families(), any_unet(GROUPS, None))}
+    families = {family.id: family for family in (*all_families(), any_unet(UNET_GROUPS, None))}
+    if family_id not in families:
+        families |= {family.id: family for family in installed_families()}
     if family_id not in families:
         message = f"no model family is called {family_id!r}"
         raise FamilyError(message, did_you_mean(family_id, tuple(families), "families"))

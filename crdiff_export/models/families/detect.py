@@ -1,11 +1,15 @@
 """Recognise the family of a checkpoint from the names and shapes of its tensors."""
 
+from collections.abc import Mapping, Sequence
+
 from crdiff_export.errors import FamilyError
 from crdiff_export.formats.text import printable
-from crdiff_export.models.families.explain import explain
-from crdiff_export.models.families.fit import EMA, PREFIXES, Shapes, holds, measure
+from crdiff_export.models.families.catalogue import installed_families
+from crdiff_export.models.families.explain import explain, explain_family
+from crdiff_export.models.families.fit import EMA, PREFIXES, Fit, Shapes, holds, measure
 from crdiff_export.models.families.model import ANY, Family, FamilyLayer, Layout, Match, Special
 from crdiff_export.models.families.structure import read_structure
+from crdiff_export.models.families.table import TABLE_KEY, parse_family
 from crdiff_export.models.families.unet import any_unet, tensors_of
 
 # Layers over time, whose names look like targets: AnimateDiff, Stable Video Diffusion, ModelScope's UNet3D.
@@ -14,7 +18,7 @@ _TEMPORAL = ("motion_modules.", ".temporal_transformer", ".temp_attentions.", ".
 _NEAR = 0.9
 
 
-def detect(shapes: Shapes) -> Match:
+def detect(shapes: Shapes, family: Family | None = None) -> Match:
     """Recognise the family, layout and prefix of a checkpoint.
 
     Known families are never confused: every target tensor must be present, no other layer may look like a target, and
@@ -22,6 +26,7 @@ def detect(shapes: Shapes) -> Match:
 
     Args:
         shapes: The shape of every tensor, by name.
+        family: The family that it is to be of; None for any that is built in or installed.
 
     Returns:
         The match.
@@ -29,18 +34,49 @@ def detect(shapes: Shapes) -> Match:
     Raises:
         FamilyError: No family matches; the message has the nearest one and what the checkpoint lacks of it.
     """
+    if family is not None:
+        fits = measure(shapes, [family])
+        if match := _exact(fits, shapes):
+            return match
+        raise explain_family(family, fits, shapes)
     if temporal := next((name for name in shapes if any(part in name for part in _TEMPORAL)), None):
         raise FamilyError(
             f"{printable(temporal)}: a layer over time, as video models have",
             "Give a model that makes single pictures.",
         )
     fits = measure(shapes)
-    for fit in fits:
-        if fit.exact and all(holds(mark, fit.prefix, shapes) for mark in fit.signature.layout.marks):
-            return _match(fit.signature.family, fit.signature.layout, fit.prefix, shapes)
+    if match := _exact(fits, shapes):
+        return match
+    if (others := installed_families()) and (match := _exact(measure(shapes, others), shapes)):
+        return match
     if all(fit.exact or fit.score < _NEAR for fit in fits) and (match := _any_unet(shapes)):
         return match
     raise explain(fits, shapes)
+
+
+def detect_baked(shapes: Shapes, metadata: Mapping[str, str], where: str) -> Match:
+    """Recognise a checkpoint that may be a baked file of a family that is not built in, whose table is in its header.
+
+    Args:
+        shapes: The shape of every tensor, by name.
+        metadata: The header's metadata.
+        where: The file, for messages.
+
+    Returns:
+        The match.
+
+    Raises:
+        FamilyError: No family matches, or the table in the header is damaged.
+    """
+    table = metadata.get(TABLE_KEY)
+    return detect(shapes, None if table is None else parse_family(table, f"{where}: {TABLE_KEY}", foreign=True))
+
+
+def _exact(fits: Sequence[Fit], shapes: Shapes) -> Match | None:
+    for fit in fits:
+        if fit.exact and all(holds(mark, fit.prefix, shapes) for mark in fit.signature.layout.marks):
+            return _match(fit.signature.family, fit.signature.layout, fit.prefix, shapes)
+    return None
 
 
 def _any_unet(shapes: Shapes) -> Match | None:

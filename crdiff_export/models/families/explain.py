@@ -7,7 +7,7 @@ from crdiff_export.errors import FamilyError
 from crdiff_export.formats.text import printable
 from crdiff_export.models.families.catalogue import all_families
 from crdiff_export.models.families.fit import Fit, Shapes, holds
-from crdiff_export.models.families.model import Mark
+from crdiff_export.models.families.model import Family, Mark
 
 _SHOWN = 3
 _LONGEST = 80
@@ -75,6 +75,28 @@ def explain(fits: Sequence[Fit], shapes: Shapes) -> FamilyError:
     titles = ", ".join(family.title for family in all_families() if family.id != "demo")
     supported = f"{titles}, and other UNets with their text-to-image blocks"
     return FamilyError(reason, f"Supported, in the original and the diffusers layout, finetunes included: {supported}.")
+
+
+def explain_family(family: Family, fits: Sequence[Fit], shapes: Shapes) -> FamilyError:
+    """Return the error for a file that is not of the family that it should be of.
+
+    Args:
+        family: The family.
+        fits: The result of `measure` for it.
+        shapes: The shape of every tensor, by name.
+
+    Returns:
+        The error to raise.
+    """
+    nearest = max(fits, key=lambda fit: fit.score, default=None)
+    if nearest is None:
+        example = next((layer.tensor for layout in family.layouts for layer in layout.layers), "")
+        reason = f"none of {len(shapes)} tensors is a target of {family.title}, such as {printable(example, _LONGEST)}"
+    elif nearest.exact:
+        reason = _wrong_marks([fit for fit in fits if fit.exact and fit.prefix == nearest.prefix], shapes)
+    else:
+        reason = _wrong_names(nearest)
+    return FamilyError(reason.removeprefix("no known model family: "), "`crdiff families validate` shows what fits.")
 
 
 def _wrong_names(fit: Fit) -> str:

@@ -1,7 +1,7 @@
 """Measure how well the tensor names of a file fit each family, in each layout and with each prefix."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -69,14 +69,23 @@ class Fit:
         return self.found / (len(self.signature.tensors) + len(self.extras))
 
 
-def measure(shapes: Shapes) -> list[Fit]:
-    """Return every fit with at least one target in common, in the order of prefixes and families."""
-    tails = tuple({tail: None for signature in _signatures() for tail in signature.tails})
+def measure(shapes: Shapes, families: Sequence[Family] | None = None) -> list[Fit]:
+    """Measure how well a file fits families.
+
+    Args:
+        shapes: The shape of every tensor, by name.
+        families: The families; None for the built-in ones.
+
+    Returns:
+        Every fit with at least one target in common, in the order of prefixes and families.
+    """
+    signatures = _signatures() if families is None else _signatures_of(families)
+    tails = tuple({tail: None for signature in signatures for tail in signature.tails})
     alike = [name for name in shapes if name.endswith(tails) and not name.startswith(EMA)]
     fits = []
     for prefix in PREFIXES:
         names = dict.fromkeys(name.removeprefix(prefix) for name in alike if name.startswith(prefix))
-        for signature in _signatures() if names else ():
+        for signature in signatures if names else ():
             missing = tuple(tensor for tensor in signature.tensors if tensor not in names)
             if len(missing) < len(signature.tensors):
                 ends_alike = (name for name in names if name.endswith(signature.tails))
@@ -104,7 +113,11 @@ def holds(mark: Mark, prefix: str, shapes: Shapes) -> bool:
 
 @cache
 def _signatures() -> tuple[Signature, ...]:
-    return tuple(_signature(family, layout) for family in all_families() for layout in family.layouts)
+    return _signatures_of(all_families())
+
+
+def _signatures_of(families: Sequence[Family]) -> tuple[Signature, ...]:
+    return tuple(_signature(family, layout) for family in families for layout in family.layouts)
 
 
 def _signature(family: Family, layout: Layout) -> Signature:

@@ -185,6 +185,7 @@ class Family:
         buckets: Whether it was trained on pictures of many shapes with about the native area.
         pipelines: The diffusers pipeline of the plain model (''), of special ones by their id, of the twin (`base`),
             and of a model that predicts as EDM does (`edm`).
+        table: The text of its table, for a family that is not built in; a baked file carries it.
     """
 
     id: str
@@ -204,6 +205,7 @@ class Family:
     twin: Twin | None = None
     buckets: bool = False
     pipelines: Mapping[str, Pipeline] = field(default_factory=dict)
+    table: str = ""
 
 
 @dataclass(frozen=True, slots=True)

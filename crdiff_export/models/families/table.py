@@ -7,9 +7,12 @@ by a list of its targets, in which `{0..18}` stands for the numbers of its block
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 from crdiff_export.errors import FamilyError, RecipeError
+from crdiff_export.formats.text_file import read_text_file
 from crdiff_export.models.families.model import (
     ANY,
     Family,
@@ -30,6 +33,10 @@ LAYOUTS: Final[tuple[LayoutName, ...]] = ("original", "diffusers")
 KINDS: Final[tuple[Kind, ...]] = ("attn", "ff", "attn2")
 # More blocks than any model has: a range in a foreign file must not fill the memory.
 _MOST_BLOCKS = 1000
+_MOST_LAYERS = 20_000
+MAX_TABLE: Final = 1 << 18
+# The header of a baked file has the table under this key.
+TABLE_KEY: Final = "crdiff.family.table"
 _RANGE = re.compile(r"\{(\d{1,4})\.\.(\d{1,4})\}")
 _UNET_GROUPS = ("down", "mid", "up")
 _EXAMPLES: Final = {
@@ -81,12 +88,29 @@ _KEYS: Final = (
 )  # fmt: skip
 
 
-def parse_family(text: str, where: str) -> Family:
+def load_family(path: Path) -> Family:
+    """Read the file of a family that is not built in.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The family, with the text of its table.
+
+    Raises:
+        FamilyError: The file cannot be read, or is no table of a family.
+    """
+    text = read_text_file(path, "family", "Name one TOML file; `crdiff families show sdxl` prints one.", FamilyError)
+    return parse_family(text, path.name, foreign=True)
+
+
+def parse_family(text: str, where: str, *, foreign: bool = False) -> Family:
     """Read a family.
 
     Args:
         text: The table, in TOML.
         where: The file, with which messages begin.
+        foreign: Whether the family is not built in, so that files of it carry the table.
 
     Returns:
         The family.
@@ -94,14 +118,17 @@ def parse_family(text: str, where: str) -> Family:
     Raises:
         FamilyError: The text is no TOML, or a key is missing, unknown or wrong.
     """
+    if len(text) > MAX_TABLE:
+        raise FamilyError(f"{where}: has {len(text):,} characters, a family has at most {MAX_TABLE:,}", "Shorten it.")
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise FamilyError(f"{where}: {error}", "A family is TOML; `crdiff families show sdxl` prints one.") from error
     try:
-        return _family(RecipeTable(values, where, examples=_EXAMPLES, document="family"))
+        family = _family(RecipeTable(values, where, examples=_EXAMPLES, document="family"))
     except RecipeError as error:
         raise FamilyError(error.message, error.hint) from error
+    return replace(family, table=text) if foreign else family
 
 
 def _family(table: RecipeTable) -> Family:
@@ -175,6 +202,8 @@ def _transformer(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
     for target in targets:
         for layer in _target(target, groups, kinds, names):
             layers[layer[0]].append(layer[1])
+        if len(layers[names[0]]) > _MOST_LAYERS:
+            raise document.wrong("target", f"stands for more than {_MOST_LAYERS:,} tensors")
     layouts = tuple(_layout(table.table(name), name, tuple(layers[name])) for name in names)
     return {
         "layouts": layouts, "scope": "layer", "groups": groups, "kinds": kinds, "default_kinds": default,

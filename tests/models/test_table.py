@@ -1,0 +1,165 @@
+"""Families as tables: what a table says is what is recognised, and a wrong table is refused by its key."""
+
+import random
+import tomllib
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from crdiff_export.errors import FamilyError
+from crdiff_export.models.families import all_families, by_id, catalogue, detect, installed_families, load_family
+from crdiff_export.models.families.catalogue import table_of
+from crdiff_export.models.families.table import MAX_TABLE, parse_family
+from tests.support import geometry_tables
+from tests.support.messages import raises
+
+OWN = """
+id = "own"
+title = "My model"
+native = "512x512"
+
+[transformer]
+kinds = ["ff", "attn"]
+default = ["ff"]
+channels = 16
+
+[transformer.diffusers]
+first = "img_in.weight"
+marks = [{ tensor = "txt_in.weight", axis = 1, sizes = [24] }]
+
+[[target]]
+kind = "ff"
+diffusers = "blocks.{0..2}.img_mlp.net.0.proj.weight"
+
+[[target]]
+kind = "attn"
+diffusers = "blocks.{0..2}.attn.to_q.weight"
+"""
+SHAPES = {
+    "img_in.weight": (8, 16), "txt_in.weight": (8, 24),
+    **{f"blocks.{i}.{name}.weight": (8, 8) for i in range(3) for name in ("img_mlp.net.0.proj", "attn.to_q")},
+}  # fmt: skip
+
+
+def test_a_table_says_what_is_a_target() -> None:
+    family = parse_family(OWN, "own.toml", foreign=True)
+    match = detect(SHAPES, family)
+    assert (match.family.id, match.layout.name, match.prefix, match.special) == ("own", "diffusers", "", None)
+    layers = {layer.tensor: (layer.group, layer.kind, layer.part) for layer in match.layout.layers}
+    assert layers == {
+        **{f"blocks.{i}.img_mlp.net.0.proj.weight": ("blocks", "ff", None) for i in range(3)},
+        **{f"blocks.{i}.attn.to_q.weight": ("blocks", "attn", None) for i in range(3)},
+    }
+    assert detect({f"transformer.{name}": shape for name, shape in SHAPES.items()}, family).prefix == "transformer."
+    assert family.table == OWN
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"blocks.1.attn.to_q.weight": None}, "blocks.1.attn.to_q.weight"),
+        ({"blocks.3.attn.to_q.weight": (8, 8)}, "blocks.3.attn.to_q.weight"),
+        ({"txt_in.weight": (8, 32)}, "txt_in.weight"),
+        ({"txt_in.weight": None}, "txt_in.weight"),
+        (dict.fromkeys(name for name in SHAPES if name.startswith("blocks")), "blocks.0.img_mlp.net.0.proj.weight"),
+    ],
+)
+def test_a_file_of_another_model_is_refused(changes: dict[str, tuple[int, ...] | None], key: str) -> None:
+    shapes = {name: shape for name, shape in {**SHAPES, **changes}.items() if shape}
+    with raises(FamilyError, key):
+        detect(shapes, parse_family(OWN, "own.toml"))
+
+
+WRONG = {
+    "no TOML": ("id = ", "own.toml"),
+    "no id": (OWN.replace('id = "own"', ""), "id is missing"),
+    "an id of capitals": (OWN.replace('"own"', '"Own"'), "id is 'Own'"),
+    "an unknown key": (OWN + "\ncolour = 1\n", "target[2].colour"),
+    "neither": ('id = "own"\ntitle = "x"\n', "unet"),
+    "both": (OWN + "\n[unet]\ndown = [1]\nmid = 1\ncontext = 8\n", "unet"),
+    "an odd kind": (OWN.replace('kind = "attn"', 'kind = "norm"'), "target[2].kind"),
+    "an unknown kind": (OWN.replace('["ff", "attn"]', '["ff", "norm"]'), "kinds"),
+    "a default that is no kind": (OWN.replace('default = ["ff"]', 'default = ["attn2"]'), "default"),
+    "no layout": (OWN.replace("[transformer.diffusers]", "[transformer.other]"), "transformer.other"),
+    "no target": (OWN[: OWN.index("[[target]]")], "target is missing"),
+    "two ranges": (OWN.replace("blocks.{0..2}.attn", "{0..1}.{0..2}.attn"), "target[2].diffusers"),
+    "an open range": (OWN.replace("blocks.{0..2}.attn", "blocks.{0..}.attn"), "target[2].diffusers"),
+    "a range backwards": (OWN.replace("blocks.{0..2}.attn", "blocks.{2..0}.attn"), "2..0"),
+    "a bomb": (OWN.replace("{0..2}", "{0..9999}"), "0..9999"),
+    "a bias": (OWN.replace("to_q.weight", "to_q.bias"), "target[2].diffusers"),
+    "sizes of text": (OWN.replace("[24]", '["24"]'), "sizes"),
+    "no native": (OWN.replace('"512x512"', '"big"'), "native"),
+    "too long": ("#" * (MAX_TABLE + 1), "at most"),
+    "depths of text": ('id = "u"\ntitle = "u"\n[unet]\ndown = ["1"]\nmid = 1\ncontext = 8\n', "unet.down"),
+    "too few depths": ('id = "u"\ntitle = "u"\n[unet]\ndown = [[1]]\nmid = 1\ncontext = 8\n', "unet.down"),
+    "no depth": ('id = "u"\ntitle = "u"\n[unet]\nmid = 1\ncontext = 8\n', "unet.down is missing"),
+    "a special of nothing": (OWN + '\n[[special]]\nid = "x"\ntitle = "x"\narchitecture = "x"\n', "special[1].channels"),
+    "a pipeline without a class": (OWN + '\n[pipeline]\nconfig = "a/b"\n', "pipeline.class"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_in_a_table_is_named(case: str) -> None:
+    text, key = WRONG[case]
+    with raises(FamilyError, "own.toml", key):
+        parse_family(text, "own.toml")
+
+
+def test_layouts_have_as_many_names() -> None:
+    text = OWN.replace("[transformer.diffusers]", "[transformer.original]\n[transformer.diffusers]")
+    text = text.replace("diffusers = ", 'original = "x.{0..1}.weight"\ndiffusers = ')
+    with raises(FamilyError, "target[1].diffusers"):
+        parse_family(text, "own.toml")
+
+
+def test_tables_of_many_layers_are_refused_before_they_fill_the_memory() -> None:
+    targets = "".join(f'[[target]]\nkind = "ff"\ndiffusers = "b{i}.{{0..999}}.weight"\n' for i in range(30))
+    with raises(FamilyError, "target"):
+        parse_family(OWN[: OWN.index("[[target]]")] + targets, "own.toml")
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_table_that_was_changed_anyhow_is_read_or_refused(seed: int) -> None:
+    choose = random.Random(seed)
+    text = table_of(by_id(choose.choice([family.id for family in all_families()])))
+    for _ in range(choose.randint(1, 4)):
+        at, end = sorted(choose.sample(range(len(text)), 2))
+        end = min(end, at + choose.choice((1, 1, 20)))
+        text = text[:at] + choose.choice(("", '"', "[", "]", "=", "{", "1", "\n", "-", text[at:end] * 2)) + text[end:]
+    with suppress(FamilyError):
+        parse_family(text, "own.toml")
+
+
+@pytest.mark.parametrize("family", all_families(), ids=lambda family: family.id)
+def test_the_table_of_a_built_in_family_can_be_a_users_own(family: object, tmp_path: Path) -> None:
+    """What `crdiff families show` prints is a start."""
+    name = family.id  # type: ignore[attr-defined]
+    (tmp_path / "copy.toml").write_text(table_of(by_id(name)))
+    own = load_family(tmp_path / "copy.toml")
+    table = next(table for table in geometry_tables.names() if table.startswith(f"{name}."))
+    shapes = {tensor: shape for tensor, (_, shape) in geometry_tables.load(table).items()}
+    assert detect(shapes, own).layout == detect(shapes).layout
+    assert tomllib.loads(own.table)["id"] == name
+
+
+def test_a_package_may_bring_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Entry:
+        name, value = "own", "package:TABLE"
+
+        def load(self) -> str:
+            return str(tmp_path / "own.toml")
+
+    (tmp_path / "own.toml").write_text(OWN)
+    monkeypatch.setattr(catalogue, "entry_points", lambda group: [Entry()] if group == "crdiff.families" else [])
+    installed_families.cache_clear()
+    try:
+        match = detect(SHAPES)
+        assert (match.family.id, match.family.table) == ("own", OWN)
+        assert by_id("own").title == "My model"
+        monkeypatch.setattr(Entry, "load", lambda self: 1 / 0)
+        installed_families.cache_clear()
+        with raises(FamilyError, "own: package:TABLE"):
+            detect(SHAPES)
+    finally:
+        installed_families.cache_clear()
