@@ -55,7 +55,8 @@ def of_family(family: "Family", size: Size) -> Recipe:
     Returns:
         The recipe.
     """
-    if recipe := by_alias(family.id):
+    recipe = None if family.table else by_alias(family.id)
+    if recipe:
         return recipe
     ratios = dict.fromkeys(family.groups, START_RATIO)
     variant = Variant(size, ratios, START_POA_WEIGHT, "starting-point", START_SOURCE)

@@ -90,7 +90,7 @@ def check_seeds(last: int, option: str = "--seed") -> None:
 
 
 def check_negative(negative: str | None, family: Family) -> None:
-    """Refuse a negative prompt for FLUX, whose distilled guidance takes none.
+    """Refuse a negative prompt for a family that takes none, such as FLUX with its distilled guidance.
 
     Args:
         negative: The negative prompt, if any.
@@ -100,5 +100,5 @@ def check_negative(negative: str | None, family: Family) -> None:
         OptionError: The family's pipeline takes no negative prompt.
 
     """
-    if negative and family.id.startswith("flux"):
+    if negative and not family.negative:
         raise OptionError(f"{family.title} takes no negative prompt", "Leave --negative out.")

@@ -25,6 +25,7 @@ from crdiff_export.bake import metadata
 from crdiff_export.export import prepare, run
 from crdiff_export.formats import safetensors
 from crdiff_export.formats.crdiff_keys import Stamp
+from crdiff_export.models.families import by_id, table_of
 from crdiff_export.models.recipe import Evidence
 from crdiff_export.progress import Silent
 from crdiff_export.prune.architecture import Architecture
@@ -54,7 +55,10 @@ Exports = Callable[[str], tuple[Path, Path]]
 # ModelSpec.
 
 SPEC = {
+    "chroma": "chroma",
     "demo": "stable-diffusion-v1",
+    "flux-lite": "flux-1-lite",
+    "qwen-image": "qwen-image",
     "flux-dev": "flux-1-dev",
     "flux-schnell": "flux-1-schnell",
     "koala-1b": "koala-1b",
@@ -77,7 +81,7 @@ def test_every_family_gets_the_keys_that_modelspec_wants(table: str, narrow_expo
     family, layout = table.split(".")
     base, output = narrow_exports(table)
     header = makers.metadata_of(output)
-    original = "https://github.com/black-forest-labs/flux" if family.startswith("flux") else "sgm"
+    original = by_id(family).implementation
     assert {key: text for key, text in header.items() if not key.startswith("crdiff.")} == {
         "format": "pt",
         "modelspec.architecture": SPEC[family] or header["modelspec.architecture"],
@@ -290,6 +294,9 @@ def test_document_names_every_key_and_its_format(tmp_path: Path) -> None:
     header.append(bake(makers.write(tmp_path / "special.safetensors", special), tmp_path / "inpainting.safetensors"))
     masked = masking.base(tmp_path / "masked", "sd15.original")
     header.append(makers.metadata_of(export(masked.request(tmp_path / "obs.safetensors", "obs")).written.path))
+    (tmp_path / "family.toml").write_text(table_of(by_id("sd3-medium")).replace('id = "sd3-medium"', 'id = "own"'))
+    own = makers.write(tmp_path / "own.safetensors", makers.tiny("sd3-medium.original-transformer"))
+    header.append(bake(own, tmp_path / "of-family.safetensors", family=tmp_path / "family.toml"))
     assert header[0]["crdiff.threshold.mid"] == "none"
     assert header[0]["crdiff.nonfinite.down"] == "1"
     assert header[0]["crdiff.evidence.interval"] == "[0.1, 0.2]"

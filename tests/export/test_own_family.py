@@ -21,8 +21,8 @@ from tests.support.messages import raises, refused
 
 # As docs/families.md teaches it; targets are the picture's feed-forward, attention on request.
 TABLE = """
-id = "qwen-image"
-title = "Qwen-Image, tiny"
+id = "tiny"
+title = "Tiny model"
 grid = 16
 
 [transformer]
@@ -88,11 +88,11 @@ def test_a_file_of_it_needs_the_table_no_more(base: Path, line: Line) -> None:
     output = export(request(base, residual="sidecar")).written.path
     (base.parent / "own.toml").unlink()
     header = makers.metadata_of(output)
-    assert (header["crdiff.schema"], header["crdiff.family"]) == ("2", "qwen-image")
+    assert (header["crdiff.schema"], header["crdiff.family"]) == ("2", "tiny")
     assert header["crdiff.family.table"] == TABLE
     assert "modelspec.architecture" not in header
     assert verify(output, str(base), Silent()).against == "all"
-    assert "Qwen-Image, tiny" in line("inspect o.safetensors").out
+    assert "Tiny model" in line("inspect o.safetensors").out
     restore(output, base.parent / "back.safetensors")
     assert (base.parent / "back.safetensors").read_bytes() == base.read_bytes()
     source = from_baked(output)

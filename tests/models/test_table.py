@@ -1,6 +1,7 @@
 """Families as tables: what a table says is what is recognised, and a wrong table is refused by its key."""
 
 import random
+import re
 import tomllib
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from crdiff_export.errors import FamilyError
 from crdiff_export.models.families import all_families, by_id, catalogue, detect, installed_families, load_family
 from crdiff_export.models.families.catalogue import table_of
 from crdiff_export.models.families.table import MAX_TABLE, parse_family
-from tests.support import geometry_tables
+from tests.support import DOCS, geometry_tables
 from tests.support.messages import raises
 
 OWN = """
@@ -141,6 +142,11 @@ def test_the_table_of_a_built_in_family_can_be_a_users_own(family: object, tmp_p
     shapes = {tensor: shape for tensor, (_, shape) in geometry_tables.load(table).items()}
     assert detect(shapes, own).layout == detect(shapes).layout
     assert tomllib.loads(own.table)["id"] == name
+
+
+def test_the_tables_of_the_documentation_are_right() -> None:
+    tables = re.findall(r"```toml\n(.*?)```", (DOCS / "families.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert [parse_family(table, "families.md").id for table in tables] == ["my-model", "my-unet"]
 
 
 def test_a_package_may_bring_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from tests.support.card_makers import BUNDLED, SDXL, row, told
 OPENED: Mapping[str, CardVariant] = {
     **{f"{family} {prefix or 'alone'}": row(f"{family}.safetensors", family=family, prefix=prefix)
        for family in ("sd15", "sd21", "sdxl", "sdxl-refiner", "ssd-1b", "sdxs-512", "koala-1b", "sd3-medium",
-                      "sd35-medium", "sd35-large", "flux-dev",
+                      "sd35-medium", "sd35-large", "flux-lite", "flux-dev",
                       "flux-schnell") for prefix in (BUNDLED, "", "diffusion_model.")},
     **{f"{family} {where}": row(where, family=family, layout="diffusers", prefix="")
        for family in ("sdxl", "flux-dev") for where in ("", "unet", "a/transformer", "a [b]", "x.safetensors")},

@@ -15,7 +15,7 @@ DEMO = "demo.diffusers-unet"
 
 
 def is_dit(table: str) -> bool:
-    return table.startswith(("sd3-", "sd35-", "flux-"))
+    return "transformer" in table
 
 
 def default_kinds(table: str) -> tuple[str, ...]:

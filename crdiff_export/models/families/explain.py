@@ -63,7 +63,7 @@ def explain(fits: Sequence[Fit], shapes: Shapes) -> FamilyError:
     """
     # No real model is a variation of the demo, which is so small that much of it is found in all of them.
     real = [fit for fit in fits if fit.exact or fit.signature.family.id != "demo"] or fits
-    nearest = max(real, key=lambda fit: fit.score, default=None)
+    nearest = max(real, key=lambda fit: (fit.score, _holding(fit, shapes)), default=None)
     if model := _other_model(shapes):
         reason = f"no known model family: this is a model of the kind {model}"
     elif nearest is None:
@@ -97,6 +97,11 @@ def explain_family(family: Family, fits: Sequence[Fit], shapes: Shapes) -> Famil
     else:
         reason = _wrong_names(nearest)
     return FamilyError(reason.removeprefix("no known model family: "), "`crdiff families validate` shows what fits.")
+
+
+def _holding(fit: Fit, shapes: Shapes) -> int:
+    """Count the marks that hold; relatives with the same layers differ in them alone."""
+    return sum(holds(mark, fit.prefix, shapes) for mark in fit.signature.layout.marks)
 
 
 def _wrong_names(fit: Fit) -> str:

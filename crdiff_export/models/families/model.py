@@ -185,6 +185,8 @@ class Family:
         buckets: Whether it was trained on pictures of many shapes with about the native area.
         pipelines: The diffusers pipeline of the plain model (''), of special ones by their id, of the twin (`base`),
             and of a model that predicts as EDM does (`edm`).
+        fraction: Whether diffusers' pipelines give its timestep as a fraction of the training's steps.
+        negative: Whether its pipeline takes a negative prompt.
         table: The text of its table, for a family that is not built in; a baked file carries it.
     """
 
@@ -205,6 +207,8 @@ class Family:
     twin: Twin | None = None
     buckets: bool = False
     pipelines: Mapping[str, Pipeline] = field(default_factory=dict)
+    fraction: bool = False
+    negative: bool = True
     table: str = ""
 
 

@@ -59,6 +59,8 @@ _EXAMPLES: Final = {
     "layers": "layers = 2",
     "context": "context = 2048",
     "channels": "channels = 4",
+    "fraction": "fraction = true",
+    "negative": "negative = false",
     "vector": "vector = 2816",
     "kinds": 'kinds = ["ff", "attn"]',
     "default": 'default = ["ff"]',
@@ -184,7 +186,7 @@ def _depths(table: RecipeTable, key: str, layers: int) -> tuple[int | tuple[int,
 
 
 def _transformer(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
-    table.refuse_unknown(("kinds", "default", "groups", "channels", *LAYOUTS))
+    table.refuse_unknown(("kinds", "default", "groups", "channels", "fraction", "negative", *LAYOUTS))
     kinds = table.strings("kinds")
     if unknown := next((kind for kind in kinds if kind not in KINDS), None):
         raise table.wrong("kinds", f"has {shown(unknown)}, must be some of {', '.join(KINDS)}")
@@ -208,6 +210,7 @@ def _transformer(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
     return {
         "layouts": layouts, "scope": "layer", "groups": groups, "kinds": kinds, "default_kinds": default,
         "channels": table.count("channels") if "channels" in table else 4,
+        "fraction": _flag(table, "fraction"), "negative": _flag(table, "negative", usual=True),
     }  # fmt: skip
 
 
@@ -316,8 +319,8 @@ def _whole(table: RecipeTable, key: str) -> int:
     raise table.wrong(key, "is missing" if key not in table else f"is {shown(value)}, must be a whole number from 0")
 
 
-def _flag(table: RecipeTable, key: str) -> bool:
-    value = table.values.get(key, False)
+def _flag(table: RecipeTable, key: str, *, usual: bool = False) -> bool:
+    value = table.values.get(key, usual)
     if isinstance(value, bool):
         return value
     raise table.wrong(key, f"is {shown(value)}, must be true or false")

@@ -154,7 +154,7 @@ class Poa:
         if scheduler is None or timestep is None or scheduler.timesteps is None:
             raise PoaError("nothing tells which step of sampling this is", "Enable POA on the pipeline, not its model.")
         now = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
-        if self.source.masks.family.startswith("flux"):  # its pipelines give the timestep as a fraction
+        if self.source.plan.match.family.fraction:
             now *= scheduler.config.num_train_timesteps
         distances = (scheduler.timesteps.cpu().double() - now).abs()
         return int(distances.argmin()) / len(distances)
