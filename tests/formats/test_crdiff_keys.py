@@ -242,7 +242,7 @@ def test_a_mask_that_is_wrong_is_named(changes: dict[str, str | None], key: str)
         Stamp.from_metadata(keys, "file")
 
 
-@pytest.mark.parametrize("schema", ["2", "", "1.0", " 1"])
+@pytest.mark.parametrize("schema", ["3", "", "1.0", " 1"])
 def test_another_schema_needs_a_newer_crdiff(schema: str) -> None:
     with raises(CheckpointError, f"schema {schema!r}"):
         Stamp.from_metadata({**BLOCK_WISE, "crdiff.schema": schema}, "file")
