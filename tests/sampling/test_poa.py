@@ -11,12 +11,15 @@ from crdiff_export.sampling import poa
 from tests.support.poa_cases import Case, pruned_copy, two_models
 from tests.support.tiny_pipelines import KINDS
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' Euler with NumPy 2
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation"),  # diffusers' Euler with NumPy 2
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated"),
+]
 
 W = 1.7
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
 # Of many layers, each of which takes its time.
-LARGE = ("sdxl", "refiner", "flux")
+LARGE = ("sdxl", "refiner", "flux", "chroma", "qwen")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -57,7 +60,7 @@ def test_it_is_the_formula_of_two_models(criterion: str, case: Case) -> None:
         poa.disable(pipe)
         with two_models(model, other, W):
             assert torch.equal(kind.run(pipe, 1, **kind.unguided), alone)
-    names = ("time_embedding", "time_text_embed.timestep_embedder")
+    names = ("time_embedding", "time_text_embed.timestep_embedder", "distilled_guidance_layer")
     embedding = next(module for name, module in model.named_modules() if name in names)
     calls: dict[str, list[int]] = {"batched": [], "dense": []}
     for mode, passes in calls.items():

@@ -178,9 +178,13 @@ def test_it_starts_and_stops(pipe: Any, baked: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("sdxl", {}), ("sd3", {}), ("flux", {}), ("img2img", {}), ("img2img", {"strength": 0.6})],
-    ids=["sdxl", "sd3", "flux", "img2img", "part of the noise is a later part of sampling"],
-)
+    [
+        ("sdxl", {}), ("sd3", {}), ("flux", {}), ("chroma", {}), ("qwen", {}), ("img2img", {}),
+        ("img2img", {"strength": 0.6}),
+    ],
+    ids=["sdxl", "sd3", "flux", "chroma", "qwen", "img2img", "part of the noise is a later part of sampling"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")
 def test_every_scheduler_tells_the_step(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     pipe = KINDS[kind].make()
     base = KINDS[kind].save(pipe, tmp_path)
@@ -188,7 +192,7 @@ def test_every_scheduler_tells_the_step(kind: str, options: dict[str, Any], tmp_
     source = poa.from_recipe(ExportRequest(str(base), SIZE, ratio=0.4))
     with poa.enabled(pipe, source, weight_function(asked)):
         KINDS[kind].run(pipe, num_inference_steps=5, **options)
-    passes = 2 if kind == "flux" else 1  # its true guidance calls the model for either prompt
+    passes = 2 if kind in ("flux", "chroma", "qwen") else 1  # true guidance calls the model for either prompt
     assert asked == [step / 5 for step in range(2 if options else 0, 5) for _ in range(passes)]
 
 

@@ -112,6 +112,50 @@ def flux_transformer() -> Any:
     )  # fmt: skip
 
 
+def chroma_pipe(model: Any) -> Any:
+    return diffusers.ChromaPipeline(
+        transformer=model, vae=vae(16), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), text_encoder=None,
+        tokenizer=None,
+    )  # fmt: skip
+
+
+def chroma_transformer() -> Any:
+    return diffusers.ChromaTransformer2DModel(
+        num_layers=19, num_single_layers=38, attention_head_dim=6, num_attention_heads=2, joint_attention_dim=T5,
+        axes_dims_rope=(2, 2, 2), approximator_num_channels=8, approximator_hidden_dim=8, approximator_layers=1,
+    )  # fmt: skip
+
+
+def chroma_inputs(batch: int) -> dict[str, Any]:
+    mask = torch.ones(batch, 5, dtype=torch.bool)
+    masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
+    return {**sd_inputs(T5, batch), **masks, "height": PIXELS, "width": PIXELS}
+
+
+QWEN = 3584  # the width of text that Qwen-Image is recognised by
+
+
+def qwen_pipe(model: Any) -> Any:
+    channels = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+    small = diffusers.AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **channels)
+    return diffusers.QwenImagePipeline(
+        transformer=model, vae=small, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), text_encoder=None,
+        tokenizer=None,
+    )  # fmt: skip
+
+
+def qwen_transformer() -> Any:
+    return diffusers.QwenImageTransformer2DModel(
+        num_layers=60, attention_head_dim=6, num_attention_heads=2, joint_attention_dim=QWEN, axes_dims_rope=(2, 2, 2)
+    )
+
+
+def qwen_inputs(batch: int) -> dict[str, Any]:
+    mask = torch.ones(batch, 5, dtype=torch.bool)
+    masks = {"prompt_embeds_mask": mask, "negative_prompt_embeds_mask": mask}
+    return {**sd_inputs(QWEN, batch), **masks, "height": PIXELS, "width": PIXELS, "true_cfg_scale": 2.0}
+
+
 def embeds(width: int, batch: int, tokens: int = 5) -> torch.Tensor:
     return torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(width))
 
@@ -215,4 +259,6 @@ KINDS = {
         lambda batch: {**pooled_inputs(T5, batch), "height": PIXELS, "width": PIXELS, "true_cfg_scale": 2.0},
         "transformer", {"true_cfg_scale": 1.0},
     ),
+    "chroma": Kind(chroma_transformer, chroma_pipe, chroma_inputs, "transformer"),
+    "qwen": Kind(qwen_transformer, qwen_pipe, qwen_inputs, "transformer", {"true_cfg_scale": 1.0}),
 }  # fmt: skip

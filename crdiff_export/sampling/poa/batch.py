@@ -7,7 +7,8 @@ from torch import Tensor, cat, nn
 
 # Arguments of UNets and transformers with a batch dimension in front, by name (diffusers' `forward` signatures).
 BATCHED = {
-    "sample", "encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask", "encoder_attention_mask",
+    "sample", "encoder_hidden_states", "encoder_hidden_states_mask", "class_labels", "timestep_cond", "attention_mask",
+    "encoder_attention_mask",
     "mid_block_additional_residual", "down_block_additional_residuals", "down_intrablock_additional_residuals",
     "text_embeds", "time_ids", "image_embeds",
     "hidden_states", "pooled_projections", "guidance", "block_controlnet_hidden_states", "controlnet_block_samples",
@@ -15,7 +16,9 @@ BATCHED = {
 }  # fmt: skip
 # Arguments that both halves share.
 SHARED = {"img_ids", "txt_ids", "return_dict", "scale", "ip_adapter_masks", "controlnet_blocks_repeat"}
-NESTED = {"added_cond_kwargs", "cross_attention_kwargs", "joint_attention_kwargs"}
+NESTED = {"added_cond_kwargs", "cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs"}
+# Lists with an entry for each of the batch.
+LISTED = {"img_shapes"}
 
 
 def copy(value: Any) -> Any:
@@ -62,6 +65,8 @@ def _double(name: str, value: Any) -> Any:
         return cat((value, value)) if isinstance(value, Tensor) and value.ndim and len(value) > 1 else value
     if name in NESTED and isinstance(value, dict):
         return {key: _double(key, item) for key, item in value.items()}
+    if name in LISTED and isinstance(value, list):
+        return [*value, *value]
     if name in BATCHED and isinstance(value, Tensor):
         return cat((value, value))
     if name in BATCHED and isinstance(value, list | tuple):
