@@ -4,6 +4,7 @@ import codecs
 from pathlib import Path
 
 from crdiff_export.errors import CheckpointError
+from crdiff_export.formats import gguf
 
 # The number of first bytes that `refuse_other` needs.
 SIZE = 64
@@ -34,7 +35,7 @@ def refuse_other(start: bytes, path: Path) -> None:
     """
     if start.startswith(b"GGUF"):
         raise CheckpointError(
-            f"{path}: a GGUF file; its weights are quantised and cannot be pruned by magnitude",
+            f"{path}: a GGUF file; its weights {gguf.why_not(path)}",
             "Use the fp16 or bf16 checkpoint that it was made from.",
         )
     if is_pickle(start):

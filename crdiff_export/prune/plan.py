@@ -12,7 +12,7 @@ from crdiff_export.formats.dtypes import FORMATS
 from crdiff_export.formats.safetensors import BITS, TensorSpec, show
 from crdiff_export.formats.weight_file import Bytes, SourceFile
 from crdiff_export.models import families
-from crdiff_export.models.families import FamilyLayer, Match
+from crdiff_export.models.families import FamilyLayer, Match, Quantisation
 from crdiff_export.models.recipe import Variant
 from crdiff_export.prune import threshold
 from crdiff_export.sizes import Size
@@ -194,7 +194,7 @@ def with_ratios(plan: Plan, ratios: Mapping[str, float]) -> Plan:
     return replace(plan, scopes=scopes, variant=replace(plan.variant, ratios=dict(ratios)))
 
 
-def quantisation(checkpoint: Checkpoint, prefix: str = "") -> str | None:
+def quantisation(checkpoint: Checkpoint, prefix: str = "") -> Quantisation | None:
     """Recognise quantised weights.
 
     Args:
@@ -244,9 +244,9 @@ def recognise(checkpoint: Checkpoint, family: Path | None = None) -> Match:
 
 
 def _refuse_quantised(checkpoint: Checkpoint, prefix: str) -> None:
-    if kind := quantisation(checkpoint, prefix):
+    if quantised := quantisation(checkpoint, prefix):
         raise PlanError(
-            f"{checkpoint.path}: quantised weights ({kind}) cannot be pruned by magnitude",
+            f"{checkpoint.path}: quantised weights {quantised}",
             "Export from the fp16 or bf16 checkpoint, then quantise the result.",
         )
 

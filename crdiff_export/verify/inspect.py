@@ -132,8 +132,8 @@ class Inspection:
             yield "prefix", match.prefix or "none"
         elif not self.calibration:
             yield "family", self.why_not or "unknown"
-        if kind := quantisation(checkpoint):
-            yield "quantised", f"{kind}; cannot be pruned by magnitude"
+        if quantised := quantisation(checkpoint):
+            yield "quantised", f"weights {quantised}"
         if title := checkpoint.metadata.get("modelspec.title"):
             yield "title", printable(title)
         if self.stamp:
@@ -151,13 +151,14 @@ class Inspection:
         """Return the same as an object for JSON."""
         checkpoint, match, metadata = self.checkpoint, self.match, self.checkpoint.metadata
         keys = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
+        quantised = quantisation(checkpoint)
         return {
             "file": str(self.path), "kind": checkpoint.kind, "files": len(checkpoint.files),
             "tensors": sum(len(file.tensors) for file in checkpoint.files), "bytes": self.size, "dtypes": self.dtypes,
             "family": match and match.family.id, "layout": match and match.layout.name,
             "prefix": match and match.prefix, "special": match and match.special and match.special.id,
             "inpainting": match and bool(match.special and match.special.id == "inpainting"), "unknown": self.why_not,
-            "quantised": quantisation(checkpoint), "sparse": any(file.is_sparse for file in checkpoint.files),
+            "quantised": quantised and quantised.kind, "sparse": any(file.is_sparse for file in checkpoint.files),
             "title": metadata.get("modelspec.title"), "groups": self.groups, "notes": self.notes,
             "crdiff": keys if self.stamp else None, "calibration": self.calibration is not None,
         }  # fmt: skip

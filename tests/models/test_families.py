@@ -499,12 +499,25 @@ def test_by_id_suggests(family_id: str, nearest: str) -> None:
     ids=lambda value: str(value)[:60],
 )
 def test_quantisation(names: list[str], expected: str | None) -> None:
-    assert quantisation(iter(names), {"format": "pt"}) == expected
+    found = quantisation(iter(names), {"format": "pt"})
+    assert (found and found.kind) == expected
+    assert (found and found.obstacle) is None
+
+
+@pytest.mark.parametrize("name", ["a.wcscales", "a.smooth_factor", "a.proj_down", "a.wtscale"])
+def test_a_low_rank_branch_is_an_obstacle(name: str) -> None:
+    """Whatever else is there: nunchaku's files have codes like others, too."""
+    found = quantisation(["a.qweight", "a.weight_scale", name], {})
+    assert found
+    assert (found.kind, "low-rank" in str(found.obstacle)) == (f"SVDQuant ({name})", True)
 
 
 def test_quantisation_in_the_metadata() -> None:
     metadata = {"_quantization_metadata": "{}"}
-    assert quantisation([], metadata) == "a ComfyUI quantisation (metadata _quantization_metadata)"
+    assert quantisation([], metadata) == ("a ComfyUI quantisation (metadata _quantization_metadata)", None)
+    rotated = quantisation([], {"_quantization_metadata": '{"layers": {"a": {"format": "int8_convrot"}}}'})
+    assert rotated
+    assert "rotated" in str(rotated.obstacle)
 
 
 @pytest.mark.parametrize("table", TABLES)

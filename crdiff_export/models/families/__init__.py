@@ -3,7 +3,7 @@
 from crdiff_export.models.families.catalogue import all_families, by_id, installed_families, table_of
 from crdiff_export.models.families.detect import detect, detect_baked
 from crdiff_export.models.families.model import Family, FamilyLayer, Kind, Match, Twin
-from crdiff_export.models.families.quantised import quantisation
+from crdiff_export.models.families.quantised import Quantisation, quantisation
 from crdiff_export.models.families.table import load_family
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "FamilyLayer",
     "Kind",
     "Match",
+    "Quantisation",
     "Twin",
     "all_families",
     "by_id",
