@@ -67,8 +67,9 @@ def quantisation(names: Iterable[str], metadata: Mapping[str, str]) -> Quantisat
         if obstacle and (shown := next((name for name in marked if name.endswith(tail)), None)):
             return Quantisation(f"{title} ({printable(shown)})", obstacle)
     for name in marked:
-        if kind := next((kind for tail, (kind, _) in _TAILS.items() if name.endswith(tail)), None):
-            return Quantisation(f"{kind} ({printable(name)})")
+        quantiser = next((title for tail, (title, _) in _TAILS.items() if name.endswith(tail)), None)
+        if quantiser:
+            return Quantisation(f"{quantiser} ({printable(name)})")
         # SDNQ has X.scale beside X.weight; the norms of FLUX have a scale, but no weight.
         if name.endswith(".scale") and f"{name.removesuffix('.scale')}.weight" in names:
             return Quantisation(f"SDNQ ({printable(name)})")
