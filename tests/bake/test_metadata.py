@@ -57,6 +57,7 @@ Exports = Callable[[str], tuple[Path, Path]]
 SPEC = {
     "chroma": "chroma",
     "demo": "stable-diffusion-v1",
+    "flux-2-dev": "Flux.2-dev",
     "flux-lite": "flux-1-lite",
     "qwen-image": "qwen-image",
     "flux-dev": "flux-1-dev",

@@ -192,11 +192,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "flux-lite": ("FluxTransformer2DModel", {"guidance_embeds": True, "num_layers": 8}),
     "chroma": ("ChromaTransformer2DModel", {}),
     "qwen-image": ("QwenImageTransformer2DModel", {}),
+    "flux-2-dev": ("Flux2Transformer2DModel", {}),
 }
 REFERENCE_ENDINGS = tuple(
     f"{attn}.{leaf}" for attn in ("attn1", "attn2") for leaf in ("to_q", "to_k", "to_v", "to_out.0")
 )
 REFERENCE_ENDINGS += ("ff.net.0.proj", "ff.net.2")
+STREAMS = {
+    "qwen-image": ("img_mlp.net.0.proj", "img_mlp.net.2"),
+    "flux-2-dev": (".ff.linear_in", ".ff.linear_out"),
+}
 
 
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")
@@ -216,7 +221,7 @@ def test_default_targets_are_those_of_the_reference(family: str) -> None:
             chosen = group in {"down", "mid", "up"} and ("attn" in path or "ff" in path) and "attn2" not in path
         else:
             # Where the rule selects nothing, the feed-forward of the picture's stream is the default.
-            endings = ("img_mlp.net.0.proj", "img_mlp.net.2") if family == "qwen-image" else REFERENCE_ENDINGS
+            endings = STREAMS.get(family, REFERENCE_ENDINGS)
             group, chosen = "blocks", path.endswith(endings)
         if chosen:
             expected[f"{path}.weight"] = group, tuple(module.weight.shape)
@@ -242,6 +247,8 @@ def test_diffusers_converts_each_layer_to_its_twin(family: str) -> None:
             tensors[layer.tensor][layer.part * width :][:width] += layer.part
     if family.startswith("sd3"):
         converted = single_file.convert_sd3_transformer_checkpoint_to_diffusers(tensors)
+    elif family == "flux-2-dev":
+        converted = single_file.convert_flux2_transformer_checkpoint_to_diffusers(tensors)
     elif family == "chroma":
         converted = single_file.convert_chroma_transformer_checkpoint_to_diffusers(tensors)
     elif family.startswith("flux"):

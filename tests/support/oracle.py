@@ -108,6 +108,7 @@ DIT: Mapping[str, Sequence[tuple[str, bool]]] = {
         (r"joint_blocks\.\d+\.x_block\.mlp\.fc[12]", False),
         (r"double_blocks\.\d+\.img_mlp\.[02]", False),
         (r"transformer_blocks\.\d+\.img_mlp\.net\.(0\.proj|2)", False),
+        (r"transformer_blocks\.\d+\.ff\.linear_(in|out)", False),
     ),
     "attn": (
         (r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)", False),

@@ -1,6 +1,6 @@
 """Model families: how each one names its layers, and how a checkpoint's family is recognised. No weights are read."""
 
-from crdiff_export.models.families.catalogue import all_families, by_id, installed_families, table_of
+from crdiff_export.models.families.catalogue import all_families, by_id, installed_families, is_built_in, table_of
 from crdiff_export.models.families.detect import detect, detect_baked
 from crdiff_export.models.families.model import Family, FamilyLayer, Kind, Match, Twin
 from crdiff_export.models.families.quantised import Quantisation, quantisation
@@ -18,6 +18,7 @@ __all__ = [
     "detect",
     "detect_baked",
     "installed_families",
+    "is_built_in",
     "load_family",
     "quantisation",
     "table_of",

@@ -34,6 +34,11 @@ def installed_families() -> tuple[Family, ...]:
     return tuple(families)
 
 
+def is_built_in(family_id: str) -> bool:
+    """Whether a family has a table here; `unet` and those of users and packages have none."""
+    return any(family.id == family_id for family in all_families())
+
+
 def table_of(family: Family) -> str:
     """Return the text of a family's table; of `unet`, whose layers are read from its names, a comment that says so."""
     path = _DATA / f"{family.id}.toml"

@@ -22,6 +22,9 @@ Kind = Literal["pipeline", "folder", "component", "checkpoint", "network", "shar
 FILES: Collection[Kind] = ("checkpoint", "network")
 DTYPES: Mapping[str | None, str] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _CHECKPOINTS, _NETWORKS = "ComfyUI/models/checkpoints", "ComfyUI/models/diffusion_models"
+# The families that these programs are known to open.
+_IN_WEBUIS = ("sd15", "sd21", "sdxl", "sdxl-refiner")
+_IN_FORGE = ("flux-dev", "flux-schnell")
 _WEBUI = "stable-diffusion-webui{}/models/Stable-diffusion"
 
 
@@ -124,13 +127,13 @@ def folders(variant: CardVariant) -> list[tuple[str, str]]:
     family, stored = variant.stamp.family, kind(variant)
     bare = "; text encoders and VAE are the base's"
     programs = []
-    if family == "demo":
+    if family == "demo" or not families.is_built_in(family):
         return []
     if stored == "checkpoint":
         programs = [("ComfyUI, Load Checkpoint", _CHECKPOINTS)]
-        programs += [("A1111 and Forge", _WEBUI.format(""))] if "down" in variant.stamp.groups else []
+        programs += [("A1111 and Forge", _WEBUI.format(""))] if family in _IN_WEBUIS else []
     elif stored == "network" and variant.stamp.prefix in ("", BUNDLED):
         programs = [(f"ComfyUI, Load Diffusion Model{bare}", _NETWORKS)]
-    if programs and family.startswith("flux-") and variant.stamp.layout == "original":
+    if programs and family in _IN_FORGE and variant.stamp.layout == "original":
         programs.append((f"Forge{bare if stored == 'network' else ''}", _WEBUI.format("-forge")))
     return programs
