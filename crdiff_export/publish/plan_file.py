@@ -52,7 +52,8 @@ _TEMPLATES: Mapping[str, tuple[Callable[[str], object], str]] = {
     ),
 }
 # The keys that go to the export as they are.
-_EXPORT_KEYS = ("dtype", "ratio", "ratios", "poa_weight", "targets", "criterion", "calibration", "allow_nonfinite")
+_EXPORT_KEYS = ("dtype", "ratio", "ratios", "poa_weight", "targets", "criterion", "calibration", "allow_nonfinite",
+                "family", "native")  # fmt: skip
 _EXAMPLES = {name: key.example for keys in reversed([*TABLES.values()]) for name, key in keys.items()}
 _ANY_SIZE = Size(1024, 1024)
 

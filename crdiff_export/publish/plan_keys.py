@@ -188,6 +188,15 @@ def _calibration(value: _Value) -> Path:
     raise value.wrong(f"is {shown(str(path))}, but there is no such file", "Make it with `crdiff calibrate`.")
 
 
+def _family(value: _Value) -> Path:
+    path = _expanded(value.text(), value.folder)
+    try:
+        families.load_family(path)
+    except CrdiffError as error:
+        raise CrdiffError(f"{value.key}: {error.message}", error.hint) from error
+    return path
+
+
 def _size(value: _Value) -> Size:
     return value.table.size(value.key)
 
@@ -268,6 +277,8 @@ _SHARED: Mapping[str, Key] = {
     "criterion": Key('criterion = "wanda:compare=row"', _Value.text),
     "calibration": Key('calibration = "sdxl-512.safetensors"', _calibration),
     "allow_nonfinite": Key("allow_nonfinite = true", _flag),
+    "family": Key('family = "my-model.toml"', _family),
+    "native": Key('native = "1024x1024"', _size),
 }
 TABLES: Final[Mapping[str, Mapping[str, Key]]] = {
     "the plan": {"sizes": _SIZES, **_SHARED, "base": Key('[[base]], and below it base = "sdxl"', _tables)},

@@ -143,7 +143,15 @@ def make_worklist(request: PublishRequest, open_progress: OpenProgress) -> Workl
     groups: dict[tuple[object, ...], list[PlanEntry]] = {}
     for entry in plan.entries:
         export = entry.request
-        shared = export.base, export.variant, export.dtype, export.allow_nonfinite, export.criterion, export.calibration
+        shared = (
+            export.base,
+            export.variant,
+            export.dtype,
+            export.allow_nonfinite,
+            export.criterion,
+            export.calibration,
+            export.family,
+        )
         groups.setdefault(shared, []).append(entry)
     branches = HubBranches(plan, TITLE if request.create_pr else None)
     return Worklist(

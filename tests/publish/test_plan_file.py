@@ -18,6 +18,7 @@ from crdiff_export.export import ExportRequest
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.hub import bases
 from crdiff_export.models import families, recipe_files
+from crdiff_export.models.families import by_id, table_of
 from crdiff_export.publish.plan_file import PlanEntry, PlanFile, load, parse
 from crdiff_export.publish.plan_keys import TABLES
 from crdiff_export.sizes import Size
@@ -137,8 +138,10 @@ def test_every_key_can_be_given(folder: Path) -> None:
         'repo = "o/n"\nname = "a-{size}{dtype}"\nrevision = "r"\ntag = "t"\nprivate = false\ndtype = "bf16"\n'
         'weights = "ema"\nrecipe = "my-sd15.toml"\ntargets = ["ff"]\nallow_nonfinite = true\n'
         'criterion = "wanda:compare=row"\ncalibration = "own.safetensors"\n'
+        'family = "own.toml"\nnative = "512"\n'
     )
     (folder / "own.safetensors").touch()
+    (folder / "own.toml").write_text(table_of(by_id("sd15")).replace('"sd15"', '"own"'))
     base = 'base = "models"\n'
     variant = 'size = "64"\nratio = 0.5\nratios = { up = 0 }\npoa_weight = 2\n'
     plans = {
@@ -152,7 +155,7 @@ def test_every_key_can_be_given(folder: Path) -> None:
             str(folder / "models"), Size(64, 64), path="a-64x64bf16", repo="o/n", revision="r", tag="t", private=False,
             base_model="a/b", line=entry.line, dtype="bf16", variant="ema", recipe=folder / "my-sd15.toml", ratio=0.5,
             ratios={"up": 0.0}, poa_weight=2.0, targets=("ff",), allow_nonfinite=True, criterion="wanda:compare=row",
-            calibration=folder / "own.safetensors",
+            calibration=folder / "own.safetensors", family=folder / "own.toml", native=Size(512, 512),
         )  # fmt: skip
 
 
@@ -287,6 +290,8 @@ ADDED = {
     "4: targets": ['targets = ["attn2"]'],
     "5: private": ['repo = "o/n"\nprivate = "yes"'],
     "4: allow_nonfinite": ["allow_nonfinite = 1"],
+    "4: family": ["family = 1", 'family = "nowhere.toml"'],
+    "4: native": ["native = 1", 'native = "big"'],
     "4: base_model": ['base_model = "x"'],
     "4: weights": ['weights = ""'],
     "4: repo": ['repo = "n"', 'repo = "https://hf.co/o/n"', 'repo = "o/a..b"', 'repo = "o/{size}-"'],
