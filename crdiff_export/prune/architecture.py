@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 STATED = "modelspec.architecture"
 STATED_SIZE = "modelspec.resolution"
 GIVEN = "given"
-# Pixels for each number of a latent, in both directions: every family's VAE halves the sides three times.
+# Pixels for each number of a latent, in both directions: the VAEs of the known families halve the sides three times.
 _VAE_FACTOR = 8
 # ours: native sizes differ by less in area and aspect; SDXL's buckets have 0.9 to 1.0 of the native area.
 _NEAR = 1.12
@@ -109,9 +109,21 @@ def stated_native(checkpoint: Checkpoint) -> tuple[Size, str] | None:
     with contextlib.suppress(OSError, MalformedError):
         config = checkpoint.home / PurePosixPath(checkpoint.files[0].name).parent / "config.json"
         side = parse_object(config.read_bytes(), fractions=True).get("sample_size")
-        if type(side) is int and 0 < side * _VAE_FACTOR <= MAX_SIDE:
-            return Size(side * _VAE_FACTOR, side * _VAE_FACTOR), "config.json"
+        factor = _vae_factor(checkpoint)
+        if type(side) is int and 0 < side * factor <= MAX_SIDE:
+            return Size(side * factor, side * factor), "config.json"
     return None
+
+
+def _vae_factor(checkpoint: Checkpoint) -> int:
+    """Return the pixels for each number of a latent: one level of the folder's VAE keeps the size, others halve it."""
+    with contextlib.suppress(OSError, MalformedError):
+        levels = parse_object((checkpoint.home / "vae/config.json").read_bytes(), fractions=True).get(
+            "block_out_channels"
+        )
+        if isinstance(levels, list) and 0 < len(levels) < 8:
+            return int(2 ** (len(levels) - 1))
+    return _VAE_FACTOR
 
 
 def native_note(plan: Plan) -> str | None:

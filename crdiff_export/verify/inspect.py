@@ -178,7 +178,8 @@ def inspect(path: Path) -> Inspection:
 
 
 def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, str]]:
-    known_from = "" if stamp.native_source == "family" else f" by its {printable(stamp.native_source)}"
+    source = printable(stamp.native_source)
+    known_from = {"family": "", "given": " as given"}.get(source, f" by its {source}")
     yield "pruned for", f"{stamp.resolution} (native {stamp.native}{known_from})"
     yield "ratios", provenance(stamp.provenance, stamp.provenance_source, stamp.borrowed_from)
     yield "recipe", printable(stamp.recipe)

@@ -82,7 +82,7 @@ def test_it_is_pruned_by_the_rule_and_named_as_what_it_is(net: Any, folder: Path
     assert all(torch.equal(ours[name], weights) for name, weights in expected.items())
     header = makers.metadata_of(written.path / UNET)
     assert header["crdiff.family"] == "unet"
-    assert (header["crdiff.resolution.native"], header["crdiff.resolution.native.source"]) == ("64x64", "config.json")
+    assert (header["crdiff.resolution.native"], header["crdiff.resolution.native.source"]) == ("32x32", "config.json")
     assert "modelspec.architecture" not in header, "never a lookalike's"
     assert not [key for key in header if key.endswith(".mid")]
     assert verify(written.path, str(folder), Silent()).against == "all"

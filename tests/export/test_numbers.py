@@ -141,6 +141,16 @@ def test_the_native_size_is_the_bases_own(
     assert (keys["crdiff.resolution.native"], keys["crdiff.resolution.native.source"]) == (native, source)
 
 
+def test_the_size_of_latents_is_that_of_the_folders_own_vae(here: Path) -> None:
+    (here / "base/unet").mkdir(parents=True)
+    (here / "base/vae").mkdir()
+    (here / "base/unet/config.json").write_text('{"sample_size": 64}')
+    (here / "base/vae/config.json").write_text('{"block_out_channels": [8, 8, 8]}')
+    makers.write(here / "base/unet/diffusion_pytorch_model.safetensors", makers.tiny("sdxl.diffusers-unet"))
+    written = export(ExportRequest("base", Size(2048, 2048), here / "o", ratio=0.3)).written
+    assert makers.metadata_of(written.files[0].path)["crdiff.resolution.native"] == "256x256"
+
+
 # --- a header that would be too long ---
 
 

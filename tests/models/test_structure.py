@@ -161,6 +161,19 @@ def test_layers_over_time_are_refused(name: str) -> None:
         detect(shapes_of(unet()) | {name: (32, 32)})
 
 
+@pytest.mark.parametrize("end", ["to_q.lora_A.weight", "to_q.base_layer.weight", "processor.to_q_lora.down.weight"])
+def test_an_adapter_that_is_not_fused_is_refused(end: str) -> None:
+    name = f"down_blocks.0.attentions.0.transformer_blocks.0.attn1.{end}"
+    with raises(FamilyError, name):
+        detect(shapes_of(unet(layers_per_block=3)) | {name: (4, 32)})
+
+
+def test_a_convolution_that_the_rule_selects_is_not_left_out_silently() -> None:
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.conv.weight"
+    with raises(FamilyError, name):
+        detect(shapes_of(unet(layers_per_block=3)) | {name: (4, 4, 3, 3)})
+
+
 def test_a_controlnet_alone_is_no_unet() -> None:
     shapes = {re.sub("^conv_out", "controlnet_mid_block", name): shape for name, shape in shapes_of(unet()).items()}
     with pytest.raises(FamilyError):

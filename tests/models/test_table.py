@@ -56,6 +56,25 @@ def test_a_table_says_what_is_a_target() -> None:
     assert family.table == OWN
 
 
+@pytest.mark.parametrize("path", ["blocks", "layers", "h", "transformer.layers", "double_blocks"])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_blocks_may_be_called_anything(path: str, prefix: str) -> None:
+    family = parse_family(OWN.replace("blocks.{", f"{path}.{{"), "own.toml")
+    shapes = {f"{prefix}{name.replace('blocks.', f'{path}.', 1)}": shape for name, shape in SHAPES.items()}
+    assert detect(shapes, family).prefix == prefix
+    with raises(FamilyError, f"{path}.3.attn.to_q.weight"):
+        detect(shapes | {f"{prefix}{path}.3.attn.to_q.weight": (8, 8)}, family)
+
+
+def test_layers_that_only_look_like_targets_can_be_named() -> None:
+    """As the refiners of Lumina 2 do."""
+    shapes = SHAPES | {"refiner.0.attn.to_q.weight": (8, 8)}
+    with raises(FamilyError, "refiner.0.attn.to_q.weight"):
+        detect(shapes, parse_family(OWN, "own.toml"))
+    text = OWN.replace('first = "img_in.weight"', 'first = "img_in.weight"\nothers = ["refiner."]')
+    assert len(detect(shapes, parse_family(text, "own.toml")).layout.layers) == 6
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [

@@ -156,7 +156,7 @@ def _by_vector(family: Family, layout: Layout, sizes: Shapes) -> Special | None:
 
 def _by_layers(family: Family, layout: Layout, sizes: Shapes, shapes: Shapes) -> Special | None:
     """Tell a model by layers that its family does not have, or by the channels of its output."""
-    if any(name.startswith("control_model.") for name in shapes):
+    if any(name.startswith(("control_model.", "controlnet.")) for name in shapes):
         return Special("controlnet", "with a ControlNet in the same file", f"{family.architecture}/controlnet")
     outputs = _size(sizes, layout.last, 0) or family.channels
     other = f"{outputs}-outputs"

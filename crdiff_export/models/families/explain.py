@@ -30,6 +30,7 @@ _OTHERS = {
 # Other diffusion models, by tensors that each of them has, whatever prefix is before them. src: SwarmUI
 # (`T2IModelClassSorter.cs`), ComfyUI (`comfy/model_detection.py`), the names of diffusers.
 _MODELS = {
+    "ControlNet": ("controlnet_cond_embedding.",),
     "FLUX.2": ("double_stream_modulation_img.",),
     "Chroma": ("distilled_guidance_layer.",),
     "Qwen-Image": ("transformer_blocks.0.img_mlp.", "txt_norm.weight"),
@@ -96,7 +97,8 @@ def explain_family(family: Family, fits: Sequence[Fit], shapes: Shapes) -> Famil
         reason = _wrong_marks([fit for fit in fits if fit.exact and fit.prefix == nearest.prefix], shapes)
     else:
         reason = _wrong_names(nearest)
-    return FamilyError(reason.removeprefix("no known model family: "), "`crdiff families validate` shows what fits.")
+    hint = "All targets of the table have to be there, and nothing else that ends like one (docs/families.md)."
+    return FamilyError(reason.removeprefix("no known model family: "), hint)
 
 
 def _holding(fit: Fit, shapes: Shapes) -> int:

@@ -81,15 +81,16 @@ def measure(shapes: Shapes, families: Sequence[Family] | None = None) -> list[Fi
     """
     signatures = _signatures() if families is None else _signatures_of(families)
     tails = tuple({tail: None for signature in signatures for tail in signature.tails})
-    alike = [name for name in shapes if name.endswith(tails) and not name.startswith(EMA)]
+    alike = [name for name in shapes if f".{name}".endswith(tails) and not name.startswith(EMA)]
     fits = []
     for prefix in PREFIXES:
         names = dict.fromkeys(name.removeprefix(prefix) for name in alike if name.startswith(prefix))
         for signature in signatures if names else ():
             missing = tuple(tensor for tensor in signature.tensors if tensor not in names)
             if len(missing) < len(signature.tensors):
-                ends_alike = (name for name in names if name.endswith(signature.tails))
-                extras = tuple(name for name in ends_alike if name not in signature.tensors)
+                ends_alike = (name for name in names if f".{name}".endswith(signature.tails))
+                others = (name for name in ends_alike if name not in signature.tensors)
+                extras = tuple(name for name in others if not name.startswith(signature.layout.others))
                 fits.append(Fit(signature, prefix, missing, extras))
     return fits
 
@@ -122,5 +123,13 @@ def _signatures_of(families: Sequence[Family]) -> tuple[Signature, ...]:
 
 def _signature(family: Family, layout: Layout) -> Signature:
     tensors = dict.fromkeys(layer.tensor for layer in layout.layers)
-    tails = dict.fromkeys("." + re.split(r"blocks\.\d+\.", tensor)[-1] for tensor in tensors)
+    tails = dict.fromkeys(_tail(tensor) for tensor in tensors)
     return Signature(family, layout, tensors, tuple(tails))
+
+
+def _tail(tensor: str) -> str:
+    """Return the part of a target's name after the number of its block, with the dot before it."""
+    parts = re.split(r"blocks\.\d+\.", tensor)
+    if len(parts) == 1:
+        parts = re.split(r"(?:^|\.)\d+\.", tensor, maxsplit=1)
+    return f".{parts[-1]}"

@@ -77,6 +77,7 @@ class Layout:
         marks: The marks of the family.
         first: The tensor whose axis 1 are the in-channels.
         last: The tensor whose axis 0 are the out-channels, if they tell models of the family apart.
+        others: How the names of layers begin that look like targets and are none.
         vectors: The tensors that may embed a vector beside the text, which has the width of axis 1.
     """
 
@@ -86,6 +87,7 @@ class Layout:
     first: str = ""
     vectors: tuple[str, ...] = ()
     last: str = ""
+    others: tuple[str, ...] = ()
 
 
 def layout_of(

@@ -78,6 +78,7 @@ def read_structure(shapes: Mapping[str, tuple[int, ...]]) -> UNetStructure | Non
         elif is_target(name, shapes[name]):
             raise FamilyError(f"{printable(name)}: a layer outside of the blocks of a UNet", _HINT)
     for path in paths:
+        _refuse_adapters(inside[path])
         _check_blocks(inside[path], shapes)
     layers = [
         _layer(name, name.removeprefix(f"{path}."), place)
@@ -89,11 +90,19 @@ def read_structure(shapes: Mapping[str, tuple[int, ...]]) -> UNetStructure | Non
     return UNetStructure(layout, tuple(layers)) if layers else None
 
 
+def _refuse_adapters(names: Sequence[str]) -> None:
+    """Refuse a LoRA beside the weights: its matrices have names like targets."""
+    if adapter := next((name for name in names if re.search(r"lora|\.base_layer\.", name)), None):
+        raise FamilyError(
+            f"{printable(adapter)}: of an adapter that is not fused", "Fuse it, then save the model again."
+        )
+
+
 def is_target(name: str, shape: Sequence[int]) -> bool:
     """Whether the method prunes a tensor inside of the blocks, by its name and as a linear layer's weight."""
     path = name.removesuffix(".weight")
     chosen = ("attn" in path or "ff" in path) and "attn2" not in path
-    return name.endswith(".weight") and chosen and len(shape) == 2
+    return name.endswith(".weight") and chosen and len(shape) > 1
 
 
 def _heads(name: str) -> Iterator[list[str]]:

@@ -71,6 +71,7 @@ _EXAMPLES: Final = {
     "original": 'original = "double_blocks.{0..18}.img_mlp.0.weight"',
     "diffusers": 'diffusers = "transformer_blocks.{0..18}.ff.net.0.proj.weight"',
     "first": 'first = "img_in.weight"',
+    "others": 'others = ["context_refiner."]',
     "marks": 'marks = [{ tensor = "txt_in.weight", axis = 1, sizes = [4096], what = "width of the text" }]',
     "tensor": 'tensor = "txt_in.weight"',
     "axis": "axis = 1",
@@ -251,9 +252,10 @@ def _expand(table: RecipeTable, key: str) -> list[str]:
 
 
 def _layout(table: RecipeTable, name: LayoutName, layers: tuple[FamilyLayer, ...]) -> Layout:
-    table.refuse_unknown(("first", "marks"))
+    table.refuse_unknown(("first", "marks", "others"))
     marks = tuple(_mark(each) for each in _tables(table, "marks"))
-    return Layout(name, layers, marks, table.string("first") if "first" in table else "")
+    others = table.strings("others") if "others" in table else ()
+    return Layout(name, layers, marks, table.string("first") if "first" in table else "", others=others)
 
 
 def _mark(table: RecipeTable) -> Mark:
