@@ -179,8 +179,8 @@ def header(
         "modelspec.implementation": inherited.get("modelspec.implementation") or implementation,
     }
     # Of a family that is not built in, only the base itself can know its id.
-    known = "" if plan.match.family.table else architecture.id
-    if id_ := inherited.get("modelspec.architecture") or known:
+    family_architecture = "" if plan.match.family.table else architecture.id
+    if id_ := inherited.get("modelspec.architecture") or family_architecture:
         generated["modelspec.architecture"] = id_
     stated, prediction = by_marks((), inherited), architecture.prediction
     if prediction and (stated is None or stated.modelspec != prediction.modelspec):

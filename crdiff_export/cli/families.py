@@ -38,14 +38,14 @@ def list_(_out: Output) -> Result:
     """List the built-in families, and those of other packages."""
     from crdiff_export.models.families import all_families, installed_families
 
-    known = (*all_families(), *installed_families())
+    records = (*all_families(), *installed_families())
     rows = [
         [family.id, family.title, ", ".join(family.groups), ", ".join(family.default_kinds),
          ", ".join(layout.name for layout in family.layouts)]
-        for family in known
+        for family in records
     ]  # fmt: skip
     return Result(
-        {"families": [_as_json(f) for f in known]}, [Table(["id", "model", "groups", "targets", "layouts"], rows)]
+        {"families": [_as_json(f) for f in records]}, [Table(["id", "model", "groups", "targets", "layouts"], rows)]
     )
 
 

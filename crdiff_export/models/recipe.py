@@ -16,7 +16,7 @@ TARGETS: Final = ("attn", "ff", "attn2")
 # Where the search of the public code starts.
 START_RATIO: Final = 0.3
 START_SOURCE: Final = (
-    "search start of the CR-Diff public code: 0.3 for each group, POA weight 1.5; nobody tuned this model"
+    "search start of the CR-Diff public code: 0.3 for each group, POA weight 1.5; not tuned for this model"
 )
 START_POA_WEIGHT: Final = 1.5  # src: the default of the public code, whose search does not vary it
 FAR: Final = 1.5  # ours: beyond this factor in area or aspect, borrowed numbers need a warning

@@ -46,7 +46,7 @@ def by_alias(name: str) -> Recipe | None:
 
 
 def of_family(family: "Family", size: Size) -> Recipe:
-    """Return the built-in recipe of a family, or the starting point where there is none.
+    """Return a family's built-in recipe, or the starting point if it has no recipe.
 
     Args:
         family: The family, with the groups that the model has.

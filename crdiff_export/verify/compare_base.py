@@ -127,8 +127,8 @@ def plan_base(baked: BakedCheckpoint, base: str) -> Plan:
     variant = named[1] if named and planned.checkpoint.kind == "folder" else None
     located = bases.locate(base, variant)
     checkpoint = located.open(variant)
-    own = planned.match.family
-    match = families.detect(checkpoint.shapes, own if own.table else None)
+    family = planned.match.family
+    match = families.detect(checkpoint.shapes, family if family.table else None)
     if match.family.id != stamp.family or match.layout.name != stamp.layout:
         raise VerifyError(
             f"{checkpoint.path}: {match.family.title} ({match.layout.name}), "

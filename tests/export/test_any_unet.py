@@ -93,7 +93,7 @@ def test_the_starting_point_is_for_its_own_groups(folder: Path, tmp_path: Path) 
     baked = export(ExportRequest(str(folder), SIZE, tmp_path / "out"))
     assert dict(baked.job.plan.variant.ratios) == {"down": 0.3, "up": 0.3}
     assert (baked.stamp.provenance, baked.stamp.poa_weight, baked.stamp.borrowed_from) == ("starting-point", 1.5, None)
-    assert "nobody tuned this model" in baked.stamp.provenance_source
+    assert "not tuned for this model" in baked.stamp.provenance_source
 
 
 def test_the_base_comes_back_from_a_residual(folder: Path, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_table_in_a_header_that_was_changed_is_refused(base: Path) -> None:
 def test_the_starting_point_says_that_nobody_tuned_it(base: Path) -> None:
     baked = export(request(base))
     assert (baked.stamp.provenance, dict(baked.job.plan.variant.ratios)) == ("starting-point", {"blocks": 0.3})
-    assert "nobody tuned this model" in baked.stamp.provenance_source
+    assert "not tuned for this model" in baked.stamp.provenance_source
 
 
 def test_without_its_table_it_is_refused(base: Path) -> None:

@@ -171,7 +171,7 @@ class Family:
     Attributes:
         id: The short name, which is also the alias of its recipe.
         title: The name for people.
-        architecture: The ModelSpec id; empty where there is none.
+        architecture: The ModelSpec id; empty if the family has none.
         implementation: The ModelSpec implementation.
         native: Width and height in pixels that the model was trained at; None where only the model itself can say it.
         grid: Image sides are multiples of this number of pixels.

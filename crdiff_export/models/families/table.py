@@ -229,9 +229,9 @@ def _target(
     expanded = {name: _expand(table, name) for name in names}
     if len({len(tensors) for tensors in expanded.values()}) > 1:
         raise table.wrong(names[1], f"stands for {len(expanded[names[1]])} tensors, {names[0]} for another number")
-    own = expanded.get("original") or expanded["diffusers"]
-    twins = expanded.get("diffusers") or expanded["original"]
-    for original, diffusers in zip(own, twins, strict=True):
+    originals = expanded.get("original") or expanded["diffusers"]
+    diffusers_names = expanded.get("diffusers") or expanded["original"]
+    for original, diffusers in zip(originals, diffusers_names, strict=True):
         for name in names:
             tensor, of_tensor = (original, part) if name == "original" else (diffusers, None)
             yield name, FamilyLayer(tensor, of_tensor, group, kind, (original, part or 0), diffusers)  # type: ignore[arg-type]
@@ -288,9 +288,9 @@ def _twin(table: RecipeTable) -> Twin:
 
 def _pipelines(table: RecipeTable, *, unet: bool) -> Mapping[str, Pipeline]:
     """Read the pipeline of the plain model, and those of special ones in tables of their ids."""
-    own = {key: value for key, value in table.values.items() if not isinstance(value, dict)}
-    plain = RecipeTable(own, table.where, table.path, table.examples, table.document)
-    pipelines = {"": _pipeline(plain, unet=unet)} if own else {}
+    settings = {key: value for key, value in table.values.items() if not isinstance(value, dict)}
+    plain = RecipeTable(settings, table.where, table.path, table.examples, table.document)
+    pipelines = {"": _pipeline(plain, unet=unet)} if settings else {}
     names = [key for key, value in table.values.items() if isinstance(value, dict)]
     return pipelines | {name: _pipeline(table.table(name), unet=unet) for name in names}
 
