@@ -134,6 +134,7 @@ def stamp(
         thresholds=tuple(t.value for t in decision.thresholds) if per_layer and not masked else None,
         masked=method if masked else None,
         moved=bool(decision.moved),
+        scaled=plan.has_scales,
     )
 
 

@@ -132,11 +132,9 @@ def _with_decision(bounds: PruneRange, decision: Decision, number: int, target: 
         assert mask is not None
         assert mask.count == target.count
         return replace(bounds, mask=mask)
-    bits = decision.thresholds[target.scope].bits
-    assert bits is not None
-    return replace(
-        bounds, limit=min(dtypes.limit(bounds.dtype, bits), dtypes.FORMATS[bounds.dtype].first_nonfinite - 1)
-    )
+    value = decision.thresholds[target.scope].value
+    assert value is not None
+    return replace(bounds, limit=target.encoding.limit(value))
 
 
 def buffers(kernel: Kernel, chunk: int, number: int) -> Iterator[memoryview]:

@@ -18,7 +18,7 @@ from crdiff_export.formats.safetensors import show
 from crdiff_export.sizes import Size
 
 SCHEMA = "1"
-# Of files with keys that a reader of schema 1 must not overlook: the table of a family that is not built in.
+# Of files with keys that a reader of schema 1 must not overlook: the table of a family that is not built in, scales.
 SCHEMA_2 = "2"
 PAPER = "arXiv:2604.05524"
 # The value of `crdiff.mask` where no threshold exists: the zeros of the file are the mask.
@@ -90,6 +90,7 @@ class Stamp:
         masked: The method of a file that has a mask instead of thresholds, because its criterion is not the magnitude;
             None for a file with thresholds.
         moved: Whether weights that were not pruned were changed as well.
+        scaled: Whether pruned layers have a scale (scaled fp8): magnitudes are |code| * scale, thresholds are doubles.
     """
 
     family: str
@@ -113,6 +114,7 @@ class Stamp:
     thresholds: tuple[float | None, ...] | None = None
     masked: str | None = None
     moved: bool = False
+    scaled: bool = False
     calibrated: CalibrationStamp | None = None
     source_hash: str | None = None
     source_file_hash: str | None = None
@@ -126,7 +128,7 @@ class Stamp:
         """Return the keys and values of the header."""
         keys = {
             **{key: getattr(self, name) for name, key in _TEXTS.items()},
-            "schema": SCHEMA if self.family_table is None else SCHEMA_2,
+            "schema": SCHEMA_2 if self.family_table is not None or self.scaled else SCHEMA,
             "paper": PAPER,
             "method": self.masked or (LAYER_WISE if self.thresholds is not None else BLOCK_WISE),
             "targets": ",".join(self.targets),
@@ -151,6 +153,7 @@ class Stamp:
             "family.table": self.family_table,
             "special": self.special, "prediction": self.prediction, "cast": self.cast, "prompt": self.prompt,
             "mask": ZEROS if self.masked else None, "moved": "true" if self.moved else None,
+            "scaled": "true" if self.scaled else None,
             "calibration.file_sha256": self.calibrated.hash if self.calibrated else None,
             "calibration.size": str(self.calibrated.size) if self.calibrated else None,
         }  # fmt: skip
@@ -209,7 +212,8 @@ class Stamp:
             borrowed_from=keys.optional_size("provenance.borrowed_from"),
             thresholds=thresholds,
             masked=method if masked else None,
-            moved=masked and keys.moved(),
+            moved=masked and keys.is_true("moved"),
+            scaled=keys.is_true("scaled"),
             calibrated=keys.calibrated(),
             source_hash=keys.optional_hash("source.hash_sha256"),
             source_file_hash=keys.optional_hash("source.file_sha256"),
@@ -318,8 +322,8 @@ class _Keys:
             self._refuse("mask", f"stands beside {show(beside[0])}")
         return True
 
-    def moved(self) -> bool:
-        return self.optional("moved") is not None and self.one_of("moved", ("true",)) == "true"
+    def is_true(self, key: str) -> bool:
+        return self.optional(key) is not None and self.one_of(key, ("true",)) == "true"
 
     def calibrated(self) -> CalibrationStamp | None:
         if self.optional("calibration.file_sha256") is None and self.optional("calibration.size") is None:
@@ -338,8 +342,11 @@ class _Keys:
     def _magnitude(self, key: str, text: str) -> float | None:
         if text == "none":
             return None
-        value = float.fromhex(text) if _HEX_FLOAT.fullmatch(text) else math.nan
-        if not value <= dtypes.value(dtypes.LARGEST) or dtypes.value(dtypes.bits(value)) != value:
+        value = _unhex(text)
+        if self.is_true("scaled"):
+            if not math.isfinite(value):
+                self._refuse(key, f"is {show(text)}, not the hex float of a double")
+        elif not value <= dtypes.value(dtypes.LARGEST) or dtypes.value(dtypes.bits(value)) != value:
             self._refuse(key, f"is {show(text)}, not the hex float of a float32")
         return value
 
@@ -357,6 +364,13 @@ def safe(text: str) -> str:
 
 def _plain(text: str) -> str:
     return text[1:] if text.startswith(" ") and text.lstrip(" ").startswith("{") else text
+
+
+def _unhex(text: str) -> float:
+    try:
+        return float.fromhex(text) if _HEX_FLOAT.fullmatch(text) else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def _hex(value: float | None) -> str:

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +73,7 @@ def torch_dtypes() -> "Mapping[str, torch.dtype]":
 
 
 @cache
-def scale(dtype: str) -> "NDArray[np.uint32]":
+def patterns(dtype: str) -> "NDArray[np.uint32]":
     """Convert every magnitude of a narrow dtype to float32.
 
     Args:
@@ -84,34 +84,63 @@ def scale(dtype: str) -> "NDArray[np.uint32]":
     """
     import numpy as np
 
-    patterns = np.arange(1 << (FORMATS[dtype].width - 1), dtype=np.uint32)
+    stored = np.arange(1 << (FORMATS[dtype].width - 1), dtype=np.uint32)
     if dtype == "BF16":
-        return patterns << np.uint32(16)
+        return stored << np.uint32(16)
     if dtype == "F8_E4M3":
-        exponent, mantissa = patterns >> 3, patterns & 7
+        exponent, mantissa = stored >> 3, stored & 7
         # bias 7; exponent 0 is subnormal, in steps of 2**-9
         values = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent.astype(np.int64) - 10))
         values[0x7F] = np.nan
         return values.astype(np.float32).view(np.uint32)
     # E5M2 is the upper half of binary16
-    half = (patterns << np.uint32(8 if dtype == "F8_E5M2" else 0)).astype(np.uint16).view(np.float16)
+    half = (stored << np.uint32(8 if dtype == "F8_E5M2" else 0)).astype(np.uint16).view(np.float16)
     with np.errstate(invalid="ignore"):  # some processors warn of a signalling NaN
         return half.astype(np.float32).view(np.uint32)
 
 
-def limit(dtype: str, bits: int) -> int:
-    """Convert a float32 limit to a narrow dtype.
+class Encoding(NamedTuple):
+    """How a weight is stored: as a float of `dtype`, multiplied by `scale` if it has one (scaled fp8).
 
-    Args:
-        dtype: A safetensors dtype.
-        bits: A float32 magnitude pattern.
-
-    Returns:
-        The largest magnitude pattern of `dtype` that is at most `bits`.
+    A float of 8 bits has at most 4 significant bits and a float32 has 24, so their product is exact as a double.
     """
-    if dtype == "F32":
-        return bits
-    return int(scale(dtype).searchsorted(bits, side="right")) - 1
+
+    dtype: str
+    scale: float | None = None
+
+    def values(self) -> "NDArray[np.float64]":
+        """Return every finite magnitude of a narrow dtype by its pattern, float64 [first_nonfinite], ascending."""
+        plain = _values(self.dtype)
+        return plain if self.scale is None else plain * self.scale
+
+    def float32_patterns(self) -> "NDArray[np.uint32]":
+        """Return for every magnitude of a narrow dtype the pattern of the largest float32 that is not above it.
+
+        Magnitudes that are infinite or not a number have patterns of INFINITY and above.
+        """
+        import numpy as np
+
+        exact = patterns(self.dtype)
+        if self.scale is None:
+            return exact
+        values = self.values()
+        with np.errstate(over="ignore"):
+            nearest = values.astype(np.float32)
+        floors = np.where(nearest > values, np.nextafter(nearest, np.float32(0)), nearest).view(np.uint32)
+        return np.concatenate([floors, exact[len(values) :]])
+
+    def limit(self, threshold: float) -> int:
+        """Return the largest magnitude pattern of a finite number that is at most a threshold."""
+        if self.dtype == "F32":
+            return floor_bits(threshold)
+        return int(self.values().searchsorted(threshold, side="right")) - 1
+
+
+@cache
+def _values(dtype: str) -> "NDArray[np.float64]":
+    import numpy as np
+
+    return patterns(dtype)[: FORMATS[dtype].first_nonfinite].view(np.float32).astype(np.float64)
 
 
 def value(bits: int) -> float:
@@ -124,3 +153,11 @@ def bits(value: float) -> int:
     """Return the float32 magnitude pattern of a number that a float32 holds exactly."""
     (pattern,) = struct.unpack("<I", struct.pack("<f", abs(value)))
     return int(pattern)
+
+
+def floor_bits(number: float) -> int:
+    """Return the pattern of the largest finite float32 that is not above a number of at least 0."""
+    if number >= value(LARGEST):
+        return LARGEST
+    nearest = bits(number)
+    return nearest if value(nearest) <= number else nearest - 1

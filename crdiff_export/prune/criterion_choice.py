@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Self
 
-from crdiff_export.errors import CriterionError, OptionError, foreign_errors
+from crdiff_export.errors import CriterionError, OptionError, PlanError, foreign_errors
 from crdiff_export.formats.crdiff_keys import CalibrationStamp
 from crdiff_export.models.recipe import START_POA_WEIGHT, Variant
 from crdiff_export.progress import Progress
@@ -149,7 +149,11 @@ class CriterionChoice:
 
         Raises:
             CalibrationError: The calibration does not fit the plan.
+            PlanError: The criterion moves weights, and some have a scale.
         """
+        if planned.has_scales and self.moves:
+            message = f"{planned.checkpoint.path}: {self.name} moves weights, which fp8 with a scale does not allow"
+            raise PlanError(message, "Export from the fp16 or bf16 checkpoint, or leave --criterion out.")
         planned = _with_equal_ratios(planned) if self.name == UNIFORM else planned
         if self.calibration is None:
             return planned

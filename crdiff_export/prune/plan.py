@@ -8,13 +8,14 @@ from pathlib import Path
 
 from crdiff_export.errors import FamilyError, OptionError, PlanError, RecipeError
 from crdiff_export.formats.checkpoint import Checkpoint
-from crdiff_export.formats.dtypes import FORMATS
+from crdiff_export.formats.dtypes import FORMATS, Encoding
 from crdiff_export.formats.safetensors import BITS, TensorSpec, show
 from crdiff_export.formats.weight_file import Bytes, SourceFile
 from crdiff_export.models import families
 from crdiff_export.models.families import FamilyLayer, Match, Quantisation
 from crdiff_export.models.recipe import Variant
 from crdiff_export.prune import threshold
+from crdiff_export.prune.scaled_fp8 import read_scales
 from crdiff_export.sizes import Size
 
 # Dtypes that `--dtype` casts; flags, ids and other integers stay as they are.
@@ -27,7 +28,10 @@ class TooWideError(PlanError):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One layer's weight to prune: elements `start:stop` of a tensor, which are whole rows."""
+    """One layer's weight to prune: elements `start:stop` of a tensor, which are whole rows.
+
+    A weight that has a `scale` is the stored number times it (`scaled_fp8.py`).
+    """
 
     file: int
     source: TensorSpec
@@ -36,6 +40,12 @@ class Target:
     start: int
     stop: int
     scope: int
+    scale: float | None = None
+
+    @property
+    def encoding(self) -> Encoding:
+        """How its weights are written."""
+        return Encoding(self.output.dtype, self.scale)
 
     @property
     def name(self) -> str:
@@ -174,6 +184,11 @@ class Plan:
         """Return the requested ratio of a group."""
         return float(self.variant.ratios[group])
 
+    @property
+    def has_scales(self) -> bool:
+        """Whether weights of its targets have a scale (scaled fp8)."""
+        return any(target.scale is not None for target in self.targets)
+
     @cached_property
     def data_size(self) -> int:
         """Bytes of tensors to write."""
@@ -225,7 +240,7 @@ def recognise(checkpoint: Checkpoint, family: Path | None = None) -> Match:
 
     Raises:
         FamilyError: No family matches.
-        PlanError: The checkpoint is quantised, or was pruned by crdiff before.
+        PlanError: The checkpoint is quantised other than by scales, or was pruned by crdiff before.
     """
     if any("crdiff.schema" in file.metadata for file in checkpoint.files):
         raise PlanError(
@@ -244,7 +259,8 @@ def recognise(checkpoint: Checkpoint, family: Path | None = None) -> Match:
 
 
 def _refuse_quantised(checkpoint: Checkpoint, prefix: str) -> None:
-    if quantised := quantisation(checkpoint, prefix):
+    quantised = quantisation(checkpoint, prefix)
+    if quantised and not quantised.scaled:
         raise PlanError(
             f"{checkpoint.path}: quantised weights {quantised}",
             "Export from the fp16 or bf16 checkpoint, then quantise the result.",
@@ -281,11 +297,16 @@ def make(
 
     Raises:
         OptionError: The family has no such layers.
-        PlanError: A target's dtype cannot be pruned.
+        PlanError: A target's dtype or quantisation cannot be pruned, or a cast would change quantised weights.
     """
+    if cast and (quantised := quantisation(checkpoint)):
+        message = f"{checkpoint.path}: --dtype would change quantised weights ({quantised.kind})"
+        raise PlanError(message, "Leave --dtype out.")
     chosen = _kinds(match, kinds, variant, recipe)
     outputs = tuple(_output(file, cast) for file in checkpoint.files)
-    targets, scopes = _targets(outputs, match, chosen, variant.ratios)
+    names = dict.fromkeys(match.prefix + layer.tensor for layer in match.layout.layers if layer.kind in chosen)
+    scales = read_scales(checkpoint, match.prefix, names)
+    targets, scopes = _targets(outputs, match, chosen, variant.ratios, scales)
     ema = (
         [f"{match.ema_tensors} tensors of an EMA copy (model_ema.*) are left as they are"] if match.ema_tensors else []
     )
@@ -311,7 +332,11 @@ def _kinds(match: Match, kinds: Sequence[str] | None, variant: Variant, recipe: 
 
 
 def _targets(
-    outputs: Sequence[OutputFile], match: Match, kinds: Sequence[str], ratios: Mapping[str, float]
+    outputs: Sequence[OutputFile],
+    match: Match,
+    kinds: Sequence[str],
+    ratios: Mapping[str, float],
+    scales: Mapping[str, float],
 ) -> tuple[tuple[Target, ...], tuple[Scope, ...]]:
     """List the targets in the order of files, bytes and rows, which is the order of lists in the header."""
     layers: dict[str, list[FamilyLayer]] = {}
@@ -328,7 +353,8 @@ def _targets(
                 _check_target(output.source, written[source.name])
                 start, stop = _rows(source, layer)
                 scope = len(targets) if per_layer else number[layer.group]
-                targets.append(Target(file, source, written[source.name], layer, start, stop, scope))
+                scale = scales.get(source.name)
+                targets.append(Target(file, source, written[source.name], layer, start, stop, scope, scale))
     if per_layer:
         scopes = [Scope(t.name, t.layer.group, float(ratios[t.layer.group]), t.count) for t in targets]
     else:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from crdiff_export.errors import PlanError
+from crdiff_export.errors import PlanError, PreviewError
 from crdiff_export.export import ExportRequest, plan_variant
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.dtypes import FORMATS
@@ -10,7 +10,7 @@ from crdiff_export.hub import bases
 from crdiff_export.models.families import Match
 from crdiff_export.prune import architecture
 from crdiff_export.prune.criterion_choice import CriterionChoice
-from crdiff_export.prune.plan import Plan, TooWideError, recognise
+from crdiff_export.prune.plan import Plan, TooWideError, quantisation, recognise
 from crdiff_export.sampling import pipelines, request_checks
 from crdiff_export.sampling.pipelines import Opening
 from crdiff_export.sampling.request_checks import DrawingRequest
@@ -88,7 +88,16 @@ def set_up(request: DrawingRequest, headers: BaseHeaders, plan: Plan, *, offload
     Returns:
         The setup.
 
+    Raises:
+        PreviewError: diffusers cannot draw with the base.
+        CrdiffError: A file cannot be read, or the device cannot be used.
+
     """
+    if quantised := quantisation(headers.checkpoint, headers.match.prefix):
+        raise PreviewError(
+            f"{headers.base.name}: quantised weights ({quantised.kind}), which diffusers does not open from this file",
+            "Draw with the fp16 or bf16 checkpoint; `crdiff export` takes this one.",
+        )
     model = architecture.find(plan)
     opening = pipelines.choose(
         headers.base, headers.checkpoint, headers.match, model, config=request.config, variant=request.variant

@@ -152,7 +152,7 @@ def _compare_decisions(baked: BakedCheckpoint, again: Plan, ours: Decision, thei
     path = again.checkpoint.path
     if ours.masks is None:
         for scope, mine, other in zip(again.scopes, ours.thresholds, theirs.thresholds, strict=True):
-            if mine.bits != other.bits:
+            if mine.value != other.value:
                 raise VerifyError(
                     f"{path}: gives {show(scope.name)} the threshold {mine.value}, the file has {other.value}",
                     "The file was made from another base, which `crdiff inspect` names, or its header was changed.",

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crdiff_export.errors import VerifyError
-from crdiff_export.formats import dtypes
 from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.formats.crdiff_keys import LAYER_WISE, Stamp
 from crdiff_export.formats.safetensors import show
@@ -152,6 +151,8 @@ def _thresholds(planned: Plan, stamp: Stamp) -> tuple[Threshold, ...]:
     layer_wise = stamp.masked == LAYER_WISE if stamp.masked else stamp.thresholds is not None
     if layer_wise != (planned.match.family.scope == "layer"):
         raise VerifyError(f"{path}: crdiff.method is not that of {planned.match.family.title}", REPAIR)
+    if stamp.scaled != planned.has_scales:
+        raise VerifyError(f"{path}: crdiff.scaled does not go with its layers", REPAIR)
     if stamp.masked:
         return tuple(Threshold(None, 0, scope.count) for scope in scopes)
     values = [stamp.groups[scope.group].threshold for scope in scopes]
@@ -161,7 +162,4 @@ def _thresholds(planned: Plan, stamp: Stamp) -> tuple[Threshold, ...]:
     for scope, value in zip(scopes, values, strict=True):
         if (value is None) != (scope.rank == 0):
             raise VerifyError(f"{path}: the threshold of {show(scope.name)} does not go with its ratio", REPAIR)
-    return tuple(
-        Threshold(None if value is None else dtypes.bits(value), 0, scope.count)
-        for scope, value in zip(scopes, values, strict=True)
-    )
+    return tuple(Threshold(value, 0, scope.count) for scope, value in zip(scopes, values, strict=True))

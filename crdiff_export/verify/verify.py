@@ -191,7 +191,7 @@ def _count(file: SourceFile, target: Target, threshold: Threshold, progress: Pro
     import numpy as np
 
     form = dtypes.FORMATS[target.source.dtype]
-    limit = min(dtypes.limit(form.dtype, threshold.bits or 0), form.first_nonfinite - 1)
+    limit = target.encoding.limit(threshold.value or 0.0)
     start, stop = target.span(target.source)
     buffer = memoryview(bytearray(min(CHUNK, stop - start)))
     zeros = small = nonfinite = 0
@@ -205,7 +205,7 @@ def _count(file: SourceFile, target: Target, threshold: Threshold, progress: Pro
             small += int(np.count_nonzero(magnitudes <= limit))
             nonfinite += int(np.count_nonzero(magnitudes >= form.first_nonfinite))
             progress.advance(len(part))
-    return _Counts(zeros, 0 if threshold.bits is None else small - zeros, nonfinite)
+    return _Counts(zeros, 0 if threshold.value is None else small - zeros, nonfinite)
 
 
 def _check_residuals(baked: BakedCheckpoint, progress: Progress) -> tuple[Residual, ...]:

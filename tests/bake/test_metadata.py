@@ -31,7 +31,8 @@ from crdiff_export.progress import Silent
 from crdiff_export.prune.architecture import Architecture
 from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.threshold import Threshold
-from tests.support import DOCS, geometry_tables, makers, masking, oracle
+from tests.support import DOCS, geometry_tables, makers, masking, oracle, scaled_models
+from tests.support.scaled_models import SPELLINGS, Scaled
 
 BASE = "demo.original-unet"
 SIZE = Size(96, 64)
@@ -298,6 +299,8 @@ def test_document_names_every_key_and_its_format(tmp_path: Path) -> None:
     (tmp_path / "family.toml").write_text(table_of(by_id("sd3-medium")).replace('id = "sd3-medium"', 'id = "own"'))
     own = makers.write(tmp_path / "own.safetensors", makers.tiny("sd3-medium.original-transformer"))
     header.append(bake(own, tmp_path / "of-family.safetensors", family=tmp_path / "family.toml"))
+    scaled = Scaled("sd15.original", "scaled_fp8").write(tmp_path / "scaled.safetensors")
+    header.append(bake(scaled, tmp_path / "of-scaled.safetensors"))
     assert header[0]["crdiff.threshold.mid"] == "none"
     assert header[0]["crdiff.nonfinite.down"] == "1"
     assert header[0]["crdiff.evidence.interval"] == "[0.1, 0.2]"
@@ -398,9 +401,22 @@ def rules(header: Mapping[str, str]) -> Iterator[Rule]:
                 yield Rule(pattern, block["group"], parts)
 
 
+def scale(name: str, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> float:
+    """What the codes of a target are to be multiplied with; 1 for plain targets."""
+    layer = name.removesuffix(".weight")
+    formats = json.loads(header.get("_quantization_metadata", '{"layers": {}}'))["layers"]
+    quant = tensors.get(f"{layer}.comfy_quant")
+    form = formats.get(layer) or (json.loads(quant[2]) if quant else None)
+    if form:
+        assert form["format"] in ("float8_e4m3fn", "float8_e5m2")
+        return float(values(tensors[f"{layer}.weight_scale"]))
+    old = tensors.get(f"{layer}.scale_weight")
+    return float(values(old)) if old else 1.0
+
+
 def derive(header: Mapping[str, str], base: Files) -> Files:
     """The pruned weights, from the header of a pruned file and the dense base."""
-    assert header["crdiff.schema"] == "1"
+    assert header["crdiff.schema"] == ("2" if "crdiff.scaled" in header else "1")
     assert header["crdiff.criterion"] in ("magnitude", "uniform")
     assert "crdiff.mask" not in header
     queue = json.loads(header["crdiff.thresholds"]) if header["crdiff.method"] == "layer-wise" else None
@@ -413,7 +429,8 @@ def derive(header: Mapping[str, str], base: Files) -> Files:
             text = queue.pop(0) if queue is not None else header[f"crdiff.threshold.{group}"]
             total[group] += rows.numel()
             if text != "none":
-                small = rows.float().abs() <= float.fromhex(text)
+                numbers = rows.double() * scale(name, tensors, header)
+                small = numbers.abs() <= float.fromhex(text)
                 rows.view(torch.uint8).view(*rows.shape, -1)[small] = 0  # all bits of +0.0
                 pruned[group] += int(small.sum())
         tensors[name] = (*tensors[name][:2], raw(weights))
@@ -515,6 +532,14 @@ def test_document_gives_thresholds_in_the_order_of_the_bytes(tmp_path: Path) -> 
     body = json.dumps(dict(sorted(entries.items())), separators=(",", ":")).encode()
     base.write_bytes(makers.frame(body) + content[8 + length :])
     bake(base, tmp_path / "out.safetensors", targets=("ff", "attn"))
+    assert_derived(base, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_document_gives_scaled_fp8(spelling: str, tmp_path: Path) -> None:
+    table = scaled_models.FUSED if spelling == "metadata" else "sd15.original"
+    base = Scaled(table, spelling, ("F32", "BF16")).write(tmp_path / "base.safetensors")
+    bake(base, tmp_path / "out.safetensors")
     assert_derived(base, tmp_path / "out.safetensors")
 
 

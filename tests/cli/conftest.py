@@ -44,7 +44,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory, shelf: Path, baked: Path) ->
         "wide": {"betas": ("F32", (1,), struct.pack("<f", 1e30))},
         "bytes": {name: ("I8", shape, data[::2])},
         "flat": {name: (dtype, (len(data) // 2,), data)},
-        "quantised": {"model.diffusion_model.scaled_fp8": ("F32", (), bytes(4))},
+        "quantised": {"model.diffusion_model.a.qweight": ("I32", (), bytes(4))},
     }
     for stem, changes in wrong.items():
         makers.write(folder / f"{stem}.safetensors", tensors | changes)

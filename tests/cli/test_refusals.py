@@ -57,7 +57,7 @@ REFUSALS = {
     "variant": ("export {shelf}/pipe --res 512 --variant ema", 1, "checkpoint", "'ema'"),
     "LoRA": ("export {shelf}/lora.safetensors --res 512", 1, "family", "lora_unet_0.lora_down.weight"),
     "unknown": ("export {shelf}/odd.safetensors --res 512", 1, "family", "odd.weight"),
-    "quantised": ("export {shelf}/quantised.safetensors --res 512", 1, "plan", "scaled_fp8"),
+    "quantised": ("export {shelf}/quantised.safetensors --res 512", 1, "plan", "a.qweight"),
     "pruned": ("export {shelf}/pruned.safetensors --res 64", 1, "plan", "pruned.safetensors"),
     "not finite": ("export {shelf}/infinite.safetensors --res 64", 1, "plan", "infinite.safetensors"),
     "dtype too narrow": ("export {shelf}/wide.safetensors --res 64 --dtype fp16", 1, "plan", "'betas'"),

@@ -28,6 +28,7 @@ from crdiff_export import ExportRequest, Size, export
 from crdiff_export.bake import metadata
 from crdiff_export.bake.residual import tensor_specs
 from crdiff_export.export import prepare
+from crdiff_export.formats import dtypes
 from crdiff_export.formats import safetensors as header
 from crdiff_export.models import demo, families
 from crdiff_export.prune import architecture
@@ -411,7 +412,9 @@ def planned(table: str, folder: Path, kinds: Sequence[str] | None = None) -> Pla
 
 def full_header(plan: Plan) -> bytes:
     """The header that a full-size export gets, with thresholds as long as they come."""
-    longest = tuple(Threshold(0x3DCCCCCD + i, scope.count, scope.count, 1) for i, scope in enumerate(plan.scopes))
+    longest = tuple(
+        Threshold(dtypes.value(0x3DCCCCCD + i), scope.count, scope.count, 1) for i, scope in enumerate(plan.scopes)
+    )
     model = architecture.find(plan)
     stamp = metadata.stamp(plan, Decision(longest), "magnitude", "base.safetensors", model)
     (output,) = plan.outputs

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from crdiff_export.formats import dtypes
+from crdiff_export.formats.dtypes import Encoding
 from tests.support import oracle
 
 NARROW = ("F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -26,7 +27,7 @@ def magnitudes(dtype: str) -> NDArray[np.float64]:
 @pytest.mark.parametrize("dtype", NARROW)
 def test_the_scale_is_the_formula(dtype: str) -> None:
     with np.errstate(invalid="ignore"):
-        ours = dtypes.scale(dtype).view(np.float32).astype(np.float64)
+        ours = dtypes.patterns(dtype).view(np.float32).astype(np.float64)
     assert np.array_equal(ours, magnitudes(dtype), equal_nan=True)
 
 
@@ -36,7 +37,7 @@ def test_the_scale_is_torchs(dtype: str) -> None:
     patterns = np.arange(1 << (8 * size - 1)).astype(f"<u{size}")
     theirs = torch.from_numpy(patterns.view(np.uint8)).view(TORCH[dtype]).float().numpy()
     number = ~np.isnan(theirs)
-    assert np.array_equal(dtypes.scale(dtype)[number], theirs.view(np.uint32)[number])
+    assert np.array_equal(dtypes.patterns(dtype)[number], theirs.view(np.uint32)[number])
 
 
 @pytest.mark.parametrize("dtype", dtypes.FORMATS)
@@ -52,7 +53,7 @@ def test_what_is_finite(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_the_scale_ascends_and_then_holds_no_numbers(dtype: str) -> None:
-    scale, finite = dtypes.scale(dtype).astype(np.int64), dtypes.FORMATS[dtype].first_nonfinite
+    scale, finite = dtypes.patterns(dtype).astype(np.int64), dtypes.FORMATS[dtype].first_nonfinite
     assert (np.diff(scale[:finite]) > 0).all()
     assert scale[finite - 1] <= dtypes.LARGEST
     assert (scale[finite:] > dtypes.LARGEST).all()
@@ -62,10 +63,10 @@ def test_the_scale_ascends_and_then_holds_no_numbers(dtype: str) -> None:
 def test_every_number_is_its_own_limit(dtype: str) -> None:
     form = dtypes.FORMATS[dtype]
     for pattern in range(0, form.first_nonfinite, 1 if form.width == 8 else 37):
-        bits = int(dtypes.scale(dtype)[pattern])
-        assert dtypes.limit(dtype, bits) == pattern
-        assert dtypes.limit(dtype, bits + 1) == pattern
-        assert bits == 0 or dtypes.limit(dtype, bits - 1) == pattern - 1
+        bits = int(dtypes.patterns(dtype)[pattern])
+        assert Encoding(dtype).limit(dtypes.value(bits)) == pattern
+        assert Encoding(dtype).limit(dtypes.value(bits + 1)) == pattern
+        assert bits == 0 or Encoding(dtype).limit(dtypes.value(bits - 1)) == pattern - 1
 
 
 @given(bits=st.integers(0, dtypes.LARGEST), dtype=st.sampled_from(NARROW))
@@ -75,7 +76,7 @@ def test_every_number_is_its_own_limit(dtype: str) -> None:
 @example(bits=1, dtype="F8_E5M2")
 def test_a_limit_splits_the_numbers(bits: int, dtype: str) -> None:
     threshold = dtypes.value(bits)
-    limit = dtypes.limit(dtype, bits)
+    limit = Encoding(dtype).limit(threshold)
     below = magnitudes(dtype) <= threshold
     assert below[: limit + 1].all()
     assert not below[limit + 1 :].any()
@@ -90,5 +91,5 @@ def test_values_and_bits(bits: int) -> None:
     number = float(np.uint32(bits).view(np.float32))
     assert dtypes.value(bits) == number
     assert dtypes.bits(number) == dtypes.bits(-number) == bits
-    assert dtypes.limit("F32", bits) == bits
+    assert Encoding("F32").limit(number) == bits
     assert dtypes.bits(float.fromhex(dtypes.value(bits).hex())) == bits

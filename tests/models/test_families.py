@@ -521,7 +521,9 @@ def test_a_low_rank_branch_is_an_obstacle(name: str) -> None:
 
 def test_quantisation_in_the_metadata() -> None:
     metadata = {"_quantization_metadata": "{}"}
-    assert quantisation([], metadata) == ("a ComfyUI quantisation (metadata _quantization_metadata)", None)
+    scaled = quantisation([], metadata)
+    assert scaled
+    assert (scaled.kind, scaled.scaled) == ("a ComfyUI quantisation (metadata _quantization_metadata)", True)
     rotated = quantisation([], {"_quantization_metadata": '{"layers": {"a": {"format": "int8_convrot"}}}'})
     assert rotated
     assert "rotated" in str(rotated.obstacle)

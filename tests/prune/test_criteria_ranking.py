@@ -136,7 +136,7 @@ def hold(decision: Decision, plan: Plan, expected: Sequence[NDArray[np.bool_]], 
         members = [i for i, target in enumerate(plan.targets) if target.scope == number and scope.rank]
         odd = sum(int((~np.isfinite(values[i])).sum()) for i in members)
         pruned = sum(int(expected[i].sum()) for i in members)
-        assert (said.bits, said.pruned, said.total, said.nonfinite) == (None, pruned, scope.count, odd)
+        assert (said.value, said.pruned, said.total, said.nonfinite) == (None, pruned, scope.count, odd)
 
 
 def table_scores(rng: np.random.Generator, plan: Plan, values: Sequence[Numbers], kind: str) -> dict[str, Any]:

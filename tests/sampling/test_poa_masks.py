@@ -19,7 +19,7 @@ from crdiff_export.errors import PoaError
 from crdiff_export.export import plan_variant
 from crdiff_export.formats import dtypes
 from crdiff_export.formats.checkpoint import open_checkpoint
-from crdiff_export.formats.dtypes import torch_dtypes
+from crdiff_export.formats.dtypes import Encoding, torch_dtypes
 from crdiff_export.models import demo
 from crdiff_export.prune.criteria import Decision, Mask
 from crdiff_export.prune.threshold import Threshold
@@ -211,7 +211,7 @@ def rankings(draw: st.DrawFn) -> tuple[str, int]:
     """A dtype and a magnitude of it."""
     dtype = draw(st.sampled_from(sorted(dtypes.FORMATS)))
     pattern = draw(st.integers(0, dtypes.FORMATS[dtype].first_nonfinite - 1))
-    return dtype, pattern if dtype == "F32" else int(dtypes.scale(dtype)[pattern])
+    return dtype, pattern if dtype == "F32" else int(dtypes.patterns(dtype)[pattern])
 
 
 @given(rankings(), st.sampled_from(LOADED), st.lists(st.floats(width=32, allow_nan=False), max_size=8))
@@ -222,7 +222,9 @@ def test_a_limit_goes_with_the_rounding_of_a_cast(
     dtype, bits = ranking
     cut, threshold = ThresholdPart(0, 1, bits, dtype), torch.tensor(dtypes.value(bits))
     assume(threshold.to(loaded).isfinite())
-    assume(dtype == "F32" or dtypes.scale(dtype)[dtypes.limit(dtype, bits) + 1] < dtypes.INFINITY)  # the largest of all
+    assume(
+        dtype == "F32" or dtypes.patterns(dtype)[Encoding(dtype).limit(dtypes.value(bits)) + 1] < dtypes.INFINITY
+    )  # the largest of all
     limit = cut.limit(loaded)
     assert torch.tensor(limit, dtype=loaded).item() == limit
     around = [torch.nextafter(torch.tensor(limit), torch.tensor(to)) for to in (-math.inf, math.inf)]

@@ -145,9 +145,17 @@ def slices(file: int, name: str, shape: Shape, kinds: Sequence[str], *, dit: boo
 
 
 def expect(
-    files: Sequence[Tensors], ratios: Mapping[str, float], kinds: Sequence[str], *, dit: bool = False
+    files: Sequence[Tensors],
+    ratios: Mapping[str, float],
+    kinds: Sequence[str],
+    *,
+    dit: bool = False,
+    scales: Mapping[str, float] | None = None,
 ) -> Expected:
-    """Prune files of tensors, given in the order of their bytes, as the reference does: sort, take, compare."""
+    """Prune files of tensors, given in the order of their bytes, as the reference does: sort, take, compare.
+
+    `scales` has what the numbers of a tensor are to be multiplied with.
+    """
     found = [
         piece
         for number, tensors in enumerate(files)
@@ -160,7 +168,7 @@ def expect(
     thresholds: list[float | None] = []
     for scope in scopes:
         group = scope[0].group
-        magnitudes = [np.abs(_decode(files, piece)) for piece in scope]
+        magnitudes = [np.abs(_decode(files, piece)) * (scales or {}).get(piece.tensor, 1.0) for piece in scope]
         every = np.sort(np.concatenate(magnitudes))
         k = int(len(every) * ratios[group])
         total[group] += len(every)

@@ -9,14 +9,18 @@ from crdiff_export.formats.text import printable
 class Quantisation(NamedTuple):
     """A kind of quantisation, with the key that shows it, and why its weights cannot be pruned exactly.
 
-    `obstacle` is None for kinds whose codes have a zero: pruning them could be built, and is not.
+    `obstacle` is None for kinds whose codes have a zero: pruning them could be built, and is not, except where each
+    weight is a code times one number of its tensor (`scaled`, `prune/scaled_fp8.py`).
     """
 
     kind: str
     obstacle: str | None = None
+    scaled: bool = False
 
     def __str__(self) -> str:
         """Return what may follow "the weights"."""
+        if self.scaled:
+            return f"({self.kind}) are pruned exactly if they are fp8 with one scale for each tensor"
         exactly = (
             f"cannot be pruned exactly: {self.obstacle}" if self.obstacle else "are not pruned: that is not built in"
         )
@@ -25,23 +29,26 @@ class Quantisation(NamedTuple):
 
 _LOW_RANK: Final = "a low-rank branch is added to them"
 _ROTATED: Final = "they are rotated, so that their zeros are not the model's"
-# Tensors that quantisers add to a weight or put in its place: ComfyUI (scaled fp8, mixed precision), bitsandbytes,
-# nunchaku (SVDQuant, arXiv:2411.05007), GPTQ and AWQ. The first that fits names the kind.
-_TAILS: Final[Mapping[str, tuple[str, str | None]]] = {
-    ".wcscales": ("SVDQuant", _LOW_RANK),
-    ".wtscale": ("SVDQuant", _LOW_RANK),
-    ".smooth_factor": ("SVDQuant", _LOW_RANK),
-    ".proj_down": ("SVDQuant", _LOW_RANK),
-    "scaled_fp8": ("scaled fp8", None),
-    ".scale_weight": ("scaled fp8", None),
-    ".weight_scale": ("scaled fp8", None),
-    ".comfy_quant": ("a ComfyUI quantisation", None),
-    ".absmax": ("bitsandbytes", None),
-    ".quant_map": ("bitsandbytes", None),
-    ".quant_state.bitsandbytes__nf4": ("bitsandbytes nf4", None),
-    ".quant_state.bitsandbytes__fp4": ("bitsandbytes fp4", None),
-    ".SCB": ("bitsandbytes int8", None),
-    ".qweight": ("GPTQ or AWQ", None),
+# Tensors that quantisers add to a weight or put in its place: bitsandbytes, nunchaku (SVDQuant, arXiv:2411.05007), GPTQ
+# and AWQ. The first that is there names the kind.
+_TAILS: Final[Mapping[str, Quantisation]] = {
+    ".wcscales": Quantisation("SVDQuant", _LOW_RANK),
+    ".wtscale": Quantisation("SVDQuant", _LOW_RANK),
+    ".smooth_factor": Quantisation("SVDQuant", _LOW_RANK),
+    ".proj_down": Quantisation("SVDQuant", _LOW_RANK),
+    ".quant_state.bitsandbytes__nf4": Quantisation("bitsandbytes nf4"),
+    ".quant_state.bitsandbytes__fp4": Quantisation("bitsandbytes fp4"),
+    ".absmax": Quantisation("bitsandbytes"),
+    ".quant_map": Quantisation("bitsandbytes"),
+    ".SCB": Quantisation("bitsandbytes int8"),
+    ".qweight": Quantisation("GPTQ or AWQ"),
+}
+# Tensors of ComfyUI's formats, of which `prune/scaled_fp8.py` reads some.
+_SCALED: Final[Mapping[str, str]] = {
+    "scaled_fp8": "scaled fp8",
+    ".scale_weight": "scaled fp8",
+    ".comfy_quant": "a ComfyUI quantisation",
+    ".weight_scale": "scaled fp8",
 }
 _METADATA: Final = "_quantization_metadata"
 
@@ -56,21 +63,20 @@ def quantisation(names: Iterable[str], metadata: Mapping[str, str]) -> Quantisat
     Returns:
         The kind and the key that shows it, such as `scaled fp8 (scaled_fp8)`; None for plain weights.
     """
-    if _METADATA in metadata:
-        obstacle = _ROTATED if "convrot" in metadata[_METADATA].lower() else None
-        kind = "ConvRot" if obstacle else "a ComfyUI quantisation"
-        return Quantisation(f"{kind} (metadata {_METADATA})", obstacle)
+    if "convrot" in metadata.get(_METADATA, "").lower():
+        return Quantisation(f"ConvRot (metadata {_METADATA})", _ROTATED)
     names = frozenset(names)
-    marked = sorted(name for name in names if name.endswith((*_TAILS, ".scale")))
-    # A quantiser's own tensors say more than those that several of them have.
-    for tail, (title, obstacle) in _TAILS.items():
-        if obstacle and (shown := next((name for name in marked if name.endswith(tail)), None)):
-            return Quantisation(f"{title} ({printable(shown)})", obstacle)
+    marked = sorted(name for name in names if name.endswith((*_TAILS, *_SCALED, ".scale")))
+    for tail, quantiser in _TAILS.items():
+        if shown := next((name for name in marked if name.endswith(tail)), None):
+            return quantiser._replace(kind=f"{quantiser.kind} ({printable(shown)})")
     for name in marked:
-        quantiser = next((title for tail, (title, _) in _TAILS.items() if name.endswith(tail)), None)
-        if quantiser:
-            return Quantisation(f"{quantiser} ({printable(name)})")
         # SDNQ has X.scale beside X.weight; the norms of FLUX have a scale, but no weight.
         if name.endswith(".scale") and f"{name.removesuffix('.scale')}.weight" in names:
             return Quantisation(f"SDNQ ({printable(name)})")
+    if _METADATA in metadata:
+        return Quantisation(f"a ComfyUI quantisation (metadata {_METADATA})", scaled=True)
+    for tail, kind in _SCALED.items():
+        if shown := next((name for name in marked if name.endswith(tail)), None):
+            return Quantisation(f"{kind} ({printable(shown)})", scaled=True)
     return None

@@ -58,7 +58,7 @@ class Decision:
     """The exact decision of a criterion for one plan.
 
     Attributes:
-        thresholds: One for each scope, in the plan's order; `bits` is None in all of them if masks decide.
+        thresholds: One for each scope, in the plan's order; `value` is None in all of them if masks decide.
         masks: One for each target, in the plan's order, None for targets of a scope of rank 0; None altogether if
             thresholds decide.
         moved: By index of the target, all of its weights after compensation: a flat array of raw bits in the output

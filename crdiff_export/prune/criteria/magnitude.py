@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock, local
 
-from crdiff_export.formats.dtypes import FORMATS, INFINITY
+from crdiff_export.formats.dtypes import FORMATS, INFINITY, Encoding
 from crdiff_export.formats.weight_file import Bytes
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import threshold
@@ -19,6 +19,7 @@ from crdiff_export.prune.threshold import Threshold
 _Counting = Callable[[Target, memoryview], None]
 # Elements read and counted at once.
 CHUNK = 2 << 20
+_F32 = Encoding("F32")
 
 
 class RankedMagnitudes:
@@ -41,8 +42,8 @@ class RankedMagnitudes:
         self._plan, self._kernel = plans[0], kernel
         self._targets = {t.name: t for plan in plans for t in plan.targets if plan.scopes[t.scope].rank}
         tallies = {_tally(plans[0], t) for t in self._targets.values()}
-        # By tally: a histogram for each dtype, and refined ones of F32 for some values of the upper bits.
-        self._counts: dict[Hashable, dict[str, threshold.Totals]] = {tally: {} for tally in tallies}
+        # By tally: a histogram for each encoding, and refined ones of F32 for some values of the upper bits.
+        self._counts: dict[Hashable, dict[Encoding, threshold.Totals]] = {tally: {} for tally in tallies}
         self._refined: dict[Hashable, dict[int, threshold.Totals]] = {tally: {} for tally in tallies}
         self._widest = max((t.source.itemsize for t in self._targets.values()), default=1)
         self._nonfinite = Counter[str]()
@@ -67,7 +68,7 @@ class RankedMagnitudes:
         if not scope.rank:
             return Threshold(None, 0, scope.count)
         counts = _merged([self._counts[tally] for tally in tallies])
-        if "F32" not in counts:
+        if _F32 not in counts:
             return threshold.select(counts, scope.rank)
         upper = threshold.upper_bits(counts, scope.rank)
         refined = sum((self._refined[tally][upper] for tally in tallies), threshold.totals(REFINED))
@@ -78,7 +79,7 @@ class RankedMagnitudes:
         refined: dict[Hashable, dict[int, threshold.Totals]] = {}
         for scope, tallies in (scope for plan in plans for scope in _tallies_of(plan)):
             counts = _merged([self._counts[tally] for tally in tallies])
-            if "F32" in counts:
+            if _F32 in counts:
                 upper = threshold.upper_bits(counts, scope.rank)
                 for tally in tallies:
                     if upper not in self._refined[tally]:
@@ -131,8 +132,8 @@ class RankedMagnitudes:
         first = INFINITY >> LOWER_BITS if form.width == 32 else form.first_nonfinite
         totals = self._counts[_tally(self._plan, target)]
         with self._lock:
-            totals.setdefault(form.dtype, threshold.totals(len(counts)))
-            totals[form.dtype] += counts
+            totals.setdefault(target.encoding, threshold.totals(len(counts)))
+            totals[target.encoding] += counts
             self._nonfinite[target.name] += int(counts[first:].sum())
 
     def _read(self, target: Target, start: int, stop: int) -> memoryview:
@@ -167,9 +168,9 @@ def _tallies_of(plan: Plan) -> list[tuple[Scope, list[Hashable]]]:
     return [(scope, list(keys)) for scope, keys in zip(plan.scopes, names, strict=True)]
 
 
-def _merged(tallies: "Sequence[Mapping[str, threshold.Totals]]") -> "dict[str, threshold.Totals]":
+def _merged(tallies: "Sequence[Mapping[Encoding, threshold.Totals]]") -> "dict[Encoding, threshold.Totals]":
     """Sum the histograms of several tallies."""
-    merged: dict[str, threshold.Totals] = {}
-    for dtype, counts in (item for tally in tallies for item in tally.items()):
-        merged[dtype] = merged[dtype] + counts if dtype in merged else counts
+    merged: dict[Encoding, threshold.Totals] = {}
+    for encoding, counts in (item for tally in tallies for item in tally.items()):
+        merged[encoding] = merged[encoding] + counts if encoding in merged else counts
     return merged

@@ -45,6 +45,8 @@ def to_weights(target: Target, data: memoryview, device: torch.device) -> Weight
     bits = np.frombuffer(data, f"u{target.output.itemsize}")
     written = torch.frombuffer(data, dtype=torch_dtypes()[output]).to(device)
     values = written.to(torch.float32).reshape(target.shape)
+    if target.scale is not None:
+        values = values * target.scale
     zero, broken = values == 0, None
     if not selection.finite(values):
         broken = ~torch.isfinite(values)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crdiff_export.formats.dtypes import FORMATS, INFINITY, scale
+from crdiff_export.formats.dtypes import FORMATS, INFINITY, patterns
 
 _NUMPY: dict[str, type[np.floating[Any]]] = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 
@@ -50,7 +50,7 @@ def _widen(data: memoryview, source: str) -> NDArray[np.float32]:
     form = FORMATS[source]
     bits = np.frombuffer(data, f"u{form.itemsize}")
     sign = (bits >> (form.width - 1)).astype(np.uint32) << np.uint32(31)
-    wide: NDArray[np.uint32] = scale(source)[bits & bits.dtype.type(form.mask)] | sign
+    wide: NDArray[np.uint32] = patterns(source)[bits & bits.dtype.type(form.mask)] | sign
     return wide.view(np.float32)
 
 

@@ -80,7 +80,7 @@ def heading(variant: CardVariant) -> str:
 def pipeline(variant: CardVariant) -> Pipeline | None:
     """Return the diffusers pipeline that opens a variant, if one does; a whole pipeline names its own class."""
     stored, special = kind(variant), _special(variant)
-    if stored == "shards":
+    if stored == "shards" or variant.stamp.scaled:
         return None
     # Other special models need more than a prompt; Kolors is a text-to-image model with a class of its own.
     named = stored in ("pipeline", "folder") and special in ("", "kolors")
@@ -127,13 +127,14 @@ def folders(variant: CardVariant) -> list[tuple[str, str]]:
     family, stored = variant.stamp.family, kind(variant)
     bare = "; text encoders and VAE are the base's"
     programs = []
+    only_comfyui = variant.stamp.scaled  # others are not known to read codes with a scale
     if family == "demo" or not families.is_built_in(family):
         return []
     if stored == "checkpoint":
         programs = [("ComfyUI, Load Checkpoint", _CHECKPOINTS)]
-        programs += [("A1111 and Forge", _WEBUI.format(""))] if family in _IN_WEBUIS else []
+        programs += [("A1111 and Forge", _WEBUI.format(""))] if family in _IN_WEBUIS and not only_comfyui else []
     elif stored == "network" and variant.stamp.prefix in ("", BUNDLED):
         programs = [(f"ComfyUI, Load Diffusion Model{bare}", _NETWORKS)]
-    if programs and family in _IN_FORGE and variant.stamp.layout == "original":
+    if programs and family in _IN_FORGE and not only_comfyui and variant.stamp.layout == "original":
         programs.append((f"Forge{bare if stored == 'network' else ''}", _WEBUI.format("-forge")))
     return programs

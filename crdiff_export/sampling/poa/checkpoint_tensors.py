@@ -43,6 +43,32 @@ def equal(a: "Tensor", b: "Tensor") -> "Tensor":
     return (a == b) | (a.isnan() & b.isnan())
 
 
+def matches(loaded: "Tensor", stored: "Tensor", scale: float | None) -> "Tensor":
+    """Compare a model's weights elementwise with those of a checkpoint.
+
+    A loader of codes with a scale rounds twice, the scale and the product, and may do so in bfloat16 whatever dtype the
+    model has then. So the weights may differ by that.
+
+    Args:
+        loaded: The weights in memory, flat.
+        stored: The weights of the checkpoint, or their codes, on any device.
+        scale: The scale of the codes; None for plain weights.
+
+    Returns:
+        bool, True for weights that agree.
+
+    """
+    import torch
+
+    if scale is None:
+        return equal(loaded, stored.to(loaded.device, loaded.dtype))
+    numbers, codes, limits = loaded.cpu().double(), stored.cpu().double(), torch.finfo(loaded.dtype)
+    relative, smallest = 1.5 * torch.finfo(torch.bfloat16).eps, limits.smallest_normal * limits.eps
+    bound = relative * (codes * scale).abs() + (codes.abs() + 1) * smallest
+    same: Tensor = ((numbers - codes * scale).abs() <= bound) | (numbers.isnan() & codes.isnan())
+    return same.to(loaded.device)
+
+
 def sparse_warning(zeros: int, pruned: int, baked: BakedCheckpoint) -> str | None:
     """Warn of a dense model with unusually many zeros.
 

@@ -15,6 +15,7 @@ from crdiff_export.formats.safetensors import show
 from crdiff_export.progress import Silent
 from crdiff_export.sampling.poa.checkpoint_tensors import (
     equal,
+    matches,
     other_base,
     prunes_nothing,
     read_biases,
@@ -106,7 +107,7 @@ def make_dense(layers: Mapping[str, nn.Linear], source: Source, *, check: bool =
     if baked:
         _check_file(layers, source, baked)
     results = {
-        name: _compare(layers[name].weight, weights, source, name)
+        name: _compare(layers[name].weight, weights, source, name, target.scale)
         for target, weights in read_weights(source.plan)
         if (name := target.layer.diffusers) in layers
     }
@@ -123,7 +124,7 @@ def make_dense(layers: Mapping[str, nn.Linear], source: Source, *, check: bool =
         return False
     if baked.stamp.moved:
         _check_biases(layers, source, baked)
-    if source.has_residual and _are_all_dense(layers, source, baked):
+    if source.has_residual and not source.plan.has_scales and _are_all_dense(layers, source, baked):
         return False
     gone, zeros = sum(result.gone for result in results.values()), sum(result.zeros for result in results.values())
     if text := sparse_warning(zeros, gone, baked):
@@ -177,9 +178,9 @@ def _check_file(layers: Mapping[str, nn.Linear], source: Source, baked: BakedChe
             )
 
 
-def _compare(weight: Tensor, stored: Tensor, source: Source, name: str) -> _Comparison:
+def _compare(weight: Tensor, stored: Tensor, source: Source, name: str, scale: float | None) -> _Comparison:
     stored, loaded = stored.to(weight.device), weight.detach().reshape(-1)
-    same = equal(loaded, stored.to(loaded.dtype))
+    same = matches(loaded, stored, scale)
     is_same = bool(same.all())
     if source.baked is None:
         return _Comparison(dense=is_same, pruned=False)
@@ -200,6 +201,11 @@ def _restore(layers: Mapping[str, nn.Linear], source: Source, baked: BakedCheckp
         raise PoaError(
             f"the model holds the pruned weights already, and {source.path} has no residual to make them dense",
             f"Load the base, {show(source.base)}, or export with --residual embed.",
+        )
+    if source.plan.has_scales:
+        raise PoaError(
+            f"the model holds the pruned weights already, and {source.path} has a residual of fp8 codes with a scale",
+            f"Load the base, {show(source.base)}.",
         )
     for name, layer in layers.items():
         if not holds(layer.weight.dtype, dtype := source.masks.diffusers[name][0].dtype):

@@ -12,9 +12,9 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Self
 
 from crdiff_export.formats import dtypes
-from crdiff_export.formats.dtypes import torch_dtypes
-from crdiff_export.prune.criteria import Decision
-from crdiff_export.prune.plan import Plan
+from crdiff_export.formats.dtypes import Encoding, torch_dtypes
+from crdiff_export.prune.criteria import Decision, Mask
+from crdiff_export.prune.plan import Plan, Target, open_targets
 
 if TYPE_CHECKING:
     import torch
@@ -162,13 +162,14 @@ class Masks:
         """Make the masks of a decision for a plan."""
         original: dict[str, tuple[Part, ...]] = {}
         diffusers: dict[str, tuple[Part, ...]] = {}
-        for index, target in enumerate(plan.targets):
-            make = _maker(plan, decision, index)
-            if make:
-                (fused, part), single = target.layer.original, target.layer.diffusers
-                start = part * target.count
-                original[fused] = (*original.get(fused, ()), make(start, start + target.count))
-                diffusers[single] = (make(0, target.count),)
+        with open_targets(plan.checkpoint) as read:
+            for index, target in enumerate(plan.targets):
+                make = _maker(plan, decision, index, read)
+                if make:
+                    (fused, part), single = target.layer.original, target.layer.diffusers
+                    start = part * target.count
+                    original[fused] = (*original.get(fused, ()), make(start, start + target.count))
+                    diffusers[single] = (make(0, target.count),)
         return cls(plan.match.family.id, original, diffusers)
 
     def release(self) -> None:
@@ -178,13 +179,20 @@ class Masks:
                 part.release()
 
 
-def _maker(plan: Plan, decision: Decision, index: int) -> "Callable[[int, int], Part] | None":
+def _maker(
+    plan: Plan, decision: Decision, index: int, read: Callable[[Target], memoryview]
+) -> "Callable[[int, int], Part] | None":
     """Return a function that makes the part of a target; None for one that is not pruned."""
     target = plan.targets[index]
     dtype = target.output.dtype
     if decision.masks is None:
-        bits = decision.thresholds[target.scope].bits
-        return None if bits is None else lambda start, stop: ThresholdPart(start, stop, bits, dtype)
+        value = decision.thresholds[target.scope].value
+        if value is None:
+            return None
+        if target.scale is not None:
+            return _mask_maker(_mask_of_codes(target, value, read), dtype)
+        bits = dtypes.floor_bits(value)
+        return lambda start, stop: ThresholdPart(start, stop, bits, dtype)
     mask, moved = decision.masks[index], decision.moved.get(index)
     if mask is None:
         return None
@@ -193,6 +201,21 @@ def _maker(plan: Plan, decision: Decision, index: int) -> "Callable[[int, int], 
     if moved is not None:
         weights = torch.from_numpy(moved.view("u1")).view(torch_dtypes()[dtype])
         return lambda start, stop: ReplacedWeights(start, stop, dtype, weights)
+    return _mask_maker(mask, dtype)
+
+
+def _mask_of_codes(target: Target, threshold: float, read: Callable[[Target], memoryview]) -> Mask:
+    """Read which weights with a scale are at most the threshold: in a rounded dtype they would be ranked otherwise."""
+    import numpy as np
+
+    form = dtypes.FORMATS[target.source.dtype]
+    codes = np.frombuffer(read(target), f"u{form.itemsize}")
+    return Mask.pack(codes & form.mask <= target.encoding.limit(threshold))
+
+
+def _mask_maker(mask: Mask, dtype: str) -> "Callable[[int, int], Part]":
+    import torch
+
     packed = torch.from_numpy(mask.bits)
     return lambda start, stop: MaskPart(start, stop, dtype, packed)
 
@@ -273,7 +296,7 @@ def _limit(bits: int, ranked: str, loaded: "torch.dtype") -> float:
         return threshold
     if not holds(loaded, ranked):
         return float(torch.tensor(threshold).to(loaded))
-    following = int(dtypes.scale(ranked)[dtypes.limit(ranked, bits) + 1])
+    following = int(dtypes.patterns(ranked)[Encoding(ranked).limit(threshold) + 1])
     if following >= dtypes.INFINITY:
         return threshold
     middle = torch.tensor((threshold + dtypes.value(following)) / 2, dtype=loaded)
