@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from crdiff_export.verify.reopen import BakedCheckpoint, open_baked, read_decisi
 from tests.support import masking
 from tests.support.isolation import Crdiff
 from tests.support.messages import raises
+from tests.support.scaled_models import UNET, Scaled
 
 Weights = dict[str, torch.Tensor]
 
@@ -288,6 +290,66 @@ def test_the_file_is_found_by_its_zeros(bakes: Bakes) -> None:
     baked, parts = match.find(loaded(base), [other, moved, output])
     assert baked.checkpoint.path == output
     assert all(isinstance(part, MaskPart) for own in parts.values() for part in own)
+
+
+class Quantised:
+    """ComfyUI's tensor of fp8 codes with a scale, as far as the node looks at it."""
+
+    def __init__(self, codes: torch.Tensor, scale: float) -> None:
+        self._qdata, self._params, self.dtype = codes, SimpleNamespace(scale=torch.tensor(scale)), torch.bfloat16
+
+    def numel(self) -> int:
+        return self._qdata.numel()
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scaled, Path]:
+    """A model of scaled fp8 and of other layers, and its export."""
+    made = Scaled(UNET, "metadata", ("F16",))
+    base = made.write(tmp_path_factory.mktemp("scaled") / "base.safetensors")
+    output = base.with_name("baked.safetensors")
+    return made, export(ExportRequest(str(base), Size(96, 64), output, ratio=0.4)).written.path
+
+
+def quantised(made: Scaled, path: Path) -> dict[str, Any]:
+    """A model's weights as ComfyUI loads scaled fp8."""
+    prefix, weights = "model.diffusion_model.", safetensors.torch.load_file(path)
+    return {
+        match.PREFIX + name.removeprefix(prefix): Quantised(weight, made.scales[name])
+        if name in made.scales
+        else weight
+        for name, weight in weights.items()
+        if name.startswith(prefix)
+    }
+
+
+def test_scaled_fp8_takes_the_mask_of_its_codes(scaled: tuple[Scaled, Path]) -> None:
+    """The layer's weights come dequantised, in whatever dtype the model computes in."""
+    made, output = scaled
+    base = quantised(made, output.with_name("base.safetensors"))
+    baked, parts = match.find(base, [output])
+    assert baked.checkpoint.path == output
+    pruned = safetensors.torch.load_file(output)
+    for name, scale in made.scales.items():
+        key = match.PREFIX + name.removeprefix("model.diffusion_model.")
+        dense = base[key]._qdata.to(torch.bfloat16) * torch.tensor(scale, dtype=torch.bfloat16)
+        switch = PruneSwitch()
+        switch.pruned = True
+        layer = PatchedLayer(switch, key, parts[key], ())
+        assert torch.equal(layer(dense), dense.masked_fill(pruned[name].float() == 0, 0.0))
+
+
+def test_scaled_fp8_is_refused_for_other_models(scaled: tuple[Scaled, Path]) -> None:
+    made, output = scaled
+    key, baked = match.PREFIX + "input_blocks.1.1.transformer_blocks.0.attn1.to_v.weight", open_baked(output)
+    base = quantised(made, output.with_name("base.safetensors"))
+    with raises(match.PrunedError, output.name):
+        match.model_parts(quantised(made, output), baked)
+    codes, scale = base[key]._qdata, float(base[key]._params.scale)
+    others = (Quantised(codes, 2 * scale), codes, codes.to(torch.bfloat16), Quantised(codes.roll(1, 0), scale))
+    for other in others:
+        with raises(PoaError, "attn1.to_v", output.name):
+            match.model_parts({**base, key: other}, baked)
 
 
 def test_copies_of_masks_are_released(bakes: Bakes) -> None:

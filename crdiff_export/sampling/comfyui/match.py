@@ -75,11 +75,12 @@ def model_parts(weights: Mapping[str, Any], baked: BakedCheckpoint) -> Parts:
         PoaError: The weights are not those of the file's base. Where weights were moved, only biases are compared.
 
     """
-    sizes = _sizes(baked.plan)
+    sizes, scales = _sizes(baked.plan), {t.layer.original[0]: t.scale for t in baked.plan.targets}
     if not sizes:
         raise prunes_nothing(baked.checkpoint.path)
-    loaded = {name: _weight(weights, name, size, baked) for name, size in sizes.items()}
-    thresholds = None if baked.stamp.masked else Masks.of(baked.plan, read_decision(baked))
+    loaded = {name: _weight(weights, name, size, scales[name], baked) for name, size in sizes.items()}
+    reads_all = baked.stamp.masked or baked.plan.has_scales
+    thresholds = None if reads_all else Masks.of(baked.plan, read_decision(baked))
     _check(weights, baked, thresholds)
     masks = thresholds or Masks.of(baked.plan, read_decision(baked))  # reads all of a file, so only if it fits
     return {
@@ -106,7 +107,19 @@ def _is_plain(weight: Any) -> bool:
     )  # fmt: skip
 
 
-def _weight(weights: Mapping[str, Any], name: str, size: int, baked: BakedCheckpoint) -> "Tensor":
+def _is_scaled(weight: Any, scale: float) -> bool:
+    """Whether this is ComfyUI's own tensor of fp8 codes with this scale (comfy_kitchen's `QuantizedTensor`)."""
+    codes, own = _codes(weight), getattr(getattr(weight, "_params", None), "scale", None)
+    return codes is not None and own is not None and own.numel() == 1 and float(own) == scale
+
+
+def _codes(weight: Any) -> "Tensor | None":
+    """Return the codes of a quantised tensor of ComfyUI; None for other weights."""
+    codes: Tensor | None = getattr(weight, "_qdata", None)
+    return codes
+
+
+def _weight(weights: Mapping[str, Any], name: str, size: int, scale: float | None, baked: BakedCheckpoint) -> "Tensor":
     weight: Any = weights.get(PREFIX + name)
     hint = f"Load the base that it was made from, {show(baked.stamp.source_name)}."
     if weight is None:
@@ -114,8 +127,12 @@ def _weight(weights: Mapping[str, Any], name: str, size: int, baked: BakedCheckp
         raise PoaError(
             f"the model has no layer {layer}, {baked.checkpoint.path} is of the family {baked.stamp.family}", hint
         )
-    if not _is_plain(weight):
-        kind, dtype = type(weight).__name__, getattr(weight, "dtype", "unknown dtype")
+    kind, dtype = type(weight).__name__, getattr(weight, "dtype", "unknown dtype")
+    if scale is not None and not _is_scaled(weight, scale):
+        raise PoaError(
+            f"{name}: is a {kind} of {dtype}, {baked.checkpoint.path} prunes fp8 with the scale {scale:g}", hint
+        )
+    if scale is None and not _is_plain(weight):
         raise PoaError(
             f"{name}: is a {kind} of {dtype}, which cannot be pruned on the fly", "Load the model unquantised."
         )
@@ -174,8 +191,9 @@ def _check_biases(weights: Mapping[str, Any], baked: BakedCheckpoint) -> None:
 
 def _slice(weights: Mapping[str, Any], name: str, start: int, like: "Tensor") -> "Tensor | None":
     """Return as many elements of a model's weight as `like` has; None if it is missing, quantised or offloaded."""
-    whole: Any = weights.get(PREFIX + name)
-    if not _is_plain(whole) or whole.is_meta:
+    weight: Any = weights.get(PREFIX + name)
+    whole = weight if _is_plain(weight) else _codes(weight)
+    if whole is None or whole.is_meta:
         return None
     part: Tensor = whole.detach().reshape(-1)[start : start + len(like)].cpu()
     return part if len(part) == len(like) else None

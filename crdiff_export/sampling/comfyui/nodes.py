@@ -62,7 +62,7 @@ class CrdiffPoa:
         self, model: Any, checkpoint: str, weight_from_file: bool, weight: float, start: float, stop: float
     ) -> tuple[Any]:
         """Return the model with POA; PoaError if the file was made from another model."""
-        weights = {key: _weight(patches[0]) for key, patches in model.get_key_patches(match.PREFIX).items()}
+        weights = _weights(model)
         if checkpoint == LOADED:
             baked, parts = match.find(weights, map(listing.path, listing.names()))
         else:
@@ -100,9 +100,15 @@ class CrdiffInfo:
         return {"ui": {"text": (text,)}, "result": (text,)}
 
 
-def _weight(first: Any) -> Any:
-    """Return the weight in an entry of `get_key_patches`: bare in old ComfyUIs, with a function in newer ones."""
-    return first[0] if isinstance(first, tuple) else first
+def _weights(patcher: Any) -> dict[str, Any]:
+    """Return a model's weights as they were loaded, without patches.
+
+    ComfyUI's own `ModelPatcher.get_key_patches` fails for quantised layers, whose state has keys that are no weights.
+    """
+    weights = dict(patcher.model.named_parameters(remove_duplicate=False))
+    unpatched = {key: backup.weight for key, backup in patcher.backup.items()}
+    unpatched |= {key: backup[0] for key, backup in patcher.hook_backup.items()}
+    return {key: unpatched.get(key, weight) for key, weight in weights.items() if key.startswith(match.PREFIX)}
 
 
 NODE_CLASS_MAPPINGS = {"CrdiffPoa": CrdiffPoa, "CrdiffInfo": CrdiffInfo}
