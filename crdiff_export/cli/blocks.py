@@ -13,11 +13,19 @@ class Facts:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts. Only the last column may be wrapped on a narrow terminal, unless it is numeric."""
+    """Rows of texts. On a narrow terminal the last column is wrapped, unless it is numeric; see `layout.py`.
+
+    Attributes:
+        columns: The names of the columns.
+        rows: The cells, as text; where the first one is empty, it is that of the row before.
+        numeric: Columns that are aligned to the right.
+        optional: Columns that may be left out where there is no room, the first ones first.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     numeric: Sequence[str] = ()
+    optional: Sequence[str] = ()
 
 
 Block = str | Facts | Table

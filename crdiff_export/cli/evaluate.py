@@ -79,7 +79,7 @@ def _describe(job: EvaluateJob) -> list[str]:
 def _result(evaluation: Evaluation) -> Result:
     from crdiff_export.evaluate import report_text
 
-    table = Table(*report_text.table(evaluation), report_text.NUMERIC)
+    table = Table(*report_text.table(evaluation), report_text.NUMERIC, report_text.OPTIONAL)
     return Result(_as_json(evaluation), [Facts(evaluation.facts), "", table], bare=[table], notes=evaluation.notes)
 
 

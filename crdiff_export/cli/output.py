@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from crdiff_export.cli.blocks import Block, Facts, Table
+from crdiff_export.cli.blocks import Block, Facts
 from crdiff_export.cli.signals import Stopper
 from crdiff_export.errors import CrdiffError
 from crdiff_export.formats.text import WARNING, printable
@@ -155,30 +155,24 @@ def _print(line: str) -> None:
 def _lines(block: Block) -> Iterator[str]:
     if isinstance(block, str):
         yield block
-    elif isinstance(block, Facts):
-        pairs = list(block.pairs.items() if isinstance(block.pairs, Mapping) else block.pairs)
-        width = max((len(name) for name, _ in pairs), default=0) + 2
-        yield from (f"{name + ':':<{width}}{text}" for name, text in pairs)
-    elif sys.stdout.isatty():
-        from crdiff_export.cli import terminal
+        return
+    from crdiff_export.cli import layout
 
-        yield from terminal.table_lines(block)
-    else:
-        yield from _plain_table(block)
+    width = _terminal_width()
+    if isinstance(block, Facts):
+        yield from layout.fact_lines(block.pairs, width)
+        return
+    header, *rows = layout.table_lines(block, width)
+    yield f"\x1b[1m{header}\x1b[0m" if width and _coloured(sys.stdout) else header
+    yield from rows
 
 
-def _plain_table(table: Table) -> Iterator[str]:
-    """Columns of text with two spaces between them, however long the lines become."""
-    from rich.cells import cell_len
-
-    rows = [table.columns, *table.rows]
-    widths = [max(cell_len(row[number]) for row in rows) for number in range(len(table.columns))]
-    for row in rows:
-        cells = []
-        for column, text, width in zip(table.columns, row, widths, strict=True):
-            space = " " * (width - cell_len(text))
-            cells.append(space + text if column in table.numeric else text + space)
-        yield "  ".join(cells).rstrip()
+def _terminal_width() -> int | None:
+    """Return the columns of the terminal that stdout is, or what COLUMNS says; None if it is no terminal."""
+    if not sys.stdout.isatty():
+        return None
+    stated = os.environ.get("COLUMNS", "")
+    return int(stated) if stated.isdecimal() and int(stated) else os.get_terminal_size(sys.stdout.fileno()).columns
 
 
 def _coloured(stream: IO[str]) -> bool:

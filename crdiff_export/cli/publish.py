@@ -95,7 +95,7 @@ def _run(out: Output, worklist: Worklist, outcomes: list[Outcome]) -> None:
 def _planned(out: Output, worklist: Worklist) -> Result:
     failing = [Outcome(item, "failed", error=item.error) for item in worklist.items if item.error]
     _show_errors(out, failing)
-    table = Table(report.PLANNED, [report.planned_row(item) for item in worklist.items])
+    table = Table(report.PLANNED, [report.planned_row(item) for item in worklist.items], optional=["ratios"])
     return Result(
         {"dry_run": True, **report.planned_json(worklist)},
         [table, "", Facts(report.planned_totals(worklist))],
@@ -113,7 +113,10 @@ def _done(out: Output, worklist: Worklist, outcomes: list[Outcome], tags: list[T
     done = [outcome for outcome in outcomes if not outcome.error]
     return Result(
         report.done_json(outcomes, tags),
-        [Table(report.DONE, [report.done_row(outcome) for outcome in outcomes]), *tag_lines],
+        [
+            Table(report.DONE, [report.done_row(outcome) for outcome in outcomes], optional=["bytes", "commit"]),
+            *tag_lines,
+        ],
         bare=[outcome.pushed.url if outcome.pushed else report.where(outcome.item) for outcome in done],
         notes=list(report.done_notes(worklist, outcomes)),
         exit_code=exit_code(outcomes, tags),

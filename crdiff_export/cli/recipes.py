@@ -41,9 +41,8 @@ def list_(_out: Output) -> Result:
          " ".join(str(v.resolution) for v in r.variants)]
         for r in builtin
     ]  # fmt: skip
-    return Result(
-        {"recipes": [_as_json(r) for r in builtin]}, [Table(["alias", "model", "native", "ratios", "sizes"], rows)]
-    )
+    table = Table(["alias", "model", "native", "ratios", "sizes"], rows, optional=["native"])
+    return Result({"recipes": [_as_json(r) for r in builtin]}, [table])
 
 
 @command(

@@ -177,7 +177,10 @@ def _text(result: SearchResult) -> list[Block]:
 
     text: list[Block] = [Facts(report_text.facts(result))]
     if result.evaluation:
-        text += ["", Table(*evaluation_text.table(result.evaluation), evaluation_text.NUMERIC)]
+        text += [
+            "",
+            Table(*evaluation_text.table(result.evaluation), evaluation_text.NUMERIC, evaluation_text.OPTIONAL),
+        ]
     return [*text, "", report_text.conclusion(result)]
 
 

@@ -1,43 +1,16 @@
-"""Tables and progress bars on a terminal. The only module that imports rich."""
+"""Progress bars on a terminal."""
 
-import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Literal, Self
 
-from rich import box
-from rich.cells import cell_len
 from rich.console import Console
-from rich.measure import Measurement
 from rich.progress import BarColumn, DownloadColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import TransferSpeedColumn as SpeedColumn
 from rich.table import Column
-from rich.table import Table as RichTable
 from rich.text import Text
-
-from crdiff_export.cli.blocks import Table
-
-# Wider than any table: how wide one would like to be is measured with it.
-ENDLESS = 1 << 16
-
-
-def table_lines(table: Table) -> list[str]:
-    """Lay a table out for stdout, a terminal; no cell is cut, and only the last column is wrapped, unless numeric."""
-    grid = RichTable(box=box.SIMPLE, pad_edge=False, show_edge=False)
-    for number, column in enumerate(table.columns):
-        numeric = column in table.numeric
-        rigid = numeric or column != table.columns[-1]
-        width = max(cell_len(text) for text in (column, *(row[number] for row in table.rows))) if rigid else None
-        grid.add_column(column, justify="right" if numeric else "left", no_wrap=rigid, min_width=width)
-    for row in table.rows:
-        grid.add_row(*row)
-    text = io.StringIO()
-    console = _console(text)
-    needed = Measurement.get(console, console.options.update(width=ENDLESS), grid).minimum
-    console.print(grid, width=max(console.width, needed), crop=False)
-    return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
 def _console(stream: IO[str]) -> Console:

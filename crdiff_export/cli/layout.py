@@ -1,0 +1,113 @@
+"""Tables and facts as lines of text: columns where they fit into the width, else a record of lines for each row."""
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from rich.cells import cell_len
+
+from crdiff_export.cli.blocks import Table
+
+GAP = "  "
+# Ours: texts are wrapped down to this many letters; where a table has less room, its rows become records.
+NARROWEST = 16
+
+
+def table_lines(table: Table, width: int | None = None) -> list[str]:
+    """Lay a table out, without cutting a cell: the names of its columns, a rule if there is a width, and its rows.
+
+    In a width that is too small the last column is wrapped at words, unless it is numeric. If that is not enough, the
+    optional columns are left out and named below, and if that is not enough, each row becomes a record.
+
+    Args:
+        table: The table.
+        width: Columns of the terminal; None for as many as it takes.
+
+    Returns:
+        The lines.
+    """
+    if width is None:
+        return list(_grid(table, _natural(table)))
+    for number in range(len(table.optional) + 1):
+        left_out = table.optional[:number]
+        columns = [column for column in table.columns if column not in left_out]
+        smaller = _with_columns(table, columns)
+        if widths := _fitting(smaller, width):
+            header, *rows = _grid(smaller, widths)
+            rule = "─" * (sum(widths) + len(GAP) * (len(widths) - 1))
+            present = [name for name in left_out if name in table.columns]
+            note = [f"(no room for: {', '.join(present)})"] if present else []
+            return [header, rule, *rows, *note]
+    return list(_records(table, width))
+
+
+def fact_lines(pairs: Mapping[str, str] | Iterable[tuple[str, str]], width: int | None = None) -> Iterator[str]:
+    """Lay facts out, one a line; the texts begin below each other, and are wrapped at words if there is a width.
+
+    Args:
+        pairs: Names and texts.
+        width: Columns of the terminal; None for as many as it takes.
+
+    Yields:
+        The lines.
+    """
+    facts = list(pairs.items() if isinstance(pairs, Mapping) else pairs)
+    indent = max((cell_len(name) for name, _ in facts), default=0) + len(":" + " ")
+    for name, text in facts:
+        first, *rest = _wrapped(text, None if width is None else max(width - indent, NARROWEST))
+        yield f"{name + ':':<{indent}}{first}".rstrip()
+        yield from (" " * indent + line for line in rest)
+
+
+def _with_columns(table: Table, columns: Sequence[str]) -> Table:
+    numbers = [number for number, column in enumerate(table.columns) if column in columns]
+    return Table(columns, [[row[number] for number in numbers] for row in table.rows], table.numeric)
+
+
+def _natural(table: Table) -> list[int]:
+    cells = zip(table.columns, *table.rows, strict=True)
+    return [max(cell_len(text) for text in column) for column in cells]
+
+
+def _fitting(table: Table, width: int) -> list[int] | None:
+    """Return the width of each column, the last one wrapped if need be; None if the table does not fit."""
+    *others, last = _natural(table)
+    room = width - sum(others) - len(GAP) * len(others)
+    if last > room and table.columns[-1] not in table.numeric:
+        texts = (table.columns[-1], *(row[-1] for row in table.rows))
+        longest = max((cell_len(word) for text in texts for word in text.split()), default=0)
+        last = max(room if room >= NARROWEST else last, longest)
+    return [*others, last] if last <= room else None
+
+
+def _grid(table: Table, widths: Sequence[int]) -> Iterator[str]:
+    for row in (table.columns, *table.rows):
+        *cells, last = (
+            _aligned(text, width, right=column in table.numeric)
+            for column, text, width in zip(table.columns, row, widths, strict=True)
+        )
+        first, *rest = _wrapped(last, widths[-1])
+        yield GAP.join([*cells, first]).rstrip()
+        indent = " " * (sum(widths[:-1]) + len(GAP) * len(cells))
+        yield from (indent + line for line in rest)
+
+
+def _aligned(text: str, width: int, *, right: bool) -> str:
+    space = " " * (width - cell_len(text))
+    return space + text if right else text + space
+
+
+def _records(table: Table, width: int) -> Iterator[str]:
+    first = ""
+    for number, row in enumerate(table.rows):
+        if number:
+            yield ""
+        first = row[0] or first
+        cells = zip(table.columns, (first, *row[1:]), strict=True)
+        yield from fact_lines([cell for cell in cells if cell[1]], width)
+
+
+def _wrapped(text: str, width: int | None) -> list[str]:
+    """Wrap a text at words; a longer word has a line of its own."""
+    if width is None or cell_len(text) <= width:
+        return [text]
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]

@@ -1,0 +1,103 @@
+"""Tables and facts at every width: what they say is never cut, least of all a verdict."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crdiff_export.cli.blocks import Table
+from crdiff_export.cli.layout import NARROWEST, fact_lines, table_lines
+from crdiff_export.evaluate import report_text as evaluation
+from crdiff_export.publish import report
+from crdiff_export.verify.inspect import GROUP_COLUMNS
+
+WIDTHS = (60, 80, 100, 200)
+VERDICT = "no difference shown"
+MODELS = (
+    ("128x96 (native)", "dense", "0.960", "0.948 to 0.972", "96 %", "12.31", "", "", ""),
+    ("", "pruned", "0.951", "0.938 to 0.962", "94 %", "12.40", "-0.009", "-0.020 to +0.002", VERDICT),
+    ("", "POA 1.5", "0.953", "0.938 to 0.962", "94 %", "12.50", "-0.007", "-0.020 to +0.002", "better"),
+)
+GROUPS = [(name, "0.3", "1,234,567,890", "2,345,678,901", "0.3001", "0.0250092") for name in ("down", "mid", "up")]
+WHY = "the base needs 12.4 GB of disk, of which 3.1 GB are free"
+TABLES = {
+    "evaluate": Table(evaluation.COLUMNS, MODELS, evaluation.NUMERIC, evaluation.OPTIONAL),
+    "export": Table(GROUP_COLUMNS, GROUPS, GROUP_COLUMNS[1:]),
+    "publish, planned": Table(
+        report.PLANNED,
+        [("sdxl.safetensors", "1024x1024", "starting-point", "my-org/my-repository", "make and push", WHY)],
+        optional=["ratios"],
+    ),
+    "publish": Table(
+        report.DONE,
+        [("sdxl.safetensors", "1024x1024", "failed", "6.94 GB", "0123456789", "my-org/my-repository/sdxl.safetensors")],
+        optional=["bytes", "commit"],
+    ),
+}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", TABLES)
+def test_only_optional_columns_are_left_out(name: str, width: int) -> None:
+    """They are named then; no line is wider than the terminal."""
+    table = TABLES[name]
+    lines = table_lines(table, width)
+    left_out = [name for name in table.optional if name in lines[-1]] if "no room" in lines[-1] else []
+    words = " ".join(lines).split()
+    for number, column in enumerate(table.columns):
+        cells = {word for row in table.rows for word in row[number].split()}
+        assert (cells <= set(words)) or column in left_out, column
+    assert max(map(len, lines)) <= width
+    assert width < 200 or not left_out
+
+
+def test_the_verdict_is_in_the_table_at_80_columns() -> None:
+    table = Table(*_without_fid(), evaluation.NUMERIC, evaluation.OPTIONAL)
+    lines = table_lines(table, 80)
+    assert lines[0].split()[-2:] == ["which", "shows"]
+    assert any(line.split()[:2] == ["POA", "1.5"] and line.endswith("better") for line in lines)
+    assert lines[-1] == "(no room for: 95 %, right)"
+
+
+def _without_fid() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    place = evaluation.COLUMNS.index("FID")
+    rows = [(*row[:place], *row[place + 1 :]) for row in (evaluation.COLUMNS, *MODELS)]
+    return rows[0], rows[1:]
+
+
+def test_records_name_the_size_of_every_row() -> None:
+    lines = table_lines(TABLES["evaluate"], 60)
+    assert sum(line.split() == ["size:", "128x96", "(native)"] for line in lines) == 3
+    assert f"which shows: {VERDICT}" in lines
+
+
+def test_in_a_pipe_columns_are_as_wide_as_they_need() -> None:
+    header, first, *rest = table_lines(TABLES["evaluate"])
+    assert header.split()[0] == "size"
+    assert first.startswith("128x96 (native)  dense    0.960  0.948 to 0.972")
+    assert len(rest) == 2
+
+
+WORDS = st.text("abcdefghij", min_size=1, max_size=12)
+CELLS = st.lists(WORDS, min_size=1, max_size=6).map(" ".join)
+
+
+@given(st.data(), st.integers(20, 120))
+def test_any_table_keeps_its_words(data: st.DataObject, width: int) -> None:
+    count = data.draw(st.integers(1, 6))
+    columns = data.draw(st.lists(WORDS, min_size=count, max_size=count, unique=True))
+    rows = data.draw(st.lists(st.lists(CELLS, min_size=count, max_size=count), min_size=1, max_size=4))
+    lines = table_lines(Table(columns, rows, tuple(data.draw(st.sets(st.sampled_from(columns))))), width)
+    text = {word for line in lines for word in line.replace(":", " ").split()}
+    assert {word for row in rows for cell in row for word in cell.split()} <= text
+    assert max(map(len, lines)) <= max(width, max(map(len, columns)) + len(": ") + NARROWEST)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_facts_are_wrapped_at_words(width: int) -> None:
+    """The lines below begin where the text does; a word that is too long, such as a path, is not cut."""
+    text = " ".join(["one of many words"] * 20)
+    *lines, last = fact_lines({"ratios": text, "base": "x" * 300}, width)
+    assert " ".join(" ".join(lines).split()) == f"ratios: {text}"
+    assert all(line.startswith(" " * len("ratios: ")) for line in lines[1:])
+    assert max(map(len, lines)) <= width
+    assert last == f"base:   {'x' * 300}"
