@@ -131,9 +131,9 @@ def choose(
 
 
 def _pipeline(name: str, match: Match, model: Architecture, folder: Path | None) -> Pipeline:
-    """Choose the pipeline of a family; for a UNet of no known family, the one that its folder names."""
+    """Choose the pipeline of a family; for a UNet whose table names none, the one that its folder names."""
     family, special = match.family, model.special
-    if not family.layouts and not special:
+    if family.table and family.scope == "group" and not family.pipelines and not special:
         return _pipeline_of(folder, name)
     if not special and model.prediction and model.prediction.kind == "edm":
         special = "edm"

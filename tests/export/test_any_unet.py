@@ -1,7 +1,9 @@
 """A UNet of no known family, from the base to pictures: pruned by the reference's rule, named as what it is."""
 
+import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from crdiff_export import ExportRequest, Size, export
 from crdiff_export.errors import PlanError
 from crdiff_export.models import demo
 from crdiff_export.progress import Silent
+from crdiff_export.sampling.comfyui.match import model_parts
+from crdiff_export.sampling.poa.source import from_baked
 from crdiff_export.verify.inspect import inspect
+from crdiff_export.verify.reopen import open_baked
 from crdiff_export.verify.restore import restore
 from crdiff_export.verify.verify import verify
 from tests.support import makers
@@ -87,6 +92,61 @@ def test_it_is_pruned_by_the_rule_and_named_as_what_it_is(net: Any, folder: Path
     assert not [key for key in header if key.endswith(".mid")]
     assert verify(written.path, str(folder), Silent()).against == "all"
     assert inspect(written.path)
+
+
+def listed(header: dict[str, str], layout: str) -> dict[str, str]:
+    """The targets in a header and their groups, read as docs/metadata.md says, without crdiff."""
+    groups = {}
+    for target in tomllib.loads(header["crdiff.family.table"])["target"]:
+        pattern = target[layout]
+        numbers = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+        blocks = range(int(numbers[1]), int(numbers[2]) + 1) if numbers else [0]
+        for block in blocks if target["kind"] in header["crdiff.targets"].split(",") else ():
+            name = header["crdiff.prefix"] + re.sub(r"\{.*\}", str(block), pattern)
+            groups[name] = target["group"]
+    return groups
+
+
+def test_its_header_says_what_was_pruned(folder: Path, tmp_path: Path) -> None:
+    """Whoever has the base and the header has the pruned weights."""
+    written = export(ExportRequest(str(folder), SIZE, tmp_path / "out", ratios=RATIOS)).written
+    header, weights = makers.metadata_of(written.path / UNET), load_file(folder / UNET)
+    groups = listed(header, header["crdiff.layout"])
+    assert header["crdiff.schema"] == "2"
+    assert "unet" in tomllib.loads(header["crdiff.family.table"]), "a threshold for each group"
+    for group in ("down", "up"):
+        names = [name for name in groups if groups[name] == group]
+        assert sum(weights[name].numel() for name in names) == int(header[f"crdiff.total.{group}"])
+        for name in names:
+            weights[name][weights[name].abs() <= float.fromhex(header[f"crdiff.threshold.{group}"])] = 0
+    pruned = load_file(written.path / UNET)
+    assert all(torch.equal(pruned[name], tensor) for name, tensor in weights.items())
+
+
+def test_poa_knows_its_layers_by_both_names(folder: Path, tmp_path: Path) -> None:
+    path = export(ExportRequest(str(folder), SIZE, tmp_path / "out", ratios=RATIOS)).written.path
+    source, header = from_baked(path), makers.metadata_of(path / UNET)
+    assert sorted(source.masks.diffusers) == sorted(listed(header, "diffusers"))
+    originals = listed(header, "original")
+    names = zip(listed(header, "diffusers"), originals, strict=True)
+    dense = {f"diffusion_model.{original}": load_file(folder / UNET)[name] for name, original in names}
+    assert sorted(model_parts(dense, open_baked(path))) == sorted(f"diffusion_model.{name}" for name in originals)
+
+
+def test_a_file_without_a_table_is_read_by_its_names(folder: Path, tmp_path: Path) -> None:
+    """As crdiff wrote them before, with schema 1."""
+    shutil.copy(folder / UNET, tmp_path / "base.safetensors")
+    request = ExportRequest(
+        str(tmp_path / "base.safetensors"), SIZE, tmp_path / "o.safetensors", ratios=RATIOS, residual="sidecar",
+        native=Size(64, 64),
+    )  # fmt: skip
+    output = export(request).written.path
+    old = makers.said(output, {"crdiff.schema": "1", "crdiff.family.table": None}, tmp_path / "old.safetensors")
+    shutil.copy(output.with_suffix(".crdiff-residual"), old.with_suffix(".crdiff-residual"))
+    assert verify(old, str(tmp_path / "base.safetensors"), Silent()).against == "all"
+    restore(old, tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == (folder / UNET).read_bytes()
+    assert from_baked(old).masks.diffusers.keys() == from_baked(output).masks.diffusers.keys()
 
 
 def test_the_starting_point_is_for_its_own_groups(folder: Path, tmp_path: Path) -> None:

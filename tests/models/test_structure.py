@@ -1,5 +1,6 @@
 """UNets of no known family: their layers are read from their own names, as the public code's rule selects them."""
 
+import random
 import re
 from typing import Any
 
@@ -7,7 +8,10 @@ import pytest
 
 from crdiff_export.errors import FamilyError
 from crdiff_export.models.families import Match, detect
+from crdiff_export.models.families.model import LayoutName
 from crdiff_export.models.families.structure import read_structure
+from crdiff_export.models.families.table import parse_family
+from crdiff_export.models.families.unet import unet_layouts
 from tests.support import geometry_tables
 from tests.support.messages import raises
 
@@ -94,6 +98,7 @@ def test_targets_are_those_of_the_reference(name: str) -> None:
     match = detect(shapes_of(net))
     assert match.family.id == "unet"
     assert targets(match) == reference(net)
+    assert detect(shapes_of(net), parse_family(match.family.table, "header", foreign=True)) == match
     assert set(match.family.groups) == set(reference(net).values())
     assert (match.family.architecture, match.family.native) == ("", None)
 
@@ -112,6 +117,69 @@ def test_a_prefix_and_other_parts_do_not_matter(prefix: str) -> None:
     shapes = {f"{prefix}{name}": shape for name, shape in shapes_of(unet()).items()}
     match = detect(shapes | {"first_stage_model.encoder.conv_in.weight": (8, 3, 3, 3)})
     assert (match.family.id, match.prefix, match.layout.name) == ("unet", prefix, "diffusers")
+
+
+def random_unet(seed: int, layout: LayoutName) -> Shapes:
+    """A UNet of any depths, with or without a middle and gated layers, its names in any order."""
+    choose = random.Random(seed)
+    layers = choose.randint(1, 3)
+    levels = choose.randint(1, 4)
+
+    def depths(attentions: int) -> tuple[tuple[int, ...], ...]:
+        stacks = [tuple(choose.choice((1, 2, 11)) for _ in range(attentions)) for _ in range(levels)]
+        return tuple(stack if choose.random() < 0.7 else (0,) * attentions for stack in stacks)
+
+    first = choose.randint(1, 3)
+    down = ((first,) * layers, *depths(layers)[1:])
+    geometry = unet_layouts(down, mid=choose.choice((0, 1, 10)), context=8, layers=layers, up=depths(layers + 1))
+    names = [layer.tensor for layer in next(each for each in geometry if each.name == layout).layers]
+    gated = choose.choice(("", "attn1.to_q", "ff.net.2"))
+    if gated:  # GLIGEN's layers, in some of the blocks
+        ends = [name for name in names if name.endswith(f"{gated}.weight") and choose.random() < 0.5]
+        names += [name.replace(gated, f"fuser.{gated.replace('attn1', 'attn')}") for name in ends]
+    blocks = levels * (layers + 1)
+    if layout == "original":
+        names += ["input_blocks.0.0.weight", "out.2.weight"]
+        names += [f"input_blocks.{i}.0.in_layers.2.weight" for i in range(1, blocks)]
+        names += [f"output_blocks.{i}.0.in_layers.2.weight" for i in range(blocks)]
+        names += [f"input_blocks.{i * (layers + 1)}.0.op.weight" for i in range(1, levels)]
+        names += [f"output_blocks.{i * (layers + 1) - 1}.2.conv.weight" for i in range(1, levels)]
+    else:
+        names += ["conv_in.weight", "conv_out.weight"]
+        names += [f"down_blocks.{i}.resnets.{j}.conv1.weight" for i in range(levels) for j in range(layers)]
+        names += [f"up_blocks.{i}.resnets.{j}.conv1.weight" for i in range(levels) for j in range(layers + 1)]
+        names += [f"down_blocks.{i}.downsamplers.0.conv.weight" for i in range(levels - 1)]
+    choose.shuffle(names)
+    shapes: Shapes = dict.fromkeys(names, (4, 4))
+    if choose.random() < 0.5:
+        shapes["label_emb.0.0.weight" if layout == "original" else "class_embedding.linear_1.weight"] = (8, 40)
+    return shapes
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_its_table_gives_the_same_layers_again(seed: int) -> None:
+    tables = {}
+    for layout in ("original", "diffusers"):
+        shapes = random_unet(seed, layout)
+        structure = read_structure(shapes)
+        assert structure
+        assert {layer.tensor for layer in structure.layers} == {name for name in shapes if re.search("attn|ff", name)}
+        family = parse_family(structure.table(40), "header", foreign=True)
+        assert family.layouts[layout == "diffusers"].layers == structure.layers
+        assert (family.groups, family.scope, family.vector) == (structure.groups, "group", 40)
+        shuffled = read_structure(dict(sorted(shapes.items())))
+        assert shuffled
+        assert shuffled.table(40) == family.table, "the order of the names does not matter"
+        tables[layout] = family.table
+    assert tables["original"] == tables["diffusers"]
+
+
+def test_the_table_of_a_deep_unet_is_short() -> None:
+    """Eleven attentions of 80 blocks."""
+    deep: dict[str, Any] = {"transformer_layers_per_block": 80, "layers_per_block": 2}
+    match = detect(shapes_of(unet(**deep)))
+    assert len(match.layout.layers) == 11 * 80 * 6
+    assert len(match.family.table) < 20_000
 
 
 def test_channels_make_it_special_without_an_architecture() -> None:
@@ -172,6 +240,15 @@ def test_a_convolution_that_the_rule_selects_is_not_left_out_silently() -> None:
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.conv.weight"
     with raises(FamilyError, name):
         detect(shapes_of(unet(layers_per_block=3)) | {name: (4, 4, 3, 3)})
+
+
+@pytest.mark.parametrize("part", ["{0..3}", 'q"', "to_q\n", "00", "9" * 5000])
+def test_a_name_that_no_table_can_hold_is_refused(part: str) -> None:
+    name = f"down_blocks.0.attentions.0.transformer_blocks.{part}.attn1.to_q.weight"
+    with pytest.raises(FamilyError) as caught:
+        detect(shapes_of(unet(layers_per_block=3)) | {name: (32, 32)})
+    assert caught.value.message.startswith("down_blocks.0.attentions.0.transformer_blocks.")
+    assert caught.value.message.isprintable()
 
 
 def test_a_controlnet_alone_is_no_unet() -> None:

@@ -37,6 +37,34 @@ diffusers = "blocks.{0..2}.img_mlp.net.0.proj.weight"
 kind = "attn"
 diffusers = "blocks.{0..2}.attn.to_q.weight"
 """
+# A UNet-like model, with a threshold for each group.
+LISTED = """
+id = "own"
+title = "My UNet"
+native = "512x512"
+
+[unet]
+kinds = ["ff"]
+default = ["ff"]
+groups = ["encoder", "decoder"]
+channels = 16
+vector = 32
+
+[unet.diffusers]
+first = "img_in.weight"
+last = "img_out.weight"
+vectors = ["label.weight"]
+
+[[target]]
+kind = "ff"
+group = "encoder"
+diffusers = "down.{0..1}.mlp.weight"
+
+[[target]]
+kind = "ff"
+group = "decoder"
+diffusers = "up.{0..1}.mlp.weight"
+"""
 SHAPES = {
     "img_in.weight": (8, 16), "txt_in.weight": (8, 24),
     **{f"blocks.{i}.{name}.weight": (8, 8) for i in range(3) for name in ("img_mlp.net.0.proj", "attn.to_q")},
@@ -54,6 +82,24 @@ def test_a_table_says_what_is_a_target() -> None:
     }
     assert detect({f"transformer.{name}": shape for name, shape in SHAPES.items()}, family).prefix == "transformer."
     assert family.table == OWN
+
+
+def test_targets_of_a_unet_may_be_listed() -> None:
+    family = parse_family(LISTED, "own.toml")
+    assert (family.scope, family.groups) == ("group", ("encoder", "decoder"))
+    shapes: dict[str, tuple[int, ...]] = {f"{half}.{i}.mlp.weight": (8, 8) for half in ("down", "up") for i in range(2)}
+    shapes |= {"img_in.weight": (8, 16, 3, 3), "img_out.weight": (16, 8, 3, 3), "label.weight": (8, 32)}
+    match = detect(shapes, family)
+    assert [layer.group for layer in match.layout.layers] == ["encoder", "encoder", "decoder", "decoder"]
+    assert match.special is None
+    for tensor, shape, special in (
+        ("img_in.weight", (8, 9, 3, 3), "9-channels"),
+        ("img_out.weight", (8, 8, 3, 3), "8-outputs"),
+        ("label.weight", (8, 64), "vector-64"),
+    ):
+        odd = detect(shapes | {tensor: shape}, family).special
+        assert odd is not None
+        assert odd.id == special
 
 
 @pytest.mark.parametrize("path", ["blocks", "layers", "h", "transformer.layers", "double_blocks"])
@@ -103,6 +149,11 @@ WRONG = {
     "a default that is no kind": (OWN.replace('default = ["ff"]', 'default = ["attn2"]'), "default"),
     "no layout": (OWN.replace("[transformer.diffusers]", "[transformer.other]"), "transformer.other"),
     "no target": (OWN[: OWN.index("[[target]]")], "target is missing"),
+    "no groups": (LISTED.replace('groups = ["encoder", "decoder"]', ""), "unet.groups is missing"),
+    "a group without a target": (LISTED.replace('"decoder"]', '"decoder", "mid"]'), "unet.groups"),
+    "a group twice": (LISTED.replace('"decoder"]', '"decoder", "encoder"]'), "unet.groups"),
+    "a target of no group": (LISTED.replace('group = "decoder"\n', ""), "target[2].group is missing"),
+    "a geometry and targets": (LISTED.replace("[unet]", "[unet]\ndown = [1, 1]"), "unet.down"),
     "two ranges": (OWN.replace("blocks.{0..2}.attn", "{0..1}.{0..2}.attn"), "target[2].diffusers"),
     "an open range": (OWN.replace("blocks.{0..2}.attn", "blocks.{0..}.attn"), "target[2].diffusers"),
     "a range backwards": (OWN.replace("blocks.{0..2}.attn", "blocks.{2..0}.attn"), "2..0"),
@@ -165,7 +216,7 @@ def test_the_table_of_a_built_in_family_can_be_a_users_own(family: object, tmp_p
 
 def test_the_tables_of_the_documentation_are_right() -> None:
     tables = re.findall(r"```toml\n(.*?)```", (DOCS / "families.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert [parse_family(table, "families.md").id for table in tables] == ["my-model", "my-unet"]
+    assert [parse_family(table, "families.md").id for table in tables] == ["my-model", "my-unet", "my-other-unet"]
 
 
 def test_a_package_may_bring_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

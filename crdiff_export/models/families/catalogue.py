@@ -8,7 +8,6 @@ from typing import Final
 from crdiff_export.errors import FamilyError, foreign_errors
 from crdiff_export.formats.text import did_you_mean
 from crdiff_export.models.families.model import Family
-from crdiff_export.models.families.structure import GROUPS as UNET_GROUPS
 from crdiff_export.models.families.table import load_family, parse_family
 from crdiff_export.models.families.unet import any_unet
 
@@ -53,7 +52,7 @@ def by_id(family_id: str) -> Family:
     Raises:
         FamilyError: The id is unknown; the hint has the nearest one.
     """
-    families = {family.id: family for family in (*all_families(), any_unet(UNET_GROUPS, None))}
+    families = {family.id: family for family in (*all_families(), any_unet())}
     if family_id not in families:
         families |= {family.id: family for family in installed_families()}
     if family_id not in families:

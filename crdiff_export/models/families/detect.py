@@ -10,7 +10,7 @@ from crdiff_export.models.families.fit import EMA, PREFIXES, Fit, Shapes, holds,
 from crdiff_export.models.families.model import ANY, Family, FamilyLayer, Layout, Match, Special
 from crdiff_export.models.families.structure import read_structure
 from crdiff_export.models.families.table import TABLE_KEY, parse_family
-from crdiff_export.models.families.unet import any_unet, tensors_of
+from crdiff_export.models.families.unet import tensors_of
 
 # Layers over time, whose names look like targets: AnimateDiff, Stable Video Diffusion, ModelScope's UNet3D.
 _TEMPORAL = ("motion_modules.", ".temporal_transformer", ".temp_attentions.", ".time_stack.")
@@ -90,10 +90,11 @@ def _any_unet(shapes: Shapes) -> Match | None:
         except FamilyError as error:  # its message begins with a tensor
             raise FamilyError(prefix + error.message, error.hint) from error
         if structure:
-            first, vectors, last = tensors_of(structure.layout)
-            layout = Layout(structure.layout, structure.layers, (), first, vectors, last)
+            _, vectors, _ = tensors_of(structure.layout)
             vector = next((size for tensor in vectors if (size := _size(inner, tensor, 1))), None)
-            return _match(any_unet(structure.groups, vector), layout, prefix, shapes)
+            family = parse_family(structure.table(vector), "UNet", foreign=True)
+            layout = next(layout for layout in family.layouts if layout.name == structure.layout)
+            return _match(family, layout, prefix, shapes)
     return None
 
 

@@ -8,21 +8,25 @@ Blocks of the original layout are numbered with their samplers: `input_blocks.0`
 residual block with its attention, and each downsampler, has a number (diffusers' `convert_ldm_unet_checkpoint`).
 """
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 from crdiff_export.errors import FamilyError
 from crdiff_export.formats.text import printable
 from crdiff_export.models.families.model import FamilyLayer, Kind, LayoutName
+from crdiff_export.models.families.unet import GROUPS, KINDS, any_unet, tensors_of
 
-GROUPS = ("down", "mid", "up")
 # A transformer block has these; `attn2` may be missing, but not a part of it.
 _SELF = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
 _CROSS = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
-_BLOCK = re.compile(r"(.*transformer_blocks)\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"(.*transformer_blocks)\.(\d{1,4})\.(.+)")
+# A name that a table can hold as it is: no braces or quotes, numbers without leading zeros and of at most four digits.
+_PLAIN = re.compile(r"(?:(?!0\d|\d{5})[\w-]+\.)+weight", re.ASCII)
 _INSIDE = re.compile(r"(input_blocks|middle_block|output_blocks|down_blocks|mid_block|up_blocks)\.")
 _HINT = "The file is damaged, or of a model that only shares its names with a UNet of Stable Diffusion."
 
@@ -49,6 +53,28 @@ class UNetStructure:
         present = {layer.group for layer in self.layers}
         return tuple(group for group in GROUPS if group in present)
 
+    def table(self, vector: int | None) -> str:
+        """Write the table of a family with these layers in this order, which a baked file carries.
+
+        Args:
+            vector: The width of the vector beside the text; None if the model takes none.
+
+        Returns:
+            The table, as docs/families.md describes it.
+        """
+        family, kinds = any_unet(), json.dumps(KINDS)
+        lines = [f'id = "{family.id}"', f'title = "{family.title}"', "", "[unet]"]
+        lines += [f"groups = {json.dumps(self.groups)}", f"kinds = {kinds}", f"default = {kinds}"]
+        lines += [f"vector = {vector}"] if vector else []
+        for layout in ("original", "diffusers"):
+            first, vectors, last = tensors_of(layout)
+            lines += ["", f"[unet.{layout}]", f'first = "{first}"', f'last = "{last}"']
+            lines += [f"vectors = {json.dumps(vectors)}"]
+        for kind, group, original, diffusers in _patterns(self.layers):
+            lines += ["", "[[target]]", f'kind = "{kind}"', f'group = "{group}"']
+            lines += [f'original = "{original}"', f'diffusers = "{diffusers}"']
+        return "\n".join(lines) + "\n"
+
 
 def read_structure(shapes: Mapping[str, tuple[int, ...]]) -> UNetStructure | None:
     """Read the structure of a UNet.
@@ -73,9 +99,10 @@ def read_structure(shapes: Mapping[str, tuple[int, ...]]) -> UNetStructure | Non
     inside: dict[str, list[str]] = {path: [] for path in paths}
     for name in filter(_INSIDE.match, shapes):
         path = next((".".join(parts) for parts in _heads(name) if ".".join(parts) in inside), None)
-        if path:
+        target = is_target(name, shapes[name])
+        if path and (not target or _PLAIN.fullmatch(name)):
             inside[path].append(name)
-        elif is_target(name, shapes[name]):
+        elif target:
             raise FamilyError(f"{printable(name)}: a layer outside of the blocks of a UNet", _HINT)
     for path in paths:
         _refuse_adapters(inside[path])
@@ -83,7 +110,7 @@ def read_structure(shapes: Mapping[str, tuple[int, ...]]) -> UNetStructure | Non
     layers = [
         _layer(name, name.removeprefix(f"{path}."), place)
         for place, path in zip(places, paths, strict=True)
-        for name in inside[path]
+        for name in sorted(inside[path], key=_by_weight)
         if is_target(name, shapes[name])
     ]
     _check_levels(places, paths, {layer.tensor for layer in layers})
@@ -103,6 +130,27 @@ def is_target(name: str, shape: Sequence[int]) -> bool:
     path = name.removesuffix(".weight")
     chosen = ("attn" in path or "ff" in path) and "attn2" not in path
     return name.endswith(".weight") and chosen and len(shape) > 1
+
+
+def _by_weight(name: str) -> tuple[str, int]:
+    """Put the blocks of a stack that have the same weight one after another, as a pattern of a table has them."""
+    match = _BLOCK.fullmatch(name)
+    return (f"{match[1]}.{match[3]}", int(match[2])) if match else (name, 0)
+
+
+def _patterns(layers: Sequence[FamilyLayer]) -> Iterator[tuple[Kind, str, str, str]]:
+    """Yield kind, group and both names of the layers, with a range for consecutive blocks of a stack."""
+    numbers = [int(match[2]) if (match := _BLOCK.fullmatch(layer.diffusers)) else 0 for layer in layers]
+
+    def pattern(i: int) -> tuple[Kind, str, str, str, int]:
+        names = (layers[i].original[0], layers[i].diffusers)
+        original, diffusers = (_BLOCK.sub(r"\1.{}.\3", name) for name in names)
+        return layers[i].kind, layers[i].group, original, diffusers, numbers[i] - i
+
+    for (kind, group, original, diffusers, _), run in groupby(range(len(layers)), pattern):
+        first, *others = (numbers[i] for i in run)
+        blocks = f"{{{first}..{others[-1]}}}" if others else str(first)
+        yield kind, group, original.replace("{}", blocks), diffusers.replace("{}", blocks)
 
 
 def _heads(name: str) -> Iterator[list[str]]:

@@ -25,7 +25,7 @@ from crdiff_export.models.families.model import (
     Special,
     Twin,
 )
-from crdiff_export.models.families.unet import unet_layouts
+from crdiff_export.models.families.unet import GROUPS, unet_layouts
 from crdiff_export.models.recipe_toml import RecipeTable, shown
 from crdiff_export.sizes import Size
 
@@ -38,7 +38,6 @@ MAX_TABLE: Final = 1 << 18
 # The header of a baked file has the table under this key.
 TABLE_KEY: Final = "crdiff.family.table"
 _RANGE = re.compile(r"\{(\d{1,4})\.\.(\d{1,4})\}")
-_UNET_GROUPS = ("down", "mid", "up")
 _EXAMPLES: Final = {
     "id": 'id = "my-model"',
     "title": 'title = "My model"',
@@ -71,6 +70,8 @@ _EXAMPLES: Final = {
     "original": 'original = "double_blocks.{0..18}.img_mlp.0.weight"',
     "diffusers": 'diffusers = "transformer_blocks.{0..18}.ff.net.0.proj.weight"',
     "first": 'first = "img_in.weight"',
+    "last": 'last = "conv_out.weight"',
+    "vectors": 'vectors = ["class_embedding.linear_1.weight"]',
     "others": 'others = ["context_refiner."]',
     "marks": 'marks = [{ tensor = "txt_in.weight", axis = 1, sizes = [4096], what = "width of the text" }]',
     "tensor": 'tensor = "txt_in.weight"',
@@ -141,7 +142,10 @@ def _family(table: RecipeTable) -> Family:
         raise table.wrong("id", f"is {shown(name)}, must be lower-case letters, digits, dots and dashes")
     if ("unet" in table) == ("transformer" in table):
         raise table.wrong("unet", "and transformer: there has to be one of the two")
-    network = _unet(table.table("unet")) if "unet" in table else _transformer(table, table.table("transformer"))
+    if "unet" in table and "target" not in table:
+        network = _unet(table.table("unet"))
+    else:
+        network = _listed(table, table.table("unet" if "unet" in table else "transformer"))
     native = table.size("native") if "native" in table else None
     return Family(
         id=name,
@@ -166,7 +170,7 @@ def _unet(table: RecipeTable) -> dict[str, Any]:
     layouts = unet_layouts(down, mid=mid, context=table.count("context"), layers=layers, up=up)
     present = {layer.group for layer in layouts[0].layers}
     return {
-        "layouts": layouts, "scope": "group", "groups": tuple(group for group in _UNET_GROUPS if group in present),
+        "layouts": layouts, "scope": "group", "groups": tuple(group for group in GROUPS if group in present),
         "kinds": ("attn", "ff"), "default_kinds": ("attn", "ff"),
         "channels": table.count("channels") if "channels" in table else 4,
         "vector": table.count("vector") if "vector" in table else None,
@@ -186,18 +190,20 @@ def _depths(table: RecipeTable, key: str, layers: int) -> tuple[int | tuple[int,
     return tuple(depths)
 
 
-def _transformer(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
-    table.refuse_unknown(("kinds", "default", "groups", "channels", "fraction", "negative", *LAYOUTS))
+def _listed(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
+    """Read a network with a list of its targets: [transformer], or [unet], whose groups have a threshold each."""
+    table.refuse_unknown(("kinds", "default", "groups", "channels", "vector", "fraction", "negative", *LAYOUTS))
+    scope = "group" if "unet" in document else "layer"
     kinds = table.strings("kinds")
     if unknown := next((kind for kind in kinds if kind not in KINDS), None):
         raise table.wrong("kinds", f"has {shown(unknown)}, must be some of {', '.join(KINDS)}")
     default = table.strings("default")
     if not set(default) <= set(kinds):
         raise table.wrong("default", f"must be some of {', '.join(kinds)}")
-    groups = table.strings("groups") if "groups" in table else ("blocks",)
+    groups = table.strings("groups") if "groups" in table or scope == "group" else ("blocks",)
     names = [name for name in LAYOUTS if name in table]
     if not names:
-        raise table.wrong("diffusers", "is missing, as is original", "Write [transformer.diffusers], with first.")
+        raise table.wrong("diffusers", "is missing, as is original", f"Write [{table.path}diffusers], with first.")
     layers: dict[LayoutName, list[FamilyLayer]] = {name: [] for name in names}
     targets = _tables(document, "target")
     if not targets:
@@ -207,10 +213,13 @@ def _transformer(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
             layers[layer[0]].append(layer[1])
         if len(layers[names[0]]) > _MOST_LAYERS:
             raise document.wrong("target", f"stands for more than {_MOST_LAYERS:,} tensors")
+    if sorted(groups) != sorted({layer.group for layer in layers[names[0]]}):
+        raise table.wrong("groups", "must have each group of the targets once, and no other")
     layouts = tuple(_layout(table.table(name), name, tuple(layers[name])) for name in names)
     return {
-        "layouts": layouts, "scope": "layer", "groups": groups, "kinds": kinds, "default_kinds": default,
+        "layouts": layouts, "scope": scope, "groups": groups, "kinds": kinds, "default_kinds": default,
         "channels": table.count("channels") if "channels" in table else 4,
+        "vector": table.count("vector") if "vector" in table else None,
         "fraction": _flag(table, "fraction"), "negative": _flag(table, "negative", usual=True),
     }  # fmt: skip
 
@@ -220,7 +229,7 @@ def _target(
 ) -> Iterator[tuple[LayoutName, FamilyLayer]]:
     """Yield the layers of one [[target]], for each layout."""
     table.refuse_unknown(("kind", "group", "part", *LAYOUTS))
-    kind, group = table.string("kind"), table.string("group") if "group" in table else groups[0]
+    kind, group = table.string("kind"), table.string("group") if "group" in table or groups[1:] else groups[0]
     if kind not in kinds:
         raise table.wrong("kind", f"is {shown(kind)}, must be one of {', '.join(kinds)}")
     if group not in groups:
@@ -252,10 +261,11 @@ def _expand(table: RecipeTable, key: str) -> list[str]:
 
 
 def _layout(table: RecipeTable, name: LayoutName, layers: tuple[FamilyLayer, ...]) -> Layout:
-    table.refuse_unknown(("first", "marks", "others"))
+    table.refuse_unknown(("first", "last", "vectors", "marks", "others"))
     marks = tuple(_mark(each) for each in _tables(table, "marks"))
-    others = table.strings("others") if "others" in table else ()
-    return Layout(name, layers, marks, table.string("first") if "first" in table else "", others=others)
+    first, last = (table.string(key) if key in table else "" for key in ("first", "last"))
+    vectors, others = (table.strings(key) if key in table else () for key in ("vectors", "others"))
+    return Layout(name, layers, marks, first, vectors, last, others)
 
 
 def _mark(table: RecipeTable) -> Mark:

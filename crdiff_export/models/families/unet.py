@@ -6,6 +6,7 @@ reshaped (diffusers' `convert_ldm_unet_checkpoint`, ComfyUI's `TRANSFORMER_BLOCK
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Final
 
 from crdiff_export.models.families.model import (
     Block,
@@ -28,28 +29,16 @@ _WEIGHTS = (
     *(_weight(f"attn1.to_{name}.weight", "attn") for name in ("q", "k", "v", "out.0")),
     *(_weight(f"ff.net.{name}.weight", "ff") for name in ("0.proj", "2")),
 )
-_unet = partial(
-    Family,
-    implementation="sgm",
-    grid=8,
-    groups=("down", "mid", "up"),
-    scope="group",
-    kinds=("attn", "ff"),
-    default_kinds=("attn", "ff"),
-)
+GROUPS: Final = ("down", "mid", "up")
+KINDS: Final[tuple[Kind, ...]] = ("attn", "ff")
 
 
-def any_unet(groups: tuple[str, ...], vector: int | None) -> Family:
-    """Return the family of a UNet that is none of the others: its layers are read from its own names.
-
-    Args:
-        groups: The groups that have layers.
-        vector: The width of the vector beside its text; None if it has none.
-
-    Returns:
-        The family, without layouts, an architecture, or a native size.
-    """
-    return _unet(id="unet", title="UNet", architecture="", native=None, layouts=(), groups=groups, vector=vector)
+def any_unet() -> Family:
+    """Return the family of UNets that are none of the others, without the layers, which each of them names itself."""
+    return Family(
+        "unet", "UNet", architecture="", implementation="sgm", native=None, grid=8, groups=GROUPS, scope="group",
+        kinds=KINDS, default_kinds=KINDS, layouts=(),
+    )  # fmt: skip
 
 
 def tensors_of(layout: LayoutName) -> tuple[str, tuple[str, ...], str]:
