@@ -17,6 +17,7 @@ from tests.support.messages import raises
 Shapes = dict[str, tuple[int, ...]]
 
 BUNDLE = "model.diffusion_model."
+QUERY = "middle_block.1.transformer_blocks.0.attn1.to_q.weight"
 PREFIXES = ("model.diffusion_model.", "model.model.", "net.", "model.", "diffusion_model.", "unet.", "transformer.", "")
 TABLES = geometry_tables.names()
 
@@ -317,6 +318,63 @@ def test_a_controlnet_in_the_same_file_is_noticed() -> None:
     assert summary(detect(shapes))[-2] == "controlnet"
 
 
+def unlabelled() -> Shapes:
+    """SD1.5 without attention in the middle."""
+    return {name: shape for name, shape in model("sd15.diffusers-unet").items() if not name.startswith("mid_block.att")}
+
+
+TWO = {
+    "known UNets": lambda: prefixed(model("sd15.original"), BUNDLE) | prefixed(model("sdxl.diffusers-unet"), "unet."),
+    "other UNets": lambda: prefixed(unlabelled(), BUNDLE) | prefixed(unlabelled(), "unet."),
+    "a known one and another": lambda: prefixed(unlabelled(), BUNDLE) | prefixed(model("sd15.original"), "unet."),
+    "a transformer and a UNet": lambda: (
+        prefixed(model("flux-dev.original-transformer"), "transformer.") | prefixed(unlabelled(), "unet.")
+    ),
+    "both layouts": lambda: prefixed(model("sd15.original"), BUNDLE) | prefixed(model("sd15.diffusers-unet"), BUNDLE),
+    "both layouts of a transformer": lambda: (
+        model("flux-dev.original-transformer") | model("flux-dev.diffusers-transformer")
+    ),
+    "with and without prefix": lambda: model("sdxl.original") | prefixed(model("sdxl.original"), BUNDLE),
+    "one that lacks a layer": lambda: (
+        model("sd15.original")
+        | {f"unet.{name}": shape for name, shape in model("sd15.original").items() if name != QUERY}
+    ),
+}
+FIRST = {
+    "known UNets": (f"{BUNDLE}input_blocks.0.0.weight", "unet.conv_in.weight"),
+    "other UNets": (f"{BUNDLE}conv_in.weight", "unet.conv_in.weight"),
+    "a known one and another": (f"{BUNDLE}conv_in.weight", "unet.input_blocks.0.0.weight"),
+    "a transformer and a UNet": ("unet.conv_in.weight", "transformer.double_blocks.0."),
+    "both layouts": (f"{BUNDLE}input_blocks.0.0.weight", f"{BUNDLE}conv_in.weight"),
+    "both layouts of a transformer": (" double_blocks.0.", " transformer_blocks.0."),
+    "with and without prefix": (f"{BUNDLE}input_blocks.0.0.weight", " input_blocks.0.0.weight"),
+    "one that lacks a layer": (" input_blocks.0.0.weight", "unet.input_blocks.0.0.weight"),
+}
+
+
+@pytest.mark.parametrize("case", TWO)
+def test_two_networks_in_one_file_are_refused(case: str) -> None:
+    """Only one of them would be pruned, and a loader may take the other."""
+    check_refusal(TWO[case](), "2 networks", *FIRST[case])
+
+
+@pytest.mark.parametrize("prefix", ["", BUNDLE])
+def test_copies_and_other_parts_are_no_second_network(prefix: str) -> None:
+    sd15 = model("sd15.original")
+    encoder = {name: shape for name, shape in sd15.items() if not name.startswith(("output_blocks.", "out."))}
+    bundle = prefixed(sd15, prefix)
+    for beside, special, ema in (
+        (prefixed(encoder, "control_model."), "controlnet", 0),
+        (prefixed(model("sd15.diffusers-unet"), "controlnet."), "controlnet", 0),
+        (prefixed(sd15, "model_ema.diffusion_model."), "", len(sd15)),
+        ({name: shape for name, shape in load("sd15.original").items() if not name.startswith(BUNDLE)}, "", 0),
+        (dict.fromkeys(those("sd15.original", "first_stage_model.encoder."), (8, 8)), "", 0),
+    ):
+        assert summary(detect(bundle | beside)) == ("sd15", "original", prefix, special, ema)
+    small = prefixed(unlabelled(), prefix) | prefixed(encoder, "control_model.") | prefixed(sd15, "model_ema.")
+    assert summary(detect(small)) == ("unet", "diffusers", prefix, "controlnet", len(sd15))
+
+
 def test_no_real_model_is_called_nearest_to_the_demo() -> None:
     """It is so small that most of it is found in many models, such as distilled ones."""
     shapes = model("demo.original-unet")
@@ -368,7 +426,6 @@ def test_second_attention_that_stops_early_is_no_sd3() -> None:
     check_refusal(shapes, "joint_blocks.0.x_block.attn2.qkv.weight", "SD3-medium")
 
 
-QUERY = "middle_block.1.transformer_blocks.0.attn1.to_q.weight"
 QKV, LINEAR1 = "joint_blocks.3.x_block.attn.qkv.weight", "single_blocks.3.linear1.weight"
 
 
@@ -433,7 +490,7 @@ HOSTILE = {
 @pytest.mark.parametrize("key", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_names_are_harmless(key: str, pattern: str) -> None:
     alone = {pattern.format(key): (1, 1)}
-    beside = {name: shape for name, shape in model("sd15.original").items() if "middle_block" not in name} | alone
+    beside = {name: shape for name, shape in model("sd15.original").items() if name != QUERY} | alone
     check_short_refusal(alone)
     check_short_refusal(beside)
     assert detect(model("sd15.original") | {key: ()}).family.id == "sd15"

@@ -174,6 +174,15 @@ def test_its_table_gives_the_same_layers_again(seed: int) -> None:
     assert tables["original"] == tables["diffusers"]
 
 
+def test_other_parts_with_layers_of_such_names_are_no_targets() -> None:
+    """As an image encoder of IP-Adapter that was saved with its UNet."""
+    net = unet(layers_per_block=3)
+    shapes = shapes_of(net) | {"encoder_hid_proj.image_projection_layers.0.ff.net.2.weight": (8, 8)}
+    match = detect(shapes)
+    assert targets(match) == reference(net)
+    assert detect(shapes, parse_family(match.family.table, "header", foreign=True)) == match
+
+
 def test_the_table_of_a_deep_unet_is_short() -> None:
     """Eleven attentions of 80 blocks."""
     deep: dict[str, Any] = {"transformer_layers_per_block": 80, "layers_per_block": 2}
@@ -206,6 +215,13 @@ def test_a_part_that_is_missing_is_named(gone: str) -> None:
     shapes = {name: shape for name, shape in shapes_of(net).items() if not name.startswith(gone)}
     with raises(FamilyError, gone):
         detect(shapes)
+
+
+@pytest.mark.parametrize("table", ["sd15.original", "sd15.diffusers-unet"])
+def test_a_known_model_without_its_middle_is_another_one(table: str) -> None:
+    shapes = {name.removeprefix(BUNDLE): shape for name, (_, shape) in geometry_tables.load(table).items()}
+    match = detect({name: shape for name, shape in shapes.items() if not name.startswith("mid")})
+    assert (match.family.id, match.family.groups, len(match.layout.layers)) == ("unet", ("down", "up"), 90)
 
 
 def test_a_known_model_that_lacks_a_part_is_not_another_one() -> None:

@@ -6,7 +6,7 @@ from crdiff_export.errors import FamilyError
 from crdiff_export.formats.text import printable
 from crdiff_export.models.families.catalogue import installed_families
 from crdiff_export.models.families.explain import explain, explain_family
-from crdiff_export.models.families.fit import EMA, PREFIXES, Fit, Shapes, holds, measure
+from crdiff_export.models.families.fit import CONTROLNET, EMA, PREFIXES, Fit, Shapes, holds, measure
 from crdiff_export.models.families.model import ANY, Family, FamilyLayer, Layout, Match, Special
 from crdiff_export.models.families.structure import read_structure
 from crdiff_export.models.families.table import TABLE_KEY, parse_family
@@ -14,8 +14,13 @@ from crdiff_export.models.families.unet import tensors_of
 
 # Layers over time, whose names look like targets: AnimateDiff, Stable Video Diffusion, ModelScope's UNet3D.
 _TEMPORAL = ("motion_modules.", ".temporal_transformer", ".temp_attentions.", ".time_stack.")
-# A fit that is better than this is a known model that lacks a part, and not another UNet.
+# A fit that is better than this is a known model, perhaps one that lacks a part.
 _NEAR = 0.9
+# The first and the last convolution of a UNet in each layout, and its blocks.
+_UNETS = {
+    ("input_blocks.0.0.weight", "out.2.weight"): ("input_blocks.", "middle_block.", "output_blocks."),
+    ("conv_in.weight", "conv_out.weight"): ("down_blocks.", "mid_block.", "up_blocks."),
+}
 
 
 def detect(shapes: Shapes, family: Family | None = None) -> Match:
@@ -36,6 +41,7 @@ def detect(shapes: Shapes, family: Family | None = None) -> Match:
     """
     if family is not None:
         fits = measure(shapes, [family])
+        _refuse_two(_networks(fits, shapes))
         if match := _exact(fits, shapes):
             return match
         raise explain_family(family, fits, shapes)
@@ -45,11 +51,12 @@ def detect(shapes: Shapes, family: Family | None = None) -> Match:
             "Give a model that makes single pictures.",
         )
     fits = measure(shapes)
+    _refuse_two(_networks([fit for fit in fits if fit.signature.family.scope == "layer"], shapes, _unets(shapes)))
     if match := _exact(fits, shapes):
         return match
     if (others := installed_families()) and (match := _exact(measure(shapes, others), shapes)):
         return match
-    if all(fit.exact or fit.score < _NEAR for fit in fits) and (match := _any_unet(shapes)):
+    if not any(_lacks_a_part(fit, shapes) for fit in fits) and (match := _any_unet(shapes)):
         return match
     raise explain(fits, shapes)
 
@@ -70,6 +77,43 @@ def detect_baked(shapes: Shapes, metadata: Mapping[str, str], where: str) -> Mat
     """
     table = metadata.get(TABLE_KEY)
     return detect(shapes, None if table is None else parse_family(table, f"{where}: {TABLE_KEY}", foreign=True))
+
+
+def _unets(shapes: Shapes) -> list[list[str]]:
+    """Return the first convolution and the transformer blocks of each UNet, known or not, in either layout."""
+    networks = []
+    for prefix in PREFIXES:
+        for (first, last), paths in _UNETS.items():
+            if prefix + first in shapes and prefix + last in shapes:
+                start = tuple(prefix + path for path in paths)
+                blocks = [name for name in shapes if name.startswith(start) and "transformer_blocks." in name]
+                networks += [[prefix + first, *blocks]] if blocks else []
+    return networks
+
+
+def _networks(fits: Sequence[Fit], shapes: Shapes, others: Sequence[list[str]] = ()) -> list[list[str]]:
+    """Add the targets of each network that is of a known family, or lacks only a part of it, to those of others."""
+    networks = list(others)
+    for fit in fits:
+        names = [name for tensor in fit.signature.tensors if (name := fit.prefix + tensor) in shapes]
+        if fit.score >= _NEAR and all(set(names).isdisjoint(network) for network in networks):
+            networks.append(names)
+    return networks
+
+
+def _refuse_two(networks: Sequence[list[str]]) -> None:
+    """Refuse a file with two networks: one would be pruned, the other stay as it is, and a loader may take either."""
+    if len(networks) > 1:
+        examples = ", another with ".join(printable(names[0]) for names in networks)
+        hint = "Save the one that is to be pruned in a file of its own."
+        raise FamilyError(f"{len(networks)} networks in one file: one with {examples}", hint)
+
+
+def _lacks_a_part(fit: Fit, shapes: Shapes) -> bool:
+    """Whether this is a known model that is damaged, and not a UNet without some of its attentions."""
+    paths = tuple(fit.prefix + name.partition("transformer_blocks.")[0] for name in fit.missing)
+    rest = bool(fit.extras) or any(name.startswith(paths) for name in shapes)
+    return rest and not fit.exact and fit.score >= _NEAR
 
 
 def _exact(fits: Sequence[Fit], shapes: Shapes) -> Match | None:
@@ -157,7 +201,7 @@ def _by_vector(family: Family, layout: Layout, sizes: Shapes) -> Special | None:
 
 def _by_layers(family: Family, layout: Layout, sizes: Shapes, shapes: Shapes) -> Special | None:
     """Tell a model by layers that its family does not have, or by the channels of its output."""
-    if any(name.startswith(("control_model.", "controlnet.")) for name in shapes):
+    if any(name.startswith(CONTROLNET) for name in shapes):
         return Special("controlnet", "with a ControlNet in the same file", f"{family.architecture}/controlnet")
     outputs = _size(sizes, layout.last, 0) or family.channels
     other = f"{outputs}-outputs"

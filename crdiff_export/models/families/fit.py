@@ -25,6 +25,8 @@ PREFIXES = (
 
 EMA = "model_ema."
 """The prefix of an averaged copy of the UNet that training stores; loaders ignore it (LDM's `LitEma`)."""
+CONTROLNET = ("control_model.", "controlnet.")
+"""The prefixes of a ControlNet beside the model, whose layers are called like those of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def measure(shapes: Shapes, families: Sequence[Family] | None = None) -> list[Fi
     """
     signatures = _signatures() if families is None else _signatures_of(families)
     tails = tuple({tail: None for signature in signatures for tail in signature.tails})
-    alike = [name for name in shapes if f".{name}".endswith(tails) and not name.startswith(EMA)]
+    alike = [name for name in shapes if f".{name}".endswith(tails) and not name.startswith((EMA, *CONTROLNET))]
     fits = []
     for prefix in PREFIXES:
         names = dict.fromkeys(name.removeprefix(prefix) for name in alike if name.startswith(prefix))

@@ -42,10 +42,17 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class UNetStructure:
-    """The layers of a UNet that the method prunes, and the groups that they are in."""
+    """The layers of a UNet that the method prunes, and the groups that they are in.
+
+    Attributes:
+        layout: The layout.
+        layers: The layers.
+        others: How the names of other parts begin that have layers which end like them.
+    """
 
     layout: LayoutName
     layers: tuple[FamilyLayer, ...]
+    others: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -70,6 +77,7 @@ class UNetStructure:
             first, vectors, last = tensors_of(layout)
             lines += ["", f"[unet.{layout}]", f'first = "{first}"', f'last = "{last}"']
             lines += [f"vectors = {json.dumps(vectors)}"]
+            lines += [f"others = {json.dumps(self.others)}"] if self.others and layout == self.layout else []
         for kind, group, original, diffusers in _patterns(self.layers):
             lines += ["", "[[target]]", f'kind = "{kind}"', f'group = "{group}"']
             lines += [f'original = "{original}"', f'diffusers = "{diffusers}"']
@@ -114,7 +122,13 @@ def read_structure(shapes: Mapping[str, tuple[int, ...]]) -> UNetStructure | Non
         if is_target(name, shapes[name])
     ]
     _check_levels(places, paths, {layer.tensor for layer in layers})
-    return UNetStructure(layout, tuple(layers)) if layers else None
+    return UNetStructure(layout, tuple(layers), _others(shapes, layers)) if layers else None
+
+
+def _others(shapes: Mapping[str, tuple[int, ...]], layers: Sequence[FamilyLayer]) -> tuple[str, ...]:
+    tails = tuple({f".{match[3]}" if (match := _BLOCK.fullmatch(layer.tensor)) else layer.tensor for layer in layers})
+    alike = (name for name in shapes if f".{name}".endswith(tails) and not _INSIDE.match(name))
+    return tuple(sorted({f"{name.split('.')[0]}." for name in alike if _PLAIN.fullmatch(name)}))
 
 
 def _refuse_adapters(names: Sequence[str]) -> None:
