@@ -444,6 +444,60 @@ def test_target_of_odd_shape_is_named(table: str, key: str, shape: tuple[int, ..
     check_refusal(model(table) | {key: shape}, f"{key} has shape {list(shape)}", rows)
 
 
+BLOCK = {
+    "unlabelled": "down_blocks.0.attentions.0.transformer_blocks.0.",
+    "sd15.original": "input_blocks.1.1.transformer_blocks.0.",
+    "flux-dev.diffusers-transformer": "transformer_blocks.0.",
+}
+
+
+@pytest.mark.parametrize(
+    ("table", "layer", "shape", "sibling"),
+    [
+        ("unlabelled", "attn1.to_q", (320, 640), "attn1.to_out.0"),
+        ("unlabelled", "attn1.to_q", (300, 320), "attn1.to_out.0"),
+        ("unlabelled", "attn1.to_k", (320, 640), "attn1.to_v"),
+        ("unlabelled", "attn1.to_v", (640, 320), "attn1.to_k"),
+        ("unlabelled", "ff.net.2", (320, 1000), "ff.net.0.proj"),
+        ("unlabelled", "ff.net.2", (640, 1280), "ff.net.0.proj"),
+        ("unlabelled", "ff.net.0.proj", (3 * 1280, 320), "ff.net.2"),
+        ("sd15.original", "attn1.to_out.0", (320, 640), "attn1.to_q"),
+        ("flux-dev.diffusers-transformer", "attn.to_v", (3072, 100), "attn.to_k"),
+        ("flux-dev.diffusers-transformer", "ff.net.2", (3072, 12000), "ff.net.0.proj"),
+    ],
+)
+def test_shapes_that_contradict_each_other_are_refused(
+    table: str, layer: str, shape: tuple[int, ...], sibling: str
+) -> None:
+    shapes = prefixed(unlabelled() if table == "unlabelled" else model(table), "unet.")
+    block = f"unet.{BLOCK[table]}"
+    check_refusal(shapes | {f"{block}{layer}.weight": shape}, f"{block}{layer}.weight", f"{block}{sibling}.weight")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn1.to_k": (40, 320), "attn1.to_v": (40, 320)},
+        {"attn1.to_k": (320, 768), "attn1.to_v": (320, 768)},
+        {"ff.net.0.proj": (1280, 320)},
+        {"attn1.to_q": (160, 320), "attn1.to_k": (160, 320), "attn1.to_v": (160, 320), "attn1.to_out.0": (320, 160)},
+    ],
+    ids=["grouped queries", "keys of the text", "without a gate", "narrower inside"],
+)
+def test_shapes_of_other_blocks_are_taken(changes: Shapes) -> None:
+    for table in ("unlabelled", "sd15.original"):
+        shapes = unlabelled() if table == "unlabelled" else model(table)
+        detect(shapes | {f"{BLOCK[table]}{layer}.weight": shape for layer, shape in changes.items()})
+
+
+@pytest.mark.parametrize("shape", [(320,), (0, 320), (320, 320, 1, 1), (320, 320, 3, 3), ()], ids=str)
+def test_a_target_that_is_no_matrix_is_named(shape: tuple[int, ...]) -> None:
+    for table in ("unlabelled", "sd15.original"):
+        shapes = prefixed(unlabelled() if table == "unlabelled" else model(table), BUNDLE)
+        key = f"{BUNDLE}{BLOCK[table]}attn1.to_q.weight"
+        check_refusal(shapes | {key: shape}, f"{key} has shape {list(shape)}")
+
+
 def those(table: str, start: str) -> list[str]:
     return [name.removeprefix(start) for name in load(table) if name.startswith(start)]
 

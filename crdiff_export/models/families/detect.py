@@ -8,6 +8,7 @@ from crdiff_export.models.families.catalogue import installed_families
 from crdiff_export.models.families.explain import explain, explain_family
 from crdiff_export.models.families.fit import CONTROLNET, EMA, PREFIXES, Fit, Shapes, holds, measure
 from crdiff_export.models.families.model import ANY, Family, FamilyLayer, Layout, Match, Special
+from crdiff_export.models.families.siblings import check_siblings
 from crdiff_export.models.families.structure import read_structure
 from crdiff_export.models.families.table import TABLE_KEY, parse_family
 from crdiff_export.models.families.unet import tensors_of
@@ -145,6 +146,7 @@ def _any_unet(shapes: Shapes) -> Match | None:
 def _match(family: Family, layout: Layout, prefix: str, shapes: Shapes) -> Match:
     for layer in layout.layers:
         _check_shape(layer, prefix + layer.tensor, shapes[prefix + layer.tensor])
+    check_siblings(layout.layers, prefix, shapes)
     return Match(
         family=family,
         layout=layout,

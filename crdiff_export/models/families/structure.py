@@ -237,7 +237,9 @@ def _check_blocks(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -
             parts = numbered.get(number, set())
             wanted = (*_SELF, *(_CROSS if any(part.startswith("attn2.") for part in parts) else ()))
             if missing := next((part for part in wanted if part not in parts), None):
-                raise FamilyError(f"{printable(stack)}.{number}.{missing}.weight is missing", _HINT)
+                key = f"{stack}.{number}.{missing}.weight"
+                problem = f"has shape {list(shapes[key])}, and is no matrix" if key in shapes else "is missing"
+                raise FamilyError(f"{printable(key)} {problem}", _HINT)
 
 
 def _check_levels(places: Sequence[_Place], paths: Sequence[str], targets: set[str]) -> None:
