@@ -375,11 +375,30 @@ def test_copies_and_other_parts_are_no_second_network(prefix: str) -> None:
     assert summary(detect(small)) == ("unet", "diffusers", prefix, "controlnet", len(sd15))
 
 
-def test_no_real_model_is_called_nearest_to_the_demo() -> None:
-    """It is so small that most of it is found in many models, such as distilled ones."""
+def test_no_model_is_called_nearest_to_a_small_one() -> None:
+    """Most of the demo, and much of SDXS-512, is found in many models."""
     shapes = model("demo.original-unet")
-    del shapes["middle_block.1.transformer_blocks.0.attn1.to_q.weight"]
-    check_refusal(shapes, "nearest is SDXS-512")
+    del shapes[QUERY]
+    check_refusal(shapes, f"{QUERY} is missing")
+
+
+@pytest.mark.parametrize(
+    ("layout", "gone"),
+    [("original", "input_blocks.0.0.weight"), ("original", "out.2.weight"), ("diffusers", "conv_out.")],
+)
+def test_a_part_of_a_unet_is_called_so(layout: str, gone: str) -> None:
+    shapes = model(f"vega.{layout}-unet")
+    part = {name: shape for name, shape in shapes.items() if "up_" not in name and "output_" not in name}
+    check_refusal({name: shape for name, shape in part.items() if not name.startswith(gone)}, "of a UNet", gone)
+
+
+@pytest.mark.parametrize(
+    ("half", "said"), [(".attn.", "another model"), (".ff.", "another model"), (".9", "nearest is FLUX")]
+)
+def test_a_model_of_another_design_has_no_nearest(half: str, said: str) -> None:
+    """Transformers share some names: those with layers of every kind are called similar."""
+    shapes = model("flux-dev.diffusers-transformer")
+    check_refusal({name: shape for name, shape in shapes.items() if half not in name}, said)
 
 
 def test_one_missing_tensor_is_named() -> None:

@@ -207,11 +207,14 @@ def test_channels_make_it_special_without_an_architecture() -> None:
         "up_blocks.1.attentions.1",
         "down_blocks.1.attentions.0.transformer_blocks.1",
         "up_blocks.0.attentions.0",
+        "down_blocks.0",
+        "up_blocks.1",
     ],
 )
 def test_a_part_that_is_missing_is_named(gone: str) -> None:
     """Never is a damaged model taken for another one with fewer layers."""
-    net = unet(transformer_layers_per_block=(1, 3))
+    levels = {"block_out_channels": (32, 64, 64), "down_block_types": ("CrossAttnDownBlock2D",) * 3}
+    net = unet(transformer_layers_per_block=(1, 3, 1), up_block_types=("CrossAttnUpBlock2D",) * 3, **levels)
     shapes = {name: shape for name, shape in shapes_of(net).items() if not name.startswith(gone)}
     with raises(FamilyError, gone):
         detect(shapes)

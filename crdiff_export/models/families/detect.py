@@ -15,8 +15,6 @@ from crdiff_export.models.families.unet import tensors_of
 
 # Layers over time, whose names look like targets: AnimateDiff, Stable Video Diffusion, ModelScope's UNet3D.
 _TEMPORAL = ("motion_modules.", ".temporal_transformer", ".temp_attentions.", ".time_stack.")
-# A fit that is better than this is a known model, perhaps one that lacks a part.
-_NEAR = 0.9
 # The first and the last convolution of a UNet in each layout, and its blocks.
 _UNETS = {
     ("input_blocks.0.0.weight", "out.2.weight"): ("input_blocks.", "middle_block.", "output_blocks."),
@@ -97,7 +95,7 @@ def _networks(fits: Sequence[Fit], shapes: Shapes, others: Sequence[list[str]] =
     networks = list(others)
     for fit in fits:
         names = [name for tensor in fit.signature.tensors if (name := fit.prefix + tensor) in shapes]
-        if fit.score >= _NEAR and all(set(names).isdisjoint(network) for network in networks):
+        if fit.close and all(set(names).isdisjoint(network) for network in networks):
             networks.append(names)
     return networks
 
@@ -111,10 +109,13 @@ def _refuse_two(networks: Sequence[list[str]]) -> None:
 
 
 def _lacks_a_part(fit: Fit, shapes: Shapes) -> bool:
-    """Whether this is a known model that is damaged, and not a UNet without some of its attentions."""
+    """Whether this is a known model that is damaged, and not a UNet without some of its attentions.
+
+    The demo is too small for that: most of it is in other small UNets.
+    """
     paths = tuple(fit.prefix + name.partition("transformer_blocks.")[0] for name in fit.missing)
     rest = bool(fit.extras) or any(name.startswith(paths) for name in shapes)
-    return rest and not fit.exact and fit.score >= _NEAR
+    return rest and fit.close and not fit.exact and fit.signature.family.id != "demo"
 
 
 def _exact(fits: Sequence[Fit], shapes: Shapes) -> Match | None:

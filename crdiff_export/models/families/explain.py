@@ -71,8 +71,14 @@ def explain(fits: Sequence[Fit], shapes: Shapes) -> FamilyError:
         reason = _something_else(shapes)
     elif nearest.exact:
         reason = _wrong_marks([fit for fit in fits if fit.exact and fit.prefix == nearest.prefix], shapes)
-    else:
+    elif nearest.close:
         reason = _wrong_names(nearest)
+    elif nearest.signature.family.scope == "group" and (ends := _missing_ends(nearest, shapes)):
+        reason = f"no known model family: it has blocks of a UNet, but {' and '.join(ends)} is missing"
+    elif nearest.similar:
+        reason = _wrong_names(nearest)
+    else:
+        reason = f"no known model family: its {len(shapes)} tensors are of another model, e.g. {_some(tuple(shapes))}"
     titles = ", ".join(family.title for family in all_families() if family.id != "demo")
     supported = f"{titles}, and other UNets with their text-to-image blocks"
     return FamilyError(reason, f"Supported, in the original and the diffusers layout, finetunes included: {supported}.")
@@ -104,6 +110,12 @@ def explain_family(family: Family, fits: Sequence[Fit], shapes: Shapes) -> Famil
 def _holding(fit: Fit, shapes: Shapes) -> int:
     """Count the marks that hold; relatives with the same layers differ in them alone."""
     return sum(holds(mark, fit.prefix, shapes) for mark in fit.signature.layout.marks)
+
+
+def _missing_ends(fit: Fit, shapes: Shapes) -> list[str]:
+    """Return the first and the last tensor of a network, as far as the file lacks them."""
+    ends = (fit.prefix + name for name in (fit.signature.layout.first, fit.signature.layout.last))
+    return [name for name in ends if name not in shapes]
 
 
 def _wrong_names(fit: Fit) -> str:

@@ -70,6 +70,17 @@ class Fit:
         """Tensors in common over all tensors of both: 1 for an exact fit, 0 for nothing in common."""
         return self.found / (len(self.signature.tensors) + len(self.extras))
 
+    @property
+    def close(self) -> bool:
+        """Whether this is the family's model, perhaps with a part missing or too much."""
+        return self.score >= 0.9
+
+    @property
+    def similar(self) -> bool:
+        """Whether this may be a model of the same design: of more or fewer blocks, but with layers of every kind."""
+        names = [f".{tensor}" for tensor in self.signature.tensors if tensor not in self.missing]
+        return self.score >= 0.5 and all(any(name.endswith(tail) for name in names) for tail in self.signature.tails)
+
 
 def measure(shapes: Shapes, families: Sequence[Family] | None = None) -> list[Fit]:
     """Measure how well a file fits families.

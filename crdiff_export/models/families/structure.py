@@ -28,6 +28,7 @@ _BLOCK = re.compile(r"(.*transformer_blocks)\.(\d{1,4})\.(.+)")
 # A name that a table can hold as it is: no braces or quotes, numbers without leading zeros and of at most four digits.
 _PLAIN = re.compile(r"(?:(?!0\d|\d{5})[\w-]+\.)+weight", re.ASCII)
 _INSIDE = re.compile(r"(input_blocks|middle_block|output_blocks|down_blocks|mid_block|up_blocks)\.")
+_NUMBERED = re.compile(r"(input_blocks|output_blocks|down_blocks|up_blocks)\.(\d{1,3})\.")
 _HINT = "The file is damaged, or of a model that only shares its names with a UNet of Stable Diffusion."
 
 
@@ -103,6 +104,7 @@ def read_structure(shapes: Mapping[str, tuple[int, ...]]) -> UNetStructure | Non
         layout, places = "diffusers", list(_diffusers_places(shapes))
     else:
         return None
+    _refuse_gaps(shapes)
     paths = [place.original if layout == "original" else place.diffusers for place in places]
     inside: dict[str, list[str]] = {path: [] for path in paths}
     for name in filter(_INSIDE.match, shapes):
@@ -129,6 +131,17 @@ def _others(shapes: Mapping[str, tuple[int, ...]], layers: Sequence[FamilyLayer]
     tails = tuple({f".{match[3]}" if (match := _BLOCK.fullmatch(layer.tensor)) else layer.tensor for layer in layers})
     alike = (name for name in shapes if f".{name}".endswith(tails) and not _INSIDE.match(name))
     return tuple(sorted({f"{name.split('.')[0]}." for name in alike if _PLAIN.fullmatch(name)}))
+
+
+def _refuse_gaps(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a UNet whose blocks are not numbered from 0 on: one is missing."""
+    numbers: defaultdict[str, set[int]] = defaultdict(set)
+    for name in shapes:
+        if match := _NUMBERED.match(name):
+            numbers[match[1]].add(int(match[2]))
+    for stack, numbered in numbers.items():
+        if (gap := next((number for number in range(max(numbered)) if number not in numbered), None)) is not None:
+            raise FamilyError(f"{stack}.{gap} is missing", _HINT)
 
 
 def _refuse_adapters(names: Sequence[str]) -> None:
