@@ -156,6 +156,24 @@ def test_the_starting_point_is_for_its_own_groups(folder: Path, tmp_path: Path) 
     assert "not tuned for this model" in baked.stamp.provenance_source
 
 
+def test_its_table_can_be_a_start(folder: Path, drawing: Forks, line: Line, here: Path) -> None:
+    """A user names the model, and says its native size."""
+    assert '"family.table"' in line("families show unet").out
+    assert line(f"export {folder} --res 96x64 -o out").code == 0
+    text = line("inspect out --json").result["crdiff"]["family.table"]
+    named = text.replace('id = "unet"', 'id = "mine"\nnative = "64x64"').replace('"UNet"', '"My UNet"')
+    (here / "mine.toml").write_text(named)
+    layers = line(f"families validate mine.toml {folder} --json").result["would_prune"]
+    assert {group: each["layers"] for group, each in layers.items()} == {"down": 24, "up": 48}
+    shutil.copy(folder / UNET, here / "base.safetensors")
+    assert line("export base.safetensors --res 96x64 --family mine.toml -o o.safetensors").code == 0
+    header = makers.metadata_of(here / "o.safetensors")
+    assert (header["crdiff.family"], header["crdiff.resolution.native"]) == ("mine", "64x64")
+    words = f"preview {folder} --family mine.toml --res 48 --prompt 'a red circle' --steps 1 -o x.html"
+    ran = drawing.start(here, *shlex.split(words)).end()
+    assert ran.code == 0, ran.err
+
+
 def test_the_base_comes_back_from_a_residual(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / UNET, tmp_path / "base.safetensors")
     request = ExportRequest(

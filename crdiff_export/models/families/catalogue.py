@@ -12,6 +12,10 @@ from crdiff_export.models.families.table import load_family, parse_family
 from crdiff_export.models.families.unet import any_unet
 
 GROUP: Final = "crdiff.families"
+_UNET_TABLE: Final = """\
+# Any UNet that is none of the others: its layers are read from the names of its tensors. A file that is made of one has
+# a table of them in its header: crdiff["family.table"] of `crdiff inspect FILE --json`, to start your own from.
+"""
 _DATA = Path(__file__).parent / "data"
 
 
@@ -39,10 +43,10 @@ def is_built_in(family_id: str) -> bool:
 
 
 def table_of(family: Family) -> str:
-    """Return the text of a family's table; of `unet`, whose layers are read from its names, a comment that says so."""
+    """Return the text of a family's table; of `unet`, of which every model has another one, where that is."""
     path = _DATA / f"{family.id}.toml"
     if family.table or not path.exists():
-        return family.table or f"# {family.title}: its layers are read from the names of its tensors.\n"
+        return family.table or _UNET_TABLE
     return path.read_text(encoding="utf-8")
 
 

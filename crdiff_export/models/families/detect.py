@@ -7,7 +7,7 @@ from crdiff_export.formats.text import printable
 from crdiff_export.models.families.catalogue import installed_families
 from crdiff_export.models.families.explain import explain, explain_family
 from crdiff_export.models.families.fit import CONTROLNET, EMA, PREFIXES, Fit, Shapes, holds, measure
-from crdiff_export.models.families.model import ANY, Family, FamilyLayer, Layout, Match, Special
+from crdiff_export.models.families.model import ANY, Family, FamilyLayer, Layout, LayoutName, Match, Special
 from crdiff_export.models.families.siblings import check_siblings
 from crdiff_export.models.families.structure import read_structure
 from crdiff_export.models.families.table import TABLE_KEY, parse_family
@@ -15,10 +15,10 @@ from crdiff_export.models.families.unet import tensors_of
 
 # Layers over time, whose names look like targets: AnimateDiff, Stable Video Diffusion, ModelScope's UNet3D.
 _TEMPORAL = ("motion_modules.", ".temporal_transformer", ".temp_attentions.", ".time_stack.")
-# The first and the last convolution of a UNet in each layout, and its blocks.
-_UNETS = {
-    ("input_blocks.0.0.weight", "out.2.weight"): ("input_blocks.", "middle_block.", "output_blocks."),
-    ("conv_in.weight", "conv_out.weight"): ("down_blocks.", "mid_block.", "up_blocks."),
+# The paths of a UNet's blocks in each layout.
+_BLOCKS: dict[LayoutName, tuple[str, ...]] = {
+    "original": ("input_blocks.", "middle_block.", "output_blocks."),
+    "diffusers": ("down_blocks.", "mid_block.", "up_blocks."),
 }
 
 
@@ -82,7 +82,8 @@ def _unets(shapes: Shapes) -> list[list[str]]:
     """Return the first convolution and the transformer blocks of each UNet, known or not, in either layout."""
     networks = []
     for prefix in PREFIXES:
-        for (first, last), paths in _UNETS.items():
+        for layout, paths in _BLOCKS.items():
+            first, _, last = tensors_of(layout)
             if prefix + first in shapes and prefix + last in shapes:
                 start = tuple(prefix + path for path in paths)
                 blocks = [name for name in shapes if name.startswith(start) and "transformer_blocks." in name]
@@ -128,7 +129,7 @@ def _exact(fits: Sequence[Fit], shapes: Shapes) -> Match | None:
 def _any_unet(shapes: Shapes) -> Match | None:
     """Read a UNet of no known family by its structure; None if the file has no UNet."""
     for prefix in PREFIXES:
-        if not any(prefix + name in shapes for name in ("input_blocks.0.0.weight", "conv_in.weight")):
+        if not any(prefix + tensors_of(layout)[0] in shapes for layout in _BLOCKS):
             continue
         inner = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
         try:
