@@ -105,9 +105,10 @@ def _groups(match: "Match", shapes: dict[str, tuple[int, ...]]) -> dict[str, dic
     groups = {name: {"layers": 0, "weights": 0} for name in match.family.groups}
     for layer in match.layout.layers:
         if layer.kind in match.family.default_kinds:
-            rows, columns = shapes[match.prefix + layer.tensor]
+            shape = shapes[match.prefix + layer.tensor]
+            start, stop = layer.rows(shape)
             groups[layer.group]["layers"] += 1
-            groups[layer.group]["weights"] += rows * columns if layer.part is None else columns * columns
+            groups[layer.group]["weights"] += (stop - start) * shape[1]
     return groups
 
 

@@ -349,9 +349,9 @@ def _targets(
     targets: list[Target] = []
     for file, output in enumerate(outputs):
         for source in output.source.by_offset:
-            for layer in sorted(layers.get(source.name, ()), key=lambda layer: layer.part or 0):
+            for layer in sorted(layers.get(source.name, ()), key=lambda layer: layer.part.first if layer.part else 0):
                 _check_target(output.source, written[source.name])
-                start, stop = _rows(source, layer)
+                start, stop = (row * source.shape[1] for row in layer.rows(source.shape))
                 scope = len(targets) if per_layer else number[layer.group]
                 scale = scales.get(source.name)
                 targets.append(Target(file, source, written[source.name], layer, start, stop, scope, scale))
@@ -361,13 +361,6 @@ def _targets(
         counts = {g: sum(t.count for t in targets if t.layer.group == g) for g in match.family.groups}
         scopes = [Scope(g, g, float(ratios[g]), counts[g]) for g in match.family.groups]
     return tuple(targets), tuple(scopes)
-
-
-def _rows(tensor: TensorSpec, layer: FamilyLayer) -> tuple[int, int]:
-    if layer.part is None:
-        return 0, tensor.count
-    square = tensor.shape[1] * tensor.shape[1]
-    return layer.part * square, (layer.part + 1) * square
 
 
 def _check_target(file: SourceFile, tensor: TensorSpec) -> None:

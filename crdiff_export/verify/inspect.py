@@ -232,8 +232,9 @@ def _plain_groups(checkpoint: Checkpoint, match: Match) -> dict[str, dict[str, A
     for layer in match.layout.layers:
         if layer.kind in match.family.default_kinds:
             shape = checkpoint.shapes[match.prefix + layer.tensor]
+            start, stop = layer.rows(shape)
             groups[layer.group]["layers"] += 1
-            groups[layer.group]["total"] += shape[1] * (shape[0] if layer.part is None else shape[1])
+            groups[layer.group]["total"] += (stop - start) * shape[1]
     return groups
 
 

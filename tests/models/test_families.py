@@ -119,8 +119,8 @@ def test_records_are_consistent(family: Any) -> None:
         assert all(layer.tensor.endswith(".weight") for layer in layout.layers)
         assert len({(layer.tensor, layer.part) for layer in layout.layers}) == len(layout.layers)
         for layer in layout.layers:
-            own_name = layer.original if layout.name == "original" else (layer.diffusers, 0)
-            assert own_name == (layer.tensor, layer.part or 0)
+            place = layer.original if layout.name == "original" else (layer.diffusers, None)
+            assert place == (layer.tensor, layer.part)
 
 
 # --- and so says diffusers: its modules, and its converters from the original layout
@@ -243,9 +243,9 @@ def test_diffusers_converts_each_layer_to_its_twin(family: str) -> None:
     number = {name: 10 * i for i, name in enumerate(shapes)}
     tensors = {name: torch.full((shape[0],), number[name]) for name, shape in shapes.items()}
     for layer in original.layers:
-        if layer.part is not None:
-            width = shapes[layer.tensor][1]
-            tensors[layer.tensor][layer.part * width :][:width] += layer.part
+        if layer.part:
+            start, stop = layer.rows(shapes[layer.tensor])
+            tensors[layer.tensor][start:stop] += 1 + layer.part.first
     if family.startswith("sd3"):
         converted = single_file.convert_sd3_transformer_checkpoint_to_diffusers(tensors)
     elif family == "flux-2-dev":
@@ -259,7 +259,9 @@ def test_diffusers_converts_each_layer_to_its_twin(family: str) -> None:
         bundle = {BUNDLE + name: tensor for name, tensor in tensors.items()}
         converted = single_file.convert_ldm_unet_checkpoint(bundle, config)
     for ours, theirs in zip(original.layers, twin.layers, strict=True):
-        assert converted[theirs.tensor].unique().tolist() == [number[ours.tensor] + (ours.part or 0)]
+        assert converted[theirs.tensor].unique().tolist() == [
+            number[ours.tensor] + (1 + ours.part.first if ours.part else 0)
+        ]
 
 
 # --- what else is noticed

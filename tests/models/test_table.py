@@ -65,6 +65,10 @@ kind = "ff"
 group = "decoder"
 diffusers = "up.{0..1}.mlp.weight"
 """
+FUSED = (
+    'id = "own"\ntitle = "My model"\n[transformer]\nkinds = ["ff"]\ndefault = ["ff"]\n[transformer.original]\n'
+    '[[target]]\nkind = "ff"\noriginal = "blocks.{0..2}.mlp.0.weight"\npart = 0\nof = 3\n'
+)
 SHAPES = {
     "img_in.weight": (8, 16), "txt_in.weight": (8, 24),
     **{f"blocks.{i}.{name}.weight": (8, 8) for i in range(3) for name in ("img_mlp.net.0.proj", "attn.to_q")},
@@ -161,6 +165,13 @@ WRONG = {
     "a bias": (OWN.replace("to_q.weight", "to_q.bias"), "target[2].diffusers"),
     "sizes of text": (OWN.replace("[24]", '["24"]'), "sizes"),
     "no native": (OWN.replace('"512x512"', '"big"'), "native"),
+    "a part of no block": (FUSED.replace("part = 0", "part = []"), "target[1].part"),
+    "a part of text": (FUSED.replace("part = 0", 'part = "0"'), "target[1].part"),
+    "a part with a hole": (FUSED.replace("part = 0", "part = [0, 2]"), "target[1].part"),
+    "a part backwards": (FUSED.replace("part = 0", "part = [1, 0]"), "target[1].part"),
+    "a part beyond": (FUSED.replace("part = 0", "part = [2, 3]"), "target[1].of"),
+    "blocks without a part": (FUSED.replace("part = 0", ""), "target[1].part is missing"),
+    "a part of diffusers' layout": (OWN.replace('kind = "attn"', 'kind = "attn"\npart = 0'), "target[2].part"),
     "too long": ("#" * (MAX_TABLE + 1), "at most"),
     "depths of text": ('id = "u"\ntitle = "u"\n[unet]\ndown = ["1"]\nmid = 1\ncontext = 8\n', "unet.down"),
     "too few depths": ('id = "u"\ntitle = "u"\n[unet]\ndown = [[1]]\nmid = 1\ncontext = 8\n', "unet.down"),

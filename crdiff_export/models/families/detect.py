@@ -224,8 +224,12 @@ def _check_shape(layer: FamilyLayer, key: str, shape: tuple[int, ...]) -> None:
     hint = "The file is damaged, packed by a quantiser, or of a model that only shares its names with a known one."
     match shape:
         case (rows, columns) if rows and columns:
-            if layer.part is not None and (rows % columns or rows // columns <= layer.part):
-                wanted = f"a fused layer has {layer.part + 1} or more blocks of {columns} rows"
+            if not (part := layer.part):
+                return
+            if part.of and rows % part.of:
+                raise FamilyError(f"{key} has shape {list(shape)}, where the rows are {part.of} equal blocks", hint)
+            if not part.of and (rows % columns or rows // columns < part.stop):
+                wanted = f"a fused layer has {part.stop} or more blocks of {columns} rows"
                 raise FamilyError(f"{key} has shape {list(shape)}, where {wanted}", hint)
         case _:
             raise FamilyError(f"{key} has shape {list(shape)}, where a linear layer has [rows, columns]", hint)

@@ -1,4 +1,4 @@
-"""Records that describe a model family; `unet.py` and `dit.py` fill them, `detect.py` reads them."""
+"""Records that describe a model family; `unet.py` and `table.py` fill them, `detect.py` reads them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,34 +13,62 @@ LayoutName = Literal["original", "diffusers"]
 
 
 @dataclass(frozen=True, slots=True)
-class FamilyLayer:
-    """One weight that may be pruned: a whole tensor, or a square block of rows of a fused one.
+class RowBlocks:
+    """Part of a fused tensor: `count` blocks of rows from block `first` on.
 
-    With `part = i` the layer is rows `i*D : (i+1)*D` of a tensor of shape `[n*D, D]` (fused qkv, linear1).
+    The rows are `of` equal blocks. Without `of`, a block is a square: D rows of a tensor of shape `[n*D, D]`.
+    """
+
+    first: int
+    count: int = 1
+    of: int | None = None
+
+    @property
+    def stop(self) -> int:
+        """The block after the last one."""
+        return self.first + self.count
+
+    def rows(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return the first row, and the row after the last one, in a tensor of this shape."""
+        rows, columns = shape
+        height = columns if self.of is None else rows // self.of
+        return self.first * height, self.stop * height
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyLayer:
+    """One weight that may be pruned: a whole tensor, or a part of a fused one (qkv, linear1).
 
     Attributes:
         tensor: The name of its tensor in the layout, without prefix.
         part: Its part of that tensor; None for a whole tensor.
         group: The group of its block.
         kind: What it is, for `--targets`.
-        original: The name of its tensor in the original layout, and its part of it, 0 for a whole tensor.
+        original: The name of its tensor in the original layout, and its part of it.
         diffusers: The name of its tensor in diffusers, which has no fused tensors.
     """
 
     tensor: str
-    part: int | None
+    part: RowBlocks | None
     group: str
     kind: Kind
-    original: tuple[str, int]
+    original: tuple[str, RowBlocks | None]
     diffusers: str
+
+    def rows(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return its first row, and the row after its last one, in its tensor of this shape."""
+        return self.part.rows(shape) if self.part else (0, shape[0])
+
+    def original_start(self, count: int) -> int:
+        """Return how many elements of its original tensor are before it, if `count` are its own."""
+        part = self.original[1]
+        return part.first * count // part.count if part else 0
 
 
 class BlockWeight(NamedTuple):
-    """One weight of a block that may be pruned: its names inside the block, and its part of an original tensor."""
+    """One weight of a block of a UNet that may be pruned: its name inside the block, in both layouts, and its kind."""
 
-    original: str
-    part: int | None
-    diffusers: str
+    name: str
     kind: Kind
 
 
@@ -102,10 +130,9 @@ def layout_of(
     layers = []
     for block in blocks:
         for weight in block.weights:
-            original, diffusers = f"{block.original}.{weight.original}", f"{block.diffusers}.{weight.diffusers}"
-            tensor, part = (original, weight.part) if name == "original" else (diffusers, None)
-            home = original, weight.part or 0
-            layers.append(FamilyLayer(tensor, part, block.group, weight.kind, home, diffusers))
+            original, diffusers = f"{block.original}.{weight.name}", f"{block.diffusers}.{weight.name}"
+            tensor = original if name == "original" else diffusers
+            layers.append(FamilyLayer(tensor, None, block.group, weight.kind, (original, None), diffusers))
     return Layout(name, tuple(layers), marks, first, vectors, last)
 
 

@@ -189,7 +189,7 @@ def _heads(name: str) -> Iterator[list[str]]:
 
 def _layer(name: str, rest: str, place: _Place) -> FamilyLayer:
     kind: Kind = "ff" if "ff" in rest.split(".") else "attn"
-    return FamilyLayer(name, None, place.group, kind, (f"{place.original}.{rest}", 0), f"{place.diffusers}.{rest}")
+    return FamilyLayer(name, None, place.group, kind, (f"{place.original}.{rest}", None), f"{place.diffusers}.{rest}")
 
 
 def _original_places(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[_Place]:

@@ -22,6 +22,7 @@ from crdiff_export.models.families.model import (
     LayoutName,
     Mark,
     Pipeline,
+    RowBlocks,
     Special,
     Twin,
 )
@@ -66,7 +67,8 @@ _EXAMPLES: Final = {
     "groups": 'groups = ["blocks"]',
     "kind": 'kind = "ff"',
     "group": 'group = "blocks"',
-    "part": "part = 0",
+    "part": "part = 0, or [0, 1, 2] for three blocks of rows",
+    "of": "of = 5, the number of equal blocks that the rows are",
     "original": 'original = "double_blocks.{0..18}.img_mlp.0.weight"',
     "diffusers": 'diffusers = "transformer_blocks.{0..18}.ff.net.0.proj.weight"',
     "first": 'first = "img_in.weight"',
@@ -228,13 +230,13 @@ def _target(
     table: RecipeTable, groups: tuple[str, ...], kinds: tuple[str, ...], names: list[LayoutName]
 ) -> Iterator[tuple[LayoutName, FamilyLayer]]:
     """Yield the layers of one [[target]], for each layout."""
-    table.refuse_unknown(("kind", "group", "part", *LAYOUTS))
+    table.refuse_unknown(("kind", "group", "part", "of", *LAYOUTS))
     kind, group = table.string("kind"), table.string("group") if "group" in table or groups[1:] else groups[0]
     if kind not in kinds:
         raise table.wrong("kind", f"is {shown(kind)}, must be one of {', '.join(kinds)}")
     if group not in groups:
         raise table.wrong("group", f"is {shown(group)}, must be one of {', '.join(groups)}")
-    part = _whole(table, "part") if "part" in table else None
+    part = _part(table, names)
     expanded = {name: _expand(table, name) for name in names}
     if len({len(tensors) for tensors in expanded.values()}) > 1:
         raise table.wrong(names[1], f"stands for {len(expanded[names[1]])} tensors, {names[0]} for another number")
@@ -243,7 +245,27 @@ def _target(
     for original, diffusers in zip(originals, diffusers_names, strict=True):
         for name in names:
             tensor, of_tensor = (original, part) if name == "original" else (diffusers, None)
-            yield name, FamilyLayer(tensor, of_tensor, group, kind, (original, part or 0), diffusers)  # type: ignore[arg-type]
+            yield name, FamilyLayer(tensor, of_tensor, group, kind, (original, part), diffusers)  # type: ignore[arg-type]
+
+
+def _part(table: RecipeTable, names: list[LayoutName]) -> RowBlocks | None:
+    """Read which part of a fused tensor of the original layout a target is; None for a whole tensor."""
+    if "part" not in table:
+        if "of" in table:
+            raise table.wrong("part", "is missing, which `of` is for")
+        return None
+    if "original" not in names:
+        raise table.wrong("part", "is for fused tensors of the original layout, which is missing")
+    value: Any = table.values["part"]
+    blocks: list[Any] = value if isinstance(value, list) else [value]
+    if not blocks or not all(type(block) is int and 0 <= block < _MOST_BLOCKS for block in blocks):
+        raise table.wrong("part", f"is {shown(value)}, must be the number of a block, or an array of them")
+    if blocks != list(range(blocks[0], blocks[0] + len(blocks))):
+        raise table.wrong("part", "must be blocks that follow each other")
+    of = table.count("of") if "of" in table else None
+    if of is not None and blocks[-1] >= of:
+        raise table.wrong("of", f"is {of}, part has block {blocks[-1]}, and the first one is 0")
+    return RowBlocks(blocks[0], len(blocks), of)
 
 
 def _expand(table: RecipeTable, key: str) -> list[str]:

@@ -19,15 +19,10 @@ from crdiff_export.models.families.model import (
     layout_of,
 )
 
-
-def _weight(name: str, kind: Kind) -> BlockWeight:
-    return BlockWeight(name, None, name, kind)
-
-
 # The weights that the method prunes in a transformer block; cross-attention (attn2) is never pruned.
 _WEIGHTS = (
-    *(_weight(f"attn1.to_{name}.weight", "attn") for name in ("q", "k", "v", "out.0")),
-    *(_weight(f"ff.net.{name}.weight", "ff") for name in ("0.proj", "2")),
+    *(BlockWeight(f"attn1.to_{name}.weight", "attn") for name in ("q", "k", "v", "out.0")),
+    *(BlockWeight(f"ff.net.{name}.weight", "ff") for name in ("0.proj", "2")),
 )
 GROUPS: Final = ("down", "mid", "up")
 KINDS: Final[tuple[Kind, ...]] = ("attn", "ff")

@@ -93,8 +93,8 @@ def _sizes(plan: Plan) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for target in plan.targets:
         if plan.scopes[target.scope].rank:
-            name, part = target.layer.original
-            sizes[name] = max(sizes.get(name, 0), (part + 1) * target.count)
+            name = target.layer.original[0]
+            sizes[name] = max(sizes.get(name, 0), target.layer.original_start(target.count) + target.count)
     return sizes
 
 
@@ -156,8 +156,7 @@ def _check(weights: Mapping[str, Any], baked: BakedCheckpoint, masks: Masks | No
     """Compare the model with the file: the weights that stay, or where weights were moved, the biases."""
     pruned, gone, zeros = True, 0, 0
     for target, stored in read_weights(baked.plan, SAMPLE):
-        name, index = target.layer.original
-        start = index * target.count
+        name, start = target.layer.original[0], target.layer.original_start(target.count)
         loaded = _slice(weights, name, start, stored)
         if loaded is None:
             continue
@@ -183,8 +182,8 @@ def _check(weights: Mapping[str, Any], baked: BakedCheckpoint, masks: Masks | No
 
 def _check_biases(weights: Mapping[str, Any], baked: BakedCheckpoint) -> None:
     for target, stored in read_biases(baked.plan):
-        name, index = target.layer.original
-        bias = _slice(weights, f"{name.removesuffix('weight')}bias", index * len(stored), stored)
+        name, start = target.layer.original[0], target.layer.original_start(len(stored))
+        bias = _slice(weights, f"{name.removesuffix('weight')}bias", start, stored)
         if bias is not None and not _compare(bias, stored, None)[1]:
             raise other_base(name, baked.checkpoint.path, baked.stamp.source_name)
 

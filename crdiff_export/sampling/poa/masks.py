@@ -166,8 +166,8 @@ class Masks:
             for index, target in enumerate(plan.targets):
                 make = _maker(plan, decision, index, read)
                 if make:
-                    (fused, part), single = target.layer.original, target.layer.diffusers
-                    start = part * target.count
+                    fused, single = target.layer.original[0], target.layer.diffusers
+                    start = target.layer.original_start(target.count)
                     original[fused] = (*original.get(fused, ()), make(start, start + target.count))
                     diffusers[single] = (make(0, target.count),)
         return cls(plan.match.family.id, original, diffusers)
