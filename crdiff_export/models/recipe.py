@@ -12,7 +12,7 @@ from crdiff_export.sizes import Size
 Provenance = Literal["starting-point", "searched", "published"]
 Scalar = str | int | float | bool
 
-TARGETS: Final = ("attn", "ff", "attn2")
+TARGETS: Final = ("attn", "ff", "attn2", "ff-shared")
 # Where the search of the public code starts.
 START_RATIO: Final = 0.3
 START_SOURCE: Final = (

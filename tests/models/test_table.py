@@ -188,6 +188,20 @@ def test_what_is_wrong_in_a_table_is_named(case: str) -> None:
         parse_family(text, "own.toml")
 
 
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_special_model_may_be_told_by_a_tensor(prefix: str) -> None:
+    special = (
+        '\n[[special]]\nid = "pictures"\ntitle = "with pictures"\narchitecture = "x"\ntensors = ["a", "b.weight"]\n'
+    )
+    family = parse_family(OWN + special, "own.toml")
+    shapes = {f"{prefix}{name}": shape for name, shape in SHAPES.items()}
+    assert detect(shapes, family).special is None
+    assert detect(shapes | {"other.b.weight": (4,)}, family).special is None
+    found = detect(shapes | {f"{prefix}b.weight": (4,)}, family)
+    assert found.special
+    assert (found.special.id, found.title) == ("pictures", "My model, with pictures")
+
+
 def test_layouts_have_as_many_names() -> None:
     text = OWN.replace("[transformer.diffusers]", "[transformer.original]\n[transformer.diffusers]")
     text = text.replace("diffusers = ", 'original = "x.{0..1}.weight"\ndiffusers = ')

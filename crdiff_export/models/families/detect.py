@@ -153,7 +153,7 @@ def _match(family: Family, layout: Layout, prefix: str, shapes: Shapes) -> Match
         family=family,
         layout=layout,
         prefix=prefix,
-        special=_special(family, layout, {name: shapes.get(prefix + name, ()) for name in _sizes(layout)}, shapes),
+        special=_special(family, layout, prefix, shapes),
         ema_tensors=sum(name.startswith(EMA) for name in shapes),
     )
 
@@ -163,9 +163,11 @@ def _sizes(layout: Layout) -> tuple[str, ...]:
     return (layout.first, *layout.vectors, layout.last)
 
 
-def _special(family: Family, layout: Layout, sizes: Shapes, shapes: Shapes) -> Special | None:
+def _special(family: Family, layout: Layout, prefix: str, shapes: Shapes) -> Special | None:
     """Tell from channels and extra layers whether a model needs something else than its family's first."""
+    sizes = {name: shapes.get(prefix + name, ()) for name in _sizes(layout)}
     ways = (
+        *(special for special in family.specials if any(prefix + name in shapes for name in special.tensors)),
         _by_vector(family, layout, sizes),
         _by_channels(family, layout, sizes),
         _by_layers(family, layout, sizes, shapes),

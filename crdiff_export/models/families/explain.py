@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 from crdiff_export.errors import FamilyError
 from crdiff_export.formats.text import printable
-from crdiff_export.models.families.catalogue import all_families
 from crdiff_export.models.families.fit import Fit, Shapes, holds
 from crdiff_export.models.families.model import Family, Mark
 
+_SUPPORTED = (
+    "`crdiff families` lists what is supported, finetunes included; so are other UNets with their text-to-image blocks."
+)
 _SHOWN = 3
 _LONGEST = 80
 _SAMPLE = 1000
@@ -79,9 +81,7 @@ def explain(fits: Sequence[Fit], shapes: Shapes) -> FamilyError:
         reason = _wrong_names(nearest)
     else:
         reason = f"no known model family: its {len(shapes)} tensors are of another model, e.g. {_some(tuple(shapes))}"
-    titles = ", ".join(family.title for family in all_families() if family.id != "demo")
-    supported = f"{titles}, and other UNets with their text-to-image blocks"
-    return FamilyError(reason, f"Supported, in the original and the diffusers layout, finetunes included: {supported}.")
+    return FamilyError(reason, _SUPPORTED)
 
 
 def explain_family(family: Family, fits: Sequence[Fit], shapes: Shapes) -> FamilyError:

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
-Kind = Literal["attn", "ff", "attn2"]
+# `ff-shared` is a feed-forward that the text goes through, too.
+Kind = Literal["attn", "ff", "attn2", "ff-shared"]
 # A width that is not a fixed one.
 ANY: Final = -1
 # diffusers converts a UNet in the original layout only with this prefix; ComfyUI recognises a checkpoint by it.
@@ -138,7 +139,7 @@ def layout_of(
 
 @dataclass(frozen=True, slots=True)
 class Special:
-    """A model with the layers of a family that takes something else in: other channels, or other embeddings.
+    """A model with the layers of a family that takes something else in, which its channels or other layers tell.
 
     Attributes:
         id: The short name, which is also in the header.
@@ -146,6 +147,7 @@ class Special:
         architecture: The ModelSpec id.
         channels: Its in-channels; None if they are the family's.
         vector: The width of the vector beside its text, or ANY; None if it is the family's.
+        tensors: Tensors that only this model has, one for each layout that it is saved in.
     """
 
     id: str
@@ -153,6 +155,7 @@ class Special:
     architecture: str
     channels: int | None = None
     vector: int | None = None
+    tensors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

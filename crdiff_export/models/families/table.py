@@ -31,7 +31,7 @@ from crdiff_export.models.recipe_toml import RecipeTable, shown
 from crdiff_export.sizes import Size
 
 LAYOUTS: Final[tuple[LayoutName, ...]] = ("original", "diffusers")
-KINDS: Final[tuple[Kind, ...]] = ("attn", "ff", "attn2")
+KINDS: Final[tuple[Kind, ...]] = ("attn", "ff", "attn2", "ff-shared")
 # More blocks than any model has: a range in a foreign file must not fill the memory.
 _MOST_BLOCKS = 1000
 _MOST_LAYERS = 20_000
@@ -77,6 +77,7 @@ _EXAMPLES: Final = {
     "others": 'others = ["context_refiner."]',
     "marks": 'marks = [{ tensor = "txt_in.weight", axis = 1, sizes = [4096], what = "width of the text" }]',
     "tensor": 'tensor = "txt_in.weight"',
+    "tensors": 'tensors = ["siglip_embedder.0.weight"]',
     "axis": "axis = 1",
     "sizes": "sizes = [4096]",
     "what": 'what = "width of the text"',
@@ -301,14 +302,15 @@ def _mark(table: RecipeTable) -> Mark:
 
 
 def _special(table: RecipeTable) -> Special:
-    table.refuse_unknown(("id", "title", "architecture", "channels", "vector"))
+    table.refuse_unknown(("id", "title", "architecture", "channels", "vector", "tensors"))
     vector = None
     if "vector" in table:
         vector = ANY if table.values["vector"] == "any" else table.count("vector")
     channels = table.count("channels") if "channels" in table else None
-    if channels is None and vector is None:
-        raise table.wrong("channels", "is missing, and so is vector")
-    return Special(table.string("id"), table.string("title"), table.string("architecture"), channels, vector)
+    tensors = table.strings("tensors") if "tensors" in table else ()
+    if channels is None and vector is None and not tensors:
+        raise table.wrong("channels", "is missing, and so are vector and tensors")
+    return Special(table.string("id"), table.string("title"), table.string("architecture"), channels, vector, tensors)
 
 
 def _twin(table: RecipeTable) -> Twin:

@@ -23,7 +23,12 @@ _PAPER = PAPER.partition(":")[2]
 _TABLE_LINE = re.compile(r"\|.*\|")
 _SIZE = re.compile(r"[1-9][0-9]*x[1-9][0-9]*")
 _HEX = re.compile(r"[0-9a-f]{64}")
-_LAYERS: Mapping[str, str] = {"attn": "attention", "ff": "feed-forward", "attn2": "second attention"}
+_LAYERS: Mapping[str, str] = {
+    "attn": "attention",
+    "ff": "feed-forward",
+    "ff-shared": "shared feed-forward",
+    "attn2": "second attention",
+}
 _EVIDENCE_ORDER = ("scorer", "dense", "pruned", "interval", "prompts")
 
 
