@@ -11,6 +11,7 @@ import os
 import re
 import struct
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -59,6 +60,8 @@ SPEC = {
     "chroma": "chroma",
     "demo": "stable-diffusion-v1",
     "flux-2-dev": "Flux.2-dev",
+    "flux-2-klein-4b": "Flux.2-klein-4b",
+    "flux-2-klein-9b": "Flux.2-klein-9b",
     "flux-lite": "flux-1-lite",
     "qwen-image": "qwen-image",
     "flux-dev": "flux-1-dev",
@@ -146,6 +149,14 @@ def test_metadata_of_the_base_stay(tmp_path: Path) -> None:
     assert header["modelspec.hash_sha256"] == oracle.sha256(tmp_path / "out.safetensors")
     assert like_objects(header) == like_objects(KEPT)
     assert not {"modelspec.hash_blake3", "sshs_legacy_hash", "sshs_model_hash", "crdiff.demo"} & set(header)
+
+
+@pytest.mark.parametrize("name", ["Flux.1-dev/kontext", "flux-1-krea-dev"])
+def test_what_a_file_calls_itself_is_kept_where_its_tensors_cannot_tell(name: str, tmp_path: Path) -> None:
+    said = {"modelspec.architecture": name, "modelspec.title": "Kontext"}
+    header = bake_tiny(tmp_path, "flux-dev.original-transformer", said)
+    assert (header["crdiff.family"], header["modelspec.architecture"]) == ("flux-dev", name)
+    assert header["modelspec.title"].startswith("Kontext")
 
 
 def test_stated_dtypes_go_with_a_cast(tmp_path: Path) -> None:
@@ -370,12 +381,13 @@ class Rule(NamedTuple):
 
     name: re.Pattern[str]
     group: str
-    parts: Sequence[int | None]
+    parts: Sequence[Sequence[int] | None]
+    of: int | None = None
 
     def rows(self, weights: torch.Tensor) -> list[torch.Tensor]:
         """The rows of each part."""
-        size = weights.shape[1]
-        return [weights if part is None else weights[part * size : (part + 1) * size] for part in self.parts]
+        size = len(weights) // self.of if self.of else weights.shape[1]
+        return [weights if part is None else weights[part[0] * size : (part[-1] + 1) * size] for part in self.parts]
 
 
 def targets(header: Mapping[str, str], files: Files) -> Iterator[tuple[dict[str, Tensor], str, Rule]]:
@@ -388,7 +400,9 @@ def targets(header: Mapping[str, str], files: Files) -> Iterator[tuple[dict[str,
 
 
 def rules(header: Mapping[str, str]) -> Iterator[Rule]:
-    """What the document's tables call a target of a file with such a header."""
+    """What the document's tables call a target of a file with such a header, or else the table of its family."""
+    if not any(header["crdiff.family"] in block["families"].split(", ") for block in BLOCKS):
+        yield from rules_of_a_table(header)
     for block in BLOCKS:
         if header["crdiff.family"] not in block["families"].split(", ") or header["crdiff.layout"] != block["layout"]:
             continue
@@ -397,7 +411,7 @@ def rules(header: Mapping[str, str]) -> Iterator[Rule]:
             if fits and layer["kind"] in header["crdiff.targets"].split(","):
                 path, weight = code(block["path"])[0], code(layer["weight"])[0]
                 pattern = re.compile(re.escape(header["crdiff.prefix"]) + path + re.escape(weight))
-                parts = [None] if layer["parts"] == "all" else [int(part) for part in layer["parts"].split(", ")]
+                parts = [None] if layer["parts"] == "all" else [[int(part)] for part in layer["parts"].split(", ")]
                 yield Rule(pattern, block["group"], parts)
 
 
@@ -412,6 +426,23 @@ def scale(name: str, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -
         return float(values(tensors[f"{layer}.weight_scale"]))
     old = tensors.get(f"{layer}.scale_weight")
     return float(values(old)) if old else 1.0
+
+
+def rules_of_a_table(header: Mapping[str, str]) -> Iterator[Rule]:
+    """The targets of a family's table, part by part."""
+    text = header.get("crdiff.family.table") or table_of(by_id(header["crdiff.family"]))
+    fused = header["crdiff.layout"] == "original"
+    found = []
+    for target in tomllib.loads(text)["target"]:
+        name = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", target[header["crdiff.layout"]])
+        assert name
+        numbers = "|".join(map(str, range(int(name[2]), int(name[3]) + 1)))
+        pattern = re.compile(f"{re.escape(header['crdiff.prefix'] + name[1])}({numbers}){re.escape(name[4])}")
+        part = target["part"] if fused and "part" in target else None
+        blocks = [part] if isinstance(part, int) else part
+        if target["kind"] in header["crdiff.targets"].split(","):
+            found.append(Rule(pattern, target.get("group", "blocks"), [blocks], target.get("of")))
+    yield from sorted(found, key=lambda rule: (rule.parts[0] or [0])[0])
 
 
 def derive(header: Mapping[str, str], base: Files) -> Files:
@@ -461,7 +492,7 @@ FUSED = [name for name in geometry_tables.names() if "transformer" in name]
 
 @pytest.mark.parametrize("table", FUSED)
 def test_document_gives_every_kind_of_target(table: str, tmp_path: Path) -> None:
-    kinds = ("ff", "attn", "attn2") if table.startswith("sd35-medium") else ("ff", "attn")
+    kinds = by_id(table.partition(".")[0]).kinds
     header = bake_tiny(tmp_path, table, targets=kinds)
     assert header["crdiff.targets"] == ",".join(kinds)
     assert_derived(tmp_path / "base.safetensors", tmp_path / "out.safetensors")

@@ -98,6 +98,9 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "FLUX Canny": ("FluxTransformer2DModel", {"guidance_embeds": True, "in_channels": 128}, "flux-dev control"),
     "FLUX Fill": ("FluxTransformer2DModel", {"guidance_embeds": True, "in_channels": 384}, "flux-dev inpainting"),
+    "Flex.2": (
+        "FluxTransformer2DModel", {"guidance_embeds": True, "num_layers": 8, "in_channels": 196}, "flux-lite flex-2"
+    ),
     "FLUX dev": ("FluxTransformer2DModel", {"guidance_embeds": True}, "flux-dev "),
     "FLUX with other text": ("FluxTransformer2DModel", {"joint_attention_dim": 3584}, REFUSED),
     "FLUX of less depth": ("FluxTransformer2DModel", {"num_layers": 8}, REFUSED),

@@ -11,7 +11,7 @@ import pytest
 from crdiff_export.errors import FamilyError
 from crdiff_export.models.families import Match, all_families, by_id, detect, quantisation
 from crdiff_export.models.families.model import Layout
-from tests.support import geometry_tables
+from tests.support import geometry_tables, oracle
 from tests.support.messages import raises
 
 Shapes = dict[str, tuple[int, ...]]
@@ -194,14 +194,28 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "chroma": ("ChromaTransformer2DModel", {}),
     "qwen-image": ("QwenImageTransformer2DModel", {}),
     "flux-2-dev": ("Flux2Transformer2DModel", {}),
-}
+    **{
+        f"flux-2-klein-{size}": (
+            "Flux2Transformer2DModel",
+            {"guidance_embeds": False, "num_layers": double, "num_single_layers": single,
+             "num_attention_heads": heads, "joint_attention_dim": text},
+        )
+        for size, double, single, heads, text in (("4b", 5, 20, 24, 7680), ("9b", 8, 24, 32, 12288))
+    },
+}  # fmt: skip
 REFERENCE_ENDINGS = tuple(
     f"{attn}.{leaf}" for attn in ("attn1", "attn2") for leaf in ("to_q", "to_k", "to_v", "to_out.0")
 )
 REFERENCE_ENDINGS += ("ff.net.0.proj", "ff.net.2")
+# Where the rule selects nothing: the feed-forward of the picture's stream, or else that of both streams.
 STREAMS = {
-    "qwen-image": ("img_mlp.net.0.proj", "img_mlp.net.2"),
-    "flux-2-dev": (".ff.linear_in", ".ff.linear_out"),
+    "qwen-image": r"transformer_blocks\.\d+\.img_mlp\.net\.(0\.proj|2)",
+    "flux-2-": r"transformer_blocks\.\d+\.ff\.linear_(in|out)",
+}
+
+# Layers with names as in other families that are not targets; docs/families.md has the reasons.
+LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "flux-2-": ("single_blocks.", "single_transformer_blocks."),
 }
 
 
@@ -221,9 +235,10 @@ def test_default_targets_are_those_of_the_reference(family: str) -> None:
             group = path.split("_")[0]
             chosen = group in {"down", "mid", "up"} and ("attn" in path or "ff" in path) and "attn2" not in path
         else:
-            # Where the rule selects nothing, the feed-forward of the picture's stream is the default.
-            endings = STREAMS.get(family, REFERENCE_ENDINGS)
-            group, chosen = "blocks", path.endswith(endings)
+            stream = next((STREAMS[start] for start in STREAMS if family.startswith(start)), None)
+            named = path.endswith(REFERENCE_ENDINGS)
+            group, chosen = "blocks", named if stream is None else re.fullmatch(stream, path) is not None
+            assert not (stream and named)
         if chosen:
             expected[f"{path}.weight"] = group, tuple(module.weight.shape)
     match = detect({name: tuple(tensor.shape) for name, tensor in net.state_dict().items()})
@@ -248,7 +263,7 @@ def test_diffusers_converts_each_layer_to_its_twin(family: str) -> None:
             tensors[layer.tensor][start:stop] += 1 + layer.part.first
     if family.startswith("sd3"):
         converted = single_file.convert_sd3_transformer_checkpoint_to_diffusers(tensors)
-    elif family == "flux-2-dev":
+    elif family.startswith("flux-2-"):
         converted = single_file.convert_flux2_transformer_checkpoint_to_diffusers(tensors)
     elif family == "chroma":
         converted = single_file.convert_chroma_transformer_checkpoint_to_diffusers(tensors)
@@ -262,6 +277,23 @@ def test_diffusers_converts_each_layer_to_its_twin(family: str) -> None:
         assert converted[theirs.tensor].unique().tolist() == [
             number[ours.tensor] + (1 + ours.part.first if ours.part else 0)
         ]
+
+
+@pytest.mark.parametrize("table", [table for table in TABLES if "transformer" in table])
+def test_every_kind_of_a_transformer_is_what_the_oracle_calls_one(table: str) -> None:
+    """Also those that are pruned on request only."""
+    left_out = next((LEFT_OUT[start] for start in LEFT_OUT if table.startswith(start)), ())
+    shapes = {name: shape for name, shape in model(table).items() if not name.startswith(left_out)}
+    for kind in by_id(family_of(table)).kinds:
+        expected = {
+            (piece.tensor, piece.start, piece.stop)
+            for name, shape in shapes.items()
+            for piece in oracle.slices(0, name, shape, [kind], dit=True)
+        }
+        layers = [layer for layer in layout_of(table).layers if layer.kind == kind]
+        width = {layer.tensor: shapes[layer.tensor][1] for layer in layers}
+        places = [(layer.tensor, *layer.rows(shapes[layer.tensor])) for layer in layers]
+        assert {(name, start * width[name], stop * width[name]) for name, start, stop in places} == expected, kind
 
 
 # --- what else is noticed

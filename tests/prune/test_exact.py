@@ -68,7 +68,7 @@ def ratios_of(table: str) -> dict[str, float]:
 
 
 # Families with the blocks of another one; tests/models/test_families.py compares their targets with diffusers' modules.
-ALIKE = ("sd21.", "sd35-large.", "flux-schnell.")
+ALIKE = ("sd21.", "sd35-large.", "flux-schnell.", "flux-2-klein-")
 # Every other model in one dtype; the other pairs are slow.
 MODELS = [
     pytest.param(

@@ -32,12 +32,13 @@ FIXED = (
     "conv_in.weight",
     ".0.0.weight",
 )
-FRACTION, OF_DEMO = 64, 8
+FRACTION, OF_DEMO, OF_WIDE = 64, 8, 128
+WIDE = ("flux-2-dev", "flux-2-klein")
 
 
 def narrow(table: str, fraction: int | None = None) -> dict[str, tuple[str, Shape]]:
     """A real model's names and dtypes with narrow shapes."""
-    part = fraction or (OF_DEMO if table.startswith("demo.") else FRACTION)
+    part = fraction or (OF_DEMO if table.startswith("demo.") else OF_WIDE if table.startswith(WIDE) else FRACTION)
 
     def shrink(name: str, shape: Shape) -> Shape:
         fixed = name.endswith(FIXED)

@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,27 +102,28 @@ GROUPS = {
     "down_blocks": "down", "input_blocks": "down", "mid_block": "mid", "middle_block": "mid",
     "up_blocks": "up", "output_blocks": "up",
 }  # fmt: skip
-# By kind: layers that are a tensor, and fused tensors of which the first three squares of rows are layers.
-DIT: Mapping[str, Sequence[tuple[str, bool]]] = {
+# By kind: layers that are a tensor (0), fused tensors of which the first squares of rows are layers (their number), and
+# fused tensors whose rows are parts of these proportions.
+DIT: Mapping[str, Sequence[tuple[str, int | tuple[int, ...]]]] = {
     "ff": (
-        (r"transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)", False),
-        (r"joint_blocks\.\d+\.x_block\.mlp\.fc[12]", False),
-        (r"double_blocks\.\d+\.img_mlp\.[02]", False),
-        (r"transformer_blocks\.\d+\.img_mlp\.net\.(0\.proj|2)", False),
-        (r"transformer_blocks\.\d+\.ff\.linear_(in|out)", False),
+        (r"transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)", 0),
+        (r"joint_blocks\.\d+\.x_block\.mlp\.fc[12]", 0),
+        (r"double_blocks\.\d+\.img_mlp\.[02]", 0),
+        (r"transformer_blocks\.\d+\.img_mlp\.net\.(0\.proj|2)", 0),
+        (r"transformer_blocks\.\d+\.ff\.linear_(in|out)", 0),
     ),
     "attn": (
-        (r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)", False),
-        (r"joint_blocks\.\d+\.x_block\.attn\.proj", False),
-        (r"joint_blocks\.\d+\.x_block\.attn\.qkv", True),
-        (r"double_blocks\.\d+\.img_attn\.proj", False),
-        (r"double_blocks\.\d+\.img_attn\.qkv", True),
-        (r"single_blocks\.\d+\.linear1", True),
+        (r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)", 0),
+        (r"joint_blocks\.\d+\.x_block\.attn\.proj", 0),
+        (r"joint_blocks\.\d+\.x_block\.attn\.qkv", 3),
+        (r"double_blocks\.\d+\.img_attn\.proj", 0),
+        (r"double_blocks\.\d+\.img_attn\.qkv", 3),
+        (r"single_blocks\.\d+\.linear1", 3),
     ),
     "attn2": (
-        (r"transformer_blocks\.\d+\.attn2\.(to_q|to_k|to_v|to_out\.0)", False),
-        (r"joint_blocks\.\d+\.x_block\.attn2\.proj", False),
-        (r"joint_blocks\.\d+\.x_block\.attn2\.qkv", True),
+        (r"transformer_blocks\.\d+\.attn2\.(to_q|to_k|to_v|to_out\.0)", 0),
+        (r"joint_blocks\.\d+\.x_block\.attn2\.proj", 0),
+        (r"joint_blocks\.\d+\.x_block\.attn2\.qkv", 3),
     ),
 }
 
@@ -132,9 +134,7 @@ def slices(file: int, name: str, shape: Shape, kinds: Sequence[str], *, dit: boo
         for kind in kinds:
             for pattern, fused in DIT[kind]:
                 if re.fullmatch(rf"(?:.*\.)?{pattern}\.weight", name):
-                    square = shape[1] * shape[1]
-                    cuts = [(i * square, (i + 1) * square) for i in range(3)] if fused else [(0, shape[0] * shape[1])]
-                    return [Slice(file, name, "blocks", *cut) for cut in cuts]
+                    return [Slice(file, name, "blocks", *cut) for cut in _cuts(shape, fused)]
         return []
     match = UNET.fullmatch(name)
     if match is None or "attn2" in match["layer"]:
@@ -142,6 +142,16 @@ def slices(file: int, name: str, shape: Shape, kinds: Sequence[str], *, dit: boo
     if not any(kind in match["layer"] for kind in kinds):
         return []
     return [Slice(file, name, GROUPS[match["block"]], 0, shape[0] * shape[1])]
+
+
+def _cuts(shape: Shape, fused: int | tuple[int, ...]) -> list[tuple[int, int]]:
+    rows, columns = shape
+    if fused == 0:
+        return [(0, rows * columns)]
+    if isinstance(fused, int):
+        return [(i * columns * columns, (i + 1) * columns * columns) for i in range(fused)]
+    ends = [rows * sum(fused[:i]) // sum(fused) * columns for i in range(len(fused) + 1)]
+    return list(pairwise(ends))
 
 
 def expect(
