@@ -60,6 +60,8 @@ SPEC = {
     "chroma": "chroma",
     "demo": "stable-diffusion-v1",
     "flux-2-dev": "Flux.2-dev",
+    "z-image": "z-image",
+    "lumina-2": "lumina-2",
     "flux-2-klein-4b": "Flux.2-klein-4b",
     "flux-2-klein-9b": "Flux.2-klein-9b",
     "flux-lite": "flux-1-lite",

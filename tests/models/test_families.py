@@ -202,6 +202,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         )
         for size, double, single, heads, text in (("4b", 5, 20, 24, 7680), ("9b", 8, 24, 32, 12288))
     },
+    "z-image": ("ZImageTransformer2DModel", {}),
+    "lumina-2": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
 }  # fmt: skip
 REFERENCE_ENDINGS = tuple(
     f"{attn}.{leaf}" for attn in ("attn1", "attn2") for leaf in ("to_q", "to_k", "to_v", "to_out.0")
@@ -211,10 +213,13 @@ REFERENCE_ENDINGS += ("ff.net.0.proj", "ff.net.2")
 STREAMS = {
     "qwen-image": r"transformer_blocks\.\d+\.img_mlp\.net\.(0\.proj|2)",
     "flux-2-": r"transformer_blocks\.\d+\.ff\.linear_(in|out)",
+    "z-image": r"layers\.\d+\.feed_forward\.w[123]",
+    "lumina-2": r"layers\.\d+\.feed_forward\.linear_[123]",
 }
 
 # Layers with names as in other families that are not targets; docs/families.md has the reasons.
 LEFT_OUT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("z-image", "lumina-2"), ("noise_refiner.", "context_refiner.")),
     "flux-2-": ("single_blocks.", "single_transformer_blocks."),
 }
 
@@ -248,6 +253,17 @@ def test_default_targets_are_those_of_the_reference(family: str) -> None:
     assert {layer.tensor: (layer.group, shapes[layer.tensor]) for layer in layers} == expected
 
 
+# diffusers' converter of each transformer, by how its family's id begins.
+CONVERTERS = {
+    "sd3": "convert_sd3_transformer_checkpoint_to_diffusers",
+    "flux-2-": "convert_flux2_transformer_checkpoint_to_diffusers",
+    "flux-": "convert_flux_transformer_checkpoint_to_diffusers",
+    "chroma": "convert_chroma_transformer_checkpoint_to_diffusers",
+    "z-image": "convert_z_image_transformer_checkpoint_to_diffusers",
+    "lumina-2": "convert_lumina2_to_diffusers",
+}
+
+
 @pytest.mark.parametrize("family", [family for family in CONFIGS if len(by_id(family).layouts) == 2])
 def test_diffusers_converts_each_layer_to_its_twin(family: str) -> None:
     """Every row of the original carries the number of its tensor and part; the converter carries the numbers over."""
@@ -261,14 +277,9 @@ def test_diffusers_converts_each_layer_to_its_twin(family: str) -> None:
         if layer.part:
             start, stop = layer.rows(shapes[layer.tensor])
             tensors[layer.tensor][start:stop] += 1 + layer.part.first
-    if family.startswith("sd3"):
-        converted = single_file.convert_sd3_transformer_checkpoint_to_diffusers(tensors)
-    elif family.startswith("flux-2-"):
-        converted = single_file.convert_flux2_transformer_checkpoint_to_diffusers(tensors)
-    elif family == "chroma":
-        converted = single_file.convert_chroma_transformer_checkpoint_to_diffusers(tensors)
-    elif family.startswith("flux"):
-        converted = single_file.convert_flux_transformer_checkpoint_to_diffusers(tensors)
+    converter = next((CONVERTERS[start] for start in CONVERTERS if family.startswith(start)), None)
+    if converter:
+        converted = getattr(single_file, converter)(tensors)
     else:
         config = {"class_embed_type": None, "addition_embed_type": None} | CONFIGS[family][1]
         bundle = {BUNDLE + name: tensor for name, tensor in tensors.items()}
@@ -703,10 +714,9 @@ OTHER_MODELS = {
         "transformer_blocks.0.img_mlp.net.0.proj.weight", "txt_norm.weight", "transformer_blocks.0.attn.to_q.weight"
     ),
     "Wan": ("blocks.0.ffn.0.weight", "blocks.0.cross_attn.k.weight", "patch_embedding.weight"),
-    "Z-Image": (
-        "context_refiner.0.attention.k_norm.weight", "noise_refiner.0.attention.qkv.weight", "cap_embedder.0.weight",
-        "layers.0.attention.qkv.weight",
-    ),
+    "Krea 2": ("txtfusion.projector.weight", "blocks.0.attn.wq.weight"),
+    "Qwen-Image 2.1": ("txt_in.text_norm.weight", "img_in.weight"),
+    "FLUX.3": ("early_stream_modulations.image.lin.weight", "img_in.weight"),
     "Chroma": ("distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight"),
 }  # fmt: skip
 
@@ -721,7 +731,9 @@ def test_other_models_are_called_by_their_name(title: str, prefix: str) -> None:
     ("name", "key"),
     [
         ("WanTransformer3DModel", "of the kind Wan"),
-        ("ZImageTransformer2DModel", "of the kind Z-Image"),
+        ("Krea2Transformer2DModel", "of the kind Krea 2"),
+        ("QwenImage21Transformer2DModel", "of the kind Qwen-Image 2.1"),
+        ("Flux3Transformer2DModel", "of the kind FLUX.3"),
         ("AutoencoderKL", "this is a VAE"),
     ],
 )

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,11 @@ from crdiff_export.formats import dtypes
 from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.formats.dtypes import Encoding, torch_dtypes
 from crdiff_export.models import demo
+from crdiff_export.models.families import by_id
 from crdiff_export.prune.criteria import Decision, Mask
 from crdiff_export.prune.threshold import Threshold
 from crdiff_export.sampling.poa import Schedule, from_baked, mix
+from crdiff_export.sampling.poa.handle import Poa
 from crdiff_export.sampling.poa.masks import MaskPart, Masks, Part, ReplacedWeights, ThresholdPart, holds, prune
 from tests.support import makers
 
@@ -259,6 +262,19 @@ def test_the_ends_of_the_mix_are_the_predictions_themselves() -> None:
     dense, pruned = nn.Parameter(torch.tensor([math.inf, 1.0])), torch.tensor([2.0, math.nan])
     assert mix(dense, pruned, 0) is dense
     assert mix(dense, pruned, 1) is pruned
+
+
+@pytest.mark.parametrize(
+    ("family", "timesteps"),
+    [("sd15", [999.0, 500.0, 1.0]), ("flux-dev", [0.999, 0.5, 0.001]), ("lumina-2", [0.001, 0.5, 0.999])],
+)
+def test_the_step_is_told_by_the_timestep_as_each_pipeline_gives_it(family: str, timesteps: list[float]) -> None:
+    config = SimpleNamespace(num_train_timesteps=1000)
+    pipe = SimpleNamespace(scheduler=SimpleNamespace(config=config, timesteps=torch.tensor([999.0, 500.0, 1.0])))
+    match = SimpleNamespace(family=by_id(family))
+    handle: Any = SimpleNamespace(_pipe=lambda: pipe, source=SimpleNamespace(plan=SimpleNamespace(match=match)))
+    done = [Poa._fraction(handle, (), {"timestep": torch.tensor([timestep])}) for timestep in timesteps]
+    assert done == [0, 1 / 3, 2 / 3]
 
 
 def test_a_schedule() -> None:

@@ -18,10 +18,16 @@ def is_dit(table: str) -> bool:
     return "transformer" in table
 
 
+# Of families that prune something else than their ff, what they prune.
+KINDS = {
+    "sd35-medium": ("ff", "attn2"),
+    "z-image": ("ff-shared",),
+    "lumina-2": ("ff-shared",),
+}
+
+
 def default_kinds(table: str) -> tuple[str, ...]:
-    if table.startswith("sd35-medium"):
-        return "ff", "attn2"
-    return ("ff",) if is_dit(table) else ("attn", "ff")
+    return KINDS.get(table.partition(".")[0], ("ff",) if is_dit(table) else ("attn", "ff"))
 
 
 def patterns(magnitudes: NDArray[np.int64], dtype: str, rng: np.random.Generator) -> bytes:

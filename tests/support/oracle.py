@@ -112,6 +112,7 @@ DIT: Mapping[str, Sequence[tuple[str, int | tuple[int, ...]]]] = {
         (r"transformer_blocks\.\d+\.img_mlp\.net\.(0\.proj|2)", 0),
         (r"transformer_blocks\.\d+\.ff\.linear_(in|out)", 0),
     ),
+    "ff-shared": ((r"layers\.\d+\.feed_forward\.(w|linear_)[123]", 0),),
     "attn": (
         (r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)", 0),
         (r"joint_blocks\.\d+\.x_block\.attn\.proj", 0),
@@ -119,6 +120,8 @@ DIT: Mapping[str, Sequence[tuple[str, int | tuple[int, ...]]]] = {
         (r"double_blocks\.\d+\.img_attn\.proj", 0),
         (r"double_blocks\.\d+\.img_attn\.qkv", 3),
         (r"single_blocks\.\d+\.linear1", 3),
+        (r"layers\.\d+\.(attn|attention)\.(to_q|to_k|to_v|to_out\.0|out)", 0),
+        (r"layers\.\d+\.attention\.qkv", (3, 1, 1)),
     ),
     "attn2": (
         (r"transformer_blocks\.\d+\.attn2\.(to_q|to_k|to_v|to_out\.0)", 0),
@@ -148,6 +151,8 @@ def _cuts(shape: Shape, fused: int | tuple[int, ...]) -> list[tuple[int, int]]:
     rows, columns = shape
     if fused == 0:
         return [(0, rows * columns)]
+    if rows == 3 * columns:  # as many key heads as query heads
+        fused = 3
     if isinstance(fused, int):
         return [(i * columns * columns, (i + 1) * columns * columns) for i in range(fused)]
     ends = [rows * sum(fused[:i]) // sum(fused) * columns for i in range(len(fused) + 1)]

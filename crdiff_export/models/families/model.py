@@ -218,6 +218,7 @@ class Family:
         pipelines: The diffusers pipeline of the plain model (''), of special ones by their id, of the twin (`base`),
             and of a model that predicts as EDM does (`edm`).
         fraction: Whether diffusers' pipelines give its timestep as a fraction of the training's steps.
+        rising: Whether that fraction rises while they draw, from 0 for noise.
         negative: Whether its pipeline takes a negative prompt.
         table: The text of its table, for a family that is not built in; a baked file carries it.
     """
@@ -240,6 +241,7 @@ class Family:
     buckets: bool = False
     pipelines: Mapping[str, Pipeline] = field(default_factory=dict)
     fraction: bool = False
+    rising: bool = False
     negative: bool = True
     table: str = ""
 

@@ -60,6 +60,7 @@ _EXAMPLES: Final = {
     "context": "context = 2048",
     "channels": "channels = 4",
     "fraction": "fraction = true",
+    "rising": "rising = true",
     "negative": "negative = false",
     "vector": "vector = 2816",
     "kinds": 'kinds = ["ff", "attn"]',
@@ -195,7 +196,9 @@ def _depths(table: RecipeTable, key: str, layers: int) -> tuple[int | tuple[int,
 
 def _listed(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
     """Read a network with a list of its targets: [transformer], or [unet], whose groups have a threshold each."""
-    table.refuse_unknown(("kinds", "default", "groups", "channels", "vector", "fraction", "negative", *LAYOUTS))
+    table.refuse_unknown(
+        ("kinds", "default", "groups", "channels", "vector", "fraction", "rising", "negative", *LAYOUTS)
+    )
     scope = "group" if "unet" in document else "layer"
     kinds = table.strings("kinds")
     if unknown := next((kind for kind in kinds if kind not in KINDS), None):
@@ -223,7 +226,8 @@ def _listed(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
         "layouts": layouts, "scope": scope, "groups": groups, "kinds": kinds, "default_kinds": default,
         "channels": table.count("channels") if "channels" in table else 4,
         "vector": table.count("vector") if "vector" in table else None,
-        "fraction": _flag(table, "fraction"), "negative": _flag(table, "negative", usual=True),
+        "fraction": _flag(table, "fraction"), "rising": _flag(table, "rising"),
+        "negative": _flag(table, "negative", usual=True),
     }  # fmt: skip
 
 

@@ -154,8 +154,9 @@ class Poa:
         if scheduler is None or timestep is None or scheduler.timesteps is None:
             raise PoaError("nothing tells which step of sampling this is", "Enable POA on the pipeline, not its model.")
         now = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
-        if self.source.plan.match.family.fraction:
-            now *= scheduler.config.num_train_timesteps
+        family = self.source.plan.match.family
+        if family.fraction:
+            now = (1 - now if family.rising else now) * scheduler.config.num_train_timesteps
         distances = (scheduler.timesteps.cpu().double() - now).abs()
         return int(distances.argmin()) / len(distances)
 
