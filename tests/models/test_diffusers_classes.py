@@ -102,6 +102,21 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], str]] = {
         "FluxTransformer2DModel", {"guidance_embeds": True, "num_layers": 8, "in_channels": 196}, "flux-lite flex-2"
     ),
     "FLUX dev": ("FluxTransformer2DModel", {"guidance_embeds": True}, "flux-dev "),
+    "Z-Image Omni": ("ZImageTransformer2DModel", {"siglip_feat_dim": 1152}, "z-image omni"),
+    "PixArt-Alpha for 1024": (
+        "PixArtTransformer2DModel", {"caption_channels": 4096, "use_additional_conditions": True},
+        "pixart-sigma alpha-1024",
+    ),
+    "SANA-Sprint": (
+        "SanaTransformer2DModel", {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}, "sana-1600m sprint"
+    ),
+    "CogView4 control": (
+        "CogView4Transformer2DModel", {"num_layers": 28, "in_channels": 32}, "cogview4 128-channels"
+    ),
+    "Cosmos-Predict2 for videos": (
+        "CosmosTransformer3DModel", {"in_channels": 17, "extra_pos_embed_type": None}, REFUSED
+    ),
+    "CogView3-Plus": ("CogView3PlusTransformer2DModel", {}, REFUSED),
     "FLUX with other text": ("FluxTransformer2DModel", {"joint_attention_dim": 3584}, REFUSED),
     "FLUX of less depth": ("FluxTransformer2DModel", {"num_layers": 8}, REFUSED),
     "SD3 with other text": ("SD3Transformer2DModel", {"num_layers": 24, "joint_attention_dim": 2048}, REFUSED),

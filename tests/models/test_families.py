@@ -204,6 +204,37 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     "z-image": ("ZImageTransformer2DModel", {}),
     "lumina-2": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
+    "auraflow": ("AuraFlowTransformer2DModel", {"pos_embed_max_size": 9216}),
+    "pixart-sigma": (
+        "PixArtTransformer2DModel", {"caption_channels": 4096, "use_additional_conditions": False}
+    ),
+    **{
+        f"sana-{size}": (
+            "SanaTransformer2DModel",
+            {"num_layers": blocks, "num_attention_heads": heads, "num_cross_attention_heads": cross,
+             "cross_attention_head_dim": 32 * heads // cross, "cross_attention_dim": 32 * heads, "qk_norm": norm},
+        )
+        for size, blocks, heads, cross, norm in (
+            ("600m", 28, 36, 16, None), ("1600m", 20, 70, 20, None), ("4800m", 60, 70, 20, "rms_norm_across_heads")
+        )
+    },
+    "hidream-i1": (
+        "HiDreamImageTransformer2DModel",
+        {"patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 16, "num_single_layers": 32,
+         "attention_head_dim": 128, "num_attention_heads": 20, "caption_channels": [4096, 4096], "text_emb_dim": 2048,
+         "num_routed_experts": 4, "num_activated_experts": 2, "axes_dims_rope": (64, 32, 32),
+         "max_resolution": (128, 128), "llama_layers": list(range(48))},
+    ),
+    "cogview4": (
+        "CogView4Transformer2DModel", {"num_layers": 28, "attention_head_dim": 128, "num_attention_heads": 32}
+    ),
+    **{
+        f"cosmos-predict2-{size}": (
+            "CosmosTransformer3DModel",
+            {"num_layers": blocks, "num_attention_heads": heads, "extra_pos_embed_type": None},
+        )
+        for size, blocks, heads in (("2b", 28, 16), ("14b", 36, 40))
+    },
 }  # fmt: skip
 REFERENCE_ENDINGS = tuple(
     f"{attn}.{leaf}" for attn in ("attn1", "attn2") for leaf in ("to_q", "to_k", "to_v", "to_out.0")
@@ -215,6 +246,7 @@ STREAMS = {
     "flux-2-": r"transformer_blocks\.\d+\.ff\.linear_(in|out)",
     "z-image": r"layers\.\d+\.feed_forward\.w[123]",
     "lumina-2": r"layers\.\d+\.feed_forward\.linear_[123]",
+    "auraflow": r"joint_transformer_blocks\.\d+\.ff\.(linear_1|linear_2|out_projection)",
 }
 
 # Layers with names as in other families that are not targets; docs/families.md has the reasons.
@@ -261,10 +293,16 @@ CONVERTERS = {
     "chroma": "convert_chroma_transformer_checkpoint_to_diffusers",
     "z-image": "convert_z_image_transformer_checkpoint_to_diffusers",
     "lumina-2": "convert_lumina2_to_diffusers",
+    "auraflow": "convert_auraflow_transformer_checkpoint_to_diffusers",
+    "sana-": "convert_sana_transformer_to_diffusers",
+    "cosmos-predict2-": "convert_cosmos_transformer_checkpoint_to_diffusers",
 }
+CONVERTED = [  # diffusers has none for PixArt
+    family for family in CONFIGS if len(by_id(family).layouts) == 2 and not family.startswith("pixart")
+]
 
 
-@pytest.mark.parametrize("family", [family for family in CONFIGS if len(by_id(family).layouts) == 2])
+@pytest.mark.parametrize("family", CONVERTED)
 def test_diffusers_converts_each_layer_to_its_twin(family: str) -> None:
     """Every row of the original carries the number of its tensor and part; the converter carries the numbers over."""
     torch = pytest.importorskip("torch")

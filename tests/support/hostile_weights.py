@@ -23,6 +23,11 @@ KINDS = {
     "sd35-medium": ("ff", "attn2"),
     "z-image": ("ff-shared",),
     "lumina-2": ("ff-shared",),
+    "pixart-sigma": ("attn", "attn2", "ff"),
+    **dict.fromkeys(("sana-600m", "sana-1600m", "sana-4800m"), ("attn", "attn2")),
+    "hidream-i1": ("attn",),
+    "cogview4": ("attn", "ff-shared"),
+    **dict.fromkeys(("cosmos-predict2-2b", "cosmos-predict2-14b"), ("attn", "attn2", "ff")),
 }
 
 

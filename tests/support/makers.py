@@ -20,8 +20,6 @@ Shape = tuple[int, ...]
 Tensors = Mapping[str, tuple[str, Shape, bytes]]
 # Sizes that tell families apart stay; the rest of a narrow model is a fraction of the real one.
 FIXED = (
-    "attn2.to_k.weight",
-    "attn2.to_v.weight",
     "img_in.weight",
     "x_embedder.weight",
     "x_embedder.proj.weight",
@@ -31,12 +29,24 @@ FIXED = (
     "cap_embedder.1.weight",
     "caption_embedder.1.weight",
     "all_x_embedder.2-1.weight",
+    "init_x_linear.weight",
+    "cond_seq_linear.weight",
+    "y_embedder.y_proj.fc1.weight",
+    "caption_projection.linear_1.weight",
+    "caption_projection.0.linear.weight",
+    "patch_embed.proj.weight",
+    "patch_embed.text_proj.weight",
+    "x_embedder.proj.1.weight",
+    "blocks.0.cross_attn.k_proj.weight",
     "add_embedding.linear_1.weight",
     "conv_in.weight",
     ".0.0.weight",
 )
+FIXED_ATTENTION = {
+    True: ("transformer_blocks.0.attn2.to_k.weight",), False: ("attn2.to_k.weight", "attn2.to_v.weight")
+}  # fmt: skip
 FRACTION, OF_DEMO, OF_WIDE = 64, 8, 128
-WIDE = ("flux-2-dev", "flux-2-klein")
+WIDE = ("flux-2-dev", "flux-2-klein", "cogview4", "cosmos-predict2-14b", "hidream", "auraflow")
 
 
 def narrow(table: str, fraction: int | None = None) -> dict[str, tuple[str, Shape]]:
@@ -44,7 +54,7 @@ def narrow(table: str, fraction: int | None = None) -> dict[str, tuple[str, Shap
     part = fraction or (OF_DEMO if table.startswith("demo.") else OF_WIDE if table.startswith(WIDE) else FRACTION)
 
     def shrink(name: str, shape: Shape) -> Shape:
-        fixed = name.endswith(FIXED)
+        fixed = name.endswith((*FIXED, *FIXED_ATTENTION["transformer" in table]))
         return tuple(size if (fixed and axis == 1) or size < part else size // part for axis, size in enumerate(shape))
 
     return {name: (dtype, shrink(name, shape)) for name, (dtype, shape) in load(table).items()}
