@@ -97,7 +97,7 @@ def case(folder: Path, base: Path, forks: Forks, name: str) -> Iterator[Case]:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[Case]:
     folder = tmp_path_factory.mktemp("file")
-    base = makers.write(folder / "base.safetensors", large("sd15.original", 12))
+    base = makers.write(folder / "base.safetensors", large("sd15.original", 10))
     yield from case(folder, base, forks, "o.safetensors")
 
 

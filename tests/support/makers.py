@@ -38,12 +38,14 @@ FIXED = (
     "patch_embed.text_proj.weight",
     "x_embedder.proj.1.weight",
     "blocks.0.cross_attn.k_proj.weight",
+    "blocks.0.cross_attn.v_proj.weight",
     "add_embedding.linear_1.weight",
     "conv_in.weight",
     ".0.0.weight",
 )
 FIXED_ATTENTION = {
-    True: ("transformer_blocks.0.attn2.to_k.weight",), False: ("attn2.to_k.weight", "attn2.to_v.weight")
+    True: ("transformer_blocks.0.attn2.to_k.weight", "transformer_blocks.0.attn2.to_v.weight"),
+    False: ("attn2.to_k.weight", "attn2.to_v.weight"),
 }  # fmt: skip
 FRACTION, OF_DEMO, OF_WIDE = 64, 8, 128
 WIDE = ("flux-2-dev", "flux-2-klein", "cogview4", "cosmos-predict2-14b", "hidream", "auraflow")
