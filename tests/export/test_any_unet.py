@@ -1,4 +1,4 @@
-"""A UNet of no known family, from the base to pictures: pruned by the reference's rule, named as what it is."""
+"""A UNet of no known family, from the base to pictures: pruned by the reference's rule, table as what it is."""
 
 import re
 import shlex
@@ -94,7 +94,7 @@ def test_it_is_pruned_by_the_rule_and_named_as_what_it_is(net: Any, folder: Path
     assert inspect(written.path)
 
 
-def listed(header: dict[str, str], layout: str) -> dict[str, str]:
+def targets_of(header: dict[str, str], layout: str) -> dict[str, str]:
     """The targets in a header and their groups, read as docs/metadata.md says, without crdiff."""
     groups = {}
     for target in tomllib.loads(header["crdiff.family.table"])["target"]:
@@ -111,7 +111,7 @@ def test_its_header_says_what_was_pruned(folder: Path, tmp_path: Path) -> None:
     """Whoever has the base and the header has the pruned weights."""
     written = export(ExportRequest(str(folder), SIZE, tmp_path / "out", ratios=RATIOS)).written
     header, weights = makers.metadata_of(written.path / UNET), load_file(folder / UNET)
-    groups = listed(header, header["crdiff.layout"])
+    groups = targets_of(header, header["crdiff.layout"])
     assert header["crdiff.schema"] == "2"
     assert "unet" in tomllib.loads(header["crdiff.family.table"]), "a threshold for each group"
     for group in ("down", "up"):
@@ -126,9 +126,9 @@ def test_its_header_says_what_was_pruned(folder: Path, tmp_path: Path) -> None:
 def test_poa_knows_its_layers_by_both_names(folder: Path, tmp_path: Path) -> None:
     path = export(ExportRequest(str(folder), SIZE, tmp_path / "out", ratios=RATIOS)).written.path
     source, header = from_baked(path), makers.metadata_of(path / UNET)
-    assert sorted(source.masks.diffusers) == sorted(listed(header, "diffusers"))
-    originals = listed(header, "original")
-    names = zip(listed(header, "diffusers"), originals, strict=True)
+    assert sorted(source.masks.diffusers) == sorted(targets_of(header, "diffusers"))
+    originals = targets_of(header, "original")
+    names = zip(targets_of(header, "diffusers"), originals, strict=True)
     dense = {f"diffusion_model.{original}": load_file(folder / UNET)[name] for name, original in names}
     assert sorted(model_parts(dense, open_baked(path))) == sorted(f"diffusion_model.{name}" for name in originals)
 
@@ -161,8 +161,8 @@ def test_its_table_can_be_a_start(folder: Path, drawing: Forks, line: Line, here
     assert '"family.table"' in line("families show unet").out
     assert line(f"export {folder} --res 96x64 -o out").code == 0
     text = line("inspect out --json").result["crdiff"]["family.table"]
-    named = text.replace('id = "unet"', 'id = "mine"\nnative = "64x64"').replace('"UNet"', '"My UNet"')
-    (here / "mine.toml").write_text(named)
+    table = text.replace('id = "unet"', 'id = "mine"\nnative = "64x64"').replace('"UNet"', '"My UNet"')
+    (here / "mine.toml").write_text(table)
     layers = line(f"families validate mine.toml {folder} --json").result["would_prune"]
     assert {group: each["layers"] for group, each in layers.items()} == {"down": 24, "up": 48}
     shutil.copy(folder / UNET, here / "base.safetensors")

@@ -418,6 +418,9 @@ TWO = {
         model("flux-dev.original-transformer") | model("flux-dev.diffusers-transformer")
     ),
     "with and without prefix": lambda: model("sdxl.original") | prefixed(model("sdxl.original"), BUNDLE),
+    "a transformer with and without prefix": lambda: (
+        model("qwen-image.diffusers-transformer") | prefixed(model("qwen-image.diffusers-transformer"), "transformer.")
+    ),
     "one that lacks a layer": lambda: (
         model("sd15.original")
         | {f"unet.{name}": shape for name, shape in model("sd15.original").items() if name != QUERY}
@@ -431,6 +434,7 @@ FIRST = {
     "both layouts": (f"{BUNDLE}input_blocks.0.0.weight", f"{BUNDLE}conv_in.weight"),
     "both layouts of a transformer": (" double_blocks.0.", " transformer_blocks.0."),
     "with and without prefix": (f"{BUNDLE}input_blocks.0.0.weight", " input_blocks.0.0.weight"),
+    "a transformer with and without prefix": ("transformer.transformer_blocks.0.", " transformer_blocks.0."),
     "one that lacks a layer": (" input_blocks.0.0.weight", "unet.input_blocks.0.0.weight"),
 }
 
@@ -476,12 +480,12 @@ def test_a_part_of_a_unet_is_called_so(layout: str, gone: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("half", "said"), [(".attn.", "another model"), (".ff.", "another model"), (".9", "nearest is FLUX")]
+    ("half", "reason"), [(".attn.", "another model"), (".ff.", "another model"), (".9", "nearest is FLUX")]
 )
-def test_a_model_of_another_design_has_no_nearest(half: str, said: str) -> None:
+def test_a_model_of_another_design_has_no_nearest(half: str, reason: str) -> None:
     """Transformers share some names: those with layers of every kind are called similar."""
     shapes = model("flux-dev.diffusers-transformer")
-    check_refusal({name: shape for name, shape in shapes.items() if half not in name}, said)
+    check_refusal({name: shape for name, shape in shapes.items() if half not in name}, reason)
 
 
 def test_one_missing_tensor_is_named() -> None:

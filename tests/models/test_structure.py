@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from crdiff_export.errors import FamilyError
-from crdiff_export.models.families import Match, detect
+from crdiff_export.models.families import Match, detect, is_built_in
 from crdiff_export.models.families.model import LayoutName
 from crdiff_export.models.families.structure import read_structure
 from crdiff_export.models.families.table import parse_family
@@ -119,6 +119,23 @@ def test_a_prefix_and_other_parts_do_not_matter(prefix: str) -> None:
     assert (match.family.id, match.prefix, match.layout.name) == ("unet", prefix, "diffusers")
 
 
+def others(layout: LayoutName, levels: int, layers: int) -> list[str]:
+    """The names of a UNet's convolutions."""
+    blocks = levels * (layers + 1)
+    if layout == "original":
+        names = ["input_blocks.0.0.weight", "out.2.weight"]
+        names += [f"input_blocks.{i}.0.in_layers.2.weight" for i in range(1, blocks)]
+        names += [f"output_blocks.{i}.0.in_layers.2.weight" for i in range(blocks)]
+        names += [f"input_blocks.{i * (layers + 1)}.0.op.weight" for i in range(1, levels)]
+        names += [f"output_blocks.{i * (layers + 1) - 1}.2.conv.weight" for i in range(1, levels)]
+    else:
+        names = ["conv_in.weight", "conv_out.weight"]
+        names += [f"down_blocks.{i}.resnets.{j}.conv1.weight" for i in range(levels) for j in range(layers)]
+        names += [f"up_blocks.{i}.resnets.{j}.conv1.weight" for i in range(levels) for j in range(layers + 1)]
+        names += [f"down_blocks.{i}.downsamplers.0.conv.weight" for i in range(levels - 1)]
+    return names
+
+
 def random_unet(seed: int, layout: LayoutName) -> Shapes:
     """A UNet of any depths, with or without a middle and gated layers, its names in any order."""
     choose = random.Random(seed)
@@ -137,18 +154,7 @@ def random_unet(seed: int, layout: LayoutName) -> Shapes:
     if gated:  # GLIGEN's layers, in some of the blocks
         ends = [name for name in names if name.endswith(f"{gated}.weight") and choose.random() < 0.5]
         names += [name.replace(gated, f"fuser.{gated.replace('attn1', 'attn')}") for name in ends]
-    blocks = levels * (layers + 1)
-    if layout == "original":
-        names += ["input_blocks.0.0.weight", "out.2.weight"]
-        names += [f"input_blocks.{i}.0.in_layers.2.weight" for i in range(1, blocks)]
-        names += [f"output_blocks.{i}.0.in_layers.2.weight" for i in range(blocks)]
-        names += [f"input_blocks.{i * (layers + 1)}.0.op.weight" for i in range(1, levels)]
-        names += [f"output_blocks.{i * (layers + 1) - 1}.2.conv.weight" for i in range(1, levels)]
-    else:
-        names += ["conv_in.weight", "conv_out.weight"]
-        names += [f"down_blocks.{i}.resnets.{j}.conv1.weight" for i in range(levels) for j in range(layers)]
-        names += [f"up_blocks.{i}.resnets.{j}.conv1.weight" for i in range(levels) for j in range(layers + 1)]
-        names += [f"down_blocks.{i}.downsamplers.0.conv.weight" for i in range(levels - 1)]
+    names += others(layout, levels, layers)
     choose.shuffle(names)
     shapes: Shapes = dict.fromkeys(names, (4, 4))
     if choose.random() < 0.5:
@@ -170,6 +176,11 @@ def test_its_table_gives_the_same_layers_again(seed: int) -> None:
         shuffled = read_structure(dict(sorted(shapes.items())))
         assert shuffled
         assert shuffled.table(40) == family.table, "the order of the names does not matter"
+        match = detect({f"{BUNDLE}{name}": shape for name, shape in shapes.items()})
+        if not is_built_in(match.family.id):
+            assert match.layout.layers == structure.layers
+            header = parse_family(match.family.table, "header", foreign=True)
+            assert detect({f"{BUNDLE}{name}": shape for name, shape in shapes.items()}, header) == match
         tables[layout] = family.table
     assert tables["original"] == tables["diffusers"]
 
@@ -185,8 +196,8 @@ def test_other_parts_with_layers_of_such_names_are_no_targets() -> None:
 
 def test_the_table_of_a_deep_unet_is_short() -> None:
     """Eleven attentions of 80 blocks."""
-    deep: dict[str, Any] = {"transformer_layers_per_block": 80, "layers_per_block": 2}
-    match = detect(shapes_of(unet(**deep)))
+    layers = unet_layouts((80, 80), mid=80, context=8)[1].layers
+    match = detect(dict.fromkeys([*(layer.tensor for layer in layers), *others("diffusers", 2, 2)], (4, 4)))
     assert len(match.layout.layers) == 11 * 80 * 6
     assert len(match.family.table) < 20_000
 

@@ -38,7 +38,7 @@ kind = "attn"
 diffusers = "blocks.{0..2}.attn.to_q.weight"
 """
 # A UNet-like model, with a threshold for each group.
-LISTED = """
+UNET = """
 id = "own"
 title = "My UNet"
 native = "512x512"
@@ -89,7 +89,7 @@ def test_a_table_says_what_is_a_target() -> None:
 
 
 def test_targets_of_a_unet_may_be_listed() -> None:
-    family = parse_family(LISTED, "own.toml")
+    family = parse_family(UNET, "own.toml")
     assert (family.scope, family.groups) == ("group", ("encoder", "decoder"))
     shapes: dict[str, tuple[int, ...]] = {f"{half}.{i}.mlp.weight": (8, 8) for half in ("down", "up") for i in range(2)}
     shapes |= {"img_in.weight": (8, 16, 3, 3), "img_out.weight": (16, 8, 3, 3), "label.weight": (8, 32)}
@@ -114,6 +114,12 @@ def test_blocks_may_be_called_anything(path: str, prefix: str) -> None:
     assert detect(shapes, family).prefix == prefix
     with raises(FamilyError, f"{path}.3.attn.to_q.weight"):
         detect(shapes | {f"{prefix}{path}.3.attn.to_q.weight": (8, 8)}, family)
+
+
+def test_two_models_in_one_file_are_refused() -> None:
+    family = parse_family(OWN, "own.toml")
+    with raises(FamilyError, " blocks.0.", " transformer.blocks.0."):
+        detect(SHAPES | {f"transformer.{name}": shape for name, shape in SHAPES.items()}, family)
 
 
 def test_layers_that_only_look_like_targets_can_be_named() -> None:
@@ -153,11 +159,11 @@ WRONG = {
     "a default that is no kind": (OWN.replace('default = ["ff"]', 'default = ["attn2"]'), "default"),
     "no layout": (OWN.replace("[transformer.diffusers]", "[transformer.other]"), "transformer.other"),
     "no target": (OWN[: OWN.index("[[target]]")], "target is missing"),
-    "no groups": (LISTED.replace('groups = ["encoder", "decoder"]', ""), "unet.groups is missing"),
-    "a group without a target": (LISTED.replace('"decoder"]', '"decoder", "mid"]'), "unet.groups"),
-    "a group twice": (LISTED.replace('"decoder"]', '"decoder", "encoder"]'), "unet.groups"),
-    "a target of no group": (LISTED.replace('group = "decoder"\n', ""), "target[2].group is missing"),
-    "a geometry and targets": (LISTED.replace("[unet]", "[unet]\ndown = [1, 1]"), "unet.down"),
+    "no groups": (UNET.replace('groups = ["encoder", "decoder"]', ""), "unet.groups is missing"),
+    "a group without a target": (UNET.replace('"decoder"]', '"decoder", "mid"]'), "unet.groups"),
+    "a group twice": (UNET.replace('"decoder"]', '"decoder", "encoder"]'), "unet.groups"),
+    "a target of no group": (UNET.replace('group = "decoder"\n', ""), "target[2].group is missing"),
+    "a geometry and targets": (UNET.replace("[unet]", "[unet]\ndown = [1, 1]"), "unet.down"),
     "two ranges": (OWN.replace("blocks.{0..2}.attn", "{0..1}.{0..2}.attn"), "target[2].diffusers"),
     "an open range": (OWN.replace("blocks.{0..2}.attn", "blocks.{0..}.attn"), "target[2].diffusers"),
     "a range backwards": (OWN.replace("blocks.{0..2}.attn", "blocks.{2..0}.attn"), "2..0"),
@@ -218,7 +224,7 @@ def test_tables_of_many_layers_are_refused_before_they_fill_the_memory() -> None
 @pytest.mark.parametrize("seed", range(200))
 def test_a_table_that_was_changed_anyhow_is_read_or_refused(seed: int) -> None:
     choose = random.Random(seed)
-    text = table_of(by_id(choose.choice([family.id for family in all_families()])))
+    text = choose.choice([UNET, *(table_of(family) for family in all_families())])
     for _ in range(choose.randint(1, 4)):
         at, end = sorted(choose.sample(range(len(text)), 2))
         end = min(end, at + choose.choice((1, 1, 20)))

@@ -92,11 +92,16 @@ def _unets(shapes: Shapes) -> list[list[str]]:
 
 
 def _networks(fits: Sequence[Fit], shapes: Shapes, others: Sequence[list[str]] = ()) -> list[list[str]]:
-    """Add the targets of each network that is of a known family, or lacks only a part of it, to those of others."""
+    """Add the targets of each network that is of a known family, or lacks only a part of it, to those of others.
+
+    Names behind a prefix are also names too much of a network without prefix, so only missing targets count here.
+    """
     networks = list(others)
     for fit in fits:
         names = [name for tensor in fit.signature.tensors if (name := fit.prefix + tensor) in shapes]
-        if fit.close and all(set(names).isdisjoint(network) for network in networks):
+        if len(names) >= 0.9 * len(fit.signature.tensors) and all(
+            set(names).isdisjoint(network) for network in networks
+        ):
             networks.append(names)
     return networks
 

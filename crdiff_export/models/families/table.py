@@ -149,7 +149,7 @@ def _family(table: RecipeTable) -> Family:
     if "unet" in table and "target" not in table:
         network = _unet(table.table("unet"))
     else:
-        network = _listed(table, table.table("unet" if "unet" in table else "transformer"))
+        network = _network(table, table.table("unet" if "unet" in table else "transformer"))
     native = table.size("native") if "native" in table else None
     return Family(
         id=name,
@@ -194,7 +194,7 @@ def _depths(table: RecipeTable, key: str, layers: int) -> tuple[int | tuple[int,
     return tuple(depths)
 
 
-def _listed(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
+def _network(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
     """Read a network with a list of its targets: [transformer], or [unet], whose groups have a threshold each."""
     table.refuse_unknown(
         ("kinds", "default", "groups", "channels", "vector", "fraction", "rising", "negative", *LAYOUTS)
