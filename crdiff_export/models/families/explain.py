@@ -102,7 +102,7 @@ def explain_family(family: Family, fits: Sequence[Fit], shapes: Shapes) -> Famil
     else:
         reason = _wrong_names(nearest)
     hint = "All targets of the table have to be there, and nothing else that ends like one (docs/families.md)."
-    return FamilyError(reason.removeprefix("no known model family: "), hint)
+    return FamilyError(reason.removeprefix("no known model family: ").removeprefix("nearest is "), hint)
 
 
 def _holding(fit: Fit, shapes: Shapes) -> int:
