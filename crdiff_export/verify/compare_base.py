@@ -11,7 +11,7 @@ from crdiff_export.bake.residual import EMBED, RESIDUAL_KEYS, residual_tensors
 from crdiff_export.bake.residual_writer import header_of
 from crdiff_export.bake.source_hashes import SourceHashes
 from crdiff_export.bake.stream import CHUNK, PruneRange, Pruning, Stream, prune_ranges
-from crdiff_export.errors import CheckpointError, VerifyError
+from crdiff_export.errors import CheckpointError, FamilyError, VerifyError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.hashing import hash_file
 from crdiff_export.formats.safetensors import show
@@ -128,7 +128,12 @@ def plan_base(baked: BakedCheckpoint, base: str) -> Plan:
     located = bases.locate(base, variant)
     checkpoint = located.open(variant)
     family = planned.match.family
-    match = families.detect(checkpoint.shapes, family if family.table else None)
+    try:
+        match = families.detect(checkpoint.shapes, family if family.table else None)
+    except FamilyError as error:
+        if not family.table:
+            raise
+        raise VerifyError(f"{checkpoint.path}: not the model of the file: {error.message}", _GIVE_BASE) from error
     if match.family.id != stamp.family or match.layout.name != stamp.layout:
         raise VerifyError(
             f"{checkpoint.path}: {match.family.title} ({match.layout.name}), "

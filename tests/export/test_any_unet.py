@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from crdiff_export import ExportRequest, Size, export
-from crdiff_export.errors import PlanError
+from crdiff_export.errors import PlanError, VerifyError
 from crdiff_export.models import demo
 from crdiff_export.progress import Silent
 from crdiff_export.sampling.comfyui.match import model_parts
@@ -147,6 +147,13 @@ def test_a_file_without_a_table_is_read_by_its_names(folder: Path, tmp_path: Pat
     restore(old, tmp_path / "back.safetensors")
     assert (tmp_path / "back.safetensors").read_bytes() == (folder / UNET).read_bytes()
     assert from_baked(old).masks.diffusers.keys() == from_baked(output).masks.diffusers.keys()
+
+
+def test_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
+    output = export(ExportRequest(str(folder), SIZE, tmp_path / "out", ratios=RATIOS)).written.path
+    shutil.copy(demo.path(), tmp_path / "other.safetensors")
+    with raises(VerifyError, "other.safetensors", "UNet (original layout"):
+        verify(output, str(tmp_path / "other.safetensors"), Silent())
 
 
 def test_the_starting_point_is_for_its_own_groups(folder: Path, tmp_path: Path) -> None:
