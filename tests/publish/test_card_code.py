@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from crdiff_export.models import demo
+from crdiff_export.models.families import all_families
+from crdiff_export.models.families.pipelines import FOLDERS_ONLY
 from crdiff_export.publish.card import BaseModel, CardVariant
 from crdiff_export.publish.card.snippets import kind
 from crdiff_export.sizes import Size
@@ -22,7 +24,8 @@ OPENED: Mapping[str, CardVariant] = {
     **{f"{family} {prefix or 'alone'}": row(f"{family}.safetensors", family=family, prefix=prefix)
        for family in ("sd15", "sd21", "sdxl", "sdxl-refiner", "ssd-1b", "sdxs-512", "koala-1b", "sd3-medium",
                       "sd35-medium", "sd35-large", "flux-lite", "flux-dev",
-                      "flux-schnell") for prefix in (BUNDLED, "", "diffusion_model.")},
+                      "flux-schnell", "flux-2-klein-4b", "lumina-2", "hidream-i1")
+       for prefix in (BUNDLED, "", "diffusion_model.")},
     **{f"{family} {where}": row(where, family=family, layout="diffusers", prefix="")
        for family in ("sdxl", "flux-dev") for where in ("", "unet", "a/transformer", "a [b]", "x.safetensors")},
     **{f"{family} inpainting": row("x.safetensors", family=family, special="inpainting")
@@ -46,6 +49,19 @@ def code_of(found: CardVariant, of: tuple[BaseModel, ...] = ()) -> str:
     text = told(found, of=of)
     (code,) = re.findall("```python\n(.*?)\n```", text, re.DOTALL)
     return str(code)
+
+
+def test_diffusers_opens_the_classes_of_families_from_one_file_or_not() -> None:
+    import diffusers
+
+    classes = {pipeline.network for family in all_families() for pipeline in family.pipelines.values()}
+    assert {name for name in classes if not hasattr(getattr(diffusers, name), "from_single_file")} == FOLDERS_ONLY
+
+
+@pytest.mark.parametrize("family", ["pixart-sigma", "cogview4"])
+def test_no_code_opens_one_file_with_a_class_that_cannot(family: str) -> None:
+    assert "```python" not in told(row("x.safetensors", family=family, layout="diffusers", prefix=""))
+    assert ".from_pretrained(" in code_of(row("transformer", family=family, layout="diffusers", prefix=""))
 
 
 SCHEDULERS = {

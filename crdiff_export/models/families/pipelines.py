@@ -1,7 +1,12 @@
 """The diffusers pipeline of each family, for diffusers 0.36 to 0.42; they stand in the families' tables."""
 
+from typing import Final
+
 from crdiff_export.models.families.catalogue import all_families
 from crdiff_export.models.families.model import Pipeline
+
+# Classes that have no `from_single_file`: diffusers opens them from a folder only.
+FOLDERS_ONLY: Final = frozenset(("CogView4Transformer2DModel", "PixArtTransformer2DModel"))
 
 
 def find(family: str, special: str = "") -> Pipeline | None:

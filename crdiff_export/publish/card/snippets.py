@@ -84,7 +84,8 @@ def pipeline(variant: CardVariant) -> Pipeline | None:
         return None
     # Other special models need more than a prompt; Kolors is a text-to-image model with a class of its own.
     named = stored in ("pipeline", "folder") and special in ("", "kolors")
-    return pipelines.find(variant.stamp.family, special) or (Pipeline("DiffusionPipeline", "") if named else None)
+    found = pipelines.find(variant.stamp.family, special) or (Pipeline("DiffusionPipeline", "") if named else None)
+    return None if found and stored in FILES and found.network in pipelines.FOLDERS_ONLY else found
 
 
 def scheduler(variant: CardVariant) -> tuple[str, str] | None:
