@@ -118,9 +118,10 @@ def stated_native(checkpoint: Checkpoint) -> tuple[Size, str] | None:
 def _vae_factor(checkpoint: Checkpoint) -> int:
     """Return the pixels for each number of a latent: one level of the folder's VAE keeps the size, others halve it."""
     with contextlib.suppress(OSError, MalformedError):
-        levels = parse_object((checkpoint.home / "vae/config.json").read_bytes(), fractions=True).get(
-            "block_out_channels"
-        )
+        config = parse_object((checkpoint.home / "vae/config.json").read_bytes(), fractions=True)
+        levels = config.get(
+            "block_out_channels", config.get("encoder_block_out_channels")
+        )  # the second is AutoencoderDC
         if isinstance(levels, list) and 0 < len(levels) < 8:
             return int(2 ** (len(levels) - 1))
     return _VAE_FACTOR

@@ -141,14 +141,24 @@ def test_the_native_size_is_the_bases_own(
     assert (keys["crdiff.resolution.native"], keys["crdiff.resolution.native.source"]) == (native, source)
 
 
-def test_the_size_of_latents_is_that_of_the_folders_own_vae(here: Path) -> None:
-    (here / "base/unet").mkdir(parents=True)
+@pytest.mark.parametrize(
+    ("table", "part", "side", "vae", "native"),
+    [
+        ("sdxl.diffusers-unet", "unet", 64, '{"block_out_channels": [8, 8, 8]}', "256x256"),
+        ("sana-1600m.diffusers-transformer", "transformer", 16,
+         '{"encoder_block_out_channels": [8, 8, 8, 8, 8, 8]}', "512x512"),
+    ],
+)  # fmt: skip
+def test_the_size_of_latents_is_that_of_the_folders_own_vae(
+    here: Path, table: str, part: str, side: int, vae: str, native: str
+) -> None:
+    (here / "base" / part).mkdir(parents=True)
     (here / "base/vae").mkdir()
-    (here / "base/unet/config.json").write_text('{"sample_size": 64}')
-    (here / "base/vae/config.json").write_text('{"block_out_channels": [8, 8, 8]}')
-    makers.write(here / "base/unet/diffusion_pytorch_model.safetensors", makers.tiny("sdxl.diffusers-unet"))
+    (here / "base" / part / "config.json").write_text(json.dumps({"sample_size": side}))
+    (here / "base/vae/config.json").write_text(vae)
+    makers.write(here / "base" / part / "diffusion_pytorch_model.safetensors", makers.tiny(table))
     written = export(ExportRequest("base", Size(2048, 2048), here / "o", ratio=0.3)).written
-    assert makers.metadata_of(written.files[0].path)["crdiff.resolution.native"] == "256x256"
+    assert makers.metadata_of(written.files[0].path)["crdiff.resolution.native"] == native
 
 
 # --- a header that would be too long ---
