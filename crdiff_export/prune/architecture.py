@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from crdiff_export.errors import PlanError, RecipeError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.strict_json import MalformedError, parse_object
-from crdiff_export.models.families import Twin
+from crdiff_export.models.families import Family, Twin
 from crdiff_export.models.prediction import SIGMAS, Prediction, are_sigmas, by_marks, by_scheduler
 from crdiff_export.prune.plan import CASTABLE, Plan
 from crdiff_export.sizes import MAX_SIDE, Size
@@ -70,7 +70,7 @@ def find(plan: Plan) -> Architecture:
         architecture, native, kind = twin.architecture, Size(*twin.native), "base"
     if special:
         architecture, kind = special.architecture, special.id
-    size, source = (plan.native, GIVEN) if plan.native else stated_native(plan.checkpoint) or (native, "family")
+    size, source = (plan.native, GIVEN) if plan.native else stated_native(plan.checkpoint, family) or (native, "family")
     if size is None:
         raise unknown_native(plan.checkpoint)
     return Architecture(stated or architecture, size, source, kind, _prediction(plan))
@@ -99,12 +99,12 @@ def _prediction(plan: Plan) -> Prediction | None:
     return prediction
 
 
-def stated_native(checkpoint: Checkpoint) -> tuple[Size, str] | None:
+def stated_native(checkpoint: Checkpoint, family: Family) -> tuple[Size, str] | None:
     """Return the size that a base says it was trained for, and what says so; None if nothing does."""
     for file in checkpoint.files:
         with contextlib.suppress(RecipeError):
             return Size.parse(file.metadata.get(STATED_SIZE, "")), STATED_SIZE
-    if checkpoint.kind != "folder":
+    if checkpoint.kind != "folder" or not family.sample_size:
         return None
     with contextlib.suppress(OSError, MalformedError):
         config = checkpoint.home / PurePosixPath(checkpoint.files[0].name).parent / "config.json"
@@ -130,7 +130,7 @@ def _vae_factor(checkpoint: Checkpoint) -> int:
 def native_note(plan: Plan) -> str | None:
     """Return a note for a target size at or near those that the base was trained at; None for other sizes."""
     family, size = plan.match.family, plan.size
-    stated_size = stated_native(plan.checkpoint)
+    stated_size = stated_native(plan.checkpoint, family)
     of_family = [Size(*native) for native in (family.native, family.twin and family.twin.native) if native]
     natives = [plan.native] if plan.native else [stated_size[0]] if stated_size else of_family
     for native in natives:

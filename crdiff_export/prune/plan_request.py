@@ -88,7 +88,7 @@ def plan_variant(request: PlanRequest, checkpoint: Checkpoint, criterion: Criter
         if criterion.calibration:  # it describes the uncast weights, so a cast is no way out
             raise PlanError(error.message, NARROWER) from error
         raise
-    if not (request.native or match.family.native or stated_native(checkpoint)):
+    if not (request.native or match.family.native or stated_native(checkpoint, match.family)):
         raise unknown_native(checkpoint)
     return _settle_poa_weight(criterion.plan(replace(planned, native=request.native)), request)
 

@@ -147,6 +147,7 @@ def test_the_native_size_is_the_bases_own(
         ("sdxl.diffusers-unet", "unet", 64, '{"block_out_channels": [8, 8, 8]}', "256x256"),
         ("sana-1600m.diffusers-transformer", "transformer", 16,
          '{"encoder_block_out_channels": [8, 8, 8, 8, 8, 8]}', "512x512"),
+        ("auraflow.diffusers-transformer", "transformer", 64, '{"block_out_channels": [8, 8, 8, 8]}', "1024x1024"),
     ],
 )  # fmt: skip
 def test_the_size_of_latents_is_that_of_the_folders_own_vae(

@@ -220,6 +220,7 @@ class Family:
         fraction: Whether diffusers' pipelines give its timestep as a fraction of the training's steps.
         rising: Whether that fraction rises while they draw, from 0 for noise.
         negative: Whether its pipeline takes a negative prompt.
+        sample_size: Whether `sample_size` of its configuration is the size that it was trained at.
         table: The text of its table, for a family that is not built in; a baked file carries it.
     """
 
@@ -243,6 +244,7 @@ class Family:
     fraction: bool = False
     rising: bool = False
     negative: bool = True
+    sample_size: bool = True
     table: str = ""
 
 

@@ -62,6 +62,7 @@ _EXAMPLES: Final = {
     "fraction": "fraction = true",
     "rising": "rising = true",
     "negative": "negative = false",
+    "sample_size": "sample_size = false",
     "vector": "vector = 2816",
     "kinds": 'kinds = ["ff", "attn"]',
     "default": 'default = ["ff"]',
@@ -196,9 +197,8 @@ def _depths(table: RecipeTable, key: str, layers: int) -> tuple[int | tuple[int,
 
 def _network(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
     """Read a network with a list of its targets: [transformer], or [unet], whose groups have a threshold each."""
-    table.refuse_unknown(
-        ("kinds", "default", "groups", "channels", "vector", "fraction", "rising", "negative", *LAYOUTS)
-    )
+    keys = ("kinds", "default", "groups", "channels", "vector", "fraction", "rising", "negative", "sample_size")
+    table.refuse_unknown((*keys, *LAYOUTS))
     scope = "group" if "unet" in document else "layer"
     kinds = table.strings("kinds")
     if unknown := next((kind for kind in kinds if kind not in KINDS), None):
@@ -227,7 +227,7 @@ def _network(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
         "channels": table.count("channels") if "channels" in table else 4,
         "vector": table.count("vector") if "vector" in table else None,
         "fraction": _flag(table, "fraction"), "rising": _flag(table, "rising"),
-        "negative": _flag(table, "negative", usual=True),
+        "negative": _flag(table, "negative", usual=True), "sample_size": _flag(table, "sample_size", usual=True),
     }  # fmt: skip
 
 
