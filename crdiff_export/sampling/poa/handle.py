@@ -122,14 +122,14 @@ class Poa:
         if weight in (0, 1) or output is None:  # None: the pass failed
             return output
         if side is Side.BOTH:
-            dense, pruned = _prediction(output).chunk(2)
+            dense, pruned = output[0].chunk(2)
             return _with_prediction(output, mix(dense, pruned, weight))
         self._switch.side = Side.PRUNED
         try:
             other = model.forward(*args, **kwargs)
         finally:
             self._switch.side = Side.DENSE
-        return _with_prediction(output, mix(_prediction(output), _prediction(other), weight))
+        return _with_prediction(output, _mixed(output[0], other[0], weight))
 
     def _refuse_changes(self) -> None:
         """Refuse changes of the model that would falsify its predictions."""
@@ -150,7 +150,8 @@ class Poa:
     def _fraction(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
         """Return the fraction of the scheduler's steps that is done at the timestep of this call."""
         scheduler = getattr(self._pipe(), "scheduler", None)
-        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        named = (kwargs[name] for name in ("timestep", "timesteps", "t") if name in kwargs)
+        timestep = next(named, args[1] if len(args) > 1 else None)
         if scheduler is None or timestep is None or scheduler.timesteps is None:
             raise PoaError("nothing tells which step of sampling this is", "Enable POA on the pipeline, not its model.")
         now = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
@@ -183,13 +184,14 @@ def model_of(pipe: Any) -> nn.Module:
     return model
 
 
-def _prediction(output: Any) -> Tensor:
-    prediction = output[0]
-    assert isinstance(prediction, Tensor)
-    return prediction
+def _mixed(dense: Any, pruned: Any, weight: float) -> Any:
+    """Mix two predictions: tensors, or lists of a tensor for each picture (Z-Image)."""
+    if isinstance(dense, Tensor):
+        return mix(dense, pruned, weight)
+    return [mix(first, second, weight) for first, second in zip(dense, pruned, strict=True)]
 
 
-def _with_prediction(output: Any, prediction: Tensor) -> Any:
+def _with_prediction(output: Any, prediction: Any) -> Any:
     """Replace the prediction in a model's output, which is a tuple or a record of diffusers."""
     if isinstance(output, tuple):
         return (prediction, *output[1:])
