@@ -366,6 +366,21 @@ def test_inpainting_is_noticed(table: str, first: str, channels: int) -> None:
     assert summary(detect(shapes)) == (family_of(table), layout_of(table).name, "", "inpainting", 0)
 
 
+@pytest.mark.parametrize("prefix", ["net.", BUNDLE, ""], ids=lambda prefix: prefix or "none")
+def test_anima_is_told_by_its_adapter_whose_layers_are_no_targets(prefix: str) -> None:
+    """ComfyUI's names (comfy/ldm/anima/model.py)."""
+    shapes = model("cosmos-predict2-2b.original-transformer")
+    adapter = {
+        f"llm_adapter.blocks.{i}.{attention}.{layer}.weight": (1024, 1024)
+        for i in range(6) for attention in ("self_attn", "cross_attn") for layer in ("q_proj", "k_proj", "v_proj")
+    }  # fmt: skip
+    match = detect(prefixed(shapes | adapter | {"llm_adapter.embed.weight": (32128, 1024)}, prefix))
+    assert summary(match) == ("cosmos-predict2-2b", "original", prefix, "anima", 0)
+    assert match.special
+    assert match.special.architecture == "anima"
+    assert not any(layer.tensor.startswith("llm_adapter.") for layer in match.layout.layers)
+
+
 @pytest.mark.parametrize("shape", [(), (9,)], ids=str)
 def test_odd_first_convolution_is_no_inpainting(shape: tuple[int, ...]) -> None:
     assert detect(model("sd15.original") | {"input_blocks.0.0.weight": shape}).special is None
