@@ -37,7 +37,7 @@ def list_(_out: Output) -> Result:
 
     builtin = recipe_files.builtin()
     rows = [
-        [Path(r.name).stem, r.title, str(r.native), ", ".join(sorted({v.provenance for v in r.variants})),
+        [Path(r.name).stem, r.title, str(r.native), _provenance({v.provenance for v in r.variants}),
          " ".join(str(v.resolution) for v in r.variants)]
         for r in builtin
     ]  # fmt: skip
@@ -133,6 +133,11 @@ def _prefix_errors(where: str) -> Iterator[None]:
         yield
     except CrdiffError as error:
         raise RecipeError(f"{where}: {error.message}", error.hint) from error
+
+
+def _provenance(kinds: set[str]) -> str:
+    """Say where the ratios of a recipe come from, in few words: the list has 80 columns."""
+    return kinds.pop() if len(kinds) == 1 else f"partly {min(kinds - {'starting-point'})}"
 
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:

@@ -229,7 +229,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "CogView4Transformer2DModel", {"num_layers": 28, "attention_head_dim": 128, "num_attention_heads": 32}
     ),
     **{
-        f"cosmos-predict2-{size}": (
+        f"cosmos2-{size}": (
             "CosmosTransformer3DModel",
             {"num_layers": blocks, "num_attention_heads": heads, "extra_pos_embed_type": None},
         )
@@ -295,7 +295,7 @@ CONVERTERS = {
     "lumina-2": "convert_lumina2_to_diffusers",
     "auraflow": "convert_auraflow_transformer_checkpoint_to_diffusers",
     "sana-": "convert_sana_transformer_to_diffusers",
-    "cosmos-predict2-": "convert_cosmos_transformer_checkpoint_to_diffusers",
+    "cosmos2-": "convert_cosmos_transformer_checkpoint_to_diffusers",
 }
 CONVERTED = [  # diffusers has none for PixArt
     family for family in CONFIGS if len(by_id(family).layouts) == 2 and not family.startswith("pixart")
@@ -369,13 +369,13 @@ def test_inpainting_is_noticed(table: str, first: str, channels: int) -> None:
 @pytest.mark.parametrize("prefix", ["net.", BUNDLE, ""], ids=lambda prefix: prefix or "none")
 def test_anima_is_told_by_its_adapter_whose_layers_are_no_targets(prefix: str) -> None:
     """ComfyUI's names (comfy/ldm/anima/model.py)."""
-    shapes = model("cosmos-predict2-2b.original-transformer")
+    shapes = model("cosmos2-2b.original-transformer")
     adapter = {
         f"llm_adapter.blocks.{i}.{attention}.{layer}.weight": (1024, 1024)
         for i in range(6) for attention in ("self_attn", "cross_attn") for layer in ("q_proj", "k_proj", "v_proj")
     }  # fmt: skip
     match = detect(prefixed(shapes | adapter | {"llm_adapter.embed.weight": (32128, 1024)}, prefix))
-    assert summary(match) == ("cosmos-predict2-2b", "original", prefix, "anima", 0)
+    assert summary(match) == ("cosmos2-2b", "original", prefix, "anima", 0)
     assert match.special
     assert match.special.architecture == "anima"
     assert not any(layer.tensor.startswith("llm_adapter.") for layer in match.layout.layers)

@@ -69,7 +69,7 @@ def ratios_of(table: str) -> dict[str, float]:
 
 # Families with the blocks of another one; tests/models/test_families.py compares their targets with diffusers' modules.
 ALIKE = (
-    "sd21.", "sd35-large.", "flux-schnell.", "flux-2-klein-", "sana-600m.", "sana-4800m.", "cosmos-predict2-14b."
+    "sd21.", "sd35-large.", "flux-schnell.", "flux-2-klein-", "sana-600m.", "sana-4800m.", "cosmos2-14b."
 )  # fmt: skip
 # Every other model in one dtype; the other pairs are slow.
 MODELS = [

@@ -79,7 +79,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
          "encoder_hidden_states": numbers(1, 16, 4096), "original_size": torch.full((1, 2), 64.0),
          "target_size": torch.full((1, 2), 64.0), "crop_coords": torch.zeros(1, 2)},
     ),
-    "cosmos-predict2-2b": (
+    "cosmos2-2b": (
         "CosmosTransformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 16, "extra_pos_embed_type": None, "adaln_lora_dim": 4,
          "max_size": (4, 32, 32)},

@@ -27,7 +27,7 @@ KINDS = {
     **dict.fromkeys(("sana-600m", "sana-1600m", "sana-4800m"), ("attn", "attn2")),
     "hidream-i1": ("attn",),
     "cogview4": ("attn", "ff-shared"),
-    **dict.fromkeys(("cosmos-predict2-2b", "cosmos-predict2-14b"), ("attn", "attn2", "ff")),
+    **dict.fromkeys(("cosmos2-2b", "cosmos2-14b"), ("attn", "attn2", "ff")),
 }
 
 

@@ -48,7 +48,7 @@ FIXED_ATTENTION = {
     False: ("attn2.to_k.weight", "attn2.to_v.weight"),
 }  # fmt: skip
 FRACTION, OF_DEMO, OF_WIDE = 64, 8, 128
-WIDE = ("flux-2-dev", "flux-2-klein", "cogview4", "cosmos-predict2-14b", "hidream", "auraflow")
+WIDE = ("flux-2-dev", "flux-2-klein", "cogview4", "cosmos2-14b", "hidream", "auraflow")
 
 
 def narrow(table: str, fraction: int | None = None) -> dict[str, tuple[str, Shape]]:
