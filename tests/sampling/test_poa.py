@@ -19,7 +19,7 @@ pytestmark = [
 W = 1.7
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
 # Of many layers, each of which takes its time.
-LARGE = ("sdxl", "refiner", "flux", "chroma", "qwen")
+LARGE = ("sdxl", "refiner", "flux", "chroma", "qwen", "flux2")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -60,7 +60,7 @@ def test_it_is_the_formula_of_two_models(criterion: str, case: Case) -> None:
         poa.disable(pipe)
         with two_models(model, other, W):
             assert torch.equal(kind.run(pipe, 1, **kind.unguided), alone)
-    names = ("time_embedding", "time_text_embed.timestep_embedder", "distilled_guidance_layer")
+    names = ("time_embedding", "time_text_embed.timestep_embedder", "distilled_guidance_layer", "time_guidance_embed")
     embedding = next(module for name, module in model.named_modules() if name in names)
     calls: dict[str, list[int]] = {"batched": [], "dense": []}
     for mode, passes in calls.items():

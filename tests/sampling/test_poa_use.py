@@ -179,10 +179,10 @@ def test_it_starts_and_stops(pipe: Any, baked: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("sdxl", {}), ("sd3", {}), ("flux", {}), ("chroma", {}), ("qwen", {}), ("img2img", {}),
+        ("sdxl", {}), ("sd3", {}), ("flux", {}), ("chroma", {}), ("qwen", {}), ("flux2", {}), ("img2img", {}),
         ("img2img", {"strength": 0.6}),
     ],
-    ids=["sdxl", "sd3", "flux", "chroma", "qwen", "img2img", "part of the noise is a later part of sampling"],
+    ids=["sdxl", "sd3", "flux", "chroma", "qwen", "flux2", "img2img", "part of the noise is a later part of sampling"],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")
 def test_every_scheduler_tells_the_step(kind: str, options: dict[str, Any], tmp_path: Path) -> None:

@@ -14,7 +14,10 @@ PIXELS = 64
 POOLED = 16
 T5 = 4096  # the width of text that SD3 and FLUX are recognised by
 # The family of each kind of model that a calibration is made of.
-FAMILIES = {"sd15": "sd15", "sdxl": "sdxl", "sd3": "sd3-medium", "flux": "flux-dev"}
+FAMILIES = {
+    "sd15": "sd15", "sdxl": "sdxl", "sd3": "sd3-medium", "flux": "flux-dev", "chroma": "chroma", "qwen": "qwen-image",
+    "flux2": "flux-2-dev",
+}  # fmt: skip
 
 
 def unet(context: int, **config: Any) -> Any:
@@ -136,7 +139,7 @@ QWEN = 3584  # the width of text that Qwen-Image is recognised by
 
 
 def qwen_pipe(model: Any) -> Any:
-    channels = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+    channels = {"latents_mean": [i / 8 - 1 for i in range(16)], "latents_std": [1 + i / 16 for i in range(16)]}
     small = diffusers.AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **channels)
     return diffusers.QwenImagePipeline(
         transformer=model, vae=small, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), text_encoder=None,
@@ -154,6 +157,30 @@ def qwen_inputs(batch: int) -> dict[str, Any]:
     mask = torch.ones(batch, 5, dtype=torch.bool)
     masks = {"prompt_embeds_mask": mask, "negative_prompt_embeds_mask": mask}
     return {**sd_inputs(QWEN, batch), **masks, "height": PIXELS, "width": PIXELS, "true_cfg_scale": 2.0}
+
+
+MISTRAL = 15360  # the width of text that FLUX.2 dev is recognised by
+
+
+def flux2_pipe(model: Any) -> Any:
+    small = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(4, 4, 4, 4), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=2,
+    )  # fmt: skip
+    with torch.no_grad():  # what it has learnt of its latents
+        small.bn.running_mean.normal_()
+        small.bn.running_var.uniform_(0.5, 2)
+    return diffusers.Flux2Pipeline(
+        transformer=model, vae=small, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), text_encoder=None,
+        tokenizer=None,
+    )  # fmt: skip
+
+
+def flux2_transformer() -> Any:
+    return diffusers.Flux2Transformer2DModel(
+        num_layers=8, num_single_layers=48, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=MISTRAL,
+        axes_dims_rope=(2, 2, 2, 2), timestep_guidance_channels=8,
+    )  # fmt: skip
 
 
 def embeds(width: int, batch: int, tokens: int = 5) -> torch.Tensor:
@@ -261,4 +288,8 @@ KINDS = {
     ),
     "chroma": Kind(chroma_transformer, chroma_pipe, chroma_inputs, "transformer"),
     "qwen": Kind(qwen_transformer, qwen_pipe, qwen_inputs, "transformer", {"true_cfg_scale": 1.0}),
+    "flux2": Kind(
+        flux2_transformer, flux2_pipe,
+        lambda batch: {"prompt_embeds": embeds(MISTRAL, batch), "height": PIXELS, "width": PIXELS}, "transformer",
+    ),
 }  # fmt: skip
