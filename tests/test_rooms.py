@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import socket
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from crdiff_export import errors
+from crdiff_export.models.families import all_families
 from tests.support.isolation import NetworkUsed
 from tests.support.source_code import FILES, PACKAGE, imports, parsed, relative, room
 
@@ -221,3 +223,25 @@ def test_a_connection_is_blocked() -> None:
 def test_loopback_is_not() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         socket.create_connection(("localhost", server.getsockname()[1])).close()
+
+
+# The built-in base, and the scorer that comes with it; a key of `crdiff inspect --json`, and of old headers.
+NO_FAMILIES = {
+    ("hub/bases.py", "demo"), ("evaluate/scorers/spec.py", "demo"), ("evaluate/scorers/demo_scorer.py", "demo"),
+    ("verify/inspect.py", "inpainting"), ("formats/crdiff_keys.py", "inpainting"),
+}  # fmt: skip
+
+
+def test_only_tables_know_families() -> None:
+    """No code outside `models/` has the id of a family or of a special model; it asks the family's table."""
+    names = {model.id for family in all_families() for model in (family, *family.specials)}
+    named = {
+        (relative(path), node.value)
+        for path in FILES
+        if room(path) != "models"
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert named == NO_FAMILIES
+    for path in PACKAGE.rglob("*.md"):
+        assert not re.search(rf"[\"']({'|'.join(names)})[\"']", path.read_text("utf-8")), path

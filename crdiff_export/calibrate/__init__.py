@@ -119,7 +119,7 @@ def prepare(request: CalibrateRequest) -> CalibrationJob:
     set_up = drawing_setup.set_up(request, headers, planned)
     from crdiff_export.sampling import session
 
-    batch = request.batch or session.usual_batch(headers.match.family.id, set_up.device)
+    batch = request.batch or session.usual_batch(set_up.opening.pipeline, set_up.device)
     setting = Setting(
         request.size, set_up.native, wanted, pairs, request.steps, request.guidance, request.negative, batch,
         request.samples,
@@ -140,9 +140,9 @@ def run(job: CalibrationJob, progress: Progress) -> CalibrationResult:
     from crdiff_export.calibrate import runner
     from crdiff_export.sampling.session import Placement, open_session
 
-    request, family, drawing = job.request, job.plan.match.family.id, job.drawing
+    request, drawing = job.request, job.drawing
     placement = Placement(drawing.device, drawing.dtype, advice="a smaller --batch or --memory")
-    with open_session(drawing.opening, family, placement, drawing.base.name) as opened:
+    with open_session(drawing.opening, placement, drawing.base.name) as opened:
         return runner.collect(
             opened, job.plan, job.setting, job.target, progress,
             base=drawing.base.name, memory=request.memory, layers=request.layers, replace=request.force,

@@ -54,7 +54,7 @@ def sample(
 
     def hook(sum_of_layer: _Sums) -> "object":
         def before(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            sum_of_layer.add(args[0], step_weight(done, opened.pipe.num_timesteps))
+            sum_of_layer.add(args[0], step_weight(done, len(opened.pipe.scheduler.timesteps)))
 
         return before
 

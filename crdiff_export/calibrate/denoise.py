@@ -1,28 +1,34 @@
-"""The training loss of a model for one picture, prompt, time and noise, for each kind of pipeline.
+"""The training loss of a model for one picture, prompt, time and noise, for any pipeline that calls its model plainly.
 
 Forward processes: x_t = sqrt(a_t) x + sqrt(1 - a_t) e, a_t the product of 1 - beta (Ho et al. 2020, eq. 4); for flows
 x_s = (1 - s) x + s e (Liu et al. 2022; Esser et al. 2024, eq. 13). Targets by the scheduler's `prediction_type`: e
 (epsilon), x (sample), v = sqrt(a_t) e - sqrt(1 - a_t) x (v_prediction; Salimans & Ho 2022), for flows e - x.
+
+What a model is called with besides noise and time (text, positions, sizes) is what the pipeline itself calls it with in
+the first step of a picture. That step also shows how the pipeline tells the time, and what it makes of a prediction.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from crdiff_export.errors import CalibrationError
+from crdiff_export.sampling.poa.handle import model_of
 from crdiff_export.sizes import Size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# Relative error of a time in half precision.
+_ROUNDING = 2.0**-8
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-# A token of FLUX's transformer is two by two latent pixels (diffusers, FluxPipeline._pack_latents).
-_PATCH = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,7 @@ class Diffusion:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """The forward process of SD3 and FLUX; `sigmas` are the share of noise at every step of the training, shifted."""
+    """The forward process of flow matching; `sigmas` are the share of noise at every step of the training, shifted."""
 
     sigmas: Tensor
     steps: int
@@ -62,28 +68,38 @@ class Flow:
         return NoisySample((1 - sigma) * latents + sigma * noise, sigma * self.steps, noise - latents)
 
 
+@dataclass(frozen=True, slots=True)
+class ModelCall:
+    """A call that a pipeline makes of its model for a prompt.
+
+    Attributes:
+        arguments: The keyword arguments besides the noisy latents and the time.
+        shape: The shape of the noisy latents.
+        fraction: Whether the time is a fraction of the training's steps.
+        reverse: Whether the time is counted from noise to picture.
+        negated: Whether the pipeline negates the prediction.
+        dtype: The dtype of the time.
+    """
+
+    arguments: Mapping[str, Any]
+    shape: tuple[int, ...]
+    fraction: bool
+    reverse: bool
+    negated: bool
+    dtype: torch.dtype
+
+
 class Denoising:
     """Computes the training loss of a pipeline's model at one size; `guidance` is an input of distilled models."""
 
-    def __init__(self, pipe: Any, size: Size, guidance: float) -> None:
-        kind = _KINDS.get(type(pipe).__name__)
-        if kind is None:
-            raise CalibrationError(
-                f"{type(pipe).__name__}: its training loss is unknown",
-                f"Choose a criterion without gradients (wanda, obs), or {', '.join(_KINDS)}.",
-            )
-        self._pipe, self._size, self._guidance, self._kind = pipe, size, guidance, kind
-        self.model: Any = pipe.unet if kind.diffuses else pipe.transformer
-        self._process = (_diffusion if kind.diffuses else _flow)(pipe.scheduler)
+    def __init__(self, pipe: Any, size: Size, guidance: float, arguments: Mapping[str, Any] | None = None) -> None:
+        self._pipe, self._size, self._guidance, self._arguments = pipe, size, guidance, arguments or {}
+        self.model: Any = model_of(pipe)
+        self._process = (_diffusion if hasattr(pipe, "unet") else _flow)(pipe.scheduler)
         if getattr(self.model.config, "time_cond_proj_dim", None) is not None:
             raise CalibrationError(
                 "the guidance is an input of the model (LCM), and its training loss is unknown",
                 "Use the model that it was distilled from, or a criterion without gradients (wanda, obs).",
-            )
-        if getattr(pipe.vae.config, "latents_mean", None) is not None:
-            raise CalibrationError(
-                "the VAE centres its latents, which is not supported",
-                "Choose a criterion without gradients (wanda, obs).",
             )
 
     @torch.no_grad()
@@ -102,26 +118,28 @@ class Denoising:
 
         size = (self._size.width, self._size.height)
         vae, encoded = self._pipe.vae, []
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
         with _in_float32(vae):
             for image in images:
                 fitting = image if image.size == size else image.resize(size, Resampling.BICUBIC)
                 pixels = self._pipe.image_processor.preprocess(fitting).to(vae.device, torch.float32)
-                latents = vae.encode(pixels).latent_dist.mode()
-                encoded.append(((latents - shift) * vae.config.scaling_factor).cpu())
+                encoded.append(_scaled(vae, _latents(vae, pixels)).cpu())
         return encoded
 
     @torch.no_grad()
-    def embed(self, prompt: str) -> dict[str, Any]:
-        """Return the keyword arguments of the model for a prompt, on the CPU."""
-        return _to_device(self._kind.embed(self._pipe, prompt, self._size), torch.device("cpu"))
+    def embed(self, prompt: str) -> ModelCall:
+        """Return how the pipeline calls the model for a prompt, with tensors on the CPU.
 
-    def loss(self, latents: Tensor, arguments: Mapping[str, Any], time: float, noise: Tensor) -> Tensor:
+        Raises:
+            CalibrationError: The pipeline makes something else of time and prediction than is known here.
+        """
+        return _model_call(self._pipe, prompt, self._size, self._guidance, self._arguments)
+
+    def loss(self, latents: Tensor, call: ModelCall, time: float, noise: Tensor) -> Tensor:
         """Compute the mean squared error of the model's prediction.
 
         Args:
             latents: float32 [1, C, h, w].
-            arguments: The keyword arguments of the prompt.
+            call: The call of the prompt.
             time: In [0, 1).
             noise: float32 [1, C, h, w].
 
@@ -130,36 +148,15 @@ class Denoising:
         """
         weight = next(self.model.parameters())
         noised = self._process.at(time, latents, noise)
-        predicted = self._predict(noised.sample.to(weight), noised.time, _to_device(arguments, weight.device))
+        when = torch.tensor([noised.time], device=weight.device).to(call.dtype)
+        if call.fraction:
+            when = when / self._pipe.scheduler.config.num_train_timesteps
+        when = 1 - when if call.reverse else when
+        arguments = {**_to_device(call.arguments, weight.device), "timestep": when, "return_dict": False}
+        predicted: Tensor = self.model(_packed(noised.sample, call.shape).to(weight), **arguments)[0]
+        predicted = -predicted if call.negated else predicted
         wide = torch.promote_types(predicted.dtype, torch.float32)
-        return mse_loss(predicted.to(wide), noised.target.to(predicted.device, wide))
-
-    def _predict(self, sample: Tensor, time: float, arguments: Mapping[str, Any]) -> Tensor:
-        """Return the model's prediction, in the shape of the latents."""
-        if self._kind.packs:
-            return self._predict_packed(sample, time, arguments)
-        dtype = torch.long if self._kind.diffuses else torch.float32  # as in StableDiffusion3Pipeline
-        when = torch.tensor([time], device=sample.device).to(dtype)
-        prediction: Tensor = self.model(sample, timestep=when, return_dict=False, **arguments)[0]
-        return prediction
-
-    def _predict_packed(self, sample: Tensor, time: float, arguments: Mapping[str, Any]) -> Tensor:
-        """Return FLUX's prediction: a token is two by two latent pixels with a position."""
-        _, channels, height, width = sample.shape
-        rows, columns = height // _PATCH, width // _PATCH
-        packed = sample.view(1, channels, rows, _PATCH, columns, _PATCH).permute(0, 2, 4, 1, 3, 5)
-        packed = packed.reshape(1, rows * columns, channels * _PATCH * _PATCH)
-        ids = torch.zeros(rows, columns, 3)
-        ids[..., 1] += torch.arange(rows)[:, None]
-        ids[..., 2] += torch.arange(columns)[None, :]
-        arguments = {**arguments, "img_ids": ids.reshape(-1, 3).to(sample)}
-        if self.model.config.guidance_embeds:
-            arguments["guidance"] = torch.full([1], self._guidance, device=sample.device, dtype=torch.float32)
-        when = torch.tensor([time], device=sample.device).to(sample.dtype) / 1000  # as in FluxPipeline
-        prediction = self.model(hidden_states=packed, timestep=when, return_dict=False, **arguments)[0]
-        prediction = prediction.view(1, rows, columns, channels, _PATCH, _PATCH).permute(0, 3, 1, 4, 2, 5)
-        unpacked: Tensor = prediction.reshape(1, channels, height, width)
-        return unpacked
+        return mse_loss(predicted.to(wide), _packed(noised.target, call.shape).to(predicted.device, wide))
 
 
 def _diffusion(scheduler: Any) -> Diffusion:
@@ -184,6 +181,102 @@ def _flow(scheduler: Any) -> Flow:
     return Flow(fresh.sigmas[:steps].flip(0).to("cpu", torch.float32), steps)
 
 
+class _StepError(Exception):
+    """Ends a pipeline at its first step, with the arguments of the scheduler's step."""
+
+
+def _model_call(pipe: Any, prompt: str, size: Size, guidance: float, more: Mapping[str, Any]) -> ModelCall:
+    """Run a pipeline up to the first step of its scheduler, without classifier-free guidance, and look at its call."""
+    model, scheduler = model_of(pipe), pipe.scheduler
+    first, *others = inspect.signature(model.forward).parameters
+    calls: list[tuple[dict[str, Any], Any]] = []
+
+    def note(_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((dict(zip((first, *others), args, strict=False)) | kwargs, output[0]))
+
+    def step(prediction: Any, time: Any, sample: Any, **_: Any) -> NoReturn:
+        raise _StepError(prediction, time, sample)
+
+    hook = model.register_forward_hook(note, with_kwargs=True)
+    scheduler.step = step
+    try:
+        pipe(
+            prompt=[prompt], width=size.width, height=size.height, num_inference_steps=2, guidance_scale=1.0,
+            generator=torch.Generator("cpu").manual_seed(0), **more,
+        )  # fmt: skip
+    except _StepError as stop:
+        prediction, time, sample = stop.args
+    finally:
+        hook.remove()
+        del scheduler.step
+    (arguments, output), *rest = calls
+    latents, when = arguments.pop(first), arguments.pop("timestep", None)
+    tensors = (prediction, sample, latents, output)
+    if rest or not isinstance(when, Tensor) or not all(isinstance(each, Tensor) for each in tensors):
+        raise _unknown(pipe)
+    told = float(when.reshape(-1)[0])
+    moment = float(time) / scheduler.config.num_train_timesteps
+    error, fraction, reverse = min(
+        (abs(told - float(time)), False, False), (abs(told - moment), True, False), (abs(told - 1 + moment), True, True)
+    )
+    negated = not _equal(prediction, output)
+    shapes = {each.shape for each in tensors}
+    if len(shapes) > 1 or error > _ROUNDING * max(1, told) or (negated and not _equal(prediction, -output)):
+        raise _unknown(pipe)
+    if isinstance(arguments.get("guidance"), Tensor):
+        arguments["guidance"] = torch.full_like(arguments["guidance"], guidance)
+    kept = {name: value for name, value in arguments.items() if value is not None and name != "return_dict"}
+    return ModelCall(_to_device(kept, torch.device("cpu")), tuple(sample.shape), fraction, reverse, negated, when.dtype)
+
+
+def _unknown(pipe: Any) -> CalibrationError:
+    problem = f"{type(pipe).__name__}: its training loss is unknown"
+    return CalibrationError(problem, "Choose a criterion without gradients (wanda, obs).")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same numbers; what is not a number counts as the same."""
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _packed(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return latents in the form of the model's input: as they are, or as tokens of square patches (FLUX)."""
+    if len(shape) != 3:
+        return latents
+    side = math.isqrt(shape[2] // latents.shape[1])
+    return _patches(latents, side).flatten(2).transpose(1, 2)
+
+
+def _patches(latents: Tensor, side: int) -> Tensor:
+    """Turn square patches into channels: [1, C, h, w] becomes [1, C * side * side, h / side, w / side]."""
+    return torch.nn.functional.pixel_unshuffle(latents, side)
+
+
+def _latents(vae: Any, pixels: Tensor) -> Tensor:
+    """Encode pixels; a VAE for videos takes them as a video of one picture."""
+    if next(vae.encoder.parameters()).ndim == 5:
+        return torch.squeeze(vae.encode(pixels.unsqueeze(2)).latent_dist.mode(), 2)
+    latents: Tensor = vae.encode(pixels).latent_dist.mode()
+    return latents
+
+
+def _scaled(vae: Any, latents: Tensor) -> Tensor:
+    """Shift and scale a VAE's latents to those that the model was trained with, as its configuration says."""
+    config = vae.config
+    if hasattr(vae, "bn"):  # FLUX.2: each channel of each patch
+        patches = _patches(latents, config.patch_size[0])
+        return (patches - _column(vae.bn.running_mean)) / _column(vae.bn.running_var + config.batch_norm_eps).sqrt()
+    mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None:
+        latents = (latents - _column(mean).to(latents)) / _column(deviation).to(latents)
+    shift, scale = getattr(config, "shift_factor", None) or 0.0, getattr(config, "scaling_factor", None) or 1.0
+    return (latents - shift) * scale
+
+
+def _column(values: Any) -> Tensor:
+    return torch.as_tensor(values).view(1, -1, 1, 1)
+
+
 @contextlib.contextmanager
 def _in_float32(model: Any) -> Iterator[None]:
     usual = model.dtype
@@ -195,46 +288,10 @@ def _in_float32(model: Any) -> Iterator[None]:
 
 
 def _to_device(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        name: _to_device(value, device) if isinstance(value, dict) else value.to(device)
-        for name, value in arguments.items()
-    }
+    return {name: _moved(value, device) for name, value in arguments.items()}
 
 
-def _sd(pipe: Any, prompt: str, _size: Size) -> dict[str, Any]:
-    embeds, _ = pipe.encode_prompt(prompt, pipe.device, 1, do_classifier_free_guidance=False)
-    return {"encoder_hidden_states": embeds}
-
-
-def _sdxl(pipe: Any, prompt: str, size: Size) -> dict[str, Any]:
-    embeds, _, pooled, _ = pipe.encode_prompt(prompt, device=pipe.device, do_classifier_free_guidance=False)
-    # Original size, crop and target size, as in the pipeline (arXiv 2307.01952, 2.2).
-    ids = torch.tensor([[size.height, size.width, 0, 0, size.height, size.width]]).to(pooled)
-    return {"encoder_hidden_states": embeds, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
-
-
-def _sd3(pipe: Any, prompt: str, _size: Size) -> dict[str, Any]:
-    embeds, _, pooled, _ = pipe.encode_prompt(
-        prompt, prompt_2=None, prompt_3=None, device=pipe.device, do_classifier_free_guidance=False
-    )
-    return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-
-
-def _flux(pipe: Any, prompt: str, _size: Size) -> dict[str, Any]:
-    embeds, pooled, ids = pipe.encode_prompt(prompt, prompt_2=None, device=pipe.device)
-    return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "txt_ids": ids}
-
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    embed: Callable[[Any, str, Size], dict[str, Any]]
-    diffuses: bool = True
-    packs: bool = False
-
-
-_KINDS = {
-    "StableDiffusionPipeline": _Kind(_sd),
-    "StableDiffusionXLPipeline": _Kind(_sdxl),
-    "StableDiffusion3Pipeline": _Kind(_sd3, diffuses=False),
-    "FluxPipeline": _Kind(_flux, diffuses=False, packs=True),
-}
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return _to_device(value, device)
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crdiff_export.calibrate.denoise import Denoising
+from crdiff_export.calibrate.denoise import Denoising, ModelCall
 from crdiff_export.calibrate.setting import LayerSpec, Pass, Setting, noise_seed, times
 from crdiff_export.progress import Progress
 
@@ -19,10 +19,10 @@ SCALES = (2.0**14, 2.0**7, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A picture as the model receives it: latents, float32 [1, C, h, w], and the keyword arguments of its prompt."""
+    """A picture as the model receives it: latents, float32 [1, C, h, w], and the call of its prompt."""
 
     latents: Tensor
-    arguments: Mapping[str, Any]
+    call: ModelCall
 
 
 def measure(
@@ -86,7 +86,7 @@ def _gradients(
     half = weights[0].dtype == torch.float16
     gradients: list[Tensor] = []
     for scale in SCALES if half else (1.0,):
-        loss = denoising.loss(example.latents, example.arguments, time, noise) * scale
+        loss = denoising.loss(example.latents, example.call, time, noise) * scale
         raw = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         gradients = [gradient.detach().float() / scale for gradient in raw]
         if not half or all(bool(gradient.isfinite().all()) for gradient in gradients):

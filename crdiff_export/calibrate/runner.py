@@ -161,12 +161,12 @@ class _Work:
         examples: list[gradients.Example] = []
         denoising = None
         if not step.samples_pictures:
-            denoising = Denoising(self.opened.pipe, step.size, self.style.guidance)
+            denoising = Denoising(self.opened.pipe, step.size, self.style.guidance, self.opened.usage.arguments)
             with self._criterion_errors():
-                arguments = {prompt: denoising.embed(prompt) for prompt, _ in wanted.pairs}
+                calls = {prompt: denoising.embed(prompt) for prompt, _ in wanted.pairs}
                 latents = denoising.encode(images)
             pairs = zip(latents, wanted.pairs, strict=True)
-            examples = [gradients.Example(latent, arguments[prompt]) for latent, (prompt, _) in pairs]
+            examples = [gradients.Example(latent, calls[prompt]) for latent, (prompt, _) in pairs]
         limit = self.memory or int(SHARE * free_memory.free(next(model.parameters()).device))
         groups = list(setting.groups(layers, step.statistics, limit, self.most_layers))
         for number, group in enumerate(groups, 1):

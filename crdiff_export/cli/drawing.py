@@ -12,7 +12,7 @@ from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.sampling.drawing_setup import DrawingSetup
 from crdiff_export.sampling.request_checks import DrawingRequest
 
-batch = option("--batch N", "Pictures to draw at once. Default: 4 on a GPU; demo: 16.", COUNT)
+batch = option("--batch N", "Pictures to draw at once. Default: the family's, or 4 on a GPU.", COUNT)
 pictures = option("--pictures N", "Pictures of each prompt, each from its own noise.", click.IntRange(1, 10_000),
                   default=1, show_default=True)  # fmt: skip
 scorer_options = option_group(
@@ -23,8 +23,8 @@ scorer_options = option_group(
 )  # fmt: skip
 options = option_group(
     "Drawing",
-    option("--steps N", "Steps of sampling. Default: 25; schnell: 4.", click.IntRange(1, 1000)),
-    option("--guidance G", "Guidance scale. Default: diffusers'; demo: 4.", FiniteRange(0, 100)),
+    option("--steps N", "Steps of sampling. Default: the family's, or 25.", click.IntRange(1, 1000)),
+    option("--guidance G", "Guidance scale. Default: the family's, or diffusers'.", FiniteRange(0, 100)),
     option("--negative TEXT", "Negative prompt."),
     option("--device", "Where to draw: auto takes a GPU.", DEVICE, default="auto", show_default=True),
     option("--dtype", "Default: fp16 or bf16 on a GPU, fp32 on a CPU.", click.Choice(list(DTYPES))),

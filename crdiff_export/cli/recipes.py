@@ -69,6 +69,7 @@ def show(out: Output, recipe: str, *, toml: bool) -> Result:
 
 def _blocks(recipe: Recipe) -> list[Block]:
     from crdiff_export.formats.text import printable
+    from crdiff_export.hub import bases
     from crdiff_export.verify.inspect import provenance
 
     base = f"hf://{recipe.repo}{f'/{recipe.file}' if recipe.file else ''}" if recipe.repo else None
@@ -76,7 +77,7 @@ def _blocks(recipe: Recipe) -> list[Block]:
     alike = len(set(origins)) == 1
     facts = {
         "model": f"{printable(recipe.title)} ({recipe.family}), native {recipe.native}",
-        "base": base or ("built in" if recipe.family == "demo" else "none"),
+        "base": base or ("built in" if recipe.family == bases.BUILT_IN else "none"),
         **({"ratios": origins[0]} if alike else {}),
     }
     groups = tuple(dict.fromkeys(group for v in recipe.variants for group in v.ratios))

@@ -50,9 +50,7 @@ def draw(job: EvaluateJob, counted: poa.BaseRanking, progress: Progress) -> Eval
         stack.callback(scorer.close)
         fingerprint = scorer.fingerprint()
         meter = fid.open_meter(job.fid, job.scorer_device, progress)
-        session = stack.enter_context(
-            open_session(drawing.opening, job.plan.match.family.id, placement, drawing.base.name)
-        )
+        session = stack.enter_context(open_session(drawing.opening, placement, drawing.base.name))
         renderer = Renderer(session, job.request, progress, job.batch)
         scoring = _ScoringRenderer(job, renderer, scorer, meter, counted)
         models = scoring.draw_all()

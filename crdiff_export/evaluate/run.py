@@ -73,7 +73,7 @@ def prepare(request: EvaluateRequest) -> EvaluateJob:
         criterion,
         subjects=tuple(_subjects(plans, drawing.native, request)),
         pairs=pairs,
-        batch=request.batch or session.usual_batch(base.match.family.id, drawing.device),
+        batch=request.batch or session.usual_batch(drawing.opening.pipeline, drawing.device),
         scorer=scorer,
         scorer_device=session.choose_device(request.scorer_device or drawing.device, offload=False),
         outputs=outputs,

@@ -124,7 +124,7 @@ def choose(
     original = match.layout.name == "original"
     whole = original and match.prefix == BUNDLED and any(name.startswith(_VAE) for name in checkpoint.shapes)
     kind: Literal["file", "network"] = "file" if whole and pipeline.folder == "unet" else "network"
-    parts = _config(config) if config else demo.config() if match.family.id == "demo" else f"hf://{pipeline.config}"
+    parts = _config(config) if config else _usual_config(pipeline)
     if isinstance(parts, Path):
         _check_folder(parts, str(parts))
     return Opening(kind, checkpoint.path, pipeline, parts, match.prefix, original, prediction=model.prediction)
@@ -137,8 +137,7 @@ def _pipeline(name: str, match: Match, model: Architecture, folder: Path | None)
         return _pipeline_of(folder, name)
     if not special and model.prediction and model.prediction.kind == "edm":
         special = "edm"
-    # The demo model is a small SD1.
-    pipeline = pipelines.find("sd15") if family.id == "demo" else family.pipelines.get(special)
+    pipeline = family.pipelines.get(special)
     if pipeline is None and special == "edm":
         raise PreviewError(
             f"{name}: marked as EDM, which no configuration of {family.title} is known for",
@@ -163,6 +162,10 @@ def _pipeline_of(folder: Path | None, name: str) -> Pipeline:
         message = f"{index}: no picture can be drawn with {show(str(class_name))} from a prompt alone here"
         raise PreviewError(message, hint)
     return Pipeline(str(class_name), "")
+
+
+def _usual_config(pipeline: Pipeline) -> Path | str:
+    return demo.config() if pipeline.config == bases.BUILT_IN else f"hf://{pipeline.config}"
 
 
 def _config(text: str) -> Path | str:

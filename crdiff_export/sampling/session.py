@@ -11,7 +11,6 @@ import torch
 
 from crdiff_export.errors import OptionError, PlanError, PreviewError, foreign_errors, is_out_of_memory
 from crdiff_export.formats.strict_json import MalformedError, parse_object
-from crdiff_export.models import demo
 from crdiff_export.models.families.model import BUNDLED, Pipeline
 from crdiff_export.models.prediction import V_SCHEDULER
 from crdiff_export.sampling.pipelines import Opening
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Our choice: enough to judge a picture by, and half of diffusers' default.
 STEPS = 25
-# src: the model card of FLUX.1-schnell
-FEW_STEPS, NO_GUIDANCE = 4, 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +57,11 @@ class Style:
 
 
 class Session:
-    """An open pipeline; `pipe` is diffusers'."""
+    """An open pipeline; `pipe` is diffusers', `usage` says how its family is drawn with."""
 
-    def __init__(self, pipe: Any, family: str) -> None:
+    def __init__(self, pipe: Any, usage: Pipeline) -> None:
         self.pipe = pipe
-        self._family = family
+        self.usage = usage
 
     def style(
         self, size: Size, steps: int | None = None, guidance: float | None = None, negative: str | None = None
@@ -80,11 +77,22 @@ class Session:
         Returns:
             The style.
 
+        Raises:
+            PreviewError: No guidance is given, and neither the family's table nor diffusers has a usual one.
+
         """
-        usual = {"flux-schnell": (FEW_STEPS, NO_GUIDANCE), "demo": (demo.STEPS, demo.GUIDANCE)}.get(self._family)
-        if usual is None:
-            usual = STEPS, inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default
-        return Style(size, steps or usual[0], float(usual[1] if guidance is None else guidance), negative)
+        if guidance is None:
+            guidance = self._usual_guidance() if self.usage.guidance is None else self.usage.guidance
+        return Style(size, steps or self.usage.steps or STEPS, float(guidance), negative)
+
+    def _usual_guidance(self) -> float:
+        parameter = inspect.signature(self.pipe.__call__).parameters.get(self.usage.guidance_argument)
+        if parameter is None or not isinstance(parameter.default, int | float):
+            raise PreviewError(
+                f"{type(self.pipe).__name__} has no usual {self.usage.guidance_argument}",
+                "Give --guidance, or write guidance and guidance_argument in [pipeline] of the family's table.",
+            )
+        return float(parameter.default)
 
     @property
     def scheduler(self) -> str:
@@ -124,37 +132,39 @@ class Session:
 
         # Made on the CPU, so that the noise is the same on every machine.
         noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        negative = {"negative_prompt": [style.negative] * len(prompts)} if style.negative else {}
+        usage, negative = self.usage, style.negative or self.usage.negative_prompt
+        guided: dict[str, Any] = {usage.guidance_argument: style.guidance}
+        if negative is not None:
+            guided["negative_prompt"] = [negative] * len(prompts)
         hint = "Check that this base draws in diffusers at this size."
         with foreign_errors(PreviewError, f"{type(self.pipe).__name__} cannot draw", hint):
             drawn = self.pipe(
-                list(prompts), generator=noise, callback_on_step_end=step, width=style.size.width,
-                height=style.size.height, num_inference_steps=style.steps, guidance_scale=style.guidance, **negative,
+                prompt=list(prompts), generator=noise, callback_on_step_end=step, width=style.size.width,
+                height=style.size.height, num_inference_steps=style.steps, **guided, **usage.arguments,
             )  # fmt: skip
         return [image.convert("RGB") for image in drawn.images]
 
 
-def usual_batch(family: str, device: str) -> int:
+def usual_batch(pipeline: Pipeline, device: str) -> int:
     """Return how many pictures to draw at once by default.
 
     Args:
-        family: The family's id.
+        pipeline: The family's pipeline.
         device: torch's name of the device.
 
     Returns:
         The number of pictures.
 
     """
-    return 16 if family == "demo" else 1 if device == "cpu" else 4
+    return pipeline.batch or (1 if device == "cpu" else 4)
 
 
 @contextlib.contextmanager
-def open_session(opening: Opening, family: str, placement: Placement, name: str) -> Iterator[Session]:
+def open_session(opening: Opening, placement: Placement, name: str) -> Iterator[Session]:
     """Open a base as a pipeline, and silence diffusers while it is open.
 
     Args:
         opening: How diffusers opens the base.
-        family: The family's id.
         placement: Device and dtype.
         name: The base's name for errors.
 
@@ -172,7 +182,7 @@ def open_session(opening: Opening, family: str, placement: Placement, name: str)
             pipe.vae.enable_tiling()
         else:
             pipe.to(placement.device)
-        yield Session(pipe, family)
+        yield Session(pipe, opening.pipeline)
 
 
 def choose_device(device: str, *, offload: bool) -> str:

@@ -41,9 +41,8 @@ def open_objective(job: SearchJob, progress: Progress, on_step: Callable[[], Non
     progress.stage("opening", 0)  # so that its time is not taken for that of the counting
     scorer = scorers.load(job.scorer, job.scorer_device)
     try:
-        with open_session(
-            drawing.opening, job.plan.match.family.id, Placement(drawing.device, drawing.dtype), drawing.base.name
-        ) as pipeline:
+        placement = Placement(drawing.device, drawing.dtype)
+        with open_session(drawing.opening, placement, drawing.base.name) as pipeline:
             yield PictureObjective(job, counted, base_hash, pipeline, scorer, on_step)
     except PreviewError as error:
         if not error.message.endswith("not enough memory"):

@@ -79,7 +79,7 @@ def prepare(request: SearchRequest) -> SearchJob:
 
     return SearchJob(
         request, drawing, plan, criterion, pairs, setup, budget, storage, study,
-        batch=request.batch or session.usual_batch(base.match.family.id, drawing.device),
+        batch=request.batch or session.usual_batch(drawing.opening.pipeline, drawing.device),
         scorer=scorer,
         scorer_device=session.choose_device(request.scorer_device or drawing.device, offload=False),
         outputs=outputs,

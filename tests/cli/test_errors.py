@@ -99,13 +99,14 @@ def test_what_has_an_error_of_its_own_passes(error: Exception) -> None:
 
 
 def test_a_pipeline_that_fails_is_an_error_of_one_line() -> None:
+    from crdiff_export.models.families import by_id
     from crdiff_export.sampling.session import Session
 
     class Pipe:
         def __call__(self, *_: object, **__: object) -> None:
             raise IndexError("in diffusers")
 
-    session = Session(Pipe(), "demo")
+    session = Session(Pipe(), by_id("demo").pipelines[""])
     with raises(PreviewError, "Pipe cannot draw: IndexError: in diffusers"):
         session.draw(["a"], [0], session.style(Size(8, 8)))
 

@@ -13,23 +13,26 @@ from typing import Any
 import pytest
 
 from crdiff_export.models import demo
-from crdiff_export.models.families import all_families
+from crdiff_export.models.families import all_families, by_id
 from crdiff_export.models.families.pipelines import FOLDERS_ONLY
 from crdiff_export.publish.card import BaseModel, CardVariant
 from crdiff_export.publish.card.snippets import kind
 from crdiff_export.sizes import Size
 from tests.support.card_makers import BUNDLED, SDXL, row, told
+from tests.support.tiny_pipelines import FAMILIES, KINDS
 
 OPENED: Mapping[str, CardVariant] = {
     **{f"{family} {prefix or 'alone'}": row(f"{family}.safetensors", family=family, prefix=prefix)
        for family in ("sd15", "sd21", "sdxl", "sdxl-refiner", "ssd-1b", "sdxs-512", "koala-1b", "sd3-medium",
                       "sd35-medium", "sd35-large", "flux-lite", "flux-dev",
-                      "flux-schnell", "flux-2-klein-4b", "lumina-2", "hidream-i1")
+                      "flux-schnell", "flux-2-klein-4b", "lumina-2", "hidream-i1", "chroma", "flux-2-dev")
        for prefix in (BUNDLED, "", "diffusion_model.")},
     **{f"{family} {where}": row(where, family=family, layout="diffusers", prefix="")
        for family in ("sdxl", "flux-dev") for where in ("", "unet", "a/transformer", "a [b]", "x.safetensors")},
     **{f"{family} inpainting": row("x.safetensors", family=family, special="inpainting")
        for family in ("sd15", "sd21", "sdxl", "flux-dev")},
+    **{f"qwen-image {where}": row(where, family="qwen-image", layout="diffusers", prefix="")
+       for where in ("", "transformer", "x.safetensors")},
     "sd21 base": row("x.safetensors", family="sd21", native=Size(512, 512), cast="F32"),
     "sdxl v": row("x.safetensors", prediction="v"),
     "sdxl v-zsnr": row("x.safetensors", prediction="v-zsnr"),
@@ -266,6 +269,39 @@ def test_code_runs(layout: str, prefix: str, small: Path, monkeypatch: pytest.Mo
     found = space["pipe"].unet.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("kind", ["chroma", "qwen", "flux2"])
+def test_code_of_a_transformer_runs(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tiny pipeline in place of the real one, whose text encoders come after it is opened."""
+    import huggingface_hub
+    import torch
+    from safetensors.torch import load_file
+
+    from tests.support.calibrating import give_words, speaking, without_words
+
+    with warnings.catch_warnings(action="ignore"):
+        pipe, family = speaking(kind), FAMILIES[kind]
+    without_words(pipe, monkeypatch).save_pretrained(tmp_path / "parts")
+    weights = KINDS[kind].save(pipe, tmp_path / "alone")
+    file = row("x.safetensors", family=family, layout="diffusers", prefix="", resolution=Size(64, 48), cast="F32")
+    code = code_of(file).replace('.to("cuda")', "").replace("height=48", "height=48, num_inference_steps=1")
+    config = by_id(family).pipelines[""].config
+    assert code.count(config) == 2
+    code = code.replace(config, str(tmp_path / "parts")).replace(
+        "prompt=prompt", "prompt=prompt, max_sequence_length=32"
+    )
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file: {"x.safetensors": weights}[file])
+    opening, _, drawing = code.partition("prompt = ")
+    space: dict[str, Any] = {}
+    with warnings.catch_warnings(action="ignore"):
+        exec(opening, space)
+        give_words(space["pipe"], kind)
+        exec(f"prompt = {drawing}", space)
+    assert space["image"].size == (64, 48)
+    wanted = load_file(weights)
+    assert space["pipe"].transformer.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(weight, wanted[name]) for name, weight in space["pipe"].transformer.state_dict().items())
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,10 @@ def draw(job: PreviewJob, source: poa.Source, progress: Progress) -> Preview:
     from crdiff_export.sampling.session import Placement, open_session
 
     drawing, request, subject = job.drawing, job.request, job.subject
-    family = subject.plan.match.family.id
     # A single small picture is drawn no faster by several threads, and on a busy machine much slower.
-    placement = Placement(drawing.device, drawing.dtype, request.offload, threads=1 if family == "demo" else None)
-    with open_session(drawing.opening, family, placement, drawing.base.name) as session:
+    threads = drawing.opening.pipeline.threads
+    placement = Placement(drawing.device, drawing.dtype, request.offload, threads=threads)
+    with open_session(drawing.opening, placement, drawing.base.name) as session:
         renderer = Renderer(session, request, progress)
         renderer.start(len(job.pairs), subject.weights, subject.size)
 

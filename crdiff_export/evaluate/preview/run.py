@@ -10,6 +10,7 @@ from crdiff_export.evaluate.preview.render import draw
 from crdiff_export.evaluate.preview.request import Preview, PreviewJob, PreviewRequest
 from crdiff_export.evaluate.request import Subject
 from crdiff_export.formats.text import printable
+from crdiff_export.hub import bases
 from crdiff_export.models.demo.scenes import EXAMPLE, LEARNT, Scene
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import criterion_choice
@@ -72,7 +73,8 @@ def prepare(request: PreviewRequest) -> PreviewJob:
         raise OptionError("all ratios are 0, so there is no pruned model to look at", "Give --ratio, or a --recipe.")
     outputs = files.choose(request, subject, base.base.stem or base.checkpoint.stem)
     drawing = drawing_setup.set_up(request, base, plan, offload=request.offload)
-    notes = (*(() if baked else plan.notes), *(demo_notes(request.prompts) if family.id == "demo" else ()))
+    in_demo_words = drawing.opening.pipeline.config == bases.BUILT_IN
+    notes = (*(() if baked else plan.notes), *(demo_notes(request.prompts) if in_demo_words else ()))
     return PreviewJob(request, drawing, subject, baked, outputs, notes)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 # `ff-shared` is a feed-forward that the text goes through, too.
 Kind = Literal["attn", "ff", "attn2", "ff-shared"]
@@ -148,6 +148,7 @@ class Special:
         channels: Its in-channels; None if they are the family's.
         vector: The width of the vector beside its text, or ANY; None if it is the family's.
         tensors: Tensors that only this model has, one for each layout that it is saved in.
+        prompt: Whether a prompt alone is enough for it, in a pipeline of its own.
     """
 
     id: str
@@ -156,6 +157,7 @@ class Special:
     channels: int | None = None
     vector: int | None = None
     tensors: tuple[str, ...] = ()
+    prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +179,21 @@ class Pipeline:
 
     Attributes:
         pipeline: The pipeline class.
-        config: A Hub repository with the configuration and the components that are not pruned.
+        config: A Hub repository with the configuration and the components that are not pruned, or the name of the
+            built-in base.
         network: The class of the pruned component.
         folder: The folder of the pruned component.
         dtype: The torch dtype of a code snippet.
         call: Arguments of the pipeline's call, formatted with a Size.
         pictures: Names of input pictures that the call needs.
+        prediction: What the scheduler of `config` predicts.
+        steps: The usual steps of sampling; None takes ours.
+        guidance: The usual guidance; None takes that of diffusers.
+        guidance_argument: The argument of the call that takes the guidance.
+        negative_prompt: The negative prompt where the user gives none.
+        arguments: Further arguments of the call.
+        batch: How many pictures to draw at once; None leaves it to the device.
+        threads: How many threads to draw one picture with; None takes torch's number.
     """
 
     pipeline: str
@@ -192,6 +203,14 @@ class Pipeline:
     dtype: str = "float16"
     call: str = "width={0.width}, height={0.height}"
     pictures: tuple[str, ...] = ()
+    prediction: str = "epsilon"
+    steps: int | None = None
+    guidance: float | None = None
+    guidance_argument: str = "guidance_scale"
+    negative_prompt: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    batch: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +240,7 @@ class Family:
         rising: Whether that fraction rises while they draw, from 0 for noise.
         negative: Whether its pipeline takes a negative prompt.
         sample_size: Whether `sample_size` of its configuration is the size that it was trained at.
+        programs: The programs beside diffusers that open it: `comfyui`, `a1111`, `forge`.
         table: The text of its table, for a family that is not built in; a baked file carries it.
     """
 
@@ -245,6 +265,7 @@ class Family:
     rising: bool = False
     negative: bool = True
     sample_size: bool = True
+    programs: tuple[str, ...] = ("comfyui",)
     table: str = ""
 
 

@@ -39,6 +39,7 @@ MAX_TABLE: Final = 1 << 18
 # The header of a baked file has the table under this key.
 TABLE_KEY: Final = "crdiff.family.table"
 _RANGE = re.compile(r"\{(\d{1,4})\.\.(\d{1,4})\}")
+_PROGRAMS = ("comfyui", "a1111", "forge")
 _EXAMPLES: Final = {
     "id": 'id = "my-model"',
     "title": 'title = "My model"',
@@ -53,6 +54,8 @@ _EXAMPLES: Final = {
     "special": '[[special]], with id = "inpainting" and channels = 9',
     "pipeline": '[pipeline], with class = "FluxPipeline"',
     "twin": "[twin]",
+    "programs": 'programs = ["comfyui"]',
+    "prompt": "prompt = true",
     "down": "down = [0, 2, 10]",
     "up": "up = [10, 2, 0]",
     "mid": "mid = 10",
@@ -89,11 +92,19 @@ _EXAMPLES: Final = {
     "network": 'network = "FluxTransformer2DModel"',
     "call": 'call = "width={0.width}, height={0.height}"',
     "pictures": 'pictures = ["picture"]',
+    "prediction": 'prediction = "v"',
+    "steps": "steps = 4",
+    "guidance": "guidance = 0.0",
+    "guidance_argument": 'guidance_argument = "true_cfg_scale"',
+    "negative_prompt": 'negative_prompt = " "',
+    "arguments": "arguments = { use_resolution_binning = false }",
+    "batch": "batch = 16",
+    "threads": "threads = 1",
     "limit": "limit = 0.09",
 }  # fmt: skip
 _KEYS: Final = (
     "id", "title", "architecture", "implementation", "native", "grid", "buckets", "unet", "transformer", "target",
-    "special", "pipeline", "twin",
+    "special", "pipeline", "twin", "programs",
 )  # fmt: skip
 
 
@@ -163,6 +174,7 @@ def _family(table: RecipeTable) -> Family:
         twin=_twin(table.table("twin")) if "twin" in table else None,
         buckets=_flag(table, "buckets"),
         pipelines=_pipelines(table.table("pipeline"), unet="unet" in table) if "pipeline" in table else {},
+        programs=_programs(table),
         **network,
     )
 
@@ -306,7 +318,7 @@ def _mark(table: RecipeTable) -> Mark:
 
 
 def _special(table: RecipeTable) -> Special:
-    table.refuse_unknown(("id", "title", "architecture", "channels", "vector", "tensors"))
+    table.refuse_unknown(("id", "title", "architecture", "channels", "vector", "tensors", "prompt"))
     vector = None
     if "vector" in table:
         vector = ANY if table.values["vector"] == "any" else table.count("vector")
@@ -314,7 +326,8 @@ def _special(table: RecipeTable) -> Special:
     tensors = table.strings("tensors") if "tensors" in table else ()
     if channels is None and vector is None and not tensors:
         raise table.wrong("channels", "is missing, and so are vector and tensors")
-    return Special(table.string("id"), table.string("title"), table.string("architecture"), channels, vector, tensors)
+    texts = table.string("id"), table.string("title"), table.string("architecture")
+    return Special(*texts, channels, vector, tensors, prompt=_flag(table, "prompt"))
 
 
 def _twin(table: RecipeTable) -> Twin:
@@ -326,15 +339,26 @@ def _twin(table: RecipeTable) -> Twin:
 
 def _pipelines(table: RecipeTable, *, unet: bool) -> Mapping[str, Pipeline]:
     """Read the pipeline of the plain model, and those of special ones in tables of their ids."""
-    settings = {key: value for key, value in table.values.items() if not isinstance(value, dict)}
+    settings = {key: value for key, value in table.values.items() if key == "arguments" or not isinstance(value, dict)}
     plain = RecipeTable(settings, table.where, table.path, table.examples, table.document)
     pipelines = {"": _pipeline(plain, unet=unet)} if settings else {}
-    names = [key for key, value in table.values.items() if isinstance(value, dict)]
+    names = [key for key in table.values if key not in settings]
     return pipelines | {name: _pipeline(table.table(name), unet=unet) for name in names}
 
 
 def _pipeline(table: RecipeTable, *, unet: bool) -> Pipeline:
-    table.refuse_unknown(("class", "config", "network", "call", "pictures"))
+    table.refuse_unknown((
+        "class", "config", "network", "call", "pictures", "prediction", "steps", "guidance", "guidance_argument",
+        "negative_prompt", "arguments", "batch", "threads",
+    ))  # fmt: skip
+    negative = table.values.get("negative_prompt")
+    if not isinstance(negative, str | None):
+        raise table.wrong("negative_prompt", f"is {shown(negative)}, must be a text")
+    arguments = table.table("arguments").values if "arguments" in table else {}
+    if wrong := next(
+        (key for key, value in arguments.items() if not isinstance(value, bool | int | float | str)), None
+    ):
+        raise table.wrong("arguments", f"has {shown(wrong)}, which must be a text, a number, true or false")
     return Pipeline(
         pipeline=table.string("class"),
         config=table.string("config"),
@@ -343,7 +367,22 @@ def _pipeline(table: RecipeTable, *, unet: bool) -> Pipeline:
         dtype="float16" if unet else "bfloat16",
         call=table.string("call") if "call" in table else "width={0.width}, height={0.height}",
         pictures=table.strings("pictures") if "pictures" in table else (),
+        prediction=table.string("prediction") if "prediction" in table else "epsilon",
+        steps=table.count("steps") if "steps" in table else None,
+        guidance=table.number("guidance") if "guidance" in table else None,
+        guidance_argument=table.string("guidance_argument") if "guidance_argument" in table else "guidance_scale",
+        negative_prompt=negative,
+        arguments=arguments,
+        batch=table.count("batch") if "batch" in table else None,
+        threads=table.count("threads") if "threads" in table else None,
     )
+
+
+def _programs(table: RecipeTable) -> tuple[str, ...]:
+    programs = table.values.get("programs", [_PROGRAMS[0]])
+    if isinstance(programs, list) and all(program in _PROGRAMS for program in programs):
+        return tuple(programs)
+    raise table.wrong("programs", f"is {shown(programs)}, must be some of {', '.join(_PROGRAMS)}")
 
 
 def _tables(table: RecipeTable, key: str) -> list[RecipeTable]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from crdiff_export.models.families import pipelines
 from crdiff_export.publish.card import front_matter, managed_section
 from crdiff_export.publish.card.front_matter import Changes
 from crdiff_export.publish.card.model import GATING, Card
@@ -79,10 +80,11 @@ def _single(card: Card) -> dict[str, dict[str, str]]:
     """The keys that do not depend on other keys."""
     library = "diffusers" if any(kind(variant) == "pipeline" for variant in card.variants) else "diffusion-single-file"
     tasks = {base.pipeline_tag for base in card.bases if base.pipeline_tag}
-    refiners = all(variant.stamp.family == "sdxl-refiner" for variant in card.variants)
+    usual = [pipelines.find(variant.stamp.family) for variant in card.variants]
+    of_pictures = all(pipeline and pipeline.pictures for pipeline in usual)
     values = {
         "library_name": library,
-        "pipeline_tag": tasks.pop() if len(tasks) == 1 else "image-to-image" if refiners else "text-to-image",
+        "pipeline_tag": tasks.pop() if len(tasks) == 1 else "image-to-image" if of_pictures else "text-to-image",
     }
     if any(base.repo for base in card.bases):
         values["base_model_relation"] = card.relation

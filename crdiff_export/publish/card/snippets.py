@@ -8,9 +8,10 @@ from collections.abc import Collection, Mapping
 from typing import Literal
 
 from crdiff_export.errors import FamilyError
+from crdiff_export.hub import bases
 from crdiff_export.hub.location import parse_uri
 from crdiff_export.models import families
-from crdiff_export.models.families import pipelines
+from crdiff_export.models.families import Family, pipelines
 from crdiff_export.models.families.model import BUNDLED, Pipeline
 from crdiff_export.models.prediction import EDM_V_SCHEDULER, V_SCHEDULER, Prediction
 from crdiff_export.publish.card.model import Card, CardVariant
@@ -22,9 +23,6 @@ Kind = Literal["pipeline", "folder", "component", "checkpoint", "network", "shar
 FILES: Collection[Kind] = ("checkpoint", "network")
 DTYPES: Mapping[str | None, str] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _CHECKPOINTS, _NETWORKS = "ComfyUI/models/checkpoints", "ComfyUI/models/diffusion_models"
-# The families that these programs are known to open.
-_IN_WEBUIS = ("sd15", "sd21", "sdxl", "sdxl-refiner")
-_IN_FORGE = ("flux-dev", "flux-schnell")
 _WEBUI = "stable-diffusion-webui{}/models/Stable-diffusion"
 
 
@@ -41,10 +39,15 @@ def kind(variant: CardVariant) -> Kind:
 
 def title(family: str) -> str:
     """Return the title of a family; the id of one that is unknown here."""
+    known = _family(family)
+    return known.title if known else prose(family)
+
+
+def _family(family: str) -> Family | None:
     try:
-        return families.by_id(family).title
+        return families.by_id(family)
     except FamilyError:
-        return prose(family)
+        return None
 
 
 def opening(variant: CardVariant) -> tuple[str, ...]:
@@ -58,12 +61,28 @@ def _special(variant: CardVariant) -> str:
     """The model of a family that has the same shape as others but needs its own configuration."""
     prediction, special = Prediction.parse(variant.stamp.prediction or ""), variant.stamp.special
     if special or not prediction:
-        # Headers from before the prediction was in them: SD2.1's 512x512 model is the base. A size that the base
-        # states itself does not tell.
-        by_family = variant.stamp.native_source == "family"
-        is_base = variant.stamp.family == "sd21" and variant.stamp.native == Size(512, 512) and by_family
-        return special or ("base" if is_base else "")
+        # Headers from before the prediction was in them: the native size tells a twin. A size that the base states
+        # itself does not tell.
+        family, by_family = _family(variant.stamp.family), variant.stamp.native_source == "family"
+        is_twin = family and family.twin and variant.stamp.native == Size(*family.twin.native) and by_family
+        return special or ("base" if is_twin else "")
     return prediction.kind if prediction.kind in ("edm", "other") else ""
+
+
+def is_built_in_base(variant: CardVariant) -> bool:
+    """Whether a variant is of the base that comes with crdiff, whose other parts are nowhere else."""
+    model = pipelines.find(variant.stamp.family)
+    return model is not None and model.config == bases.BUILT_IN
+
+
+def call(model: Pipeline, size: Size) -> str:
+    """Return the arguments of the pipeline's call behind the prompt, as Python."""
+    usual = {
+        "num_inference_steps": model.steps, model.guidance_argument: model.guidance,
+        "negative_prompt": model.negative_prompt, **model.arguments,
+    }  # fmt: skip
+    values = {key: quoted(value) if isinstance(value, str) else repr(value) for key, value in usual.items()}
+    return ", ".join([model.call.format(size), *(f"{key}={values[key]}" for key in usual if usual[key] is not None)])
 
 
 def heading(variant: CardVariant) -> str:
@@ -82,10 +101,15 @@ def pipeline(variant: CardVariant) -> Pipeline | None:
     stored, special = kind(variant), _special(variant)
     if stored == "shards" or variant.stamp.scaled:
         return None
-    # Other special models need more than a prompt; Kolors is a text-to-image model with a class of its own.
-    named = stored in ("pipeline", "folder") and special in ("", "kolors")
-    found = pipelines.find(variant.stamp.family, special) or (Pipeline("DiffusionPipeline", "") if named else None)
-    return None if found and stored in FILES and found.network in pipelines.FOLDERS_ONLY else found
+    model = pipelines.find(variant.stamp.family, special)
+    if model and model.config == bases.BUILT_IN:
+        return None
+    if model:
+        return None if stored in FILES and model.network in pipelines.FOLDERS_ONLY else model
+    # Other special models need more than a prompt.
+    family = _family(variant.stamp.family)
+    by_prompt = not special or (family and any(each.prompt for each in family.specials if each.id == special))
+    return Pipeline("DiffusionPipeline", "") if stored in ("pipeline", "folder") and by_prompt else None
 
 
 def scheduler(variant: CardVariant) -> tuple[str, str] | None:
@@ -93,8 +117,8 @@ def scheduler(variant: CardVariant) -> tuple[str, str] | None:
     prediction = Prediction.parse(variant.stamp.prediction or "")
     if prediction is None or prediction.kind in ("edm", "other"):
         return None
-    configured = "v" if (variant.stamp.family, _special(variant)) == ("sd21", "") else "epsilon"
-    if prediction.kind == configured and not prediction.zero_snr:
+    model = pipelines.find(variant.stamp.family, _special(variant))
+    if prediction.kind == (model.prediction if model else "epsilon") and not prediction.zero_snr:
         return None
     values = {key: quoted(v) if isinstance(v, str) else repr(v) for key, v in prediction.scheduler_settings.items()}
     settings = [f"{key}={value}" for key, value in values.items()]
@@ -127,15 +151,16 @@ def folders(variant: CardVariant) -> list[tuple[str, str]]:
     """List the programs that open a file, each with the folder that it reads."""
     family, stored = variant.stamp.family, kind(variant)
     bare = "; text encoders and VAE are the base's"
-    programs = []
-    only_comfyui = variant.stamp.scaled  # others are not known to read codes with a scale
-    if family == "demo" or not families.is_built_in(family):
-        return []
+    programs: list[tuple[str, str]] = []
+    opened_by = families.by_id(family).programs if families.is_built_in(family) else ()
+    if variant.stamp.scaled:  # others are not known to read codes with a scale
+        opened_by = tuple(program for program in opened_by if program == "comfyui")
     if stored == "checkpoint":
-        programs = [("ComfyUI, Load Checkpoint", _CHECKPOINTS)]
-        programs += [("A1111 and Forge", _WEBUI.format(""))] if family in _IN_WEBUIS and not only_comfyui else []
+        programs += [("ComfyUI, Load Checkpoint", _CHECKPOINTS)] if "comfyui" in opened_by else []
+        programs += [("A1111 and Forge", _WEBUI.format(""))] if "a1111" in opened_by else []
     elif stored == "network" and variant.stamp.prefix in ("", BUNDLED):
-        programs = [(f"ComfyUI, Load Diffusion Model{bare}", _NETWORKS)]
-    if programs and family in _IN_FORGE and not only_comfyui and variant.stamp.layout == "original":
+        programs += [(f"ComfyUI, Load Diffusion Model{bare}", _NETWORKS)] if "comfyui" in opened_by else []
+    in_forge = "forge" in opened_by and "a1111" not in opened_by
+    if programs and in_forge and variant.stamp.layout == "original":
         programs.append((f"Forge{bare if stored == 'network' else ''}", _WEBUI.format("-forge")))
     return programs
