@@ -24,12 +24,13 @@ from crdiff_export.sampling.comfyui.patch import PatchedLayer, PoaPatch, PruneSw
 from crdiff_export.sampling.poa.masks import MaskPart, Masks, ReplacedWeights
 from crdiff_export.sampling.poa.mix import Schedule
 from crdiff_export.verify.reopen import BakedCheckpoint, open_baked, read_decision
-from tests.support import masking
+from tests.support import geometry_tables, makers, masking
 from tests.support.isolation import Crdiff
 from tests.support.messages import raises
 from tests.support.scaled_models import UNET, Scaled
 
 Weights = dict[str, torch.Tensor]
+SIZE = Size(96, 64)
 
 
 @pytest.fixture
@@ -226,6 +227,30 @@ def test_a_layer_takes_the_pruned_weights(table: str, criterion: str, dtype: tor
         assert layer(weights[key].to(torch.float8_e4m3fn)).dtype == torch.float8_e4m3fn
         assert torch.equal(pruned[key].double(), before.double())
         assert switch.used
+
+
+@pytest.mark.parametrize("family", ["flux-2-dev", "qwen-image", "ssd-1b"])
+def test_a_base_with_diffusers_names_is_matched_by_comfyuis(family: str, tmp_path: Path) -> None:
+    """ComfyUI renames what it loads to the names of the authors, and fuses what they fuse."""
+    table = next(name for name in geometry_tables.names() if name.startswith(f"{family}.diffusers"))
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny(table, "F32"))
+    baked = open_baked(export(ExportRequest(str(base), SIZE, tmp_path / "baked.safetensors", ratio=0.4)).written.path)
+    weights, pruned = (safetensors.torch.load_file(path) for path in (base, baked.checkpoint.path))
+
+    def renamed(tensors: Weights) -> Weights:
+        rows: dict[str, dict[int, torch.Tensor]] = {}
+        for layer in baked.plan.match.layout.layers:
+            name, part = layer.original
+            rows.setdefault(match.PREFIX + name, {})[part] = tensors[layer.tensor]
+        return {name: torch.cat([parts[part] for part in sorted(parts)]) for name, parts in rows.items()}
+
+    fused, expected, switch = renamed(weights), renamed(pruned), PruneSwitch()
+    parts = match.model_parts(fused, baked)
+    switch.pruned = True
+    for key, of_key in parts.items():
+        assert not torch.equal(fused[key], expected[key])
+        assert torch.equal(PatchedLayer(switch, key, of_key, ())(fused[key]), expected[key])
+    assert len(parts) == len({target.layer.original[0] for target in baked.plan.targets})
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from crdiff_export.calibrate import CalibrateRequest, calibrate
 from crdiff_export.models import demo
 from crdiff_export.sampling import poa
 from crdiff_export.sampling.comfyui.install import install
-from tests.support import SUPPORT
+from crdiff_export.verify import open_baked
+from tests.support import ROOT
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
 pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PATH names no ComfyUI")
@@ -49,13 +50,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     safetensors.torch.save_file(lora(), work / "lora.safetensors")
     masked = masks(base, work / "masks")
     safetensors.torch.save_file(reference(base, baked, masked), work / "reference.safetensors")
-    script = SUPPORT / "comfyui_check.py"
+    measured = json.loads(run("comfyui_check", str(work)).splitlines()[-1])
+    assert isinstance(measured, dict)
+    return measured
+
+
+def run(module: str, *words: str) -> str:
+    """Run a check with ComfyUI's Python; what it prints."""
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
-    ran = subprocess.run([python, str(script), COMFYUI, str(work)], check=False, capture_output=True, text=True)
+    line = [python, "-m", f"tests.support.{module}", str(COMFYUI), *words]
+    ran = subprocess.run(line, check=False, capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout.splitlines()[-1])
-    assert isinstance(found, dict)
-    return found
+    return ran.stdout
 
 
 def bake(base: Path, output: Path, **options: Any) -> Path:
@@ -223,3 +229,37 @@ def test_information(results: dict[str, Any]) -> None:
     assert "demo.safetensors" not in results["choices"]
     assert "POA weight: 1.5" in results["info"]
     assert "not tuned" in results["info"]
+
+
+FAMILIES = {
+    "flux-lite": 8 * 6 + 38 * 3,
+    "chroma": 19 * 6 + 38 * 3,
+    "qwen-image": 60 * 6,
+    "flux-2-dev": 8 * 6,
+    "unet": 17 * 6,
+}
+
+
+def test_models_of_other_families(tmp_path: Path) -> None:
+    """ComfyUI's own classes with random weights: their names are those of a family, and POA is that of two models."""
+    for folder in ("custom_nodes", "comfy", "checkpoints"):
+        (tmp_path / folder).mkdir()
+    install(tmp_path)
+    run("comfyui_families", str(tmp_path), "bases")
+    for family, layers in FAMILIES.items():
+        base = tmp_path / "checkpoints" / f"{family}.safetensors"
+        output = base.with_name(f"baked-{base.name}")
+        export(ExportRequest(str(base), SIZE, output, ratio=RATIO, native=SIZE, targets=("ff", "attn")))
+        plan = open_baked(output).plan
+        assert (plan.match.family.id, plan.match.layout.name) == (
+            family, "diffusers" if family == "qwen-image" else "original",
+        )  # fmt: skip
+        assert len(plan.targets) == layers
+    measured = json.loads(run("comfyui_families", str(tmp_path)).splitlines()[-1])
+    assert measured.pop("loaded") is True
+    moves = {name: value for name, value in measured.items() if name.endswith(" moves the result")}
+    assert len(moves) == 2 * len(FAMILIES)
+    assert min(moves.values()) > 0.001, moves
+    same = {name: value for name, value in measured.items() if name not in moves}
+    assert len(same) == 4 * len(FAMILIES)
+    assert {name: value for name, value in same.items() if value} == {}
