@@ -17,6 +17,7 @@ from crdiff_export.errors import CheckpointError
 from crdiff_export.evaluate.scorers.demo_scorer import judge
 from crdiff_export.models import demo
 from crdiff_export.models.demo import scenes
+from crdiff_export.models.families import by_id
 from crdiff_export.sampling import prompts
 from tests.support.messages import raises
 
@@ -123,7 +124,8 @@ def test_configuration_is_what_training_used(tmp_path: Path) -> None:
 
 
 def test_drawing_is_as_training_judged_it() -> None:
-    assert (diffusion.SAMPLING, diffusion.GUIDANCE) == (demo.STEPS, demo.GUIDANCE)
+    usage = by_id("demo").pipelines[""]
+    assert (diffusion.SAMPLING, diffusion.GUIDANCE) == (demo.STEPS, demo.GUIDANCE) == (usage.steps, usage.guidance)
 
 
 @pytest.mark.parametrize("part", [demo.path, demo.config], ids=["weights", "configuration"])

@@ -69,6 +69,7 @@ FUSED = (
     'id = "own"\ntitle = "My model"\n[transformer]\nkinds = ["ff"]\ndefault = ["ff"]\n[transformer.original]\n'
     '[[target]]\nkind = "ff"\noriginal = "blocks.{0..2}.mlp.0.weight"\npart = 0\nof = 3\n'
 )
+PIPELINE = '\n[pipeline]\nclass = "FluxPipeline"\nnetwork = "FluxTransformer2DModel"\nconfig = "a/b"\n'
 SHAPES = {
     "img_in.weight": (8, 16), "txt_in.weight": (8, 24),
     **{f"blocks.{i}.{name}.weight": (8, 8) for i in range(3) for name in ("img_mlp.net.0.proj", "attn.to_q")},
@@ -184,6 +185,10 @@ WRONG = {
     "no depth": ('id = "u"\ntitle = "u"\n[unet]\nmid = 1\ncontext = 8\n', "unet.down is missing"),
     "a special of nothing": (OWN + '\n[[special]]\nid = "x"\ntitle = "x"\narchitecture = "x"\n', "special[1].channels"),
     "a pipeline without a class": (OWN + '\n[pipeline]\nconfig = "a/b"\n', "pipeline.class"),
+    "no steps": (OWN + PIPELINE + "steps = 0\n", "pipeline.steps"),
+    "a list as a negative prompt": (OWN + PIPELINE + 'negative_prompt = ["a"]\n', "pipeline.negative_prompt"),
+    "a list as an argument": (OWN + PIPELINE + "arguments = { sizes = [1] }\n", "'sizes'"),
+    "an unknown program": ('programs = ["gimp"]\n' + OWN, "programs"),
 }
 
 
@@ -206,6 +211,23 @@ def test_a_special_model_may_be_told_by_a_tensor(prefix: str) -> None:
     found = detect(shapes | {f"{prefix}b.weight": (4,)}, family)
     assert found.special
     assert (found.special.id, found.title) == ("pictures", "My model, with pictures")
+
+
+def test_a_table_says_how_its_pipeline_draws() -> None:
+    text = (
+        'steps = 4\nguidance = 0\nguidance_argument = "scale"\nnegative_prompt = ""\narguments = { a = 1, b = false }\n'
+    )
+    usage = parse_family(OWN + PIPELINE + text, "own.toml").pipelines[""]
+    assert (usage.steps, usage.guidance, usage.guidance_argument, usage.negative_prompt) == (4, 0.0, "scale", "")
+    assert usage.arguments == {"a": 1, "b": False}
+    assert (usage.network, usage.folder, usage.dtype) == ("FluxTransformer2DModel", "transformer", "bfloat16")
+    plain = parse_family(OWN + PIPELINE, "own.toml").pipelines[""]
+    assert (plain.steps, plain.guidance, plain.guidance_argument, plain.negative_prompt) == (
+        None,
+        None,
+        "guidance_scale",
+        None,
+    )
 
 
 def test_layouts_have_as_many_names() -> None:

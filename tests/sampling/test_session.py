@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,10 +73,14 @@ def test_a_picture_is_that_of_a_plain_call(kind: str, tmp_path: Path, monkeypatc
 
 
 class Fake:
-    """A pipeline that only takes arguments."""
+    """A pipeline that only notes its arguments."""
+
+    def __init__(self) -> None:
+        self.called: dict[str, Any] = {}
 
     def __call__(self, prompt: list[str], guidance_scale: float | None = None, **arguments: Any) -> Any:
-        raise NotImplementedError({"prompt": prompt, "guidance_scale": guidance_scale, **arguments})
+        self.called = {"guidance_scale": guidance_scale, **arguments}
+        return SimpleNamespace(images=[])
 
 
 def test_steps_and_guidance_are_the_tables_then_ours_and_those_of_diffusers() -> None:
@@ -93,15 +98,18 @@ def test_steps_and_guidance_are_the_tables_then_ours_and_those_of_diffusers() ->
 def test_further_arguments_are_the_tables() -> None:
     usage = Pipeline("X", "a/b", guidance=1.0, arguments={"use_resolution_binning": False})
     session = Session(Fake(), usage)
-    with raises(PreviewError, "'use_resolution_binning': False"):
-        session.draw([PROMPT, PROMPT], (3, 4), session.style(SIZE))
+    session.draw([PROMPT], [3], session.style(SIZE))
+    assert session.pipe.called["use_resolution_binning"] is False
+    assert session.pipe.called["guidance_scale"] == 1.0
+    assert "negative_prompt" not in session.pipe.called
 
 
 def test_a_negative_prompt_is_the_users_or_the_tables() -> None:
     session = Session(Fake(), by_id("qwen-image").pipelines[""])
     for given, taken in ((None, " "), ("blurry", "blurry")):
-        with raises(PreviewError, f"'negative_prompt': ['{taken}', '{taken}']"):
-            session.draw([PROMPT, PROMPT], (3, 4), session.style(SIZE, 1, 2.0, given))
+        session.draw([PROMPT, PROMPT], [3, 4], session.style(SIZE, 1, 2.0, given))
+        assert session.pipe.called["negative_prompt"] == [taken, taken]
+        assert (session.pipe.called["true_cfg_scale"], session.pipe.called["guidance_scale"]) == (2.0, None)
 
 
 def test_a_batch_is_the_tables_or_follows_the_device() -> None:
