@@ -237,6 +237,7 @@ FAMILIES = {
     "qwen-image": 60 * 6,
     "flux-2-dev": 8 * 6,
     "unet": 17 * 6,
+    "sdxl": 420,
 }
 
 

@@ -29,7 +29,11 @@ import safetensors.torch
 import torch
 
 BLOCKS = {"hidden_size": 24, "num_heads": 2, "axes_dim": [4, 4, 4], "mlp_ratio": 4.0, "theta": 10000}
-FLOW = (1.0, 0.6, 0.2, 0.0)
+UNET = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_heads": 4, "legacy": False,
+    "use_spatial_transformer": True, "use_temporal_attention": False,
+}  # fmt: skip
+FLOW, NOISE = (1.0, 0.6, 0.2, 0.0), (14.6, 5.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -117,13 +121,22 @@ SMALL = {
     "unet": Small(
         supported.SD15,
         {
-            "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 2, 1],
-            "channel_mult": (1, 2, 2), "transformer_depth": [0, 1, 2, 3], "transformer_depth_middle": 2,
-            "transformer_depth_output": [0, 0, 1, 2, 2, 3, 1], "context_dim": 24, "num_heads": 4, "legacy": False,
-            "use_spatial_transformer": True, "use_linear_in_transformer": False, "adm_in_channels": None,
-            "use_temporal_attention": False,
+            "num_res_blocks": [1, 2, 1], "channel_mult": (1, 2, 2), "transformer_depth": [0, 1, 2, 3],
+            "transformer_depth_middle": 2, "transformer_depth_output": [0, 0, 1, 2, 2, 3, 1], "context_dim": 24,
+            "use_linear_in_transformer": False, "adm_in_channels": None, **UNET,
         },
-        (1, 4, 8, 8), 24, (14.6, 5.0, 1.0, 0.0),
+        (1, 4, 8, 8), 24, NOISE,
+    ),
+    "sdxl": Small(
+        supported.SDXL,
+        {
+            "num_res_blocks": [2, 2, 2], "channel_mult": (1, 2, 4), "transformer_depth": [0, 0, 2, 2, 10, 10],
+            "transformer_depth_middle": 10, "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+            "context_dim": 2048, "use_linear_in_transformer": True, "adm_in_channels": 2816,
+            "num_classes": "sequential",
+            **UNET,
+        },
+        (1, 4, 8, 8), 2048, NOISE, {"pooled_output": torch.ones(1, 1280)},
     ),
 }  # fmt: skip
 
