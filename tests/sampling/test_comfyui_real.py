@@ -38,9 +38,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `comfyui_check.py` finds."""
     assert COMFYUI
     work = tmp_path_factory.mktemp("comfyui")
-    for folder in ("custom_nodes", "comfy", "checkpoints", "masks"):
+    for folder in ("custom_nodes", "comfy", "checkpoints", "masks", "scaled"):
         (work / folder).mkdir()
     install(work)
+    scaled_fp8(work / "scaled")
     base = work / "checkpoints" / "demo.safetensors"
     base.write_bytes(demo.path().read_bytes())
     (work / "unet.json").write_bytes((demo.config() / "unet" / "config.json").read_bytes())
@@ -53,6 +54,28 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     measured = json.loads(run("comfyui_check", str(work)).splitlines()[-1])
     assert isinstance(measured, dict)
     return measured
+
+
+def scaled_fp8(folder: Path) -> None:
+    """The demo model as codes with a scale, its export, and the numbers of both in float32."""
+    weights = safetensors.torch.load_file(demo.path())
+    stored, layers = dict(weights), {}
+    for name, weight in weights.items():
+        layer = name.removesuffix(".weight")
+        if ("attn1" in name or ".ff.net" in name) and layer != name:
+            scale = weight.abs().max().float() / 448
+            stored[name], stored[f"{layer}.weight_scale"] = (weight / scale).to(torch.float8_e4m3fn), scale
+            layers[layer] = {"format": "float8_e4m3fn"}
+    base = folder / "scaled.safetensors"
+    safetensors.torch.save_file(stored, base, {"_quantization_metadata": json.dumps({"layers": layers})})
+    for path in (base, bake(base, folder / "baked-scaled.safetensors")):
+        codes = safetensors.torch.load_file(path)
+        wide = {
+            name: codes[name].float() * codes[f"{name.removesuffix('.weight')}.weight_scale"]
+            if name.removesuffix(".weight") in layers else codes[name]
+            for name in weights
+        }  # fmt: skip
+        safetensors.torch.save_file(wide, folder / f"wide-{path.name}")
 
 
 def run(module: str, *words: str) -> str:
@@ -171,7 +194,7 @@ def test_like_diffusers(results: dict[str, Any]) -> None:
 
 def test_it_does_something(results: dict[str, Any]) -> None:
     moves = {name: far for name, far in results.items() if name.endswith(" moves the result")}
-    assert len(moves) == 2 + len(MASKS)
+    assert len(moves) == (3 if "scaled fp8, mixed" in results else 2) + len(MASKS)
     assert min(moves.values()) > 0.001, moves
 
 
@@ -217,6 +240,13 @@ ERRORS = {
     "obs.safetensors, pruned by magnitude": SPARSE,
     "several fit": "4 of ComfyUI's models were made from the loaded one by crdiff: baked.safetensors, embedded.",
 }
+
+
+def test_scaled_fp8_is_refused_for_other_models(results: dict[str, Any]) -> None:
+    if "scaled fp8, mixed" not in results:
+        pytest.skip("this ComfyUI holds codes and scales apart")
+    assert PRUNED in results["scaled fp8, pruned model"]
+    assert "prunes fp8 with the scale" in results["scaled fp8, other model"]
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -21,6 +21,7 @@ from tests.support.comfyui_start import BAKED, COMFYUI, WEIGHT, WORK, far, mixed
 import comfy.controlnet
 import comfy.model_management as management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sample
 import comfy.samplers
 import comfy.sd
@@ -36,6 +37,7 @@ DENSE, OTHER = "demo.safetensors", "other.safetensors"
 # Pruned by masks, the last of them with moved weights; and one that holds its residual, made like the first.
 MASKS = ("random.safetensors", "wanda.safetensors", "obs.safetensors")
 EMBEDDED = "embedded.safetensors"
+SCALED = "scaled.safetensors"
 FOUND = "(loaded model)"
 DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
@@ -359,6 +361,22 @@ def info() -> Iterator[tuple[str, Any]]:
     yield "info", nodes.NODE_CLASS_MAPPINGS["CrdiffInfo"]().show(BAKED)["result"][0]
 
 
+def scaled_fp8() -> Iterator[tuple[str, Any]]:
+    """Codes with a scale, against two models of the same numbers in float32."""
+    model, dense, pruned = load(SCALED), load(f"wide-{SCALED}"), load(f"wide-baked-{SCALED}")
+    file = f"baked-{SCALED}"
+    expected = sample(mixed(dense, pruned, always))
+    yield "scaled fp8, mixed", far(sample(poa(model, file)), expected)
+    yield "scaled fp8, found", far(sample(poa(model, FOUND)), expected)
+    yield "scaled fp8, w=1", far(sample(poa(model, file, weight=1)), sample(pruned))
+    with_lora = sample(mixed(lora()(dense), lora()(pruned), always))
+    yield "scaled fp8, lora", far(sample(poa(lora()(model), file)), with_lora)
+    yield "scaled fp8, lora after", far(sample(lora()(poa(model, file))), with_lora)
+    yield "scaled fp8 moves the result", far(sample(poa(model, file)), sample(dense))
+    yield "scaled fp8, pruned model", said(lambda: poa(load(file), file))
+    yield "scaled fp8, other model", said(lambda: poa(load(), file))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {"loaded": asyncio.run(nodes.load_custom_node(str(WORK / "custom_nodes" / "crdiff")))}
@@ -377,6 +395,9 @@ def main() -> None:
             results |= dynamically(BAKED)
         results |= errors()
         results |= info()
+        if hasattr(comfy.ops, "mixed_precision_ops"):
+            folder_paths.add_model_folder_path("checkpoints", str(WORK / "scaled"))
+            results |= scaled_fp8()
         # From here on there are several that fit.
         folder_paths.add_model_folder_path("checkpoints", str(WORK / "masks"))
         results |= masks()
