@@ -125,22 +125,27 @@ class Session:
 
         """
 
-        def step(_pipe: Any, _number: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def step(*arguments: Any) -> Any:
             if on_step:
                 on_step()
-            return tensors
+            return arguments[-1]  # what the pipeline goes on with
 
         # Made on the CPU, so that the noise is the same on every machine.
         noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         usage, negative = self.usage, style.negative or self.usage.negative_prompt
-        guided: dict[str, Any] = {usage.guidance_argument: style.guidance}
+        # PixArt's pipelines have the older one.
+        is_new = "callback_on_step_end" in inspect.signature(self.pipe.__call__).parameters
+        options: dict[str, Any] = {
+            usage.guidance_argument: style.guidance, "callback_on_step_end" if is_new else "callback": step,
+            **usage.arguments,
+        }  # fmt: skip
         if negative is not None:
-            guided["negative_prompt"] = [negative] * len(prompts)
+            options["negative_prompt"] = [negative] * len(prompts)
         hint = "Check that this base draws in diffusers at this size."
         with foreign_errors(PreviewError, f"{type(self.pipe).__name__} cannot draw", hint):
             drawn = self.pipe(
-                prompt=list(prompts), generator=noise, callback_on_step_end=step, width=style.size.width,
-                height=style.size.height, num_inference_steps=style.steps, **guided, **usage.arguments,
+                prompt=list(prompts), generator=noise, width=style.size.width, height=style.size.height,
+                num_inference_steps=style.steps, **options,
             )  # fmt: skip
         return [image.convert("RGB") for image in drawn.images]
 

@@ -104,6 +104,18 @@ def test_further_arguments_are_the_tables() -> None:
     assert "negative_prompt" not in session.pipe.called
 
 
+def test_steps_are_counted_with_an_older_callback() -> None:
+    class Older(Fake):
+        def __call__(self, prompt: list[str], callback: Any, **arguments: Any) -> Any:  # type: ignore[override]
+            callback(0, 1.0, None)
+            return super().__call__(prompt, **arguments)
+
+    steps: list[int] = []
+    session = Session(Older(), by_id("chroma").pipelines[""])
+    session.draw([PROMPT], [3], session.style(SIZE, 1, 2.0), lambda: steps.append(1))
+    assert steps == [1]
+
+
 def test_a_negative_prompt_is_the_users_or_the_tables() -> None:
     session = Session(Fake(), by_id("qwen-image").pipelines[""])
     for given, taken in ((None, " "), ("blurry", "blurry")):
