@@ -174,7 +174,8 @@ def _flow(scheduler: Any) -> Flow:
     """Return the forward process of a flow-matching scheduler: its table of the training, from little noise to much."""
     if not hasattr(scheduler, "scale_noise"):
         raise CalibrationError(
-            f"{type(scheduler).__name__}: is not a flow-matching scheduler", "Use FlowMatchEulerDiscreteScheduler."
+            f"{type(scheduler).__name__}: is not a flow-matching scheduler",
+            "Use FlowMatchEulerDiscreteScheduler, or a criterion without gradients (wanda, obs).",
         )
     fresh = type(scheduler).from_config(scheduler.config)
     steps = fresh.config.num_train_timesteps
@@ -254,10 +255,10 @@ def _patches(latents: Tensor, side: int) -> Tensor:
 
 def _latents(vae: Any, pixels: Tensor) -> Tensor:
     """Encode pixels; a VAE for videos takes them as a video of one picture."""
-    if next(vae.encoder.parameters()).ndim == 5:
-        return torch.squeeze(vae.encode(pixels.unsqueeze(2)).latent_dist.mode(), 2)
-    latents: Tensor = vae.encode(pixels).latent_dist.mode()
-    return latents
+    is_video = next(vae.encoder.parameters()).ndim == 5
+    encoded = vae.encode(pixels.unsqueeze(2) if is_video else pixels)
+    latents: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent  # SANA's
+    return latents.squeeze(2) if is_video else latents
 
 
 def _scaled(vae: Any, latents: Tensor) -> Tensor:

@@ -224,6 +224,22 @@ def test_a_flow_is_told_what_its_pipeline_tells_it(kind: str) -> None:
     assert float(loss) == pytest.approx(float(error.square().mean()), rel=1e-4)
 
 
+def test_an_autoencoder_without_a_distribution() -> None:
+    """SANA's."""
+    pipe = lumina2()
+    types = {"encoder_block_types": ("ResBlock",) * 2, "decoder_block_types": ("ResBlock",) * 2}
+    sizes = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
+    layers = {f"{part}_layers_per_block": (1, 1) for part in ("encoder", "decoder")}
+    pipe.vae = diffusers.AutoencoderDC(
+        in_channels=3, latent_channels=4, scaling_factor=0.41, downsample_block_type="conv", **types, **sizes, **layers
+    )
+    image = picture(NATIVE)
+    (latents,) = Denoising(pipe, NATIVE, GUIDANCE).encode([image])
+    with torch.no_grad():
+        expected = pipe.vae.encode(pipe.image_processor.preprocess(image)).latent * 0.41
+    torch.testing.assert_close(latents, expected)
+
+
 def lumina2() -> Any:
     """A pipeline whose time runs from noise to picture, and which negates the prediction."""
     torch.manual_seed(0)
