@@ -191,6 +191,7 @@ def _model_call(pipe: Any, prompt: str, size: Size, guidance: float, more: Mappi
     model, scheduler = model_of(pipe), pipe.scheduler
     first, *others = inspect.signature(model.forward).parameters
     calls: list[tuple[dict[str, Any], Any]] = []
+    reached: tuple[Any, ...] = ()
 
     def note(_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls.append((dict(zip((first, *others), args, strict=False)) | kwargs, output[0]))
@@ -206,33 +207,34 @@ def _model_call(pipe: Any, prompt: str, size: Size, guidance: float, more: Mappi
             generator=torch.Generator("cpu").manual_seed(0), **more,
         )  # fmt: skip
     except _StepError as stop:
-        prediction, time, sample = stop.args
+        reached = stop.args
     finally:
         hook.remove()
         del scheduler.step
-    (arguments, output), *rest = calls
-    latents, when = arguments.pop(first), arguments.pop("timestep", None)
-    tensors = (prediction, sample, latents, output)
-    if rest or not isinstance(when, Tensor) or not all(isinstance(each, Tensor) for each in tensors):
-        raise _unknown(pipe)
-    told = float(when.reshape(-1)[0])
-    moment = float(time) / scheduler.config.num_train_timesteps
+    unknown = CalibrationError(
+        f"{type(pipe).__name__}: its training loss is unknown", "Choose a criterion without gradients (wanda, obs)."
+    )
+    if len(calls) != 1 or not reached:
+        raise unknown
+    ((arguments, output),), (prediction, time, sample) = calls, reached
+    timestep = arguments.pop("timestep", None)
+    tensors = (timestep, prediction, sample, arguments.pop(first), output)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors) or len({tensor.shape for tensor in tensors[1:]}) > 1:
+        raise unknown
+    number, part = float(timestep.reshape(-1)[0]), float(time) / scheduler.config.num_train_timesteps
     error, fraction, reverse = min(
-        (abs(told - float(time)), False, False), (abs(told - moment), True, False), (abs(told - 1 + moment), True, True)
+        (abs(number - float(time)), False, False),
+        (abs(number - part), True, False),
+        (abs(number - 1 + part), True, True),
     )
     negated = not _equal(prediction, output)
-    shapes = {each.shape for each in tensors}
-    if len(shapes) > 1 or error > _ROUNDING * max(1, told) or (negated and not _equal(prediction, -output)):
-        raise _unknown(pipe)
+    if error > _ROUNDING * max(1, number) or (negated and not _equal(prediction, -output)):
+        raise unknown
     if isinstance(arguments.get("guidance"), Tensor):
         arguments["guidance"] = torch.full_like(arguments["guidance"], guidance)
-    kept = {name: value for name, value in arguments.items() if value is not None and name != "return_dict"}
-    return ModelCall(_to_device(kept, torch.device("cpu")), tuple(sample.shape), fraction, reverse, negated, when.dtype)
-
-
-def _unknown(pipe: Any) -> CalibrationError:
-    problem = f"{type(pipe).__name__}: its training loss is unknown"
-    return CalibrationError(problem, "Choose a criterion without gradients (wanda, obs).")
+    inputs = {name: value for name, value in arguments.items() if value is not None and name != "return_dict"}
+    moved, shape = _to_device(inputs, torch.device("cpu")), tuple(sample.shape)
+    return ModelCall(moved, shape, fraction, reverse, negated, timestep.dtype)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

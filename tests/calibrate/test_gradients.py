@@ -419,8 +419,15 @@ def test_pipelines_without_a_known_loss_are_refused(kind: str, change: Callable[
 
 @pytest.mark.parametrize(
     ("calls", "told", "scale", "known"),
-    [(1, 0.25, 1, True), (1, 0.75, -1, True), (2, 0.25, 1, False), (1, 0.4, 1, False), (1, 0.25, 2, False)],
-    ids=["plain", "reverse", "two calls", "another time", "another prediction"],
+    [
+        (1, 0.25, 1, True),
+        (1, 0.75, -1, True),
+        (0, 0.25, 1, False),
+        (2, 0.25, 1, False),
+        (1, 0.4, 1, False),
+        (1, 0.25, 2, False),
+    ],
+    ids=["plain", "reverse", "no step", "two calls", "another time", "another prediction"],
 )
 def test_a_pipeline_that_calls_its_model_in_another_way_is_refused(
     calls: int, told: float, scale: float, known: bool
@@ -433,7 +440,8 @@ def test_a_pipeline_that_calls_its_model_in_another_way_is_refused(
             text = {"encoder_hidden_states": torch.randn(1, 4, 8), "encoder_attention_mask": torch.ones(1, 4).bool()}
             with torch.no_grad():
                 outputs = [self.transformer(latents, timestep=time, return_dict=False, **text)[0] for _ in range(calls)]
-            self.scheduler.step(scale * outputs[0], torch.tensor(250.0), latents)
+            if outputs:
+                self.scheduler.step(scale * outputs[0], torch.tensor(250.0), latents)
 
     denoising = Denoising(Calling(transformer=pipe.transformer, scheduler=pipe.scheduler), NATIVE, GUIDANCE)
     if known:

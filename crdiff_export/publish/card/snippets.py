@@ -39,8 +39,8 @@ def kind(variant: CardVariant) -> Kind:
 
 def title(family: str) -> str:
     """Return the title of a family; the id of one that is unknown here."""
-    known = _family(family)
-    return known.title if known else prose(family)
+    record = _family(family)
+    return record.title if record else prose(family)
 
 
 def _family(family: str) -> Family | None:
