@@ -121,6 +121,9 @@ def choose(
         problem = "in shards" if checkpoint.kind == "shards" else "not a safetensors file"
         hint = "Give the model's folder for diffusers, or one safetensors file of it."
         raise PreviewError(f"{base.name}: is {problem}, which cannot be drawn with as it is", hint)
+    if pipeline.network in pipelines.FOLDERS_ONLY:
+        hint = "Give its folder for diffusers."
+        raise PreviewError(f"{base.name}: diffusers opens a {pipeline.network} from a folder only", hint)
     original = match.layout.name == "original"
     whole = original and match.prefix == BUNDLED and any(name.startswith(_VAE) for name in checkpoint.shapes)
     kind: Literal["file", "network"] = "file" if whole and pipeline.folder == "unet" else "network"

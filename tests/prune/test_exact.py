@@ -311,6 +311,8 @@ TARGETS = [
     ("sd3-medium.diffusers", ("attn",)),
     ("sd35-medium.diffusers", ("ff",)),
     ("sd35-medium.original", ("attn2",)),
+    ("lumina-2.original", ("ff-shared", "attn")),
+    ("pixart-sigma.original", ("attn", "attn2")),
 ]
 
 

@@ -240,7 +240,8 @@ class Family:
         rising: Whether that fraction rises while they draw, from 0 for noise.
         negative: Whether its pipeline takes a negative prompt.
         sample_size: Whether `sample_size` of its configuration is the size that it was trained at.
-        programs: The programs beside diffusers that open it: `comfyui`, `a1111`, `forge`.
+        programs: The programs beside diffusers that open it: `comfyui`, or `comfyui-original` if only in the original
+            layout, `a1111`, `forge`.
         table: The text of its table, for a family that is not built in; a baked file carries it.
     """
 

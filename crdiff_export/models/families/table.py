@@ -39,7 +39,7 @@ MAX_TABLE: Final = 1 << 18
 # The header of a baked file has the table under this key.
 TABLE_KEY: Final = "crdiff.family.table"
 _RANGE = re.compile(r"\{(\d{1,4})\.\.(\d{1,4})\}")
-_PROGRAMS = ("comfyui", "a1111", "forge")
+_PROGRAMS = ("comfyui", "comfyui-original", "a1111", "forge")
 _EXAMPLES: Final = {
     "id": 'id = "my-model"',
     "title": 'title = "My model"',

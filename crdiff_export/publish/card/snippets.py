@@ -153,6 +153,8 @@ def folders(variant: CardVariant) -> list[tuple[str, str]]:
     bare = "; text encoders and VAE are the base's"
     programs: list[tuple[str, str]] = []
     opened_by = families.by_id(family).programs if families.is_built_in(family) else ()
+    if "comfyui-original" in opened_by and variant.stamp.layout == "original":
+        opened_by = ("comfyui", *opened_by)
     if variant.stamp.scaled:  # others are not known to read codes with a scale
         opened_by = tuple(program for program in opened_by if program == "comfyui")
     if stored == "checkpoint":
