@@ -40,8 +40,8 @@ def list_(_out: Output) -> Result:
 
     records = (*all_families(), *installed_families())
     rows = [
-        [family.id, family.title, ", ".join(family.groups), ", ".join(family.default_kinds),
-         ", ".join(layout.name for layout in family.layouts)]
+        [family.id, family.title, " ".join(family.groups), " ".join(family.default_kinds),
+         " ".join(layout.name for layout in family.layouts)]
         for family in records
     ]  # fmt: skip
     return Result(

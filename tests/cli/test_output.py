@@ -308,6 +308,9 @@ def test_only_words_are_wrapped(on_terminal: OnTerminal) -> None:
     assert any(row.split()[:4] == ["sdxl-refiner", "SDXL", "refiner", "starting-point"] for row in shown)
     assert max(len(row) for row in shown) <= 80
     assert "…" not in text
+    _, text = on_terminal("families", "list", columns=80)
+    assert "…" not in text
+    assert max(len(row) for row in plain(text).splitlines()) <= 80
 
 
 @terminal
