@@ -188,6 +188,7 @@ WRONG = {
     "no steps": (OWN + PIPELINE + "steps = 0\n", "pipeline.steps"),
     "a list as a negative prompt": (OWN + PIPELINE + 'negative_prompt = ["a"]\n', "pipeline.negative_prompt"),
     "a list as an argument": (OWN + PIPELINE + "arguments = { sizes = [1] }\n", "'sizes'"),
+    "an unknown time": (OWN.replace("[transformer]\n", '[transformer]\ntime = "noon"\n'), "transformer.time"),
     "an unknown program": ('programs = ["gimp"]\n' + OWN, "programs"),
 }
 

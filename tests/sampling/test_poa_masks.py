@@ -266,11 +266,20 @@ def test_the_ends_of_the_mix_are_the_predictions_themselves() -> None:
 
 @pytest.mark.parametrize(
     ("family", "timesteps"),
-    [("sd15", [999.0, 500.0, 1.0]), ("flux-dev", [0.999, 0.5, 0.001]), ("lumina-2", [0.001, 0.5, 0.999])],
+    [
+        ("sd15", [999.0, 500.0, 1.0]),
+        ("flux-dev", [0.999, 0.5, 0.001]),
+        ("lumina-2", [0.001, 0.5, 0.999]),
+        ("cosmos2-2b", [80 / 81, 2 / 3, 1 / 11]),
+    ],
 )
 def test_the_step_is_told_by_the_timestep_as_each_pipeline_gives_it(family: str, timesteps: list[float]) -> None:
     config = SimpleNamespace(num_train_timesteps=1000)
-    pipe = SimpleNamespace(scheduler=SimpleNamespace(config=config, timesteps=torch.tensor([999.0, 500.0, 1.0])))
+    pipe = SimpleNamespace(
+        scheduler=SimpleNamespace(
+            config=config, timesteps=torch.tensor([999.0, 500.0, 1.0]), sigmas=torch.tensor([80.0, 2.0, 0.1, 0.0])
+        )
+    )
     match = SimpleNamespace(family=by_id(family))
     handle: Any = SimpleNamespace(_pipe=lambda: pipe, source=SimpleNamespace(plan=SimpleNamespace(match=match)))
     done = [Poa._fraction(handle, (), {"timestep": torch.tensor([timestep])}) for timestep in timesteps]

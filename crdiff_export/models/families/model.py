@@ -11,6 +11,7 @@ ANY: Final = -1
 # diffusers converts a UNet in the original layout only with this prefix; ComfyUI recognises a checkpoint by it.
 BUNDLED: Final = "model.diffusion_model."
 LayoutName = Literal["original", "diffusers"]
+Time = Literal["timestep", "fraction", "rising", "edm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +237,8 @@ class Family:
         buckets: Whether it was trained on pictures of many shapes with about the native area.
         pipelines: The diffusers pipeline of the plain model (''), of special ones by their id, of the twin (`base`),
             and of a model that predicts as EDM does (`edm`).
-        fraction: Whether diffusers' pipelines give its timestep as a fraction of the training's steps.
-        rising: Whether that fraction rises while they draw, from 0 for noise.
+        time: What diffusers' pipelines give as its timestep: the scheduler's `timestep`, that as a `fraction` of the
+            training's steps, 1 minus that fraction (`rising`), or sigma / (sigma + 1) (`edm`).
         negative: Whether its pipeline takes a negative prompt.
         sample_size: Whether `sample_size` of its configuration is the size that it was trained at.
         programs: The programs beside diffusers that open it: `comfyui`, or `comfyui-original` if only in the original
@@ -262,8 +263,7 @@ class Family:
     twin: Twin | None = None
     buckets: bool = False
     pipelines: Mapping[str, Pipeline] = field(default_factory=dict)
-    fraction: bool = False
-    rising: bool = False
+    time: Time = "timestep"
     negative: bool = True
     sample_size: bool = True
     programs: tuple[str, ...] = ("comfyui",)

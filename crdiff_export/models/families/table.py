@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from crdiff_export.errors import FamilyError, RecipeError
 from crdiff_export.formats.text_file import read_text_file
@@ -24,6 +24,7 @@ from crdiff_export.models.families.model import (
     Pipeline,
     RowBlocks,
     Special,
+    Time,
     Twin,
 )
 from crdiff_export.models.families.unet import GROUPS, unet_layouts
@@ -62,8 +63,7 @@ _EXAMPLES: Final = {
     "layers": "layers = 2",
     "context": "context = 2048",
     "channels": "channels = 4",
-    "fraction": "fraction = true",
-    "rising": "rising = true",
+    "time": 'time = "fraction"',
     "negative": "negative = false",
     "sample_size": "sample_size = false",
     "vector": "vector = 2816",
@@ -209,7 +209,7 @@ def _depths(table: RecipeTable, key: str, layers: int) -> tuple[int | tuple[int,
 
 def _network(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
     """Read a network with a list of its targets: [transformer], or [unet], whose groups have a threshold each."""
-    keys = ("kinds", "default", "groups", "channels", "vector", "fraction", "rising", "negative", "sample_size")
+    keys = ("kinds", "default", "groups", "channels", "vector", "time", "negative", "sample_size")
     table.refuse_unknown((*keys, *LAYOUTS))
     scope = "group" if "unet" in document else "layer"
     kinds = table.strings("kinds")
@@ -238,8 +238,8 @@ def _network(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
         "layouts": layouts, "scope": scope, "groups": groups, "kinds": kinds, "default_kinds": default,
         "channels": table.count("channels") if "channels" in table else 4,
         "vector": table.count("vector") if "vector" in table else None,
-        "fraction": _flag(table, "fraction"), "rising": _flag(table, "rising"),
-        "negative": _flag(table, "negative", usual=True), "sample_size": _flag(table, "sample_size", usual=True),
+        "time": _time(table), "negative": _flag(table, "negative", usual=True),
+        "sample_size": _flag(table, "sample_size", usual=True),
     }  # fmt: skip
 
 
@@ -376,6 +376,14 @@ def _pipeline(table: RecipeTable, *, unet: bool) -> Pipeline:
         batch=table.count("batch") if "batch" in table else None,
         threads=table.count("threads") if "threads" in table else None,
     )
+
+
+def _time(table: RecipeTable) -> Time:
+    value = table.values.get("time", "timestep")
+    times: tuple[Time, ...] = get_args(Time)
+    if time := next((time for time in times if time == value), None):
+        return time
+    raise table.wrong("time", f"is {shown(value)}, must be one of {', '.join(times)}")
 
 
 def _programs(table: RecipeTable) -> tuple[str, ...]:

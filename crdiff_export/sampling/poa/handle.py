@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from crdiff_export.errors import PoaError
+from crdiff_export.models.families.model import Time
 from crdiff_export.sampling.poa import batch, hooks, layers
 from crdiff_export.sampling.poa.hooks import NAME, LayerSwitch, Side
 from crdiff_export.sampling.poa.mix import Schedule, mix
@@ -155,11 +156,8 @@ class Poa:
         if scheduler is None or timestep is None or scheduler.timesteps is None:
             raise PoaError("nothing tells which step of sampling this is", "Enable POA on the pipeline, not its model.")
         now = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
-        family = self.source.plan.match.family
-        if family.fraction:
-            now = (1 - now if family.rising else now) * scheduler.config.num_train_timesteps
-        distances = (scheduler.timesteps.cpu().double() - now).abs()
-        return int(distances.argmin()) / len(distances)
+        times = _times(scheduler, self.source.plan.match.family.time)
+        return int((times - now).abs().argmin()) / len(times)
 
 
 def installed(pipe: Any) -> Poa | None:
@@ -182,6 +180,18 @@ def model_of(pipe: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise PoaError(f"{type(pipe).__name__} has no UNet and no transformer", "Give a diffusers pipeline, loaded.")
     return model
+
+
+def _times(scheduler: Any, time: Time) -> Tensor:
+    """Return what the pipeline gives its model as the timestep of every step, float64."""
+    steps: Tensor = scheduler.timesteps.cpu().double()
+    if time == "timestep":
+        return steps
+    if time == "edm":
+        sigmas: Tensor = scheduler.sigmas[: len(steps)].cpu().double()
+        return sigmas / (sigmas + 1)
+    fractions: Tensor = steps / scheduler.config.num_train_timesteps
+    return 1 - fractions if time == "rising" else fractions
 
 
 def _mixed(dense: Any, pruned: Any, weight: float) -> Any:
