@@ -1,5 +1,7 @@
 """`crdiff export`."""
 
+import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
@@ -13,18 +15,21 @@ from crdiff_export.cli import options
 from crdiff_export.cli.blocks import Facts, Table
 from crdiff_export.cli.command import command, gather, option, option_group
 from crdiff_export.cli.output import Output, Result
+from crdiff_export.cli.progress_display import rate_text
 from crdiff_export.cli.push import push_result, transfer
 from crdiff_export.errors import OptionError
 from crdiff_export.export import Baked, ExportJob, ExportRequest, prepare, run
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.formats.text import amount
+from crdiff_export.models.evidence_text import evidence_text
 from crdiff_export.prune import kernels
 from crdiff_export.prune.criterion_choice import MAGNITUDE
+from crdiff_export.prune.plan import CASTABLE
 from crdiff_export.publish.request import PushRequest, check_request
 from crdiff_export.publish.request import prepare as check_destination
 from crdiff_export.publish.target import Destination
 from crdiff_export.sizes import Size
-from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance
+from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance, total_row
 
 
 @command(
@@ -98,13 +103,15 @@ def export(
         if device not in ("auto", "cpu"):
             kernels.load(device)  # raises where it is not there
         return _planned(job, pushing)
+    began = time.monotonic()
     with out.threads_progress() as progress:
         baked = run(job, progress)
     out.notes(baked.notes)
+    done = _done(baked, time.monotonic() - began)
     if not (pushing and destination):
-        return _done(baked)
+        return done
     pushed = push_result(*transfer(out, pushing, baked.written.path, destination, checked=True))
-    return _done(baked).followed_by(pushed, "push")
+    return done.followed_by(pushed, "push")
 
 
 def _push_request(repo: str | None, push: PushRequest) -> PushRequest | None:
@@ -203,14 +210,17 @@ def _planned_groups(job: ExportJob) -> dict[str, dict[str, Any]]:
     }
 
 
-def _done(baked: Baked) -> Result:
-    stamp, written = baked.stamp, baked.written
+def _done(baked: Baked, seconds: float) -> Result:
+    stamp, written, plan = baked.stamp, baked.written, baked.job.plan
+    pruned = sum(group.pruned for group in stamp.groups.values())
+    weights = sum(tensor.count for _, tensor in plan.checkpoint.tensors() if tensor.dtype in CASTABLE)
     record = {
-        "output": str(written.path), "bytes": written.size, "family": stamp.family, "layout": stamp.layout,
-        "resolution": str(stamp.resolution), "recipe": stamp.recipe, "provenance": stamp.provenance,
-        "borrowed_from": stamp.borrowed_from and str(stamp.borrowed_from),
-        "poa_weight": stamp.poa_weight, "residual": stamp.residual, "criterion": stamp.criterion,
-        "calibration": stamp.calibrated and stamp.calibrated.hash, "moved": stamp.moved,
+        "output": str(written.path), "bytes": written.size, "seconds": round(seconds, 3),
+        "family": stamp.family, "layout": stamp.layout,
+        "resolution": str(stamp.resolution), "native": str(stamp.native), "recipe": stamp.recipe,
+        "provenance": stamp.provenance, "borrowed_from": stamp.borrowed_from and str(stamp.borrowed_from),
+        "pruned": pruned, "weights": weights, "poa_weight": stamp.poa_weight, "residual": stamp.residual,
+        "criterion": stamp.criterion, "calibration": stamp.calibrated and stamp.calibrated.hash, "moved": stamp.moved,
         "groups": {
             name: {
                 "ratio": group.ratio, "pruned": group.pruned, "total": group.total,
@@ -231,10 +241,28 @@ def _done(baked: Baked) -> Result:
         "notes": [*baked.job.plan.notes, *baked.notes],
     }  # fmt: skip
     criterion = {"criterion": stamp.criterion} if stamp.criterion != MAGNITUDE else {}
-    facts = {**_choice(baked.job), **criterion, "size": amount(written.size)}
     path = str(written.path)
-    table = Table(GROUP_COLUMNS, group_rows(stamp), GROUP_COLUMNS[1:])
+    facts = {
+        "base": f"{stamp.source_name} ({plan.match.title}, native {stamp.native})",
+        **_choice(baked.job),
+        **criterion,
+        **({"evidence": evidence_text(stamp.evidence)} if stamp.evidence else {}),
+        "POA weight": f"{stamp.poa_weight:g}",
+        "zeroed": f"{pruned:,} weights, {pruned / max(weights, 1):.1%} of {weights:,} in the file",
+        "written": f"{amount(written.size)} in {rate_text(written.size, seconds)}",
+        "next": _next_command(baked),
+    }
+    table = Table(GROUP_COLUMNS, [*group_rows(stamp), *total_row(stamp)], GROUP_COLUMNS[1:])
     return Result(record, [table, "", Facts(facts), path], bare=[path])
+
+
+def _next_command(baked: Baked) -> str:
+    """Return the command that shows pictures of the output, or its header where diffusers does not draw with it."""
+    job, path = baked.job, shlex.quote(str(baked.written.path))
+    drawn = job.plan.match.family.pipelines.get("") and not (job.plan.match.special or job.plan.has_scales)
+    if not drawn:
+        return f"crdiff inspect {path}"
+    return f"crdiff preview {shlex.quote(job.request.base)} --baked {path} --prompt TEXT"
 
 
 def _choice(job: ExportJob) -> Mapping[str, str]:

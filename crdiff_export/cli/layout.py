@@ -110,4 +110,6 @@ def _wrapped(text: str, width: int | None) -> list[str]:
     """Wrap a text at words; a longer word has a line of its own."""
     if width is None or cell_len(text) <= width:
         return [text]
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+    glued = text.replace(" %", "\N{NO-BREAK SPACE}%")  # which textwrap does not break
+    lines = textwrap.wrap(glued, width, break_long_words=False, break_on_hyphens=False) or [""]
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]

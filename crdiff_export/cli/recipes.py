@@ -12,7 +12,7 @@ from crdiff_export.cli.command import Group, command, examples, option, option_g
 from crdiff_export.cli.options import FILE, complete_base
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.errors import CrdiffError, OptionError, RecipeError
-from crdiff_export.models.recipe import Evidence, Recipe
+from crdiff_export.models.recipe import Recipe
 
 
 @click.group(
@@ -70,15 +70,18 @@ def show(out: Output, recipe: str, *, toml: bool) -> Result:
 def _blocks(recipe: Recipe) -> list[Block]:
     from crdiff_export.formats.text import printable
     from crdiff_export.hub import bases
+    from crdiff_export.models.evidence_text import evidence_text
     from crdiff_export.verify.inspect import provenance
 
     base = f"hf://{recipe.repo}{f'/{recipe.file}' if recipe.file else ''}" if recipe.repo else None
-    origins = [provenance(v.provenance, v.source) for v in recipe.variants]
-    alike = len(set(origins)) == 1
+    origins: dict[str, list[str]] = {}
+    for v in recipe.variants:
+        origins.setdefault(provenance(v.provenance, v.source), []).append(str(v.resolution))
+    alike = len(origins) == 1
     facts = {
         "model": f"{printable(recipe.title)} ({recipe.family}), native {recipe.native}",
         "base": base or ("built in" if recipe.family == bases.BUILT_IN else "none"),
-        **({"ratios": origins[0]} if alike else {}),
+        **{"ratios" if alike else ", ".join(sizes): origin for origin, sizes in origins.items()},
     }
     groups = tuple(dict.fromkeys(group for v in recipe.variants for group in v.ratios))
     columns = {"size": [str(v.resolution) for v in recipe.variants]}
@@ -88,7 +91,9 @@ def _blocks(recipe: Recipe) -> list[Block]:
     if any(v.prompt for v in recipe.variants):
         columns["prompt"] = [printable(v.prompt) if v.prompt else "any" for v in recipe.variants]
     if not alike:
-        columns["ratios"] = origins
+        columns["ratios"] = [v.provenance.replace("-", " ") for v in recipe.variants]
+    if any(v.evidence for v in recipe.variants):
+        columns["measured"] = [evidence_text(v.evidence.values()) if v.evidence else "-" for v in recipe.variants]
     rows = list(zip(*columns.values(), strict=True))
     return [Facts(facts), "", Table(list(columns), rows, (*groups, "POA weight"))]
 
@@ -149,16 +154,8 @@ def _as_json(recipe: Recipe) -> dict[str, Any]:
             {
                 "resolution": str(v.resolution), "ratios": dict(v.ratios), "poa_weight": v.poa_weight,
                 "targets": list(v.targets) if v.targets else None, "provenance": v.provenance, "source": v.source,
-                "prompt": v.prompt, "evidence": _evidence(v.evidence) if v.evidence else None,
+                "prompt": v.prompt, "evidence": v.evidence.values() if v.evidence else None,
             }
             for v in recipe.variants
         ],
     }  # fmt: skip
-
-
-def _evidence(evidence: Evidence) -> dict[str, Any]:
-    known = {
-        "scorer": evidence.scorer, "pruned": evidence.pruned, "dense": evidence.dense, "prompts": evidence.prompts,
-        "interval": evidence.interval,
-    }  # fmt: skip
-    return {**evidence.extra, **{key: value for key, value in known.items() if value is not None}}

@@ -34,6 +34,12 @@ class Evidence:
     interval: tuple[float, float] | None = None
     extra: Mapping[str, Scalar] = field(default_factory=dict)
 
+    def values(self) -> dict[str, object]:
+        """Return all values by their name in a recipe, without those that are missing."""
+        fixed = {"scorer": self.scorer, "pruned": self.pruned, "dense": self.dense, "prompts": self.prompts}
+        fixed["interval"] = list(self.interval) if self.interval else None
+        return {**self.extra, **{key: value for key, value in fixed.items() if value is not None}}
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:

@@ -21,6 +21,7 @@ from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.formats.crdiff_keys import LAYER_WISE, PREFIX, Stamp, is_baked
 from crdiff_export.formats.text import amount, printable
 from crdiff_export.models import families
+from crdiff_export.models.evidence_text import evidence_text
 from crdiff_export.models.families import Match
 from crdiff_export.prune.criteria.calibration import KEY as CALIBRATION
 from crdiff_export.prune.plan import quantisation
@@ -184,7 +185,7 @@ def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, s
     yield "ratios", provenance(stamp.provenance, stamp.provenance_source, stamp.borrowed_from)
     yield "recipe", printable(stamp.recipe)
     if stamp.evidence:
-        yield "evidence", printable(", ".join(f"{key} {text}" for key, text in sorted(stamp.evidence.items())))
+        yield "evidence", evidence_text(stamp.evidence)
     if stamp.prompt:
         yield "prompt", printable(stamp.prompt)
     cast = f", cast to {printable(stamp.cast)}" if stamp.cast else ""
@@ -236,6 +237,14 @@ def _plain_groups(checkpoint: Checkpoint, match: Match) -> dict[str, dict[str, A
             groups[layer.group]["layers"] += 1
             groups[layer.group]["total"] += (stop - start) * shape[1]
     return groups
+
+
+def total_row(stamp: Stamp) -> list[list[str]]:
+    """Make the row of all groups together, for the columns GROUP_COLUMNS; empty if there is one group only."""
+    if len(stamp.groups) < 2:
+        return []
+    pruned, total = (sum(getattr(group, key) for group in stamp.groups.values()) for key in ("pruned", "total"))
+    return [["all", "", f"{pruned:,}", f"{total:,}", f"{pruned / max(total, 1):.4f}", ""]]
 
 
 def group_rows(stamp: Stamp) -> list[list[str]]:

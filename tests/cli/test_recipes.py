@@ -55,11 +55,14 @@ def test_a_recipe_is_shown_with_what_differs_between_its_variants(line: Line, he
     )
     ran = line("recipes show own.toml")
     assert "Mine\\x1b[31m" in ran.out
-    assert "base:  none" in ran.out
-    assert ran.out.splitlines()[-3:] == [
-        "size     down  mid   up  POA weight  prompt  ratios",
-        "512x512   0.1  0.2  0.3         1.5  a cat   starting point, not tuned (a guess)",
-        "768x768   0.1  0.2  0.3           2  any     searched (a search)",
+    assert "base:    none" in ran.out
+    assert ran.out.splitlines()[-6:] == [
+        "512x512: starting point, not tuned (a guess)",
+        "768x768: searched (a search)",
+        "",
+        "size     down  mid   up  POA weight  prompt  ratios          measured",
+        "512x512   0.1  0.2  0.3         1.5  a cat   starting point  -",
+        "768x768   0.1  0.2  0.3           2  any     searched        pruned 0.5, scorer s, seeds 3",
     ]
     _, searched = line("recipes show own.toml --json").result["variants"]
     assert searched["evidence"] == {"scorer": "s", "pruned": 0.5, "seeds": 3}

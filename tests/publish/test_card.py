@@ -46,7 +46,7 @@ SEARCHED: dict[str, Any] = {
     "provenance_source": "crdiff search, seed 0",
     "poa_weight": 1.25,
     "evidence": {
-        "prompts": "20", "scorer": "ImageReward-v1.0", "dense": "-1.734", "pruned": "0.092", "interval": "1.1 to 2.4",
+        "prompts": "20", "scorer": "ImageReward-v1.0", "dense": "-1.734", "pruned": "0.092", "interval": "[1.1, 2.4]",
     },
 }  # fmt: skip
 CARD = Card(
@@ -89,7 +89,9 @@ def test_a_new_card() -> None:
     assert text == (CARDS / "created.md").read_text(encoding="utf-8")
     assert render(CARD, text) == text
     assert render(CARD, "") == text
-    assert not re.search("better|improve|best", text)
+    measured = "It records this measurement and no other: better: pruned - dense"
+    assert re.findall("better|improve|best", text) == ["better"]
+    assert measured in text
 
 
 @pytest.mark.parametrize(
@@ -492,7 +494,7 @@ def test_evidence_is_shown_and_no_more() -> None:
     assert "the ratios are called guessed (x). No measurement is recorded." in odd
     both = told(row(evidence={"scorer": "S", "pruned": "1"}, prompt="a *cat*"))
     assert "**these ratios are not tuned**" in both
-    only = "They are for one prompt: “a &#42;cat&#42;”. It records this measurement and no other: scorer S, pruned 1."
+    only = "They are for one prompt: “a &#42;cat&#42;”. It records this measurement and no other: pruned 1, scorer S."
     assert only in both
 
 

@@ -94,7 +94,7 @@ def test_an_inpainting_model_and_an_ema_copy_are_told(tmp_path: Path) -> None:
 def test_quantised_weights_are_told(tmp_path: Path) -> None:
     tensors = {**makers.tiny("demo.original-unet"), "model.diffusion_model.scaled_fp8": ("F32", (), bytes(4))}
     inspection = inspect(makers.write(tmp_path / "a.safetensors", tensors))
-    assert facts(inspection)["quantised"].endswith("are not pruned: that is not built in")
+    assert facts(inspection)["quantised"].endswith("with one scale for each tensor")
     assert inspection.as_json()["quantised"]
 
 

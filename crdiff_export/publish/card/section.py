@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from crdiff_export.formats.crdiff_keys import PAPER, Stamp
 from crdiff_export.hub.location import parse_uri
+from crdiff_export.models.evidence_text import evidence_text
 from crdiff_export.publish.card import snippets
 from crdiff_export.publish.card.model import BaseModel, Card, CardVariant
 from crdiff_export.publish.card.text import link, page, prose, quoted, word
@@ -29,7 +30,6 @@ _LAYERS: Mapping[str, str] = {
     "ff-shared": "shared feed-forward",
     "attn2": "second attention",
 }
-_EVIDENCE_ORDER = ("scorer", "dense", "pruned", "interval", "prompts")
 
 
 def section(card: Card) -> list[str]:
@@ -126,10 +126,9 @@ def _origin(variant: CardVariant) -> tuple[object, ...]:
     return stamp.provenance, stamp.provenance_source, str(stamp.borrowed_from), stamp.prompt, evidence
 
 
-def _evidence(stamp: Stamp) -> list[tuple[str, str]]:
-    """The measurements of a variant, those that every scorer has first."""
-    order = {key: number for number, key in enumerate(_EVIDENCE_ORDER)}
-    return sorted(stamp.evidence.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
+def _evidence(stamp: Stamp) -> str:
+    """The measurement of a variant as a sentence."""
+    return evidence_text(stamp.evidence)
 
 
 def _sizes(card: Card, variants: Sequence[CardVariant]) -> str:
