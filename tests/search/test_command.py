@@ -96,7 +96,8 @@ def test_recipe_is_valid_exports_and_publishes_its_evidence(line: Line, here: Pa
     assert line("export demo --res 48 --recipe demo-48x48.toml -o o.safetensors").code == 0
     shown = line("inspect o.safetensors").out
     assert "searched (crdiff search: sobol, seed 42, the best of 4 trials" in shown
-    assert "method sobol" in shown
+    assert ", 8 prompts, scorer " in shown
+    assert line("inspect o.safetensors --json").result["crdiff"]["evidence.method"] == "sobol"
 
 
 def test_a_search_with_another_criterion_says_so_to_the_end(line: Line, here: Path, judge: str) -> None:
