@@ -108,11 +108,18 @@ class ScorerError(CrdiffError):
 
 
 class PlanFileError(CrdiffError):
-    """A plan file has one or more problems; all of them are listed before anything runs."""
+    """A plan file has one or more problems; all of them are listed before anything runs.
+
+    A problem without a name is the whole error: the file cannot be read.
+    """
 
     code = "plan-file"
 
     def __init__(self, name: str, problems: Sequence[CrdiffError]) -> None:
+        if not name:
+            super().__init__(problems[0].message, problems[0].hint)
+            self.problems: tuple[CrdiffError, ...] = ()
+            return
         count = f"{len(problems)} problems" if len(problems) > 1 else "one problem"
         super().__init__(f"{name}: {count}", "Nothing was done; correct the file, then run it again.")
         self.problems = tuple(problems)

@@ -1,4 +1,4 @@
-"""What an installation from the wheel has: all of the package, and the recipes."""
+"""What an installation from the wheel has: all of the package, the recipes and the documentation."""
 
 import subprocess
 import sys
@@ -19,4 +19,6 @@ def test_a_wheel_holds_every_file(tmp_path: Path) -> None:
         path for path in (ROOT / "crdiff_export").rglob("*") if path.is_file() and "__pycache__" not in path.parts
     )
     files = {path.relative_to(ROOT).as_posix() for path in package}
-    assert held == files | {f"crdiff_export/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
+    docs = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*") if path.is_file()}
+    beside = {*docs, *(f"recipes/{path.name}" for path in (ROOT / "recipes").iterdir())}
+    assert held == files | {f"crdiff_export/{name}" for name in beside}

@@ -38,6 +38,8 @@ COMMANDS = {
     "comfyui": "Add nodes for sampling with POA to a ComfyUI.",
     "recipes": "List, show and check recipes.",
     "families": "List, show and check families of models.",
+    "docs": "List the pages of the documentation, or print one.",
+    "env": "Show versions, devices and folders, for bug reports.",
 }
 
 
@@ -75,17 +77,19 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: object) -
     epilog=examples(
         "crdiff export demo --res 96x64      offline, in seconds",
         "crdiff export sdxl --res 2048 -o sdxl-2048.safetensors",
-        more="Every option has an environment variable: CRDIFF_EXPORT_RES=2048 is export's --res 2048. "
+        more="`crdiff docs` lists the documentation. "
+        "Every option has an environment variable: CRDIFF_EXPORT_RES=2048 is export's --res 2048. "
         "CRDIFF_DEBUG=1 is --debug of every command.",
     ),
 )
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version,
               help="Show the version and exit.")  # fmt: skip
 def crdiff() -> None:
-    """Make diffusion checkpoints good at sizes they were not trained for.
+    """Prune diffusion checkpoints for sizes they were not trained for.
 
     crdiff sets the smallest self-attention and feed-forward weights of a checkpoint to zero, block by block
-    (CR-Diff, arXiv 2604.05524), and writes a new checkpoint that any loader opens.
+    (CR-Diff, arXiv 2604.05524), and writes a new checkpoint that any loader opens. Whether that helps a model at a
+    size, `crdiff evaluate` measures.
     """
 
 

@@ -34,14 +34,14 @@ options = option_group(
 )  # fmt: skip
 
 
-def prompt_options(prompts: str, *more: OptionMaker, limit: str = "", seed: str = "--seed N") -> Decorator:
+def prompt_options(prompts: str, *more: OptionMaker, limit: str = "", seed: str = "seed") -> Decorator:
     """Describe the options that name prompts and their noise.
 
     Args:
         prompts: What --help says about --prompts, a file.
         more: Further options under the same heading, which come after --prompts.
         limit: The end of what --help says about --limit.
-        seed: The name of the option for the first picture's seed.
+        seed: The parameter that gets the first picture's seed.
 
     Returns:
         A decorator that adds them to a command, whose parameter `prompts` gets all prompts.
@@ -52,7 +52,7 @@ def prompt_options(prompts: str, *more: OptionMaker, limit: str = "", seed: str 
         prompts_file("--prompts FILE", prompts),
         *more,
         option("--limit N", f"Only the first N prompts.{limit}", COUNT),
-        option(seed, "The first picture's seed. Default: 0.", click.IntRange(0), default=0),
+        option("--seed N", "The first picture's seed. Default: 0.", click.IntRange(0), seed, default=0),
     )
     return lambda function: add(gather("prompts", join_prompts)(function))
 

@@ -4,18 +4,22 @@ from pathlib import Path
 
 from crdiff_export.cli.blocks import Block, Facts, Table
 from crdiff_export.cli.command import command, option, option_group
-from crdiff_export.cli.options import file_argument
-from crdiff_export.cli.output import Output, Result
+from crdiff_export.cli.options import files_argument
+from crdiff_export.cli.output import Output, Result, for_each
 
 
 @command("crdiff inspect sdxl-2048.safetensors", "crdiff inspect model.safetensors --json | jq .family")
-@file_argument
+@files_argument
 @option_group("Output", option("--metadata", "All metadata of the header as well."))
-def inspect(_out: Output, file: Path, *, metadata: bool) -> Result:
+def inspect(out: Output, files: tuple[Path, ...], *, metadata: bool) -> Result:
     """Show what FILE is (family, layout, dtypes, sizes) and, if crdiff made it, what was pruned and why so.
 
-    Reads headers only. FILE may be any checkpoint or diffusers folder, pruned or not.
+    Reads headers only. FILE may be any checkpoint or diffusers folder, pruned or not. Several files follow one another.
     """
+    return for_each(out, files, lambda file: _inspect(file, metadata=metadata))
+
+
+def _inspect(file: Path, *, metadata: bool) -> Result:
     from crdiff_export.formats.text import printable
     from crdiff_export.verify.inspect import inspect as run
 

@@ -120,6 +120,7 @@ def complete_criterion(_ctx: click.Context, _param: click.Parameter, incomplete:
 
 base_argument = click.argument("base", shell_complete=complete_base)
 file_argument = click.argument("file", type=FILE)
+files_argument = click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FILE)
 force = option("--force", "Replace outputs that exist.")
 recipe = option("--recipe FILE", "A recipe instead of the built-in one (.toml, .json).", FILE)
 targets = option("--targets", "Layers to prune, such as attn,ff. Default: the recipe's, or the family's.", TARGET_KINDS)

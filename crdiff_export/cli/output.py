@@ -3,9 +3,10 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from crdiff_export.cli.blocks import Block, Facts
@@ -37,6 +38,41 @@ class Result:
         """Add the result of a second step; `key` is its place in the JSON object."""
         bare = [*(self.bare or self.text), *(other.bare or other.text)]
         return Result({key: other.json, **self.json}, [*self.text, *other.text], bare, [*self.notes, *other.notes])
+
+
+def for_each(out: "Output", files: Sequence[Path], run: Callable[[Path], Result]) -> Result:
+    """Do the same with several files; an error of one of them does not keep the others from their turn.
+
+    Args:
+        out: Shows errors.
+        files: The files.
+        run: Gives the result of one.
+
+    Returns:
+        Its result for one file. For several the results one below the other, in JSON as a list `files`, in which an
+        error is an object, too; the exit code is the worst, which is the largest.
+
+    """
+    if len(files) == 1:
+        return run(files[0])
+    records: list[Mapping[str, Any]] = []
+    text: list[Block] = []
+    bare: list[Block] = []
+    codes, notes = [0], []
+    for file in files:
+        try:
+            result = run(file)
+        except CrdiffError as error:
+            out.error(error)
+            codes.append(error.exit_code)
+            fields = {"code": error.code, "message": error.message, "hint": error.hint}
+            records.append({"file": str(file), "error": fields})
+            continue
+        records.append(result.json)
+        text += [*([""] if text and len(result.text) > 1 else []), *result.text]
+        bare += result.text if result.bare is None else result.bare
+        notes += [f"{file}: {note}" for note in result.notes]
+    return Result({"files": records}, text, bare, notes, max(codes))
 
 
 class Output:

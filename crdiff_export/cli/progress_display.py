@@ -11,7 +11,7 @@ from typing import Protocol
 import click
 
 from crdiff_export.formats.text import amount
-from crdiff_export.progress import Progress, Silent
+from crdiff_export.progress import SHORTEST, Progress, Silent
 
 # A stage that takes long says in a log how far it is this often, in seconds.
 HEARTBEAT = 30.0
@@ -92,7 +92,7 @@ class LogLines:
 
 def rate_text(done: int, seconds: float, unit: str = "bytes") -> str:
     """Format a time and, where it can be told, the rate in it: `2.0 s, 2.00 MB/s`."""
-    if seconds <= 0.1:
+    if seconds < SHORTEST:
         return f"{seconds:.1f} s"
     speed = amount(done / seconds) if unit == "bytes" else f"{done / seconds:.1f}"
     return f"{seconds:.1f} s, {speed}/s"

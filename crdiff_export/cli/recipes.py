@@ -100,13 +100,25 @@ def _blocks(recipe: Recipe) -> list[Block]:
 
 @command("crdiff recipes validate my-sdxl.toml", group=recipes, short_help="Check recipe files.")
 @click.argument("files", nargs=-1, required=True, type=FILE)
-def validate(_out: Output, files: tuple[Path, ...]) -> Result:
+def validate(out: Output, files: tuple[Path, ...]) -> Result:
     """Check recipe FILES: form, sizes and groups against the family they are for."""
-    text = []
+    text: list[Block] = []
+    valid, errors = [], []
     for file in files:
-        title, count = _check(file)
+        try:
+            title, count = _check(file)
+        except CrdiffError as error:
+            errors.append(error)
+            continue
+        valid.append(str(file))
         text.append(f"{file}: a recipe for {title} with {count} variants")
-    return Result({"valid": [str(file) for file in files]}, text, bare=())
+    if len(files) == 1 and errors:
+        raise errors[0]
+    for each in errors:
+        out.error(each)
+    wrong = [{"code": each.code, "message": each.message, "hint": each.hint} for each in errors]
+    record = {"valid": valid, **({"errors": wrong} if wrong else {})}
+    return Result(record, text, bare=(), exit_code=max((each.exit_code for each in errors), default=0))
 
 
 def _check(file: Path) -> tuple[str, int]:

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, Self
 
 import click
@@ -52,12 +52,12 @@ if TYPE_CHECKING:
     option("--pictures N", "Pictures of each prompt, each from its own noise. Default: 1; with --prompt 16, and as "
            "many in the check.", click.IntRange(1, 10_000)),
     limit=" Default for demo: 32.",
-    seed="--noise N",
+    seed="noise",
 )  # fmt: skip
 @option_group(
     "Search",
     option("--method", "How to search. Default: tpe.", click.Choice(METHODS)),
-    option("--seed N", "The method's seed.", click.IntRange(0), default=42, show_default=True),
+    option("--method-seed N", "The method's seed.", click.IntRange(0), "seed", default=42, show_default=True),
     option("--trials N", "Trials in all, of all runs and workers. Default: 60; with --hours as many as there is time "
            "for.", click.IntRange(2)),
     option("--hours H", "Begin no trial after H hours.", options.FiniteRange(0, min_open=True)),
@@ -144,19 +144,13 @@ class _Watcher:
             self._out.notes([text])
 
     def _draw(self, event: TrialEvent, progress: SearchProgress) -> None:
+        from crdiff_export.cli.terminal import TrialsBar
+
         if self._bar is None:
-            self._bar = self._stack.enter_context(
-                click.progressbar(
-                    length=max(1, progress.trials or 0) * 1000, file=sys.stderr, width=24, show_eta=False,
-                    show_percent=False, bar_template="%(label)s %(bar)s %(info)s",
-                    item_show_func=lambda text: text,
-                )
-            )  # fmt: skip
+            self._bar = self._stack.enter_context(closing(TrialsBar(max(1, progress.trials or 0))))
         part = event.done / event.pairs if event.kind == "scored" and event.pairs else 0
-        self._bar.label = "searched" if event.number is None else f"trial {event.number}"
-        self._bar.pos = min(self._bar.length, round(1000 * (progress.over + part)))
-        self._bar.current_item = report_text.progress_text(progress)
-        self._bar.render_progress()
+        title = "searched" if event.number is None else f"trial {event.number}"
+        self._bar.draw(title, progress.over + part, report_text.progress_text(progress))
 
 
 def _again(words: Sequence[str], storage: str | None, where: str) -> str:

@@ -12,6 +12,8 @@ from rich.progress import TransferSpeedColumn as SpeedColumn
 from rich.table import Column
 from rich.text import Text
 
+from crdiff_export.progress import SHORTEST
+
 
 def _console(stream: IO[str]) -> Console:
     # Without colours there are no bold letters either: somebody who asks for none wants plain text.
@@ -26,7 +28,8 @@ class Bars:
         whole = Column(no_wrap=True)
         self._bars = Progress(
             TextColumn("{task.description:<10}", table_column=whole), BarColumn(), _DoneColumn(table_column=whole),
-            _RateColumn(table_column=whole), TimeRemainingColumn(table_column=whole), console=_console(sys.stderr),
+            _RateColumn(table_column=whole), TimeRemainingColumn(elapsed_when_finished=True, table_column=whole),
+            console=_console(sys.stderr),
         )  # fmt: skip
         self._task: TaskID | None = None
 
@@ -63,6 +66,27 @@ class Bars:
             self._bars.start()
 
 
+class TrialsBar:
+    """A bar of the trials of a search, on stderr; `close` leaves it as it is."""
+
+    def __init__(self, trials: int) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description:<10}"), BarColumn(bar_width=16),
+            TextColumn("{task.fields[info]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            console=_console(sys.stderr),
+        )  # fmt: skip
+        self._task = self._bars.add_task("", total=trials, info="")
+        self._bars.start()
+
+    def draw(self, title: str, done: float, info: str) -> None:
+        """Draw how many trials are done, with a title before and a text behind."""
+        self._bars.update(self._task, description=title, completed=done, info=info, refresh=True)
+
+    def close(self) -> None:
+        """Stop drawing, and give the cursor back."""
+        self._bars.stop()
+
+
 class _DoneColumn(DownloadColumn):
     """A column with the amount that is done, in the unit of the stage."""
 
@@ -76,6 +100,8 @@ class _RateColumn(SpeedColumn):
     """A column with the rate, in the unit of the stage."""
 
     def render(self, task: Task) -> Text:
+        if task.finished and (task.finished_time or 0) < SHORTEST:
+            return Text("")
         speed = task.finished_speed or task.speed
         if speed is None or task.fields["unit"] == "bytes":
             return super().render(task)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from crdiff_export.cli import options
 from crdiff_export.cli.command import command, option, option_group
-from crdiff_export.cli.output import Output, Result
+from crdiff_export.cli.output import Output, Result, for_each
 
 COMPARED = {
     "all": "every byte against {}",
@@ -18,7 +18,7 @@ COMPARED = {
     "crdiff verify demo-96x64.safetensors --base demo",
     "crdiff verify wanda.safetensors --base demo --calibration demo-wanda.safetensors",
 )
-@options.file_argument
+@options.files_argument
 @option_group(
     "Base",
     option("--base BASE", "The base it was made from: a path, a folder, a Hub id or an alias.",
@@ -27,17 +27,21 @@ COMPARED = {
            "again, too.", options.FILE),
     options.device,
 )  # fmt: skip
-def verify(out: Output, file: Path, base: str | None, calibration: Path | None, device: str) -> Result:
+def verify(out: Output, files: tuple[Path, ...], base: str | None, calibration: Path | None, device: str) -> Result:
     """Check that FILE holds what its header says: counts, zeros and hash.
 
     With --base every target weight is derived again and compared bit by bit, and every other byte with the base's.
     Where a calibration has decided what goes, that takes --calibration; without it, only that nothing but zeros is new.
-    Exit code 3 if anything differs; with -q that is all there is to see.
+    Several files are checked one after the other. Exit code 3 if anything differs; with -q that is all there is to see.
     """
-    from crdiff_export.verify.verify import verify as run
-
     if base:
         out.announce_base(base)
+    return for_each(out, files, lambda file: _verify(out, file, base, calibration, device))
+
+
+def _verify(out: Output, file: Path, base: str | None, calibration: Path | None, device: str) -> Result:
+    from crdiff_export.verify.verify import verify as run
+
     with out.threads_progress() as progress:
         verified = run(file, base, progress, device, calibration)
     checks = [f"{verified.weights:,} target weights"]

@@ -138,7 +138,7 @@ def load(path: Path) -> PlanFile:
         text = read_text_file(path, "plan", "Name one TOML file.", CrdiffError)
     except CrdiffError as error:
         problem = CrdiffError(printable(error.message, 400), error.hint)
-        raise PlanFileError(printable(path.name or str(path)), [problem]) from error
+        raise PlanFileError("", [problem]) from error
     return parse(text, path.name, path.parent)
 
 

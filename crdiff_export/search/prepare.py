@@ -55,7 +55,7 @@ def prepare(request: SearchRequest) -> SearchJob:
     check_request(request)
     scorer = scorers.choose(request.scorer, request.base)
     pairs = choose_pairs(request)
-    request_checks.check_seeds(pairs.check[-1][1], "--noise")
+    request_checks.check_seeds(pairs.check[-1][1], "--seed")
     scorers.check_prompts(scorer, [prompt for prompt, _ in (*pairs.search, *pairs.check)])
     criterion = CriterionChoice.of(request.criterion, request.calibration)
     base = drawing_setup.read_base(request)

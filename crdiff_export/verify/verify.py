@@ -132,7 +132,7 @@ def _check_weights(baked: BakedCheckpoint, progress: Progress) -> None:
     planned, path = baked.plan, baked.checkpoint.path
     zeros, nonfinite = [0] * len(planned.scopes), [0] * len(planned.scopes)
     pruned = [t for t in planned.targets if planned.scopes[t.scope].rank]
-    progress.stage("counting", sum(t.nbytes for t in pruned))
+    progress.stage("checking", sum(t.nbytes for t in pruned))
     for target in pruned:
         counts = _count(planned.checkpoint.files[target.file], target, baked.thresholds[target.scope], progress)
         if counts.missed:

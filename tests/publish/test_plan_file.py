@@ -501,10 +501,9 @@ def test_a_repository_is_private_or_not(one: str, other: str) -> None:
 def unread(path: Path) -> str:
     with pytest.raises(PlanFileError) as error:
         load(path)
-    (problem,) = error.value.problems
-    assert problem.hint.endswith((".", "?"))
-    assert error.value.message == f"{path.name}: one problem"
-    return problem.message
+    assert not error.value.problems
+    assert error.value.hint.endswith((".", "?"))
+    return error.value.message
 
 
 def test_a_file_is_read_with_paths_from_its_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,9 +528,9 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such names")
 def test_an_odd_file_name_is_spelt(tmp_path: Path) -> None:
-    with pytest.raises(PlanFileError, match=r"^a\\x1b.toml: one problem\n") as error:
+    with pytest.raises(PlanFileError) as error:
         load(tmp_path / "a\x1b.toml")
-    assert error.value.problems[0].message.endswith(r"a\x1b.toml: no such plan file")
+    assert error.value.message.endswith(r"a\x1b.toml: no such plan file")
     with pytest.raises(PlanFileError):
         load(tmp_path / ("a" * 300))
 

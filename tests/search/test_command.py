@@ -1,6 +1,7 @@
 """`crdiff search`: what people see, what is refused, and that nothing that is finished is ever lost."""
 
 import io
+import re
 import shlex
 import signal
 import sys
@@ -282,10 +283,10 @@ def test_what_libraries_refuse_in_their_own_words(words: str, code: int, key: st
 def test_other_settings_are_refused_with_their_names(line: Line, here: Path) -> None:
     words = f"search demo {QUICK} -o a.toml --worker --trials 2"
     assert line(words).code == 0
-    ran = line(f"{words} --steps 2 --noise 9 --guidance 1.5 --negative 'a blue circle' -q")
+    ran = line(f"{words} --steps 2 --seed 9 --guidance 1.5 --negative 'a blue circle' -q")
     changes = ("guidance was 4.0, now 1.5; negative was none, now a blue circle", "steps was 1, now 2")
     refused(ran, 1, "'demo-48x48'", "prompts and seeds was ", *changes)
-    early = line(f"{words} --seed 5 --limit 3 --method sobol")
+    early = line(f"{words} --method-seed 5 --limit 3 --method sobol")
     assert "method was tpe, now sobol; pairs was 4, now 3; search seed was 42, now 5" in early.err
     assert "hashing" not in early.err  # before a weight is read
     assert line(f"{words} --steps 2 --study other").code == 0
@@ -301,10 +302,12 @@ class Terminal(io.StringIO):
 def test_a_terminal_has_a_bar_of_trials(monkeypatch: pytest.MonkeyPatch, line: Line, here: Path) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     assert line(f"search demo {QUICK} --trials 2 --worker").code == 0
-    text = terminal.getvalue()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
     assert "trial 1" in text
     assert "1 of 2 over, best 0." in text
     assert "trial 1: down" not in text
-    assert "\n" not in text[text.index("0 of 2 over") : text.index("2 of 2 over")]
+    drawn = text[text.index("0 of 2 over") : text.index("2 of 2 over")]
+    assert "\n" not in drawn
+    assert max(len(each) for each in drawn.split("\r")) <= 80

@@ -178,7 +178,7 @@ def test_stages_come_to_their_ends(pairs: Callable[..., Pair]) -> None:
         for name, (_, shape, _) in makers.read(pair.output).items()
         if ".x_block.mlp.fc" in name and name.endswith("weight")
     )
-    assert [title for title, _ in progress.stages] == ["counting", "hashing", "counting", "comparing"]
+    assert [title for title, _ in progress.stages] == ["checking", "hashing", "counting", "comparing"]
     assert [size for _, size in progress.stages] == [counted, data, counted, data]
     assert progress.done == [size for _, size in progress.stages]
     assert counted < 2 * verified.weights

@@ -119,3 +119,15 @@ def cores() -> int:
     """Return the number of cores that this process may use."""
     affinity: Any = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def devices() -> list[str]:
+    """Name the devices that torch can compute on, or say why it cannot be loaded."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return [f"torch cannot be loaded: {error}".splitlines()[0]]
+    accelerators = [
+        f"cuda:{number} ({torch.cuda.get_device_name(number)})" for number in range(torch.cuda.device_count())
+    ]
+    return ["cpu", *accelerators, *(["mps"] if torch.backends.mps.is_available() else [])]
