@@ -221,6 +221,8 @@ def _model_call(pipe: Any, prompt: str, size: Size, guidance: float, more: Mappi
     tensors = (timestep, prediction, sample, arguments.pop(first), output)
     if not all(isinstance(tensor, Tensor) for tensor in tensors) or len({tensor.shape for tensor in tensors[1:]}) > 1:
         raise unknown
+    if hasattr(scheduler, "scale_noise") and not _tells_its_noise(scheduler):
+        raise unknown
     number, part = float(timestep.reshape(-1)[0]), float(time) / scheduler.config.num_train_timesteps
     error, fraction, reverse = min(
         (abs(number - float(time)), False, False),
@@ -237,9 +239,16 @@ def _model_call(pipe: Any, prompt: str, size: Size, guidance: float, more: Mappi
     return ModelCall(moved, shape, fraction, reverse, negated, timestep.dtype)
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def _tells_its_noise(scheduler: Any) -> bool:
+    """Whether the times of a flow's steps are the shares of noise in them; CogView4's are shifted alone."""
+    steps = len(scheduler.timesteps)
+    told = scheduler.timesteps.cpu().double() / scheduler.config.num_train_timesteps
+    return bool((told - scheduler.sigmas[:steps].cpu().double()).abs().max() < _ROUNDING)
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors have the same numbers; what is not a number counts as the same."""
-    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+    return first.shape == second.shape and bool(((first == second) | (first.isnan() & second.isnan())).all())
 
 
 def _packed(latents: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -13,7 +13,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts. On a narrow terminal the last column is wrapped, unless it is numeric; see `layout.py`.
+    """Rows of texts. On a narrow terminal the last column is wrapped, unless it is numeric; see `text_table.py`.
 
     Attributes:
         columns: The names of the columns.

@@ -17,7 +17,7 @@ from crdiff_export.cli.command import command, gather, option, option_group
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.progress_display import rate_text
 from crdiff_export.cli.push import push_result, transfer
-from crdiff_export.errors import OptionError
+from crdiff_export.errors import CrdiffError, OptionError
 from crdiff_export.export import Baked, ExportJob, ExportRequest, prepare, run
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.formats.text import amount
@@ -250,19 +250,25 @@ def _done(baked: Baked, seconds: float) -> Result:
         "POA weight": f"{stamp.poa_weight:g}",
         "zeroed": f"{pruned:,} weights, {pruned / max(weights, 1):.1%} of {weights:,} in the file",
         "written": f"{amount(written.size)} in {rate_text(written.size, seconds)}",
-        "next": _next_command(baked),
     }
     table = Table(GROUP_COLUMNS, [*group_rows(stamp), *total_row(stamp)], GROUP_COLUMNS[1:])
-    return Result(record, [table, "", Facts(facts), path], bare=[path])
+    return Result(record, [table, "", Facts(facts), f"next: {_next_command(baked)}", path], bare=[path])
 
 
 def _next_command(baked: Baked) -> str:
-    """Return the command that shows pictures of the output, or its header where diffusers does not draw with it."""
+    """Return the command that shows pictures of the output, or its header if `crdiff preview` does not draw with it."""
+    from crdiff_export.prune import architecture
+    from crdiff_export.sampling import pipelines
+
     job, path = baked.job, shlex.quote(str(baked.written.path))
-    drawn = job.plan.match.family.pipelines.get("") and not (job.plan.match.special or job.plan.has_scales)
-    if not drawn:
+    plan, family = job.plan, job.request.family
+    try:
+        model = architecture.find(plan)
+        pipelines.choose(job.base, plan.checkpoint, plan.match, model, config=None, variant=job.request.variant)
+    except CrdiffError:
         return f"crdiff inspect {path}"
-    return f"crdiff preview {shlex.quote(job.request.base)} --baked {path} --prompt TEXT"
+    own = f" --family {shlex.quote(str(family))}" if family else ""
+    return f"crdiff preview {shlex.quote(job.request.base)} --baked {path}{own} --prompt TEXT"
 
 
 def _choice(job: ExportJob) -> Mapping[str, str]:

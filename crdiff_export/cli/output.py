@@ -1,5 +1,6 @@
 """What people see: results on stdout; notes, progress and errors on stderr. `--json` and `-q` are decided here."""
 
+import contextlib
 import json
 import os
 import sys
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from crdiff_export.cli.progress_display import ProgressDisplay
 
 SCHEMA = 1
+# Columns of a terminal that does not say how wide it is.
+USUAL_WIDTH = 80
 
 
 @dataclass(frozen=True)
@@ -192,15 +195,16 @@ def _lines(block: Block) -> Iterator[str]:
     if isinstance(block, str):
         yield block
         return
-    from crdiff_export.cli import layout
+    from crdiff_export.cli import text_table
 
     width = _terminal_width()
     if isinstance(block, Facts):
-        yield from layout.fact_lines(block.pairs, width)
+        yield from text_table.fact_lines(block.pairs, width)
         return
-    header, *rows = layout.table_lines(block, width)
-    yield f"\x1b[1m{header}\x1b[0m" if width and _coloured(sys.stdout) else header
-    yield from rows
+    header, lines = text_table.table_lines(block, width)
+    if header is not None:
+        yield f"\x1b[1m{header}\x1b[0m" if width and _coloured(sys.stdout) else header
+    yield from lines
 
 
 def _terminal_width() -> int | None:
@@ -208,7 +212,11 @@ def _terminal_width() -> int | None:
     if not sys.stdout.isatty():
         return None
     stated = os.environ.get("COLUMNS", "")
-    return int(stated) if stated.isdecimal() and int(stated) else os.get_terminal_size(sys.stdout.fileno()).columns
+    if stated.isdecimal() and int(stated):
+        return int(stated)
+    with contextlib.suppress(OSError):
+        return os.get_terminal_size(sys.stdout.fileno()).columns or USUAL_WIDTH
+    return USUAL_WIDTH
 
 
 def _coloured(stream: IO[str]) -> bool:

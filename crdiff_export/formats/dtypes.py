@@ -1,7 +1,8 @@
 """The float dtypes that can be pruned, as bit patterns.
 
-Magnitudes of floats have the order of their bit patterns without the sign bit. Every magnitude of a 16 or 8 bit dtype
-is also a float32, so the float32 pattern of a magnitude is a scale on which weights of all dtypes compare exactly.
+Magnitudes of floats have the order of their bit patterns without the sign bit. Every plain magnitude of a 16 or 8 bit
+dtype is also a float32, so float32 patterns compare all dtypes exactly. Magnitudes with a scale (scaled fp8) are
+compared as doubles: see `Encoding`.
 """
 
 import struct

@@ -6,11 +6,11 @@ from typing import Final
 
 from crdiff_export.formats.text import plural, printable
 
-_KEYS: Final = ("scorer", "pruned", "dense", "prompts", "interval", "poa", "poa_low", "poa_high")
+_NUMBERS: Final = ("pruned", "dense", "prompts", "poa", "poa_low", "poa_high")
 
 
 def evidence_text(values: Mapping[str, object]) -> str:
-    """Return the sentence of an evidence.
+    """Describe a measurement in one sentence.
 
     Args:
         values: The values of `[variant.evidence]` in a recipe, or of `crdiff.evidence.*` in a header, where all are
@@ -20,7 +20,7 @@ def evidence_text(values: Mapping[str, object]) -> str:
         Such as "no difference shown: pruned - dense -0.002 (95 %: -0.013 to +0.007), 162 prompts, scorer demo". Without
         the scores of both models, the values as they are.
     """
-    numbers = {key: _number(values.get(key)) for key in _KEYS if key not in ("scorer", "interval")}
+    numbers = {key: _number(values.get(key)) for key in _NUMBERS}
     pruned, dense, poa, prompts = (numbers[key] for key in ("pruned", "dense", "poa", "prompts"))
     if pruned is None or dense is None:
         return printable(", ".join(f"{key} {values[key]}" for key in sorted(values)))
@@ -35,7 +35,7 @@ def evidence_text(values: Mapping[str, object]) -> str:
 
 def _difference(name: str, change: float, interval: tuple[float, float] | None) -> str:
     if interval is None:
-        return f"too few to say: {name} - dense {change:+.3g}"
+        return f"no interval: {name} - dense {change:+.3g}"
     low, high = interval
     verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
     digits = min(9, max(3, 2 - math.ceil(math.log10(high - low)))) if high > low else 3

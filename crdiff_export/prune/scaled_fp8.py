@@ -3,7 +3,8 @@
 The scale and the format of a layer X have three spellings (ComfyUI: `convert_old_quants` in `comfy/utils.py`, and
 `comfy/ops.py`):
 
-- `X.scale_weight`, where the model has a tensor `scaled_fp8`; the format is the dtype of `X.weight`,
+- `X.scale_weight`, where the model has a tensor `scaled_fp8` and the header has no `_quantization_metadata`; the format
+  is the dtype of `X.weight` (ComfyUI 0.33 casts E5M2 to E4M3, older ones did not),
 - `X.weight_scale`, and JSON with the format in the tensor `X.comfy_quant`,
 - `X.weight_scale`, and JSON with the formats of all layers in the header's `_quantization_metadata`.
 """
@@ -117,7 +118,7 @@ def _scale_key(name: str, tensors: _Tensors, formats: Mapping[str, str], read: _
     if old not in tensors:
         return None
     if not by_marker:
-        raise ValueError("has scale_weight, but no tensor scaled_fp8 says that it counts")
+        raise ValueError(f"has scale_weight, which counts only with a tensor scaled_fp8 and without {METADATA}")
     if dtype not in _FORMATS.values():
         raise ValueError(f"has scale_weight, but is {dtype}")
     return old

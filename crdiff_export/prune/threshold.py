@@ -136,4 +136,4 @@ def _fine(
 def _largest(counts: Mapping[Encoding, "Totals"]) -> float:
     """Return the largest finite float32, or the largest magnitude that an encoding with a scale has above it."""
     scaled = (float(encoding.values()[-1]) for encoding in counts if encoding.scale is not None)
-    return max(dtypes.value(dtypes.LARGEST), *scaled, 0.0)
+    return max([dtypes.value(dtypes.LARGEST), *scaled])

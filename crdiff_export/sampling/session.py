@@ -132,7 +132,8 @@ class Session:
 
         # Made on the CPU, so that the noise is the same on every machine.
         noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        usage, negative = self.usage, style.negative or self.usage.negative_prompt
+        usage = self.usage
+        negative = usage.negative_prompt if style.negative is None else style.negative
         # PixArt's pipelines have the older one.
         is_new = "callback_on_step_end" in inspect.signature(self.pipe.__call__).parameters
         options: dict[str, Any] = {
@@ -174,8 +175,11 @@ def open_session(opening: Opening, placement: Placement, name: str) -> Iterator[
         name: The base's name for errors.
 
     Yields:
-        The open pipeline. PreviewError if diffusers cannot open the base, or if memory does not suffice for it or for
-        the work in the `with` block.
+        The open pipeline.
+
+    Raises:
+        PreviewError: diffusers cannot open the base, or memory does not suffice for it or for the work in the `with`
+            block.
 
     """
     folder = str(opening.config_folder())
@@ -233,10 +237,20 @@ def choose_dtype(dtype: str | None, pipeline: Pipeline, device: str) -> str:
     return dtype or ("fp32" if device == "cpu" else "bf16" if pipeline.dtype == "bfloat16" else "fp16")
 
 
-def _open(opening: Opening, folder: str, precision: torch.dtype, name: str) -> Any:
+def _class(class_name: str, base: str) -> Any:
     import diffusers
 
-    pipeline = getattr(diffusers, opening.pipeline.pipeline)
+    found = getattr(diffusers, class_name, None)
+    if found is None:
+        raise PreviewError(
+            f"{base}: diffusers {diffusers.__version__} has no {class_name}",
+            "Update diffusers, or correct [pipeline] of the family's table.",
+        )
+    return found
+
+
+def _open(opening: Opening, folder: str, precision: torch.dtype, name: str) -> Any:
+    pipeline = _class(opening.pipeline.pipeline, name)
     options: dict[str, Any] = {"torch_dtype": precision, "local_files_only": True}
     # The safety checker would have to be downloaded.
     unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -254,7 +268,7 @@ def _open(opening: Opening, folder: str, precision: torch.dtype, name: str) -> A
         else:
             if opening.kind == "network":
                 part = opening.pipeline.folder
-                network = getattr(diffusers, opening.pipeline.network)
+                network = _class(opening.pipeline.network, name)
                 parts[part] = network.from_single_file(_weights(opening), config=folder, subfolder=part, **options)
             else:
                 options["variant"] = opening.variant

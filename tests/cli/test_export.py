@@ -24,7 +24,8 @@ def test_export_shows_what_was_done_group_by_group(line: Line, here: Path) -> No
     assert [row.split()[0] for row in rows[:3]] == ["down", "mid", "up"]
     assert [row.split()[3] for row in rows[:3]] == ["327,680", "262,144", "655,360"]
     assert rows[3].split() == ["all", "373,687", "1,245,184", "0.3001"]
-    facts = dict(row.split(":", 1) for row in rows[5:-1])
+    assert rows[-2] == "next: crdiff preview demo --baked demo-crdiff-64x96.safetensors --prompt TEXT"
+    facts = dict(row.split(":", 1) for row in rows[5:-2])
     assert facts.pop("written").split(" in ")[0].strip() == "10.10 MB"
     assert facts.pop("evidence").strip().startswith("no difference shown: pruned - dense -0.005")
     assert {name: text.strip() for name, text in facts.items()} == {
@@ -33,7 +34,6 @@ def test_export_shows_what_was_done_group_by_group(line: Line, here: Path) -> No
         "ratios": UNTUNED,
         "POA weight": "1.5",
         "zeroed": "373,687 weights, 7.4% of 5,017,291 in the file",
-        "next": "crdiff preview demo --baked demo-crdiff-64x96.safetensors --prompt TEXT",
     }
     assert rows[-1] == "demo-crdiff-64x96.safetensors"
     assert [text.partition(":")[0] for text in ran.err.splitlines()] == ["counting", "writing"]

@@ -64,8 +64,8 @@ def test_help_says_which_ratio_wins(crdiff: Crdiff) -> None:
 def test_the_list_of_commands_is_that_of_the_modules() -> None:
     folder = Path(sys.modules["crdiff_export.cli"].__file__ or "").parent
     assert set(COMMANDS) == {path.stem for path in folder.glob("*.py")} - {
-        "__init__", "blocks", "command", "drawing", "evaluation_json", "layout", "options", "output",
-        "progress_display", "signals", "terminal",
+        "__init__", "blocks", "command", "drawing", "evaluation_json", "options", "output",
+        "progress_display", "signals", "terminal", "text_table",
     }  # fmt: skip
 
 

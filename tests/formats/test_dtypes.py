@@ -25,14 +25,14 @@ def magnitudes(dtype: str) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_the_scale_is_the_formula(dtype: str) -> None:
+def test_the_patterns_are_the_formula(dtype: str) -> None:
     with np.errstate(invalid="ignore"):
         ours = dtypes.patterns(dtype).view(np.float32).astype(np.float64)
     assert np.array_equal(ours, magnitudes(dtype), equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_the_scale_is_torchs(dtype: str) -> None:
+def test_the_patterns_are_torchs(dtype: str) -> None:
     size = oracle.FORMATS[dtype].size
     patterns = np.arange(1 << (8 * size - 1)).astype(f"<u{size}")
     theirs = torch.from_numpy(patterns.view(np.uint8)).view(TORCH[dtype]).float().numpy()
@@ -52,7 +52,7 @@ def test_what_is_finite(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_the_scale_ascends_and_then_holds_no_numbers(dtype: str) -> None:
+def test_the_patterns_ascend_and_then_hold_no_numbers(dtype: str) -> None:
     scale, finite = dtypes.patterns(dtype).astype(np.int64), dtypes.FORMATS[dtype].first_nonfinite
     assert (np.diff(scale[:finite]) > 0).all()
     assert scale[finite - 1] <= dtypes.LARGEST

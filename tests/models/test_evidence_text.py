@@ -25,7 +25,7 @@ SCORES = {"scorer": "demo", "dense": 0.952, "pruned": 0.95, "prompts": 162}
             {key: str(value) for key, value in SCORES.items()} | {"interval": "[-0.5, -0.25]"},
             "worse: pruned - dense -0.002 (95 %: -0.500 to -0.250), 162 prompts, scorer demo",
         ),
-        (SCORES, "too few to say: pruned - dense -0.002, 162 prompts, scorer demo"),
+        (SCORES, "no interval: pruned - dense -0.002, 162 prompts, scorer demo"),
         (
             {**SCORES, "interval": [-0.1, 0.1], "poa": 1.0, "poa_low": 0.01, "poa_high": 0.2},
             (

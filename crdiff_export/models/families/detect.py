@@ -40,7 +40,7 @@ def detect(shapes: Shapes, family: Family | None = None) -> Match:
     """
     if family is not None:
         fits = measure(shapes, [family])
-        _refuse_two(_networks(fits, shapes))
+        _refuse_two(_networks([fit for fit in fits if fit.signature.family.scope == "layer"], shapes, _unets(shapes)))
         if match := _exact(fits, shapes):
             return match
         raise explain_family(family, fits, shapes)
@@ -178,7 +178,7 @@ def _special(family: Family, layout: Layout, prefix: str, shapes: Shapes) -> Spe
         _by_channels(family, layout, sizes),
         _by_layers(family, layout, sizes, shapes),
     )
-    parts = [part for part in ways if part]
+    parts = list(dict.fromkeys(part for part in ways if part))
     if not parts:
         return None
     first, *others = parts
@@ -188,7 +188,7 @@ def _special(family: Family, layout: Layout, prefix: str, shapes: Shapes) -> Spe
         title=", ".join(part.title for part in parts),
         architecture=f"{first.architecture}{names}" if family.architecture else "",
         channels=next((part.channels for part in parts if part.channels), None),
-        vector=first.vector,
+        vector=next((part.vector for part in parts if part.vector), None),
     )
 
 

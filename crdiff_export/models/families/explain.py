@@ -31,25 +31,25 @@ _OTHERS = {
 
 # Other diffusion models, by tensors that each of them has, whatever prefix is before them. src: SwarmUI
 # (`T2IModelClassSorter.cs`), ComfyUI (`comfy/model_detection.py`), the names of diffusers.
-_MODELS = {
-    "ControlNet": ("controlnet_cond_embedding.",),
-    "FLUX.2": ("double_stream_modulation_img.",),
-    "Chroma": ("distilled_guidance_layer.",),
-    "Qwen-Image": ("transformer_blocks.0.img_mlp.", "txt_norm.weight"),
-    "Wan": ("blocks.0.ffn.", "blocks.0.cross_attn.", "patch_embedding."),
-    "Wan ": ("blocks.0.ffn.", "blocks.0.attn2.", "patch_embedding."),
-    "FLUX.3": ("early_stream_modulations.",),
-    "Qwen-Image 2.1": ("txt_in.text_norm.",),
-    "Krea 2": ("txtfusion.projector.",),
-    "Krea 2 ": ("text_fusion.projector.",),
-    "HunyuanVideo": ("txt_in.individual_token_refiner.",),
-    "LTX-Video": ("transformer_blocks.0.scale_shift_table", "patchify_proj."),
-    "Stable Cascade": ("clip_txt_mapper.",),
-    "Stable Video Diffusion": ("time_stack.",),
-    "Hunyuan-DiT": ("mlp_t5.",),
-    "Mochi": ("attn.k_norm_x.",),
-    "Cosmos": ("x_embedder.proj.1.weight", "blocks.block0."),
-}
+_MODELS = (
+    ("ControlNet", ("controlnet_cond_embedding.",)),
+    ("FLUX.2", ("double_stream_modulation_img.",)),
+    ("Chroma", ("distilled_guidance_layer.",)),
+    ("Qwen-Image", ("transformer_blocks.0.img_mlp.", "txt_norm.weight")),
+    ("Wan", ("blocks.0.ffn.", "blocks.0.cross_attn.", "patch_embedding.")),
+    ("Wan", ("blocks.0.ffn.", "blocks.0.attn2.", "patch_embedding.")),
+    ("FLUX.3", ("early_stream_modulations.",)),
+    ("Qwen-Image 2.1", ("txt_in.text_norm.",)),
+    ("Krea 2", ("txtfusion.projector.",)),
+    ("Krea 2", ("text_fusion.projector.",)),
+    ("HunyuanVideo", ("txt_in.individual_token_refiner.",)),
+    ("LTX-Video", ("transformer_blocks.0.scale_shift_table", "patchify_proj.")),
+    ("Stable Cascade", ("clip_txt_mapper.",)),
+    ("Stable Video Diffusion", ("time_stack.",)),
+    ("Hunyuan-DiT", ("mlp_t5.",)),
+    ("Mochi", ("attn.k_norm_x.",)),
+    ("Cosmos", ("x_embedder.proj.1.weight", "blocks.block0.")),
+)
 
 
 def explain(fits: Sequence[Fit], shapes: Shapes) -> FamilyError:
@@ -65,7 +65,8 @@ def explain(fits: Sequence[Fit], shapes: Shapes) -> FamilyError:
     # No real model is a variation of the demo, which is so small that much of it is found in all of them.
     real = [fit for fit in fits if fit.exact or fit.signature.family.id != "demo"] or fits
     nearest = max(real, key=lambda fit: (fit.score, _holding(fit, shapes)), default=None)
-    if model := _other_model(shapes):
+    is_damaged = nearest is not None and nearest.close and not nearest.exact
+    if not is_damaged and (model := _other_model(shapes)):
         reason = f"no known model family: this is a model of the kind {model}"
     elif nearest is None:
         reason = _something_else(shapes)
@@ -150,10 +151,10 @@ def _objection(mark: Mark, prefix: str, shapes: Shapes) -> tuple[str, str]:
 
 def _other_model(shapes: Shapes) -> str | None:
     """Name a diffusion model of another kind; None if its tensors tell of none."""
-    for title, parts in _MODELS.items():
+    for title, parts in _MODELS:
         examples = [next((name for name in shapes if part in name), None) for part in parts]
         if first := examples[0] if all(examples) else None:
-            return f"{title.strip()}, e.g. {printable(first, _LONGEST)}"
+            return f"{title}, e.g. {printable(first, _LONGEST)}"
     return None
 
 

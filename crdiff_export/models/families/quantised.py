@@ -1,4 +1,4 @@
-"""Recognise quantised checkpoints, whose stored values are not weights and cannot be compared by magnitude."""
+"""Recognise quantised checkpoints from names and metadata; only scaled fp8 can be pruned (`prune/scaled_fp8.py`)."""
 
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
@@ -42,6 +42,7 @@ _TAILS: Final[Mapping[str, Quantisation]] = {
     ".quant_map": Quantisation("bitsandbytes"),
     ".SCB": Quantisation("bitsandbytes int8"),
     ".qweight": Quantisation("GPTQ or AWQ"),
+    ".weight_scale_inv": Quantisation("fp8 with scales of blocks"),
 }
 # Tensors of ComfyUI's formats, of which `prune/scaled_fp8.py` reads some.
 _SCALED: Final[Mapping[str, str]] = {

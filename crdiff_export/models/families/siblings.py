@@ -17,28 +17,29 @@ def _same(first: _Shape, second: _Shape) -> bool:
     return first == second
 
 
-def _back(first: _Shape, second: _Shape) -> bool:
+def _transposed(first: _Shape, second: _Shape) -> bool:
     """Whether the second layer takes what the first gives, and gives what it takes."""
     return second == first[::-1]
 
 
-def _back_gated(first: _Shape, second: _Shape) -> bool:
+def _transposed_or_gated(first: _Shape, second: _Shape) -> bool:
     return second[0] == first[1] and first[0] in (second[1], 2 * second[1])
 
 
-def _heads(queries: _Shape, keys: _Shape) -> bool:
+def _whole_heads(queries: _Shape, keys: _Shape) -> bool:
     return queries[0] % keys[0] == 0
 
 
 # By the names in diffusers; they end the path of an attention or a feed-forward.
 _RULES: tuple[tuple[str, str, Callable[[_Shape, _Shape], bool]], ...] = (
-    ("to_q", "to_out.0", _back),
-    ("to_q", "to_k", _heads),
+    ("to_q", "to_out.0", _transposed),
+    ("to_q", "to_k", _whole_heads),
     ("to_k", "to_v", _same),
-    ("net.0.proj", "net.2", _back_gated),
-    ("linear_in", "linear_out", _back_gated),
-    ("w1", "w2", _back),
+    ("net.0.proj", "net.2", _transposed_or_gated),
+    ("linear_in", "linear_out", _transposed_or_gated),
+    ("w1", "w2", _transposed),
     ("w1", "w3", _same),
+    ("linear_1", "out_projection", _transposed),
 )
 
 

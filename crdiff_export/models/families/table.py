@@ -6,7 +6,7 @@ by a list of its targets, in which `{0..18}` stands for the numbers of its block
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -209,9 +209,10 @@ def _depths(table: RecipeTable, key: str, layers: int) -> tuple[int | tuple[int,
 
 def _network(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
     """Read a network with a list of its targets: [transformer], or [unet], whose groups have a threshold each."""
-    keys = ("kinds", "default", "groups", "channels", "vector", "time", "negative", "sample_size")
-    table.refuse_unknown((*keys, *LAYOUTS))
+    keys = ("kinds", "default", "groups", "channels", "vector")
     scope = "group" if "unet" in document else "layer"
+    of_transformers = ("time", "negative", "sample_size") if scope == "layer" else ()
+    table.refuse_unknown((*keys, *of_transformers, *LAYOUTS))
     kinds = table.strings("kinds")
     if unknown := next((kind for kind in kinds if kind not in KINDS), None):
         raise table.wrong("kinds", f"has {shown(unknown)}, must be some of {', '.join(KINDS)}")
@@ -231,6 +232,7 @@ def _network(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
             layers[layer[0]].append(layer[1])
         if len(layers[names[0]]) > _MOST_LAYERS:
             raise document.wrong("target", f"stands for more than {_MOST_LAYERS:,} tensors")
+    _refuse_overlaps(document, layers[names[0]])
     if sorted(groups) != sorted({layer.group for layer in layers[names[0]]}):
         raise table.wrong("groups", "must have each group of the targets once, and no other")
     layouts = tuple(_layout(table.table(name), name, tuple(layers[name])) for name in names)
@@ -241,6 +243,17 @@ def _network(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
         "time": _time(table), "negative": _flag(table, "negative", usual=True),
         "sample_size": _flag(table, "sample_size", usual=True),
     }  # fmt: skip
+
+
+def _refuse_overlaps(document: RecipeTable, layers: Sequence[FamilyLayer]) -> None:
+    """Refuse two targets that share weights: they would be counted twice."""
+    parts: dict[str, list[RowBlocks | None]] = {}
+    for layer in layers:
+        for other in parts.setdefault(layer.tensor, []):
+            part = layer.part
+            if not part or not other or part.of != other.of or (part.first < other.stop and other.first < part.stop):
+                raise document.wrong("target", f"has weights of {shown(layer.tensor)} twice")
+        parts[layer.tensor].append(layer.part)
 
 
 def _target(

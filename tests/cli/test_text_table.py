@@ -3,12 +3,20 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
+from crdiff_export.cli import text_table
 from crdiff_export.cli.blocks import Table
-from crdiff_export.cli.layout import NARROWEST, fact_lines, table_lines
+from crdiff_export.cli.text_table import NARROWEST, fact_lines
 from crdiff_export.evaluate import report_text as evaluation
 from crdiff_export.publish import report
 from crdiff_export.verify.inspect import GROUP_COLUMNS
+
+
+def table_lines(table: Table, width: int | None = None) -> list[str]:
+    header, lines = text_table.table_lines(table, width)
+    return lines if header is None else [header, *lines]
+
 
 WIDTHS = (60, 80, 100, 200)
 VERDICT = "no difference shown"
@@ -75,6 +83,16 @@ def test_in_a_pipe_columns_are_as_wide_as_they_need() -> None:
     assert header.split()[0] == "size"
     assert first.startswith("128x96 (native)  dense    0.960  0.948 to 0.972")
     assert len(rest) == 2
+
+
+def test_wide_letters_take_two_columns() -> None:
+    table = Table(["size", "why"], [["64x64", "寸法 " * 30]])
+    assert max(map(cell_len, table_lines(table, 60))) <= 60
+
+
+@pytest.mark.parametrize("width", [None, 10, 80])
+def test_a_table_without_rows(width: int | None) -> None:
+    assert table_lines(Table(["alias", "a title that is long"], []), width) is not None
 
 
 WORDS = st.text("abcdefghij", min_size=1, max_size=12)

@@ -1,6 +1,5 @@
 """Tables and facts as lines of text: columns where they fit into the width, else a record of lines for each row."""
 
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.cells import cell_len
@@ -12,8 +11,8 @@ GAP = "  "
 NARROWEST = 16
 
 
-def table_lines(table: Table, width: int | None = None) -> list[str]:
-    """Lay a table out, without cutting a cell: the names of its columns, a rule if there is a width, and its rows.
+def table_lines(table: Table, width: int | None = None) -> tuple[str | None, list[str]]:
+    """Format a table, without cutting a cell: the names of its columns, a rule if there is a width, and its rows.
 
     In a width that is too small the last column is wrapped at words, unless it is numeric. If that is not enough, the
     optional columns are left out and named below, and if that is not enough, each row becomes a record.
@@ -23,10 +22,11 @@ def table_lines(table: Table, width: int | None = None) -> list[str]:
         width: Columns of the terminal; None for as many as it takes.
 
     Returns:
-        The lines.
+        The line with the names of the columns, None above records; and all lines below it.
     """
     if width is None:
-        return list(_grid(table, _natural(table)))
+        header, *rows = _grid(table, _natural(table))
+        return header, rows
     for number in range(len(table.optional) + 1):
         left_out = table.optional[:number]
         columns = [column for column in table.columns if column not in left_out]
@@ -36,12 +36,12 @@ def table_lines(table: Table, width: int | None = None) -> list[str]:
             rule = "─" * (sum(widths) + len(GAP) * (len(widths) - 1))
             present = [name for name in left_out if name in table.columns]
             note = [f"(no room for: {', '.join(present)})"] if present else []
-            return [header, rule, *rows, *note]
-    return list(_records(table, width))
+            return header, [rule, *rows, *note]
+    return None, list(_records(table, width))
 
 
 def fact_lines(pairs: Mapping[str, str] | Iterable[tuple[str, str]], width: int | None = None) -> Iterator[str]:
-    """Lay facts out, one a line; the texts begin below each other, and are wrapped at words if there is a width.
+    """Format facts, one a line; the texts begin below each other, and are wrapped at words if there is a width.
 
     Args:
         pairs: Names and texts.
@@ -107,9 +107,14 @@ def _records(table: Table, width: int) -> Iterator[str]:
 
 
 def _wrapped(text: str, width: int | None) -> list[str]:
-    """Wrap a text at words; a longer word has a line of its own."""
+    """Wrap a text at spaces, by the cells of a terminal; a longer word has a line of its own."""
     if width is None or cell_len(text) <= width:
         return [text]
-    glued = text.replace(" %", "\N{NO-BREAK SPACE}%")  # which textwrap does not break
-    lines = textwrap.wrap(glued, width, break_long_words=False, break_on_hyphens=False) or [""]
-    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+    glue = "\N{NO-BREAK SPACE}%"  # a number stays with its sign
+    lines: list[str] = []
+    for word in text.replace(" %", glue).split():
+        if lines and cell_len(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return [line.replace(glue, " %") for line in lines] or [""]
