@@ -261,14 +261,15 @@ def _next_command(baked: Baked) -> str:
     from crdiff_export.sampling import pipelines
 
     job, path = baked.job, shlex.quote(str(baked.written.path))
-    plan, family = job.plan, job.request.family
+    plan, request = job.plan, job.request
     try:
         model = architecture.find(plan)
-        pipelines.choose(job.base, plan.checkpoint, plan.match, model, config=None, variant=job.request.variant)
+        pipelines.choose(job.base, plan.checkpoint, plan.match, model, config=None, variant=request.variant)
     except CrdiffError:
         return f"crdiff inspect {path}"
-    own = f" --family {shlex.quote(str(family))}" if family else ""
-    return f"crdiff preview {shlex.quote(job.request.base)} --baked {path}{own} --prompt TEXT"
+    given = {"--family": request.family, "--variant": request.variant}
+    options = "".join(f" {option} {shlex.quote(str(value))}" for option, value in given.items() if value)
+    return f"crdiff preview {shlex.quote(request.base)} --baked {path}{options} --prompt TEXT"
 
 
 def _choice(job: ExportJob) -> Mapping[str, str]:

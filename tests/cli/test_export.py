@@ -219,9 +219,22 @@ def test_force_replaces(line: Line, here: Path) -> None:
 def test_a_base_of_several_files_becomes_a_folder(line: Line, here: Path, base: str, output: str) -> None:
     ran = line("export {shelf}/" + base + " --res 400x560")
     assert ran.code == 0
-    assert ran.out.splitlines()[-1] == output
+    *_, following, path = ran.out.splitlines()
+    assert path == output
+    options = f"--baked {output} --variant fp16 --prompt TEXT"
+    assert following.endswith(options if "pipe" in base else f"crdiff inspect {output}")
     assert line(f"inspect {output}{'/diffusion_pytorch_model.safetensors.index.json' * ('shards' in base)}").code == 0
     assert [path.name for path in here.iterdir()] == [output]
+
+
+def test_the_next_command_is_one_that_works(line: Line, here: Path) -> None:
+    """No picture can be drawn with an inpainting model, which takes a picture and a mask."""
+    unet = makers.tiny("sd15.diffusers-unet")
+    dtype, (rows, inputs, *kernel), data = unet["conv_in.weight"]
+    unet["conv_in.weight"] = (dtype, (rows, 9, *kernel), data[: len(data) // inputs] * 9)
+    makers.write(here / "inpainting.safetensors", unet)
+    ran = line("export inpainting.safetensors --res 600 --ratio 0.2 -o o.safetensors")
+    assert ran.out.splitlines()[-2] == "next: crdiff inspect o.safetensors"
 
 
 def test_a_sparse_base_is_noted(line: Line) -> None:

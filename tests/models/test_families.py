@@ -460,6 +460,12 @@ def test_two_networks_in_one_file_are_refused(case: str) -> None:
     check_refusal(TWO[case](), "2 networks", *FIRST[case])
 
 
+def test_a_family_of_ones_own_is_not_looked_for_in_the_model_beside_it() -> None:
+    both = prefixed(model("sd15.original"), BUNDLE) | model("flux-schnell.diffusers-transformer")
+    with raises(FamilyError, "2 networks"):
+        detect(both, by_id("flux-schnell"))
+
+
 @pytest.mark.parametrize("prefix", ["", BUNDLE])
 def test_copies_and_other_parts_are_no_second_network(prefix: str) -> None:
     sd15 = model("sd15.original")
@@ -508,6 +514,21 @@ def test_one_missing_tensor_is_named() -> None:
     del shapes["transformer_blocks.18.ff.net.2.weight"]
     key = "FLUX.1 dev (diffusers layout, prefix 'transformer.'): 227 of 228"
     check_refusal(prefixed(shapes, "transformer."), key, "transformer_blocks.18.ff.net.2.weight")
+
+
+@pytest.mark.parametrize(
+    ("table", "missing"),
+    [
+        ("flux-2-dev.original-transformer", "double_blocks.3.img_attn.qkv.weight"),
+        ("chroma.original-transformer", "double_blocks.3.img_mlp.0.weight"),
+        ("qwen-image.diffusers-transformer", "transformer_blocks.3.attn.to_q.weight"),
+    ],
+)
+def test_a_damaged_model_is_none_of_another_kind(table: str, missing: str) -> None:
+    """Other models of the design are known by a few tensors, which this one has as well."""
+    shapes = model(table)
+    del shapes[missing]
+    check_refusal(shapes, "nearest is", f"missing {missing}")
 
 
 @pytest.mark.parametrize(

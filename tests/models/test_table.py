@@ -178,6 +178,20 @@ WRONG = {
     "a part backwards": (FUSED.replace("part = 0", "part = [1, 0]"), "target[1].part"),
     "a part beyond": (FUSED.replace("part = 0", "part = [2, 3]"), "target[1].of"),
     "blocks without a part": (FUSED.replace("part = 0", ""), "target[1].part is missing"),
+    "a part twice": (FUSED + FUSED[FUSED.index("[[target]]") :], "target has weights of 'blocks.0.mlp.0.weight' twice"),
+    "a part in a part": (
+        FUSED + FUSED[FUSED.index("[[target]]") :].replace("part = 0", "part = [0, 1]"),
+        "target has weights of 'blocks.0.mlp.0.weight' twice",
+    ),
+    "parts of other blocks": (
+        FUSED + FUSED[FUSED.index("[[target]]") :].replace("part = 0\nof = 3", "part = 1\nof = 2"),
+        "target has weights of 'blocks.0.mlp.0.weight' twice",
+    ),
+    "a tensor twice": (
+        OWN + OWN[OWN.rindex("[[target]]") :],
+        "'blocks.0.attn.to_q.weight' twice",
+    ),
+    "a time of a UNet": (UNET.replace("[unet]\n", '[unet]\ntime = "fraction"\n'), "unet.time"),
     "a part of diffusers' layout": (OWN.replace('kind = "attn"', 'kind = "attn"\npart = 0'), "target[2].part"),
     "too long": ("#" * (MAX_TABLE + 1), "at most"),
     "depths of text": ('id = "u"\ntitle = "u"\n[unet]\ndown = ["1"]\nmid = 1\ncontext = 8\n', "unet.down"),
@@ -212,6 +226,17 @@ def test_a_special_model_may_be_told_by_a_tensor(prefix: str) -> None:
     found = detect(shapes | {f"{prefix}b.weight": (4,)}, family)
     assert found.special
     assert (found.special.id, found.title) == ("pictures", "My model, with pictures")
+
+
+def test_a_special_model_of_two_signs_is_one() -> None:
+    """As an inpainting model may have both channels and a tensor of its own."""
+    special = '\n[[special]]\nid = "x"\ntitle = "with x"\narchitecture = "x"\nchannels = 24\ntensors = ["b.weight"]\n'
+    family = parse_family(OWN + special, "own.toml")
+    both = SHAPES | {"img_in.weight": (8, 24), "b.weight": (4,)}
+    for gone in ("", "b.weight"):
+        found = detect({name: shape for name, shape in both.items() if name != gone}, family).special
+        assert found
+        assert (found.id, found.title, found.channels) == ("x", "with x", 24)
 
 
 def test_a_table_says_how_its_pipeline_draws() -> None:

@@ -72,6 +72,26 @@ def test_a_picture_is_that_of_a_plain_call(kind: str, tmp_path: Path, monkeypatc
     assert image.tobytes() == drawn_plainly(pipe, {**arguments, **SHORT})
 
 
+@pytest.mark.parametrize("part", ["pipeline", "network"])
+def test_a_class_that_diffusers_does_not_have_is_named(part: str, tmp_path: Path) -> None:
+    """Of a table for another version of diffusers, or with a slip."""
+    pipe = speaking("flux")
+    weights = KINDS["flux"].save(pipe, tmp_path / "alone")
+    pipe.save_pretrained(tmp_path / "parts")
+    checkpoint = open_checkpoint(weights)
+    opening = pipelines.choose(
+        Base(weights, "alone"), checkpoint, detect(checkpoint.shapes), Architecture("", Size(64, 64)),
+        config=str(tmp_path / "parts"), variant=None,
+    )  # fmt: skip
+    unknown: dict[str, Any] = {part: "TomorrowsPipeline"}
+    wrong = replace(opening, pipeline=replace(opening.pipeline, **unknown))
+    with (
+        raises(PreviewError, "alone", "TomorrowsPipeline"),
+        open_session(wrong, Placement("cpu", "fp32"), "alone"),
+    ):
+        pass
+
+
 class Fake:
     """A pipeline that only notes its arguments."""
 
@@ -118,7 +138,7 @@ def test_steps_are_counted_with_an_older_callback() -> None:
 
 def test_a_negative_prompt_is_the_users_or_the_tables() -> None:
     session = Session(Fake(), by_id("qwen-image").pipelines[""])
-    for given, taken in ((None, " "), ("blurry", "blurry")):
+    for given, taken in ((None, " "), ("blurry", "blurry"), ("", "")):
         session.draw([PROMPT, PROMPT], [3, 4], session.style(SIZE, 1, 2.0, given))
         assert session.pipe.called["negative_prompt"] == [taken, taken]
         assert (session.pipe.called["true_cfg_scale"], session.pipe.called["guidance_scale"]) == (2.0, None)
