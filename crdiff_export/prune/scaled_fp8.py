@@ -9,9 +9,11 @@ The scale and the format of a layer X have three spellings (ComfyUI: `convert_ol
 - `X.weight_scale`, and JSON with the formats of all layers in the header's `_quantization_metadata`.
 """
 
+import bisect
 import contextlib
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from crdiff_export.errors import PlanError
@@ -22,6 +24,10 @@ from crdiff_export.formats.weight_file import Bytes
 
 METADATA: Final = "_quantization_metadata"
 _FORMATS: Final[Mapping[str, str]] = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+# What ComfyUI's JSON may say beside the format: how the layer computes.
+_SETTINGS = {"format", "full_precision_matrix_mult"}
+# Tensors of a layer that do not change its weight, or are read here.
+_KNOWN = ("weight", "bias", "scale_weight", "weight_scale", "comfy_quant", "input_scale", "scale_input", "_extra_state")
 # The product of a code and a number of these dtypes is exact in double precision.
 _SCALE_DTYPES = ("F32", "F16", "BF16")
 # A format in JSON has some dozen characters; do not read gigabytes.
@@ -53,10 +59,12 @@ def read_scales(checkpoint: Checkpoint, prefix: str, names: Iterable[str]) -> di
     by_header = any(METADATA in file.metadata for file in checkpoint.files)
     formats = _header_formats(checkpoint)
     by_marker = f"{prefix}scaled_fp8" in tensors and not by_header
+    in_order = sorted(tensors)
     scales = {}
     with _open(checkpoint, tensors) as read:
         for name in names:
             try:
+                _refuse_others(name, tensors, in_order)
                 if key := _scale_key(name, tensors, formats, read, by_marker=by_marker):
                     scales[name] = _scale(key, tensors, read)
             except ValueError as error:
@@ -124,6 +132,18 @@ def _scale_key(name: str, tensors: _Tensors, formats: Mapping[str, str], read: _
     return old
 
 
+def _refuse_others(name: str, tensors: _Tensors, in_order: Sequence[str]) -> None:
+    """Refuse a layer with tensors that may change its weight: other scales of fp8, and an adapter that is not fused."""
+    layer = name.removesuffix("weight")
+    is_fp8 = tensors[name][1].dtype in _FORMATS.values()
+    for other in in_order[bisect.bisect_left(in_order, layer) :]:
+        if not other.startswith(layer):
+            return
+        tail = other.removeprefix(layer)
+        if "lora_" in tail or (is_fp8 and tail not in _KNOWN):
+            raise ValueError(f"has {show(tail)} beside it, so that it may not be the whole weight")
+
+
 def _tensor_format(raw: memoryview) -> str:
     try:
         return _format(parse_object(bytes(raw), fractions=True))
@@ -132,8 +152,9 @@ def _tensor_format(raw: memoryview) -> str:
 
 
 def _format(settings: object) -> str:
-    form = settings.get("format") if isinstance(settings, dict) else settings
-    return form if isinstance(form, str) else show(form)
+    """Return the format that JSON names, or all of the JSON if it says more than ComfyUI's."""
+    form = settings.get("format") if isinstance(settings, dict) and settings.keys() <= _SETTINGS else settings
+    return form if isinstance(form, str) else json.dumps(form)
 
 
 def _scale(key: str, tensors: _Tensors, read: _Read) -> float:

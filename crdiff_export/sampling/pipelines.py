@@ -149,7 +149,7 @@ def _pipeline(name: str, match: Match, model: Architecture, folder: Path | None)
     if pipeline is None or pipeline.pictures:
         raise PreviewError(
             f"{name}: {match.title}: no picture can be drawn with it from a prompt alone here",
-            "Take its text-to-image sibling; `crdiff export` takes this one.",
+            "Take its text-to-image sibling, or give its table a [pipeline] (`crdiff docs families`).",
         )
     return pipeline
 

@@ -101,8 +101,10 @@ def test_targets_of_a_unet_may_be_listed() -> None:
         ("img_in.weight", (8, 9, 3, 3), "9-channels"),
         ("img_out.weight", (8, 8, 3, 3), "8-outputs"),
         ("label.weight", (8, 64), "vector-64"),
+        ("label.weight", None, "no-vector"),
     ):
-        odd = detect(shapes | {tensor: shape}, family).special
+        changed = {name: found for name, found in (shapes | {tensor: shape}).items() if found}
+        odd = detect(changed, family).special
         assert odd is not None
         assert odd.id == special
 
@@ -148,8 +150,13 @@ def test_a_file_of_another_model_is_refused(changes: dict[str, tuple[int, ...] |
         detect(shapes, parse_family(OWN, "own.toml"))
 
 
+SPECIAL = '\n[[special]]\nid = "y"\ntitle = "x"\narchitecture = "y"\nchannels = 24\n'
+GEOMETRY = 'id = "u"\ntitle = "u"\n[unet]\ndown = [1]\nmid = 1\ncontext = 8\n'
 WRONG = {
     "no TOML": ("id = ", "own.toml"),
+    "a title that writes to the terminal": (OWN.replace("My model", "My\\u001b[31m model"), "title"),
+    "a special title of two lines": (OWN + SPECIAL.replace('"x"', '"x\\ny"', 2), "special[1].title"),
+    "too many residual blocks": (GEOMETRY.replace("context", "layers = 100000000\ncontext"), "unet.layers"),
     "no id": (OWN.replace('id = "own"', ""), "id is missing"),
     "an id of capitals": (OWN.replace('"own"', '"Own"'), "id is 'Own'"),
     "an unknown key": (OWN + "\ncolour = 1\n", "target[2].colour"),

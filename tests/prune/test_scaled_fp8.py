@@ -160,6 +160,12 @@ def header(text: str) -> Callable[[Scaled], None]:
 
 REFUSED: list[tuple[str, Callable[[Scaled], None], str]] = [
     ("comfy_quant", replaced("weight_scale", "F32", (8, 1), bytes(32)), "weight_scale"),
+    ("comfy_quant", form('{"format": "float8_e5m2", "convrot": true}'), "convrot"),
+    ("metadata", header('{"layers": {"' + LAYER + '": {"format": "float8_e5m2", "rotate": 1}}}'), "rotate"),
+    ("comfy_quant", replaced("weight_scale_inv", "F32", (), number("F32", 1.0)), "weight_scale_inv"),
+    ("comfy_quant", replaced("weight_zero_point", "F32", (), number("F32", 1.0)), "weight_zero_point"),
+    ("scaled_fp8", replaced("weight.scale", "F32", (), number("F32", 1.0)), "weight.scale"),
+    ("metadata", replaced("lora_A.weight", "F16", (1, 8), bytes(16)), "lora_A.weight"),
     ("comfy_quant", replaced("weight_scale", "F32", (0,), b""), "weight_scale"),
     ("comfy_quant", replaced("weight_scale", "F64", (), bytes(8)), "weight_scale"),
     ("comfy_quant", replaced("weight_scale", "U8", (1,), b"\1"), "weight_scale"),
@@ -186,6 +192,46 @@ REFUSED: list[tuple[str, Callable[[Scaled], None], str]] = [
     ("scaled_fp8", replaced("weight", "F16", (8, 8), bytes(128)), "F16"),
     ("scaled_fp8", header('{"layers": {}}'), "scaled_fp8"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [
+        (UNET, f"{LAYER}.weight"),
+        ("flux-dev.original-transformer", "double_blocks.0.img_mlp.0.weight"),
+        ("qwen-image.diffusers-transformer", "transformer_blocks.0.img_mlp.net.0.proj.weight"),
+    ],
+)
+@pytest.mark.parametrize("spelling", ["comfy_quant", "metadata"])
+def test_packed_weights_are_called_so_and_not_damaged(table: str, name: str, spelling: str, tmp_path: Path) -> None:
+    """Two numbers of nvfp4 are in one byte, so their tensor is narrower than the layer."""
+    tensors, layer = makers.tiny(table, "F16"), name.removesuffix(".weight")
+    _, (rows, columns), _ = tensors[name]
+    text = '{"format": "nvfp4"}'
+    tensors[name] = "U8", (rows, columns // 2), bytes(rows * columns // 2)
+    tensors[f"{layer}.weight_scale"] = "F8_E4M3", (rows, 2), bytes(rows * 2)
+    tensors[f"{layer}.weight_scale_2"] = "F32", (), number("F32", 1.0)
+    metadata = {"format": "pt"}
+    if spelling == "metadata":
+        metadata[METADATA] = '{"layers": {"' + layer + '": ' + text + "}}"
+    else:
+        tensors[f"{layer}.comfy_quant"] = "U8", (len(text),), text.encode()
+    with raises(PlanError, "base.safetensors", name, "nvfp4"):
+        bake(makers.write(tmp_path / "base.safetensors", tensors, metadata), ratios={}, ratio=0.3)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F8_E4M3"])
+@pytest.mark.parametrize("tail", ["lora_A.default.weight", "lora_down.weight", "weight_scale_inv"])
+def test_a_plain_weight_with_more_beside_it_is_refused(dtype: str, tail: str, tmp_path: Path) -> None:
+    """An adapter that is not fused, or scales of a format that nobody told us of."""
+    tensors = makers.tiny(UNET, dtype if dtype == "F16" else None)
+    name = f"{LAYER}.weight"
+    if dtype != "F16":
+        _, shape, _ = tensors[name]
+        tensors[name] = dtype, shape, makers.weights(name, dtype, shape)
+    tensors[f"{LAYER}.{tail}"] = "F32", (1, 1), number("F32", 1.0)
+    with raises(PlanError, "base.safetensors", tail):
+        bake(makers.write(tmp_path / "base.safetensors", tensors))
 
 
 @pytest.mark.parametrize(("spelling", "change", "key"), REFUSED)

@@ -1,6 +1,7 @@
 """Recognise the family of a checkpoint from the names and shapes of its tensors."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 from crdiff_export.errors import FamilyError
 from crdiff_export.formats.text import printable
@@ -152,9 +153,10 @@ def _any_unet(shapes: Shapes) -> Match | None:
 
 
 def _match(family: Family, layout: Layout, prefix: str, shapes: Shapes) -> Match:
-    for layer in layout.layers:
+    layers = [layer for layer in layout.layers if not _is_packed(prefix + layer.tensor, shapes)]
+    for layer in layers:
         _check_shape(layer, prefix + layer.tensor, shapes[prefix + layer.tensor])
-    check_siblings(layout.layers, prefix, shapes)
+    check_siblings(layers, prefix, shapes)
     return Match(
         family=family,
         layout=layout,
@@ -206,7 +208,7 @@ def _by_vector(family: Family, layout: Layout, sizes: Shapes) -> Special | None:
     if not layout.vectors or vector == family.vector:
         return None
     fitting = (special for special in family.specials if special.vector in (ANY, vector) and special.vector)
-    other = f"vector-{vector}"
+    other = f"vector-{vector}" if vector else "no-vector"
     title = f"with a vector of width {vector} beside the text" if vector else "without its vector embedding"
     return next(fitting, None) or Special(other, title, f"{family.architecture}/{other}", vector=vector)
 
@@ -225,6 +227,11 @@ def _by_layers(family: Family, layout: Layout, sizes: Shapes, shapes: Shapes) ->
 def _size(shapes: Shapes, tensor: str, axis: int) -> int | None:
     shape = shapes.get(tensor, ())
     return shape[axis] if len(shape) > 1 else None
+
+
+def _is_packed(key: str, shapes: Shapes) -> bool:
+    """Whether a weight has scales for its blocks, as nvfp4, whose shape is that of its bytes; a plan refuses it."""
+    return prod(shapes.get(f"{key.removesuffix('.weight')}.weight_scale", ())) > 1
 
 
 def _check_shape(layer: FamilyLayer, key: str, shape: tuple[int, ...]) -> None:

@@ -9,7 +9,8 @@ from crdiff_export.models.families.fit import Fit, Shapes, holds
 from crdiff_export.models.families.model import Family, Mark
 
 _SUPPORTED = (
-    "`crdiff families` lists what is supported, finetunes included; so are other UNets with their text-to-image blocks."
+    "`crdiff families` lists what is supported, finetunes and other UNets included; "
+    "for any other model, write its table (`crdiff docs families`) and give it with --family."
 )
 _SHOWN = 3
 _LONGEST = 80

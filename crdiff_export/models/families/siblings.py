@@ -22,6 +22,10 @@ def _transposed(first: _Shape, second: _Shape) -> bool:
     return second == first[::-1]
 
 
+def _same_or_transposed(first: _Shape, second: _Shape) -> bool:
+    return second in (first, first[::-1])
+
+
 def _transposed_or_gated(first: _Shape, second: _Shape) -> bool:
     return second[0] == first[1] and first[0] in (second[1], 2 * second[1])
 
@@ -39,6 +43,8 @@ _RULES: tuple[tuple[str, str, Callable[[_Shape, _Shape], bool]], ...] = (
     ("linear_in", "linear_out", _transposed_or_gated),
     ("w1", "w2", _transposed),
     ("w1", "w3", _same),
+    ("linear_1", "linear_2", _same_or_transposed),
+    ("linear_1", "linear_3", _same),
     ("linear_1", "out_projection", _transposed),
 )
 

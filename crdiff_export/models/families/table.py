@@ -151,6 +151,14 @@ def parse_family(text: str, where: str, *, foreign: bool = False) -> Family:
     return replace(family, table=text) if foreign else family
 
 
+def _title(table: RecipeTable) -> str:
+    """Read a title, which is shown on terminals as it is."""
+    title = table.string("title")
+    if not title.isprintable():
+        raise table.wrong("title", f"is {shown(title)}, must be one line without control characters")
+    return title
+
+
 def _family(table: RecipeTable) -> Family:
     table.refuse_unknown(_KEYS)
     name = table.string("id")
@@ -165,7 +173,7 @@ def _family(table: RecipeTable) -> Family:
     native = table.size("native") if "native" in table else None
     return Family(
         id=name,
-        title=table.string("title"),
+        title=_title(table),
         architecture=table.string("architecture") if "architecture" in table else "",
         implementation=table.string("implementation") if "implementation" in table else "sgm",
         native=(native.width, native.height) if isinstance(native, Size) else None,
@@ -182,6 +190,8 @@ def _family(table: RecipeTable) -> Family:
 def _unet(table: RecipeTable) -> dict[str, Any]:
     table.refuse_unknown(("down", "mid", "up", "layers", "context", "channels", "vector"))
     layers, mid = table.count("layers") if "layers" in table else 2, _whole(table, "mid")
+    if layers >= _MOST_BLOCKS:
+        raise table.wrong("layers", f"is {layers:,}, must be less than {_MOST_BLOCKS:,}")
     down = _depths(table, "down", layers)
     up = _depths(table, "up", layers + 1) if "up" in table else None
     layouts = unet_layouts(down, mid=mid, context=table.count("context"), layers=layers, up=up)
@@ -232,7 +242,8 @@ def _network(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
             layers[layer[0]].append(layer[1])
         if len(layers[names[0]]) > _MOST_LAYERS:
             raise document.wrong("target", f"stands for more than {_MOST_LAYERS:,} tensors")
-    _refuse_overlaps(document, layers[names[0]])
+    for name in names:
+        _refuse_overlaps(document, layers[name])
     if sorted(groups) != sorted({layer.group for layer in layers[names[0]]}):
         raise table.wrong("groups", "must have each group of the targets once, and no other")
     layouts = tuple(_layout(table.table(name), name, tuple(layers[name])) for name in names)
@@ -285,7 +296,7 @@ def _part(table: RecipeTable, names: list[LayoutName]) -> RowBlocks | None:
             raise table.wrong("part", "is missing, which `of` is for")
         return None
     if "original" not in names:
-        raise table.wrong("part", "is for fused tensors of the original layout, which is missing")
+        raise table.wrong("part", "is for fused tensors, whose layout has to be called original")
     value: Any = table.values["part"]
     blocks: list[Any] = value if isinstance(value, list) else [value]
     if not blocks or not all(type(block) is int and 0 <= block < _MOST_BLOCKS for block in blocks):
@@ -302,7 +313,9 @@ def _expand(table: RecipeTable, key: str) -> list[str]:
     """Return the names that a pattern with at most one range stands for."""
     pattern = table.string(key)
     ranges = list(_RANGE.finditer(pattern))
-    if len(ranges) > 1 or "{" in _RANGE.sub("", pattern) or not pattern.endswith(".weight"):
+    if not pattern.endswith(".weight"):
+        raise table.wrong(key, f"is {shown(pattern)}, must end in .weight")
+    if len(ranges) > 1 or "{" in _RANGE.sub("", pattern):
         raise table.wrong(key, f"is {shown(pattern)}, must be a tensor's name with at most one range, {{0..18}}")
     if not ranges:
         return [pattern]
@@ -339,7 +352,7 @@ def _special(table: RecipeTable) -> Special:
     tensors = table.strings("tensors") if "tensors" in table else ()
     if channels is None and vector is None and not tensors:
         raise table.wrong("channels", "is missing, and so are vector and tensors")
-    texts = table.string("id"), table.string("title"), table.string("architecture")
+    texts = table.string("id"), _title(table), table.string("architecture")
     return Special(*texts, channels, vector, tensors, prompt=_flag(table, "prompt"))
 
 

@@ -200,7 +200,8 @@ def _restore(layers: Mapping[str, nn.Linear], source: Source, baked: BakedCheckp
     if not source.has_residual:
         raise PoaError(
             f"the model holds the pruned weights already, and {source.path} has no residual to make them dense",
-            f"Load the base, {show(source.base)}, or export with --residual embed.",
+            f"Load the base, {show(source.base)}"
+            + ("." if source.plan.has_scales else ", or export with --residual embed."),
         )
     if source.plan.has_scales:
         raise PoaError(
