@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crdiff_export.errors import VerifyError
+from crdiff_export.errors import FamilyError, VerifyError
 from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.formats.crdiff_keys import LAYER_WISE, Stamp
 from crdiff_export.formats.safetensors import show
@@ -113,7 +113,15 @@ def _stamp(checkpoint: Checkpoint) -> Stamp:
 
 def _plan(checkpoint: Checkpoint, stamp: Stamp) -> Plan:
     """Rebuild the plan that made the file, from its header and its layers."""
-    match = families.detect_baked(checkpoint.shapes, checkpoint.metadata, str(checkpoint.path))
+    try:
+        match = families.detect_baked(checkpoint.shapes, checkpoint.metadata, str(checkpoint.path))
+    except FamilyError as error:
+        if families.TABLE_KEY not in checkpoint.metadata:
+            raise FamilyError(f"{checkpoint.path}: {error.message}", error.hint) from error
+        where = f"{checkpoint.path}: {families.TABLE_KEY}"
+        raise VerifyError(
+            f"{where} is not of its layers: {error.message.removeprefix(f'{where}: ')}", REPAIR
+        ) from error
     family = match.family
     for key, stated, actual in (
         ("family", stamp.family, family.id),

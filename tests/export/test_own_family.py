@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from crdiff_export import ExportRequest, Size, export
-from crdiff_export.errors import FamilyError
+from crdiff_export.errors import FamilyError, VerifyError
 from crdiff_export.progress import Silent
 from crdiff_export.sampling.poa.source import from_baked
 from crdiff_export.verify.restore import restore
@@ -101,11 +101,19 @@ def test_a_file_of_it_needs_the_table_no_more(base: Path, line: Line) -> None:
     )
 
 
-def test_a_table_in_a_header_that_was_changed_is_refused(base: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        (b"img_mlp.net.2", b"txt_mlp.net.2", "txt_mlp"),
+        (b"img_mlp.net.2", b"img_mlp.net.9", "crdiff.family.table"),
+        (b"[[target]]", b"[[target]1", "crdiff.family.table"),
+    ],
+)
+def test_a_table_in_a_header_that_was_changed_is_refused(base: Path, old: bytes, new: bytes, key: str) -> None:
     output = export(request(base)).written.path
     raw = output.read_bytes()
-    output.write_bytes(raw.replace(b"img_mlp.net.2", b"txt_mlp.net.2", 1))
-    with pytest.raises(Exception, match="txt_mlp"):
+    output.write_bytes(raw.replace(old, new, 1))
+    with raises(VerifyError, "o.safetensors", key):
         verify(output, None, Silent())
 
 

@@ -4,9 +4,10 @@ from crdiff_export.models.families.catalogue import all_families, by_id, install
 from crdiff_export.models.families.detect import detect, detect_baked
 from crdiff_export.models.families.model import Family, FamilyLayer, Kind, Match, Twin
 from crdiff_export.models.families.quantised import Quantisation, quantisation
-from crdiff_export.models.families.table import load_family
+from crdiff_export.models.families.table import TABLE_KEY, load_family
 
 __all__ = [
+    "TABLE_KEY",
     "Family",
     "FamilyLayer",
     "Kind",
