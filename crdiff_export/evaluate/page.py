@@ -2,13 +2,14 @@
 
 import io
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 from PIL import Image
 
 from crdiff_export.evaluate import plot, report_text
 from crdiff_export.evaluate.comparison import Facts
-from crdiff_export.evaluate.report import ContactSheet, SheetPicture, SheetRow, page
+from crdiff_export.evaluate.report import ContactSheet, SheetPicture, SheetRow, page, plots
 from crdiff_export.evaluate.report.page import PageSection
 from crdiff_export.evaluate.request import Subject
 from crdiff_export.evaluate.results import Evaluation
@@ -50,7 +51,7 @@ def differences(evaluation: Evaluation, subject: Subject, title: str, facts: Fac
 
 def _sections(evaluation: Evaluation) -> Iterator[PageSection]:
     yield PageSection("Scores", table=report_text.table(evaluation))
-    yield PageSection("Score against size", plot=plot.render(evaluation, "svg"))
+    yield plots.section("Score against size", partial(plot.render, evaluation))
     for subject in evaluation.subjects:
         title = f"{report_text.where(evaluation, subject)}: where the models differ most"
         sheet = differences(evaluation, subject, title)

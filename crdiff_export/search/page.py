@@ -1,10 +1,11 @@
 """The HTML page of a search: the result, its course, the check with its pictures, and all trials."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from crdiff_export.evaluate import page as evaluation_page
 from crdiff_export.evaluate import report_text as evaluation_text
-from crdiff_export.evaluate.report import ContactSheet, page
+from crdiff_export.evaluate.report import ContactSheet, page, plots
 from crdiff_export.evaluate.report.page import PageSection
 from crdiff_export.evaluate.request import Subject
 from crdiff_export.search import plot, report_text
@@ -27,7 +28,7 @@ def contact_sheet(result: SearchResult, subject: Subject) -> ContactSheet:
 def _sections(result: SearchResult) -> Iterator[PageSection]:
     scores = evaluation_text.table(result.evaluation) if result.evaluation else None
     yield PageSection("Result", report_text.conclusion(result), scores)
-    yield PageSection("Course of the search", plot=plot.draw(result, "svg"))
+    yield plots.section("Course of the search", partial(plot.draw, result))
     for subject in result.evaluation.subjects if result.evaluation else ():
         sheet = contact_sheet(result, subject)
         yield PageSection(sheet.title, sheet=sheet)

@@ -90,5 +90,5 @@ def prepare(request: SearchRequest) -> SearchJob:
 def _check_packages() -> None:
     missing = [name for name in ("optuna", "sqlalchemy", "scipy", "cmaes") if not find_spec(name)]
     if missing:
-        hint = "Install it: pip install 'crdiff-export[search]'."
+        hint = f"`python -m pip install {' '.join(missing)}`."
         raise SearchError(f"a search needs {', '.join(missing)}, which is not installed", hint)

@@ -193,7 +193,7 @@ def _server_address(storage: str) -> StorageAddress:
     try:
         import psycopg  # noqa: F401
     except ImportError as error:
-        hint = "Install it: pip install 'crdiff-export[search]'."
+        hint = '`python -m pip install "psycopg[binary]"`.'
         raise SearchError("PostgreSQL's driver psycopg is not installed, or cannot be loaded", hint) from error
     try:
         url = sqlalchemy.make_url(storage).set(drivername="postgresql+psycopg")

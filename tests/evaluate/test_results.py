@@ -12,12 +12,15 @@ import pytest
 from PIL import Image
 
 from crdiff_export import Size
+from crdiff_export.errors import OptionError
 from crdiff_export.evaluate import Evaluation, Subject, evidence, files, page, plot, report_text
+from crdiff_export.evaluate.report import plots
 from crdiff_export.evaluate.results import ModelScores
 from crdiff_export.evaluate.scorers import Score
 from crdiff_export.models import recipe_files
 from crdiff_export.models.recipe import Evidence, Variant, borrow
 from tests.support.evaluating import of_pairs
+from tests.support.messages import raises
 
 WITHOUT_FID = tuple(name for name in report_text.COLUMNS if name != "FID")
 
@@ -187,6 +190,18 @@ def test_names_are_shown_as_they_are(evaluation: Evaluation) -> None:
     assert "<script" not in html
     assert "\x1b" not in html
     assert "$1_{x$" in plot.render(odd, "svg").decode()
+
+
+def test_without_matplotlib_a_page_says_so_and_a_plot_is_refused(
+    evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "find_spec", lambda _: None)
+    html = page.render(evaluation)
+    assert "<svg" not in html
+    assert "pip install matplotlib" in html
+    assert files.check([tmp_path / "page.html", tmp_path / "recipe.toml"], force=False)
+    with raises(OptionError, "matplotlib"):
+        files.check([tmp_path / "page.html", tmp_path / "plot.svg"], force=False)
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])

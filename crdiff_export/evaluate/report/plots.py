@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from crdiff_export.errors import OptionError
+from crdiff_export.evaluate.report.page import PageSection
 
-# Suffixes of files that hold a plot.
-SUFFIXES: Final = (".html", ".png", ".svg")
+# Suffixes of files that are a plot; a page only has one.
+SUFFIXES: Final = (".png", ".svg")
+_HINT: Final = "`python -m pip install matplotlib`."
 # src: Okabe and Ito, "Color Universal Design" (2008): people with any colour vision can tell these apart.
 GREY, BLUE, ORANGE, GREEN, PINK, YELLOW = "#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
 _SETTINGS: Final[Any] = {
@@ -19,13 +21,25 @@ _SETTINGS: Final[Any] = {
 
 
 def check_matplotlib(paths: Sequence[Path]) -> None:
-    """Check that matplotlib is installed if one of the files needs a plot.
+    """Check that matplotlib is installed if one of the files is a plot.
 
     Raises:
         OptionError: It is not.
     """
     if any(path.suffix.lower() in SUFFIXES for path in paths) and find_spec("matplotlib") is None:
-        raise OptionError("matplotlib is not installed, which plots need", '`pip install "crdiff-export[search]"`.')
+        raise OptionError("matplotlib is not installed, which plots need", _HINT)
+
+
+def section(title: str, draw: Callable[[str], bytes]) -> PageSection:
+    """Return the section of a page that shows a plot, or says why there is none.
+
+    Args:
+        title: Its heading.
+        draw: Makes the plot as a file of a kind, here "svg".
+    """
+    if find_spec("matplotlib") is None:
+        return PageSection(title, f"No plot: matplotlib is not installed. {_HINT}")
+    return PageSection(title, plot=draw("svg"))
 
 
 def render(draw: Callable[[], Any], kind: str) -> bytes:

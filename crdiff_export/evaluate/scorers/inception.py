@@ -82,7 +82,7 @@ def check(file: Path | None) -> None:
         ScorerError: One of them is missing.
     """
     if find_spec(PACKAGE) is None:
-        raise ScorerError("torch-fidelity is not installed, which FID needs", 'Run `pip install "crdiff-export[fid]"`.')
+        raise ScorerError("torch-fidelity is not installed, which FID needs", "`python -m pip install torch-fidelity`.")
     if file and not file.is_file():
         raise ScorerError(f"{file}: there is no such file", f"Give --fid-weights the file of {_url()}.")
 

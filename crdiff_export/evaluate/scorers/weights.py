@@ -78,7 +78,7 @@ def transformers() -> Any:
         return import_module("transformers")
     except ImportError as error:
         message = f"this scorer needs transformers and torch: {error}"
-        raise ScorerError(message, "Run `pip install 'crdiff-export[score]'`.") from error
+        raise ScorerError(message, '`python -m pip install "transformers>=5"`.') from error
 
 
 def place(device: str, dtype: str) -> "tuple[torch.device, torch.dtype]":
