@@ -31,11 +31,15 @@ def check_matplotlib(paths: Sequence[Path]) -> None:
 
 
 def section(title: str, draw: Callable[[str], bytes]) -> PageSection:
-    """Return the section of a page that shows a plot, or says why there is none.
+    """Make the section of a page that shows a plot, or says why there is none.
 
     Args:
         title: Its heading.
         draw: Makes the plot as a file of a kind, here "svg".
+
+    Returns:
+        The section.
+
     """
     if find_spec("matplotlib") is None:
         return PageSection(title, f"No plot: matplotlib is not installed. {_HINT}")
