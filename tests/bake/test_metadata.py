@@ -33,6 +33,7 @@ from crdiff_export.prune.architecture import Architecture
 from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.threshold import Threshold
 from tests.support import DOCS, geometry_tables, makers, masking, oracle, scaled_models
+from tests.support.family_rows import ROWS
 from tests.support.scaled_models import SPELLINGS, Scaled
 
 BASE = "demo.original-unet"
@@ -56,41 +57,6 @@ Exports = Callable[[str], tuple[Path, Path]]
 
 # ModelSpec.
 
-SPEC = {
-    "chroma": "chroma",
-    "demo": "stable-diffusion-v1",
-    "flux-2-dev": "Flux.2-dev",
-    "z-image": "z-image",
-    "auraflow": "auraflow-v1",
-    "pixart-sigma": "pixart-ms-sigma-xl-2",
-    "sana-600m": "nvidia-sana-600",
-    "sana-1600m": "nvidia-sana-1600",
-    "sana-4800m": "nvidia-sana-4800",
-    "hidream-i1": "hidream-i1",
-    "cogview4": "cogview4",
-    "cosmos2-2b": "nvidia-cosmos-predict2-t2i-2b",
-    "cosmos2-14b": "nvidia-cosmos-predict2-t2i-14b",
-    "lumina-2": "lumina-2",
-    "flux-2-klein-4b": "Flux.2-klein-4b",
-    "flux-2-klein-9b": "Flux.2-klein-9b",
-    "flux-lite": "flux-1-lite",
-    "qwen-image": "qwen-image",
-    "flux-dev": "flux-1-dev",
-    "flux-schnell": "flux-1-schnell",
-    "koala-1b": "koala-1b",
-    "koala-700m": "koala-700m",
-    "sd15": "stable-diffusion-v1",
-    "sd21": "",  # by content, see test_architecture.py
-    "sd3-medium": "stable-diffusion-v3-medium",
-    "sd35-large": "stable-diffusion-v3.5-large",
-    "sd35-medium": "stable-diffusion-v3.5-medium",
-    "sdxl": "stable-diffusion-xl-v1-base",
-    "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
-    "sdxs-512": "sdxs-512",
-    "ssd-1b": "segmind-stable-diffusion-1b",
-    "vega": "segmind-vega",
-}
-
 
 @pytest.mark.parametrize("table", geometry_tables.names())
 def test_every_family_gets_the_keys_that_modelspec_wants(table: str, narrow_exports: Exports) -> None:
@@ -100,7 +66,7 @@ def test_every_family_gets_the_keys_that_modelspec_wants(table: str, narrow_expo
     original = by_id(family).implementation
     assert {key: text for key, text in header.items() if not key.startswith("crdiff.")} == {
         "format": "pt",
-        "modelspec.architecture": SPEC[family] or header["modelspec.architecture"],
+        "modelspec.architecture": ROWS[family].architecture or header["modelspec.architecture"],
         "modelspec.hash_sha256": oracle.sha256(output),
         "modelspec.implementation": "diffusers" if layout.startswith("diffusers") else original,
         "modelspec.merged_from": "base",

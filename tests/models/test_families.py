@@ -12,6 +12,7 @@ from crdiff_export.errors import FamilyError
 from crdiff_export.models.families import Match, all_families, by_id, detect, quantisation
 from crdiff_export.models.families.model import Layout
 from tests.support import geometry_tables, oracle
+from tests.support.family_rows import ROWS
 from tests.support.messages import raises
 
 Shapes = dict[str, tuple[int, ...]]
@@ -82,7 +83,8 @@ def test_detects_behind_prefix(table: str, prefix: str) -> None:
         assert summary(detect(rest | alone)) == expected
 
 
-def test_every_family_and_layout_has_a_table() -> None:
+def test_every_family_has_a_row_and_every_layout_a_table() -> None:
+    assert set(ROWS) == {family.id for family in all_families()}
     tables = {(family_of(table), layout_of(table).name) for table in TABLES}
     assert tables == {(family.id, layout.name) for family in all_families() for layout in family.layouts}
 
@@ -125,180 +127,43 @@ def test_records_are_consistent(family: Any) -> None:
 
 # --- and so says diffusers: its modules, and its converters from the original layout
 
-SD = {"sample_size": 64, "layers_per_block": 2}
-CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
-
-
-def unet_config(levels: str, widths: tuple[int, ...], depths: int | tuple[int, ...], context: int, **more: Any) -> Any:
-    """The config of a UNet; `levels` has an x for a level with attention and a dot for one without."""
-    kinds = [CROSS if level == "x" else PLAIN for level in levels]
-    return SD | {
-        "down_block_types": tuple(kind[0] for kind in kinds),
-        "up_block_types": tuple(kind[1] for kind in reversed(kinds)),
-        "block_out_channels": widths,
-        "transformer_layers_per_block": depths,
-        "cross_attention_dim": context,
-        **more,
-    }
-
-
-def dit_config(blocks: int, norm: str | None, dual: int) -> Any:
-    sizes = {"num_layers": blocks, "num_attention_heads": blocks, "caption_projection_dim": 64 * blocks}
-    return sizes | {"qk_norm": norm, "dual_attention_layers": tuple(range(dual)), "pooled_projection_dim": 2048}
-
-
-LINEAR = {"use_linear_projection": True}
-CLASSES = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
-SDXL = unet_config(
-    ".xx", (320, 640, 1280), (1, 2, 10), 2048, **LINEAR, **CLASSES, projection_class_embeddings_input_dim=2816
-)
-CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sd15": ("UNet2DConditionModel", unet_config("xxx.", (320, 640, 1280, 1280), 1, 768)),
-    "sd21": ("UNet2DConditionModel", unet_config("xxx.", (320, 640, 1280, 1280), 1, 1024, **LINEAR)),
-    "sdxl": ("UNet2DConditionModel", SDXL),
-    "sdxl-refiner": (
-        "UNet2DConditionModel",
-        unet_config(
-            ".xx.", (384, 768, 1536, 1536), 4, 1280, **LINEAR, **CLASSES, projection_class_embeddings_input_dim=2560
-        ),
-    ),
-    "ssd-1b": (
-        "UNet2DConditionModel",
-        SDXL
-        | {
-            "transformer_layers_per_block": [1, [2, 2], [4, 4]],
-            "mid_block_type": "UNetMidBlock2D",
-            "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
-        },
-    ),
-    "vega": (
-        "UNet2DConditionModel",
-        SDXL | {"transformer_layers_per_block": (1, 1, 2), "mid_block_type": "UNetMidBlock2D"},
-    ),
-    "koala-700m": (
-        "UNet2DConditionModel",
-        SDXL | {"layers_per_block": 1, "transformer_layers_per_block": (1, 2, 5), "mid_block_type": None},
-    ),
-    "koala-1b": ("UNet2DConditionModel", SDXL | {"layers_per_block": 1, "transformer_layers_per_block": (1, 2, 6)}),
-    "sdxs-512": (
-        "UNet2DConditionModel",
-        unet_config(".xx", (320, 640, 1280), 1, 768, layers_per_block=1, mid_block_type=None),
-    ),
-    "demo": ("UNet2DConditionModel", unet_config("xx", (64, 128), 1, 64, layers_per_block=1)),
-    "sd3-medium": ("SD3Transformer2DModel", dit_config(24, None, 0)),
-    "sd35-medium": ("SD3Transformer2DModel", dit_config(24, "rms_norm", 13)),
-    "sd35-large": ("SD3Transformer2DModel", dit_config(38, "rms_norm", 0)),
-    "flux-dev": ("FluxTransformer2DModel", {"guidance_embeds": True}),
-    "flux-schnell": ("FluxTransformer2DModel", {"guidance_embeds": False}),
-    "flux-lite": ("FluxTransformer2DModel", {"guidance_embeds": True, "num_layers": 8}),
-    "chroma": ("ChromaTransformer2DModel", {}),
-    "qwen-image": ("QwenImageTransformer2DModel", {}),
-    "flux-2-dev": ("Flux2Transformer2DModel", {}),
-    **{
-        f"flux-2-klein-{size}": (
-            "Flux2Transformer2DModel",
-            {"guidance_embeds": False, "num_layers": double, "num_single_layers": single,
-             "num_attention_heads": heads, "joint_attention_dim": text},
-        )
-        for size, double, single, heads, text in (("4b", 5, 20, 24, 7680), ("9b", 8, 24, 32, 12288))
-    },
-    "z-image": ("ZImageTransformer2DModel", {}),
-    "lumina-2": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
-    "auraflow": ("AuraFlowTransformer2DModel", {"pos_embed_max_size": 9216}),
-    "pixart-sigma": (
-        "PixArtTransformer2DModel", {"caption_channels": 4096, "use_additional_conditions": False}
-    ),
-    **{
-        f"sana-{size}": (
-            "SanaTransformer2DModel",
-            {"num_layers": blocks, "num_attention_heads": heads, "num_cross_attention_heads": cross,
-             "cross_attention_head_dim": 32 * heads // cross, "cross_attention_dim": 32 * heads, "qk_norm": norm},
-        )
-        for size, blocks, heads, cross, norm in (
-            ("600m", 28, 36, 16, None), ("1600m", 20, 70, 20, None), ("4800m", 60, 70, 20, "rms_norm_across_heads")
-        )
-    },
-    "hidream-i1": (
-        "HiDreamImageTransformer2DModel",
-        {"patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 16, "num_single_layers": 32,
-         "attention_head_dim": 128, "num_attention_heads": 20, "caption_channels": [4096, 4096], "text_emb_dim": 2048,
-         "num_routed_experts": 4, "num_activated_experts": 2, "axes_dims_rope": (64, 32, 32),
-         "max_resolution": (128, 128), "llama_layers": list(range(48))},
-    ),
-    "cogview4": (
-        "CogView4Transformer2DModel", {"num_layers": 28, "attention_head_dim": 128, "num_attention_heads": 32}
-    ),
-    **{
-        f"cosmos2-{size}": (
-            "CosmosTransformer3DModel",
-            {"num_layers": blocks, "num_attention_heads": heads, "extra_pos_embed_type": None},
-        )
-        for size, blocks, heads in (("2b", 28, 16), ("14b", 36, 40))
-    },
-}  # fmt: skip
 REFERENCE_ENDINGS = tuple(
     f"{attn}.{leaf}" for attn in ("attn1", "attn2") for leaf in ("to_q", "to_k", "to_v", "to_out.0")
 )
 REFERENCE_ENDINGS += ("ff.net.0.proj", "ff.net.2")
-# Where the rule selects nothing: the feed-forward of the picture's stream, or else that of both streams.
-STREAMS = {
-    "qwen-image": r"transformer_blocks\.\d+\.img_mlp\.net\.(0\.proj|2)",
-    "flux-2-": r"transformer_blocks\.\d+\.ff\.linear_(in|out)",
-    "z-image": r"layers\.\d+\.feed_forward\.w[123]",
-    "lumina-2": r"layers\.\d+\.feed_forward\.linear_[123]",
-    "auraflow": r"joint_transformer_blocks\.\d+\.ff\.(linear_1|linear_2|out_projection)",
-}
-
-# Layers with names as in other families that are not targets; docs/families.md has the reasons.
-LEFT_OUT: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("z-image", "lumina-2"), ("noise_refiner.", "context_refiner.")),
-    "flux-2-": ("single_blocks.", "single_transformer_blocks."),
-}
 
 
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ROWS)
 def test_default_targets_are_those_of_the_reference(family: str) -> None:
     """The public code's `prune_by_ratio` (UNets) and `prune_magnitude` (transformers), on diffusers modules."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    class_name, config = CONFIGS[family]
+    row = ROWS[family]
     with torch.device("meta"):
-        net = getattr(diffusers, class_name)(**config)
+        net = getattr(diffusers, row.network)(**row.config)
     expected = {}
     for path, module in net.named_modules():
         if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
             continue
-        if class_name.startswith("UNet"):
+        if row.network.startswith("UNet"):
             group = path.split("_")[0]
             chosen = group in {"down", "mid", "up"} and ("attn" in path or "ff" in path) and "attn2" not in path
         else:
-            stream = next((STREAMS[start] for start in STREAMS if family.startswith(start)), None)
             named = path.endswith(REFERENCE_ENDINGS)
-            group, chosen = "blocks", named if stream is None else re.fullmatch(stream, path) is not None
-            assert not (stream and named)
+            group, chosen = "blocks", re.fullmatch(row.stream, path) is not None if row.stream else named
+            assert not (row.stream and named)
         if chosen:
             expected[f"{path}.weight"] = group, tuple(module.weight.shape)
     match = detect({name: tuple(tensor.shape) for name, tensor in net.state_dict().items()})
     shapes = model(next(table for table in TABLES if table.startswith(f"{family}.diffusers")))
     layers = [layer for layer in match.layout.layers if layer.kind in match.family.default_kinds]
     assert summary(match) == (family, "diffusers", "", "", 0)
+    assert match.family.default_kinds == row.kinds
     assert {layer.tensor: (layer.group, shapes[layer.tensor]) for layer in layers} == expected
 
 
-# diffusers' converter of each transformer, by how its family's id begins.
-CONVERTERS = {
-    "sd3": "convert_sd3_transformer_checkpoint_to_diffusers",
-    "flux-2-": "convert_flux2_transformer_checkpoint_to_diffusers",
-    "flux-": "convert_flux_transformer_checkpoint_to_diffusers",
-    "chroma": "convert_chroma_transformer_checkpoint_to_diffusers",
-    "z-image": "convert_z_image_transformer_checkpoint_to_diffusers",
-    "lumina-2": "convert_lumina2_to_diffusers",
-    "auraflow": "convert_auraflow_transformer_checkpoint_to_diffusers",
-    "sana-": "convert_sana_transformer_to_diffusers",
-    "cosmos2-": "convert_cosmos_transformer_checkpoint_to_diffusers",
-}
 CONVERTED = [  # diffusers has none for PixArt
-    family for family in CONFIGS if len(by_id(family).layouts) == 2 and not family.startswith("pixart")
+    family for family in ROWS if len(by_id(family).layouts) == 2 and not family.startswith("pixart")
 ]
 
 
@@ -315,11 +180,11 @@ def test_diffusers_converts_each_layer_to_its_twin(family: str) -> None:
         if layer.part:
             start, stop = layer.rows(shapes[layer.tensor])
             tensors[layer.tensor][start:stop] += 1 + layer.part.first
-    converter = next((CONVERTERS[start] for start in CONVERTERS if family.startswith(start)), None)
-    if converter:
-        converted = getattr(single_file, converter)(tensors)
+    row = ROWS[family]
+    if row.converter:
+        converted = getattr(single_file, row.converter)(tensors)
     else:
-        config = {"class_embed_type": None, "addition_embed_type": None} | CONFIGS[family][1]
+        config = {"class_embed_type": None, "addition_embed_type": None, **row.config}
         bundle = {BUNDLE + name: tensor for name, tensor in tensors.items()}
         converted = single_file.convert_ldm_unet_checkpoint(bundle, config)
     for ours, theirs in zip(original.layers, twin.layers, strict=True):
@@ -331,7 +196,7 @@ def test_diffusers_converts_each_layer_to_its_twin(family: str) -> None:
 @pytest.mark.parametrize("table", [table for table in TABLES if "transformer" in table])
 def test_every_kind_of_a_transformer_is_what_the_oracle_calls_one(table: str) -> None:
     """Also those that are pruned on request only."""
-    left_out = next((LEFT_OUT[start] for start in LEFT_OUT if table.startswith(start)), ())
+    left_out = ROWS[family_of(table)].left_out
     shapes = {name: shape for name, shape in model(table).items() if not name.startswith(left_out)}
     for kind in by_id(family_of(table)).kinds:
         expected = {

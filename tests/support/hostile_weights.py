@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.support import makers, oracle
+from tests.support.family_rows import ROWS
 from tests.support.makers import Shape, Tensors
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -18,21 +19,8 @@ def is_dit(table: str) -> bool:
     return "transformer" in table
 
 
-# Of families that prune something else than their ff, what they prune.
-KINDS = {
-    "sd35-medium": ("ff", "attn2"),
-    "z-image": ("ff-shared",),
-    "lumina-2": ("ff-shared",),
-    "pixart-sigma": ("attn", "attn2", "ff"),
-    **dict.fromkeys(("sana-600m", "sana-1600m", "sana-4800m"), ("attn", "attn2")),
-    "hidream-i1": ("attn",),
-    "cogview4": ("attn", "ff-shared"),
-    **dict.fromkeys(("cosmos2-2b", "cosmos2-14b"), ("attn", "attn2", "ff")),
-}
-
-
 def default_kinds(table: str) -> tuple[str, ...]:
-    return KINDS.get(table.partition(".")[0], ("ff",) if is_dit(table) else ("attn", "ff"))
+    return ROWS[table.partition(".")[0]].kinds
 
 
 def patterns(magnitudes: NDArray[np.int64], dtype: str, rng: np.random.Generator) -> bytes:

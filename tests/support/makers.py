@@ -5,12 +5,14 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from crdiff_export.models.families import by_id
+from tests.support.family_rows import ROWS
 from tests.support.geometry_tables import load
 
 SIZES = {
@@ -18,48 +20,32 @@ SIZES = {
 }  # fmt: skip
 Shape = tuple[int, ...]
 Tensors = Mapping[str, tuple[str, Shape, bytes]]
-# Sizes that tell families apart stay; the rest of a narrow model is a fraction of the real one.
-FIXED = (
-    "img_in.weight",
-    "x_embedder.weight",
-    "x_embedder.proj.weight",
-    "pos_embed.proj.weight",
-    "txt_in.weight",
-    "context_embedder.weight",
-    "cap_embedder.1.weight",
-    "caption_embedder.1.weight",
-    "all_x_embedder.2-1.weight",
-    "init_x_linear.weight",
-    "cond_seq_linear.weight",
-    "y_embedder.y_proj.fc1.weight",
-    "caption_projection.linear_1.weight",
-    "caption_projection.0.linear.weight",
-    "patch_embed.proj.weight",
-    "patch_embed.text_proj.weight",
-    "x_embedder.proj.1.weight",
-    "blocks.0.cross_attn.k_proj.weight",
-    "blocks.0.cross_attn.v_proj.weight",
-    "add_embedding.linear_1.weight",
-    "conv_in.weight",
-    ".0.0.weight",
-)
-FIXED_ATTENTION = {
-    True: ("transformer_blocks.0.attn2.to_k.weight", "transformer_blocks.0.attn2.to_v.weight"),
-    False: ("attn2.to_k.weight", "attn2.to_v.weight"),
-}  # fmt: skip
+# Sizes that tell UNets apart stay, as do those that the table of a transformer names; all others become a fraction.
+FIXED = ("attn2.to_k.weight", "attn2.to_v.weight", "add_embedding.linear_1.weight", "conv_in.weight", ".0.0.weight")
 FRACTION, OF_DEMO, OF_WIDE = 64, 8, 128
-WIDE = ("flux-2-dev", "flux-2-klein", "cogview4", "cosmos2-14b", "hidream", "auraflow")
 
 
 def narrow(table: str, fraction: int | None = None) -> dict[str, tuple[str, Shape]]:
     """A real model's names and dtypes with narrow shapes."""
-    part = fraction or (OF_DEMO if table.startswith("demo.") else OF_WIDE if table.startswith(WIDE) else FRACTION)
+    family = table.partition(".")[0]
+    part = fraction or (OF_DEMO if family == "demo" else OF_WIDE if ROWS[family].wide else FRACTION)
 
     def shrink(name: str, shape: Shape) -> Shape:
-        fixed = name.endswith((*FIXED, *FIXED_ATTENTION["transformer" in table]))
+        fixed = name.endswith(_fixed(table))
         return tuple(size if (fixed and axis == 1) or size < part else size // part for axis, size in enumerate(shape))
 
     return {name: (dtype, shrink(name, shape)) for name, (dtype, shape) in load(table).items()}
+
+
+@cache
+def _fixed(table: str) -> tuple[str, ...]:
+    family, _, kind = table.partition(".")
+    if "transformer" not in kind:
+        return FIXED
+    layout = next(layout for layout in by_id(family).layouts if kind.startswith(layout.name))
+    keys = [mark.tensor for mark in layout.marks if mark.sizes]
+    values = [key.replace("k_proj", "v_proj").replace("to_k", "to_v") for key in keys]  # of the same text
+    return (layout.first, *keys, *values)
 
 
 def weights(name: str, dtype: str, shape: Shape, seed: int = 0) -> bytes:
