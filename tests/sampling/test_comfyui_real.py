@@ -18,6 +18,7 @@ from torch import Tensor
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.calibrate import CalibrateRequest, calibrate
 from crdiff_export.models import demo
+from crdiff_export.models.families import by_id
 from crdiff_export.sampling import poa
 from crdiff_export.sampling.comfyui.install import install
 from crdiff_export.verify import open_baked
@@ -266,6 +267,11 @@ FAMILIES = {
     "chroma": 19 * 6 + 38 * 3,
     "qwen-image": 60 * 6,
     "flux-2-dev": 8 * 6,
+    "z-image": 30 * 7,
+    "lumina-2": 26 * 7,
+    "auraflow": (4 + 32) * 7,
+    "pixart-sigma": 28 * 10,
+    "cosmos2-2b": 28 * 10,
     "unet": 17 * 6,
     "sdxl": 420,
 }
@@ -280,7 +286,8 @@ def test_models_of_other_families(tmp_path: Path) -> None:
     for family, layers in FAMILIES.items():
         base = tmp_path / "checkpoints" / f"{family}.safetensors"
         output = base.with_name(f"baked-{base.name}")
-        export(ExportRequest(str(base), SIZE, output, ratio=RATIO, native=SIZE, targets=("ff", "attn")))
+        kinds = ("attn", "ff") if family == "unet" else by_id(family).kinds
+        export(ExportRequest(str(base), SIZE, output, ratio=RATIO, native=SIZE, targets=kinds))
         plan = open_baked(output).plan
         assert (plan.match.family.id, plan.match.layout.name) == (
             family, "diffusers" if family == "qwen-image" else "original",

@@ -117,6 +117,53 @@ SMALL = {
         },
         (1, 128, 4, 4), 15360,
     ),
+    "z-image": Small(
+        supported.ZImage,
+        {
+            "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 256, "cap_feat_dim": 2560,
+            "n_layers": 30, "qk_norm": True, "n_heads": 8, "n_kv_heads": 8, "axes_dims": [8, 12, 12],
+            "axes_lens": [64, 32, 32], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "multiple_of": 8,
+            "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
+        },
+        (1, 16, 8, 8), 2560,
+    ),
+    "lumina-2": Small(
+        supported.Lumina2,
+        {
+            "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 48, "cap_feat_dim": 2304,
+            "n_layers": 26, "qk_norm": True, "n_heads": 6, "n_kv_heads": 2, "axes_dims": [4, 2, 2],
+            "axes_lens": [64, 32, 32], "rope_theta": 10000.0, "ffn_dim_multiplier": 4.0, "multiple_of": 8,
+        },
+        (1, 16, 8, 8), 2304,
+    ),
+    "auraflow": Small(
+        supported.AuraFlow,
+        {
+            "dim": 24, "n_layers": 36, "n_double_layers": 4, "n_heads": 2, "global_conddim": 24,
+            "cond_seq_dim": 2048, "max_seq": 64,
+        },
+        (1, 4, 8, 8), 2048,
+    ),
+    "pixart-sigma": Small(
+        supported.PixArtSigma,
+        {
+            "image_model": "pixart_sigma", "num_heads": 2, "patch_size": 2, "hidden_size": 24, "in_channels": 4,
+            "depth": 28, "model_max_length": 5, "input_size": 8, "pe_interpolation": 1, "micro_condition": False,
+        },
+        (1, 4, 40, 40), 4096, NOISE,
+    ),
+    "cosmos2-2b": Small(
+        supported.CosmosT2IPredict2,
+        {
+            "image_model": "cosmos_predict2", "max_img_h": 32, "max_img_w": 32, "max_frames": 4, "in_channels": 16,
+            "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "model_channels": 32, "num_heads": 2,
+            "concat_padding_mask": True, "crossattn_emb_channels": 1024, "pos_emb_cls": "rope3d",
+            "pos_emb_learnable": True, "pos_emb_interpolation": "crop", "min_fps": 1, "max_fps": 30,
+            "use_adaln_lora": True, "adaln_lora_dim": 4, "num_blocks": 28, "extra_per_block_abs_pos_emb": False,
+            "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_t_extrapolation_ratio": 1.0,
+        },
+        (1, 16, 1, 8, 8), 1024, (80.0, 5.0, 1.0, 0.0),
+    ),
     # A UNet of no known family.
     "unet": Small(
         supported.SD15,
