@@ -271,7 +271,9 @@ FAMILIES = {
     "lumina-2": 26 * 7,
     "auraflow": (4 + 32) * 7,
     "pixart-sigma": 28 * 10,
+    "hidream-i1": 288,
     "cosmos2-2b": 28 * 10,
+    "anima": 28 * 10,
     "unet": 17 * 6,
     "sdxl": 420,
 }
@@ -286,11 +288,12 @@ def test_models_of_other_families(tmp_path: Path) -> None:
     for family, layers in FAMILIES.items():
         base = tmp_path / "checkpoints" / f"{family}.safetensors"
         output = base.with_name(f"baked-{base.name}")
-        kinds = ("attn", "ff") if family == "unet" else by_id(family).kinds
+        known = "cosmos2-2b" if family == "anima" else family
+        kinds = ("attn", "ff") if family == "unet" else by_id(known).kinds
         export(ExportRequest(str(base), SIZE, output, ratio=RATIO, native=SIZE, targets=kinds))
         plan = open_baked(output).plan
         assert (plan.match.family.id, plan.match.layout.name) == (
-            family, "diffusers" if family == "qwen-image" else "original",
+            known, "diffusers" if family in ("qwen-image", "hidream-i1") else "original",
         )  # fmt: skip
         assert len(plan.targets) == layers
     measured = json.loads(run("comfyui_families", str(tmp_path)).splitlines()[-1])

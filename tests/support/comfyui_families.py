@@ -33,6 +33,14 @@ UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_heads": 4, "legacy": False,
     "use_spatial_transformer": True, "use_temporal_attention": False,
 }  # fmt: skip
+COSMOS = {
+    "image_model": "cosmos_predict2", "max_img_h": 32, "max_img_w": 32, "max_frames": 4, "in_channels": 16,
+    "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "model_channels": 32, "num_heads": 2,
+    "concat_padding_mask": True, "crossattn_emb_channels": 1024, "pos_emb_cls": "rope3d",
+    "pos_emb_learnable": True, "pos_emb_interpolation": "crop", "min_fps": 1, "max_fps": 30,
+    "use_adaln_lora": True, "adaln_lora_dim": 4, "num_blocks": 28, "extra_per_block_abs_pos_emb": False,
+    "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_t_extrapolation_ratio": 1.0,
+}  # fmt: skip
 FLOW, NOISE = (1.0, 0.6, 0.2, 0.0), (14.6, 5.0, 1.0, 0.0)
 
 
@@ -152,18 +160,19 @@ SMALL = {
         },
         (1, 4, 40, 40), 4096, NOISE,
     ),
-    "cosmos2-2b": Small(
-        supported.CosmosT2IPredict2,
+    "hidream-i1": Small(
+        supported.HiDream,
         {
-            "image_model": "cosmos_predict2", "max_img_h": 32, "max_img_w": 32, "max_frames": 4, "in_channels": 16,
-            "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "model_channels": 32, "num_heads": 2,
-            "concat_padding_mask": True, "crossattn_emb_channels": 1024, "pos_emb_cls": "rope3d",
-            "pos_emb_learnable": True, "pos_emb_interpolation": "crop", "min_fps": 1, "max_fps": 30,
-            "use_adaln_lora": True, "adaln_lora_dim": 4, "num_blocks": 28, "extra_per_block_abs_pos_emb": False,
-            "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_t_extrapolation_ratio": 1.0,
+            "image_model": "hidream", "attention_head_dim": 8, "axes_dims_rope": [4, 2, 2],
+            "caption_channels": [16, 4096], "max_resolution": [8, 8], "in_channels": 16, "out_channels": 16,
+            "llama_layers": [0] * 48, "num_attention_heads": 4, "num_routed_experts": 4, "num_activated_experts": 2,
+            "num_layers": 16, "num_single_layers": 32, "patch_size": 2, "text_emb_dim": 16,
         },
-        (1, 16, 1, 8, 8), 1024, (80.0, 5.0, 1.0, 0.0),
+        (1, 16, 8, 8), 16,
+        more={"pooled_output": torch.ones(1, 16), "conditioning_llama3": torch.ones(1, 1, 5, 4096)},
     ),
+    "cosmos2-2b": Small(supported.CosmosT2IPredict2, COSMOS, (1, 16, 1, 8, 8), 1024, (80.0, 5.0, 1.0, 0.0)),
+    "anima": Small(supported.Anima, {**COSMOS, "image_model": "anima"}, (1, 16, 1, 8, 8), 1024, seed=1),
     # A UNet of no known family.
     "unet": Small(
         supported.SD15,
