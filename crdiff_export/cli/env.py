@@ -23,13 +23,13 @@ def env(_out: Output) -> Result:
     No token and no address of a server is shown.
     """
     from crdiff_export.bake.metadata import tool_version
+    from crdiff_export.hub.download import cache_folder
     from crdiff_export.prune import kernels
 
     packages = {name: found for name in PACKAGES if (found := _version(name))}
     missing = {extra: _missing(extra) for extra in EXTRAS}
     devices, package = kernels.devices(), str(Path(__file__).parents[1])
-    cache = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    hub_cache = str((cache / "hub").expanduser())
+    hub_cache = cache_folder()
     variables = sorted(name for name in os.environ if name.startswith(("CRDIFF_", "HF_")))
     record = {
         "crdiff": tool_version(), "package": package, "python": platform.python_version(),

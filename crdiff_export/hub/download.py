@@ -16,6 +16,13 @@ INDEX = ".safetensors.index.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+def cache_folder() -> str:
+    """Return the folder in which the Hub client keeps files, as HF_HUB_CACHE, HF_HOME or its default says."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_CACHE
+
+
 def fetch(location: HubLocation, variant: str | None = None) -> Path:
     """Fetch one file, or the diffusers folder or only checkpoint of a repository, with no more than is needed.
 

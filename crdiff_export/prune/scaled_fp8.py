@@ -21,8 +21,8 @@ from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.safetensors import TensorSpec, show
 from crdiff_export.formats.strict_json import MalformedError, parse_object
 from crdiff_export.formats.weight_file import Bytes
+from crdiff_export.models.families.quantised import METADATA
 
-METADATA: Final = "_quantization_metadata"
 _FORMATS: Final[Mapping[str, str]] = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 # What ComfyUI's JSON may say beside the format: how the layer computes.
 _SETTINGS = {"format", "full_precision_matrix_mult"}
@@ -136,7 +136,8 @@ def _refuse_others(name: str, tensors: _Tensors, in_order: Sequence[str]) -> Non
     """Refuse a layer with tensors that may change its weight: other scales of fp8, and an adapter that is not fused."""
     layer = name.removesuffix("weight")
     is_fp8 = tensors[name][1].dtype in _FORMATS.values()
-    for other in in_order[bisect.bisect_left(in_order, layer) :]:
+    for place in range(bisect.bisect_left(in_order, layer), len(in_order)):
+        other = in_order[place]
         if not other.startswith(layer):
             return
         tail = other.removeprefix(layer)

@@ -240,13 +240,13 @@ def choose_dtype(dtype: str | None, pipeline: Pipeline, device: str) -> str:
 def _class(class_name: str, base: str) -> Any:
     import diffusers
 
-    found = getattr(diffusers, class_name, None)
-    if found is None:
+    diffusers_class = getattr(diffusers, class_name, None)
+    if diffusers_class is None:
         raise PreviewError(
             f"{base}: diffusers {diffusers.__version__} has no {class_name}",
             "Update diffusers, or correct [pipeline] of the family's table.",
         )
-    return found
+    return diffusers_class
 
 
 def _open(opening: Opening, folder: str, precision: torch.dtype, name: str) -> Any:

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 import pytest
+from huggingface_hub import constants
 
 from crdiff_export.cli import docs, env
 from tests.support import DOCS
@@ -25,6 +26,7 @@ def test_a_misspelt_page_has_the_nearest_one(line: Line) -> None:
 
 def test_the_environment_is_told(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/elsewhere/hub")
     ran = line("env")
     assert ran.code == 0
     facts = dict(row.split(":", 1) for row in ran.out.splitlines())
@@ -34,6 +36,7 @@ def test_the_environment_is_told(line: Line, monkeypatch: pytest.MonkeyPatch) ->
     result = line("env --json").result
     assert result["packages"]["diffusers"] == version("diffusers")
     assert result["extras"].keys() == {"score", "search", "fid"}
+    assert result["hub_cache"] == facts["Hub's cache"].strip() == "/elsewhere/hub"
     assert "hf_secret" not in ran.out + str(result)
 
 

@@ -64,6 +64,16 @@ def line(crdiff: Crdiff, here: Path) -> Line:
     return lambda text: crdiff(*shlex.split(text))
 
 
+def with_residual(folder: Path, place: Path) -> Path:
+    """An export of the UNet alone, beside its base, with what was pruned."""
+    shutil.copy(folder / UNET, place / "base.safetensors")
+    request = ExportRequest(
+        str(place / "base.safetensors"), SIZE, place / "o.safetensors", ratios=RATIOS, residual="sidecar",
+        native=Size(64, 64),
+    )  # fmt: skip
+    return export(request).written.path
+
+
 def pruned_by_the_rule(net: Any) -> dict[str, torch.Tensor]:
     """The public code's rule on the modules: one threshold for each group, whose weights at or below it go."""
     weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -135,12 +145,7 @@ def test_poa_knows_its_layers_by_both_names(folder: Path, tmp_path: Path) -> Non
 
 def test_a_file_without_a_table_is_read_by_its_names(folder: Path, tmp_path: Path) -> None:
     """As crdiff wrote them before, with schema 1."""
-    shutil.copy(folder / UNET, tmp_path / "base.safetensors")
-    request = ExportRequest(
-        str(tmp_path / "base.safetensors"), SIZE, tmp_path / "o.safetensors", ratios=RATIOS, residual="sidecar",
-        native=Size(64, 64),
-    )  # fmt: skip
-    output = export(request).written.path
+    output = with_residual(folder, tmp_path)
     old = makers.said(output, {"crdiff.schema": "1", "crdiff.family.table": None}, tmp_path / "old.safetensors")
     shutil.copy(output.with_suffix(".crdiff-residual"), old.with_suffix(".crdiff-residual"))
     assert verify(old, str(tmp_path / "base.safetensors"), Silent()).against == "all"
@@ -182,12 +187,7 @@ def test_its_table_can_be_a_start(folder: Path, drawing: Forks, line: Line, here
 
 
 def test_the_base_comes_back_from_a_residual(folder: Path, tmp_path: Path) -> None:
-    shutil.copy(folder / UNET, tmp_path / "base.safetensors")
-    request = ExportRequest(
-        str(tmp_path / "base.safetensors"), SIZE, tmp_path / "o.safetensors", ratios=RATIOS, residual="sidecar",
-        native=Size(64, 64),
-    )  # fmt: skip
-    output = export(request).written.path
+    output = with_residual(folder, tmp_path)
     restore(output, tmp_path / "back.safetensors")
     assert (tmp_path / "back.safetensors").read_bytes() == (folder / UNET).read_bytes()
 

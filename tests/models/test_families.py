@@ -325,7 +325,7 @@ def test_two_networks_in_one_file_are_refused(case: str) -> None:
     check_refusal(TWO[case](), "2 networks", *FIRST[case])
 
 
-def test_a_family_of_ones_own_is_not_looked_for_in_the_model_beside_it() -> None:
+def test_two_networks_are_refused_when_the_family_is_given() -> None:
     both = prefixed(model("sd15.original"), BUNDLE) | model("flux-schnell.diffusers-transformer")
     with raises(FamilyError, "2 networks"):
         detect(both, by_id("flux-schnell"))

@@ -223,7 +223,7 @@ def test_packed_weights_are_called_so_and_not_damaged(table: str, name: str, spe
 @pytest.mark.parametrize("dtype", ["F16", "F8_E4M3"])
 @pytest.mark.parametrize("tail", ["lora_A.default.weight", "lora_down.weight", "weight_scale_inv"])
 def test_a_plain_weight_with_more_beside_it_is_refused(dtype: str, tail: str, tmp_path: Path) -> None:
-    """An adapter that is not fused, or scales of a format that nobody told us of."""
+    """LoRA weights that were not merged, or fp8 scales under an unknown name."""
     tensors = makers.tiny(UNET, dtype if dtype == "F16" else None)
     name = f"{LAYER}.weight"
     if dtype != "F16":

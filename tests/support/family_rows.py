@@ -19,7 +19,8 @@ class FamilyRow:
         kinds: What is pruned by default.
         stream: The targets that are pruned by default, as a pattern, where the reference's names select none.
         left_out: How layers begin that are named as in other families and are no targets.
-        converter: diffusers' converter from the original layout; empty for a UNet, and where there is none.
+        converter: The function of diffusers that converts the original layout; empty for UNets, which share one,
+            and for families that diffusers does not convert.
         wide: Whether narrow copies divide its widths by 128; else by 64.
     """
 

@@ -31,7 +31,7 @@ def check_matplotlib(paths: Sequence[Path]) -> None:
 
 
 def section(title: str, draw: Callable[[str], bytes]) -> PageSection:
-    """Make the section of a page that shows a plot, or says why there is none.
+    """Make the page section of a plot; without matplotlib its text says that the plot is missing.
 
     Args:
         title: Its heading.

@@ -41,7 +41,7 @@ def detect(shapes: Shapes, family: Family | None = None) -> Match:
     """
     if family is not None:
         fits = measure(shapes, [family])
-        _refuse_two(_networks([fit for fit in fits if fit.signature.family.scope == "layer"], shapes, _unets(shapes)))
+        _refuse_two(fits, shapes)
         if match := _exact(fits, shapes):
             return match
         raise explain_family(family, fits, shapes)
@@ -51,7 +51,7 @@ def detect(shapes: Shapes, family: Family | None = None) -> Match:
             "Give a model that makes single pictures.",
         )
     fits = measure(shapes)
-    _refuse_two(_networks([fit for fit in fits if fit.signature.family.scope == "layer"], shapes, _unets(shapes)))
+    _refuse_two(fits, shapes)
     if match := _exact(fits, shapes):
         return match
     if (others := installed_families()) and (match := _exact(measure(shapes, others), shapes)):
@@ -92,13 +92,15 @@ def _unets(shapes: Shapes) -> list[list[str]]:
     return networks
 
 
-def _networks(fits: Sequence[Fit], shapes: Shapes, others: Sequence[list[str]] = ()) -> list[list[str]]:
-    """Add the targets of each network that is of a known family, or lacks only a part of it, to those of others.
+def _networks(fits: Sequence[Fit], shapes: Shapes) -> list[list[str]]:
+    """Return the tensors of each UNet, and the targets of each transformer that is known or lacks only a part.
 
     Names behind a prefix are also names too much of a network without prefix, so only missing targets count here.
     """
-    networks = list(others)
+    networks = _unets(shapes)
     for fit in fits:
+        if fit.signature.family.scope == "group":
+            continue
         names = [name for tensor in fit.signature.tensors if (name := fit.prefix + tensor) in shapes]
         if len(names) >= 0.9 * len(fit.signature.tensors) and all(
             set(names).isdisjoint(network) for network in networks
@@ -107,8 +109,9 @@ def _networks(fits: Sequence[Fit], shapes: Shapes, others: Sequence[list[str]] =
     return networks
 
 
-def _refuse_two(networks: Sequence[list[str]]) -> None:
+def _refuse_two(fits: Sequence[Fit], shapes: Shapes) -> None:
     """Refuse a file with two networks: one would be pruned, the other stay as it is, and a loader may take either."""
+    networks = _networks(fits, shapes)
     if len(networks) > 1:
         examples = ", another with ".join(printable(names[0]) for names in networks)
         hint = "Save the one that is to be pruned in a file of its own."

@@ -51,7 +51,7 @@ _SCALED: Final[Mapping[str, str]] = {
     ".comfy_quant": "a ComfyUI quantisation",
     ".weight_scale": "scaled fp8",
 }
-_METADATA: Final = "_quantization_metadata"
+METADATA: Final = "_quantization_metadata"
 
 
 def quantisation(names: Iterable[str], metadata: Mapping[str, str]) -> Quantisation | None:
@@ -64,8 +64,8 @@ def quantisation(names: Iterable[str], metadata: Mapping[str, str]) -> Quantisat
     Returns:
         The kind and the key that shows it, such as `scaled fp8 (scaled_fp8)`; None for plain weights.
     """
-    if "convrot" in metadata.get(_METADATA, "").lower():
-        return Quantisation(f"ConvRot (metadata {_METADATA})", _ROTATED)
+    if "convrot" in metadata.get(METADATA, "").lower():
+        return Quantisation(f"ConvRot (metadata {METADATA})", _ROTATED)
     names = frozenset(names)
     marked = sorted(name for name in names if name.endswith((*_TAILS, *_SCALED, ".scale")))
     for tail, quantiser in _TAILS.items():
@@ -75,8 +75,8 @@ def quantisation(names: Iterable[str], metadata: Mapping[str, str]) -> Quantisat
         # SDNQ has X.scale beside X.weight; the norms of FLUX have a scale, but no weight.
         if name.endswith(".scale") and f"{name.removesuffix('.scale')}.weight" in names:
             return Quantisation(f"SDNQ ({printable(name)})")
-    if _METADATA in metadata:
-        return Quantisation(f"a ComfyUI quantisation (metadata {_METADATA})", scaled=True)
+    if METADATA in metadata:
+        return Quantisation(f"a ComfyUI quantisation (metadata {METADATA})", scaled=True)
     for tail, kind in _SCALED.items():
         if shown := next((name for name in marked if name.endswith(tail)), None):
             return Quantisation(f"{kind} ({printable(shown)})", scaled=True)
