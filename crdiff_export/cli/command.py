@@ -2,19 +2,24 @@
 
 import inspect
 import os
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.signals import Stopper
+from crdiff_export.formats.text import printable
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 # Gives the decorator that adds an option under a heading.
 OptionMaker = Callable[[str], Decorator]
+# What a storage's URL may hold back: its password, and the parameters at its end.
+_SECRETS: Final = (re.compile(r"(://[^\s/@:]*:)\S*(@)"), re.compile(r"(postgres\S*\?)\S+()"))
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ def gather(name: str, make: Callable[..., Any]) -> Decorator:
 
     Args:
         name: The parameter, such as `request`.
-        make: Makes its value, such as the class of a request; its parameters are called like the options.
+        make: Makes its value, such as the class of a request; its parameters are called like the options. A parameter
+            `command` gets the command line.
 
     Returns:
         A decorator, which stands below the options.
@@ -111,11 +117,43 @@ def gather(name: str, make: Callable[..., Any]) -> Decorator:
         @wraps(function)
         def run(*args: Any, **options: Any) -> Any:
             parts = {key: options.pop(key) for key in list(options) if key in taken}
+            if "command" in taken:
+                parts["command"] = command_line()
             return function(*args, **{name: make(**parts)}, **options)
 
         return run
 
     return decorate
+
+
+def command_line() -> str:
+    """Return the command line of this run as a shell takes it, without passwords in URLs; "" outside of `main`."""
+    invocation = click.get_current_context().find_object(Invocation)
+    if not (invocation and invocation.words):
+        return ""
+    variables = [
+        f"{name}={shlex.quote(_public(option, os.environ[name]))}"
+        for name, option in invocation.variables.items()
+        if name in os.environ
+    ]
+    words, before = ["crdiff"], ""
+    for word in invocation.words:
+        name, equals, value = word.partition("=")
+        is_joined = bool(equals) and name.startswith("--")
+        words.append(f"{name}={_public(name, value)}" if is_joined else _public(before, word))
+        before = word
+    return printable(" ".join([*variables, shlex.join(words)]), limit=4000)
+
+
+def _public(name: str, value: str) -> str:
+    """Return what a page may show of an option's value: no words of a scorer's command, no password of a URL."""
+    if name == "--scorer":
+        from crdiff_export.evaluate import scorers
+
+        value = scorers.public(value)
+    for secret in _SECRETS:
+        value = secret.sub(r"\1***\2", value)
+    return value
 
 
 class Command(click.Command):

@@ -14,7 +14,7 @@ FRACTION = options.FiniteRange(0, 1)
 
 
 @command(
-    'crdiff preview demo --res 96x64 --prompt "a red circle left of a blue square on white"',
+    'crdiff preview demo --res 48 --prompt "a yellow triangle above a blue circle on grey" --seed 1',
     'crdiff preview sdxl --res 512 --prompt "a red fox" --seed 1 --seed 2 --poa-weight 1.5 --poa-weight 2',
     "crdiff preview sdxl --baked sdxl-512.safetensors --prompts prompts.txt -o sheet.png",
 )

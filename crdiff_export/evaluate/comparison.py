@@ -40,7 +40,8 @@ class ComparisonRequest(DrawingRequest):
     """Which pruned model to compare with its base, and where to write what comes of it.
 
     The ratios come from the recipe or from `ratio` and `ratios`, as in an export; `criterion` and `calibration` are an
-    export's, too. `weights` are POA weights; without any, the recipe's own is taken.
+    export's, too. `weights` are POA weights; without any, the recipe's own is taken. Pages show `command`, the command
+    line that made them.
     """
 
     _: KW_ONLY
@@ -53,6 +54,7 @@ class ComparisonRequest(DrawingRequest):
     calibration: Path | None = None
     outputs: tuple[Path, ...] = ()
     force: bool = False
+    command: str = ""
 
     def export_request(self, size: Size) -> ExportRequest:
         """Return the export whose pruned model is drawn; nothing is written, so no file can be in its way."""

@@ -22,8 +22,13 @@ SHOWN: Final = 8
 def render(evaluation: Evaluation) -> str:
     """Render the page."""
     notes = [("note", printable(text, limit=1000)) for text in evaluation.notes]
-    title = f"{printable(evaluation.job.drawing.base.name)}: dense, pruned and POA"
-    return page.render(title, (*evaluation.facts, *notes), list(_sections(evaluation)))
+    return page.render(
+        f"{printable(evaluation.job.drawing.base.name)}: dense, pruned and POA",
+        list(_sections(evaluation)),
+        verdicts=report_text.verdicts(evaluation),
+        facts=(*evaluation.facts, *notes),
+        command=evaluation.job.request.command,
+    )
 
 
 def differences(evaluation: Evaluation, subject: Subject, title: str, facts: Facts = ()) -> ContactSheet:
@@ -42,18 +47,24 @@ def differences(evaluation: Evaluation, subject: Subject, title: str, facts: Fac
     rows = []
     for index in evaluation.most_different(subject, SHOWN):
         prompt, seed = evaluation.job.pairs[index]
-        scores = ", ".join(f"{model.name} {model.scores[index].value:.4g}" for model in models)
-        images = (Image.open(io.BytesIO(model.images[index])).convert("RGB") for model in models)
-        pictures = tuple(map(SheetPicture, images))
-        rows.append(SheetRow(f"{prompt} ({scores})", seed, pictures))
+        pictures = tuple(
+            SheetPicture(
+                Image.open(io.BytesIO(model.images[index])).convert("RGB"),
+                caption=f"score {model.scores[index].value:.4g}",
+            )
+            for model in models
+        )
+        rows.append(SheetRow(prompt, seed, pictures))
     return ContactSheet(title, facts, tuple(model.name for model in models), tuple(rows))
 
 
 def _sections(evaluation: Evaluation) -> Iterator[PageSection]:
-    yield PageSection("Scores", table=report_text.table(evaluation))
-    yield plots.section("Score against size", partial(plot.render, evaluation))
+    yield plots.section("Differences to the dense model", partial(plot.render, evaluation))
+    yield PageSection("Scores", table=report_text.page_table(evaluation))
     for subject in evaluation.subjects:
         title = f"{report_text.where(evaluation, subject)}: where the models differ most"
         sheet = differences(evaluation, subject, title)
         if sheet.rows:
-            yield PageSection(title, sheet=sheet)
+            yield PageSection(
+                title, "First where pruning lowers the score most, last where it raises it most.", sheet=sheet
+            )

@@ -1,64 +1,123 @@
-"""The plot of an evaluation: the mean score of every model at every size, with its interval."""
+"""The plot of an evaluation: what every pruned model scores above or below the dense one, and the mean scores."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
-from crdiff_export.evaluate.report import plots
+from crdiff_export.evaluate.comparison import DENSE, PRUNED
+from crdiff_export.evaluate.report import colours, plots
 from crdiff_export.evaluate.request import Subject
 from crdiff_export.evaluate.results import Evaluation, Finding
+from crdiff_export.evaluate.statistics import Estimate
 from crdiff_export.formats.text import printable
 
-COLOURS: Final = (plots.GREY, plots.BLUE, plots.ORANGE, plots.GREEN, plots.PINK, plots.YELLOW)
+# The dense model, the pruned one, then POA by the order of its weights at a size.
+COLOURS: Final = (colours.GREY, colours.BLUE, colours.ORANGE, colours.GREEN, colours.PINK, colours.YELLOW)
+_MARKERS: Final = ("s", "o", "D", "^", "v", "P")
+_ROW_HEIGHT: Final = 0.2  # of one model, in inches
+
+
+@dataclass(frozen=True, slots=True)
+class PlotPoint:
+    """A model at a size: the number of its colour, its mean score, and its difference to the dense model."""
+
+    colour: int
+    name: str
+    mean: float
+    difference: Estimate | None
+
+
+# What stands at the left of the models at one size, and those models.
+PlotRow = tuple[str, Sequence[PlotPoint]]
 
 
 def render(evaluation: Evaluation, kind: str) -> bytes:
     """Return a PNG or SVG file; the same bytes for the same numbers."""
-    return plots.render(lambda: _figure(evaluation), kind)
+    return plots.render(lambda: figure(rows(evaluation), evaluation.scorer), kind)
 
 
-def _figure(evaluation: Evaluation) -> Any:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
+def rows(evaluation: Evaluation) -> list[PlotRow]:
+    """Return the models of every size, from small to large; checks of the native size come last."""
     subjects = sorted(evaluation.subjects, key=_order)
-    has_shares = any(finding.right for finding in evaluation.findings)
-    size = (1.8 + 0.85 * max(3, len(subjects)), 3.2 * (1 + has_shares))
-    figure: Any = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1 + has_shares, 1, sharex=True, squeeze=False)[:, 0]
-    title = f"mean score ({printable(evaluation.scorer, 40)})"
-    _draw_panel(panels[0], evaluation, subjects, title, share=False)
-    if has_shares:
-        _draw_panel(panels[1], evaluation, subjects, "fully right", share=True)
-        panels[1].yaxis.set_major_formatter(PercentFormatter(1.0))
-    panels[-1].set_xticks(range(len(subjects)), [_label(evaluation, subject) for subject in subjects], rotation=30)
-    panels[0].legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return figure
+    return [(_label(evaluation, subject), _points(evaluation.of(subject))) for subject in subjects]
 
 
-def _draw_panel(axes: Any, evaluation: Evaluation, subjects: Sequence[Subject], title: str, *, share: bool) -> None:
-    columns: dict[str, list[tuple[int, Finding]]] = {}
-    for index, subject in enumerate(subjects):
-        for finding in evaluation.of(subject):
-            columns.setdefault(finding.model.name, []).append((index, finding))
-    for number, (name, points) in enumerate(columns.items()):
-        shift = (number - (len(columns) - 1) / 2) * 0.14
-        estimates = [e for e in (finding.right if share else finding.mean for _, finding in points) if e]
-        ends = [(e.value - e.low, e.high - e.value) if e.bounded else (0.0, 0.0) for e in estimates]
-        axes.errorbar(
-            [index + shift for index, _ in points], [estimate.value for estimate in estimates],
-            yerr=[[max(0.0, below) for below, _ in ends], [max(0.0, above) for _, above in ends]],
-            fmt="o", markersize=4, capsize=2, color=COLOURS[number % len(COLOURS)], label=name,
-        )  # fmt: skip
-    axes.set_ylabel(title, parse_math=False)
-    axes.set_xlim(-0.6, len(subjects) - 0.4)
+def figure(plot_rows: Sequence[PlotRow], scorer: str) -> Any:
+    """Draw differences to the dense model with a line at zero, and beside them the mean scores.
+
+    Args:
+        plot_rows: The models of every size, from top to bottom.
+        scorer: What gave the scores.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    most = max((len(points) for _, points in plot_rows), default=1)
+    height = 1.3 + sum(_ROW_HEIGHT * max(2, len(points)) + 0.15 for _, points in plot_rows)
+    drawn: Any = Figure(figsize=(6.4, height), layout="constrained")
+    differences, means = drawn.subplots(1, 2, sharey=True, width_ratios=(1.6, 1))
+    differences.axvline(0, color=colours.INK, linewidth=1)
+    labels: dict[int, str] = {}
+    for row, (_, points) in enumerate(plot_rows):
+        for index, point in enumerate(points):
+            name = labels.setdefault(point.colour, point.name)
+            labels[point.colour] = name if name == point.name else "POA"
+            y = row + (index - (len(points) - 1) / 2) * 0.75 / most
+            _draw_point(differences, means, point, y)
+    handles = [
+        means.plot([], [], _MARKERS[colour], markersize=5, color=COLOURS[colour], label=name)[0]
+        for colour, name in sorted(labels.items())
+    ]
+    differences.set_yticks(range(len(plot_rows)), [label for label, _ in plot_rows])
+    differences.set_ylim(len(plot_rows) - 0.5, -0.5)
+    differences.set_xlabel("score - dense, 95 % intervals\n(right of the line: higher than dense)")
+    means.set_xlabel(f"mean score\n({printable(scorer, 40)})", parse_math=False)
+    for axes in (differences, means):
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        for row in range(1, len(plot_rows)):
+            axes.axhline(row - 0.5, color=colours.RULE, linewidth=0.8, zorder=0)
+    drawn.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside upper center")
+    return drawn
 
 
-def _order(subject: Subject) -> tuple[int, float, bool]:
+def _draw_point(differences: Any, means: Any, point: PlotPoint, y: float) -> None:
+    """Draw one model in both panels; a hollow point has too few samples for an interval."""
+    colour, marker = COLOURS[point.colour], _MARKERS[point.colour]
+    means.plot(point.mean, y, marker, markersize=5, color=colour)
+    if not point.difference:
+        return
+    change = point.difference
+    if change.bounded:
+        differences.plot([change.low, change.high], [y, y], "-", color=colour, linewidth=1.6)
+    fill = colour if change.bounded else colours.PAPER
+    differences.plot(change.value, y, marker, markersize=5, color=colour, markerfacecolor=fill)
+
+
+def _points(findings: Sequence[Finding]) -> list[PlotPoint]:
+    """Give dense and pruned colours of their own, and each POA weight the next one."""
+    points, poa = [], 1
+    for finding in findings:
+        weight = finding.model.weight
+        if weight in (DENSE, PRUNED):
+            colour = int(weight)
+        else:
+            poa += 1
+            colour = 2 + (poa - 2) % (len(COLOURS) - 2)
+        points.append(PlotPoint(colour, finding.model.name, finding.mean.value, finding.difference))
+    return points
+
+
+def _order(subject: Subject) -> tuple[bool, int, float]:
     """Sort from small to large by area, wide before tall; a check of the native size comes last."""
     size = subject.size
-    return size.width * size.height, -size.width / size.height, subject.is_native_check
+    return subject.is_native_check, size.width * size.height, -size.width / size.height
 
 
 def _label(evaluation: Evaluation, subject: Subject) -> str:
-    native = "\nnative" if subject.size == evaluation.job.drawing.native else ""
+    native = " (native)" if subject.size == evaluation.job.drawing.native else ""
     return f"{subject.size}{native}" + (f"\nratios for {subject.plan.size}" if subject.is_native_check else "")

@@ -4,9 +4,11 @@ import math
 from typing import Final
 
 from crdiff_export.evaluate.comparison import DENSE
+from crdiff_export.evaluate.report.page import PageTable
 from crdiff_export.evaluate.request import Subject
 from crdiff_export.evaluate.results import Evaluation, Finding
 from crdiff_export.evaluate.statistics import Estimate
+from crdiff_export.formats.text import plural, printable
 
 COLUMNS: Final = ("size", "model", "score", "95 %", "right", "FID", "minus dense", "95 % of it", "which shows")
 NUMERIC: Final = ("score", "right", "FID", "minus dense")
@@ -46,6 +48,54 @@ def table(evaluation: Evaluation) -> tuple[tuple[str, ...], list[tuple[str, ...]
     used = [column for column in zip(COLUMNS, *rows, strict=True) if any(column[1:])]
     names, *lines = zip(*used, strict=True)
     return names, lines
+
+
+def page_table(evaluation: Evaluation) -> PageTable:
+    """Make the table of a page, which a narrow screen cuts at the right.
+
+    Args:
+        evaluation: The evaluation.
+
+    Returns:
+        The rows of `table`. Sizes are headings, and the verdicts and what they rest on come first.
+    """
+    names, rows = table(evaluation)
+    first = [name for name in ("model", "which shows", "minus dense", "95 % of it") if name in names]
+    columns = [*first, *(name for name in names[1:] if name not in first)]
+    grouped: list[list[str]] = []
+    for row in rows:
+        cells = dict(zip(names, row, strict=True))
+        if cells["size"]:
+            grouped.append([cells["size"], *[""] * (len(columns) - 1)])
+        grouped.append([cells[name] for name in columns])
+    return PageTable(columns, grouped, NUMERIC)
+
+
+def verdicts(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Say what an evaluation shows of each pruned model.
+
+    Args:
+        evaluation: The evaluation.
+
+    Returns:
+        A verdict and a sentence for each, such as ("better", "at 48x48: pruned - dense is +0.034 (95 %: +0.007 to
+        +0.061), 162 prompts, scorer demo").
+    """
+    digits = _digits(evaluation)
+    basis = f"{plural(len(evaluation.prompts), 'prompt')}, scorer {printable(evaluation.scorer, 40)}"
+    return [
+        (finding.difference.verdict, f"at {where(evaluation, subject)}: {_change(finding, digits)}, {basis}")
+        for subject in evaluation.subjects
+        for finding in evaluation.of(subject)
+        if finding.difference
+    ]
+
+
+def _change(finding: Finding, digits: int) -> str:
+    assert finding.difference
+    signed = f"+.{digits}f"
+    ends = f" (95 %: {_interval(finding.difference, signed)})" if finding.difference.bounded else ""
+    return f"{finding.model.name} - dense is {finding.difference.value:{signed}}{ends}"
 
 
 def _row(evaluation: Evaluation, subject: Subject, finding: Finding, digits: int) -> tuple[str, ...]:

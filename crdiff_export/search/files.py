@@ -24,7 +24,10 @@ def write(result: SearchResult) -> SearchResult:
     outputs.write(paths, makers, replace=request.force)
     if request.sheet and result.subject:
         contact = page.contact_sheet(result, result.subject)
-        makers = {".png": lambda: sheet.render(contact), ".html": lambda: report_page.render_sheet(contact)}
+        makers = {
+            ".png": lambda: sheet.render(contact),
+            ".html": lambda: report_page.render_sheet(contact, request.command),
+        }
         outputs.write([request.sheet], makers, replace=request.force)
         paths.append(request.sheet)
     return replace(result, files=tuple(paths))

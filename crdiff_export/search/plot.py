@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from crdiff_export.evaluate import scorers
-from crdiff_export.evaluate.report import plots
+from crdiff_export.evaluate.report import colours, plots
 from crdiff_export.formats.text import printable
 from crdiff_export.search.result import SearchResult
 from crdiff_export.search.space import POA_WEIGHT
 from crdiff_export.search.trials import FinishedTrial, estimates
 
-COLOURS: Final = {"complete": plots.BLUE, "pruned": "#999999", "best": plots.ORANGE, "dense": plots.GREY}
+COLOURS: Final = {"complete": colours.BLUE, "pruned": colours.FAINT, "best": colours.ORANGE, "dense": colours.GREY}
 
 
 def draw(result: SearchResult, kind: str) -> bytes:

@@ -21,6 +21,7 @@ class SearchRequest(DrawingRequest):
     The search judges by `prompts`, or by many pictures of one `prompt`. The check takes `held_out`; without them a
     third of the prompts is kept for it. `noise` is the seed of the first picture; all others count up from it.
     `trials` are those of all workers together, `hours` those of this one. A `worker` only works on the search.
+    Pages show `command`, the command line that made them.
     """
 
     size: Size
@@ -55,6 +56,7 @@ class SearchRequest(DrawingRequest):
     outputs: tuple[Path, ...] = ()
     sheet: Path | None = None
     force: bool = False
+    command: str = ""
 
 
 def check_request(request: SearchRequest) -> None:

@@ -1,5 +1,7 @@
 """Tables and facts at every width: what they say is never cut, least of all a verdict."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,10 +9,12 @@ from rich.cells import cell_len
 
 from crdiff_export.cli import text_table
 from crdiff_export.cli.blocks import Table
+from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.text_table import NARROWEST, fact_lines
 from crdiff_export.evaluate import report_text as evaluation
 from crdiff_export.publish import report
 from crdiff_export.verify.inspect import GROUP_COLUMNS
+from tests.support.isolation import Crdiff
 
 
 def table_lines(table: Table, width: int | None = None) -> list[str]:
@@ -47,7 +51,35 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_only_optional_columns_are_left_out(name: str, width: int) -> None:
     """They are named then; no line is wider than the terminal."""
-    table = TABLES[name]
+    check_width(TABLES[name], width)
+
+
+# A command of every kind that shows a table, besides those above.
+COMMANDS = (
+    "families list", "recipes list", "recipes show demo", "recipes show sdxl", "docs", "export demo --res 48 --dry-run",
+    "export demo --res 48 -o demo-48.safetensors", "inspect demo",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_the_tables_of_commands_fit_every_terminal(
+    words: str, crdiff: Crdiff, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables: list[Table] = []
+
+    def show(_: Output, result: Result) -> None:
+        tables.extend(block for block in result.text if isinstance(block, Table))
+
+    monkeypatch.setattr(Output, "show", show)
+    assert crdiff(*words.split()).code == 0
+    assert tables
+    for table in tables:
+        for width in WIDTHS:
+            check_width(table, width)
+
+
+def check_width(table: Table, width: int) -> None:
+    """Check that a table loses nothing but its optional columns, and is no wider than it may be."""
     lines = table_lines(table, width)
     left_out = [name for name in table.optional if name in lines[-1]] if "no room" in lines[-1] else []
     words = " ".join(lines).split()

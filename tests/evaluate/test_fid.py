@@ -368,7 +368,7 @@ def test_it_is_told(line: Line, weights: Path, undrawn: None, here: Path) -> Non
     made = line(f"{command} -o e.html -o e.toml --json").result
     (size,) = made["sizes"]
     for model in size["models"]:
-        assert f"<td>{model['fid']:.2f}</td>" in (here / "e.html").read_text()
+        assert f'<td class="number">{model["fid"]:.2f}</td>' in (here / "e.html").read_text()
     assert made["fid"]["reference"] == "dense"
     assert made["fid"]["features"]["network"] == "inception-v3-compat"
     assert made["facts"]["FID"] == (

@@ -4,18 +4,21 @@ import errno
 import io
 import json
 import re
+import shlex
 import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from crdiff_export import ExportRequest, Size, export
+from crdiff_export.cli.command import Invocation, command_line
 from crdiff_export.cli.signals import Stopped
 from crdiff_export.errors import PreviewError
 from crdiff_export.evaluate import EvaluateRequest, Evaluation, evaluate, evidence, measure, prepare, render
@@ -30,6 +33,7 @@ from crdiff_export.sampling import poa, prompts, session
 from crdiff_export.sampling.session import Session
 from tests.support.evaluating import REQUEST, Line, draw_plainly, of_pairs, open_plainly
 from tests.support.messages import raises, refused
+from tests.support.pages import ParsedPage
 
 SMALL, NATIVE = REQUEST.sizes
 ONE = replace(REQUEST, sizes=(SMALL,), limit=1, steps=1, native=False)
@@ -245,3 +249,40 @@ def test_json_has_every_score_and_points_out_black_pictures(line: Line, monkeypa
     assert size["models"][1]["verdict"] == "too few to say"
     assert [pair["seed"] for pair in made["pairs"]] == [0, 1]
     assert made["notes"][-1] == "6 of 6 pictures are all black: try another --dtype, such as bf16 or fp32"
+
+
+def test_a_page_ends_with_the_command_that_made_it(
+    line: Line, here: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRDIFF_EVALUATE_POA_WEIGHT", "1.5")
+    command = f"{COMMAND} --prompt 'two red circles on grey' -o 'a page.html'"
+    assert line(f"{command} -q").code == 0
+    text = ParsedPage((here / "a page.html").read_text()).text
+    assert f"CRDIFF_EVALUATE_POA_WEIGHT=1.5 crdiff {command} -q" in text
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "shown"),
+    [
+        ("--storage", "postgresql://me:s3cret@host:5432/db?password=s3cret", "postgresql://me:***@host:5432/db?***"),
+        ("--storage", "postgresql://me:s3@cret@host/db", "postgresql://me:***@host/db"),
+        ("--scorer", "0.5*demo+0.5*command:/home/me/judge --token s3cret", "0.5*demo+0.5*command:judge"),
+        ("--prompt", "a red fox: 3 @ night", "a red fox: 3 @ night"),
+    ],
+)
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("variable", [True, False])
+def test_a_command_line_keeps_secrets(
+    option: str, value: str, shown: str, joined: bool, variable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRDIFF_SEARCH_IT", value)
+    words = ["search", "demo", *([] if variable else [f"{option}={value}"] if joined else [option, value])]
+    invocation = Invocation(words, variables={"CRDIFF_SEARCH_IT": option} if variable else {})
+    with click.Context(click.Command("search"), obj=invocation):
+        parts = shlex.split(command_line())
+    expected = (
+        [f"CRDIFF_SEARCH_IT={shown}", "crdiff", "search", "demo"]
+        if variable
+        else ["crdiff", "search", "demo", *([f"{option}={shown}"] if joined else [option, shown])]
+    )
+    assert parts == expected

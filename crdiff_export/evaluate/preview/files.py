@@ -59,7 +59,10 @@ def write(preview: Preview) -> Preview:
     from crdiff_export.evaluate.report import fonts, page, sheet
 
     contact = report_text.contact_sheet(preview)
-    makers: outputs.Makers = {".png": lambda: sheet.render(contact), ".html": lambda: page.render_sheet(contact)}
+    makers: outputs.Makers = {
+        ".png": lambda: sheet.render(contact),
+        ".html": lambda: page.render_sheet(contact, preview.job.request.command),
+    }
     outputs.write(preview.job.outputs, makers, replace=preview.job.request.force)
     texts = [contact.title, *(row.prompt for row in contact.rows)]
     if not (_has_sheet(preview.job.outputs) and any(map(fonts.lacks, texts))):

@@ -3,18 +3,26 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# Small pictures are shown larger, so that the longer side has about as many pixels, but not more often than MOST times.
+_ENLARGED: Final = 288
+_MOST: Final = 4
+
 
 @dataclass(frozen=True, slots=True)
 class SheetPicture:
-    """One picture. `parameters` say in plain text how it was made, as other programs write them into PNG files."""
+    """One picture. `parameters` say in plain text how it was made, as other programs write them into PNG files.
+
+    `caption` stands below the picture.
+    """
 
     image: "Image"
     parameters: str = ""
+    caption: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,19 @@ class ContactSheet:
             f"row {number}: seed {row.seed}: {printable_prompt(row.prompt)}" for number, row in enumerate(self.rows, 1)
         ]
         return "\n".join([self.title, *facts, f"columns: {', '.join(self.columns)}", *rows])
+
+
+def shown_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Return how large a picture is shown: each pixel of a small one becomes a square of several.
+
+    Args:
+        size: The width and height of the picture in pixels.
+
+    Returns:
+        The same or a multiple of it.
+    """
+    times = min(_MOST, max(1, _ENLARGED // max(size)))
+    return size[0] * times, size[1] * times
 
 
 def printable_prompt(text: str) -> str:

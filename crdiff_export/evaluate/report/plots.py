@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from crdiff_export.errors import OptionError
+from crdiff_export.evaluate.report.colours import INK, PAPER, RULE
 from crdiff_export.evaluate.report.page import PageSection
 
 # Suffixes of files that are a plot; a page only has one.
 SUFFIXES: Final = (".png", ".svg")
 _HINT: Final = "`python -m pip install matplotlib`."
-# src: Okabe and Ito, "Color Universal Design" (2008): people with any colour vision can tell these apart.
-GREY, BLUE, ORANGE, GREEN, PINK, YELLOW = "#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
 _SETTINGS: Final[Any] = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "crdiff",
-    "svg.fonttype": "none", "axes.grid": True, "axes.grid.axis": "y", "grid.alpha": 0.3,
+    "svg.fonttype": "none", "axes.grid": True, "axes.grid.axis": "y", "grid.color": RULE, "axes.axisbelow": True,
+    "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "axes.facecolor": PAPER, "legend.facecolor": PAPER,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
 }  # fmt: skip
 
 

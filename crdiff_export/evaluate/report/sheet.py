@@ -10,7 +10,7 @@ from PIL.ImageFont import FreeTypeFont
 from PIL.PngImagePlugin import PngInfo
 
 from crdiff_export.evaluate.report import fonts
-from crdiff_export.evaluate.report.contact import ContactSheet
+from crdiff_export.evaluate.report.contact import ContactSheet, SheetRow, shown_size
 
 Colour = tuple[int, int, int]
 PAPER: Final[Colour] = (250, 250, 248)
@@ -57,8 +57,9 @@ def estimate_size(rows: int, columns: int, picture: tuple[int, int]) -> tuple[in
     Returns:
         Its width and height in pixels.
     """
-    unit = _letter_height(columns * picture[0])
-    return columns * (picture[0] + unit) + 2 * unit, rows * (picture[1] + 4 * unit) + 16 * unit
+    width, height = shown_size(picture)
+    unit = _letter_height(columns * width)
+    return columns * (width + unit) + 2 * unit, rows * (height + 4 * unit) + 16 * unit
 
 
 def png_bytes(image: Image.Image, parameters: str, title: str = "") -> bytes:
@@ -84,17 +85,18 @@ def png_bytes(image: Image.Image, parameters: str, title: str = "") -> bytes:
 
 
 class SheetLayout:
-    """The places of everything on a sheet, from top to bottom: title, facts, and for each prompt its rows.
+    """The places of everything on a sheet, from top to bottom: title, for each prompt its rows, and the facts.
 
     `corners` holds the upper left corners of the pictures, row by row; `rules` the heights of the lines across.
     """
 
     def __init__(self, sheet: ContactSheet) -> None:
         self._sheet = sheet
-        widths, heights = zip(*(image.size for image in sheet.images), strict=True)
+        widths, heights = zip(*(shown_size(image.size) for image in sheet.images), strict=True)
         self._unit = unit = _letter_height(len(sheet.columns) * max(widths))
         self._margin, gap = 2 * unit, max(6, round(unit * 0.6))
-        self._cell = max(*widths, *(fonts.width(name, unit) for name in sheet.columns)) + gap
+        labels = (*sheet.columns, *(picture.caption for row in sheet.rows for picture in row.pictures))
+        self._cell = max(*widths, *(fonts.width(label, unit) for label in labels)) + gap
         self._text_width = max(len(sheet.columns) * self._cell - gap, NARROWEST * unit)
         self.width = self._text_width + 2 * self._margin
         self.lines: list[TextLine] = []
@@ -102,16 +104,15 @@ class SheetLayout:
         self.corners: list[list[tuple[int, int]]] = []
         self._y = self._margin
         self._place_text(sheet.title, round(1.6 * unit))
-        self._y += round(0.5 * unit)
-        self._place_facts()
         for prompt, rows in sheet.by_prompt():
             self._place_prompt(prompt)
             for row in rows:
-                self._place_row(row.seed, max(heights))
+                self._place_row(row, max(heights))
+        self._place_facts()
         self.height = self._y + self._margin - round(0.6 * unit)
 
     def draw(self) -> Image.Image:
-        """Draw the sheet; every picture is on it pixel by pixel."""
+        """Draw the sheet; every picture is on it pixel by pixel, a small one with larger pixels."""
         image = Image.new("RGB", (self.width, self.height), PAPER)
         pen = ImageDraw.Draw(image)
         for y in self.rules:
@@ -121,10 +122,12 @@ class SheetLayout:
             pen.text((line.x, line.y), line.text, font=line.font, fill=line.colour)
         corners = (corner for row in self.corners for corner in row)
         for picture, corner in zip(self._sheet.images, corners, strict=True):
-            image.paste(picture.convert("RGB"), corner)
+            shown = picture.convert("RGB").resize(shown_size(picture.size), Image.Resampling.NEAREST)
+            image.paste(shown, corner)
         return image
 
     def _place_facts(self) -> None:
+        self._place_rule()
         names = [name for name, _ in self._sheet.facts]
         indent = max((fonts.width(name, self._unit) for name in names), default=0) + self._unit
         for name, text in self._sheet.facts:
@@ -132,21 +135,29 @@ class SheetLayout:
             self._place_text(text, self._unit, indent)
 
     def _place_prompt(self, prompt: str) -> None:
-        self._y += self._unit
-        self.rules.append(self._y)
-        self._y += self._unit
+        self._place_rule()
         self._place_text(prompt, round(1.15 * self._unit))
         self._y += round(0.5 * self._unit)
         for number, name in enumerate(self._sheet.columns):
             self._place_line(name, fonts.font_of(name, self._unit), number * self._cell)
         self._y += round(1.5 * self._unit)
 
-    def _place_row(self, seed: int, height: int) -> None:
+    def _place_row(self, row: SheetRow, height: int) -> None:
         columns = range(len(self._sheet.columns))
         self.corners.append([(self._margin + number * self._cell, self._y) for number in columns])
         self._y += height + round(0.3 * self._unit)
-        self._place_text(f"seed {seed}", self._unit, colour=MUTED)
+        if any(picture.caption for picture in row.pictures):
+            for number, picture in enumerate(row.pictures):
+                font = fonts.font_of(picture.caption, self._unit)
+                self._place_line(picture.caption, font, number * self._cell, MUTED)
+            self._y += round(1.35 * self._unit)
+        self._place_text(f"seed {row.seed}", self._unit, colour=MUTED)
         self._y += round(0.5 * self._unit)
+
+    def _place_rule(self) -> None:
+        self._y += self._unit
+        self.rules.append(self._y)
+        self._y += self._unit
 
     def _place_text(self, text: str, size: int, indent: int = 0, colour: Colour = INK) -> None:
         """Place a text in as many lines as it needs, and go below it."""
