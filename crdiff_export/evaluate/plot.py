@@ -32,7 +32,15 @@ PlotRow = tuple[str, Sequence[PlotPoint]]
 
 
 def render(evaluation: Evaluation, kind: str) -> bytes:
-    """Return a PNG or SVG file; the same bytes for the same numbers."""
+    """Render the plot of an evaluation.
+
+    Args:
+        evaluation: The evaluation.
+        kind: "png" or "svg".
+
+    Returns:
+        The content of the file; the same bytes for the same numbers.
+    """
     return plots.render(lambda: figure(rows(evaluation), evaluation.scorer), kind)
 
 

@@ -80,7 +80,15 @@ def render(
 
 
 def render_sheet(sheet: ContactSheet, command: str = "") -> str:
-    """Render the page of a contact sheet alone, and the command line that made it."""
+    """Render the page of a contact sheet alone.
+
+    Args:
+        sheet: The pictures and their words.
+        command: The command line that made the page, if one did.
+
+    Returns:
+        The HTML document.
+    """
     return render(sheet.title, [PageSection(sheet=sheet)], facts=sheet.facts, command=command)
 
 
