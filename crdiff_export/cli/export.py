@@ -224,7 +224,7 @@ def _done(baked: Baked, seconds: float) -> Result:
         "groups": {
             name: {
                 "ratio": group.ratio, "pruned": group.pruned, "total": group.total,
-                "threshold": group.threshold and group.threshold.hex(), "nonfinite": group.nonfinite,
+                "threshold": group.threshold_text, "nonfinite": group.nonfinite,
             }
             for name, group in stamp.groups.items()
         },

@@ -76,6 +76,11 @@ class GroupStamp:
     threshold: float | None = None
     nonfinite: int = 0
 
+    @property
+    def threshold_text(self) -> str | None:
+        """The threshold as an exact hex float; None where there is none."""
+        return None if self.threshold is None else self.threshold.hex()
+
 
 @dataclass(frozen=True, slots=True)
 class Stamp:

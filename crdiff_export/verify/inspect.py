@@ -69,7 +69,7 @@ class Inspection:
             return {
                 name: {
                     "ratio": group.ratio, "pruned": group.pruned, "total": group.total,
-                    "threshold": group.threshold and group.threshold.hex(),
+                    "threshold": group.threshold_text,
                 }
                 for name, group in self.stamp.groups.items()
             }  # fmt: skip

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from crdiff_export.models import demo
 from tests.support import makers
 from tests.support.command_lines import UNTUNED, Line
 from tests.support.isolation import Ran
@@ -73,6 +74,18 @@ poa_weight = 1.2
 provenance = "starting-point"
 source = "a guess"
 """
+
+
+def test_a_threshold_of_zero_is_text_as_any_other(line: Line, here: Path) -> None:
+    """The weights of a group may be zero in the base."""
+    tensors = makers.read(demo.path())
+    for name, (dtype, shape, data) in tensors.items():
+        if ".middle_block." in name:
+            tensors[name] = dtype, shape, bytes(len(data))
+    makers.write(here / "zeros.safetensors", tensors)
+    done = line("export zeros.safetensors --res 96x64 --native 64x64 --ratio 0.3 -o o.safetensors --json").result
+    for result in (done, line("inspect o.safetensors --json").result):
+        assert result["groups"]["mid"]["threshold"] == "0x0.0p+0"
 
 
 def test_an_export_takes_the_numbers_for_a_prompt(line: Line, here: Path) -> None:
