@@ -123,6 +123,7 @@ def test_a_baked_file_in_place_of_a_recipe(made: tuple[Preview, Steps], baked: P
     for weight in (0, 1, 1.5):
         assert column(result, weight).items() <= column(made[0], weight).items()
     assert dict(result.facts)["baked file"] == "pruned.safetensors, pruned for 96x64"
+    assert dict(result.facts)["size"] == "96x64, native 64x64"
     assert [path.name for path in sorted(here.iterdir())] == ["demo-preview-96x64.html", "demo-preview-96x64.png"]
 
 

@@ -1,6 +1,7 @@
 """The story of a preview: prepare, measure the thresholds, draw, write."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from crdiff_export.errors import CrdiffError, OptionError, PoaError, PreviewError
 from crdiff_export.evaluate.comparison import DENSE, check_request
@@ -63,7 +64,8 @@ def prepare(request: PreviewRequest) -> PreviewJob:
                 f"{request.baked}: is of {baked.plan.match.family.title}, {request.base} is {family.title}",
                 "Give the base that the file was made from; `crdiff inspect` names it.",
             )
-        plan = baked.plan
+        # The file itself says that it is for the size that it was pruned for.
+        plan = replace(baked.plan, native=baked.stamp.native)
     else:
         assert request.size
         baked, plan = None, drawing_setup.plan_export(base, request.export_request(request.size), criterion)
