@@ -10,7 +10,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from crdiff_export.bake import destination, metadata, residual, write
+from crdiff_export.bake import destination, metadata, modelspec, residual, write
+from crdiff_export.bake.modelspec import Thumbnail
 from crdiff_export.bake.source_hashes import SourceHashes
 from crdiff_export.bake.write import Failure, WriteJob, Written
 from crdiff_export.errors import PlanError
@@ -40,6 +41,7 @@ class ExportRequest(PlanRequest):
         force: Replace an output that exists.
         all_files: Copy files of a diffusers folder that are no part of its pipeline, too.
         threads: Threads on the CPU; None for all cores.
+        thumbnail: A picture for the header, which `verify` does not look at.
     """
 
     output: Path | None = None
@@ -50,6 +52,7 @@ class ExportRequest(PlanRequest):
     force: bool = False
     all_files: bool = False
     threads: int | None = None
+    thumbnail: Thumbnail | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,7 @@ def prepare(request: ExportRequest) -> ExportJob:
     """
     criterion = CriterionChoice.of(request.criterion, request.calibration)
     residual.check_request(request.residual, criterion, hashing=request.hashing)
+    modelspec.date()  # raises now rather than when the file is written
     base = bases.locate(request.base, request.variant)
     return prepare_located(request, criterion, base, base.open(request.variant, all_files=request.all_files))
 
@@ -229,8 +233,9 @@ class _Ranking:
             residual.RESIDUAL_KEYS[request.residual], self.calibrated,
         )  # fmt: skip
         return WriteJob(
-            job.plan, decision, stamp, self.architecture, job.target, replace=request.force, residual=request.residual
-        )
+            job.plan, decision, stamp, self.architecture, job.target, replace=request.force,
+            residual=request.residual, thumbnail=request.thumbnail,
+        )  # fmt: skip
 
 
 @contextmanager

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
+from crdiff_export.bake.modelspec import THUMBNAIL, Thumbnail, people_keys
 from crdiff_export.formats.checkpoint import file_stem
 from crdiff_export.formats.crdiff_keys import (
     BLOCK_WISE,
     LAYER_WISE,
     PREFIX,
+    TENSORS_HASH,
     CalibrationStamp,
     GroupStamp,
     Stamp,
@@ -153,7 +155,12 @@ def _text(name: str) -> str:
 
 
 def header(
-    plan: Plan, stamp: Stamp, architecture: Architecture, source: Mapping[str, str], hashes: Hashes | None
+    plan: Plan,
+    stamp: Stamp,
+    architecture: Architecture,
+    source: Mapping[str, str],
+    hashes: Hashes | None,
+    thumbnail: Thumbnail | None = None,
 ) -> dict[str, str]:
     """Make the metadata of one output file.
 
@@ -163,11 +170,12 @@ def header(
         architecture: The base's architecture.
         source: The metadata of the source file; keys that pruning makes untrue are dropped.
         hashes: The file's hashes; None for an export without hashes.
+        thumbnail: A picture for the header, on request.
 
     Returns:
         The metadata by key.
     """
-    stale = (PREFIX, *(("modelspec.unet_dtype", "modelspec.vae_dtype") if plan.cast else ()))
+    stale = (PREFIX, THUMBNAIL, *(("modelspec.unet_dtype", "modelspec.vae_dtype") if plan.cast else ()))
     inherited = {key: text for key, text in source.items() if not STALE.fullmatch(key) and not key.startswith(stale)}
     title = inherited.get("modelspec.title") or _title(stamp.source_name)
     implementation = "diffusers" if plan.match.layout.name == "diffusers" else plan.match.family.implementation
@@ -178,6 +186,7 @@ def header(
         "modelspec.resolution": str(plan.size),
         "modelspec.merged_from": safe(title),
         "modelspec.implementation": inherited.get("modelspec.implementation") or implementation,
+        **people_keys(stamp, inherited, thumbnail),
     }
     # Of a family that is not built in, only the base itself can know its id.
     family_architecture = "" if plan.match.family.table else architecture.id
@@ -188,7 +197,7 @@ def header(
         inherited.pop(PREDICTION_KEY, None)  # a tensor says more than a key
         generated |= {PREDICTION_KEY: prediction.modelspec} if prediction.modelspec else {}
     if hashes:
-        generated["modelspec.hash_sha256"] = hashes.output
+        generated[TENSORS_HASH] = hashes.output
         stamp = replace(stamp, source_hash=hashes.source, source_file_hash=hashes.source_file)
     return {**inherited, **generated, **stamp.to_metadata()}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from crdiff_export.errors import FamilyError, OptionError, PlanError
 from crdiff_export.formats import safetensors
 from crdiff_export.formats.checkpoint import Checkpoint
-from crdiff_export.formats.crdiff_keys import RESIDUALS
+from crdiff_export.formats.crdiff_keys import RESIDUALS, TENSORS_HASH
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.formats.safetensors import TensorSpec
 from crdiff_export.models import families
@@ -26,7 +26,7 @@ RESIDUAL_KEYS = dict(zip(WAYS, RESIDUALS, strict=True))
 VALUES, HEAD = "zz_crdiff.residual", "zz_crdiff.header"
 # Not .safetensors: A1111 and ComfyUI list every such file as a model.
 SUFFIX = ".crdiff-residual"
-OUTPUT_HASH = "modelspec.hash_sha256"
+OUTPUT_HASH = TENSORS_HASH
 # Keys in a sidecar's header: the hash of the file that it belongs to, and the hash of its own bytes.
 OWNER_HASH, SIDECAR_HASH = "crdiff.residual.of", "crdiff.residual.hash_sha256"
 _BUNDLE = "model.diffusion_model."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from crdiff_export.bake import destination, metadata, staging
 from crdiff_export.bake.direct_writer import DirectWriter
 from crdiff_export.bake.metadata import Hashes
+from crdiff_export.bake.modelspec import Thumbnail
 from crdiff_export.bake.residual import EMBED, NONE, SIDECAR, sidecar_path
 from crdiff_export.bake.residual_writer import ResidualWriter
 from crdiff_export.bake.source_hashes import SourceHashes
@@ -41,6 +42,7 @@ class WriteJob:
         target: The path of the output.
         replace: Replace an output that exists. Otherwise one that appears in the meantime stays, and the job fails.
         residual: How the residual is kept, one of `residual.WAYS`.
+        thumbnail: A picture for the headers, on request.
     """
 
     plan: Plan
@@ -50,6 +52,7 @@ class WriteJob:
     target: Path
     replace: bool = False
     residual: str = NONE
+    thumbnail: Thumbnail | None = None
 
     @property
     def pruning(self) -> Pruning:
@@ -72,7 +75,8 @@ class WriteJob:
         Returns:
             The metadata by key.
         """
-        return metadata.header(self.plan, self.stamp, self.architecture, output.source.metadata, hashes)
+        source = output.source.metadata
+        return metadata.header(self.plan, self.stamp, self.architecture, source, hashes, self.thumbnail)
 
 
 @dataclass(frozen=True, slots=True)

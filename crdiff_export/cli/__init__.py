@@ -34,6 +34,7 @@ COMMANDS = {
     "search": "Search for ratios that make a base better at a size, and check them.",
     "calibrate": "Measure what criteria other than magnitude need to know of a base.",
     "push": "Push a baked file to the Hub, with its model card.",
+    "card": "Print the model card of a baked file, without a push.",
     "publish": "Make and push all variants that a plan file asks for.",
     "comfyui": "Add nodes for sampling with POA to a ComfyUI.",
     "recipes": "List, show and check recipes.",

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from crdiff_export.bake.residual import NONE, WAYS, largest_size
-from crdiff_export.cli import options
+from crdiff_export.cli import options, sheet
 from crdiff_export.cli.blocks import Facts, Table
 from crdiff_export.cli.command import command, gather, option, option_group
 from crdiff_export.cli.output import Output, Result
@@ -30,6 +30,9 @@ from crdiff_export.publish.request import prepare as check_destination
 from crdiff_export.publish.target import Destination
 from crdiff_export.sizes import Size
 from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance, total_row
+
+if TYPE_CHECKING:
+    from crdiff_export.sampling.drawing_setup import DrawingSetup
 
 
 @command(
@@ -64,6 +67,8 @@ from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance, 
     option("--dtype", "Cast all float tensors. Default: keep each as it is.", click.Choice(list(DTYPES))),
     option("--residual", "Keep what is pruned away, for crdiff restore: in the file itself, or in a sidecar beside it.",
            click.Choice(list(WAYS)), default=NONE, show_default=True),
+    option("--thumbnail PROMPT", "Draw a picture of the pruned model into the header, for programs that show it. Its "
+           "bytes depend on the device; crdiff verify does not look at it."),
     option("--no-hash", "Leave the SHA-256 of base and output out of the header."),
     option("--allow-nonfinite", "Keep and count target weights that are infinite or not numbers."),
     option("--all-files", "Copy all files of a diffusers folder. Default: those of its pipeline."),
@@ -80,7 +85,8 @@ def export(
     recipe: Path | None, prompt: str | None, ratio: float | None, ratios: Mapping[str, float], poa_weight: float | None,
     targets: tuple[str, ...] | None, criterion: str, calibration: Path | None, device: str, threads: int | None,
     dtype: str | None, variant: str | None, residual: str, no_hash: bool, allow_nonfinite: bool, all_files: bool,
-    dry_run: bool, force: bool, repo: str | None, push: PushRequest,
+    dry_run: bool, force: bool, repo: str | None, push: PushRequest, thumbnail: str | None,
+    previews: tuple[str, ...],
 ) -> Result:  # fmt: skip
     """Prune BASE for a size and write a new checkpoint with everything about it in its header.
 
@@ -88,7 +94,7 @@ def export(
     (`crdiff recipes list`). The output appears under its name only when it is complete and checked.
     """
     out.quiet_hub_client()
-    pushing = _push_request(repo, push)
+    pushing = _push_request(repo, push, previews)
     request = ExportRequest(
         base, res, output, recipe=recipe, prompt=prompt, ratio=ratio, ratios=ratios, poa_weight=poa_weight,
         targets=targets, criterion=criterion, calibration=calibration, device=device, dtype=dtype, variant=variant,
@@ -99,33 +105,56 @@ def export(
     destination = _destination(pushing, request) if pushing and not dry_run else None
     job = prepare(request)
     out.notes(job.plan.notes)
+    thumbnail_setup = _prepare_thumbnail(job, thumbnail) if thumbnail else None
     if dry_run:
         if device not in ("auto", "cpu"):
             kernels.load(device)  # raises where it is not there
         return _planned(job, pushing)
     began = time.monotonic()
+    if thumbnail and thumbnail_setup:
+        job = _with_thumbnail(out, job, thumbnail_setup, thumbnail)
     with out.threads_progress() as progress:
         baked = run(job, progress)
     out.notes(baked.notes)
     done = _done(baked, time.monotonic() - began)
     if not (pushing and destination):
         return done
-    pushed = push_result(*transfer(out, pushing, baked.written.path, destination, checked=True))
+    path = baked.written.path
+    with sheet.with_sheet(out, pushing, previews, path, base, family) as pushing:
+        pushed = push_result(*transfer(out, pushing, path, destination, checked=True))
     return done.followed_by(pushed, "push")
 
 
-def _push_request(repo: str | None, push: PushRequest) -> PushRequest | None:
+def _prepare_thumbnail(job: ExportJob, prompt: str) -> "DrawingSetup":
+    from crdiff_export.evaluate.preview import thumbnail
+
+    return thumbnail.prepare(job, prompt)
+
+
+def _with_thumbnail(out: Output, job: ExportJob, setup: "DrawingSetup", prompt: str) -> ExportJob:
+    """Draw the picture that the header will have."""
+    from crdiff_export.evaluate.preview import thumbnail
+
+    with out.progress() as display, out.stopper.watch(display) as progress:
+        picture = thumbnail.draw(job, setup, prompt, progress)
+    return replace(job, request=replace(job.request, thumbnail=picture))
+
+
+def _push_request(repo: str | None, push: PushRequest, previews: tuple[str, ...]) -> PushRequest | None:
     """Complete and check the request of a push; None for an export alone, which takes no options of a push."""
     if repo is not None:
         request = replace(push, repo=repo)
         check_request(request)
+        sheet.check(request, previews)
         return request
     unset, context = PushRequest(""), click.get_current_context()
-    for name in (field.name for field in fields(push)):
+    values = {field.name: getattr(push, field.name) for field in fields(push)} | {"previews": previews}
+    for name, value in values.items():
         # A variable of the environment is for those runs that push.
         is_typed = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if is_typed and getattr(push, name) != getattr(unset, name):
-            flag = {"path": "path-in-repo", "private": "private/--public"}.get(name, name.replace("_", "-"))
+        if is_typed and value != getattr(unset, name, ()):
+            flags = {"path": "path-in-repo", "private": "private/--public", "previews": "preview"}
+            flag = flags.get(name, name.replace("_", "-"))
             raise OptionError(f"--{flag} is for a push", "Give --push ORG/NAME, too, or leave it out.")
     return None
 

@@ -146,6 +146,11 @@ criterion_options = option_group(
     option("--calibration FILE", "What crdiff calibrate has made for this base and size, where the criterion ranks by "
            "that.", FILE),
 )  # fmt: skip
+base_model = option("--base-model ORG/NAME", "The base on the Hub, where it was a local file.")
+sheet = option("--sheet FILE", "A picture for the top of the card, from crdiff preview (PNG).", FILE)
+relation = option("--relation", "base_model_relation of a new card; the Hub knows no word for pruned.",
+                  click.Choice(["finetune", "quantized", "merge", "adapter"]), default="finetune",
+                  show_default=True)  # fmt: skip
 push_options = option_group(
     "Hub",
     option("--path-in-repo PATH", "Where in the repository. Default: the file's name; of a folder the root.",
@@ -156,9 +161,11 @@ push_options = option_group(
     option("--tag NAME", "Tag the commit; a tag that exists elsewhere is not moved."),
     option("--private/--public", "Visibility of a repository that has to be created. Default: private if the base is "
            "gated or its licence is unknown or other.", default=None),
-    option("--base-model ORG/NAME", "The base on the Hub, where it was a local file."),
-    option("--relation", "base_model_relation of a new card; the Hub knows no word for pruned.",
-           click.Choice(["finetune", "quantized", "merge", "adapter"]), default="finetune", show_default=True),
+    base_model,
+    sheet,
+    option("--preview PROMPT", "Draw that picture of this prompt; may be given several times.", dest="previews",
+           multiple=True),
+    relation,
 )  # fmt: skip
 
 

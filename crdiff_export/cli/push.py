@@ -7,14 +7,15 @@ from pathlib import Path
 
 import click
 
+from crdiff_export.cli import sheet
 from crdiff_export.cli.blocks import Facts
-from crdiff_export.cli.command import command, gather
+from crdiff_export.cli.command import command, gather, option, option_group
 from crdiff_export.cli.options import file_argument, push_options
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.progress_display import rate_text
 from crdiff_export.errors import HubError
 from crdiff_export.formats.text import amount
-from crdiff_export.publish.commit import PushResult
+from crdiff_export.publish.commit import PushPlan, PushResult, plan
 from crdiff_export.publish.commit import push as send
 from crdiff_export.publish.request import (
     PushRequest,
@@ -24,7 +25,7 @@ from crdiff_export.publish.request import (
     prepare,
     read_source_name,
 )
-from crdiff_export.publish.target import Destination
+from crdiff_export.publish.target import MAIN, Destination
 from crdiff_export.publish.upload import Upload
 
 
@@ -32,12 +33,14 @@ from crdiff_export.publish.upload import Upload
     "crdiff push sdxl-2048.safetensors my-org/sdxl-crdiff",
     "crdiff push sdxl-2048.safetensors my-org/sdxl-crdiff --tag v1 --public",
     "crdiff push sdxl-2048.safetensors their-org/sdxl --create-pr",
+    'crdiff push sdxl-512.safetensors my-org/sdxl-crdiff --preview "a red fox" --dry-run',
 )
 @file_argument
 @click.argument("repo")
 @push_options
+@option_group("Hub", option("--dry-run", "Show what would be sent and written, and send nothing."))
 @gather("request", PushRequest)
-def push(out: Output, file: Path, request: PushRequest) -> Result:
+def push(out: Output, file: Path, request: PushRequest, *, previews: tuple[str, ...], dry_run: bool) -> Result:
     """Push FILE, a baked checkpoint or folder, to the Hub repository REPO (ORG/NAME), and keep its model card.
 
     Write access is checked first. The commit holds the file and the card; an existing card keeps everything but our
@@ -45,9 +48,44 @@ def push(out: Output, file: Path, request: PushRequest) -> Result:
     """
     out.quiet_hub_client()
     check_request(request)
-    base = read_source_name(file)
+    sheet.check(request, previews)
+    source = read_source_name(file)
     path_in_repository(request, file)
-    return push_result(*transfer(out, request, file, prepare(request, base, file.name)))
+    base = sheet.base_of(source) if previews else source
+    destination = None if dry_run else prepare(request, source, file.name)
+    with sheet.with_sheet(out, request, previews, file, base) as complete:
+        if destination:
+            return push_result(*transfer(out, complete, file, destination))
+        with out.threads_progress() as progress:
+            upload = make_upload(complete, file, progress)
+    return _planned(upload, plan(upload, Destination(request.repo, request.revision or MAIN)), request)
+
+
+def _planned(upload: Upload, planned: PushPlan, request: PushRequest) -> Result:
+    """Describe what a push would do."""
+    states = planned.files
+    at = "" if planned.exists else ", which does not exist, or cannot be read without a token: it would be created"
+    facts = {
+        "repository": f"{request.repo} ({request.revision or MAIN}){at}",
+        **{path: f"{state}{_size(upload, path)}" for path, state in states.items()},
+        **({"tag": request.tag} if request.tag else {}),
+    }
+    sends = [path for path, state in states.items() if state != "unchanged"]
+    record = {
+        "dry_run": True, "repo": request.repo, "revision": request.revision or MAIN, "exists": planned.exists,
+        "tag": request.tag, "card": planned.card, "notes": list(planned.notes),
+        "files": [
+            {"path": path, "state": state, "bytes": file.size if (file := upload.files.get(path)) else None,
+             "sha256": file.sha256 if file else None}
+            for path, state in states.items()
+        ],
+    }  # fmt: skip
+    end = f"would send: {', '.join(sends)}" if sends else "would send nothing: the repository holds all of it"
+    return Result(record, [Facts(facts), end], bare=sends, notes=planned.notes)
+
+
+def _size(upload: Upload, path: str) -> str:
+    return f", {amount(upload.files[path].size)}" if path in upload.files else ", the model card"
 
 
 def transfer(

@@ -26,6 +26,7 @@ ZEROS = "zeros"
 BLOCK_WISE = "block-wise"
 LAYER_WISE = "layer-wise"
 PREFIX = "crdiff."
+TENSORS_HASH = "modelspec.hash_sha256"
 RESIDUALS = ("none", "embedded", "sidecar")
 HASH = re.compile(r"0x[0-9a-f]{64}")
 _GROUP = re.compile(r"crdiff\.(?:ratio|pruned|total)\.(.+)", re.DOTALL)
@@ -96,6 +97,7 @@ class Stamp:
             None for a file with thresholds.
         moved: Whether weights that were not pruned were changed as well.
         scaled: Whether pruned layers have a scale (scaled fp8): magnitudes are |code| * scale, thresholds are doubles.
+        tensors_hash: `modelspec.hash_sha256` of the file, which is read here but written elsewhere.
     """
 
     family: str
@@ -128,6 +130,7 @@ class Stamp:
     evidence: Mapping[str, str] = field(default_factory=dict)
     residual: str = "none"
     version: str = ""
+    tensors_hash: str | None = field(default=None, compare=False)
 
     def to_metadata(self) -> dict[str, str]:
         """Return the keys and values of the header."""
@@ -225,6 +228,7 @@ class Stamp:
             cast=keys.one_of("cast", tuple(dtypes.DTYPES.values())) if keys.optional("cast") is not None else None,
             prompt=keys.optional("prompt"),
             evidence=keys.below("evidence."),
+            tensors_hash=keys.tensors_hash(),
         )
 
 
@@ -307,6 +311,11 @@ class _Keys:
         width, height = self.matching(key, _SIZE, "a size such as 512x512").split("x")
         return Size(int(width), int(height))
 
+    def tensors_hash(self) -> str | None:
+        """Return the hash of the file's tensors; None if there is none that can be one."""
+        text = self._metadata.get(TENSORS_HASH, "")
+        return text if HASH.fullmatch(text) else None
+
     def optional_size(self, key: str) -> Size | None:
         return None if self.optional(key) is None else self.size(key)
 
@@ -360,6 +369,16 @@ class _Keys:
             f"{self._where}: {PREFIX}{key} {what}",
             "The header was changed after crdiff wrote it; export the file again from its base.",
         )
+
+
+def auto_v2(file_hash: str) -> str:
+    """Return the AutoV2 of a file, by which A1111 and Civitai name it: 10 digits of the SHA-256 of the whole file."""
+    return file_hash.removeprefix("0x")[:10].upper()
+
+
+def auto_v3(tensors_hash: str) -> str:
+    """Return the AutoV3 of a file, as kohya and Civitai name it: 12 digits of the SHA-256 of its tensors' bytes."""
+    return tensors_hash.removeprefix("0x")[:12].upper()
 
 
 def safe(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Final
 
 # How a note begins that is a warning.
 WARNING = "warning: "
@@ -27,6 +28,10 @@ def plural(number: int, noun: str) -> str:
         Text such as `1 prompt` or `2 prompts`.
     """
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+# The project's web page, which model cards link to; empty until it has one.
+PROJECT_ADDRESS: Final = ""
 
 
 def printable(text: str, limit: int | None = 200) -> str:

@@ -77,6 +77,29 @@ def read(repo: str, revision: str | None = None) -> Repository:
         return Repository(repo, commit, _files(HfApi().list_repo_tree(repo, recursive=True, revision=commit)))
 
 
+def read_if_there(repo: str, revision: str | None = None) -> Repository | None:
+    """List the files of a repository that may not exist.
+
+    Args:
+        repo: ORG/NAME.
+        revision: A branch, tag or commit; None for the default branch.
+
+    Returns:
+        The repository; None if it does not exist, has no such revision, or must not be read.
+
+    Raises:
+        HubError: If the Hub does not answer.
+    """
+    from huggingface_hub import errors
+
+    try:
+        return read(repo, revision)
+    except HubError as error:
+        if isinstance(error.__cause__, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
+            return None
+        raise
+
+
 def files_at(repo: str, commit: str, paths: list[str]) -> Mapping[str, RemoteFile]:
     """Look up some files of a repository at a commit.
 

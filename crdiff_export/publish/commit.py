@@ -20,16 +20,13 @@ from crdiff_export.hub.daemon_threads import run_in_daemon_thread
 from crdiff_export.hub.messages import as_hub_error, status
 from crdiff_export.hub.repository import HeaderCache, RemoteFile, Repository
 from crdiff_export.hub.retry import retry
-from crdiff_export.publish.card import Card, render
-from crdiff_export.publish.licence import bases_of
-from crdiff_export.publish.target import MAIN, Destination, find_pull_request
+from crdiff_export.publish.card_text import CARD, write_card
+from crdiff_export.publish.target import Destination, find_pull_request
 from crdiff_export.publish.upload import LocalFile, Upload
-from crdiff_export.publish.variants import card_variants
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd
 
-CARD = "README.md"
 _OTHER_TAG = "Give another --tag; one that others rely on is not moved."
 # How the client begins the Hub's messages about a card.
 _WARNED, _REFUSED = "Warnings while validating metadata in README.md:", "Invalid metadata in README.md."
@@ -61,9 +58,10 @@ class PushResult:
 
     @property
     def url(self) -> str:
-        """The permanent address of the one file, or of the tree of several."""
-        if len(self.urls) == 1:
-            return next(iter(self.urls.values()))
+        """The permanent address of the one file of weights, or of the tree of several."""
+        weights = [url for path, url in self.urls.items() if path.endswith(".safetensors")]
+        if len(weights) == 1:
+            return weights[0]
         return f"{self.page}/tree/{self.commit}"
 
 
@@ -167,18 +165,9 @@ class _Push:
 
     def _card(self, remote: Repository) -> str | None:
         """Write the card of the repository with the files of this push; None if it does not change."""
-        sent = self._upload.files
-        headers = repository.baked_headers(remote, [path for path in remote.files if path not in sent], self._cache)
-        headers |= {path: file.header for path, file in sent.items() if file.header}
-        files = {**remote.files, **{path: RemoteFile(path, f.size, f.sha256, "") for path, f in sent.items()}}
-        variants = card_variants(files, headers)
-        bases, notes = bases_of(variants, self._upload.base_model)
-        self._notes = [note for note in self._notes if note not in notes] + notes
-        old = repository.read_text(remote, CARD)
-        branch = self._destination.revision
-        revision = MAIN if branch.startswith("refs/") else branch  # a pull request is for main
-        card = render(Card(remote.repo, tuple(variants), bases, self._upload.relation, revision), old)
-        return None if card == old else card
+        card = write_card(remote, self._upload, self._destination.revision, self._cache)
+        self._notes = [note for note in self._notes if note not in card.notes] + list(card.notes)
+        return None if card.new == card.old else card.new
 
     def _verify(self, commit: str) -> None:
         """Compare what the Hub holds at the commit with what was sent."""
@@ -214,6 +203,54 @@ def _one_line(message: object) -> str:
     """The client's message about a card or an upload, as one line."""
     text = str(message).replace(_WARNED, "README.md:", 1).replace(_REFUSED, "", 1)
     return " ".join(text.replace("\n- ", "; ").replace(":;", ":", 1).removeprefix("; ").split())
+
+
+@dataclass(frozen=True, slots=True)
+class PushPlan:
+    """What a push would do: the files that it would send, and the card that it would write.
+
+    Attributes:
+        files: "new", "changed" or "unchanged" for each path, the card's included.
+        card: The text of the card; None if the push brings a README.md of its own.
+        exists: Whether the repository can be read; else it would be created, or is private.
+        notes: What people should know.
+    """
+
+    files: Mapping[str, str]
+    card: str | None
+    exists: bool
+    notes: tuple[str, ...] = ()
+
+
+def plan(upload: Upload, destination: Destination, *, read: bool = True) -> PushPlan:
+    """Find out what a push would send, without sending anything; it needs no token for a public repository.
+
+    Args:
+        upload: What would be pushed.
+        destination: Where to.
+        read: Whether to look at the repository; else it is taken for a new one.
+
+    Returns:
+        What would be sent.
+
+    Raises:
+        HubError: The Hub does not answer.
+        CardError: The card that is there cannot be changed safely.
+    """
+    remote = repository.read_if_there(destination.repo, destination.revision) if read else None
+    repo = remote or Repository(destination.repo, "")
+    states = {path: _state(file, repo.files.get(path)) for path, file in upload.files.items()}
+    if CARD in upload.files:
+        return PushPlan(states, None, remote is not None)
+    card = write_card(repo, upload, destination.revision, {})
+    # Nothing at all is committed where the repository holds every file.
+    same = all(state == "unchanged" for state in states.values()) or card.new == card.old
+    states[CARD] = "unchanged" if card.old is not None and same else "changed" if card.old is not None else "new"
+    return PushPlan(states, card.new, remote is not None, card.notes)
+
+
+def _state(local: LocalFile, remote: RemoteFile | None) -> str:
+    return "new" if remote is None else "unchanged" if _is_same(local, remote) else "changed"
 
 
 def tag(repo: str, name: str, commit: str, paths: Sequence[str]) -> str:

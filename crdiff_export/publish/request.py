@@ -6,14 +6,18 @@ from pathlib import Path
 
 from crdiff_export.errors import OptionError
 from crdiff_export.formats.crdiff_keys import Stamp
+from crdiff_export.formats.hashing import hash_file
 from crdiff_export.hub.location import REF, is_repo_id, parse_uri
-from crdiff_export.progress import Progress
+from crdiff_export.progress import Progress, Silent
 from crdiff_export.publish import target
 from crdiff_export.publish.target import Destination
-from crdiff_export.publish.upload import Upload, collect, open_whole
+from crdiff_export.publish.upload import LocalFile, Upload, collect, open_whole
+from crdiff_export.publish.variants import sheet_path
 
 # huggingface_hub's FORBIDDEN_FOLDERS, and parts that are no names of files.
 _NOT_NAMES = ("", ".", "..", ".git", ".cache")
+# The first bytes of a PNG file (ISO/IEC 15948, 5.2).
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class PushRequest:
         private: Whether to create a private repository; None to decide by the base's licence.
         base_model: The Hub id of a base that was a local file.
         relation: The Hub's `base_model_relation`.
+        sheet: A picture for the card, as `crdiff preview` draws it; a PNG file.
     """
 
     repo: str
@@ -41,6 +46,7 @@ class PushRequest:
     private: bool | None = None
     base_model: str | None = None
     relation: str = "finetune"
+    sheet: Path | None = None
 
 
 def check_request(request: PushRequest) -> None:
@@ -68,6 +74,19 @@ def check_request(request: PushRequest) -> None:
         raise OptionError("--message says nothing", "Leave it out, or say what is new.")
     if request.path:
         _check_path(request.path, folder=request.path.endswith("/"))
+    if request.sheet:
+        _check_sheet(request.sheet)
+
+
+def _check_sheet(sheet: Path) -> None:
+    hint = "Draw one with `crdiff preview BASE --baked FILE --prompt TEXT -o sheet.png`."
+    try:
+        with sheet.open("rb") as file:
+            begins = file.read(len(_PNG))
+    except OSError as error:
+        raise OptionError(f"{sheet}: cannot be read: {error.strerror}", hint) from error
+    if begins != _PNG:
+        raise OptionError(f"{sheet}: not a PNG file", hint)
 
 
 def path_in_repository(request: PushRequest, path: Path) -> str:
@@ -142,6 +161,10 @@ def make_upload(request: PushRequest, path: Path, progress: Progress, *, checked
     """
     wanted = path_in_repository(request, path)
     files = collect(path, wanted, progress, checked=checked)
+    if request.sheet:
+        stamp = next(file.header for file in files.values() if file.header)
+        sheet = request.sheet
+        files[sheet_path(wanted, stamp.resolution)] = LocalFile(sheet, sheet.stat().st_size, hash_file(sheet, Silent()))
     for name in files:
         _check_path(name)
     message = _message(request, wanted or path.name)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from crdiff_export.errors import CheckpointError, VerifyError
 from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
-from crdiff_export.formats.crdiff_keys import Stamp
+from crdiff_export.formats.crdiff_keys import TENSORS_HASH, Stamp
 from crdiff_export.formats.hashing import hash_from
 from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.weight_file import SourceFile
@@ -94,7 +94,7 @@ def collect(path: Path, destination: str, progress: Progress, *, checked: bool =
 
 def _hash(path: Path, source: SourceFile | None, progress: Progress) -> str:
     """Hash a file; with `source`, its header, compare the bytes of its tensors with the hash there."""
-    expected = source.metadata.get("modelspec.hash_sha256") if source else None
+    expected = source.metadata.get(TENSORS_HASH) if source else None
     starts = (0, source.data_start) if source and expected else (0,)
     try:
         whole, *data = hash_from(path, starts, progress)

@@ -6,10 +6,24 @@ from collections.abc import Mapping
 from crdiff_export.formats.crdiff_keys import Stamp
 from crdiff_export.hub.repository import RemoteFile
 from crdiff_export.publish.card import CardVariant
+from crdiff_export.sizes import Size
 
 _MODEL = r"diffusion_pytorch_model(?:\.(?P<weights>[\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors"
 _PIPELINE = re.compile(rf"(?P<folder>.*?)/?(?:unet|transformer)/{_MODEL}")
 _SHARD = re.compile(r"(?P<folder>.*?)/?[^/]*-\d{5}-of-\d{5}(?:\.(?P<weights>[\w-]+))?\.safetensors")
+
+
+def sheet_path(path: str, size: Size) -> str:
+    """Return where the repository has the picture of a variant.
+
+    Args:
+        path: The variant's file or folder in the repository; "" for the root.
+        size: The variant's size.
+
+    Returns:
+        The path of a PNG file.
+    """
+    return f"images/{path.removesuffix('.safetensors').replace('/', '-') or size}.png"
 
 
 def card_variants(files: Mapping[str, RemoteFile], headers: Mapping[str, Stamp]) -> list[CardVariant]:
@@ -34,6 +48,7 @@ def card_variants(files: Mapping[str, RemoteFile], headers: Mapping[str, Stamp])
             size=sum(files[member].size for member in members),
             sha256=None if in_folder else files[members[0]].sha256,
             weights=weights,
+            sheet=sheet if (sheet := sheet_path(path, headers[members[0]].resolution)) in files else None,
         )
         for (path, weights, in_folder), members in groups.items()
     ]

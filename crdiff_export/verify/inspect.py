@@ -18,7 +18,7 @@ from crdiff_export.bake.residual import (
 )  # fmt: skip
 from crdiff_export.errors import FamilyError
 from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
-from crdiff_export.formats.crdiff_keys import LAYER_WISE, PREFIX, Stamp, is_baked
+from crdiff_export.formats.crdiff_keys import LAYER_WISE, PREFIX, Stamp, auto_v2, auto_v3, is_baked
 from crdiff_export.formats.text import amount, printable
 from crdiff_export.models import families
 from crdiff_export.models.evidence_text import evidence_text
@@ -195,10 +195,19 @@ def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, s
     if stamp.calibrated:
         yield "calibration", f"{stamp.calibrated.hash}, made at {stamp.calibrated.size}"
     yield "POA weight", f"{stamp.poa_weight:g}"
-    base_hash = f"file {stamp.source_file_hash}" if stamp.source_file_hash else stamp.source_hash or "not hashed"
-    yield "base", f"{printable(stamp.source_name)} ({base_hash})"
-    yield "hash", printable(output_hash) if output_hash else "none"
+    yield "base", f"{printable(stamp.source_name)} ({_base_hash(stamp)})"
+    short = f" (AutoV3 {auto_v3(stamp.tensors_hash)})" if stamp.tensors_hash else ""
+    yield "hash", f"{printable(output_hash)}{short}" if output_hash else "none"
     yield "made by", f"crdiff {printable(stamp.version)}"
+
+
+def _base_hash(stamp: Stamp) -> str:
+    """Name a base by its hash, and by the short form under which Civitai and A1111 find it."""
+    if stamp.source_file_hash:
+        return f"file {stamp.source_file_hash}, AutoV2 {auto_v2(stamp.source_file_hash)}"
+    if stamp.source_hash:
+        return f"{stamp.source_hash}, AutoV3 {auto_v3(stamp.source_hash)}"
+    return "not hashed"
 
 
 def mask(stamp: Stamp) -> str:

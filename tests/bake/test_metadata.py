@@ -4,6 +4,7 @@ The last part reads the tables of that document and derives pruned weights from 
 alone, as the author of another loader would.
 """
 
+import base64
 import importlib.metadata
 import json
 import math
@@ -23,6 +24,8 @@ import torch
 
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.bake import metadata
+from crdiff_export.bake.modelspec import Thumbnail
+from crdiff_export.errors import OptionError
 from crdiff_export.export import prepare, run
 from crdiff_export.formats import safetensors
 from crdiff_export.formats.crdiff_keys import Stamp
@@ -32,8 +35,10 @@ from crdiff_export.progress import Silent
 from crdiff_export.prune.architecture import Architecture
 from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.threshold import Threshold
+from crdiff_export.verify.verify import verify
 from tests.support import DOCS, geometry_tables, makers, masking, oracle, scaled_models
 from tests.support.family_rows import ROWS
+from tests.support.messages import raises
 from tests.support.scaled_models import SPELLINGS, Scaled
 
 BASE = "demo.original-unet"
@@ -67,13 +72,18 @@ def test_every_family_gets_the_keys_that_modelspec_wants(table: str, narrow_expo
     assert {key: text for key, text in header.items() if not key.startswith("crdiff.")} == {
         "format": "pt",
         "modelspec.architecture": ROWS[family].architecture or header["modelspec.architecture"],
+        "modelspec.description": header["modelspec.description"],
         "modelspec.hash_sha256": oracle.sha256(output),
         "modelspec.implementation": "diffusers" if layout.startswith("diffusers") else original,
         "modelspec.merged_from": "base",
         "modelspec.resolution": "96x64",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": "base CR-Diff 96x64",
+        "modelspec.usage_hint": header["modelspec.usage_hint"],
     }
+    assert "96x64" in header["modelspec.description"]
+    assert "not measured" in header["modelspec.description"]
+    assert header["modelspec.usage_hint"].startswith("Draw at 96x64.")
     assert header["crdiff.source.hash_sha256"] == oracle.sha256(base)
 
 
@@ -126,6 +136,46 @@ def test_metadata_of_the_base_stay(tmp_path: Path) -> None:
     assert header["modelspec.hash_sha256"] == oracle.sha256(tmp_path / "out.safetensors")
     assert like_objects(header) == like_objects(KEPT)
     assert not {"modelspec.hash_blake3", "sshs_legacy_hash", "sshs_model_hash", "crdiff.demo"} & set(header)
+
+
+PICTURE = Thumbnail(b"\xff\xd8 a picture", "a red fox; drawn on cpu")
+
+
+def test_a_thumbnail_is_the_only_thing_that_is_not_the_same_each_time(tmp_path: Path) -> None:
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny(BASE), {"modelspec.thumbnail": "the base's"})
+    without, again, picture = (tmp_path / f"{name}.safetensors" for name in ("without", "again", "with"))
+    plain = bake(base, without)
+    assert "modelspec.thumbnail" not in plain  # what the base draws is not what this file draws
+    bake(base, again)
+    assert again.read_bytes() == without.read_bytes()
+    header = bake(base, picture, thumbnail=PICTURE)
+    kind, _, data = header.pop("modelspec.thumbnail").partition(",")
+    assert (kind, base64.b64decode(data)) == ("data:image/jpeg;base64", PICTURE.jpeg)
+    assert header.pop("crdiff.thumbnail") == PICTURE.origin
+    assert header == plain
+    assert verify(picture, str(base), Silent()).against == "all"
+
+
+def test_the_date_is_the_bases_or_the_given_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "modelspec.date" not in bake_tiny(tmp_path, BASE)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    dated = makers.write(tmp_path / "dated.safetensors", makers.tiny(BASE), {"modelspec.date": "2024-01-31"})
+    assert bake(dated, tmp_path / "given.safetensors")["modelspec.date"] == "2023-11-14T22:13:20Z"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "")
+    assert bake(dated, tmp_path / "kept.safetensors")["modelspec.date"] == "2024-01-31"
+    for wrong in ("yesterday", "1e9", "9" * 30):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", wrong)
+        with raises(OptionError, "SOURCE_DATE_EPOCH"):
+            bake(dated, tmp_path / "wrong.safetensors")
+    assert not (tmp_path / "wrong.safetensors").exists()
+
+
+def test_texts_for_people_are_added_to_the_bases(tmp_path: Path) -> None:
+    own = {"modelspec.description": "A model of foxes.", "modelspec.usage_hint": "Clip skip 2."}
+    header = bake_tiny(tmp_path, BASE, {**own, "modelspec.license": "MIT"})
+    assert header["modelspec.description"].endswith("The base: A model of foxes.")
+    assert header["modelspec.usage_hint"].startswith("Clip skip 2. Draw at 96x64.")
+    assert header["modelspec.license"] == "MIT"
 
 
 @pytest.mark.parametrize("name", ["Flux.1-dev/kontext", "flux-1-krea-dev"])
@@ -249,7 +299,7 @@ def documented(key: str) -> dict[str, str] | None:
     return None
 
 
-def test_document_names_every_key_and_its_format(tmp_path: Path) -> None:
+def test_document_names_every_key_and_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evidence = "evidence = { scorer = 'x', pruned = 0.5, dense = 0.25, prompts = 3, interval = [0.1, 0.2] }"
     (tmp_path / "own.toml").write_text(
         "[model]\nfamily = 'demo'\ntitle = 'demo'\nnative = '64x64'\n[[variant]]\nresolution = '96x64'\n"
@@ -289,6 +339,8 @@ def test_document_names_every_key_and_its_format(tmp_path: Path) -> None:
     header.append(bake(own, tmp_path / "of-family.safetensors", family=tmp_path / "family.toml"))
     scaled = Scaled("sd15.original", "scaled_fp8").write(tmp_path / "scaled.safetensors")
     header.append(bake(scaled, tmp_path / "of-scaled.safetensors"))
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    header.append(bake(own, tmp_path / "picture.safetensors", thumbnail=PICTURE))
     assert header[0]["crdiff.threshold.mid"] == "none"
     assert header[0]["crdiff.nonfinite.down"] == "1"
     assert header[0]["crdiff.evidence.interval"] == "[0.1, 0.2]"

@@ -1,10 +1,13 @@
 """`crdiff export`: what it writes, what it shows, and where each option ends up."""
 
+import base64
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from crdiff_export.models import demo
 from tests.support import makers
@@ -14,6 +17,21 @@ from tests.support.isolation import Ran
 pytestmark = pytest.mark.usefixtures("here")
 
 DEMO_GROUPS = {"down": 327680, "mid": 262144, "up": 655360}
+
+
+def test_a_thumbnail_is_drawn_into_the_header(line: Line, here: Path) -> None:
+    ran = line("export demo --res 48 -o x.safetensors --thumbnail 'two red circles on grey'")
+    assert ran.code == 0, ran.err
+    header = makers.metadata_of(here / "x.safetensors")
+    kind, _, data = header["modelspec.thumbnail"].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    picture = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+    assert (picture.format, picture.size) == ("JPEG", (256, 256))
+    assert header["crdiff.thumbnail"].startswith(
+        "two red circles on grey; seed 0, the pruned model at 48x48, drawn on cpu"
+    )
+    assert line("verify x.safetensors --base demo").code == 0
+    assert line("export demo --res 48 -o y.safetensors --thumbnail x --dtype fp16 --dry-run").code == 2
 
 
 def test_export_shows_what_was_done_group_by_group(line: Line, here: Path) -> None:

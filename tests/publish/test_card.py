@@ -68,9 +68,7 @@ def as_the_client_has_it(text: str) -> Any:
 
 def test_borrowed_numbers_are_said_to_be() -> None:
     lines = told(row(), row("b.safetensors", resolution=Size(2048, 1024), borrowed_from=Size(640, 640))).splitlines()
-    (line,) = [line for line in lines if "b.safetensors" in line and line.startswith("|")]
-    assert "starting point, borrowed from 640x640" in line
-    (below,) = [line for line in lines if "640x640" in line and not line.startswith("|")]
+    (below,) = [line for line in lines if "640x640" in line]
     assert below.startswith("- For 2048x1024: **these ratios are borrowed from 640x640**")
 
 
@@ -90,7 +88,11 @@ def test_a_new_card() -> None:
     assert render(CARD, text) == text
     assert render(CARD, "") == text
     measured = "It records this measurement and no other: better: pruned - dense"
-    assert re.findall("better|improve|best", text) == ["better"]
+    assert re.findall("better|improve|best", text) == ["better"] * 2
+    verdicts = [line for line in text.splitlines() if line.startswith("- **")]
+    assert verdicts[0].startswith("- **512x512**: not measured")
+    assert verdicts[1].startswith("- **2048x1024**: better: pruned - dense")
+    assert text.index(verdicts[1]) < text.index("Each variant is its base")  # the answer comes first
     assert measured in text
 
 
@@ -426,13 +428,14 @@ def test_names_are_only_names(text: str) -> None:
         assert yaml.safe_load(front(made))["tags"] == OUR_TAGS[:4]
 
         parsed = list(inner(tokens(body(made))))
-        comments = [t.content[:12] for t in parsed if t.type == "html_block"]
-        assert comments == ["<!-- crdiff:", "<!-- What is", "<!-- crdiff:"]
+        blocks = [t.content[:12] for t in parsed if t.type == "html_block"]
+        details = ["<details>\n<s", "</details>\n"]
+        assert blocks == ["<!-- crdiff:", "<!-- What is", *details, "<!-- crdiff:"]
         assert not [t for t in parsed if t.type in ("html_inline", "image", "hr", "code_block", "blockquote_open")]
-        assert [t.tag for t in parsed if t.type == "heading_open"] == ["h1", "h2", "h3", "h3", "h3"]
+        assert [t.tag for t in parsed if t.type == "heading_open"] == ["h1", "h2", "h3", "h3", "h3", "h3"]
         cells = [after.content for t, after in pairwise(parsed) if t.type in ("th_open", "td_open")]
-        assert len(cells) == 8 * (1 + len(found.variants))
-        assert {cells[n] for n in range(8 + 6, len(cells), 8)} == {"1", "6,938,040,682"}  # too much is not shown
+        assert len(cells) == 6 * (1 + len(found.variants))
+        assert {cells[n] for n in range(6 + 5, len(cells), 6)} == {"1", "6,938,040,682"}  # too much is not shown
         assert sum(t.type == "table_open" for t in parsed) == 1
         links = [str(t.attrs["href"]) for t in parsed if t.type == "link_open"]
         assert {link.split("/")[2] for link in links} == {"huggingface.co", "arxiv.org"}
@@ -452,6 +455,11 @@ def check_commands(code: str, names: set[str]) -> None:
             assert line.isprintable()
             continue
         words = shlex.split(line)
+        if words[0] == "crdiff":
+            assert words[1] in ("export", "preview")
+            assert not words[2].startswith("-")  # the base; then options and values alternate
+            assert all(word.startswith("-") for word in words[3::2])
+            continue
         assert (words[:3], words[4]) == (["hf", "download", "me/x"], "--local-dir")
         assert words[3] in names
         assert len(words) == 6
@@ -503,23 +511,24 @@ def test_the_table() -> None:
     flux = row("unet", family="flux-dev", layout="diffusers", prefix="", targets=("ff", "attn"), source_name="hf://o/F")
     text = told(*CARD.variants, other, flux, of=(BASE, BaseModel(None), BaseModel("o/f", "mit")))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    assert rows[0] == ["file", "base", "size", "ratios", "provenance", "POA weight", "bytes", "SHA-256"]
+    assert rows[0] == ["file", "base", "size", "ratios", "POA weight", "bytes"]
     at = "https://huggingface.co/me/x"
     large, small, tall = CARD.variants[0].path, CARD.variants[1].path, "2048x1024"
-    start = "starting point, not tuned"
     base = f"[{SDXL}](https://huggingface.co/{SDXL})"
     unet = "down 0.3, mid 0.3, up 0.3"
     size = "6,938,040,682"
     assert rows[2:] == [
-        [f"[unet/]({at}/tree/main/unet)", "[o/f](https://huggingface.co/o/f)", "512x512", "blocks 0.3", start, "1.5",
-         size, "several files"],
-        [f"[b.safetensors]({at}/blob/main/b.safetensors)", "mine.ckpt", "512x512", unet, start, "1.5", size,
-         f"`{other.sha256}`"],
-        [f"[{small}]({at}/blob/main/{small})", base, "512x512", unet, start, "1.5", size,
-         f"`{CARD.variants[1].sha256}`"],
-        [f"[{large}]({at}/blob/main/{large})", base, tall, unet, "searched", "1.25", size,
-         f"`{CARD.variants[0].sha256}`"],
+        [f"[unet/]({at}/tree/main/unet)", "[o/f](https://huggingface.co/o/f)", "512x512", "blocks 0.3", "1.5",
+         size],
+        [f"[b.safetensors]({at}/blob/main/b.safetensors)", "mine.ckpt", "512x512", unet, "1.5", size],
+        [f"[{small}]({at}/blob/main/{small})", base, "512x512", unet, "1.5", size],
+        [f"[{large}]({at}/blob/main/{large})", base, tall, unet, "1.25", size],
     ]  # fmt: skip
+    hidden = text[text.index("<details>") : text.index("</details>")]
+    assert "[unet/]" in hidden
+    assert "several files" in hidden
+    for variant in (other, *CARD.variants):
+        assert f"SHA-256 `{variant.sha256}`, AutoV2 `{str(variant.sha256)[:10].upper()}`" in hidden
     assert "the recommended *w* is in the table." in text
     assert "all other weights are the base's, partly cast to F16." in text
     assert "smallest weights of the attention and feed-forward layers" in text
@@ -541,11 +550,14 @@ def test_where_the_dense_weights_are() -> None:
     file, tensors = (hashlib.sha256(of).hexdigest() for of in (b"file", b"tensors"))
     name = f"hf://{SDXL}/sd_x.st"
     assert dense(source_name=name) == (
-        f"- Dense: {page}, SHA-256 of the file `{file}`, SHA-256 of its tensors' bytes `{tensors}`."
+        f"- Dense: {page}, SHA-256 `{file}`, AutoV2 `{file[:10].upper()}`, "
+        f"SHA-256 of its tensors' bytes `{tensors}`, AutoV3 `{tensors[:12].upper()}`."
     )
-    assert dense(source_name=name, source_hash=None) == f"- Dense: {page}, SHA-256 of the file `{file}`."
+    alone = f"- Dense: {page}, SHA-256 `{file}`, AutoV2 `{file[:10].upper()}`."
+    assert dense(source_name=name, source_hash=None) == alone
     assert dense(source_name="x.ckpt", source_file_hash=None) == (
-        f"- Dense: x.ckpt of [{SDXL}](https://huggingface.co/{SDXL}), SHA-256 of its tensors' bytes `{tensors}`."
+        f"- Dense: x.ckpt of [{SDXL}](https://huggingface.co/{SDXL}), SHA-256 of its tensors' bytes `{tensors}`, "
+        f"AutoV3 `{tensors[:12].upper()}`."
     )
     assert dense(source_hash=None, source_file_hash=None).endswith(
         ", no hash was recorded, so nothing tells whether a copy is the right one."
@@ -554,6 +566,36 @@ def test_where_the_dense_weights_are() -> None:
         f"- Dense: [{SDXL}](https://huggingface.co/{SDXL}). The header of each file of weights has the SHA-256 of the "
         "one that it was made from."
     )
+
+
+def test_pictures_stand_at_the_top() -> None:
+    text = told(replace(row(), sheet="images/sdxl-512x512.png"), row("b.safetensors"))
+    (line,) = [line for line in text.splitlines() if line.startswith("![")]
+    assert line.endswith("(https://huggingface.co/me/x/resolve/main/images/sdxl-512x512.png)")
+    assert text.index("- **512x512**") < text.index(line) < text.index("Each variant is its base")
+
+
+def commands(text: str) -> list[list[str]]:
+    """The command lines of crdiff in a card."""
+    return [shlex.split(line) for line in text.splitlines() if line.startswith(("crdiff export", "crdiff preview"))]
+
+
+def test_commands_make_it_again() -> None:
+    groups = {"down": GroupStamp(0.1, 1, 2), "mid": GroupStamp(0.2, 1, 2), "up": GroupStamp(0.30000000000000004, 1, 2)}
+    export, preview = commands(
+        told(
+            row(
+                "a b.safetensors", groups=groups, source_name="my model's.ckpt", targets=("ff",), cast="BF16",
+                residual="embedded", native=Size(768, 768), native_source="given",
+            )
+        )
+    )  # fmt: skip
+    assert export == [
+        "crdiff", "export", "my model's.ckpt", "--res", "512x512", "--native", "768x768", "--down", "0.1", "--mid",
+        "0.2", "--up", "0.30000000000000004", "--targets", "ff", "--dtype", "bf16", "--residual", "embed",
+        "-o", "a b.safetensors",
+    ]  # fmt: skip
+    assert preview == ["crdiff", "preview", "my model's.ckpt", "--baked", "a b.safetensors", "--prompt", "TEXT"]
 
 
 # --- other criteria than magnitude ---
@@ -570,7 +612,7 @@ def masked(path: str = "wanda.safetensors", **changes: Any) -> CardVariant:
 def test_a_criterion_has_a_column_where_it_is_not_the_papers() -> None:
     assert "weights go by" not in told(row())
     text = told(row(), masked(), masked("obs.safetensors", criterion="obs", moved=True))
-    assert "| file | size | ratios | weights go by | provenance |" in text
+    assert "| file | size | ratios | weights go by | POA weight |" in text
     assert f"wanda:compare=row, calibrated at 512x512 (`{'ab' * 32}`)" in text
     assert "; the others were moved" in text
     assert "| magnitude |" in text

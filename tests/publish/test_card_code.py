@@ -249,7 +249,8 @@ def test_what_cannot_be_opened_is_not_shown_to_be() -> None:
     ):
         text = told(found, of=(BaseModel(None),))
         assert said in text
-        assert "```" not in text
+        assert "```python" not in text
+        assert "hf download" not in text
     known = row("x.safetensors")
     text = told(replace(known, stamp=replace(known.stamp, family="sd9")))
     assert "```python" not in text

@@ -79,6 +79,7 @@ class CardVariant:
         size: Bytes of its weights.
         sha256: The SHA-256 of its file as hex; None for a folder.
         weights: diffusers' name for weights such as `*.fp16.safetensors`.
+        sheet: The path of a picture of the variant beside its base, as `crdiff preview` draws it.
     """
 
     path: str
@@ -86,6 +87,7 @@ class CardVariant:
     size: int
     sha256: str | None
     weights: str | None = None
+    sheet: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,13 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crdiff_export.formats.crdiff_keys import PAPER, Stamp
+from crdiff_export.formats.crdiff_keys import PAPER, Stamp, auto_v2, auto_v3
+from crdiff_export.formats.text import PROJECT_ADDRESS
 from crdiff_export.hub.location import parse_uri
 from crdiff_export.models.evidence_text import evidence_text
 from crdiff_export.publish.card import snippets
 from crdiff_export.publish.card.model import BaseModel, Card, CardVariant
-from crdiff_export.publish.card.text import link, page, prose, quoted, word
+from crdiff_export.publish.card.text import image, link, page, prose, quoted, word
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -68,8 +69,9 @@ def _template() -> "Template":
         "number": "{:g}".format, "one_line": _one_line, "quoted": quoted, "sorted": sorted, "word": word,
     }  # fmt: skip
     environment.globals |= {
+        "crdiff": link("crdiff", PROJECT_ADDRESS) if PROJECT_ADDRESS else "crdiff", "digests": _digests,
         "evidence": _evidence, "file": _file, "layers": _layers, "name": _name, "origin": _origin, "paper": _PAPER,
-        "sizes": _sizes, "snippets": snippets, "source": _source,
+        "picture": _picture, "sizes": _sizes, "snippets": snippets, "source": _source, "standing": _standing,
     }  # fmt: skip
     return environment.get_template("section.md")
 
@@ -110,6 +112,32 @@ def _digest(text: str) -> str:
     """A SHA-256 from a header or the Hub, as `sha256sum` writes it."""
     digits = text.removeprefix("0x")
     return f"`{digits}`" if _HEX.fullmatch(digits) else prose(text)
+
+
+def _digests(file_hash: str | None, tensors_hash: str | None) -> list[str]:
+    """The hashes of a file, each with its name, and the short ones by which Civitai and web UIs find it."""
+    known = [
+        ("SHA-256", _digest, file_hash), ("AutoV2", _short(auto_v2), file_hash),
+        ("SHA-256 of its tensors' bytes", _digest, tensors_hash), ("AutoV3", _short(auto_v3), tensors_hash),
+    ]  # fmt: skip
+    return [f"{name} {make(value)}" for name, make, value in known if value]
+
+
+def _short(shorten: Callable[[str], str]) -> Callable[[str], str]:
+    return lambda digest: f"`{shorten(digest)}`" if _HEX.fullmatch(digest.removeprefix("0x")) else prose(digest)
+
+
+def _picture(card: Card, variant: CardVariant) -> str:
+    size = variant.stamp.resolution
+    text = f"Pictures of the base and of the pruned model, from the same noise, at {size}"
+    return image(text, card.repo, variant.sheet or "", card.revision)
+
+
+def _standing(stamp: Stamp) -> str:
+    """Whether pruning helped, as far as the header knows, in one sentence."""
+    if stamp.evidence:
+        return prose(evidence_text(stamp.evidence))
+    return "not measured, so nobody knows whether pruning helps at this size"
 
 
 def _source(card: Card, variant: CardVariant) -> str:

@@ -7,15 +7,18 @@ what it makes of one file.
 from collections.abc import Collection, Mapping
 from typing import Literal
 
+from crdiff_export.bake.residual import NONE, RESIDUAL_KEYS
 from crdiff_export.errors import FamilyError
+from crdiff_export.formats.dtypes import DTYPES as FLOATS
 from crdiff_export.hub import bases
 from crdiff_export.hub.location import parse_uri
 from crdiff_export.models import families
 from crdiff_export.models.families import Family, pipelines
 from crdiff_export.models.families.model import BUNDLED, Pipeline
 from crdiff_export.models.prediction import EDM_V_SCHEDULER, V_SCHEDULER, Prediction
+from crdiff_export.prune.criterion_choice import MAGNITUDE
 from crdiff_export.publish.card.model import Card, CardVariant
-from crdiff_export.publish.card.text import prose, quoted
+from crdiff_export.publish.card.text import prose, quoted, word
 from crdiff_export.sizes import Size
 
 Kind = Literal["pipeline", "folder", "component", "checkpoint", "network", "shards"]
@@ -145,6 +148,45 @@ def configuration(card: Card, variant: CardVariant, model: Pipeline) -> str:
     base, origin = card.base_of(variant), parse_uri(variant.stamp.source_name)
     folders = base and base.repo and (base.pipeline or (origin and not origin.file))
     return base.repo if base and base.repo and folders else model.config
+
+
+def recreate(variant: CardVariant) -> str:
+    """Return the command line that exports the same weights again."""
+    stamp = variant.stamp
+    options = ["--family", "FILE"] * (stamp.family_table is not None and stamp.family != "unet")
+    if stamp.native_source == "given":
+        options += ["--native", str(stamp.native)]
+    ratios = {group: repr(shares.ratio) for group, shares in stamp.groups.items()}
+    if len(set(ratios.values())) == 1:
+        options += ["--ratio", *set(ratios.values())]
+    elif set(ratios) <= {"down", "mid", "up"}:
+        options += [text for group, ratio in ratios.items() for text in (f"--{group}", ratio)]
+    else:
+        options += ["--recipe", "RECIPE"]
+    family = _family(stamp.family)
+    if family is None or stamp.targets != family.default_kinds:
+        options += ["--targets", ",".join(stamp.targets)]
+    if stamp.criterion != MAGNITUDE:
+        options += ["--criterion", stamp.criterion]
+    options += ["--calibration", "CALIBRATION"] * (stamp.calibrated is not None)
+    options += [text for name, dtype in FLOATS.items() if dtype == stamp.cast for text in ("--dtype", name)]
+    ways = [way for way, key in RESIDUAL_KEYS.items() if key == stamp.residual != NONE]
+    options += [text for way in ways for text in ("--residual", way)]
+    name = variant.path.rsplit("/", 1)[-1] or f"crdiff-{stamp.resolution}"
+    words = ["crdiff", "export", _base(variant), "--res", str(stamp.resolution), *options, "-o", name]
+    return " ".join(map(word, words))
+
+
+def compare(variant: CardVariant) -> str:
+    """Return the command line that draws a variant beside its base."""
+    name = variant.path.rsplit("/", 1)[-1] or f"crdiff-{variant.stamp.resolution}"
+    return " ".join(map(word, ["crdiff", "preview", _base(variant), "--baked", name, "--prompt", "TEXT"]))
+
+
+def _base(variant: CardVariant) -> str:
+    """Return how a command names the base of a variant: on the Hub, built in, or as the file was called."""
+    name = variant.stamp.source_name
+    return f"./{name}" if name.startswith("-") else name
 
 
 def folders(variant: CardVariant) -> list[tuple[str, str]]:

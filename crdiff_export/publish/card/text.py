@@ -37,6 +37,12 @@ def page(repo: str, path: str = "", revision: str = "main") -> str:
     return f"{HUB}/{_address(repo)}" + (f"/blob/{quote(revision, safe='')}/{_address(path)}" if path else "")
 
 
+def image(text: str, repo: str, path: str, revision: str) -> str:
+    """Return a Markdown image of a file in a repository."""
+    address = page(repo, path, revision).replace("/blob/", "/resolve/", 1)
+    return f"![{prose(text)}]({quote(address, safe=_IN_ADDRESSES)})"
+
+
 def link(text: str, address: str) -> str:
     """Return a Markdown link."""
     return f"[{prose(text)}]({quote(address, safe=_IN_ADDRESSES)})"
