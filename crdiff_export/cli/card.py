@@ -35,6 +35,6 @@ def card(out: Output, file: Path, request: PushRequest) -> Result:
     with out.threads_progress() as progress:
         upload = make_upload(request, file, progress)
     planned = plan(upload, Destination(request.repo, MAIN), read=request.repo != NO_REPO)
-    text = planned.card or ""
-    record = {"repo": None if request.repo == NO_REPO else request.repo, "card": text, "notes": list(planned.notes)}
-    return Result(record, [text.removesuffix("\n")], notes=planned.notes)
+    repo = None if request.repo == NO_REPO else request.repo
+    record = {"repo": repo, "card": planned.card, "notes": list(planned.notes)}
+    return Result(record, [planned.card.removesuffix("\n")], notes=planned.notes)

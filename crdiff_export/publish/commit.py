@@ -127,7 +127,7 @@ class _Push:
             if path not in self._additions:
                 self._additions[path] = CommitOperationAdd(path, str(self._upload.files[path].path))
         operations = [self._additions[path] for path in changed]
-        card = None if CARD in self._upload.files else self._card(remote)
+        card = self._card(remote)
         if card is not None:
             operations.append(CommitOperationAdd(CARD, card.encode()))
         title, _, description = self._upload.message.partition("\n")
@@ -211,13 +211,13 @@ class PushPlan:
 
     Attributes:
         files: "new", "changed" or "unchanged" for each path, the card's included.
-        card: The text of the card; None if the push brings a README.md of its own.
+        card: The text of the card.
         exists: Whether the repository can be read; else it would be created, or is private.
         notes: What people should know.
     """
 
     files: Mapping[str, str]
-    card: str | None
+    card: str
     exists: bool
     notes: tuple[str, ...] = ()
 
@@ -240,8 +240,6 @@ def plan(upload: Upload, destination: Destination, *, read: bool = True) -> Push
     remote = repository.read_if_there(destination.repo, destination.revision) if read else None
     repo = remote or Repository(destination.repo, "")
     states = {path: _state(file, repo.files.get(path)) for path, file in upload.files.items()}
-    if CARD in upload.files:
-        return PushPlan(states, None, remote is not None)
     card = write_card(repo, upload, destination.revision, {})
     # Nothing at all is committed where the repository holds every file.
     same = all(state == "unchanged" for state in states.values()) or card.new == card.old

@@ -230,6 +230,21 @@ def push(bench: Bench) -> Iterator[Any]:
     yield bench(f"push {bench.baked} org/shared --create-pr")
 
 
+@runs("crdiff push --dry-run")
+def push_dry_run(bench: Bench) -> Iterator[Any]:
+    bench.hub()
+    yield bench(f"push {bench.baked} {REPO} --dry-run")
+    yield bench(f"push {bench.baked} {REPO} --tag v1 --dry-run")
+    yield bench(f"push {bench.baked} {REPO} --base-model org/nothing --dry-run")
+
+
+@runs("crdiff card")
+def card(bench: Bench) -> Iterator[Any]:
+    bench.hub()
+    yield bench(f"card {bench.baked}")
+    yield bench(f"card {bench.baked} {REPO} --base-model org/nothing")
+
+
 @runs("crdiff publish --dry-run")
 def publish_dry_run(bench: Bench) -> Iterator[Any]:
     write_plan(bench)
