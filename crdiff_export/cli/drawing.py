@@ -15,6 +15,9 @@ from crdiff_export.sampling.request_checks import DrawingRequest
 batch = option("--batch N", "Pictures to draw at once. Default: the family's, or 4 on a GPU.", COUNT)
 pictures = option("--pictures N", "Pictures of each prompt, each from its own noise.", click.IntRange(1, 10_000),
                   default=1, show_default=True)  # fmt: skip
+beside = option("--beside WHAT", "Draw something else beside the models: native-size (SDXL is told its native size), "
+                "two-pass (drawn at the native size, resized, above it refined), lora:FILE, or module:function. May be "
+                "given several times.", multiple=True)  # fmt: skip
 scorer_options = option_group(
     "Scoring",
     option("--scorer NAME|module:function|command:…", "What says how good a picture is, or a sum such as "

@@ -3,9 +3,9 @@
 from typing import Any
 
 from crdiff_export.cli import drawing, options
-from crdiff_export.cli.blocks import Facts, Table
+from crdiff_export.cli.blocks import Block, Facts, Table
 from crdiff_export.cli.command import command, gather, option, option_group
-from crdiff_export.cli.evaluation_json import pairs_json, subject_json
+from crdiff_export.cli.evaluation_json import beside_json, pairs_json, subject_json
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.evaluate import EvaluateJob, EvaluateRequest, Evaluation, draw, measure, prepare, write
 from crdiff_export.evaluate.scorers import inception
@@ -14,6 +14,7 @@ from crdiff_export.evaluate.scorers import inception
 @command(
     "crdiff evaluate demo --res 96x64 --limit 16",
     "crdiff evaluate sdxl --res 512 --prompts prompts.txt --scorer image-reward -o sdxl-512.html",
+    "crdiff evaluate sdxl --res 512 --prompts prompts.txt --scorer image-reward --beside native-size --beside two-pass",
     "crdiff evaluate sdxl --res 512 --recipe mine.toml --prompts prompts.txt --scorer clip-score -o found.toml",
 )
 @options.base_argument
@@ -35,7 +36,7 @@ from crdiff_export.evaluate.scorers import inception
            options.POA_WEIGHT, "weights", multiple=True),
 )  # fmt: skip
 @drawing.options
-@option_group("Drawing", drawing.batch)
+@option_group("Drawing", drawing.batch, drawing.beside)
 @drawing.scorer_options
 @option_group(
     "Scoring",
@@ -80,7 +81,9 @@ def _result(evaluation: Evaluation) -> Result:
     from crdiff_export.evaluate import report_text
 
     table = Table(*report_text.table(evaluation), report_text.NUMERIC, report_text.OPTIONAL)
-    return Result(_as_json(evaluation), [Facts(evaluation.facts), "", table], bare=[table], notes=evaluation.notes)
+    lines = report_text.rival_lines(evaluation)
+    text: list[Block] = [Facts(evaluation.facts), "", table, *([""] if lines else []), *lines]
+    return Result(_as_json(evaluation), text, bare=[table, *lines], notes=evaluation.notes)
 
 
 def _as_json(evaluation: Evaluation) -> dict[str, Any]:
@@ -90,6 +93,7 @@ def _as_json(evaluation: Evaluation) -> dict[str, Any]:
             "ratios_for": str(subject.plan.size), "ratios": subject.ratios,
             "provenance": subject.plan.variant.provenance, "ratios_from": subject.plan.variant.source,
             "borrowed_from": subject.plan.variant.borrowed_from and str(subject.plan.variant.borrowed_from),
+            "beside": beside_json(evaluation, subject),
         }
         for subject in evaluation.subjects
     ]  # fmt: skip

@@ -19,10 +19,19 @@ def subject_json(evaluation: Evaluation, subject: Subject) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def beside_json(evaluation: Evaluation, subject: Subject) -> list[dict[str, Any]]:
+    """Give how the pruned models at one size compare with what was drawn beside them."""
+    return [
+        {"model": ours, "beside": rival, "minus_beside": _estimate_json(estimate), "verdict": estimate.verdict}
+        for ours, rival, estimate in evaluation.against(subject)
+    ]
+
+
 def _finding_json(finding: Finding) -> dict[str, Any]:
     model = finding.model
     return {
-        "model": model.name, "poa_weight": model.weight, "score": _estimate_json(finding.mean),
+        "model": model.name, "poa_weight": None if model.beside else model.weight,
+        "score": _estimate_json(finding.mean),
         "minus_dense": _estimate_json(finding.difference), "right": _estimate_json(finding.right), "fid": model.fid,
         "parts": dict(finding.parts), "verdict": finding.difference.verdict if finding.difference else None,
         "scores": [score.value for score in model.scores], "seconds": round(model.seconds, 3),

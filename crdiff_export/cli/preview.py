@@ -45,7 +45,9 @@ FRACTION = options.FiniteRange(0, 1)
     option("--stop F", "Fraction at which it ends; dense outside.", FRACTION, default=1.0),
 )  # fmt: skip
 @drawing.options
-@option_group("Drawing", option("--offload", "For small GPUs: keep idle parts in main memory, decode in tiles."))
+@option_group(
+    "Drawing", drawing.beside, option("--offload", "For small GPUs: keep idle parts in main memory, decode in tiles.")
+)
 @option_group(
     "Output",
     option("-o, --output FILE", "A .png sheet or an .html page; may be given twice. Default: both, as "
@@ -77,8 +79,8 @@ def _describe(job: PreviewJob) -> list[str]:
 
 
 def _times(made: Preview) -> str:
-    seconds = {w: [p.seconds for p in made.pictures if p.weight == w] for w in made.job.subject.weights}
-    each = ", ".join(f"{model_name(weight)} {sum(times) / len(times):.1f} s" for weight, times in seconds.items())
+    seconds = {name: [p.seconds for p in made.pictures if p.column == name] for name in made.job.columns}
+    each = ", ".join(f"{name} {sum(times) / len(times):.1f} s" for name, times in seconds.items())
     return f"{len(made.pictures)} ({each} each)"
 
 
@@ -91,12 +93,15 @@ def _as_json(made: Preview) -> dict[str, Any]:
         "provenance": job.provenance, "borrowed_from": job.borrowed_from and str(job.borrowed_from),
         "ratios_from": job.ratios_from,
         "criterion": job.criterion, "baked": str(job.request.baked) if job.request.baked else None,
-        "columns": [{"name": model_name(weight), "poa_weight": weight} for weight in subject.weights],
+        "columns": [
+            *({"name": model_name(weight), "poa_weight": weight} for weight in subject.weights),
+            *({"name": rival.name, "poa_weight": None} for rival in job.rivals),
+        ],
         "poa_start": job.request.start, "poa_stop": job.request.stop, "steps": style.steps,
         "guidance": style.guidance, "scheduler": made.scheduler, "negative": job.request.negative,
         "device": job.drawing.device, "dtype": job.drawing.dtype,
         "pictures": [
-            {"column": model_name(p.weight), "prompt": p.prompt, "seed": p.seed, "seconds": round(p.seconds, 3)}
+            {"column": p.column, "prompt": p.prompt, "seed": p.seed, "seconds": round(p.seconds, 3)}
             for p in made.pictures
         ],
         "notes": [*job.notes, *made.notes],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from crdiff_export.bake.metadata import tool_version
+from crdiff_export.evaluate.beside import Draw
 from crdiff_export.export import ExportRequest
 from crdiff_export.formats.text import printable
 from crdiff_export.models import recipe
@@ -40,8 +41,8 @@ class ComparisonRequest(DrawingRequest):
     """Which pruned model to compare with its base, and where to write what comes of it.
 
     The ratios come from the recipe or from `ratio` and `ratios`, as in an export; `criterion` and `calibration` are an
-    export's, too. `weights` are POA weights; without any, the recipe's own is taken. Pages show `command`, the command
-    line that made them.
+    export's, too. `weights` are POA weights; without any, the recipe's own is taken. `beside` names what else to draw.
+    Pages show `command`, the command line that made them.
     """
 
     _: KW_ONLY
@@ -52,6 +53,7 @@ class ComparisonRequest(DrawingRequest):
     ratios: Mapping[str, float] = field(default_factory=dict)
     criterion: str = criterion_choice.MAGNITUDE
     calibration: Path | None = None
+    beside: tuple[str, ...] = ()
     outputs: tuple[Path, ...] = ()
     force: bool = False
     command: str = ""
@@ -93,13 +95,13 @@ class Renderer:
         request = self._request
         return self.session.style(size, request.steps, request.guidance, request.negative)
 
-    def start(self, pairs: int, weights: Iterable[float], size: Size) -> None:
-        """Announce the work: as many pairs, drawn by the models of these POA weights."""
-        passes = self.style(size).steps * pairs * sum(map(_passes, weights))
-        self._progress.stage("drawing", passes, "passes")
+    def start(self, pairs: int, weights: Iterable[float], size: Size, more: int = 0) -> None:
+        """Announce the work: as many pairs, drawn by the models of these POA weights, and `more` passes for each."""
+        passes = self.style(size).steps * sum(map(_passes, weights)) + more
+        self._progress.stage("drawing", pairs * passes, "passes")
 
     def draw(
-        self, pairs: Sequence[Pair], size: Size, weight: float
+        self, pairs: Sequence[Pair], size: Size, weight: float, draw: Draw | None = None
     ) -> Iterator[tuple[Sequence[Pair], "list[Image]", float]]:
         """Draw pictures with the model as it is now.
 
@@ -107,6 +109,7 @@ class Renderer:
             pairs: What to draw.
             size: The size of the pictures.
             weight: The POA weight of the model, for the progress.
+            draw: Draws a batch in place of the session.
 
         Yields:
             The pairs of a batch, their pictures, and the seconds that drawing took.
@@ -116,7 +119,8 @@ class Renderer:
             batch = pairs[start : start + self._batch]
             on_step = partial(self._progress.advance, _passes(weight) * len(batch))
             began = time.monotonic()
-            images = self.session.draw([prompt for prompt, _ in batch], [seed for _, seed in batch], style, on_step)
+            render = draw or self.session.draw
+            images = render([prompt for prompt, _ in batch], [seed for _, seed in batch], style, on_step)
             yield batch, images, time.monotonic() - began
 
 

@@ -47,7 +47,8 @@ def measured(evaluation: Evaluation, subject: Subject) -> Evidence | None:
         at the variant's weight, if that was drawn. None if nothing was pruned.
     """
     job, planned = evaluation.job, subject.plan.variant
-    by_weight = {finding.model.weight: finding for finding in evaluation.of(subject)}
+    models = [finding for finding in evaluation.of(subject) if not finding.model.beside]
+    by_weight = {finding.model.weight: finding for finding in models}
     if PRUNED not in by_weight:
         return None
     pruned = by_weight[PRUNED]

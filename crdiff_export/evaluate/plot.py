@@ -107,11 +107,11 @@ def _draw_point(differences: Any, means: Any, point: PlotPoint, y: float) -> Non
 
 
 def _points(findings: Sequence[Finding]) -> list[PlotPoint]:
-    """Give dense and pruned colours of their own, and each POA weight the next one."""
+    """Give dense and pruned colours of their own, each POA weight the next one, then what was drawn beside them."""
     points, poa = [], 1
     for finding in findings:
         weight = finding.model.weight
-        if weight in (DENSE, PRUNED):
+        if not finding.model.beside and weight in (DENSE, PRUNED):
             colour = int(weight)
         else:
             poa += 1

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from crdiff_export.evaluate import comparison, fid, scorers
+from crdiff_export.evaluate import beside, comparison, fid, scorers
 from crdiff_export.evaluate.comparison import DENSE, Renderer, black_note
 from crdiff_export.evaluate.frechet import Moments
 from crdiff_export.evaluate.request import EvaluateJob, Subject
@@ -77,33 +77,48 @@ class _ScoringRenderer:
         job = self._job
         dense = len({subject.size for subject in job.subjects}) + bool(job.reference_pairs)
         pruned = [weight for subject in job.subjects for weight in subject.weights if weight != DENSE]
-        self._renderer.start(len(job.pairs), [DENSE] * dense + pruned, job.drawing.native)
+        steps = self._renderer.style(job.drawing.native).steps
+        rivals = [(rival, job.setting(subject)) for subject in job.subjects for rival in job.rivals_of(subject)]
+        more = sum(beside.passes(rival, setting, steps) for rival, setting in rivals)
+        self._renderer.start(len(job.pairs), [DENSE] * dense + pruned, job.drawing.native, more)
         for _, images, _ in self._renderer.draw(job.reference_pairs, job.drawing.native, DENSE):
             assert self._meter
             self._meter.add(self._meter.reference, images)
-        return tuple(self._draw_model(subject, weight) for subject in job.subjects for weight in subject.weights)
+        return tuple(model for subject in job.subjects for model in self._draw_subject(subject))
+
+    def _draw_subject(self, subject: Subject) -> Iterator[ModelScores]:
+        """Draw and score the models of a subject, then what is drawn beside them."""
+        for weight in subject.weights:
+            yield self._draw_model(subject, weight)
+        for rival in self._job.rivals_of(subject):
+            with beside.opened(rival, self._renderer.session, self._job.setting(subject)) as draw:
+                yield replace(self._score(subject, DENSE, draw), beside=rival.name)
 
     def _draw_model(self, subject: Subject, weight: float) -> ModelScores:
         """Draw and score one model; the dense model of a size is drawn once for all subjects."""
         if weight == DENSE and subject.size in self._dense:
             return replace(self._dense[subject.size], subject=subject)
+        with self._pruned(subject, weight):
+            model = self._score(subject, weight)
+        if weight == DENSE:
+            self._dense[subject.size] = model
+        return model
+
+    def _score(self, subject: Subject, weight: float, draw: beside.Draw | None = None) -> ModelScores:
+        """Draw every pair with the pipeline as it is now, and score the pictures."""
         seconds = 0.0
         scores: list[scorers.Score] = []
         shown: list[bytes] = []
         moments = Moments()
-        with self._pruned(subject, weight):
-            for pairs, images, took in self._renderer.draw(self._job.pairs, subject.size, weight):
-                seconds += took
-                self.black += sum(not image.getbbox() for image in images)
-                scores += self._scorer.score(images, [prompt for prompt, _ in pairs])
-                shown += map(_png, images[: SHOWN - len(shown)])
-                if self._meter:
-                    self._meter.add(moments, images)
+        for pairs, images, took in self._renderer.draw(self._job.pairs, subject.size, weight, draw):
+            seconds += took
+            self.black += sum(not image.getbbox() for image in images)
+            scores += self._scorer.score(images, [prompt for prompt, _ in pairs])
+            shown += map(_png, images[: SHOWN - len(shown)])
+            if self._meter:
+                self._meter.add(moments, images)
         distance = self._meter.reference.distance(moments) if self._meter else None
-        model = ModelScores(subject, weight, tuple(scores), tuple(shown), seconds, distance)
-        if weight == DENSE:
-            self._dense[subject.size] = model
-        return model
+        return ModelScores(subject, weight, tuple(scores), tuple(shown), seconds, distance)
 
     def _pruned(self, subject: Subject, weight: float) -> AbstractContextManager[object]:
         """Prune the open model inside the block, unless the weight is the dense model's."""
@@ -140,6 +155,10 @@ def _facts(job: EvaluateJob, style: "Style", session: "Session") -> Iterator[tup
         size = f", calibrated at {criterion.calibration.size}" if criterion.calibration else ""
         yield "criterion", criterion.name + size
     yield from comparison.sampling_facts(style, session)
+    for number, subject in enumerate(subject for subject in job.subjects if not subject.is_native_check):
+        for name, text in beside.facts(job.rivals, job.setting(subject)):
+            if not number or "two-pass" in name:
+                yield name, text
     of = "prompts" if prompts > 1 else "the pictures of this one prompt, which says nothing about others"
     yield "intervals", f"95 % each, so that one of 20 misses; over {of}; differences are paired, picture by picture"
     if job.fid:

@@ -3,17 +3,19 @@
 import math
 from typing import Final
 
-from crdiff_export.evaluate.comparison import DENSE
 from crdiff_export.evaluate.report.page import PageTable
 from crdiff_export.evaluate.request import Subject
 from crdiff_export.evaluate.results import Evaluation, Finding
 from crdiff_export.evaluate.statistics import Estimate
 from crdiff_export.formats.text import plural, printable
 
-COLUMNS: Final = ("size", "model", "score", "95 %", "right", "FID", "minus dense", "95 % of it", "which shows")
-NUMERIC: Final = ("score", "right", "FID", "minus dense")
+COLUMNS: Final = (
+    *("size", "model", "s/picture", "score", "95 %", "right", "FID"),
+    *("minus dense", "95 % of it", "which shows"),
+)
+NUMERIC: Final = ("s/picture", "score", "right", "FID", "minus dense")
 # What a narrow terminal leaves out first: the claim is about differences, whose interval stays.
-OPTIONAL: Final = ("95 %", "right")
+OPTIONAL: Final = ("s/picture", "95 %", "right")
 
 
 def where(evaluation: Evaluation, subject: Subject) -> str:
@@ -84,18 +86,31 @@ def verdicts(evaluation: Evaluation) -> list[tuple[str, str]]:
     digits = _digits(evaluation)
     basis = f"{plural(len(evaluation.prompts), 'prompt')}, scorer {printable(evaluation.scorer, 40)}"
     return [
-        (finding.difference.verdict, f"at {where(evaluation, subject)}: {_change(finding, digits)}, {basis}")
+        (estimate.verdict, f"at {where(evaluation, subject)}: {ours} - {other} is {_change(estimate, digits)}, {basis}")
         for subject in evaluation.subjects
-        for finding in evaluation.of(subject)
-        if finding.difference
+        for ours, other, estimate in (*_against_dense(evaluation, subject), *evaluation.against(subject))
     ]
 
 
-def _change(finding: Finding, digits: int) -> str:
-    assert finding.difference
+def rival_lines(evaluation: Evaluation) -> list[str]:
+    """Say in lines how the pruned models compare with what was drawn beside them; the table compares with dense."""
+    digits = _digits(evaluation)
+    return [
+        f"{estimate.verdict}: at {where(evaluation, subject)} {ours} - {other} is {_change(estimate, digits)}"
+        for subject in evaluation.subjects
+        for ours, other, estimate in evaluation.against(subject)
+    ]
+
+
+def _against_dense(evaluation: Evaluation, subject: Subject) -> list[tuple[str, str, Estimate]]:
+    found = evaluation.of(subject)
+    return [(finding.model.name, "dense", finding.difference) for finding in found if finding.difference]
+
+
+def _change(estimate: Estimate, digits: int) -> str:
     signed = f"+.{digits}f"
-    ends = f" (95 %: {_interval(finding.difference, signed)})" if finding.difference.bounded else ""
-    return f"{finding.model.name} - dense is {finding.difference.value:{signed}}{ends}"
+    ends = f" (95 %: {_interval(estimate, signed)})" if estimate.bounded else ""
+    return f"{estimate.value:{signed}}{ends}"
 
 
 def _row(evaluation: Evaluation, subject: Subject, finding: Finding, digits: int) -> tuple[str, ...]:
@@ -105,8 +120,9 @@ def _row(evaluation: Evaluation, subject: Subject, finding: Finding, digits: int
     if difference:
         shows = f"{difference.value:{signed}}", _interval(difference, signed), difference.verdict
     return (
-        where(evaluation, subject) if model.weight == DENSE else "",
+        where(evaluation, subject) if model.is_dense else "",
         model.name,
+        f"{model.seconds / max(1, len(model.scores)):.3g}",
         f"{mean.value:{plain}}",
         _interval(mean, plain),
         f"{finding.right.value:.0%}" if finding.right else "",

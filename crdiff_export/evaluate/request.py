@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from crdiff_export.evaluate.beside import Rival, Setting
 from crdiff_export.evaluate.comparison import DENSE, PRUNED, ComparisonRequest, Pair
 from crdiff_export.evaluate.fid import FidReference
 from crdiff_export.prune.criterion_choice import CriterionChoice
@@ -89,13 +90,22 @@ class EvaluateJob:
     outputs: tuple[Path, ...]
     notes: tuple[str, ...]
     fid: FidReference | None = None
+    rivals: tuple[Rival, ...] = ()
 
     @property
     def pictures(self) -> int:
         """How many pictures will be drawn; those of the dense model at a size are drawn once."""
         sizes = {subject.size for subject in self.subjects}
-        models = len(sizes) + sum(len(subject.weights) - 1 for subject in self.subjects)
+        models = len(sizes) + sum(len(subject.weights) - 1 + len(self.rivals_of(subject)) for subject in self.subjects)
         return len(self.pairs) * models + len(self.reference_pairs)
+
+    def rivals_of(self, subject: Subject) -> tuple[Rival, ...]:
+        """Return what is drawn beside the models of a subject; nothing beside a check of the native size."""
+        return () if subject.is_native_check else self.rivals
+
+    def setting(self, subject: Subject) -> Setting:
+        """Return what rivals have to know at a subject's size."""
+        return Setting(self.drawing.native, subject.size, self.plan.match.family.grid)
 
     @property
     def reference_pairs(self) -> tuple[Pair, ...]:

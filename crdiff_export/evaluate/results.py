@@ -20,7 +20,8 @@ RIGHT = "right"
 class ModelScores:
     """The scores of one model at one size, in the order of the pairs, and its first pictures as PNG files.
 
-    `seconds` is the time that drawing took; `fid` is that of all pictures, where one was requested.
+    `seconds` is the time that drawing took; `fid` is that of all pictures, where one was requested. `beside` names what
+    was drawn in place of a model; its weight is that of the dense model.
     """
 
     subject: Subject
@@ -29,11 +30,22 @@ class ModelScores:
     images: tuple[bytes, ...]
     seconds: float
     fid: float | None = None
+    beside: str = ""
 
     @property
     def name(self) -> str:
         """What the model is called."""
-        return model_name(self.weight)
+        return self.beside or model_name(self.weight)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the dense model itself."""
+        return self.weight == DENSE and not self.beside
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether it is the pruned model or POA."""
+        return self.weight != DENSE
 
     @property
     def values(self) -> list[float]:
@@ -91,7 +103,25 @@ class Evaluation:
 
     def dense(self, subject: Subject) -> ModelScores:
         """Return the dense model of a subject."""
-        return next(model for model in self.models if model.subject == subject and model.weight == DENSE)
+        return next(model for model in self.models if model.subject == subject and model.is_dense)
+
+    def against(self, subject: Subject) -> list[tuple[str, str, Estimate]]:
+        """Compare every pruned model of a subject with everything that was drawn beside it.
+
+        Args:
+            subject: The subject.
+
+        Returns:
+            The name of a pruned model, that of a rival, and the mean difference of their scores, picture by picture.
+        """
+        models = [model for model in self.models if model.subject == subject]
+        return [
+            (ours.name, rival.name, statistics.difference(self.by_prompt(ours.values), self.by_prompt(rival.values)))
+            for rival in models
+            if rival.beside
+            for ours in models
+            if ours.is_pruned
+        ]
 
     def by_prompt(self, values: Sequence[float]) -> list[list[float]]:
         """Return one value for each pair as [prompt][picture]."""
@@ -108,7 +138,7 @@ class Evaluation:
         Returns:
             Indices of pairs: those where pruning lowers the score most, then those where it raises the score most.
         """
-        others = [model for model in self.models if model.subject == subject and model.weight != DENSE]
+        others = [model for model in self.models if model.subject == subject and model.is_pruned]
         if not others:
             return []
         dense = self.dense(subject).values
@@ -122,7 +152,7 @@ class Evaluation:
 
     def _finding(self, model: ModelScores) -> Finding:
         scores, dense = self.by_prompt(model.values), self.by_prompt(self.dense(model.subject).values)
-        difference = None if model.weight == DENSE else statistics.difference(scores, dense)
+        difference = None if model.is_dense else statistics.difference(scores, dense)
         grades: dict[str, list[float]] = {}
         for score in model.scores:
             for name, grade in score.parts.items():

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from crdiff_export.errors import OptionError
-from crdiff_export.evaluate import fid, files, scorers
+from crdiff_export.evaluate import beside, fid, files, scorers
 from crdiff_export.evaluate.comparison import DENSE, Pair, check_request
 from crdiff_export.evaluate.files import write
 from crdiff_export.evaluate.render import draw
@@ -60,9 +60,11 @@ def prepare(request: EvaluateRequest) -> EvaluateJob:
     base = drawing_setup.read_base(request)
     sizes = dict.fromkeys(request.sizes)
     plans = [drawing_setup.plan_export(base, request.export_request(size), criterion) for size in sizes]
+    rivals = beside.parse(request.beside)
     reference = fid.choose(request.fid, request.fid_weights, len(pairs))
     request_checks.check_seeds(pairs[-1][1] + (len(pairs) if reference and reference.is_drawn else 0))
     drawing = drawing_setup.set_up(request, base, plans[0])
+    beside.check(rivals, drawing.opening.pipeline.pipeline)
     from crdiff_export.sampling import session
 
     notes = [note for plan in plans for note in plan.notes]
@@ -79,6 +81,7 @@ def prepare(request: EvaluateRequest) -> EvaluateJob:
         outputs=outputs,
         notes=tuple(dict.fromkeys((*notes, *(reference.notes(len(pairs)) if reference else ())))),
         fid=reference,
+        rivals=rivals,
     )
 
 

@@ -1,5 +1,6 @@
 """How diffusers opens a base, decided from names and shapes alone, and the source of the parts that it lacks."""
 
+import inspect
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -202,3 +203,17 @@ def _check_folder(folder: Path, name: str) -> None:
                 f"{index}: {show(part)} is of the library {show(str(value[0]))}, which is not imported",
                 "Give the folder of a plain text-to-image pipeline.",
             )
+
+
+def call_arguments(pipeline: str) -> frozenset[str]:
+    """Return the names of the arguments that a pipeline's call takes; this imports diffusers.
+
+    Args:
+        pipeline: The name of its class.
+
+    Returns:
+        The names.
+    """
+    import diffusers
+
+    return frozenset(inspect.signature(getattr(diffusers, pipeline).__call__).parameters)

@@ -2,8 +2,8 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,10 @@ class Style:
     steps: int
     guidance: float
     negative: str | None = None
+
+    def at(self, size: Size) -> "Style":
+        """Return the same for another size."""
+        return replace(self, size=size)
 
 
 class Session:
@@ -109,8 +113,34 @@ class Session:
         free, _ = torch.cuda.mem_get_info(model.device)
         return bool(2 * sum(weight.nbytes for weight in model.parameters()) < free)
 
+    def image_to_image(self, what: str) -> Any:
+        """Return a pipeline that draws on from a picture, with the parts of the open one.
+
+        Args:
+            what: What needs it, for an error.
+
+        Returns:
+            diffusers' pipeline.
+
+        Raises:
+            PreviewError: diffusers has none for this pipeline.
+
+        """
+        from diffusers import AutoPipelineForImage2Image
+
+        name = type(self.pipe).__name__
+        with foreign_errors(PreviewError, f"{what}: {name} has no image-to-image", "Leave it out."):
+            made: Any = AutoPipelineForImage2Image.from_pipe(self.pipe)
+        made.set_progress_bar_config(disable=True)
+        return made
+
     def draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], style: Style, on_step: Callable[[], None] | None = None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        style: Style,
+        on_step: Callable[[], None] | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> "list[Image]":
         """Draw one picture of each prompt, all at once.
 
@@ -119,9 +149,31 @@ class Session:
             seeds: A seed for the noise of each picture.
             style: Size, steps, guidance and negative prompt.
             on_step: Called after every step of sampling.
+            more: Further arguments of the pipeline's call.
 
         Returns:
             The pictures in RGB.
+
+        """
+        call = self.call(prompts, seeds, style, on_step) | dict(more or {})
+        hint = "Check that this base draws in diffusers at this size."
+        with foreign_errors(PreviewError, f"{type(self.pipe).__name__} cannot draw", hint):
+            drawn = self.pipe(**call)
+        return [image.convert("RGB") for image in drawn.images]
+
+    def call(
+        self, prompts: Sequence[str], seeds: Sequence[int], style: Style, on_step: Callable[[], None] | None = None
+    ) -> dict[str, Any]:
+        """Make the arguments of the pipeline's call.
+
+        Args:
+            prompts: The prompts.
+            seeds: A seed for the noise of each picture.
+            style: Size, steps, guidance and negative prompt.
+            on_step: Called after every step of sampling.
+
+        Returns:
+            The arguments by name; they are not all used up by a call, but its generators are.
 
         """
 
@@ -137,18 +189,13 @@ class Session:
         # PixArt's pipelines have the older one.
         is_new = "callback_on_step_end" in inspect.signature(self.pipe.__call__).parameters
         options: dict[str, Any] = {
-            usage.guidance_argument: style.guidance, "callback_on_step_end" if is_new else "callback": step,
-            **usage.arguments,
+            "prompt": list(prompts), "generator": noise, "width": style.size.width, "height": style.size.height,
+            "num_inference_steps": style.steps, usage.guidance_argument: style.guidance,
+            "callback_on_step_end" if is_new else "callback": step, **usage.arguments,
         }  # fmt: skip
         if negative is not None:
             options["negative_prompt"] = [negative] * len(prompts)
-        hint = "Check that this base draws in diffusers at this size."
-        with foreign_errors(PreviewError, f"{type(self.pipe).__name__} cannot draw", hint):
-            drawn = self.pipe(
-                prompt=list(prompts), generator=noise, width=style.size.width, height=style.size.height,
-                num_inference_steps=style.steps, **options,
-            )  # fmt: skip
-        return [image.convert("RGB") for image in drawn.images]
+        return options
 
 
 def usual_batch(pipeline: Pipeline, device: str) -> int:

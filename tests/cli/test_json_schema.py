@@ -172,13 +172,14 @@ def preview(bench: Bench) -> Iterator[Any]:
     bench.draw_noise()
     yield bench('preview demo --res 400x64 --steps 1 --prompt "a red circle on grey"')
     options = f'--baked {bench.baked} --steps 1 --negative blue --prompt "a red circle on grey" -o p.png'
-    yield bench(f"preview demo {options}")
+    yield bench(f"preview demo {options} --beside two-pass")
 
 
 @runs("crdiff evaluate", "model", "estimate")
 def evaluate(bench: Bench) -> Iterator[Any]:
     bench.draw_noise()
     yield bench("evaluate demo --res 72 --limit 8 --steps 1")
+    yield bench("evaluate demo --res 48 --limit 8 --steps 1 --no-native --beside two-pass")
     network = SimpleNamespace(
         features=lambda images: (torch.rand(1, 4).double().numpy() for _ in images),
         fingerprint=lambda: {"network": "x"},

@@ -25,9 +25,9 @@ def table_lines(table: Table, width: int | None = None) -> list[str]:
 WIDTHS = (60, 80, 100, 200)
 VERDICT = "no difference shown"
 MODELS = (
-    ("128x96 (native)", "dense", "0.960", "0.948 to 0.972", "96 %", "12.31", "", "", ""),
-    ("", "pruned", "0.951", "0.938 to 0.962", "94 %", "12.40", "-0.009", "-0.020 to +0.002", VERDICT),
-    ("", "POA 1.5", "0.953", "0.938 to 0.962", "94 %", "12.50", "-0.007", "-0.020 to +0.002", "better"),
+    ("128x96 (native)", "dense", "4.21", "0.960", "0.948 to 0.972", "96 %", "12.31", "", "", ""),
+    ("", "pruned", "4.2", "0.951", "0.938 to 0.962", "94 %", "12.40", "-0.009", "-0.020 to +0.002", VERDICT),
+    ("", "POA 1.5", "8.4", "0.953", "0.938 to 0.962", "94 %", "12.50", "-0.007", "-0.020 to +0.002", "better"),
 )
 GROUPS = [(name, "0.3", "1,234,567,890", "2,345,678,901", "0.3001", "0.0250092") for name in ("down", "mid", "up")]
 WHY = "the base needs 12.4 GB of disk, of which 3.1 GB are free"
@@ -95,7 +95,7 @@ def test_the_verdict_is_in_the_table_at_80_columns() -> None:
     lines = table_lines(table, 80)
     assert lines[0].split()[-2:] == ["which", "shows"]
     assert any(line.split()[:2] == ["POA", "1.5"] and line.endswith("better") for line in lines)
-    assert lines[-1] == "(no room for: 95 %, right)"
+    assert lines[-1] == "(no room for: s/picture, 95 %, right)"
 
 
 def _without_fid() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -113,7 +113,7 @@ def test_records_name_the_size_of_every_row() -> None:
 def test_in_a_pipe_columns_are_as_wide_as_they_need() -> None:
     header, first, *rest = table_lines(TABLES["evaluate"])
     assert header.split()[0] == "size"
-    assert first.startswith("128x96 (native)  dense    0.960  0.948 to 0.972")
+    assert first.startswith("128x96 (native)  dense         4.21  0.960  0.948 to 0.972")
     assert len(rest) == 2
 
 

@@ -32,7 +32,8 @@ def choose(request: PreviewRequest, subject: Subject, stem: str) -> tuple[Path, 
     """
     from crdiff_export.evaluate.report import sheet
 
-    size, rows, columns = subject.size, len(request.prompts) * len(request.seeds), len(subject.weights)
+    columns = len(subject.weights) + len(request.beside)
+    size, rows = subject.size, len(request.prompts) * len(request.seeds)
     named = request.outputs or [Path(f"{stem}-preview-{size}{suffix}") for suffix in SUFFIXES]
     paths = outputs.check(named, SUFFIXES, "neither a PNG nor an HTML file", force=request.force)
     width, height = sheet.estimate_size(rows, columns, (size.width, size.height))

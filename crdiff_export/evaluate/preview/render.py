@@ -1,6 +1,7 @@
 """The pictures of a preview: every column drawn with one open pipeline."""
 
-from crdiff_export.evaluate.comparison import PRUNED, Renderer, black_note, printable_facts
+from crdiff_export.evaluate import beside
+from crdiff_export.evaluate.comparison import DENSE, PRUNED, Renderer, black_note, model_name, printable_facts
 from crdiff_export.evaluate.preview import report_text
 from crdiff_export.evaluate.preview.request import Preview, PreviewJob, PreviewPicture
 from crdiff_export.progress import Progress
@@ -30,12 +31,14 @@ def draw(job: PreviewJob, source: poa.Source, progress: Progress) -> Preview:
     placement = Placement(drawing.device, drawing.dtype, request.offload, threads=threads)
     with open_session(drawing.opening, placement, drawing.base.name) as session:
         renderer = Renderer(session, request, progress)
-        renderer.start(len(job.pairs), subject.weights, subject.size)
+        style = renderer.style(subject.size)
+        more = sum(beside.passes(rival, job.setting, style.steps) for rival in job.rivals)
+        renderer.start(len(job.pairs), subject.weights, subject.size, more)
 
-        def draw_column(weight: float) -> list[PreviewPicture]:
+        def draw_column(weight: float, name: str = "", by: beside.Draw | None = None) -> list[PreviewPicture]:
             return [
-                PreviewPicture(weight, prompt, seed, image, seconds)
-                for ((prompt, seed),), (image,), seconds in renderer.draw(job.pairs, subject.size, weight)
+                PreviewPicture(name or model_name(weight), weight, prompt, seed, image, seconds)
+                for ((prompt, seed),), (image,), seconds in renderer.draw(job.pairs, subject.size, weight, by)
             ]
 
         dense, *others = subject.weights
@@ -46,9 +49,11 @@ def draw(job: PreviewJob, source: poa.Source, progress: Progress) -> Preview:
                 ends = () if weight == PRUNED else (request.start, request.stop)
                 switch.schedule = Schedule(weight, *ends)
                 columns.append(draw_column(weight))
-        rows = zip(draw_column(dense), *columns, strict=True)
-        pictures = tuple(picture for row in rows for picture in row)
-        style = renderer.style(subject.size)
+        columns.insert(0, draw_column(dense))
+        for rival in job.rivals:
+            with beside.opened(rival, session, job.setting) as by:
+                columns.append(draw_column(DENSE, rival.name, by))
+        pictures = tuple(picture for row in zip(*columns, strict=True) for picture in row)
         facts = printable_facts(report_text.facts(job, style, session))
         black = sum(not picture.image.getbbox() for picture in pictures)
         notes = (*source.notes, *black_note(black, len(pictures)))

@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from crdiff_export.evaluate.comparison import closing_facts, model_name, ratios_text, sampling_facts
+from crdiff_export.evaluate import beside
+from crdiff_export.evaluate.comparison import closing_facts, ratios_text, sampling_facts
 from crdiff_export.evaluate.preview.request import Preview, PreviewJob, PreviewPicture
 from crdiff_export.evaluate.report import ContactSheet, SheetPicture, SheetRow
 from crdiff_export.formats.text import printable
@@ -27,6 +28,7 @@ def facts(job: PreviewJob, style: "Style", session: "Session") -> Iterator[tuple
     yield from sampling_facts(style, session)
     if (request.start, request.stop) != (0, 1):
         yield "POA", f"from {request.start:g} to {request.stop:g} of the steps"
+    yield from beside.facts(job.rivals, job.setting)
     yield from closing_facts(job.notes, job.drawing)
 
 
@@ -49,7 +51,7 @@ def _parameters(preview: Preview, picture: PreviewPicture) -> str:
     last = {
         "Steps": str(style.steps), "Sampler": preview.scheduler, "CFG scale": f"{style.guidance:g}",
         "Seed": str(picture.seed), "Size": str(style.size), "Model": printable(job.drawing.base.name),
-        "crdiff": model_name(picture.weight),
+        "crdiff": picture.column,
     }  # fmt: skip
     if picture.weight:
         last["ratios"] = "/".join(f"{ratio:g}" for ratio in job.subject.ratios.values())

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from crdiff_export.evaluate.beside import Rival, Setting
 from crdiff_export.evaluate.comparison import ComparisonRequest, Facts, Pair, model_name
 from crdiff_export.evaluate.request import Subject
 from crdiff_export.prune.criteria.spec import Spec
@@ -48,11 +49,17 @@ class PreviewJob:
     baked: BakedCheckpoint | None
     outputs: tuple[Path, ...]
     notes: tuple[str, ...]
+    rivals: tuple[Rival, ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What the models are called."""
-        return tuple(map(model_name, self.subject.weights))
+        """What the models are called, and what is drawn beside them."""
+        return (*map(model_name, self.subject.weights), *(rival.name for rival in self.rivals))
+
+    @property
+    def setting(self) -> Setting:
+        """What rivals have to know."""
+        return Setting(self.drawing.native, self.subject.size, self.subject.plan.match.family.grid)
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -83,8 +90,9 @@ class PreviewJob:
 
 @dataclass(frozen=True, slots=True)
 class PreviewPicture:
-    """A picture, the POA weight of its model, and the seconds that drawing took."""
+    """A picture, its column, the POA weight of its model, and the seconds that drawing took."""
 
+    column: str
     weight: float
     prompt: str
     seed: int

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from crdiff_export.errors import CrdiffError, OptionError, PoaError, PreviewError
+from crdiff_export.evaluate import beside
 from crdiff_export.evaluate.comparison import DENSE, check_request
 from crdiff_export.evaluate.preview import files
 from crdiff_export.evaluate.preview.files import write
@@ -73,11 +74,13 @@ def prepare(request: PreviewRequest) -> PreviewJob:
     check_grid(subject.size, family.grid, family.title)
     if subject.weights == (DENSE,):
         raise OptionError("all ratios are 0, so there is no pruned model to look at", "Give --ratio, or a --recipe.")
+    rivals = beside.parse(request.beside)
     outputs = files.choose(request, subject, base.base.stem or base.checkpoint.stem)
     drawing = drawing_setup.set_up(request, base, plan, offload=request.offload)
+    beside.check(rivals, drawing.opening.pipeline.pipeline)
     in_demo_words = drawing.opening.pipeline.config == bases.BUILT_IN
     notes = (*(() if baked else plan.notes), *(demo_notes(request.prompts) if in_demo_words else ()))
-    return PreviewJob(request, drawing, subject, baked, outputs, notes)
+    return PreviewJob(request, drawing, subject, baked, outputs, notes, rivals)
 
 
 def measure(job: PreviewJob, progress: Progress) -> poa.Source:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from crdiff_export.errors import OptionError, ScorerError, foreign_errors
+from crdiff_export.errors import CrdiffError, OptionError, ScorerError, foreign_errors
 from crdiff_export.evaluate.scorers.score import SCORER_HINT, FunctionScorer, Scorer
 
 _MEMBERS = ("name", "score", "fingerprint", "close")
@@ -26,29 +26,46 @@ _MEMBERS = ("name", "score", "fingerprint", "close")
 
 def open_function(spec: str, device: str, dtype: str) -> Scorer:
     """Open the scorer at `module:function`, where `function` may be `a.b`; ScorerError if it does not exist."""
-    module, _, path = spec.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), *path.split("."))):
-        raise OptionError(f"{spec!r} names no function", "Write module:function, as in my_scorers:sharpness.")
-    with _current_folder(), foreign_errors(ScorerError, f"{spec}: cannot be imported", SCORER_HINT):
-        imported = _import(spec, module)
-    try:
-        function: Any = reduce(getattr, path.split("."), imported)
-    except AttributeError as error:
-        file = getattr(imported, "__file__", None) or module
-        hint = f"Check the name; it is read from {file}."
-        raise ScorerError(f"{spec}: {module} has no {path!r}", hint) from error
+    function = import_function(spec, ScorerError, SCORER_HINT)
     with _current_folder():
         return as_scorer(spec, function, device, dtype)
 
 
-def _import(spec: str, module: str) -> ModuleType:
+def import_function(spec: str, error_type: type[CrdiffError], hint: str) -> Any:
+    """Import what `module:function` names, from the current folder or from what is installed.
+
+    Args:
+        spec: The module and the name in it, which may be `a.b`.
+        error_type: The class of the error where there is no such function.
+        hint: What to do where the module raises an exception.
+
+    Returns:
+        The function.
+
+    Raises:
+        OptionError: The text does not name a function.
+        CrdiffError: An `error_type`: the module or the function does not exist, or the module raised an exception.
+    """
+    module, _, path = spec.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *path.split("."))):
+        raise OptionError(f"{spec!r} names no function", "Write module:function, as in my_scorers:sharpness.")
+    with _current_folder(), foreign_errors(error_type, f"{spec}: cannot be imported", hint):
+        imported = _import(spec, module, error_type)
+    try:
+        return reduce(getattr, path.split("."), imported)
+    except AttributeError as error:
+        file = getattr(imported, "__file__", None) or module
+        raise error_type(f"{spec}: {module} has no {path!r}", f"Check the name; it is read from {file}.") from error
+
+
+def _import(spec: str, module: str, error_type: type[CrdiffError]) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
         is_missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
         what = f"there is no module {error.name!r}" if is_missing else f"cannot be imported: {error}"
         hint = "Install it here, or run crdiff in the folder that it is in."
-        raise ScorerError(f"{spec}: {what}", hint) from error
+        raise error_type(f"{spec}: {what}", hint) from error
 
 
 def load_entry_point(entry: EntryPoint) -> Any:

@@ -1,0 +1,263 @@
+"""What is drawn beside the models: from the same noise, by the dense model, and nothing of it stays behind."""
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crdiff_export import Size
+from crdiff_export.errors import OptionError, PreviewError
+from crdiff_export.evaluate import EvaluateRequest, evaluate, report_text
+from crdiff_export.evaluate.beside import STRENGTH, Rival, Setting, check, parse, passes
+from crdiff_export.evaluate.preview import PreviewRequest, preview
+from crdiff_export.models import demo
+from tests.support.calibrating import clip, tokenizer
+from tests.support.evaluating import Line, draw_plainly, open_plainly
+from tests.support.messages import raises, refused
+from tests.support.tiny_pipelines import sdxl_unet, xl_pipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPT = "two red circles on grey"
+PAIR = (PROMPT, 3)
+
+
+def columns(size: Size, here: Path, *beside: str, **options: Any) -> dict[str, bytes]:
+    """The pixels of every column of a preview of the demo model."""
+    request = PreviewRequest(
+        "demo", prompts=(PROMPT,), size=size, seeds=(3,), ratio=0.4, steps=2, beside=beside,
+        outputs=(here / "p.html",), force=True, **options,
+    )  # fmt: skip
+    return {picture.column: picture.image.tobytes() for picture in preview(request).pictures}
+
+
+# --- two passes ---
+
+
+def test_below_the_native_size_two_passes_draw_at_it_and_shrink(here: Path) -> None:
+    made = columns(Size(48, 48), here, "two-pass")
+    assert list(made) == ["dense", "pruned", "POA 1.5", "two-pass"]
+    (plain,) = draw_plainly(open_plainly(demo.path()), [PAIR], Size(64, 64), 2, guidance_scale=4.0)
+    image = Image.frombytes("RGB", (64, 64), plain).resize((48, 48), Image.Resampling.LANCZOS)
+    assert made["two-pass"] == image.tobytes()
+
+
+def test_above_it_the_picture_is_refined(here: Path) -> None:
+    """By diffusers' own image-to-image, in the shape of the target size."""
+    made = columns(Size(96, 64), here, "two-pass")
+    pipe = open_plainly(demo.path())
+    (plain,) = draw_plainly(pipe, [PAIR], Size(80, 56), 2, guidance_scale=4.0)
+    image = Image.frombytes("RGB", (80, 56), plain).resize((96, 64), Image.Resampling.LANCZOS)
+    refined = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)(
+        prompt=[PROMPT], image=[image], strength=STRENGTH, num_inference_steps=2, guidance_scale=4.0,
+        generator=[torch.Generator().manual_seed(3)],
+    )  # fmt: skip
+    assert made["two-pass"] == refined.images[0].tobytes()
+    one = PreviewRequest("demo", prompts=(PROMPT,), size=Size(96, 64), ratio=0.4, steps=1, beside=("two-pass",),
+                         outputs=(here / "one.html",))  # fmt: skip
+    assert len(preview(one).pictures) == 4  # a single step can be refined, too
+
+
+@pytest.mark.parametrize(
+    ("size", "first"),
+    [((512, 512), (1024, 1024)), ((2048, 2048), (1024, 1024)), ((2048, 1024), (1448, 728)), ((1024, 1024), None)],
+)
+def test_the_first_pass_has_the_pixels_of_the_native_size(size: tuple[int, int], first: tuple[int, int] | None) -> None:
+    setting = Setting(Size(1024, 1024), Size(*size), 8)
+    assert setting.first_size == Size(*(first or size))
+    more = 10 if setting.is_larger else 0
+    assert passes(Rival("two-pass"), setting, 20) == 20 + more
+
+
+# --- the size that SDXL is told ---
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow SDXL whose native size is 1024x1024; the vector beside its text is as wide as the real one."""
+    torch.manual_seed(0)
+    beside_text = {"addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 6 * 256 + 1280}
+    unet = diffusers.UNet2DConditionModel.from_config({**sdxl_unet().config, **beside_text, "sample_size": 128})
+    pipe = xl_pipe(diffusers.StableDiffusionXLPipeline, unet)
+    words = {"tokenizer": tokenizer(), "tokenizer_2": tokenizer()}
+    pipe.register_modules(text_encoder=clip(768), text_encoder_2=clip(1280, 1280), **words)
+    folder = tmp_path_factory.mktemp("sdxl")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def sharpness(images: list[Any], prompts: list[str]) -> list[float]:  # as scorers are called
+    return [float(np.asarray(image, np.float64).std()) for image in images]
+
+
+def test_sdxl_is_told_its_native_size_in_that_column_alone(sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[Any, ...]] = []
+    times: list[list[float]] = []
+    call = diffusers.StableDiffusionXLPipeline.__call__
+    forward = diffusers.UNet2DConditionModel.forward
+
+    def watched(self: Any, *args: Any, **options: Any) -> Any:
+        told.append((options.get("original_size"), options.get("target_size")))
+        return call(self, *args, **options)
+
+    def seen(self: Any, *args: Any, **options: Any) -> Any:
+        times.append(options["added_cond_kwargs"]["time_ids"][0].tolist())
+        return forward(self, *args, **options)
+
+    watched.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
+    monkeypatch.setattr(diffusers.StableDiffusionXLPipeline, "__call__", watched)
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", seen)
+    request = EvaluateRequest(
+        str(sdxl), (Size(64, 48),), prompts=(PROMPT,), scorer=f"{__name__}:sharpness", ratio=0.3, steps=1,
+        native=False, beside=("native-size",),
+    )  # fmt: skip
+    evaluation = evaluate(request)
+    names = [model.name for model in evaluation.models]
+    assert names == ["dense", "pruned", "POA 1.5", "native-size"]
+    native = (1024, 1024)
+    assert told == [(None, None)] * 3 + [(native, native)]
+    assert times[-1] == [1024, 1024, 0, 0, 1024, 1024]
+    assert all(size == [48, 64, 0, 0, 48, 64] for size in times[:-1])
+
+
+def test_others_are_not_told_a_size() -> None:
+    with raises(OptionError, "native-size", "StableDiffusionPipeline"):
+        check([Rival("native-size")], "StableDiffusionPipeline")
+    check([Rival("native-size")], "StableDiffusionXLPipeline")
+
+
+# --- a LoRA ---
+
+
+def test_a_lora_draws_its_column_and_is_gone_after_it(here: Path) -> None:
+    pipe = open_plainly(demo.path())
+    weights: dict[str, torch.Tensor] = {}
+    for name, layer in pipe.unet.named_modules():
+        if name.endswith("attn1.to_q"):
+            rank = torch.Generator().manual_seed(len(weights))
+            weights[f"unet.{name}.lora_A.weight"] = torch.randn(2, layer.in_features, generator=rank)
+            weights[f"unet.{name}.lora_B.weight"] = torch.randn(layer.out_features, 2, generator=rank) / 4
+    from safetensors.torch import save_file
+
+    save_file(weights, here / "my lora.safetensors")
+    size = Size(48, 48)
+    made = columns(size, here, f"lora:{here / 'my lora.safetensors'}")
+    alone = columns(size, here)
+    assert {name: made[name] for name in alone} == alone
+    pipe.load_lora_weights(str(here), weight_name="my lora.safetensors", local_files_only=True)
+    (plain,) = draw_plainly(pipe, [PAIR], size, 2, guidance_scale=4.0)
+    assert made["lora:my lora.safetensors"] == plain != made["dense"]
+
+
+@pytest.mark.parametrize("content", [b"no LoRA at all", None])
+def test_a_file_that_is_no_lora_of_this_model(content: bytes | None, line: Line, here: Path) -> None:
+    if content:
+        (here / "x.safetensors").write_bytes(content)
+    else:
+        from safetensors.torch import save_file
+
+        save_file({"lora_unet_nothing.lora_down.weight": torch.ones(2, 2)}, here / "x.safetensors")
+    command = f"preview demo --res 48 --steps 1 --ratio 0.4 --prompt '{PROMPT}' --beside lora:x.safetensors -o p.png"
+    ran = line(command)
+    assert (ran.code, ran.out) == (1, "")
+    assert "x.safetensors" in ran.err.splitlines()[-2]
+    assert not (here / "p.png").exists()
+
+
+# --- a function ---
+
+MINE = """
+from PIL import Image
+def draw(pipe, **call):
+    return pipe(**call)
+def red(pipe, prompt, width, height, **call):
+    return [Image.new("RGB", (width, height), "red") for _ in prompt]
+def small(pipe, prompt, **call):
+    return [Image.new("RGB", (8, 8)) for _ in prompt]
+def few(pipe, **call):
+    return []
+def broken(pipe, **call):
+    raise KeyError("x")
+def other(pipe):
+    return []
+"""
+
+
+def test_a_function_gets_the_pipeline_and_the_call(here: Path) -> None:
+    (here / "mine_draws.py").write_text(MINE)
+    made = columns(Size(48, 48), here, "mine_draws:draw", "mine_draws:red")
+    assert made["mine_draws:draw"] == made["dense"]
+    assert made["mine_draws:red"] == Image.new("RGB", (48, 48), "red").tobytes()
+
+
+@pytest.mark.parametrize("name", ["small", "few", "broken", "other"])
+def test_what_a_function_does_wrong_is_one_line(name: str, line: Line, here: Path) -> None:
+    (here / "mine_wrong.py").write_text(MINE)
+    ran = line(f"preview demo --res 48 --steps 1 --ratio 0.4 --prompt '{PROMPT}' --beside mine_wrong:{name} -o p.png")
+    assert (ran.code, ran.out) == (1, "")
+    assert f"mine_wrong:{name}" in ran.err.splitlines()[-2]
+    assert "Traceback" not in ran.err
+
+
+# --- the numbers ---
+
+
+def test_the_pruned_models_are_compared_with_it_picture_by_picture(here: Path) -> None:
+    (here / "mine_red.py").write_text(MINE)
+    request = EvaluateRequest(
+        "demo", (Size(48, 48),), limit=8, ratio=0.4, steps=1, batch=8, weights=(1.5,), beside=("mine_red:red",)
+    )
+    evaluation = evaluate(request)
+    target, check_of_native = evaluation.subjects
+    assert [model.name for model in evaluation.models if model.subject == target][-1] == "mine_red:red"
+    assert not [model for model in evaluation.models if model.subject == check_of_native and model.beside]
+    by_name = {model.name: model for model in evaluation.models if model.subject == target}
+    compared = evaluation.against(target)
+    assert [(ours, rival) for ours, rival, _ in compared] == [("pruned", "mine_red:red"), ("POA 1.5", "mine_red:red")]
+    for ours, rival, estimate in compared:
+        change = np.subtract(by_name[ours].values, by_name[rival].values)
+        assert estimate.value == pytest.approx(change.mean())
+    said = report_text.verdicts(evaluation)
+    assert [verdict for verdict, text in said if "pruned - mine_red:red" in text] == [compared[0][2].verdict]
+    # The evidence of a recipe is that of the models alone.
+    from crdiff_export.evaluate import evidence
+
+    without = replace(evaluation, models=tuple(model for model in evaluation.models if not model.beside))
+    assert evidence.measured(evaluation, target) == evidence.measured(without, target)
+
+
+def test_the_command_says_how_they_compare(line: Line, here: Path, undrawn: None) -> None:
+    ran = line("evaluate demo --res 48 --limit 8 --steps 1 --ratio 0.4 --no-native --beside two-pass -o e.html")
+    assert ran.code == 0, ran.err
+    table, lines = ran.out.split("\n\n")[1:3]
+    assert [row.split()[0] for row in table.splitlines()[1:]] == ["48x48", "pruned", "POA", "two-pass"]
+    assert "s/picture" in table.splitlines()[0]
+    assert [text for text in lines.splitlines() if "- two-pass is" in text]
+    assert ">two-pass<" in (here / "e.html").read_text()
+
+
+# --- what cannot be meant ---
+
+
+@pytest.mark.parametrize("name", ["", "nothing", "lora:", ":draw", "a b:c", "native size"])
+def test_an_unknown_name_is_refused(name: str, line: Line, here: Path) -> None:
+    refused(line(f"preview demo --res 48 --prompt x --beside '{name}'"), 2)
+
+
+def test_files_and_functions_must_be_there(here: Path) -> None:
+    for text, key in (("lora:no.safetensors", "no.safetensors"), ("nowhere:draw", "nowhere")):
+        with raises(PreviewError, key):
+            parse([text])
+    (here / "mine_there.py").write_text(MINE)
+    with raises(PreviewError, "nothing"):
+        parse(["mine_there:nothing"])
+    assert parse(["two-pass", "two-pass", "mine_there:draw"]) == (
+        Rival("two-pass"),
+        Rival("function", "mine_there:draw"),
+    )
