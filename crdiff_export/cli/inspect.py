@@ -1,36 +1,133 @@
 """`crdiff inspect`."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from crdiff_export.cli import options
 from crdiff_export.cli.blocks import Block, Facts, Table
-from crdiff_export.cli.command import command, option, option_group
-from crdiff_export.cli.options import files_argument
+from crdiff_export.cli.command import command, command_line, option, option_group
 from crdiff_export.cli.output import Output, Result, for_each
 
+if TYPE_CHECKING:
+    from crdiff_export.verify.inspect import Inspection
+    from crdiff_export.verify.layers import GroupZeros, LayerZeros
 
-@command("crdiff inspect sdxl-2048.safetensors", "crdiff inspect model.safetensors --json | jq .family")
-@files_argument
+
+@command(
+    "crdiff inspect sdxl-2048.safetensors",
+    "crdiff inspect model.safetensors --json | jq .family",
+    "crdiff inspect sdxl-2048.safetensors --layers -o sdxl-2048.html",
+)
+@options.files_argument
+@option_group(
+    "Layers",
+    option("--layers", "The share of zero weights of every layer that may be pruned, or of a file by crdiff of every "
+           "target; reads their weights."),
+    option("-o, --output FILE", "With --layers: a heat map of blocks and projections, as a plot (.png) or a page "
+           "(.html); may be given several times.", options.FILE, "outputs", multiple=True),
+    options.force,
+)  # fmt: skip
 @option_group("Output", option("--metadata", "All metadata of the header as well."))
-def inspect(out: Output, files: tuple[Path, ...], *, metadata: bool) -> Result:
+def inspect(
+    out: Output, files: tuple[Path, ...], outputs: tuple[Path, ...], *, layers: bool, force: bool, metadata: bool
+) -> Result:
     """Show what FILE is (family, layout, dtypes, sizes) and, if crdiff made it, what was pruned and why so.
 
-    Reads headers only. FILE may be any checkpoint or diffusers folder, pruned or not. Several files follow one another.
+    Reads headers only, without --layers. FILE may be any checkpoint or diffusers folder, pruned or not. Several files
+    follow one another.
     """
-    return for_each(out, files, lambda file: _inspect(file, metadata=metadata))
+    maps = _check_outputs(files, outputs, layers=layers, force=force)
+    return for_each(out, files, lambda file: _inspect(out, file, maps, layers=layers, force=force, metadata=metadata))
 
 
-def _inspect(file: Path, *, metadata: bool) -> Result:
+def _check_outputs(files: Sequence[Path], outputs: Sequence[Path], *, layers: bool, force: bool) -> Sequence[Path]:
+    """Check the files of a heat map before anything is read."""
+    from crdiff_export.errors import OptionError
+
+    if not outputs:
+        return ()
+    if not layers:
+        raise OptionError(f"--output {outputs[0]}: only --layers makes a heat map", "Give --layers, too.")
+    if len(files) > 1:
+        raise OptionError(f"--output {outputs[0]}: a heat map is of one file", "Give one FILE.")
+    from crdiff_export.evaluate import layer_map
+
+    return layer_map.check(outputs, force=force)
+
+
+def _inspect(out: Output, file: Path, maps: Sequence[Path], *, layers: bool, force: bool, metadata: bool) -> Result:
     from crdiff_export.formats.text import printable
     from crdiff_export.verify.inspect import inspect as run
 
-    inspection = run(_base_of_alias(file) or file)
+    inspection = run(local_path(file))
+    counted = _count(out, inspection) if layers else ()
     text: list[Block] = [Facts(inspection.facts())]
-    if inspection.rows:
+    if inspection.rows and (inspection.stamp or not layers):
         text += ["", Table(inspection.columns, inspection.rows, inspection.columns[1:])]
-    keys = dict(inspection.checkpoint.metadata) if metadata else {}
+    result: dict[str, Any] = inspection.as_json()
+    if layers:
+        text += _layer_tables(inspection, counted)
+        result["layers"] = [_layer_json(layer) for layer in counted]
     if metadata:
-        text += ["", *(f"{printable(key)}: {printable(value)}" for key, value in sorted(keys.items()))]
-    return Result(inspection.as_json() | ({"metadata": keys} if metadata else {}), text)
+        result["metadata"] = dict(inspection.checkpoint.metadata)
+        text += ["", *(f"{printable(key)}: {printable(value)}" for key, value in sorted(result["metadata"].items()))]
+    if maps:
+        from crdiff_export.evaluate import layer_map
+
+        layer_map.write(maps, layer_map.LayerMap(inspection, counted), command_line(), replace=force)
+        text += ["", *map(str, maps)]
+        result["outputs"] = [str(path) for path in maps]
+    return Result(result, text)
+
+
+def _count(out: Output, inspection: "Inspection") -> "tuple[LayerZeros, ...]":
+    from crdiff_export.verify.layers import count_zeros
+
+    with out.progress() as progress:
+        return count_zeros(inspection, progress)
+
+
+def _layer_tables(inspection: "Inspection", layers: "Sequence[LayerZeros]") -> list[Block]:
+    """Return a table of the groups and one of their layers, with bars."""
+    from crdiff_export.verify.layers import group_zeros
+
+    match = inspection.match
+    prefix = match.prefix if match else ""
+    numbers = ("layers", "weights", "zeros", "share")
+    groups = [[group.group, str(group.layers), *_numbers(group)] for group in group_zeros(layers)]
+    rows, group = [], ""
+    for layer in layers:
+        name = layer.name.removeprefix(prefix).replace(".weight", "")
+        rows.append(["" if layer.group == group else layer.group, name, *_numbers(layer)])
+        group = layer.group
+    columns = ("weights", "zeros", "share", "bar")
+    return [
+        "", Table(("group", "layers", *columns), groups, numbers, ("bar",)),
+        "", Table(("group", "layer", *columns), rows, numbers, ("weights", "bar"), shortened="layer"),
+    ]  # fmt: skip
+
+
+def _numbers(zeros: "LayerZeros | GroupZeros") -> list[str]:
+    from crdiff_export.cli.text_table import share_bar
+
+    return [f"{zeros.weights:,}", f"{zeros.zeros:,}", f"{zeros.share:.4f}", share_bar(zeros.share)]
+
+
+def _layer_json(layer: "LayerZeros") -> dict[str, Any]:
+    return {
+        "name": layer.name, "group": layer.group, "kind": layer.kind, "weights": layer.weights, "zeros": layer.zeros,
+        "share": layer.share,
+    }  # fmt: skip
+
+
+def local_path(file: Path) -> Path:
+    """Return the path of the demo model for its name, and any other path as it is.
+
+    Raises:
+        CheckpointError: It is the name of a base on the Hub, which is not fetched to be looked at.
+    """
+    return _base_of_alias(file) or file
 
 
 def _base_of_alias(file: Path) -> Path | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from crdiff_export.cli.blocks import Block, Facts
 from crdiff_export.cli.signals import Stopper
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SCHEMA = 1
 # Columns of a terminal that does not say how wide it is.
 USUAL_WIDTH = 80
+# What stands for the characters of a table where the encoding of stdout does not have them.
+_DRAWN = "─…▏▎▍▌▋▊▉█"
+_IN_ASCII = str.maketrans(_DRAWN, "-~...#####")
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,8 @@ def _lines(block: Block) -> Iterator[str]:
     header, lines = text_table.table_lines(block, width)
     if header is not None:
         yield f"\x1b[1m{header}\x1b[0m" if width and _coloured(sys.stdout) else header
-    yield from lines
+    drawn = _can_draw(sys.stdout)
+    yield from (line if drawn else line.translate(_IN_ASCII) for line in lines)
 
 
 def _terminal_width() -> int | None:
@@ -217,6 +221,15 @@ def _terminal_width() -> int | None:
     with contextlib.suppress(OSError):
         return os.get_terminal_size(sys.stdout.fileno()).columns or USUAL_WIDTH
     return USUAL_WIDTH
+
+
+def _can_draw(stream: TextIO) -> bool:
+    """Whether the encoding of a stream has the rules and bars of a table."""
+    try:
+        _DRAWN.encode(stream.encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _coloured(stream: IO[str]) -> bool:

@@ -1,5 +1,6 @@
 """Tables and facts as lines of text: columns where they fit into the width, else a record of lines for each row."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.cells import cell_len
@@ -7,15 +8,18 @@ from rich.cells import cell_len
 from crdiff_export.cli.blocks import Table
 
 GAP = "  "
+# Ours: words of so many letters are never shortened, and those of more letters keep so many.
+SHORT, KEPT = 6, 3
 # Ours: texts are wrapped down to this many letters; where a table has less room, its rows become records.
 NARROWEST = 16
 
 
 def table_lines(table: Table, width: int | None = None) -> tuple[str | None, list[str]]:
-    """Format a table, without cutting a cell: the names of its columns, a rule if there is a width, and its rows.
+    """Format a table: the names of its columns, a rule if there is a width, and its rows.
 
-    In a width that is too small the last column is wrapped at words, unless it is numeric. If that is not enough, the
-    optional columns are left out and named below, and if that is not enough, each row becomes a record.
+    In a width that is too small the last column is wrapped at words, unless it is numeric, and the names of the column
+    `shortened` are shortened. No other cell is cut. If that is not enough, the optional columns are left out and named
+    below, and if that is not enough, each row becomes a record.
 
     Args:
         table: The table.
@@ -60,7 +64,8 @@ def fact_lines(pairs: Mapping[str, str] | Iterable[tuple[str, str]], width: int 
 
 def _with_columns(table: Table, columns: Sequence[str]) -> Table:
     numbers = [number for number, column in enumerate(table.columns) if column in columns]
-    return Table(columns, [[row[number] for number in numbers] for row in table.rows], table.numeric)
+    rows = [[row[number] for number in numbers] for row in table.rows]
+    return Table(columns, rows, table.numeric, shortened=table.shortened)
 
 
 def _natural(table: Table) -> list[int]:
@@ -69,8 +74,13 @@ def _natural(table: Table) -> list[int]:
 
 
 def _fitting(table: Table, width: int) -> list[int] | None:
-    """Return the width of each column, the last one wrapped if need be; None if the table does not fit."""
+    """Return the width of each column, shortened or wrapped if need be; None if the table does not fit."""
     *others, last = _natural(table)
+    if table.shortened in table.columns[:-1]:
+        number = table.columns.index(table.shortened)
+        excess = sum(others) + last + len(GAP) * len(others) - width
+        shortest = max(map(cell_len, (table.shortened, *shorten([row[number] for row in table.rows], 0))))
+        others[number] = max(others[number] - max(excess, 0), shortest)
     room = width - sum(others) - len(GAP) * len(others)
     if last > room and table.columns[-1] not in table.numeric:
         texts = (table.columns[-1], *(row[-1] for row in table.rows))
@@ -80,7 +90,11 @@ def _fitting(table: Table, width: int) -> list[int] | None:
 
 
 def _grid(table: Table, widths: Sequence[int]) -> Iterator[str]:
-    for row in (table.columns, *table.rows):
+    columns = [
+        shorten(texts, width) if name == table.shortened else texts
+        for name, width, *texts in zip(table.columns, widths, *table.rows, strict=True)
+    ]
+    for row in (table.columns, *zip(*columns, strict=True)):
         *cells, last = (
             _aligned(text, width, right=column in table.numeric)
             for column, text, width in zip(table.columns, row, widths, strict=True)
@@ -89,6 +103,39 @@ def _grid(table: Table, widths: Sequence[int]) -> Iterator[str]:
         yield GAP.join([*cells, first]).rstrip()
         indent = " " * (sum(widths[:-1]) + len(GAP) * len(cells))
         yield from (indent + line for line in rest)
+
+
+def shorten(names: Sequence[str], width: int) -> list[str]:
+    """Shorten long words of names, as in `dow….1` for `down_blocks.1`; a word is shortened alike in all names.
+
+    Args:
+        names: Names, such as those of tensors.
+        width: The columns that each may take.
+
+    Returns:
+        The names with all their numbers and short words, and with as much of the long words as there is room for.
+    """
+    shorter = list(names)
+    for letters in range(max(map(len, names), default=0), KEPT - 1, -1):
+        if max(map(cell_len, shorter), default=0) <= width:
+            break
+        long_word = rf"([^\W\d]{{{letters}}})[^\W\d]{{{max(SHORT + 1 - letters, 1)},}}"
+        shorter = [re.sub(long_word, r"\1…", name) for name in names]
+    return shorter
+
+
+def share_bar(share: float, width: int = 10) -> str:
+    """Draw a share as a bar of block characters.
+
+    Args:
+        share: From 0 to 1.
+        width: The columns of a full bar.
+
+    Returns:
+        The bar; it is empty for 0 alone.
+    """
+    full, eighths = divmod(max(round(share * width * 8), int(share > 0)), 8)
+    return "█" * full + " ▏▎▍▌▋▊▉"[eighths].strip()
 
 
 def _aligned(text: str, width: int, *, right: bool) -> str:
