@@ -27,6 +27,7 @@ __all__ = ["main"]
 COMMANDS = {
     "export": "Prune a base for a size and write a new checkpoint.",
     "inspect": "Show what a checkpoint is and, if crdiff made it, how.",
+    "diff": "Show which tensors differ between two checkpoints, and by how much.",
     "verify": "Check a baked file against its header, and against its base.",
     "restore": "Give the base back, from a file exported with its residual.",
     "preview": "Draw what a base, its pruned model and POA make of a prompt.",

@@ -21,13 +21,14 @@ def refuse_holes(checkpoint: Checkpoint) -> None:
             )
 
 
-def read_pieces(reader: Bytes, start: int, stop: int) -> Iterator[memoryview]:
+def read_pieces(reader: Bytes, start: int, stop: int, size: int = PIECE) -> Iterator[memoryview]:
     """Read bytes of a data section.
 
     Args:
         reader: A reader of the data section.
         start: The first byte.
         stop: The byte after the last one.
+        size: Bytes of a piece.
 
     Yields:
         The bytes in pieces. All pieces share one buffer: each is valid until the next one is read.
@@ -35,8 +36,8 @@ def read_pieces(reader: Bytes, start: int, stop: int) -> Iterator[memoryview]:
     Raises:
         CheckpointError: The file ends before, or cannot be read.
     """
-    buffer = memoryview(bytearray(min(PIECE, stop - start)))
-    for offset in range(start, stop, PIECE):
-        piece = buffer[: min(PIECE, stop - offset)]
+    buffer = memoryview(bytearray(min(size, stop - start)))
+    for offset in range(start, stop, size):
+        piece = buffer[: min(size, stop - offset)]
         reader.read_into(offset, piece)
         yield piece
