@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from crdiff_export.formats.checkpoint import Checkpoint
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 OTHER_LAYERS: Final = "other layers"
 OTHER_MODELS: Final = "other models"
 _INTEGERS: Final = ("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
-# Elements of two tensors of different dtypes that are compared at once; a float has at most 8 bytes.
-_ELEMENTS: Final = PIECE // 8
+# Elements that are compared at once: few enough for a processor's cache, and whole bytes of every dtype.
+_ELEMENTS: Final = 1 << 16
 
 
 class Change(NamedTuple):
@@ -300,13 +301,11 @@ class _Pair:
     reader_a: Bytes
     reader_b: Bytes
 
-    def pieces(self) -> Iterator[tuple[memoryview, memoryview]]:
+    def pieces(self, elements: int) -> Iterator[tuple[memoryview, memoryview]]:
         """Yield the same elements of both."""
-        same = self.a.dtype == self.b.dtype
-        sizes = [PIECE if same else _ELEMENTS * tensor.itemsize for tensor in (self.a, self.b)]
         yield from zip(
-            read_pieces(self.reader_a, self.a.start, self.a.end, sizes[0]),
-            read_pieces(self.reader_b, self.b.start, self.b.end, sizes[1]),
+            read_pieces(self.reader_a, self.a.start, self.a.end, elements * BITS[self.a.dtype] // 8),
+            read_pieces(self.reader_b, self.b.start, self.b.end, elements * BITS[self.b.dtype] // 8),
             strict=True,
         )
 
@@ -316,19 +315,19 @@ class _Pair:
 
         return self.a.dtype == self.b.dtype and all(
             np.array_equal(np.frombuffer(left, np.uint8), np.frombuffer(right, np.uint8))
-            for left, right in self.pieces()
+            for left, right in self.pieces(8 * PIECE // BITS[self.a.dtype])
         )
 
     def compare(self, group: str) -> TensorDifference:
         """Compare all weights."""
         differing = newly_zero = no_longer_zero = zero_in_both = 0
         floats = _Floats() if self.a.dtype in MAGNITUDE else None
-        for left, right in self.pieces():
+        for left, right in self.pieces(_ELEMENTS):
             zero_a, zero_b = _zeros(left, self.a.dtype), _zeros(right, self.b.dtype)
             if floats:
                 changed = floats.add(left, right, self.a.dtype, self.b.dtype)
             else:
-                changed = _elements(left, self.a.dtype, right).any(axis=-1)
+                changed = _changed(left, right, BITS[self.a.dtype])
             differing += int(changed.sum())
             newly_zero += int((zero_b & ~zero_a).sum())
             no_longer_zero += int((zero_a & ~zero_b).sum())
@@ -341,50 +340,73 @@ class _Pair:
 
 
 class _Floats:
-    """The sums over the differences of floats."""
+    """The sums over the differences of floats. Its arrays are reused: new ones would take longer than the sums."""
 
     def __init__(self) -> None:
+        import numpy as np
+
         self.nonfinite = 0
         self.largest = 0.0
-        self._difference = self._a = 0.0
+        self._squares = self._squares_a = 0.0
+        self._arrays = np.empty((2, _ELEMENTS))
 
     @property
     def relative(self) -> float | None:
-        """The L2 norm of the differences, divided by that of A."""
-        relative = math.sqrt(self._difference / self._a) if self._a else math.inf if self._difference else 0.0
+        """The L2 norm of the differences, divided by that of A; None if A is zero, or if a sum is infinite."""
+        if not self._squares_a:
+            return None if self._squares else 0.0
+        relative = math.sqrt(self._squares / self._squares_a)
         return relative if math.isfinite(relative) else None
 
     def add(self, left: memoryview, right: memoryview, dtype_a: str, dtype_b: str) -> "NDArray[np.bool_]":
         """Add some weights of A and B, and return which of them differ."""
         import numpy as np
 
-        a, b = _values(left, dtype_a), _values(right, dtype_b)
+        codes_a, codes_b = _codes(left, dtype_a), _codes(right, dtype_b)
+        a, b = self._arrays[:, : codes_a.size]
+        _decode(codes_a, dtype_a, a)
+        _decode(codes_b, dtype_b, b)
+        changed: NDArray[np.bool_] = codes_a != codes_b
         with np.errstate(all="ignore"):
-            if dtype_a == dtype_b:
-                form = f"<u{BITS[dtype_a] // 8}"
-                changed: NDArray[np.bool_] = np.frombuffer(left, form) != np.frombuffer(right, form)
-            else:
+            if dtype_a != dtype_b:
                 changed = (a != b) & ~(np.isnan(a) & np.isnan(b))
-            difference = b[changed].astype(np.float64) - a[changed]
-            finite = difference[np.isfinite(difference)]
-            wide = a.astype(np.float64)
-            wide = wide[np.isfinite(wide)]
-            self._difference += float(finite @ finite)
-            self._a += float(wide @ wide)
-        self.nonfinite += difference.size - finite.size
-        self.largest = max(self.largest, float(np.abs(finite).max(initial=0.0)))
+            difference = np.subtract(b, a, out=b)
+            finite = np.isfinite(difference)
+            self.nonfinite += int(np.count_nonzero(changed & ~finite))
+            np.copyto(difference, 0, where=~finite)
+            np.copyto(a, 0, where=~np.isfinite(a))
+            self.largest = max(self.largest, float(difference.max()), -float(difference.min()))
+            # Not the operator @, whose threads wait for each other on a busy machine.
+            self._squares += float(np.einsum("i,i", difference, difference))
+            self._squares_a += float(np.einsum("i,i", a, a))
         return changed
 
 
-def _values(data: memoryview, dtype: str) -> "NDArray[np.floating[Any]]":
-    """Return floats as numbers, exactly: float64 for F64, and float32 for all others."""
+def _codes(data: memoryview, dtype: str) -> "NDArray[np.unsignedinteger[Any]]":
+    import numpy as np
+
+    return np.frombuffer(data, f"<u{BITS[dtype] // 8}")
+
+
+def _decode(codes: "NDArray[np.unsignedinteger[Any]]", dtype: str, out: "NDArray[np.float64]") -> None:
+    """Write the numbers of codes, exactly: a float64 holds every number of the other floats."""
+    import numpy as np
+
+    if dtype in ("F64", "F32"):
+        np.copyto(out, codes.view(np.float64 if dtype == "F64" else np.float32))
+    else:
+        np.take(_table(dtype), codes, out=out, mode="clip")  # no code is too large; this mode needs no second array
+
+
+@cache
+def _table(dtype: str) -> "NDArray[np.float64]":
+    """Return the number of every code of a narrow float."""
     import numpy as np
 
     from crdiff_export.prune.kernels.cast import cast
 
-    if dtype == "F64":
-        return np.frombuffer(data, np.float64)
-    return np.frombuffer(data if dtype == "F32" else cast(data, dtype, "F32"), np.float32)
+    codes = np.arange(1 << BITS[dtype], dtype=f"<u{BITS[dtype] // 8}")
+    return np.frombuffer(cast(memoryview(codes.tobytes()), dtype, "F32"), np.float32).astype(np.float64)
 
 
 def _zeros(data: memoryview, dtype: str) -> "NDArray[np.bool_]":
@@ -393,14 +415,15 @@ def _zeros(data: memoryview, dtype: str) -> "NDArray[np.bool_]":
 
     if dtype not in MAGNITUDE and dtype not in _INTEGERS:
         return np.zeros(8 * len(data) // BITS[dtype], np.bool_)
-    form = np.dtype(f"<u{BITS[dtype] // 8}")
-    zeros: NDArray[np.bool_] = np.frombuffer(data, form) & form.type(MAGNITUDE.get(dtype, -1 % 2 ** BITS[dtype])) == 0
-    return zeros
+    codes = _codes(data, dtype)
+    magnitudes = codes & codes.dtype.type(MAGNITUDE[dtype]) if dtype in MAGNITUDE else codes
+    return np.equal(magnitudes, 0, dtype=np.bool_)
 
 
-def _elements(left: memoryview, dtype: str, right: memoryview) -> "NDArray[np.bool_]":
-    """Return which bits of two tensors differ, one row for each element."""
+def _changed(left: memoryview, right: memoryview, bits: int) -> "NDArray[np.bool_]":
+    """Return which elements of so many bits differ."""
     import numpy as np
 
-    changed = np.frombuffer(left, np.uint8) ^ np.frombuffer(right, np.uint8)
-    return np.unpackbits(changed, bitorder="little").reshape(-1, BITS[dtype]).astype(np.bool_)
+    differing = np.frombuffer(left, np.uint8) ^ np.frombuffer(right, np.uint8)
+    changed: NDArray[np.bool_] = np.unpackbits(differing, bitorder="little").reshape(-1, bits).any(axis=-1)
+    return changed

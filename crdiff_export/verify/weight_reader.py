@@ -7,8 +7,8 @@ from crdiff_export.errors import CheckpointError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.weight_file import Bytes
 
-# Bytes of a piece: whole elements of every dtype, also of those with 6 bits.
-PIECE: Final = 3 << 20
+# Bytes of a piece: few enough for a processor's cache, and whole elements of every dtype, also of those with 6 bits.
+PIECE: Final = 3 << 17
 
 
 def refuse_holes(checkpoint: Checkpoint) -> None:
