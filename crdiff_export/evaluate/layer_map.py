@@ -17,7 +17,7 @@ SUFFIXES: Final = (".png", ".html")
 # From light to dark on any paper. The numbers stand on the cells, so their colours are not of the palette, which a page
 # changes on dark screens.
 _COLOURS: Final = "YlGnBu"
-_DARK, _LIGHT, _TURN = "#222222", "#ffffff", 0.5
+_DARK, _LIGHT, _TURN = "#222222", "#ffffff", 0.56
 _CELL_HEIGHT, _CELL_WIDTH = 0.17, 0.62  # inches
 
 

@@ -425,5 +425,5 @@ def _changed(left: memoryview, right: memoryview, bits: int) -> "NDArray[np.bool
     import numpy as np
 
     differing = np.frombuffer(left, np.uint8) ^ np.frombuffer(right, np.uint8)
-    changed: NDArray[np.bool_] = np.unpackbits(differing, bitorder="little").reshape(-1, bits).any(axis=-1)
+    changed: NDArray[np.bool_] = np.asarray(np.unpackbits(differing, bitorder="little").reshape(-1, bits).any(axis=-1))
     return changed
