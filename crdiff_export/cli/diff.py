@@ -103,13 +103,18 @@ def _tensor_table(comparison: "Comparison", *, all_: bool) -> Table:
     prefix = match.prefix if match else ""
     rows = [
         [
-            printable(tensor.name.removeprefix(prefix)), f"{tensor.weights:,}", f"{tensor.differing:,}",
-            f"{tensor.share:.4f}", f"{tensor.newly_zero:,}", f"{tensor.no_longer_zero:,}",
-            _number(tensor.largest), _number(tensor.relative),
+            printable(tensor.name.removeprefix(prefix).removesuffix(".weight")),
+            f"{tensor.weights:,}",
+            f"{tensor.differing:,}",
+            f"{tensor.share:.4f}",
+            f"{tensor.newly_zero:,}",
+            f"{tensor.no_longer_zero:,}",
+            _number(tensor.largest),
+            _number(tensor.relative),
         ]
         for tensor in (comparison.tensors if all_ else comparison.tensors[:SHOWN])
-    ]  # fmt: skip
-    optional = ("weights", "zero in A only", "differ")
+    ]
+    optional = ("weights", "zero in A only", "differ", "largest", "share")
     return Table(TENSOR_COLUMNS, rows, TENSOR_COLUMNS[1:], optional, shortened="tensor")
 
 

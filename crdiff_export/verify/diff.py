@@ -364,10 +364,10 @@ class _Floats:
 
         codes_a, codes_b = _codes(left, dtype_a), _codes(right, dtype_b)
         a, b = self._arrays[:, : codes_a.size]
-        _decode(codes_a, dtype_a, a)
-        _decode(codes_b, dtype_b, b)
         changed: NDArray[np.bool_] = codes_a != codes_b
         with np.errstate(all="ignore"):
+            _decode(codes_a, dtype_a, a)
+            _decode(codes_b, dtype_b, b)
             if dtype_a != dtype_b:
                 changed = (a != b) & ~(np.isnan(a) & np.isnan(b))
             difference = np.subtract(b, a, out=b)
@@ -406,7 +406,8 @@ def _table(dtype: str) -> "NDArray[np.float64]":
     from crdiff_export.prune.kernels.cast import cast
 
     codes = np.arange(1 << BITS[dtype], dtype=f"<u{BITS[dtype] // 8}")
-    return np.frombuffer(cast(memoryview(codes.tobytes()), dtype, "F32"), np.float32).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # some processors warn of a signalling NaN
+        return np.frombuffer(cast(memoryview(codes.tobytes()), dtype, "F32"), np.float32).astype(np.float64)
 
 
 def _zeros(data: memoryview, dtype: str) -> "NDArray[np.bool_]":

@@ -1,5 +1,6 @@
 """Tables and facts at every width: what they say is never cut, least of all a verdict."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -57,13 +58,14 @@ def test_only_optional_columns_are_left_out(name: str, width: int) -> None:
 # A command of every kind that shows a table, besides those above.
 COMMANDS = (
     "families list", "recipes list", "recipes show demo", "recipes show sdxl", "docs", "export demo --res 48 --dry-run",
-    "export demo --res 48 -o demo-48.safetensors", "inspect demo",
+    "export demo --res 48 -o demo-48.safetensors", "inspect demo", "inspect demo --layers", "diff demo {other}",
+    "diff demo {other} --all",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_the_tables_of_commands_fit_every_terminal(
-    words: str, crdiff: Crdiff, here: Path, monkeypatch: pytest.MonkeyPatch
+    words: str, crdiff: Crdiff, baked: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tables: list[Table] = []
 
@@ -71,7 +73,7 @@ def test_the_tables_of_commands_fit_every_terminal(
         tables.extend(block for block in result.text if isinstance(block, Table))
 
     monkeypatch.setattr(Output, "show", show)
-    assert crdiff(*words.split()).code == 0
+    assert crdiff(*words.format(other=baked).split()).code == 0
     assert tables
     for table in tables:
         for width in WIDTHS:
@@ -84,10 +86,20 @@ def check_width(table: Table, width: int) -> None:
     left_out = [name for name in table.optional if name in lines[-1]] if "no room" in lines[-1] else []
     words = " ".join(lines).split()
     for number, column in enumerate(table.columns):
-        cells = {word for row in table.rows for word in row[number].split()}
+        texts = [row[number] for row in table.rows]
+        if column == table.shortened:
+            texts = shortened_to_fit(texts, lines)
+        cells = {word for text in texts for word in text.split()}
         assert (cells <= set(words)) or column in left_out, column
     assert max(map(len, lines)) <= width
     assert width < 200 or not left_out
+
+
+def shortened_to_fit(names: list[str], lines: list[str]) -> list[str]:
+    """The names as they stand in a table, or else all of them: shorter ones, with the same numbers and order."""
+    words = iter(word for line in lines for word in line.split() if "." in word)
+    shown = {re.sub(r"[^\W\d]{3,}…|[^\W\d]{7,}", "*", word): word for word in words}
+    return [shown.get(re.sub(r"[^\W\d]{7,}", "*", name), name) for name in names]
 
 
 def test_the_verdict_is_in_the_table_at_80_columns() -> None:
@@ -140,6 +152,53 @@ def test_any_table_keeps_its_words(data: st.DataObject, width: int) -> None:
     text = {word for line in lines for word in line.replace(":", " ").split()}
     assert {word for row in rows for cell in row for word in cell.split()} <= text
     assert max(map(len, lines)) <= max(width, max(map(len, columns)) + len(": ") + NARROWEST)
+
+
+NAMES = [
+    "down_blocks.1.attentions.0.transformer_blocks.3.attn1.to_out.0",
+    "up_blocks.1.attentions.0.transformer_blocks.13.attn1.to_q",
+    "double_blocks.12.img_attn.qkv[3072:6144]",
+]
+
+
+@pytest.mark.parametrize("width", [0, 20, 31, 40, 50, 61, 62, 100])
+def test_a_name_keeps_its_numbers_and_short_words(width: int) -> None:
+    shorter = text_table.shorten(NAMES, width)
+    for name, short in zip(NAMES, shorter, strict=True):
+        assert re.findall(r"\d+", name) == re.findall(r"\d+", short)
+        assert re.findall(r"\b[a-z]{1,6}\b", name) == re.findall(r"\b[a-z]{1,6}\b(?!…)", short)
+        assert re.fullmatch(re.escape(short).replace("…", r"\w+"), name)
+    assert max(map(len, shorter)) <= max(width, len("dow….1.att….0.tra….3.attn1.to_out.0"))
+    assert (shorter == NAMES) == (width >= max(map(len, NAMES)))
+
+
+def test_a_word_is_shortened_alike_in_all_names() -> None:
+    shorter = text_table.shorten(NAMES[:2], 45)
+    assert len({re.findall(r"\bt\w+…", name)[0] for name in shorter}) == 1
+
+
+@given(st.lists(st.text("ab_.0[", max_size=30), max_size=4), st.integers(0, 40))
+def test_any_names_are_no_longer_than_before(names: list[str], width: int) -> None:
+    shorter = text_table.shorten(names, width)
+    assert all(len(short) <= len(name) for short, name in zip(shorter, names, strict=True))
+    assert shorter == names or max(map(len, names)) > width
+
+
+@pytest.mark.parametrize(
+    ("share", "bar"),
+    [(0, ""), (1e-9, "▏"), (0.3, "███"), (0.5, "█████"), (0.7583, "███████▋"), (0.9999, "██████████"), (1, "█" * 10)],
+)
+def test_a_bar_has_eighths_of_a_column(share: float, bar: str) -> None:
+    assert text_table.share_bar(share) == bar
+
+
+@given(st.floats(0, 1), st.integers(1, 40))
+def test_a_bar_is_as_long_as_its_share(share: float, width: int) -> None:
+    bar = text_table.share_bar(share, width)
+    eighths = sum(8 - "█▉▊▋▌▍▎▏".index(block) for block in bar)
+    assert abs(eighths - share * width * 8) <= 1
+    assert len(bar) <= width
+    assert bool(bar) == (share > 0)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
