@@ -2,6 +2,7 @@
 
 Begin with `reopen`, which rebuilds the plan of an export from its headers. `verify` checks a file by that plan, and
 `compare_base` compares it with its base; `restore` gives the base back from a residual; `inspect` reads headers alone.
+`layers` counts the zeros of any checkpoint, `diff` compares any two.
 Other rooms import the functions `inspect`, `restore` and `verify` from the modules of these names.
 """
 

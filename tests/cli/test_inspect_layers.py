@@ -1,7 +1,6 @@
 """`crdiff inspect --layers`: what it shows and writes, and what it refuses."""
 
 import os
-import pty
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -63,10 +62,11 @@ def test_headers_are_all_that_is_read_without_it(line: Line, monkeypatch: pytest
         line(f"inspect {baked} --layers")
 
 
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminal to open")
 @pytest.mark.parametrize(("encoding", "bar"), [("utf-8", "█"), ("ascii", "#"), ("latin-1", "#"), ("cp437", "#")])
 def test_a_terminal_without_blocks_gets_ascii(encoding: str, bar: str, baked: Path, tmp_path: Path) -> None:
     variables = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "70", "NO_COLOR": "1"}
-    ours, theirs = pty.openpty()
+    ours, theirs = os.openpty()
     words = [sys.executable, "-m", "crdiff_export", "inspect", str(baked), "--layers", "-q"]
     with (tmp_path / "out").open("w+b") as copy:
         process = subprocess.Popen(words, stdout=theirs, stderr=subprocess.DEVNULL, env=variables)
