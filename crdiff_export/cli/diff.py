@@ -15,6 +15,7 @@ from crdiff_export.cli.output import Output, Result
 
 if TYPE_CHECKING:
     from crdiff_export.verify.diff import Change, Comparison
+    from crdiff_export.verify.inspect import Inspection
 
 # Tensors and keys that are shown without --all, and names in one line.
 SHOWN, NAMED = 20, 3
@@ -62,12 +63,12 @@ def diff(out: Output, a: Path, b: Path, *, all_: bool, exit_code: bool) -> Resul
 
 def _text(comparison: "Comparison", *, all_: bool) -> list[Block]:
     header, total = comparison.header, comparison.total
-    facts = [(name, dict(side.facts())) for name, side in (("A", comparison.a), ("B", comparison.b))]
+    pairs = [(name, _described(side)) for name, side in (("A", comparison.a), ("B", comparison.b))]
     counts = (
-        f"{total.differing_tensors:,} of {total.tensors:,} tensors, {total.differing:,} of {total.weights:,} weights"
+        f": {total.differing_tensors:,} of {total.tensors:,} compared tensors, "
+        f"{total.differing:,} of {total.weights:,} weights"
     )
-    pairs = [(name, f"{fact['file']}, {fact.get('family', 'no model')}") for name, fact in facts]
-    pairs.append(("result", "equal" if comparison.equal else f"differ: {counts}" if total.tensors else "differ"))
+    pairs.append(("result", "equal" if comparison.equal else f"differ{counts if total.tensors else ''}"))
     pairs += [
         (name, _listed([*map(_one_line, entries)]))
         for name, entries in (
@@ -94,6 +95,11 @@ def _text(comparison: "Comparison", *, all_: bool) -> list[Block]:
         text += ["", "metadata:", Facts([_metadata(change) for change in shown])]
         text += _more(len(header.metadata), all_=all_)
     return text
+
+
+def _described(side: "Inspection") -> str:
+    facts = dict(side.facts())
+    return f"{facts['file']}, {facts['family'] if side.match else 'of no known family'}"
 
 
 def _tensor_table(comparison: "Comparison", *, all_: bool) -> Table:

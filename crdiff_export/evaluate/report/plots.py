@@ -1,6 +1,7 @@
 """Plots with matplotlib: the same bytes for the same numbers, whatever the user's own settings are."""
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,7 +61,9 @@ def render(draw: Callable[[], Any], kind: str) -> bytes:
     import matplotlib as mpl
 
     stream = io.BytesIO()
-    with mpl.rc_context():
+    with mpl.rc_context(), warnings.catch_warnings():
+        # A name in letters that matplotlib's font lacks has boxes for them in a PNG; a browser has other fonts.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         mpl.rcdefaults()
         mpl.rcParams.update(_SETTINGS)
         undated: dict[str, None] = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
