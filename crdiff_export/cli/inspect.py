@@ -89,23 +89,22 @@ def _count(out: Output, inspection: "Inspection") -> "tuple[LayerZeros, ...]":
 
 
 def _layer_tables(inspection: "Inspection", layers: "Sequence[LayerZeros]") -> list[Block]:
-    """Return a table of the groups and one of their layers, with bars."""
+    """Return a table of the groups and, for each of them, one of its layers, with bars."""
     from crdiff_export.verify.layers import group_zeros
 
-    match = inspection.match
-    prefix = match.prefix if match else ""
-    numbers = ("layers", "weights", "zeros", "share")
-    groups = [[group.group, str(group.layers), *_numbers(group)] for group in group_zeros(layers)]
-    rows, group = [], ""
-    for layer in layers:
-        name = layer.name.removeprefix(prefix).replace(".weight", "")
-        rows.append(["" if layer.group == group else layer.group, name, *_numbers(layer)])
-        group = layer.group
+    prefix = inspection.match.prefix if inspection.match else ""
     columns = ("weights", "zeros", "share", "bar")
-    return [
-        "", Table(("group", "layers", *columns), groups, numbers, ("bar",)),
-        "", Table(("group", "layer", *columns), rows, numbers, ("weights", "bar"), shortened="layer"),
-    ]  # fmt: skip
+    groups = group_zeros(layers)
+    rows = [[group.group, str(group.layers), *_numbers(group)] for group in groups]
+    text: list[Block] = ["", Table(("group", "layers", *columns), rows, ("layers", *columns[:-1]), ("bar",))]
+    for group in groups:
+        rows = [
+            [layer.name.removeprefix(prefix).replace(".weight", ""), *_numbers(layer)]
+            for layer in layers if layer.group == group.group
+        ]  # fmt: skip
+        layer_table = Table(("layer", *columns), rows, columns[:-1], ("weights", "bar"), shortened="layer")
+        text += ["", f"{group.group}:", layer_table]
+    return text
 
 
 def _numbers(zeros: "LayerZeros | GroupZeros") -> list[str]:

@@ -1,26 +1,28 @@
 """`crdiff inspect --layers`: what it shows and writes, and what it refuses."""
 
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from crdiff_export.cli import text_table
+from crdiff_export.cli.blocks import Table
+from crdiff_export.cli.inspect import _layer_tables
 from crdiff_export.evaluate.report import plots
-from tests.support import makers
+from crdiff_export.models import demo
+from crdiff_export.models.families import by_id
+from crdiff_export.verify.inspect import inspect
+from crdiff_export.verify.layers import LayerZeros
+from tests.support import geometry_tables, makers
 from tests.support.command_lines import Line
 from tests.support.messages import refused
 
 pytestmark = pytest.mark.usefixtures("here")
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def group_rows(out: str, groups: Sequence[str] = ("down", "mid", "up")) -> list[list[str]]:
-    """The words of the lines that begin with a group."""
-    return [words for line in out.splitlines() if (words := line.split()) and words[0] in groups]
 
 
 def test_json_has_every_layer(line: Line, baked: Path) -> None:
@@ -49,7 +51,8 @@ def test_text_has_a_bar_for_every_group_and_layer(line: Line, baked: Path) -> No
         assert f"model.diffusion_model.{name}.weight" == layer["name"]
         numbers = (f"{layer['weights']:,}", f"{layer['zeros']:,}", f"{layer['share']:.4f}")
         assert (weights, zeros, share, bar) == (*numbers, text_table.share_bar(layer["share"]))
-    assert [words[0] for words in group_rows(ran.out)] == ["down", "mid", "up"] * 3  # header, measured, layers
+    firsts = [words[0].rstrip(":") for text in ran.out.splitlines() if (words := text.split())]
+    assert [word for word in firsts if word in ("down", "mid", "up")] == ["down", "mid", "up"] * 3
 
 
 def test_headers_are_all_that_is_read_without_it(line: Line, monkeypatch: pytest.MonkeyPatch, baked: Path) -> None:
@@ -60,6 +63,24 @@ def test_headers_are_all_that_is_read_without_it(line: Line, monkeypatch: pytest
     assert line(f"inspect {baked}").code == 0
     with pytest.raises(AssertionError, match="a weight"):
         line(f"inspect {baked} --layers")
+
+
+@pytest.mark.parametrize("table", ["sdxl.original", "sdxl.diffusers-unet", "flux-dev.original-transformer"])
+def test_nothing_is_left_out_at_80_columns(table: str) -> None:
+    """With the names and numbers of real models."""
+    sizes = {name: math.prod(shape) for name, (_, shape) in geometry_tables.load(table).items()}
+    family = by_id(table.partition(".")[0])
+    layout = next(layout for layout in family.layouts if table.partition(".")[2].startswith(layout.name))
+    layers = []
+    for layer in layout.layers:
+        size = next(size for name, size in sizes.items() if name.endswith(layer.tensor))
+        layers.append(LayerZeros(layer.tensor, layer.group, layer.kind, "", "", size, size))
+    blocks = _layer_tables(replace(inspect(demo.path()), match=None), layers)
+    for shown in (block for block in blocks if isinstance(block, Table)):
+        header, lines = text_table.table_lines(shown, 80)
+        assert header
+        assert "no room" not in lines[-1]
+        assert max(map(len, lines)) <= 80
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminal to open")
