@@ -20,14 +20,14 @@ class Table:
         rows: The cells, as text; where the first one is empty, it is that of the row before.
         numeric: Columns that are aligned to the right.
         optional: Columns that may be left out where there is no room, the first ones first.
-        shortened: A column with names whose words may be cut where there is no room; the numbers in them stay.
+        name_column: A column of names whose words may be cut where there is no room; the numbers in them stay.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     numeric: Sequence[str] = ()
     optional: Sequence[str] = ()
-    shortened: str = ""
+    name_column: str = ""
 
 
 Block = str | Facts | Table

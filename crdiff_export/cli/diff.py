@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from crdiff_export.verify.inspect import Inspection
 
 # Tensors and keys that are shown without --all, and names in one line.
-SHOWN, NAMED = 20, 3
+MAX_ROWS, MAX_NAMES = 20, 3
 GROUP_COLUMNS = ("group", "tensors", "differ", "weights differ", "share", "newly zero", "zero in both")
 TENSOR_COLUMNS = ("tensor", "weights", "differ", "share", "newly zero", "zero in A only", "largest", "relative")
 # Of `git diff --exit-code` that is 1, which here is a failure.
@@ -35,7 +35,7 @@ DIFFER = 3
 @click.argument("b", type=options.FILE)
 @option_group(
     "Output",
-    option("--all", f"All tensors and metadata that differ, instead of the first {SHOWN}.", dest="all_"),
+    option("--all", f"All tensors and metadata that differ, instead of the first {MAX_ROWS}.", dest="all_"),
     option("--exit-code", f"Exit with {DIFFER} if the weights differ."),
 )
 def diff(out: Output, a: Path, b: Path, *, all_: bool, exit_code: bool) -> Result:
@@ -63,14 +63,14 @@ def diff(out: Output, a: Path, b: Path, *, all_: bool, exit_code: bool) -> Resul
 
 def _text(comparison: "Comparison", *, all_: bool) -> list[Block]:
     header, total = comparison.header, comparison.total
-    pairs = [(name, _described(side)) for name, side in (("A", comparison.a), ("B", comparison.b))]
+    pairs = [(name, _describe(side)) for name, side in (("A", comparison.a), ("B", comparison.b))]
     counts = (
         f": {total.differing_tensors:,} of {total.tensors:,} compared tensors, "
         f"{total.differing:,} of {total.weights:,} weights"
     )
     pairs.append(("result", "equal" if comparison.equal else f"differ{counts if total.tensors else ''}"))
     pairs += [
-        (name, _listed([*map(_one_line, entries)]))
+        (name, _list_names([*map(_one_line, entries)]))
         for name, entries in (
             ("only in A", header.only_a), ("only in B", header.only_b), ("other shape", header.shapes),
             ("other dtype", header.dtypes),
@@ -91,13 +91,13 @@ def _text(comparison: "Comparison", *, all_: bool) -> list[Block]:
     if comparison.tensors:
         text += ["", _tensor_table(comparison, all_=all_), *_more(len(comparison.tensors), all_=all_)]
     if header.metadata:
-        shown = header.metadata if all_ else header.metadata[:SHOWN]
+        shown = header.metadata if all_ else header.metadata[:MAX_ROWS]
         text += ["", "metadata:", Facts([_metadata(change) for change in shown])]
         text += _more(len(header.metadata), all_=all_)
     return text
 
 
-def _described(side: "Inspection") -> str:
+def _describe(side: "Inspection") -> str:
     facts = dict(side.facts())
     return f"{facts['file']}, {facts['family'] if side.match else 'of no known family'}"
 
@@ -118,14 +118,14 @@ def _tensor_table(comparison: "Comparison", *, all_: bool) -> Table:
             _number(tensor.largest),
             _number(tensor.relative),
         ]
-        for tensor in (comparison.tensors if all_ else comparison.tensors[:SHOWN])
+        for tensor in (comparison.tensors if all_ else comparison.tensors[:MAX_ROWS])
     ]
     optional = ("weights", "zero in A only", "differ", "largest", "share")
-    return Table(TENSOR_COLUMNS, rows, TENSOR_COLUMNS[1:], optional, shortened="tensor")
+    return Table(TENSOR_COLUMNS, rows, TENSOR_COLUMNS[1:], optional, name_column="tensor")
 
 
 def _more(count: int, *, all_: bool) -> list[str]:
-    return [] if all_ or count <= SHOWN else [f"and {count - SHOWN:,} more: --all"]
+    return [] if all_ or count <= MAX_ROWS else [f"and {count - MAX_ROWS:,} more: --all"]
 
 
 def _number(value: float | None) -> str:
@@ -139,9 +139,9 @@ def _one_line(entry: "str | Change") -> str:
     return printable(entry) if isinstance(entry, str) else f"{printable(entry.name)} ({entry.a}, {entry.b})"
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return f"{len(names):,}: {', '.join(names[:NAMED])}{more}"
+def _list_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
+    return f"{len(names):,}: {', '.join(names[:MAX_NAMES])}{more}"
 
 
 def _metadata(change: "Change") -> tuple[str, str]:

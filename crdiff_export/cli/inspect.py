@@ -61,21 +61,21 @@ def _inspect(out: Output, file: Path, maps: Sequence[Path], *, layers: bool, for
     from crdiff_export.verify.inspect import inspect as run
 
     inspection = run(local_path(file))
-    counted = _count(out, inspection) if layers else ()
+    layer_zeros = _count(out, inspection) if layers else ()
     text: list[Block] = [Facts(inspection.facts())]
     if inspection.rows and (inspection.stamp or not layers):
         text += ["", Table(inspection.columns, inspection.rows, inspection.columns[1:])]
     result: dict[str, Any] = inspection.as_json()
     if layers:
-        text += _layer_tables(inspection, counted)
-        result["layers"] = [_layer_json(layer) for layer in counted]
+        text += _layer_tables(inspection, layer_zeros)
+        result["layers"] = [_layer_json(layer) for layer in layer_zeros]
     if metadata:
         result["metadata"] = dict(inspection.checkpoint.metadata)
         text += ["", *(f"{printable(key)}: {printable(value)}" for key, value in sorted(result["metadata"].items()))]
     if maps:
         from crdiff_export.evaluate import layer_map
 
-        layer_map.write(maps, layer_map.LayerMap(inspection, counted), command_line(), replace=force)
+        layer_map.write(maps, layer_map.LayerMap(inspection, layer_zeros), command_line(), replace=force)
         text += ["", *map(str, maps)]
         result["outputs"] = [str(path) for path in maps]
     return Result(result, text)
@@ -102,7 +102,7 @@ def _layer_tables(inspection: "Inspection", layers: "Sequence[LayerZeros]") -> l
             [layer.name.removeprefix(prefix).replace(".weight", ""), *_numbers(layer)]
             for layer in layers if layer.group == group.group
         ]  # fmt: skip
-        layer_table = Table(("layer", *columns), rows, columns[:-1], ("weights", "bar"), shortened="layer")
+        layer_table = Table(("layer", *columns), rows, columns[:-1], ("weights", "bar"), name_column="layer")
         text += ["", f"{group.group}:", layer_table]
     return text
 

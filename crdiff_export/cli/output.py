@@ -23,8 +23,8 @@ SCHEMA = 1
 # Columns of a terminal that does not say how wide it is.
 USUAL_WIDTH = 80
 # What stands for the characters of a table where the encoding of stdout does not have them.
-_DRAWN = "─…▏▎▍▌▋▊▉█"
-_IN_ASCII = str.maketrans(_DRAWN, "-~...#####")
+_GRAPHICS = "─…▏▎▍▌▋▊▉█"
+_IN_ASCII = str.maketrans(_GRAPHICS, "-~...#####")
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,8 @@ def _lines(block: Block) -> Iterator[str]:
     header, lines = text_table.table_lines(block, width)
     if header is not None:
         yield f"\x1b[1m{header}\x1b[0m" if width and _coloured(sys.stdout) else header
-    drawn = _can_draw(sys.stdout)
-    yield from (line if drawn else line.translate(_IN_ASCII) for line in lines)
+    can_draw = _can_draw(sys.stdout)
+    yield from (line if can_draw else line.translate(_IN_ASCII) for line in lines)
 
 
 def _terminal_width() -> int | None:
@@ -226,7 +226,7 @@ def _terminal_width() -> int | None:
 def _can_draw(stream: TextIO) -> bool:
     """Whether the encoding of a stream has the rules and bars of a table."""
     try:
-        _DRAWN.encode(stream.encoding)
+        _GRAPHICS.encode(stream.encoding)
     except UnicodeEncodeError:
         return False
     return True

@@ -8,8 +8,8 @@ from rich.cells import cell_len
 from crdiff_export.cli.blocks import Table
 
 GAP = "  "
-# Ours: words of so many letters are never shortened, and those of more letters keep so many.
-SHORT, KEPT = 6, 3
+# Ours: a word of at most so many letters is never shortened, and a longer one keeps at least so many.
+SHORT_WORD, FEWEST = 6, 3
 # Ours: texts are wrapped down to this many letters; where a table has less room, its rows become records.
 NARROWEST = 16
 
@@ -17,9 +17,9 @@ NARROWEST = 16
 def table_lines(table: Table, width: int | None = None) -> tuple[str | None, list[str]]:
     """Format a table: the names of its columns, a rule if there is a width, and its rows.
 
-    In a width that is too small the last column is wrapped at words, unless it is numeric, and the names of the column
-    `shortened` are shortened. No other cell is cut. If that is not enough, the optional columns are left out and named
-    below, and if that is not enough, each row becomes a record.
+    In a width that is too small the last column is wrapped at words, unless it is numeric, and the names in the
+    `name_column` are shortened. No other cell is cut. If that is not enough, the optional columns are left out and
+    named below, and if that is not enough, each row becomes a record.
 
     Args:
         table: The table.
@@ -65,7 +65,7 @@ def fact_lines(pairs: Mapping[str, str] | Iterable[tuple[str, str]], width: int 
 def _with_columns(table: Table, columns: Sequence[str]) -> Table:
     numbers = [number for number, column in enumerate(table.columns) if column in columns]
     rows = [[row[number] for number in numbers] for row in table.rows]
-    return Table(columns, rows, table.numeric, shortened=table.shortened)
+    return Table(columns, rows, table.numeric, name_column=table.name_column)
 
 
 def _natural(table: Table) -> list[int]:
@@ -76,10 +76,10 @@ def _natural(table: Table) -> list[int]:
 def _fitting(table: Table, width: int) -> list[int] | None:
     """Return the width of each column, shortened or wrapped if need be; None if the table does not fit."""
     *others, last = _natural(table)
-    if table.shortened in table.columns[:-1]:
-        number = table.columns.index(table.shortened)
+    if table.name_column in table.columns[:-1]:
+        number = table.columns.index(table.name_column)
         excess = sum(others) + last + len(GAP) * len(others) - width
-        shortest = max(map(cell_len, (table.shortened, *shorten([row[number] for row in table.rows], 0))))
+        shortest = max(map(cell_len, (table.name_column, *shorten([row[number] for row in table.rows], 0))))
         others[number] = max(others[number] - max(excess, 0), shortest)
     room = width - sum(others) - len(GAP) * len(others)
     if last > room and table.columns[-1] not in table.numeric:
@@ -91,7 +91,7 @@ def _fitting(table: Table, width: int) -> list[int] | None:
 
 def _grid(table: Table, widths: Sequence[int]) -> Iterator[str]:
     columns = [
-        shorten(texts, width) if name == table.shortened else texts
+        shorten(texts, width) if name == table.name_column else texts
         for name, width, *texts in zip(table.columns, widths, *table.rows, strict=True)
     ]
     for row in (table.columns, *zip(*columns, strict=True)):
@@ -116,10 +116,10 @@ def shorten(names: Sequence[str], width: int) -> list[str]:
         The names with all their numbers and short words, and with as much of the long words as there is room for.
     """
     shorter = list(names)
-    for letters in range(max(map(len, names), default=0), KEPT - 1, -1):
+    for letters in range(max(map(len, names), default=0), FEWEST - 1, -1):
         if max(map(cell_len, shorter), default=0) <= width:
             break
-        long_word = rf"([^\W\d]{{{letters}}})[^\W\d]{{{max(SHORT + 1 - letters, 1)},}}"
+        long_word = rf"([^\W\d]{{{letters}}})[^\W\d]{{{max(SHORT_WORD + 1 - letters, 1)},}}"
         shorter = [re.sub(long_word, r"\1…", name) for name in names]
     return shorter
 

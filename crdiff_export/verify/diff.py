@@ -192,14 +192,14 @@ def compare(a: Inspection, b: Inspection, progress: Progress) -> Comparison:
     groups = _groups_of(match)
     progress.stage("comparing", sum(left.spec.nbytes for left, _ in pairs))
     differences: list[TensorDifference] = []
-    compared: dict[str, list[TensorSpec]] = {}
+    specs: dict[str, list[TensorSpec]] = {}
     with ExitStack() as stack:
         readers = [
             [stack.enter_context(closing(file.open())) for file in side.checkpoint.files] for side in (a, b)
         ]  # fmt: skip
         for left, right in pairs:
             group = _group(left.spec.name, match, groups)
-            compared.setdefault(group, []).append(left.spec)
+            specs.setdefault(group, []).append(left.spec)
             pair = _Pair(left.spec, right.spec, readers[0][left.file], readers[1][right.file])
             if not pair.is_equal():
                 difference = pair.compare(group)
@@ -207,8 +207,8 @@ def compare(a: Inspection, b: Inspection, progress: Progress) -> Comparison:
             progress.advance(left.spec.nbytes)
     order = [*dict.fromkeys(groups.values()), OTHER_LAYERS, OTHER_MODELS]
     totals = [
-        _total(name, compared[name], [difference for difference in differences if difference.group == name])
-        for name in sorted(compared, key=order.index)
+        _total(name, specs[name], [difference for difference in differences if difference.group == name])
+        for name in sorted(specs, key=order.index)
     ]
     return Comparison(a, b, header, tuple(totals), tuple(sorted(differences, key=_size, reverse=True)))
 

@@ -118,16 +118,16 @@ def count_zeros(inspection: Inspection, progress: Progress) -> tuple[LayerZeros,
         with closing(file.open()) as reader:
             for layer in sorted((layer for layer in layers if layer.file == number), key=lambda layer: layer.span):
                 zeros[layer.name] = _count(reader, layer, progress)
-    counted = []
+    result = []
     for layer in layers:
         block, projection = _place(layer.layer)
         weights = layer.tensor.count // max(layer.tensor.shape[0], 1) * (layer.stop - layer.start)
-        counted.append(
+        result.append(
             LayerZeros(
                 layer.name, layer.layer.group, layer.layer.kind, block, projection, weights, zeros[layer.name]
             )
         )  # fmt: skip
-    return tuple(_in_order(counted, match.family.groups))
+    return tuple(_in_order(result, match.family.groups))
 
 
 def group_zeros(layers: Sequence[LayerZeros]) -> list[GroupZeros]:

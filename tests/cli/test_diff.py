@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from crdiff_export.cli.diff import SHOWN
+from crdiff_export.cli.diff import MAX_ROWS
 from crdiff_export.models import demo
 from tests.support import makers
 from tests.support.command_lines import Line
@@ -42,7 +42,7 @@ def test_text_has_the_groups_then_the_tensors(line: Line, baked: Path) -> None:
     names = [
         tensor["name"].removeprefix("model.diffusion_model.").removesuffix(".weight") for tensor in result["tensors"]
     ]
-    assert shown == names[:SHOWN]
+    assert shown == names[:MAX_ROWS]
     everything = line(f"diff demo {baked} --all").out
     assert all(name in everything for name in names)
     assert all(change["name"] in everything for change in result["metadata"])

@@ -87,7 +87,7 @@ def check_width(table: Table, width: int) -> None:
     words = " ".join(lines).split()
     for number, column in enumerate(table.columns):
         texts = [row[number] for row in table.rows]
-        if column == table.shortened:
+        if column == table.name_column:
             texts = shortened_to_fit(texts, lines)
         cells = {word for text in texts for word in text.split()}
         assert (cells <= set(words)) or column in left_out, column

@@ -24,19 +24,19 @@ from tests.verify.test_layers import Counted, Memory
 Made = dict[str, tuple[str, makers.Shape, bytes]]
 
 
-def compared(a: Path, b: Path) -> Comparison:
+def compare_files(a: Path, b: Path) -> Comparison:
     return compare(inspect(a), inspect(b), Silent())
 
 
 @pytest.fixture
 def of(tmp_path: Path) -> Callable[[Made, Made], Comparison]:
     """Compares two files with these tensors."""
-    return lambda a, b: compared(
+    return lambda a, b: compare_files(
         makers.write(tmp_path / "a.safetensors", a), makers.write(tmp_path / "b.safetensors", b)
     )
 
 
-def one(dtype_a: str, a: bytes, dtype_b: str | None = None, b: bytes = b"") -> TensorDifference | None:
+def compare_tensor(dtype_a: str, a: bytes, dtype_b: str | None = None, b: bytes = b"") -> TensorDifference | None:
     """What differs between two tensors in memory."""
     specs = [
         TensorSpec("x", dtype, (8 * len(data) // BITS[dtype],), 0, len(data))
@@ -64,7 +64,7 @@ def demo_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_a_baked_file_differs_in_what_its_header_says(demo_pair: tuple[Path, Path]) -> None:
     base, baked = demo_pair
-    comparison, header = compared(base, baked), makers.metadata_of(baked)
+    comparison, header = compare_files(base, baked), makers.metadata_of(baked)
     groups = {group.group: group for group in comparison.groups}
     assert list(groups) == ["down", "mid", "up", OTHER_LAYERS, OTHER_MODELS]
     for name in ("down", "mid", "up"):
@@ -81,7 +81,7 @@ def test_a_baked_file_differs_in_what_its_header_says(demo_pair: tuple[Path, Pat
 
 def test_every_tensor_of_a_baked_file_is_that_of_numpy(demo_pair: tuple[Path, Path]) -> None:
     base, baked = (makers.read(path) for path in demo_pair)
-    differences = compared(*demo_pair).tensors
+    differences = compare_files(*demo_pair).tensors
     assert {tensor.name for tensor in differences} == {name for name in base if base[name] != baked[name]}
     for tensor in differences:
         (_, _, data_a), (_, _, data_b) = base[tensor.name], baked[tensor.name]
@@ -99,7 +99,7 @@ def test_every_tensor_of_a_baked_file_is_that_of_numpy(demo_pair: tuple[Path, Pa
 
 def test_a_file_equals_itself_and_its_copy_with_other_metadata(tmp_path: Path) -> None:
     copy = makers.said(demo.path(), {"modelspec.title": "another"}, tmp_path / "copy.safetensors")
-    comparison = compared(demo.path(), copy)
+    comparison = compare_files(demo.path(), copy)
     assert comparison.equal
     assert not comparison.tensors
     assert [change.name for change in comparison.header.metadata] == ["modelspec.title"]
@@ -109,7 +109,7 @@ def test_a_file_equals_itself_and_its_copy_with_other_metadata(tmp_path: Path) -
 def test_shards_and_their_order_do_not_matter(tmp_path: Path) -> None:
     tensors = makers.tiny("sd15.diffusers-unet")
     index = makers.write_shards(tmp_path / "shards", dict(reversed(tensors.items())), 3)
-    assert compared(makers.write(tmp_path / "a.safetensors", tensors), index).equal
+    assert compare_files(makers.write(tmp_path / "a.safetensors", tensors), index).equal
 
 
 # --- headers ---
@@ -148,22 +148,22 @@ def test_files_with_one_difference_are_not_equal(of: Callable[[Made, Made], Comp
 
 def test_names_without_anything_in_common_are_told(shelf: Path, tmp_path: Path) -> None:
     unet = makers.write(tmp_path / "a.safetensors", makers.tiny("sd15.diffusers-unet"))
-    comparison = compared(shelf / "sd15.safetensors", unet)
+    comparison = compare_files(shelf / "sd15.safetensors", unet)
     assert comparison.header.common == 0
     assert comparison.groups == ()
     (note,) = comparison.notes
     assert "layouts" in note
-    assert compared(shelf / "sd15.safetensors", shelf / "sd15.safetensors").notes == []
+    assert compare_files(shelf / "sd15.safetensors", shelf / "sd15.safetensors").notes == []
 
 
 def test_tensors_of_an_unknown_model_are_one_group(shelf: Path) -> None:
-    (group,) = compared(shelf / "lora.safetensors", shelf / "lora.safetensors").groups
+    (group,) = compare_files(shelf / "lora.safetensors", shelf / "lora.safetensors").groups
     assert (group.group, group.tensors) == (OTHER_LAYERS, 3)
 
 
 def test_a_hole_is_refused(shelf: Path) -> None:
     with raises(CheckpointError, "sparse.safetensors"):
-        compared(shelf / "sparse.safetensors", shelf / "sparse.safetensors")
+        compare_files(shelf / "sparse.safetensors", shelf / "sparse.safetensors")
 
 
 def test_scales_are_not_part_of_the_comparison(of: Callable[[Made, Made], Comparison]) -> None:
@@ -189,11 +189,11 @@ def test_any_floats(data: st.DataObject, dtype_a: str, dtype_b: str) -> None:
     raw_a = data.draw(st.binary(min_size=count * 8, max_size=count * 8))[: count * BITS[dtype_a] // 8]
     fresh = data.draw(st.binary(min_size=count * 8, max_size=count * 8))[: count * BITS[dtype_b] // 8]
     raw_b = raw_a if dtype_a == dtype_b and data.draw(st.booleans()) else fresh
-    found = one(dtype_a, raw_a, dtype_b, raw_b)
+    difference = compare_tensor(dtype_a, raw_a, dtype_b, raw_b)
     if dtype_a == dtype_b and raw_a == raw_b:
-        assert found is None
+        assert difference is None
         return
-    assert found
+    assert difference
     a, b = oracle.decode(dtype_a, raw_a), oracle.decode(dtype_b, raw_b)
     if dtype_a == dtype_b:
         size = BITS[dtype_a] // 8
@@ -206,13 +206,13 @@ def test_any_floats(data: st.DataObject, dtype_a: str, dtype_b: str) -> None:
         finite = np.isfinite(step)
         squares, squares_a = (step[finite] ** 2).sum(), (a[np.isfinite(a)] ** 2).sum()
         relative = math.sqrt(squares / squares_a) if squares_a else squares and math.inf
-    assert (found.weights, found.differing) == (count, differing.sum())
-    assert found.nonfinite == (differing & ~finite).sum()
-    assert found.newly_zero == ((a != 0) & (b == 0)).sum()
-    assert found.no_longer_zero == ((a == 0) & (b != 0)).sum()
-    assert found.zero_in_both == ((a == 0) & (b == 0)).sum()
-    assert found.largest == np.abs(step[finite]).max(initial=0)
-    assert found.relative == (pytest.approx(relative) if math.isfinite(relative) else None)
+    assert (difference.weights, difference.differing) == (count, differing.sum())
+    assert difference.nonfinite == (differing & ~finite).sum()
+    assert difference.newly_zero == ((a != 0) & (b == 0)).sum()
+    assert difference.no_longer_zero == ((a == 0) & (b != 0)).sum()
+    assert difference.zero_in_both == ((a == 0) & (b == 0)).sum()
+    assert difference.largest == np.abs(step[finite]).max(initial=0)
+    assert difference.relative == (pytest.approx(relative) if math.isfinite(relative) else None)
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in BITS if dtype not in FLOATS])
@@ -225,19 +225,19 @@ def test_other_dtypes_are_only_counted(dtype: str) -> None:
     changed = numbers.copy()
     some = np.sort(rng.choice(count, 777, replace=False))
     changed[some, rng.integers(0, bits, some.size)] ^= 1
-    found = one(
+    difference = compare_tensor(
         dtype,
         np.packbits(numbers, bitorder="little").tobytes(),
         dtype,
         np.packbits(changed, bitorder="little").tobytes(),
     )
-    assert found
-    assert (found.weights, found.differing) == (count, 777)
-    assert (found.largest, found.relative) == (None, None)
+    assert difference
+    assert (difference.weights, difference.differing) == (count, 777)
+    assert (difference.largest, difference.relative) == (None, None)
     if dtype in ("U8", "I8"):
         zero_a, zero_b = ~numbers.any(axis=1), ~changed.any(axis=1)
-        assert found.newly_zero == (zero_b & ~zero_a).sum() > 0
-        assert found.no_longer_zero == (zero_a & ~zero_b).sum() > 0
+        assert difference.newly_zero == (zero_b & ~zero_a).sum() > 0
+        assert difference.no_longer_zero == (zero_a & ~zero_b).sum() > 0
 
 
 def test_a_difference_in_the_last_of_many_pieces(tmp_path: Path) -> None:
@@ -245,38 +245,38 @@ def test_a_difference_in_the_last_of_many_pieces(tmp_path: Path) -> None:
     a = np.ones(count, np.float16)
     b = a.copy()
     b[[0, -1]] = 0
-    found = one("F16", a.tobytes(), "F16", b.tobytes())
-    assert found
-    assert (found.differing, found.newly_zero, found.largest) == (2, 2, 1)
-    assert found.relative == pytest.approx(math.sqrt(2 / count))
-    wide = one("F16", a.tobytes(), "F32", b.astype(np.float32).tobytes())
+    difference = compare_tensor("F16", a.tobytes(), "F16", b.tobytes())
+    assert difference
+    assert (difference.differing, difference.newly_zero, difference.largest) == (2, 2, 1)
+    assert difference.relative == pytest.approx(math.sqrt(2 / count))
+    wide = compare_tensor("F16", a.tobytes(), "F32", b.astype(np.float32).tobytes())
     assert wide
-    assert (wide.differing, wide.relative) == (2, found.relative)
+    assert (wide.differing, wide.relative) == (2, difference.relative)
 
 
 def test_a_sign_of_zero_differs_but_is_no_new_zero() -> None:
-    found = one("F16", b"\0\x80", "F16", b"\0\0")
-    assert found
-    assert (found.differing, found.newly_zero, found.zero_in_both, found.largest) == (1, 0, 1, 0)
+    difference = compare_tensor("F16", b"\0\x80", "F16", b"\0\0")
+    assert difference
+    assert (difference.differing, difference.newly_zero, difference.zero_in_both, difference.largest) == (1, 0, 1, 0)
 
 
 def test_fp64_stays_fp64() -> None:
-    found = one("F64", array(1), "F64", array(1 + 2**-50))
-    assert found
-    assert (found.differing, found.largest) == (1, 2**-50)
-    narrow = one("F32", array(1, dtype=np.float32), "F64", array(1 + 2**-50))
+    difference = compare_tensor("F64", array(1), "F64", array(1 + 2**-50))
+    assert difference
+    assert (difference.differing, difference.largest) == (1, 2**-50)
+    narrow = compare_tensor("F32", array(1, dtype=np.float32), "F64", array(1 + 2**-50))
     assert narrow
     assert (narrow.differing, narrow.largest) == (1, 2**-50)
 
 
 def test_sizes_beyond_fp64_are_left_out() -> None:
     largest = np.finfo(np.float64).max
-    found = one("F64", array(largest, 1), "F64", array(-largest, 2))
-    assert found
-    assert (found.differing, found.nonfinite, found.largest) == (2, 1, 1)
-    found = one("F64", array(1e200), "F64", array(2e200))
-    assert found
-    assert (found.nonfinite, found.largest, found.relative) == (0, 1e200, None)
+    difference = compare_tensor("F64", array(largest, 1), "F64", array(-largest, 2))
+    assert difference
+    assert (difference.differing, difference.nonfinite, difference.largest) == (2, 1, 1)
+    difference = compare_tensor("F64", array(1e200), "F64", array(2e200))
+    assert difference
+    assert (difference.nonfinite, difference.largest, difference.relative) == (0, 1e200, None)
 
 
 def test_a_tensor_that_was_all_zero_comes_first(of: Callable[[Made, Made], Comparison]) -> None:
