@@ -149,6 +149,19 @@ def inspect(bench: Bench) -> Iterator[Any]:
     makers.write(bench.here / "inpainting.safetensors", tensors)
     yield bench("inspect inpainting.safetensors")
     yield bench("inspect {shelf}/odd.safetensors {shelf}/quantised.safetensors nothing", 1)
+    yield bench(f"inspect {bench.baked} --layers -o map.html")
+
+
+@runs("crdiff diff")
+def diff(bench: Bench) -> Iterator[Any]:
+    yield bench(f"diff demo {bench.baked}")
+    yield bench(f"diff {bench.baked} {bench.baked}")
+    numbers = {"x.weight": ("F32", (2, 2)), "n": ("I64", (2,)), "s": ("F32", (2,)), "d": ("F32", (2,))}
+    raw = {name: (dtype, shape, makers.weights(name, dtype, shape)) for name, (dtype, shape) in numbers.items()}
+    makers.write(bench.here / "a.safetensors", {**raw, "a": ("F32", (1,), b"abcd")}, {"only": "here"})
+    other = {**raw, "b": ("F32", (1,), b"abcd"), "n": ("I64", (2,), bytes(16)), "s": ("F32", (1,), b"abcd")}
+    makers.write(bench.here / "b.safetensors", {**other, "d": ("F16", (2,), b"abcd")})
+    yield bench("diff a.safetensors b.safetensors")
 
 
 @runs("crdiff verify")
