@@ -102,7 +102,7 @@ def prepare(request: CalibrateRequest) -> CalibrationJob:
     pipelines.check_packages(offload=False)
     demo = request.base == bases.BUILT_IN
     if not (request.prompts or demo):
-        raise OptionError("no prompt is given", "Give --prompts FILE, one a line.")
+        raise OptionError(*request_checks.NO_PROMPTS)
     headers = drawing_setup.read_base(request)
     exported = ExportRequest(
         request.base, request.size, targets=request.targets, variant=request.variant, family=request.family, force=True

@@ -164,6 +164,11 @@ def _explain_usage(error: click.ClickException, *, as_json: bool) -> int:
         error.show()
         return error.exit_code
     context, param = getattr(error, "ctx", None), getattr(error, "param", None)
+    if isinstance(error, click.MissingParameter) and param and "--res" in param.opts:
+        from crdiff_export.sampling.request_checks import NO_SIZE
+
+        print_error("usage", *NO_SIZE, as_json=as_json)
+        return error.exit_code
     path = context.command_path if context else "crdiff"
     variable = variable_of(context, param) if context and param else None
     prefix, message = f"{variable}: " if variable else "", error.format_message()

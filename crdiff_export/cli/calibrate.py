@@ -35,6 +35,7 @@ from crdiff_export.formats.text import amount
 )  # fmt: skip
 @drawing.prompt_options(
     "Prompts to draw, one a line. Default for the demo model: 16 scenes that it was never shown.",
+    options.prompt,
     drawing.pictures,
     limit=" Default for demo: 16.",
 )

@@ -94,7 +94,8 @@ def prepare(
 
     """
     out.announce_base(request.base)
-    job = check(request)
+    with out.waiting("loading torch and diffusers"):
+        job = check(request)
     out.notes([*job.notes, *describe(job)])
     if source := job.drawing.opening.remote:
         out.quiet_hub_client()

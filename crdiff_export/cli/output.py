@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 # Columns of a terminal that does not say how wide it is.
 USUAL_WIDTH = 80
+# The Hub client's bars, which tqdm draws, in the style of ours.
+_TQDM = {"ASCII": " ━", "BAR_FORMAT": "{desc:<10.30} {bar:40} {n_fmt}/{total_fmt} {rate_fmt} {remaining}"}
 # What stands for the characters of a table where the encoding of stdout does not have them.
 _GRAPHICS = "─…▏▎▍▌▋▊▉█"
 _IN_ASCII = str.maketrans(_GRAPHICS, "-~...#####")
@@ -116,6 +118,18 @@ class Output:
         if not self.silent:
             print(text, file=sys.stderr, flush=True)
 
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Show on a terminal what takes seconds without a word, such as the import of torch, until it is over."""
+        if self.silent or not sys.stderr.isatty():
+            yield
+            return
+        print(text, end="\r", file=sys.stderr, flush=True)
+        try:
+            yield
+        finally:
+            print("\x1b[2K", end="\r", file=sys.stderr, flush=True)
+
     def error(self, error: CrdiffError, prefix: str = "") -> None:
         """Print one of several errors, unless the result is JSON and holds it."""
         if not self.as_json:
@@ -139,6 +153,8 @@ class Output:
         """Keep the Hub client's bars to a terminal that wants them, and its warnings to people; before its import."""
         if self.silent or not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        for name, value in _TQDM.items():  # read when tqdm is imported
+            os.environ.setdefault(f"TQDM_{name}", value)
         if self.silent:
             os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 

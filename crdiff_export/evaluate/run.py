@@ -50,7 +50,7 @@ def prepare(request: EvaluateRequest) -> EvaluateJob:
         CrdiffError: The request cannot be met.
     """
     if not request.sizes:
-        raise OptionError("there is no size", "Give --res.")
+        raise OptionError(*request_checks.NO_SIZE)
     check_request(request)
     pipelines.check_packages(offload=False)
     outputs = files.check(request.outputs, force=request.force)
@@ -112,7 +112,7 @@ def measure(job: EvaluateJob, progress: Progress) -> poa.BaseRanking:
 def _choose_pairs(request: EvaluateRequest, scorer: str) -> tuple[Pair, ...]:
     """Give every picture of every prompt a seed of its own."""
     if not (request.prompts or request.base == bases.BUILT_IN):
-        raise OptionError("there are no prompts", "Give --prompts FILE, one a line, or --prompt TEXT.")
+        raise OptionError(*request_checks.NO_PROMPTS)
     texts = prompts.choose(request.prompts, request.limit)
     scorers.check_prompts(scorer, texts)
     pictures = [text for text in texts for _ in range(request.pictures)]

@@ -8,6 +8,9 @@ from crdiff_export.errors import OptionError
 from crdiff_export.formats.strict_json import is_text
 from crdiff_export.models.families import Family
 
+# What is said of a missing size and of missing prompts, by every command alike.
+NO_SIZE = ("there is no size: --res is missing", "Give one, such as --res 512 or --res 768x512.")
+NO_PROMPTS = ("there are no prompts", "Give --prompt TEXT, or --prompts FILE with one a line.")
 # torch takes seeds below this one.
 SEEDS = 2**64
 

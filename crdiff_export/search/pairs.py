@@ -8,7 +8,7 @@ from crdiff_export.errors import OptionError
 from crdiff_export.evaluate.statistics import FEWEST
 from crdiff_export.formats.text import plural
 from crdiff_export.hub.bases import BUILT_IN
-from crdiff_export.sampling import prompts
+from crdiff_export.sampling import prompts, request_checks
 from crdiff_export.search.request import SearchRequest
 
 # Ours. More prompts make a trial dearer and its score surer; so do more pictures of a single prompt.
@@ -60,8 +60,7 @@ def _split(request: SearchRequest) -> tuple[Sequence[str], Sequence[str]]:
         held_out = held_out or tuple(prompts.held_out(request.held_out_limit or prompts.HELD_OUT))
         return prompts.to_search(request.limit or DEMO), held_out[: request.held_out_limit]
     if not given:
-        hint = "Give --prompts FILE, one a line, or one --prompt TEXT to search for that alone."
-        raise OptionError("there are no prompts", hint)
+        raise OptionError(*request_checks.NO_PROMPTS)
     if not held_out:
         if len(given) < 2:
             hint = "Give more prompts, or --held-out FILE; --prompt TEXT is a search for one prompt."

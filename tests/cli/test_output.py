@@ -18,7 +18,9 @@ from crdiff_export.cli import progress_display
 from crdiff_export.cli.blocks import Facts, Table
 from crdiff_export.cli.output import Output, Result, print_error
 from crdiff_export.cli.signals import Stopper
+from crdiff_export.sampling.request_checks import NO_PROMPTS, NO_SIZE
 from tests.support.forks import Forks
+from tests.support.isolation import Crdiff
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -340,3 +342,35 @@ def test_no_bars_for_machines(option: str, on_terminal: OnTerminal) -> None:
     assert code == 0
     assert "\x1b" not in text
     assert text.count("\n") == 1
+
+
+def test_a_wait_is_seen_on_a_terminal_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    for quiet, seen in ((False, "loading\r\x1b[2K\r"), (True, "")):
+        terminal.seek(0)
+        terminal.truncate()
+        with Output(Stopper(), as_json=False, quiet=quiet).waiting("loading"):
+            pass
+        assert terminal.getvalue() == seen
+    plain = io.StringIO()
+    monkeypatch.setattr("sys.stderr", plain)
+    with Output(Stopper(), as_json=False, quiet=False).waiting("loading"):
+        pass
+    assert plain.getvalue() == ""
+
+
+@pytest.mark.parametrize("command", ["export demo", "calibrate demo --criterion wanda", "search demo", "evaluate demo",
+                                     "preview demo --prompt x"])  # fmt: skip
+def test_a_missing_size_has_the_same_words_everywhere(command: str, crdiff: Crdiff, here: Path) -> None:
+    ran = crdiff(*command.split())
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.splitlines() == [f"crdiff: {NO_SIZE[0]}", f"  {NO_SIZE[1]}"]
+
+
+@pytest.mark.parametrize("command", ["calibrate {sd15} --criterion wanda", "search {sd15} --scorer aesthetic",
+                                     "evaluate {sd15} --scorer aesthetic", "preview {sd15}"])  # fmt: skip
+def test_missing_prompts_have_the_same_words_everywhere(command: str, crdiff: Crdiff, shelf: Path, here: Path) -> None:
+    ran = crdiff(*command.format(sd15=shelf / "sd15.safetensors").split(), "--res", "512")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.splitlines()[-2:] == [f"crdiff: {NO_PROMPTS[0]}", f"  {NO_PROMPTS[1]}"]

@@ -13,7 +13,7 @@ from tests.support.messages import golden, refused
 # The command line, the exit code, the error's code, and what the message names.
 REFUSALS = {
     "no base": ("export --res 64", 2, "usage", "'BASE'"),
-    "no size": ("export demo", 2, "usage", "'--res'"),
+    "no size": ("export demo", 2, "usage", "--res"),
     "size": ("export demo --res abc", 2, "usage", "'abc'"),
     "size too large": ("export demo --res 20000", 2, "usage", "20000x20000"),
     "size off the grid": ("export demo --res 97x64", 2, "usage", "97x64"),

@@ -265,7 +265,7 @@ def test_what_cannot_be_is_refused(words: str, code: int, key: str, line: Line, 
 @pytest.mark.parametrize(
     ("words", "code", "key"),
     [
-        ("search demo", 2, "'--res'"),
+        ("search demo", 2, "--res"),
         ("search demo --res 48 --method guess", 2, "'guess'"),
         ("search demo --res 48 --trials 1", 2, "'--trials'"),
         ("search demo --res 48 --storage postgresql://me:s3cret@127.0.0.1:9/x", 1, "postgresql://me:***@127.0.0.1:9/x"),

@@ -117,7 +117,7 @@ def demo_notes(prompts: Sequence[str]) -> Iterator[str]:
 def _check(request: PreviewRequest) -> None:
     """Refuse what the request alone shows to be impossible."""
     if not request.prompts:
-        raise OptionError("a prompt is empty", "Say what the pictures are to show: --prompt TEXT.")
+        raise OptionError(*request_checks.NO_PROMPTS)
     check_request(request)
     if not request.seeds or not all(0 <= seed < request_checks.SEEDS for seed in request.seeds):
         last = request_checks.SEEDS - 1
@@ -128,7 +128,7 @@ def _check(request: PreviewRequest) -> None:
     if request.baked and (request.calibration or request.criterion != criterion_choice.MAGNITUDE):
         raise OptionError("--baked is pruned already", "Leave out --criterion and --calibration, or leave out --baked.")
     if not request.baked and request.size is None:
-        raise OptionError("there is no size", "Give --res, or a baked file with --baked, which has one.")
+        raise OptionError(*request_checks.NO_SIZE)
     try:
         poa.Schedule(1.0, request.start, request.stop)
     except PoaError as error:
