@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @command(
-    "crdiff search demo --res 96x64 --trials 8",
+    "crdiff search demo --res 48 --trials 8 --limit 16 --held-out-limit 32 --steps 15 -o found.toml",
     "crdiff search sdxl --res 512 --prompts prompts.txt --scorer image-reward -o sdxl-512.toml -o sdxl-512.html",
     "crdiff search sdxl --res 512 --prompts prompts.txt --scorer image-reward -o sdxl-512.toml --worker",
     more="The same command again goes on with a search that was stopped; several at once share its trials, on machines "

@@ -61,6 +61,7 @@ def figure(plot_rows: Sequence[PlotRow], scorer: str) -> Any:
         A matplotlib figure.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     most = max((len(points) for _, points in plot_rows), default=1)
     height = 1.3 + sum(_ROW_HEIGHT * max(2, len(points)) + 0.15 for _, points in plot_rows)
@@ -83,6 +84,7 @@ def figure(plot_rows: Sequence[PlotRow], scorer: str) -> Any:
     differences.set_xlabel("score - dense, 95 % intervals\n(right of the line: higher than dense)")
     means.set_xlabel(f"mean score\n({printable(scorer, 40)})", parse_math=False)
     for axes in (differences, means):
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
         axes.tick_params(axis="y", length=0)

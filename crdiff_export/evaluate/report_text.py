@@ -1,6 +1,5 @@
 """The words of an evaluation's table: a model is better or worse only where its interval says so."""
 
-import math
 from typing import Final
 
 from crdiff_export.evaluate.report.page import PageTable
@@ -8,6 +7,7 @@ from crdiff_export.evaluate.request import Subject
 from crdiff_export.evaluate.results import Evaluation, Finding
 from crdiff_export.evaluate.statistics import Estimate
 from crdiff_export.formats.text import plural, printable
+from crdiff_export.models.evidence_text import decimals
 
 COLUMNS: Final = (
     *("size", "model", "s/picture", "score", "95 %", "right", "FID"),
@@ -136,7 +136,7 @@ def _interval(estimate: Estimate, form: str) -> str:
 
 
 def _digits(evaluation: Evaluation) -> int:
-    """Return decimals that show two digits of the narrowest interval of a difference: a scorer's scale may be small."""
+    """Return the decimals for the narrowest interval of a difference."""
     differences = [f.difference for f in evaluation.findings if f.difference and f.difference.bounded]
     widths = [estimate.high - estimate.low for estimate in differences if estimate.high > estimate.low]
-    return min(9, max(3, 2 - math.ceil(math.log10(min(widths))))) if widths else 3
+    return decimals(min(widths, default=0.0))

@@ -33,13 +33,17 @@ def evidence_text(values: Mapping[str, object]) -> str:
     return ", ".join(["; ".join(parts), *count, *scorer])
 
 
+def decimals(width: float) -> int:
+    """Return the decimals that show two digits of an interval of this width: a scorer's scale may be small."""
+    return min(9, max(3, 2 - math.ceil(math.log10(width)))) if width > 0 else 3
+
+
 def _difference(name: str, change: float, interval: tuple[float, float] | None) -> str:
     if interval is None:
         return f"no interval: {name} - dense {change:+.3g}"
     low, high = interval
     verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
-    digits = min(9, max(3, 2 - math.ceil(math.log10(high - low)))) if high > low else 3
-    form = f"+.{digits}f"
+    form = f"+.{decimals(high - low)}f"
     return f"{verdict}: {name} - dense {change:{form}} (95 %: {low:{form}} to {high:{form}})"
 
 

@@ -2,6 +2,7 @@
 
 from crdiff_export.evaluate import scorers
 from crdiff_export.formats.text import plural, printable
+from crdiff_export.models.evidence_text import decimals
 from crdiff_export.search.result import SearchResult
 from crdiff_export.search.space import Candidate
 from crdiff_export.search.trials import SearchProgress, TrialEvent
@@ -102,15 +103,16 @@ def conclusion(result: SearchResult) -> str:
     if not (result.finding and result.finding.difference):
         return "this worker checked nothing; whoever ends the search without --worker does"
     name, change = result.finding.model.name, result.finding.difference
-    ends = f", 95 % {change.low:+.3f} to {change.high:+.3f}"
+    form = f"+.{decimals(change.high - change.low if change.bounded else 0.0)}f"
+    value, ends = f"{change.value:{form}}", f" (95 %: {change.low:{form}} to {change.high:{form}})"
     where = _where(result)
     if change.verdict == "better":
-        return f"{where}, {name} is better than dense: {change.value:+.3f}{ends}"
+        return f"{where}, {name} is better than dense: {value}{ends}"
     if change.verdict == "worse":
-        return f"{where}, {name} is worse than dense: {change.value:+.3f}{ends}; no recipe was written"
+        return f"{where}, {name} is worse than dense: {value}{ends}; no recipe was written"
     if change.verdict == "too few to say":
-        return f"{where}, too few for an interval: whether {name} does any good is not known ({change.value:+.3f})"
-    return f"{where}, no difference between {name} and dense is shown: {change.value:+.3f}{ends}"
+        return f"{where}, too few for an interval: whether {name} does any good is not known ({value})"
+    return f"{where}, no difference between {name} and dense is shown: {value}{ends}"
 
 
 def _where(result: SearchResult) -> str:
