@@ -5,6 +5,7 @@ weights (`_rank`), decides for every job which of them go (`Decision`), and make
 makes the `Written` output. `Baked` holds the job and what was written.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
@@ -14,7 +15,7 @@ from crdiff_export.bake import destination, metadata, modelspec, residual, write
 from crdiff_export.bake.modelspec import Thumbnail
 from crdiff_export.bake.source_hashes import SourceHashes
 from crdiff_export.bake.write import Failure, WriteJob, Written
-from crdiff_export.errors import PlanError
+from crdiff_export.errors import OptionError, PlanError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.crdiff_keys import CalibrationStamp, Stamp
 from crdiff_export.hub import bases
@@ -106,11 +107,34 @@ def prepare(request: ExportRequest) -> ExportJob:
     Raises:
         CrdiffError: The export is not possible.
     """
+    (job,) = prepare_all((request,))
+    return job
+
+
+def prepare_all(requests: Sequence[ExportRequest]) -> list[ExportJob]:
+    """Find a base, read its headers, and plan several exports of it.
+
+    Args:
+        requests: Exports of one base that differ only in size, ratios and output.
+
+    Returns:
+        The planned exports, which `run_together` takes.
+
+    Raises:
+        OptionError: Two of them would write the same output.
+        CrdiffError: One of the exports is not possible.
+    """
+    request = requests[0]
     criterion = CriterionChoice.of(request.criterion, request.calibration)
     residual.check_request(request.residual, criterion, hashing=request.hashing)
     modelspec.date()  # raises now rather than when the file is written
     base = bases.locate(request.base, request.variant)
-    return prepare_located(request, criterion, base, base.open(request.variant, all_files=request.all_files))
+    checkpoint = base.open(request.variant, all_files=request.all_files)
+    jobs = [prepare_located(each, criterion, base, checkpoint) for each in requests]
+    targets = Counter(job.target for job in jobs)
+    if twice := [target for target, count in targets.items() if count > 1]:
+        raise OptionError(f"{twice[0]}: {targets[twice[0]]} sizes have this output", "Give each a name of its own.")
+    return jobs
 
 
 def prepare_located(
@@ -258,6 +282,6 @@ def _known_hashes(jobs: Sequence[ExportJob]) -> Mapping[str, str]:
 
 
 __all__ = [
-    "Baked", "ExportJob", "ExportRequest", "Failure", "export", "plan_variant", "prepare", "prepare_located", "run",
-    "run_in_turn", "run_together",
+    "Baked", "ExportJob", "ExportRequest", "Failure", "export", "plan_variant", "prepare", "prepare_all",
+    "prepare_located", "run", "run_in_turn", "run_together",
 ]  # fmt: skip

@@ -1,35 +1,27 @@
 """`crdiff export`."""
 
-import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from crdiff_export.bake.residual import NONE, WAYS, largest_size
-from crdiff_export.cli import options, sheet
-from crdiff_export.cli.blocks import Facts, Table
+from crdiff_export.bake.residual import NONE, WAYS
+from crdiff_export.cli import export_text, options, sheet
 from crdiff_export.cli.command import command, gather, option, option_group
 from crdiff_export.cli.output import Output, Result
-from crdiff_export.cli.progress_display import rate_text
 from crdiff_export.cli.push import push_result, transfer
 from crdiff_export.errors import CrdiffError, OptionError
-from crdiff_export.export import Baked, ExportJob, ExportRequest, prepare, run
+from crdiff_export.export import Baked, ExportJob, ExportRequest, Failure, prepare_all, run_together
 from crdiff_export.formats.dtypes import DTYPES
-from crdiff_export.formats.text import amount
-from crdiff_export.models.evidence_text import evidence_text
 from crdiff_export.prune import kernels
-from crdiff_export.prune.criterion_choice import MAGNITUDE
-from crdiff_export.prune.plan import CASTABLE
 from crdiff_export.publish.request import PushRequest, check_request
 from crdiff_export.publish.request import prepare as check_destination
 from crdiff_export.publish.target import Destination
 from crdiff_export.sizes import Size
-from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance, total_row
 
 if TYPE_CHECKING:
     from crdiff_export.sampling.drawing_setup import DrawingSetup
@@ -46,7 +38,8 @@ if TYPE_CHECKING:
 @option_group("Base", options.variant, options.family)
 @option_group(
     "Size",
-    option("--res", "The size to prune for, in pixels.", options.SIZE, required=True),
+    option("--res", "The size to prune for, in pixels; may be given several times: the base is read once for all.",
+           options.SIZE, "sizes", multiple=True, required=True),
     option("--native", "The size that BASE was trained at. Default: what it says itself, or its family's.",
            options.SIZE),
 )  # fmt: skip
@@ -61,9 +54,9 @@ if TYPE_CHECKING:
 @option_group("Computing", options.device, options.threads)
 @option_group(
     "Output",
-    option("-o, --output FILE", "Where to write; a folder that exists gets the default name. Default: "
-           "STEM-crdiff-WxH.safetensors in the current folder; a folder for a sharded base or a diffusers folder.",
-           options.FILE),
+    option("-o, --output FILE", "Where to write; {size} in it stands for the size, and a folder that exists gets the "
+           "default name. Default: STEM-crdiff-WxH.safetensors in the current folder; a folder for a sharded base or a "
+           "diffusers folder.", options.FILE),
     option("--dtype", "Cast all float tensors. Default: keep each as it is.", click.Choice(list(DTYPES))),
     option("--residual", "Keep what is pruned away, for crdiff restore: in the file itself, or in a sidecar beside it.",
            click.Choice(list(WAYS)), default=NONE, show_default=True),
@@ -81,7 +74,7 @@ if TYPE_CHECKING:
 @options.push_options
 @gather("push", partial(PushRequest, ""))
 def export(
-    out: Output, base: str, res: Size, *, family: Path | None, native: Size | None, output: Path | None,
+    out: Output, base: str, sizes: tuple[Size, ...], *, family: Path | None, native: Size | None, output: Path | None,
     recipe: Path | None, prompt: str | None, ratio: float | None, ratios: Mapping[str, float], poa_weight: float | None,
     targets: tuple[str, ...] | None, criterion: str, calibration: Path | None, device: str, threads: int | None,
     dtype: str | None, variant: str | None, residual: str, no_hash: bool, allow_nonfinite: bool, all_files: bool,
@@ -91,38 +84,111 @@ def export(
     """Prune BASE for a size and write a new checkpoint with everything about it in its header.
 
     BASE is a path to a checkpoint or diffusers folder, a Hub id (ORG/NAME), hf://ORG/NAME/FILE, or an alias
-    (`crdiff recipes list`). The output appears under its name only when it is complete and checked.
+    (`crdiff recipes list`). The output appears under its name only when it is complete and checked. Of several sizes,
+    one that fails does not stop the others.
     """
     out.quiet_hub_client()
     pushing = _push_request(repo, push, previews)
     request = ExportRequest(
-        base, res, output, recipe=recipe, prompt=prompt, ratio=ratio, ratios=ratios, poa_weight=poa_weight,
+        base, sizes[0], None, recipe=recipe, prompt=prompt, ratio=ratio, ratios=ratios, poa_weight=poa_weight,
         targets=targets, criterion=criterion, calibration=calibration, device=device, dtype=dtype, variant=variant,
         residual=residual, hashing=not no_hash, force=force, allow_nonfinite=allow_nonfinite, all_files=all_files,
         threads=threads, family=family, native=native,
     )  # fmt: skip
+    requests = [
+        replace(request, size=size, output=named)
+        for size, named in zip(dict.fromkeys(sizes), _outputs(output, sizes), strict=True)
+    ]
     out.announce_base(base)
-    destination = _destination(pushing, request) if pushing and not dry_run else None
-    job = prepare(request)
-    out.notes(job.plan.notes)
-    thumbnail_setup = _prepare_thumbnail(job, thumbnail) if thumbnail else None
+    destination = _destination(pushing, requests[0]) if pushing and not dry_run else None
+    jobs = prepare_all(requests)
+    out.notes(_each(jobs, [job.plan.notes for job in jobs]))
+    setups = [_prepare_thumbnail(job, thumbnail) for job in jobs] if thumbnail else []
     if dry_run:
         if device not in ("auto", "cpu"):
             kernels.load(device)  # raises where it is not there
-        return _planned(job, pushing)
+        return export_text.all_planned([export_text.planned(job, pushing) for job in jobs])
+    if thumbnail:
+        jobs = [_with_thumbnail(out, job, setup, thumbnail) for job, setup in zip(jobs, setups, strict=True)]
     began = time.monotonic()
-    if thumbnail and thumbnail_setup:
-        job = _with_thumbnail(out, job, thumbnail_setup, thumbnail)
     with out.threads_progress() as progress:
-        baked = run(job, progress)
-    out.notes(baked.notes)
-    done = _done(baked, time.monotonic() - began)
-    if not (pushing and destination):
-        return done
+        outcomes = list(run_together(jobs, progress))
+    seconds = time.monotonic() - began
+    out.notes(_each(jobs, [() if isinstance(outcome, Failure) else outcome.notes for outcome in outcomes]))
+    push_one = partial(_push, out, previews, destination, family) if destination else None
+    if len(jobs) == 1:
+        return _show_one(outcomes[0], seconds, pushing, push_one)
+    return export_text.all_done(jobs, outcomes, _push_all(out, outcomes, pushing, push_one), seconds)
+
+
+PushOne = Callable[[PushRequest, Baked], Result]
+
+
+def _show_one(
+    outcome: Baked | Failure, seconds: float, pushing: PushRequest | None, push_one: PushOne | None
+) -> Result:
+    """Push a single export, if it is to be, and describe both."""
+    if isinstance(outcome, Failure):
+        raise outcome.error
+    done = export_text.done(outcome, seconds)
+    return done.followed_by(push_one(pushing, outcome), "push") if pushing and push_one else done
+
+
+def _push_all(
+    out: Output, outcomes: Sequence[Baked | Failure], pushing: PushRequest | None, push_one: PushOne | None
+) -> list[Result | CrdiffError | None]:
+    """Push each of several exports; one that fails does not stop the others. The tag is set if none does."""
+    pushes: list[Result | CrdiffError | None] = []
+    complete = True
+    for number, outcome in enumerate(outcomes, 1):
+        push: Result | CrdiffError | None = None
+        try:
+            if isinstance(outcome, Failure):
+                raise outcome.error
+            if pushing and push_one:
+                is_last = number == len(outcomes)
+                push = push_one(pushing if is_last and complete else replace(pushing, tag=None), outcome)
+        except CrdiffError as error:
+            complete = False
+            out.error(error)
+            push = None if isinstance(outcome, Failure) else error
+        pushes.append(push)
+    return pushes
+
+
+def _outputs(output: Path | None, sizes: Sequence[Size]) -> list[Path | None]:
+    """Name the output of every size; OptionError where several would have one name."""
+    different = list(dict.fromkeys(sizes))
+    if output is None:
+        return [None] * len(different)
+    if "{size}" not in str(output):
+        if len(different) > 1 and not output.is_dir():
+            raise OptionError(
+                f"-o {output}: {len(different)} sizes need a name each",
+                "Write {size} in it, as in -o 'sdxl-{size}.safetensors', or give a folder.",
+            )
+        return [output] * len(different)
+    return [Path(str(output).replace("{size}", str(size))) for size in different]
+
+
+def _each(jobs: Sequence[ExportJob], notes: Sequence[Sequence[str]]) -> list[str]:
+    """List the notes of all exports, each once; of several exports they name the size that they are about."""
+    if len(jobs) == 1:
+        return list(notes[0])
+    sizes: dict[str, list[str]] = {}
+    for job, some in zip(jobs, notes, strict=True):
+        for note in some:
+            sizes.setdefault(note, []).append(str(job.plan.size))
+    return [note if len(about) == len(jobs) else f"{', '.join(about)}: {note}" for note, about in sizes.items()]
+
+
+def _push(
+    out: Output, previews: Sequence[str], destination: Destination, family: Path | None, pushing: PushRequest,
+    baked: Baked,
+) -> Result:  # fmt: skip
     path = baked.written.path
-    with sheet.with_sheet(out, pushing, previews, path, base, family) as pushing:
-        pushed = push_result(*transfer(out, pushing, path, destination, checked=True))
-    return done.followed_by(pushed, "push")
+    with sheet.with_sheet(out, pushing, previews, path, baked.job.request.base, family) as complete:
+        return push_result(*transfer(out, complete, path, destination, checked=True))
 
 
 def _prepare_thumbnail(job: ExportJob, prompt: str) -> "DrawingSetup":
@@ -166,144 +232,3 @@ def _destination(pushing: PushRequest, request: ExportRequest) -> Destination:
     source = bases.hub_uri(request.base) or request.base
     name = request.output.name if request.output else f"{Path(request.base).stem}-crdiff-{request.size}"
     return check_destination(pushing, source, name)
-
-
-def _planned(job: ExportJob, pushing: PushRequest | None) -> Result:
-    plan, calibration = job.plan, job.request.calibration
-    groups = _planned_groups(job)
-    record = {
-        "dry_run": True, "base": str(plan.checkpoint.path), "family": plan.match.family.id,
-        "layout": plan.match.layout.name, "resolution": str(plan.size), "recipe": plan.recipe,
-        "variant": str(plan.variant.resolution), "provenance": plan.variant.provenance,
-        "borrowed_from": plan.variant.borrowed_from and str(plan.variant.borrowed_from),
-        "criterion": job.criterion.name, "calibration": calibration and str(calibration),
-        "poa_weight": plan.variant.poa_weight, "targets": list(plan.kinds), "groups": groups,
-        "bytes": plan.data_size, "dtype": plan.cast, "output": str(job.target),
-        "residual": job.request.residual, "residual_bytes": _residual_size(job),
-        "push": pushing.repo if pushing else None,
-        "files": [o.source.name for o in plan.outputs],
-        "disk_needed": job.space.needed, "disk_free": job.space.free, "notes": list(plan.notes),
-    }  # fmt: skip
-    rows = [
-        [name, str(g["layers"]), f"{g['weights']:,}", f"{g['ratio']:.4g}", f"{g['to_prune_at_least']:,}"]
-        for name, g in groups.items()
-    ]
-    columns = ["group", "layers", "weights", "ratio", "to zero"]
-    facts = {
-        "base": f"{plan.checkpoint.path} ({plan.match.title}, {plan.match.layout.name} layout)",
-        **_choice(job),
-        "targets": f"{', '.join(plan.kinds)} in {len(plan.targets)} layers, {_chosen_by(job)}",
-        "dtype": plan.cast or "as in the base",
-        "size": f"{amount(plan.data_size)} of tensors",
-        **_residual_facts(job),
-        "disk": f"{amount(job.space.needed)} needed, {amount(job.space.free)} free",
-        "would write": str(job.target),
-        **({"would push to": pushing.repo} if pushing else {}),
-    }
-    return Result(record, [Table(columns, rows, columns[1:]), "", Facts(facts)], bare=[str(job.target)])
-
-
-def _chosen_by(job: ExportJob) -> str:
-    """Say by what the weights are chosen."""
-    criterion = job.criterion
-    scope = job.plan.match.family.scope
-    if not criterion.masks:
-        return f"with a threshold for each {scope}" + (f" ({criterion.name})" if criterion.name != MAGNITUDE else "")
-    within = scope if criterion.compare == "block" else criterion.compare
-    moved = ", which moves what stays" if criterion.moves else ""
-    calibration = f" and {job.request.calibration}" if job.request.calibration else ""
-    return f"with a mask by {criterion.name}{calibration}, compared within each {within}{moved}"
-
-
-def _residual_size(job: ExportJob) -> int:
-    """About how much a residual will be; ties with a threshold can make it more."""
-    plan = job.plan
-    return 0 if job.request.residual == NONE else largest_size(plan, [scope.rank for scope in plan.scopes])
-
-
-def _residual_facts(job: ExportJob) -> Mapping[str, str]:
-    where = {"embed": "in the file itself", "sidecar": "in a sidecar"}.get(job.request.residual)
-    return {"residual": f"about {amount(_residual_size(job))} {where}"} if where else {}
-
-
-def _planned_groups(job: ExportJob) -> dict[str, dict[str, Any]]:
-    plan = job.plan
-    return {
-        name: {
-            "layers": sum(t.layer.group == name for t in plan.targets),
-            "weights": sum(t.count for t in plan.targets if t.layer.group == name),
-            "ratio": plan.ratio(name),
-            "to_prune_at_least": sum(s.rank for s in plan.scopes if s.group == name),
-        }
-        for name in plan.groups
-    }
-
-
-def _done(baked: Baked, seconds: float) -> Result:
-    stamp, written, plan = baked.stamp, baked.written, baked.job.plan
-    pruned = sum(group.pruned for group in stamp.groups.values())
-    weights = sum(tensor.count for _, tensor in plan.checkpoint.tensors() if tensor.dtype in CASTABLE)
-    record = {
-        "output": str(written.path), "bytes": written.size, "seconds": round(seconds, 3),
-        "family": stamp.family, "layout": stamp.layout,
-        "resolution": str(stamp.resolution), "native": str(stamp.native), "recipe": stamp.recipe,
-        "provenance": stamp.provenance, "borrowed_from": stamp.borrowed_from and str(stamp.borrowed_from),
-        "pruned": pruned, "weights": weights, "poa_weight": stamp.poa_weight, "residual": stamp.residual,
-        "criterion": stamp.criterion, "calibration": stamp.calibrated and stamp.calibrated.hash, "moved": stamp.moved,
-        "groups": {
-            name: {
-                "ratio": group.ratio, "pruned": group.pruned, "total": group.total,
-                "threshold": group.threshold_text, "nonfinite": group.nonfinite,
-            }
-            for name, group in stamp.groups.items()
-        },
-        "files": [
-            {
-                "path": str(file.path), "bytes": file.size,
-                "hash_sha256": file.hashes and file.hashes.output,
-                "source_hash_sha256": file.hashes and file.hashes.source,
-                "source_file_sha256": file.hashes and file.hashes.source_file,
-                "sidecar": str(file.sidecar.path) if file.sidecar else None,
-            }
-            for file in written.files
-        ],
-        "notes": [*baked.job.plan.notes, *baked.notes],
-    }  # fmt: skip
-    criterion = {"criterion": stamp.criterion} if stamp.criterion != MAGNITUDE else {}
-    path = str(written.path)
-    facts = {
-        "base": f"{stamp.source_name} ({plan.match.title}, native {stamp.native})",
-        **_choice(baked.job),
-        **criterion,
-        **({"evidence": evidence_text(stamp.evidence)} if stamp.evidence else {}),
-        "POA weight": f"{stamp.poa_weight:g}",
-        "zeroed": f"{pruned:,} weights, {pruned / max(weights, 1):.1%} of {weights:,} in the file",
-        "written": f"{amount(written.size)} in {rate_text(written.size, seconds)}",
-    }
-    table = Table(GROUP_COLUMNS, [*group_rows(stamp), *total_row(stamp)], GROUP_COLUMNS[1:])
-    return Result(record, [table, "", Facts(facts), f"next: {_next_command(baked)}", path], bare=[path])
-
-
-def _next_command(baked: Baked) -> str:
-    """Return the command that shows pictures of the output, or its header if `crdiff preview` does not draw with it."""
-    from crdiff_export.prune import architecture
-    from crdiff_export.sampling import pipelines
-
-    job, path = baked.job, shlex.quote(str(baked.written.path))
-    plan, request = job.plan, job.request
-    try:
-        model = architecture.find(plan)
-        pipelines.choose(job.base, plan.checkpoint, plan.match, model, config=None, variant=request.variant)
-    except CrdiffError:
-        return f"crdiff inspect {path}"
-    given = {"--family": request.family, "--variant": request.variant}
-    options = "".join(f" {option} {shlex.quote(str(value))}" for option, value in given.items() if value)
-    return f"crdiff preview {shlex.quote(request.base)} --baked {path}{options} --prompt TEXT"
-
-
-def _choice(job: ExportJob) -> Mapping[str, str]:
-    variant = job.plan.variant
-    return {
-        "pruned for": str(job.plan.size),
-        "ratios": provenance(variant.provenance, variant.source, variant.borrowed_from),
-    }

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub.utils.tqdm import progress_bar_states
 
 from crdiff_export import cli, errors
+from crdiff_export.bake import staging
 from crdiff_export.cli.output import SCHEMA
 from crdiff_export.cli.signals import Stopped
 from crdiff_export.evaluate.scorers import inception
@@ -114,8 +115,19 @@ def env(bench: Bench) -> Iterator[Any]:
     yield bench("env")
 
 
-@runs("crdiff export")
+@runs("crdiff export", "Several sizes")
 def export(bench: Bench) -> Iterator[Any]:
+    yield bench("export demo --res 48 --res 80 --dry-run")
+    publish = staging.publish
+
+    def appear(part: Path, path: Path, *, replace: bool) -> None:
+        if "80x80" in path.name:
+            path.write_text("mine")
+        publish(part, path, replace=replace)
+
+    bench.monkeypatch.setattr(staging, "publish", appear)
+    yield bench("export demo --res 48 --res 80", 1)
+    bench.monkeypatch.setattr(staging, "publish", publish)
     yield bench("export demo --res 96x64 -o searched.safetensors")
     yield bench("export demo --res 400x64 --residual sidecar -o borrowed.safetensors")
     yield bench("export demo --res 96x64 --mid 0 --no-hash -o plain.safetensors")
@@ -393,6 +405,14 @@ def test_outputs_are_as_the_page_says(name: str, bench: Bench) -> None:
 
 def parts(name: str, output: Any) -> Iterator[tuple[str, Any]]:
     """The objects in an output, each with the table that it is compared with."""
+    if name.startswith("crdiff export") and "variants" in output:
+        variants = output["variants"]
+        keys = "resolution", "error"
+        short = [{key: variant[key] for key in keys if key in variant} for variant in variants]
+        yield "Several sizes", {**output, "variants": short}
+        table, more = ("crdiff export --dry-run", {}) if "dry_run" in output else (name, {"seconds": output["seconds"]})
+        yield from ((table, {**variant, **more}) for variant in variants if "error" not in variant)
+        return
     if name not in SEVERAL or not isinstance(output.get("files"), list):
         yield name, output
         return
