@@ -43,6 +43,7 @@ class ExportRequest(PlanRequest):
         all_files: Copy files of a diffusers folder that are no part of its pipeline, too.
         threads: Threads on the CPU; None for all cores.
         thumbnail: A picture for the header, which `verify` does not look at.
+        rehash: Hash the base anew, whatever the user's cache of hashes says.
     """
 
     output: Path | None = None
@@ -54,6 +55,7 @@ class ExportRequest(PlanRequest):
     all_files: bool = False
     threads: int | None = None
     thumbnail: Thumbnail | None = None
+    rehash: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +269,8 @@ def _rank(jobs: Sequence[ExportJob], progress: Progress) -> Iterator[_Ranking]:
     """Read the base that the jobs share and rank its weights, while a thread hashes it."""
     request, criterion = jobs[0].request, jobs[0].criterion
     plans = [job.plan for job in jobs]
-    with SourceHashes(plans, _known_hashes(jobs)) if request.hashing else nullcontext() as hashes:
+    hashing = SourceHashes(plans, _known_hashes(jobs), cached=not request.rehash) if request.hashing else nullcontext()
+    with hashing as hashes:
         kernel = kernels.load(request.device, request.threads)
         calibrated = criterion.calibrated(progress)
         ranked = rank(criterion, plans, kernel, progress, request.device)

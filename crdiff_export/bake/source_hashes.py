@@ -7,7 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
-from crdiff_export.formats.hashing import feed
+from crdiff_export.formats import hash_cache
+from crdiff_export.formats.hash_cache import FileState
+from crdiff_export.formats.hashing import feed, remember, remembered_hash
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.prune.plan import Plan
 
@@ -24,11 +26,18 @@ class SourceHashes:
     Args:
         plans: The plans to write; they share their checkpoint and cast.
         file_hashes: Hashes of whole files, by file name, that need no computing. The rest of such a file is not hashed.
+        cached: Take hashes from the user's cache where it has them of the files as they are. Computed hashes are always
+            remembered.
     """
 
-    def __init__(self, plans: Sequence[Plan], file_hashes: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(
+        self, plans: Sequence[Plan], file_hashes: Mapping[str, str] = MappingProxyType({}), *, cached: bool = False
+    ) -> None:
         self._files: Sequence[SourceFile] = plans[0].checkpoint.files
         self._file_hashes = file_hashes
+        self._cached = cached
+        self._states_read: list[list[FileState | None]] = [[] for _ in self._files]
+        self._began_ns = hash_cache.now_ns()
         self._shared = [min(plan.unchanged(number) for plan in plans) for number in range(len(self._files))]
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(1, "crdiff-hash")
@@ -63,11 +72,16 @@ class SourceHashes:
 
     def _hash_shared(self, number: int) -> "_Hash":
         digest = hashlib.sha256()
-        feed(digest, self._files[number], 0, self._shared[number], self._stopped)
+        self._states_read[number] += feed(digest, self._files[number], 0, self._shared[number], self._stopped)
         return digest
 
     def _hash_rest(self, number: int) -> str:
         digest, file = self.state(number), self._files[number]
-        if not self.file_hash(number):
-            feed(digest, file, self._shared[number], file.data_size, self._stopped)
+        if self.file_hash(number):
+            return digest.hexdigest()
+        if self._cached and (known := remembered_hash(file)):
+            return known
+        states = self._states_read[number]
+        states += feed(digest, file, self._shared[number], file.data_size, self._stopped)
+        remember(states, digest.hexdigest(), self._began_ns)
         return digest.hexdigest()

@@ -250,16 +250,17 @@ class Stream:
                 "Choose --dtype bf16, which has the range of fp32, or leave --dtype out.",
             )
 
-    def _zero(self, stream: Iterator[Chunk]) -> Generator[Chunk, None, None]:
+    def _zero(self, stream: Generator[Chunk, None, None]) -> Generator[Chunk, None, None]:
         digests = None
-        for chunk in stream:
-            if self._hashes and digests is None and chunk.stop > self._unchanged:
-                digests = [self._hashes.state(self._file) for _ in self._ranges]
-            for variant, ranges in enumerate(self._ranges):
-                output = self._prune(replace(chunk, variant=variant), ranges)
-                if digests:
-                    digests[variant].update(output.part(max(chunk.start, self._unchanged), chunk.stop))
-                yield output
+        with contextlib.closing(stream):  # an error holds this frame, and so the thread behind the stream
+            for chunk in stream:
+                if self._hashes and digests is None and chunk.stop > self._unchanged:
+                    digests = [self._hashes.state(self._file) for _ in self._ranges]
+                for variant, ranges in enumerate(self._ranges):
+                    output = self._prune(replace(chunk, variant=variant), ranges)
+                    if digests:
+                        digests[variant].update(output.part(max(chunk.start, self._unchanged), chunk.stop))
+                    yield output
         if self._hashes:
             self.digests = digests or [self._hashes.state(self._file) for _ in self._ranges]
 

@@ -46,6 +46,7 @@ class CalibrateRequest(DrawingRequest):
         memory: Bytes of statistics that may be in memory at once; changes no number.
         layers: Layers that may be measured at once; changes no number.
         force: Whether to replace an existing output.
+        rehash: Hash the base anew, whatever the user's cache of hashes says.
     """
 
     size: Size
@@ -61,6 +62,7 @@ class CalibrateRequest(DrawingRequest):
     memory: int | None = None
     layers: int | None = None
     force: bool = False
+    rehash: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,7 @@ def run(job: CalibrationJob, progress: Progress) -> CalibrationResult:
         return runner.collect(
             opened, job.plan, job.setting, job.target, progress,
             base=drawing.base.name, memory=request.memory, layers=request.layers, replace=request.force,
+            identity=runner.identify(job.plan, progress, rehash=request.rehash) if request.rehash else None,
         )  # fmt: skip
 
 

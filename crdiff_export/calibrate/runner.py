@@ -21,7 +21,7 @@ from crdiff_export.calibrate.denoise import Denoising
 from crdiff_export.calibrate.folder import Folder, open_folder
 from crdiff_export.calibrate.setting import CalibrationResult, LayerSpec, Pass, Setting
 from crdiff_export.errors import CalibrationError, foreign_errors
-from crdiff_export.formats.hashing import hash_data
+from crdiff_export.formats.hashing import hash_data_once
 from crdiff_export.formats.text import printable
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune.criteria import calibration
@@ -100,19 +100,20 @@ def collect(
     return CalibrationResult(target, wanted.statistics, len(base_id.layers), size, tuple(facts.items()), notes, resumed)
 
 
-def identify(plan: Plan, progress: Progress) -> Identity:
+def identify(plan: Plan, progress: Progress, *, rehash: bool = False) -> Identity:
     """Hash a base: SHA-256 of its data section, or of the hex hashes of several files.
 
     Args:
         plan: The plan of the base.
         progress: Told of every byte read.
+        rehash: Compute the hash, whatever the user's cache has.
 
     Returns:
         The identity.
     """
     files = plan.checkpoint.files
     progress.stage("hashing", sum(file.data_size for file in files))
-    hashes = [hash_data(file, progress) for file in files]
+    hashes = [hash_data_once(file, progress, rehash=rehash) for file in files]
     whole = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     with open_targets(plan.checkpoint) as read:
         layers = tuple(

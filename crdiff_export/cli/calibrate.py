@@ -40,7 +40,7 @@ from crdiff_export.formats.text import amount
     limit=" Default for demo: 16.",
 )
 @drawing.options
-@option_group("Drawing", drawing.batch)
+@option_group("Drawing", drawing.batch, options.rehash)
 @option_group(
     "Memory",
     option("--memory", "For what is collected of a group of layers at once. Default: half of what is free.",

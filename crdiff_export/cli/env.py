@@ -23,18 +23,20 @@ def env(_out: Output) -> Result:
     No token and no address of a server is shown.
     """
     from crdiff_export.bake.metadata import tool_version
+    from crdiff_export.formats import hash_cache
     from crdiff_export.hub.download import cache_folder
     from crdiff_export.prune import kernels
 
     packages = {name: found for name in PACKAGES if (found := _version(name))}
     missing = {extra: _missing(extra) for extra in EXTRAS}
     devices, package = kernels.devices(), str(Path(__file__).parents[1])
-    hub_cache = cache_folder()
+    hub_cache, hashes = cache_folder(), hash_cache.folder()
     variables = sorted(name for name in os.environ if name.startswith(("CRDIFF_", "HF_")))
     record = {
         "crdiff": tool_version(), "package": package, "python": platform.python_version(),
         "system": platform.platform(), "cores": kernels.cores(), "packages": packages, "devices": devices,
         "extras": {extra: not names for extra, names in missing.items()}, "hub_cache": hub_cache,
+        "hash_cache": str(hashes) if hashes else None,
         "variables": variables,
     }  # fmt: skip
     facts = {
@@ -47,6 +49,7 @@ def env(_out: Output) -> Result:
             for extra, names in missing.items()
         },
         "Hub's cache": hub_cache,
+        "cache of hashes": str(hashes) if hashes else "none on this system",
         "variables": ", ".join(variables) or "none",
     }
     return Result(record, [Facts(facts)])

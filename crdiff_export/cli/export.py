@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 )
 @options.criterion_options
 @option_group("Criterion", options.targets)
-@option_group("Computing", options.device, options.threads)
+@option_group("Computing", options.device, options.threads, options.rehash)
 @option_group(
     "Output",
     option("-o, --output FILE", "Where to write; {size} in it stands for the size, and a folder that exists gets the "
@@ -79,7 +79,7 @@ def export(
     targets: tuple[str, ...] | None, criterion: str, calibration: Path | None, device: str, threads: int | None,
     dtype: str | None, variant: str | None, residual: str, no_hash: bool, allow_nonfinite: bool, all_files: bool,
     dry_run: bool, force: bool, repo: str | None, push: PushRequest, thumbnail: str | None,
-    previews: tuple[str, ...],
+    previews: tuple[str, ...], rehash: bool,
 ) -> Result:  # fmt: skip
     """Prune BASE for a size and write a new checkpoint with everything about it in its header.
 
@@ -93,7 +93,7 @@ def export(
         base, sizes[0], None, recipe=recipe, prompt=prompt, ratio=ratio, ratios=ratios, poa_weight=poa_weight,
         targets=targets, criterion=criterion, calibration=calibration, device=device, dtype=dtype, variant=variant,
         residual=residual, hashing=not no_hash, force=force, allow_nonfinite=allow_nonfinite, all_files=all_files,
-        threads=threads, family=family, native=native,
+        threads=threads, family=family, native=native, rehash=rehash,
     )  # fmt: skip
     requests = [
         replace(request, size=size, output=named)

@@ -126,6 +126,7 @@ recipe = option("--recipe FILE", "A recipe instead of the built-in one (.toml, .
 targets = option("--targets", "Layers to prune, such as attn,ff. Default: the recipe's, or the family's.", TARGET_KINDS)
 variant = option("--variant NAME", "Weights to take from a folder that has several, such as fp16.")
 family = option("--family FILE", "A table of the base's family, if crdiff does not know it (`crdiff families`).", FILE)
+rehash = option("--rehash", "Hash the base anew. Default: its hash is remembered until the file changes.")
 threads = option("--threads N", "Threads on the CPU. Default: all cores.", COUNT)
 device = option("--device", "Where weights are counted and zeroed: auto, cpu, cuda, cuda:N or mps. The result does not "
                 "depend on it.", DEVICE, default="auto", show_default=True)  # fmt: skip

@@ -25,7 +25,7 @@ from crdiff_export.publish.worklist import PublishRequest, Worklist, make_workli
     "crdiff publish variants.toml --keep none --json > report.json",
 )
 @click.argument("plan", type=options.FILE)
-@option_group("Computing", options.device, options.threads)
+@option_group("Computing", options.device, options.threads, options.rehash)
 @option_group(
     "Hub",
     option("--no-push", "Write the files, and leave the Hub alone."),
@@ -42,6 +42,7 @@ from crdiff_export.publish.worklist import PublishRequest, Worklist, make_workli
 def publish(
     out: Output, plan: Path, folder: Path, *, keep: str, no_push: bool, create_pr: bool, dry_run: bool, device: str,
     threads: int | None,
+    rehash: bool,
 ) -> Result:  # fmt: skip
     """Make all variants that PLAN asks for and push them, with their model cards.
 
@@ -54,7 +55,14 @@ def publish(
     if no_push and create_pr:
         raise OptionError("--no-push and --create-pr do not go together", "Leave one of them out.")
     request = PublishRequest(
-        plan, folder, keep=keep == "all", push=not no_push, create_pr=create_pr, device=device, threads=threads
+        plan,
+        folder,
+        keep=keep == "all",
+        push=not no_push,
+        create_pr=create_pr,
+        device=device,
+        threads=threads,
+        rehash=rehash,
     )
     out.quiet_hub_client()
     worklist = make_worklist(request, out.threads_progress)

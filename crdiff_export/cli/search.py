@@ -78,7 +78,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @options.criterion_options
 @drawing.options
-@option_group("Drawing", drawing.batch)
+@option_group("Drawing", drawing.batch, options.rehash)
 @drawing.scorer_options
 @option_group(
     "Output",

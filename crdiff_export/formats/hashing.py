@@ -2,17 +2,21 @@
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crdiff_export.formats.weight_file import SourceFile
-from crdiff_export.progress import Progress
+from crdiff_export.formats import hash_cache
+from crdiff_export.formats.hash_cache import FileState
+from crdiff_export.formats.weight_file import FileBytes, SourceFile
+from crdiff_export.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
 PIECE = 8 << 20
+# What the cache calls the hash of a data section.
+DATA = "data"
 
 
 class HashCancelled(Exception):
@@ -32,6 +36,53 @@ def hash_data(file: SourceFile, progress: Progress) -> str:
     digest = hashlib.sha256()
     feed(digest, file, 0, file.data_size, threading.Event(), progress)
     return digest.hexdigest()
+
+
+def remembered_hash(file: SourceFile) -> str | None:
+    """Return the hash of a file's data section that the cache has of the file as it is; None if it has none."""
+    if file.reader or file.info is None:
+        return None
+    state = FileState.of(file.info)
+    try:
+        is_same = state == FileState.of(file.path.stat())  # as when the header was read
+    except OSError:
+        return None
+    return hash_cache.look_up(state, DATA) if is_same else None
+
+
+def hash_data_once(file: SourceFile, progress: Progress, *, rehash: bool = False) -> str:
+    """Take the hash of a file's data section from the cache, or compute and remember it.
+
+    Args:
+        file: The file.
+        progress: Told of every byte read, or of all of them at once.
+        rehash: Compute it, whatever the cache has.
+
+    Returns:
+        SHA-256 as hex.
+    """
+    if not rehash and (known := remembered_hash(file)):
+        progress.advance(file.data_size)
+        return known
+    began, digest = hash_cache.now_ns(), hashlib.sha256()
+    before, after = feed(digest, file, 0, file.data_size, threading.Event(), progress)
+    if before != after:  # it was changed meanwhile, so the hash may be of no state that it ever had
+        return hash_data(file, Silent())
+    remember([before, after], digest.hexdigest(), began)
+    return digest.hexdigest()
+
+
+def remember(states: Collection[FileState | None], digest: str, began_ns: int) -> None:
+    """Remember the hash of a data section, if the file was one and the same whenever it was looked at.
+
+    Args:
+        states: The file before the first byte of each reading and after the last one; None where that is not known.
+        digest: SHA-256 as hex.
+        began_ns: When hashing began.
+    """
+    (*_, state), different = states, set(states)
+    if state is not None and len(different) == 1:
+        hash_cache.store(state, DATA, digest, began_ns)
 
 
 def hash_file(path: Path, progress: Progress) -> str:
@@ -77,7 +128,7 @@ def hash_from(path: Path, starts: Sequence[int], progress: Progress) -> list[str
 
 def feed(
     digest: "_Hash", file: SourceFile, start: int, stop: int, stopped: threading.Event, progress: Progress | None = None
-) -> None:
+) -> tuple[FileState | None, FileState | None]:
     """Add bytes `start:stop` of a file's data section to a hash.
 
     Args:
@@ -88,14 +139,16 @@ def feed(
         stopped: Cancels the work when it is set.
         progress: Told of every byte read.
 
+    Returns:
+        The open file before the first byte was read and after the last one; None for a file in another format.
+
     Raises:
         HashCancelled: `stopped` was set.
     """
-    if start == stop:
-        return
-    buffer = memoryview(bytearray(min(PIECE, stop - start)))
+    buffer = memoryview(bytearray(max(1, min(PIECE, stop - start))))
     reader = file.open()
     try:
+        before = reader.state() if isinstance(reader, FileBytes) else None
         for position in range(start, stop, PIECE):
             if stopped.is_set():
                 raise HashCancelled
@@ -104,5 +157,6 @@ def feed(
             digest.update(part)
             if progress:
                 progress.advance(len(part))
+        return before, reader.state() if isinstance(reader, FileBytes) else None
     finally:
         reader.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from crdiff_export.errors import CheckpointError
+from crdiff_export.formats.hash_cache import FileState
 from crdiff_export.formats.safetensors import TensorSpec
 
 
@@ -119,6 +120,13 @@ class FileBytes:
 
     def close(self) -> None:
         self._file.close()
+
+    def state(self) -> FileState:
+        """Return what tells the open file from others, and from itself after a change."""
+        try:
+            return FileState.of(os.fstat(self._file.fileno()))
+        except OSError as error:
+            raise self._failed(error) from error
 
     def _failed(self, error: OSError) -> CheckpointError:
         return CheckpointError(

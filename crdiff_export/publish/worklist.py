@@ -11,7 +11,7 @@ from crdiff_export.bake import metadata
 from crdiff_export.errors import CrdiffError, OptionError, PlanError
 from crdiff_export.export import ExportRequest, plan_variant
 from crdiff_export.formats.crdiff_keys import PREFIX, CalibrationStamp, Stamp
-from crdiff_export.formats.hashing import hash_data
+from crdiff_export.formats.hashing import hash_data_once
 from crdiff_export.hub import remote_headers
 from crdiff_export.hub.remote_headers import RemoteBase
 from crdiff_export.progress import Progress
@@ -43,6 +43,7 @@ class PublishRequest:
         create_pr: Whether to commit to pull requests.
         device: The device to rank on.
         threads: Threads on the CPU; None for all cores.
+        rehash: Hash local bases anew, whatever the user's cache of hashes says.
     """
 
     plan: Path
@@ -52,6 +53,7 @@ class PublishRequest:
     create_pr: bool = False
     device: str = "auto"
     threads: int | None = None
+    rehash: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +201,9 @@ def _item(request: PublishRequest, plan: PlanFile, entry: PlanEntry, *, folder: 
     if folder and entry.default_name:
         path = path.removesuffix(".safetensors")
         target = target.with_name(target.name.removesuffix(".safetensors"))
-    export = replace(entry.request, output=target, device=request.device, threads=request.threads)
+    export = replace(
+        entry.request, output=target, device=request.device, threads=request.threads, rehash=request.rehash
+    )
     return WorkItem(entry, export, path, request.push)
 
 
@@ -292,5 +296,5 @@ class _ExpectedStamps:
         if number not in self._computed:
             with self._open_progress() as progress:
                 progress.stage("hashing", file.data_size)
-                self._computed[number] = hash_data(file, progress)
+                self._computed[number] = hash_data_once(file, progress, rehash=self._export.rehash)
         return replace(stamp, source_hash=f"0x{self._computed[number]}")

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from crdiff_export.bake.metadata import tool_version
 from crdiff_export.errors import PreviewError
 from crdiff_export.evaluate import evidence, scorers
-from crdiff_export.formats.hashing import hash_data
+from crdiff_export.formats.hashing import hash_data_once
 from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import MAGNITUDE
 from crdiff_export.prune.plan import with_ratios
@@ -132,5 +132,5 @@ def _hash_base(job: SearchJob, progress: Progress) -> str:
     """Hash the base's data sections: one of a file, several of shards."""
     files = job.plan.checkpoint.files
     progress.stage("hashing", sum(file.data_size for file in files))
-    hashes = [hash_data(file, progress) for file in files]
+    hashes = [hash_data_once(file, progress, rehash=job.request.rehash) for file in files]
     return f"sha256:{hashes[0]}" if len(hashes) == 1 else pipeline_fingerprint.digest("".join(hashes).encode())

@@ -56,6 +56,7 @@ class SearchRequest(DrawingRequest):
     outputs: tuple[Path, ...] = ()
     sheet: Path | None = None
     force: bool = False
+    rehash: bool = False
     command: str = ""
 
 

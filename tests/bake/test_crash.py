@@ -590,7 +590,7 @@ def test_every_call_of_the_system_may_fail(
         if code == 0 and call in ("os.open", "os.fstat"):
             clean(place / name)
         assert parts(place) == []
-        assert threading.active_count() == threads
+        assert threading.active_count() == threads, threading.enumerate()
         if failing.calls < nth:
             assert code == 0
             break
