@@ -7,8 +7,9 @@ import click
 from crdiff_export.cli import options
 from crdiff_export.cli.command import command, gather, option_group
 from crdiff_export.cli.output import Output, Result
+from crdiff_export.errors import HubError
 from crdiff_export.publish.commit import plan
-from crdiff_export.publish.request import PushRequest, check_request, make_upload
+from crdiff_export.publish.request import PushRequest, check_request, make_upload, read_source_name
 from crdiff_export.publish.target import MAIN, Destination
 
 # What stands for the repository in a card that is for none yet.
@@ -32,9 +33,15 @@ def card(out: Output, file: Path, request: PushRequest) -> Result:
     """
     out.quiet_hub_client()
     check_request(request)
+    read_source_name(file)
     with out.threads_progress() as progress:
         upload = make_upload(request, file, progress)
-    planned = plan(upload, Destination(request.repo, MAIN), read=request.repo != NO_REPO)
+    destination = Destination(request.repo, MAIN)
+    try:
+        planned = plan(upload, destination, read=request.repo != NO_REPO)
+    except HubError as error:
+        out.notes([f"the card is one for a new repository: {error.message}"])
+        planned = plan(upload, destination, read=False)
     repo = None if request.repo == NO_REPO else request.repo
     record = {"repo": repo, "card": planned.card, "notes": list(planned.notes)}
     return Result(record, [planned.card.removesuffix("\n")], notes=planned.notes)

@@ -2,12 +2,11 @@
 
 import inspect
 import os
-import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, Final
+from typing import Any
 
 import click
 
@@ -18,8 +17,6 @@ from crdiff_export.formats.text import printable
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 # Gives the decorator that adds an option under a heading.
 OptionMaker = Callable[[str], Decorator]
-# What a storage's URL may hold back: its password, and the parameters at its end.
-_SECRETS: Final = (re.compile(r"(://[^\s/@:]*:)\S*(@)"), re.compile(r"(postgres\S*\?)\S+()"))
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,13 @@ class HeadedOption(click.Option):
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """Read the variable that is called as the option is, whatever its parameter is called."""
         return os.environ.get(self.variable(ctx)) or None
+
+    def value_from_envvar(self, ctx: click.Context) -> Any:
+        """Take a text or a path as it stands, with its spaces: several of them are lines."""
+        value = self.resolve_envvar_value(ctx)
+        if value is not None and self.multiple and isinstance(self.type, click.types.StringParamType | click.Path):
+            return value.splitlines()
+        return super().value_from_envvar(ctx)
 
     def variable(self, ctx: click.Context) -> str:
         """Return the name of its environment variable."""
@@ -127,7 +131,7 @@ def gather(name: str, make: Callable[..., Any]) -> Decorator:
 
 
 def command_line() -> str:
-    """Return the command line of this run as a shell takes it, without passwords in URLs; "" outside of `main`."""
+    """Return the command line of this run as a shell takes it, without secrets; "" outside of `main`."""
     invocation = click.get_current_context().find_object(Invocation)
     if not (invocation and invocation.words):
         return ""
@@ -146,13 +150,13 @@ def command_line() -> str:
 
 
 def _public(name: str, value: str) -> str:
-    """Return what a page may show of an option's value: no words of a scorer's command, no password of a URL."""
+    """Return what a page may show of an option's value: no words of a scorer's command, no address of a server."""
     if name == "--scorer":
         from crdiff_export.evaluate import scorers
 
-        value = scorers.public(value)
-    for secret in _SECRETS:
-        value = secret.sub(r"\1***\2", value)
+        return scorers.public(value)
+    if name == "--storage" and "://" in value:
+        return f"{value.partition('://')[0]}://***"
     return value
 
 

@@ -3,12 +3,13 @@
 from typing import Any
 
 from crdiff_export.cli import drawing, options
-from crdiff_export.cli.blocks import Block, Facts, Table
+from crdiff_export.cli.blocks import Block, Facts
 from crdiff_export.cli.command import command, gather, option, option_group
 from crdiff_export.cli.evaluation_json import beside_json, pairs_json, subject_json
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.evaluate import EvaluateJob, EvaluateRequest, Evaluation, draw, measure, prepare, write
 from crdiff_export.evaluate.scorers import inception
+from crdiff_export.formats.text import plural
 
 
 @command(
@@ -72,18 +73,17 @@ def _describe(job: EvaluateJob) -> list[str]:
     prompts = len({prompt for prompt, _ in job.pairs})
     fetched = job.fid and not job.fid.weights and (url := inception.absent())
     return [
-        f"{job.pictures} pictures of {prompts} prompts, {drawing.device_text(job)}",
+        f"{plural(job.pictures, 'picture')} of {plural(prompts, 'prompt')}, {drawing.device_text(job)}",
         *([f"FID's network, 91 MiB, comes from {url}"] if fetched else []),
     ]
 
 
 def _result(evaluation: Evaluation) -> Result:
-    from crdiff_export.evaluate import report_text
+    from crdiff_export.cli.evaluation_text import score_tables, sentences
 
-    table = Table(*report_text.table(evaluation), report_text.NUMERIC, report_text.OPTIONAL)
-    lines = report_text.rival_lines(evaluation)
-    text: list[Block] = [Facts(evaluation.facts), "", table, *([""] if lines else []), *lines]
-    return Result(_as_json(evaluation), text, bare=[table, *lines], notes=evaluation.notes)
+    tables, lines = score_tables(evaluation), sentences(evaluation)
+    text: list[Block] = [Facts(evaluation.facts), "", *tables, "", *lines]
+    return Result(_as_json(evaluation), text, bare=[*tables, "", *lines], notes=evaluation.notes)
 
 
 def _as_json(evaluation: Evaluation) -> dict[str, Any]:

@@ -103,12 +103,12 @@ def export(
     destination = _destination(pushing, requests[0]) if pushing and not dry_run else None
     jobs = prepare_all(requests)
     out.notes(_each(jobs, [job.plan.notes for job in jobs]))
-    setups = [_prepare_thumbnail(job, thumbnail) for job in jobs] if thumbnail else []
+    setups = [_prepare_thumbnail(job, thumbnail) for job in jobs] if thumbnail is not None else []
     if dry_run:
         if device not in ("auto", "cpu"):
             kernels.load(device)  # raises where it is not there
         return export_text.all_planned([export_text.planned(job, pushing) for job in jobs])
-    if thumbnail:
+    if thumbnail is not None:
         jobs = [_with_thumbnail(out, job, setup, thumbnail) for job, setup in zip(jobs, setups, strict=True)]
     began = time.monotonic()
     with out.threads_progress() as progress:

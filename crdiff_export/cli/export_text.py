@@ -12,7 +12,7 @@ from crdiff_export.cli.progress_display import rate_text
 from crdiff_export.errors import CrdiffError
 from crdiff_export.export import Baked, ExportJob
 from crdiff_export.formats.text import amount
-from crdiff_export.models.evidence_text import evidence_text
+from crdiff_export.models.evidence_text import evidence_text, poa_note
 from crdiff_export.prune.criterion_choice import MAGNITUDE
 from crdiff_export.prune.plan import CASTABLE
 from crdiff_export.publish.request import PushRequest
@@ -145,7 +145,7 @@ def done(baked: Baked, seconds: float) -> Result:
         **_choice(baked.job),
         **criterion,
         **({"evidence": evidence_text(stamp.evidence)} if stamp.evidence else {}),
-        "POA weight": f"{stamp.poa_weight:g}",
+        "POA weight": f"{stamp.poa_weight:g}{poa_note(stamp.evidence)}",
         "zeroed": f"{pruned:,} weights, {pruned / max(weights, 1):.1%} of {weights:,} in the file",
         "written": f"{amount(written.size)} in {rate_text(written.size, seconds)}",
     }

@@ -51,6 +51,9 @@ def _check_outputs(files: Sequence[Path], outputs: Sequence[Path], *, layers: bo
         raise OptionError(f"--output {outputs[0]}: only --layers makes a heat map", "Give --layers, too.")
     if len(files) > 1:
         raise OptionError(f"--output {outputs[0]}: a heat map is of one file", "Give one FILE.")
+    for output in outputs:
+        if output.resolve() == files[0].resolve():
+            raise OptionError(f"--output {output}: the checkpoint itself", "Give the heat map a name of its own.")
     from crdiff_export.evaluate import layer_map
 
     return layer_map.check(outputs, force=force)

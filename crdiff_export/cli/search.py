@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 from crdiff_export.cli import drawing, options
-from crdiff_export.cli.blocks import Block, Facts, Table
+from crdiff_export.cli.blocks import Block, Facts
 from crdiff_export.cli.command import Invocation, command, gather, option, option_group
 from crdiff_export.cli.evaluation_json import pairs_json, subject_json
 from crdiff_export.cli.output import Output, Result
@@ -167,14 +167,11 @@ def _describe(job: SearchJob) -> list[str]:
 
 
 def _text(result: SearchResult) -> list[Block]:
-    from crdiff_export.evaluate import report_text as evaluation_text
+    from crdiff_export.cli.evaluation_text import score_tables
 
     text: list[Block] = [Facts(report_text.facts(result))]
     if result.evaluation:
-        text += [
-            "",
-            Table(*evaluation_text.table(result.evaluation), evaluation_text.NUMERIC, evaluation_text.OPTIONAL),
-        ]
+        text += ["", *score_tables(result.evaluation)]
     return [*text, "", report_text.conclusion(result)]
 
 

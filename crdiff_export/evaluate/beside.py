@@ -5,9 +5,11 @@ A rival draws with the dense model of the open pipeline, so that its pictures co
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -27,6 +29,7 @@ NAMES: Final = "native-size, two-pass, lora:FILE or module:function"
 # Ours: half of the noise lets the second pass draw details anew and keeps what is where.
 STRENGTH: Final = 0.5
 _ADAPTER: Final = "crdiff_beside"
+_RETURNED: Final = "Return as many PIL images as there are prompts."
 # Draws as `Session.draw` does.
 Draw = Callable[[Sequence[str], Sequence[int], "Style", Callable[[], None]], "list[Image]"]
 
@@ -37,11 +40,13 @@ class Rival:
 
     kind: Kind
     value: str = ""
+    is_one_of_many: bool = False
 
     @property
     def name(self) -> str:
-        """What its column is called; of a file the name alone."""
-        return {"lora": f"lora:{Path(self.value).name}", "function": self.value}.get(self.kind, self.kind)
+        """What its column is called; of a file the name alone, unless another file has the same."""
+        file = self.value if self.is_one_of_many else Path(self.value).name
+        return {"lora": f"lora:{file}", "function": self.value}.get(self.kind, self.kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,10 @@ def parse(texts: Sequence[str]) -> tuple[Rival, ...]:
         OptionError: A name is none of those.
         PreviewError: A file or a function does not exist.
     """
-    return tuple(dict.fromkeys(map(_parse, texts)))
+    rivals = dict.fromkeys(map(_parse, texts))
+    names = Counter(rival.name for rival in rivals)
+    ordered = sorted(rivals, key=lambda rival: rival.kind == "function")  # which may change the pipeline
+    return tuple(replace(rival, is_one_of_many=names[rival.name] > 1) for rival in ordered)
 
 
 def _parse(text: str) -> Rival:
@@ -96,7 +104,9 @@ def _parse(text: str) -> Rival:
         path = Path(value).expanduser()
         if not path.is_file():
             raise PreviewError(f"{value}: no such file", "Give --beside lora:FILE, a LoRA in safetensors.")
-        return Rival("lora", str(path))
+        if path.suffix != ".safetensors":
+            raise PreviewError(f"{value}: not a safetensors file", "Give --beside lora:FILE, a LoRA in safetensors.")
+        return Rival("lora", os.path.normpath(path))
     if value and kind != "lora":
         import_function(text, PreviewError, "Name a function (pipe, **call) of a module here, as in mine:draw.")
         return Rival("function", text)
@@ -144,9 +154,24 @@ def _refining_steps(steps: int) -> int:
     return max(steps, math.ceil(1 / STRENGTH))
 
 
+def check_opening(rivals: Iterable[tuple[Rival, Setting]], session: "Session") -> None:
+    """Prepare the pipeline for each rival once, so that what cannot be drawn is refused before anything is drawn.
+
+    Args:
+        rivals: The rivals, each with its sizes.
+        session: The open pipeline.
+
+    Raises:
+        PreviewError: A rival cannot be drawn with this pipeline.
+    """
+    for rival, setting in rivals:
+        with opened(rival, session, setting):
+            pass
+
+
 @contextmanager
 def opened(rival: Rival, session: "Session", setting: Setting) -> Iterator[Draw]:
-    """Prepare an open pipeline for a rival; it is as before after the block.
+    """Prepare an open pipeline for a rival; it is as before after the block, unless a function has changed it.
 
     Args:
         rival: The rival.
@@ -188,7 +213,8 @@ def _two_pass(session: "Session", setting: Setting) -> Draw:
         call = session.call(prompts, seeds, style, on_step) | {"image": images, "strength": STRENGTH}
         call["num_inference_steps"] = _refining_steps(style.steps)
         with foreign_errors(PreviewError, "--beside two-pass", "Leave it out."):
-            return _images(refining(**_taken(refining, call)))
+            result = refining(**_taken(refining, call))
+        return _images(result, "--beside two-pass")
 
     return draw
 
@@ -216,8 +242,9 @@ def _function(rival: Rival, session: "Session") -> Draw:
         prompts: Sequence[str], seeds: Sequence[int], style: "Style", on_step: Callable[[], None]
     ) -> "list[Image]":
         call = session.call(prompts, seeds, style, on_step)
-        with foreign_errors(PreviewError, rival.name, "Return as many PIL images as there are prompts."):
-            images = _images(function(session.pipe, **call))
+        with foreign_errors(PreviewError, rival.name, _RETURNED):
+            result = function(session.pipe, **call)
+        images = _images(result, rival.name)
         wrong = [image.size for image in images if image.size != (style.size.width, style.size.height)]
         if wrong or len(images) != len(prompts):
             what = f"a picture of {wrong[0][0]}x{wrong[0][1]}" if wrong else f"{len(images)} pictures"
@@ -230,9 +257,16 @@ def _function(rival: Rival, session: "Session") -> Draw:
     return draw
 
 
-def _images(result: Any) -> "list[Image]":
+def _images(result: Any, name: str) -> "list[Image]":
     """Take the pictures of a pipeline's output, or of a list."""
-    return [image.convert("RGB") for image in getattr(result, "images", result)]
+    from PIL import Image
+
+    given = getattr(result, "images", result)
+    images = list(given) if isinstance(given, list | tuple | Iterator) else [given]
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise PreviewError(f"{name}: returned {type(image).__name__}, not a PIL image", _RETURNED)
+    return [image.convert("RGB") for image in images]
 
 
 def _taken(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from crdiff_export.bake.metadata import tool_version
 from crdiff_export.evaluate.beside import Draw
 from crdiff_export.export import ExportRequest
-from crdiff_export.formats.text import printable
+from crdiff_export.formats.text import plural, printable
 from crdiff_export.models import recipe
 from crdiff_export.progress import Progress
 from crdiff_export.prune import criterion_choice
@@ -131,7 +131,7 @@ def _passes(weight: float) -> int:
 
 def sampling_facts(style: "Style", session: "Session") -> Iterator[tuple[str, str]]:
     """Yield how pictures are sampled, as name and text."""
-    yield "sampling", f"{style.steps} steps of {session.scheduler}, guidance {style.guidance:g}"
+    yield "sampling", f"{plural(style.steps, 'step')} of {session.scheduler}, guidance {style.guidance:g}"
     if style.negative:
         yield "negative", style.negative
 

@@ -23,7 +23,7 @@ def render(evaluation: Evaluation) -> str:
     """Render the page."""
     notes = [("note", printable(text, limit=1000)) for text in evaluation.notes]
     return page.render(
-        f"{printable(evaluation.job.drawing.base.name)}: dense, pruned and POA",
+        f"{printable(evaluation.job.drawing.base.name)} at {_sizes(evaluation)}: dense, pruned and POA",
         list(_sections(evaluation)),
         verdicts=report_text.verdicts(evaluation),
         facts=(*evaluation.facts, *notes),
@@ -56,6 +56,11 @@ def differences(evaluation: Evaluation, subject: Subject, title: str, facts: Fac
         )
         rows.append(SheetRow(prompt, seed, pictures))
     return ContactSheet(title, facts, tuple(model.name for model in models), tuple(rows))
+
+
+def _sizes(evaluation: Evaluation) -> str:
+    sizes = dict.fromkeys(str(subject.size) for subject in evaluation.subjects if not subject.is_native_check)
+    return ", ".join(sizes)
 
 
 def _sections(evaluation: Evaluation) -> Iterator[PageSection]:

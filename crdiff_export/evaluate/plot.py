@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, Final
 
 from crdiff_export.evaluate.comparison import DENSE, PRUNED
@@ -9,19 +10,23 @@ from crdiff_export.evaluate.report import colours, plots
 from crdiff_export.evaluate.request import Subject
 from crdiff_export.evaluate.results import Evaluation, Finding
 from crdiff_export.evaluate.statistics import Estimate
-from crdiff_export.formats.text import printable
+from crdiff_export.formats.text import printable, shortened
 
-# The dense model, the pruned one, then POA by the order of its weights at a size.
-COLOURS: Final = (colours.GREY, colours.BLUE, colours.ORANGE, colours.GREEN, colours.PINK, colours.YELLOW)
-_MARKERS: Final = ("s", "o", "D", "^", "v", "P")
+# The dense model and the pruned one, POA by the order of its weights at a size, and what was drawn beside them.
+DENSE_MARK, PRUNED_MARK = (colours.GREY, "s"), (colours.BLUE, "o")
+POA_MARKS: Final = tuple((colours.ORANGE, marker) for marker in "Dd*Xph")
+RIVAL_MARKS: Final = tuple(
+    (colour, marker) for marker in "^vP<>" for colour in (colours.GREEN, colours.PINK, colours.YELLOW)
+)
+_LEGEND_COLUMNS: Final = 4
 _ROW_HEIGHT: Final = 0.2  # of one model, in inches
 
 
 @dataclass(frozen=True, slots=True)
 class PlotPoint:
-    """A model at a size: the number of its colour, its mean score, and its difference to the dense model."""
+    """A model at a size: its colour and marker, its mean score, and its difference to the dense model."""
 
-    colour: int
+    mark: tuple[str, str]
     name: str
     mean: float
     difference: Estimate | None
@@ -64,20 +69,23 @@ def figure(plot_rows: Sequence[PlotRow], scorer: str) -> Any:
     from matplotlib.ticker import MaxNLocator
 
     most = max((len(points) for _, points in plot_rows), default=1)
-    height = 1.3 + sum(_ROW_HEIGHT * max(2, len(points)) + 0.15 for _, points in plot_rows)
+    height = (
+        1.3 + 0.2 * (most // _LEGEND_COLUMNS) + sum(_ROW_HEIGHT * max(2, len(points)) + 0.15 for _, points in plot_rows)
+    )
     drawn: Any = Figure(figsize=(6.4, height), layout="constrained")
     differences, means = drawn.subplots(1, 2, sharey=True, width_ratios=(1.6, 1))
     differences.axvline(0, color=colours.INK, linewidth=1)
-    labels: dict[int, str] = {}
+    labels: dict[tuple[str, str], str] = {}
     for row, (_, points) in enumerate(plot_rows):
         for index, point in enumerate(points):
-            name = labels.setdefault(point.colour, point.name)
-            labels[point.colour] = name if name == point.name else "POA"
+            name = labels.setdefault(point.mark, point.name)
+            # A weight of its own at each size: the mark stands for POA.
+            labels[point.mark] = "POA" if name != point.name and point.mark in POA_MARKS else name
             y = row + (index - (len(points) - 1) / 2) * 0.75 / most
             _draw_point(differences, means, point, y)
     handles = [
-        means.plot([], [], _MARKERS[colour], markersize=5, color=COLOURS[colour], label=name)[0]
-        for colour, name in sorted(labels.items())
+        means.plot([], [], marker, linestyle="", markersize=5, color=colour, label=shortened(name, 28))[0]
+        for (colour, marker), name in labels.items()
     ]
     differences.set_yticks(range(len(plot_rows)), [label for label, _ in plot_rows])
     differences.set_ylim(len(plot_rows) - 0.5, -0.5)
@@ -91,13 +99,16 @@ def figure(plot_rows: Sequence[PlotRow], scorer: str) -> Any:
         axes.spines["left"].set_visible(False)
         for row in range(1, len(plot_rows)):
             axes.axhline(row - 0.5, color=colours.RULE, linewidth=0.8, zorder=0)
-    drawn.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside upper center")
+    columns = min(len(handles), _LEGEND_COLUMNS)
+    legend = drawn.legend(handles=handles, frameon=False, ncols=columns, loc="outside upper center")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return drawn
 
 
 def _draw_point(differences: Any, means: Any, point: PlotPoint, y: float) -> None:
     """Draw one model in both panels; a hollow point has too few samples for an interval."""
-    colour, marker = COLOURS[point.colour], _MARKERS[point.colour]
+    colour, marker = point.mark
     means.plot(point.mean, y, marker, markersize=5, color=colour)
     if not point.difference:
         return
@@ -109,16 +120,14 @@ def _draw_point(differences: Any, means: Any, point: PlotPoint, y: float) -> Non
 
 
 def _points(findings: Sequence[Finding]) -> list[PlotPoint]:
-    """Give dense and pruned colours of their own, each POA weight the next one, then what was drawn beside them."""
-    points, poa = [], 1
+    """Give each model and each rival of a size a mark of its own, the same at every size."""
+    points = []
+    poa, rivals = cycle(POA_MARKS), cycle(RIVAL_MARKS)
     for finding in findings:
-        weight = finding.model.weight
-        if not finding.model.beside and weight in (DENSE, PRUNED):
-            colour = int(weight)
-        else:
-            poa += 1
-            colour = 2 + (poa - 2) % (len(COLOURS) - 2)
-        points.append(PlotPoint(colour, finding.model.name, finding.mean.value, finding.difference))
+        model = finding.model
+        own = {DENSE: DENSE_MARK, PRUNED: PRUNED_MARK}.get(model.weight)
+        mark = next(rivals) if model.beside else own or next(poa)
+        points.append(PlotPoint(mark, model.name, finding.mean.value, finding.difference))
     return points
 
 

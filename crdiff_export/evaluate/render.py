@@ -11,6 +11,7 @@ from crdiff_export.evaluate.comparison import DENSE, Renderer, black_note
 from crdiff_export.evaluate.frechet import Moments
 from crdiff_export.evaluate.request import EvaluateJob, Subject
 from crdiff_export.evaluate.results import Evaluation, ModelScores
+from crdiff_export.formats.text import plural
 from crdiff_export.progress import Progress
 from crdiff_export.prune import criterion_choice
 from crdiff_export.sampling import poa
@@ -79,20 +80,21 @@ class _ScoringRenderer:
         pruned = [weight for subject in job.subjects for weight in subject.weights if weight != DENSE]
         steps = self._renderer.style(job.drawing.native).steps
         rivals = [(rival, job.setting(subject)) for subject in job.subjects for rival in job.rivals_of(subject)]
+        beside.check_opening(rivals, self._renderer.session)
         more = sum(beside.passes(rival, setting, steps) for rival, setting in rivals)
         self._renderer.start(len(job.pairs), [DENSE] * dense + pruned, job.drawing.native, more)
         for _, images, _ in self._renderer.draw(job.reference_pairs, job.drawing.native, DENSE):
             assert self._meter
             self._meter.add(self._meter.reference, images)
-        return tuple(model for subject in job.subjects for model in self._draw_subject(subject))
+        models = [self._draw_model(subject, weight) for subject in job.subjects for weight in subject.weights]
+        # Last of all: a user's function may change the pipeline, but none of the numbers of the models.
+        for rival in job.rivals:
+            models += [self._draw_rival(subject, rival) for subject in job.subjects if rival in job.rivals_of(subject)]
+        return tuple(models)
 
-    def _draw_subject(self, subject: Subject) -> Iterator[ModelScores]:
-        """Draw and score the models of a subject, then what is drawn beside them."""
-        for weight in subject.weights:
-            yield self._draw_model(subject, weight)
-        for rival in self._job.rivals_of(subject):
-            with beside.opened(rival, self._renderer.session, self._job.setting(subject)) as draw:
-                yield replace(self._score(subject, DENSE, draw), beside=rival.name)
+    def _draw_rival(self, subject: Subject, rival: beside.Rival) -> ModelScores:
+        with beside.opened(rival, self._renderer.session, self._job.setting(subject)) as draw:
+            return replace(self._score(subject, DENSE, draw), beside=rival.name)
 
     def _draw_model(self, subject: Subject, weight: float) -> ModelScores:
         """Draw and score one model; the dense model of a size is drawn once for all subjects."""
@@ -145,7 +147,7 @@ def _facts(job: EvaluateJob, style: "Style", session: "Session") -> Iterator[tup
     yield "base", f"{drawing.base.name} ({job.plan.match.family.title}), native {drawing.native}"
     yield "scorer", scorers.public(job.scorer)
     prompts = len({prompt for prompt, _ in job.pairs})
-    yield "pictures", f"{prompts} prompts, {request.pictures} of each, seeds from {request.seed}"
+    yield "pictures", f"{plural(prompts, 'prompt')}, {request.pictures} of each, seeds from {request.seed}"
     for subject in job.subjects:
         if not subject.is_native_check:
             variant = subject.plan.variant
@@ -155,9 +157,12 @@ def _facts(job: EvaluateJob, style: "Style", session: "Session") -> Iterator[tup
         size = f", calibrated at {criterion.calibration.size}" if criterion.calibration else ""
         yield "criterion", criterion.name + size
     yield from comparison.sampling_facts(style, session)
-    for number, subject in enumerate(subject for subject in job.subjects if not subject.is_native_check):
-        for name, text in beside.facts(job.rivals, job.setting(subject)):
-            if not number or "two-pass" in name:
+    targets = [subject for subject in job.subjects if not subject.is_native_check]
+    for number, subject in enumerate(targets):
+        for rival, (name, text) in zip(job.rivals, beside.facts(job.rivals, job.setting(subject)), strict=True):
+            if rival.kind == "two-pass" and len(targets) > 1:
+                yield f"{name} at {subject.size}", text
+            elif not number:
                 yield name, text
     of = "prompts" if prompts > 1 else "the pictures of this one prompt, which says nothing about others"
     yield "intervals", f"95 % each, so that one of 20 misses; over {of}; differences are paired, picture by picture"

@@ -1,21 +1,23 @@
 """The words of an evaluation's table: a model is better or worse only where its interval says so."""
 
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from crdiff_export.evaluate.report.page import PageTable
 from crdiff_export.evaluate.request import Subject
 from crdiff_export.evaluate.results import Evaluation, Finding
+from crdiff_export.evaluate.scorers.spec import DEMO
 from crdiff_export.evaluate.statistics import Estimate
 from crdiff_export.formats.text import plural, printable
 from crdiff_export.models.evidence_text import decimals
 
 COLUMNS: Final = (
-    *("size", "model", "s/picture", "score", "95 %", "right", "FID"),
-    *("minus dense", "95 % of it", "which shows"),
+    *("size", "model", "s/picture", "score", "score's 95 %", "right", "FID"),
+    *("minus dense", "its 95 %", "which shows"),
 )
 NUMERIC: Final = ("s/picture", "score", "right", "FID", "minus dense")
 # What a narrow terminal leaves out first: the claim is about differences, whose interval stays.
-OPTIONAL: Final = ("s/picture", "95 %", "right")
+OPTIONAL: Final = ("s/picture", "score's 95 %", "right")
 
 
 def where(evaluation: Evaluation, subject: Subject) -> str:
@@ -62,7 +64,7 @@ def page_table(evaluation: Evaluation) -> PageTable:
         The rows of `table`. Sizes are headings, and the verdicts and what they rest on come first.
     """
     names, rows = table(evaluation)
-    first = [name for name in ("model", "which shows", "minus dense", "95 % of it") if name in names]
+    first = [name for name in ("model", "which shows", "minus dense", "its 95 %") if name in names]
     columns = [*first, *(name for name in names[1:] if name not in first)]
     grouped: list[list[str]] = []
     for row in rows:
@@ -80,26 +82,32 @@ def verdicts(evaluation: Evaluation) -> list[tuple[str, str]]:
         evaluation: The evaluation.
 
     Returns:
-        A verdict and a sentence for each, such as ("better", "at 48x48: pruned - dense is +0.034 (95 %: +0.007 to
-        +0.061), 162 prompts, scorer demo").
+        A verdict and a sentence for each, such as ("better", "at 48x48, pruned against dense +0.034 (95 %: +0.007 to
+        +0.061)"), and sentences without a verdict: on what it rests, and what follows is compared with.
     """
     digits = _digits(evaluation)
-    basis = f"{plural(len(evaluation.prompts), 'prompt')}, scorer {printable(evaluation.scorer, 40)}"
-    return [
-        (estimate.verdict, f"at {where(evaluation, subject)}: {ours} - {other} is {_change(estimate, digits)}, {basis}")
-        for subject in evaluation.subjects
-        for ours, other, estimate in (*_against_dense(evaluation, subject), *evaluation.against(subject))
-    ]
+
+    def sentences(subject: Subject, pairs: Iterable[tuple[str, str, Estimate]]) -> Iterator[tuple[str, str]]:
+        for ours, other, estimate in pairs:
+            yield (
+                estimate.verdict,
+                f"at {where(evaluation, subject)}, {ours} against {other} {_change(estimate, digits)}",
+            )
+
+    subjects = evaluation.subjects
+    dense = [said for subject in subjects for said in sentences(subject, _against_dense(evaluation, subject))]
+    rivals = [said for subject in subjects for said in sentences(subject, evaluation.against(subject))]
+    if not dense:
+        return [("", "Nothing was pruned: all ratios are 0.")]
+    basis = (
+        f"{plural(len(evaluation.prompts), 'prompt')}, scorer {printable(evaluation.scorer, 40)}{_scale(evaluation)}"
+    )
+    return [*dense, *([("", "Compared with what else was drawn:"), *rivals] if rivals else []), ("", f"({basis})")]
 
 
-def rival_lines(evaluation: Evaluation) -> list[str]:
-    """Say in lines how the pruned models compare with what was drawn beside them; the table compares with dense."""
-    digits = _digits(evaluation)
-    return [
-        f"{estimate.verdict}: at {where(evaluation, subject)} {ours} - {other} is {_change(estimate, digits)}"
-        for subject in evaluation.subjects
-        for ours, other, estimate in evaluation.against(subject)
-    ]
+def _scale(evaluation: Evaluation) -> str:
+    """Explain the scores of the demo's judge; of other scorers their authors do."""
+    return ": from 0 to 1, how much of the prompt is right; right: all of it" if evaluation.scorer == DEMO else ""
 
 
 def _against_dense(evaluation: Evaluation, subject: Subject) -> list[tuple[str, str, Estimate]]:

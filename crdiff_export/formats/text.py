@@ -52,6 +52,21 @@ def printable(text: str, limit: int | None = 200) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
+def shortened(text: str, limit: int) -> str:
+    """Shorten a text in its middle, and make it safe to show.
+
+    Args:
+        text: Any text.
+        limit: The most characters.
+
+    Returns:
+        The text, no longer than that.
+    """
+    shown = printable(text, None)
+    keep = limit - 1
+    return shown if len(shown) <= limit else f"{shown[: keep - keep // 2]}…{shown[-(keep // 2) :]}"
+
+
 def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the word that was probably meant.
 

@@ -17,8 +17,8 @@ def evidence_text(values: Mapping[str, object]) -> str:
             text and may be anything.
 
     Returns:
-        Such as "no difference shown: pruned - dense -0.002 (95 %: -0.013 to +0.007), 162 prompts, scorer demo". Without
-        the scores of both models, the values as they are.
+        Such as "no difference shown: pruned against dense -0.002 (95 %: -0.013 to +0.007), 162 prompts, scorer demo".
+        Without the scores of both models, the values as they are.
     """
     numbers = {key: _number(values.get(key)) for key in _NUMBERS}
     pruned, dense, poa, prompts = (numbers[key] for key in ("pruned", "dense", "poa", "prompts"))
@@ -33,6 +33,21 @@ def evidence_text(values: Mapping[str, object]) -> str:
     return ", ".join(["; ".join(parts), *count, *scorer])
 
 
+def poa_note(values: Mapping[str, object]) -> str:
+    """Say what was measured of POA at the recommended weight, to stand behind that weight.
+
+    Args:
+        values: As in `evidence_text`.
+
+    Returns:
+        Such as " (not shown to help)"; empty where POA was not measured, or is better.
+    """
+    poa, dense, low, high = (_number(values.get(key)) for key in ("poa", "dense", "poa_low", "poa_high"))
+    if poa is None or dense is None or low is None or high is None or low > 0:
+        return ""
+    return " (worse than dense, as measured)" if high < 0 else " (not shown to help)"
+
+
 def decimals(width: float) -> int:
     """Return the decimals that show two digits of an interval of this width: a scorer's scale may be small."""
     return min(9, max(3, 2 - math.ceil(math.log10(width)))) if width > 0 else 3
@@ -40,11 +55,11 @@ def decimals(width: float) -> int:
 
 def _difference(name: str, change: float, interval: tuple[float, float] | None) -> str:
     if interval is None:
-        return f"no interval: {name} - dense {change:+.3g}"
+        return f"no interval: {name} against dense {change:+.3g}"
     low, high = interval
     verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
     form = f"+.{decimals(high - low)}f"
-    return f"{verdict}: {name} - dense {change:{form}} (95 %: {low:{form}} to {high:{form}})"
+    return f"{verdict}: {name} against dense {change:{form}} (95 %: {low:{form}} to {high:{form}})"
 
 
 def _number(value: object) -> float | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from crdiff_export.errors import OptionError
 from crdiff_export.formats.crdiff_keys import Stamp
 from crdiff_export.formats.hashing import hash_file
+from crdiff_export.formats.text import amount
 from crdiff_export.hub.location import REF, is_repo_id, parse_uri
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.publish import target
@@ -16,8 +17,10 @@ from crdiff_export.publish.variants import sheet_path
 
 # huggingface_hub's FORBIDDEN_FOLDERS, and parts that are no names of files.
 _NOT_NAMES = ("", ".", "..", ".git", ".cache")
-# The first bytes of a PNG file (ISO/IEC 15948, 5.2).
-_PNG = b"\x89PNG\r\n\x1a\n"
+# The first and last bytes of a PNG file: signature and header chunk, and the chunk that ends it (ISO/IEC 15948).
+_BEGINS, _ENDS = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"
+# Ours: what a visitor of a card downloads without being asked.
+LARGEST_SHEET = 20_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +85,16 @@ def _check_sheet(sheet: Path) -> None:
     hint = "Draw one with `crdiff preview BASE --baked FILE --prompt TEXT -o sheet.png`."
     try:
         with sheet.open("rb") as file:
-            begins = file.read(len(_PNG))
+            size = sheet.stat().st_size
+            begins = file.read(len(_BEGINS))
+            file.seek(max(size - len(_ENDS), 0))
+            ends = file.read(len(_ENDS))
     except OSError as error:
         raise OptionError(f"{sheet}: cannot be read: {error.strerror}", hint) from error
-    if begins != _PNG:
-        raise OptionError(f"{sheet}: not a PNG file", hint)
+    if (begins, ends) != (_BEGINS, _ENDS):
+        raise OptionError(f"{sheet}: not a whole PNG file", hint)
+    if size > LARGEST_SHEET:
+        raise OptionError(f"{sheet}: {amount(size)}, which is too large for a card", "Draw fewer prompts.")
 
 
 def path_in_repository(request: PushRequest, path: Path) -> str:
@@ -164,6 +172,7 @@ def make_upload(request: PushRequest, path: Path, progress: Progress, *, checked
     if request.sheet:
         stamp = next(file.header for file in files.values() if file.header)
         sheet = request.sheet
+        _check_sheet(sheet)
         files[sheet_path(wanted, stamp.resolution)] = LocalFile(sheet, sheet.stat().st_size, hash_file(sheet, Silent()))
     for name in files:
         _check_path(name)

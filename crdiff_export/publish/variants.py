@@ -23,7 +23,7 @@ def sheet_path(path: str, size: Size) -> str:
     Returns:
         The path of a PNG file.
     """
-    return f"images/{path.removesuffix('.safetensors').replace('/', '-') or size}.png"
+    return f"images/crdiff/{path.removesuffix('.safetensors') or size}.png"
 
 
 def card_variants(files: Mapping[str, RemoteFile], headers: Mapping[str, Stamp]) -> list[CardVariant]:

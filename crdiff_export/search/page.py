@@ -33,6 +33,7 @@ def contact_sheet(result: SearchResult, subject: Subject) -> ContactSheet:
 
 
 def _sections(result: SearchResult) -> Iterator[PageSection]:
+    yield PageSection("Best ratios", report_text.candidate_text(result.best.candidate))
     if result.evaluation:
         yield plots.section("Differences to the dense model", partial(evaluation_plot.render, result.evaluation))
         yield PageSection("Scores on held-out prompts", table=evaluation_text.page_table(result.evaluation))

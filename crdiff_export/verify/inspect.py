@@ -21,7 +21,7 @@ from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.formats.crdiff_keys import LAYER_WISE, PREFIX, Stamp, auto_v2, auto_v3, is_baked
 from crdiff_export.formats.text import amount, printable
 from crdiff_export.models import families
-from crdiff_export.models.evidence_text import evidence_text
+from crdiff_export.models.evidence_text import evidence_text, poa_note
 from crdiff_export.models.families import Match
 from crdiff_export.prune.criteria.calibration import KEY as CALIBRATION
 from crdiff_export.prune.plan import quantisation
@@ -194,7 +194,7 @@ def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, s
         yield "mask", printable(mask(stamp))
     if stamp.calibrated:
         yield "calibration", f"{stamp.calibrated.hash}, made at {stamp.calibrated.size}"
-    yield "POA weight", f"{stamp.poa_weight:g}"
+    yield "POA weight", f"{stamp.poa_weight:g}{poa_note(stamp.evidence)}"
     yield "base", f"{printable(stamp.source_name)} ({_base_hash(stamp)})"
     short = f" (AutoV3 {auto_v3(stamp.tensors_hash)})" if stamp.tensors_hash else ""
     yield "hash", f"{printable(output_hash)}{short}" if output_hash else "none"

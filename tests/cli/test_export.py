@@ -46,12 +46,12 @@ def test_export_shows_what_was_done_group_by_group(line: Line, here: Path) -> No
     assert rows[-2] == "next: crdiff preview demo --baked demo-crdiff-64x96.safetensors --prompt TEXT"
     facts = dict(row.split(":", 1) for row in rows[5:-2])
     assert facts.pop("written").split(" in ")[0].strip() == "10.10 MB"
-    assert facts.pop("evidence").strip().startswith("no difference shown: pruned - dense -0.005")
+    assert facts.pop("evidence").strip().startswith("no difference shown: pruned against dense -0.005")
     assert {name: text.strip() for name, text in facts.items()} == {
         "base": "demo (demo, native 64x64)",
         "pruned for": "64x96",
         "ratios": UNTUNED,
-        "POA weight": "1.5",
+        "POA weight": "1.5 (not shown to help)",
         "zeroed": "373,687 weights, 7.4% of 5,017,291 in the file",
     }
     assert rows[-1] == "demo-crdiff-64x96.safetensors"

@@ -107,7 +107,7 @@ def test_the_verdict_is_in_the_table_at_80_columns() -> None:
     lines = table_lines(table, 80)
     assert lines[0].split()[-2:] == ["which", "shows"]
     assert any(line.split()[:2] == ["POA", "1.5"] and line.endswith("better") for line in lines)
-    assert lines[-1] == "(no room for: s/picture, 95 %, right)"
+    assert lines[-1] == "(no room for: s/picture, score's 95 %, right)"
 
 
 def _without_fid() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -119,7 +119,7 @@ def _without_fid() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 def test_records_name_the_size_of_every_row() -> None:
     lines = table_lines(TABLES["evaluate"], 60)
     assert sum(line.split() == ["size:", "128x96", "(native)"] for line in lines) == 3
-    assert f"which shows: {VERDICT}" in lines
+    assert any(line.split() == ["which", "shows:", *VERDICT.split()] for line in lines)
 
 
 def test_in_a_pipe_columns_are_as_wide_as_they_need() -> None:

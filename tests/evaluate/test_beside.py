@@ -1,6 +1,7 @@
 """What is drawn beside the models: from the same noise, by the dense model, and nothing of it stays behind."""
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from PIL import Image
 
 from crdiff_export import Size
 from crdiff_export.errors import OptionError, PreviewError
-from crdiff_export.evaluate import EvaluateRequest, evaluate, report_text
+from crdiff_export.evaluate import EvaluateRequest, Subject, evaluate, plot, report_text
 from crdiff_export.evaluate.beside import STRENGTH, Rival, Setting, check, parse, passes
 from crdiff_export.evaluate.preview import PreviewRequest, preview
+from crdiff_export.evaluate.results import ModelScores
 from crdiff_export.models import demo
 from tests.support.calibrating import clip, tokenizer
 from tests.support.evaluating import Line, draw_plainly, open_plainly
@@ -182,6 +184,12 @@ def small(pipe, prompt, **call):
     return [Image.new("RGB", (8, 8)) for _ in prompt]
 def few(pipe, **call):
     return []
+def nothing(pipe, **call):
+    return None
+def text(pipe, prompt, **call):
+    return "picture"
+def array(pipe, **call):
+    return pipe(**{**call, "output_type": "np"})
 def broken(pipe, **call):
     raise KeyError("x")
 def other(pipe):
@@ -196,13 +204,61 @@ def test_a_function_gets_the_pipeline_and_the_call(here: Path) -> None:
     assert made["mine_draws:red"] == Image.new("RGB", (48, 48), "red").tobytes()
 
 
-@pytest.mark.parametrize("name", ["small", "few", "broken", "other"])
+@pytest.mark.parametrize("name", ["small", "few", "broken", "other", "nothing", "text", "array"])
 def test_what_a_function_does_wrong_is_one_line(name: str, line: Line, here: Path) -> None:
     (here / "mine_wrong.py").write_text(MINE)
     ran = line(f"preview demo --res 48 --steps 1 --ratio 0.4 --prompt '{PROMPT}' --beside mine_wrong:{name} -o p.png")
     assert (ran.code, ran.out) == (1, "")
     assert f"mine_wrong:{name}" in ran.err.splitlines()[-2]
     assert "Traceback" not in ran.err
+
+
+def test_what_a_function_does_to_the_pipeline_changes_no_number_of_the_models(here: Path) -> None:
+    (here / "mine_changes.py").write_text(
+        "def f(pipe, **call):\n"
+        "    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)\n"
+        "    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing='trailing')\n"
+        "    return pipe(**call)\n"
+    )
+    request = EvaluateRequest("demo", (Size(48, 48), Size(80, 80)), limit=2, ratio=0.4, steps=2, batch=2)
+    alone = evaluate(request)
+    beside = evaluate(replace(request, beside=("mine_changes:f", "two-pass")))
+
+    def scores(models: Iterable[ModelScores]) -> list[tuple[Subject, str, list[float]]]:
+        return [(model.subject, model.name, model.values) for model in models]
+
+    names = [name for _, name, _ in scores(beside.models)]
+    assert [entry[1:] for entry in scores(beside.models) if entry[1] in ("dense", "pruned", "POA 1.5")] == [
+        entry[1:] for entry in scores(alone.models)
+    ]
+    assert names[-4:] == ["two-pass"] * 2 + ["mine_changes:f"] * 2  # functions come last
+
+
+def test_two_files_of_one_name_are_told_apart(here: Path) -> None:
+    (here / "sub").mkdir()
+    for path in (here / "x.safetensors", here / "sub" / "x.safetensors"):
+        path.touch()
+    rivals = parse(["lora:x.safetensors", "lora:sub/x.safetensors", "lora:./x.safetensors"])
+    assert [rival.name for rival in rivals] == ["lora:x.safetensors", "lora:sub/x.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["a $x^$y<b>&", "long " * 30])
+def test_any_name_can_be_plotted(name: str, here: Path) -> None:
+    (here / "mine_named.py").write_text(MINE)
+    request = EvaluateRequest("demo", (Size(48, 48),), limit=2, ratio=0.4, steps=1, beside=("mine_named:red",))
+    evaluation = evaluate(request)
+    models = tuple(replace(model, beside=name) if model.beside else model for model in evaluation.models)
+    svg = plot.render(replace(evaluation, models=models), "svg").decode()
+    assert name[:6].replace("<", "&lt;") in svg
+
+
+def test_every_rival_has_a_mark_of_its_own(here: Path) -> None:
+    (here / "mine_many.py").write_text(MINE + "\n".join(f"red{n} = red" for n in range(6)))
+    names = tuple(f"mine_many:red{n}" for n in range(6))
+    request = EvaluateRequest("demo", (Size(48, 48),), limit=2, ratio=0.4, steps=1, native=False, beside=names)
+    ((_, points),) = plot.rows(evaluate(request))
+    assert [point.name for point in points] == ["dense", "pruned", "POA 1.5", *names]
+    assert len({point.mark for point in points}) == len(points)
 
 
 # --- the numbers ---
@@ -224,7 +280,7 @@ def test_the_pruned_models_are_compared_with_it_picture_by_picture(here: Path) -
         change = np.subtract(by_name[ours].values, by_name[rival].values)
         assert estimate.value == pytest.approx(change.mean())
     said = report_text.verdicts(evaluation)
-    assert [verdict for verdict, text in said if "pruned - mine_red:red" in text] == [compared[0][2].verdict]
+    assert [verdict for verdict, text in said if "pruned against mine_red:red" in text] == [compared[0][2].verdict]
     # The evidence of a recipe is that of the models alone.
     from crdiff_export.evaluate import evidence
 
@@ -236,9 +292,11 @@ def test_the_command_says_how_they_compare(line: Line, here: Path, undrawn: None
     ran = line("evaluate demo --res 48 --limit 8 --steps 1 --ratio 0.4 --no-native --beside two-pass -o e.html")
     assert ran.code == 0, ran.err
     table, lines = ran.out.split("\n\n")[1:3]
-    assert [row.split()[0] for row in table.splitlines()[1:]] == ["48x48", "pruned", "POA", "two-pass"]
-    assert "s/picture" in table.splitlines()[0]
-    assert [text for text in lines.splitlines() if "- two-pass is" in text]
+    heading, columns, *rows = table.splitlines()
+    assert heading == "48x48:"
+    assert [row.split()[0] for row in rows] == ["dense", "pruned", "POA", "two-pass"]
+    assert "s/picture" in columns
+    assert len([text for text in lines.splitlines() if "against two-pass" in text]) == 2
     assert ">two-pass<" in (here / "e.html").read_text()
 
 
@@ -255,8 +313,8 @@ def test_files_and_functions_must_be_there(here: Path) -> None:
         with raises(PreviewError, key):
             parse([text])
     (here / "mine_there.py").write_text(MINE)
-    with raises(PreviewError, "nothing"):
-        parse(["mine_there:nothing"])
+    with raises(PreviewError, "absent"):
+        parse(["mine_there:absent"])
     assert parse(["two-pass", "two-pass", "mine_there:draw"]) == (
         Rival("two-pass"),
         Rival("function", "mine_there:draw"),

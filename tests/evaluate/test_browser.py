@@ -94,8 +94,8 @@ def colours(chromium: Browser, name: str) -> tuple[int, set[tuple[int, int, int]
     image = shown(chromium, name, whole=False)
     box = chromium.run("(({x, y, width, height}) => [x, y, width, height])(stage.getBoundingClientRect())")
     x, y, width, height = box
-    middle = int(y + height / 2)
-    row = [image.getpixel((int(x + width * (number + 0.5) / 100), middle)) for number in range(100)]
+    above = int(y + height / 8)  # the line's handle is in the middle
+    row = [image.getpixel((int(x + width * (number + 0.5) / 100), above)) for number in range(100)]
     first = row[0]
     position = next((number for number, colour in enumerate(row) if colour != first), 100)
     return position, {first, row[-1]}  # type: ignore[arg-type]

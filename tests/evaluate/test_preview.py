@@ -230,7 +230,7 @@ def test_the_command_shows_facts_and_files(line: Line, here: Path) -> None:
     ran = line(f"demo --res 72 {FOX}")
     assert ran.code == 0
     told = dict(text.split(":", 1) for text in ran.out.splitlines()[:-2])
-    assert list(told) == ["base", "size", "ratios", "sampling", "note", "drawn on", "made by", "pictures"]
+    assert list(told) == ["base", "size", "ratios", "measured", "sampling", "note", "drawn on", "made by", "pictures"]
     assert "starting point, borrowed from 80x80 (crdiff search: " in told["ratios"]
     assert re.fullmatch(r" 3 \(dense [\d.]+ s, pruned [\d.]+ s, POA 1.2519 [\d.]+ s each\)", told["pictures"])
     names = ["demo-preview-72x72.png", "demo-preview-72x72.html"]

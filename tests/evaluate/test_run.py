@@ -185,9 +185,10 @@ def test_command_prints_facts_a_table_and_files(line: Line, undrawn: None, monke
     out = ran.out.splitlines()
     assert out[0].split() == ["base:", "demo", "(demo),", "native", "64x64"]
     assert re.search(r"ratios for 48x48: +down 0.4, mid 0.4, up 0.4: starting point, not tuned", ran.out)
-    (head,) = [text for text in out if text.startswith("size")]
-    assert re.split(" {2,}", head)[:2] == ["size", "model"]
+    head = out[out.index("48x48:") + 1]
+    assert re.split(" {2,}", head)[:2] == ["model", "s/picture"]
     assert out[-2:] == ["e.html", "e.toml"]
+    assert [text for text in out if text.startswith("too few to say: at 48x48, pruned against dense ")]
     assert "note: 6 pictures of 2 prompts, on cpu in fp32" in ran.err
     assert line("recipes validate e.toml").code == 0
 
@@ -200,7 +201,8 @@ def test_quiet_prints_the_table_alone_and_before_a_file_that_cannot_be(
 
     monkeypatch.setattr("crdiff_export.models.recipe_toml.dump", full)
     ran = line(f"{COMMAND} -q -o e.toml")
-    assert [text.split()[0] for text in ran.out.splitlines()] == ["size", "48x48", "pruned", "POA"]
+    first = [text.split()[0] for text in ran.out.splitlines() if text]
+    assert first[:5] == ["48x48:", "model", "dense", "pruned", "POA"]
     assert "too few to say" in ran.out
     refused(ran, 1, "e.toml")
     assert not (here / "e.toml").exists()
@@ -264,10 +266,19 @@ def test_a_page_ends_with_the_command_that_made_it(
 @pytest.mark.parametrize(
     ("option", "value", "shown"),
     [
-        ("--storage", "postgresql://me:s3cret@host:5432/db?password=s3cret", "postgresql://me:***@host:5432/db?***"),
-        ("--storage", "postgresql://me:s3@cret@host/db", "postgresql://me:***@host/db"),
+        *(
+            ("--storage", value, "postgresql://***")
+            for value in (
+                "postgresql://me:s3cret@host:5432/db?password=s3cret",
+                "postgresql://me:s3@cret@host/db",
+                "postgresql://user@server:s3cret@h.azure.com/db",
+                "postgresql://user:a s3cret@h/db",
+                "postgresql://h/db?options=-c x=y&password=s3cret",
+            )
+        ),
+        ("--storage", "trials.db", "trials.db"),
         ("--scorer", "0.5*demo+0.5*command:/home/me/judge --token s3cret", "0.5*demo+0.5*command:judge"),
-        ("--prompt", "a red fox: 3 @ night", "a red fox: 3 @ night"),
+        ("--prompt", "http://a:1 and 3 @ night", "http://a:1 and 3 @ night"),
     ],
 )
 @pytest.mark.parametrize("joined", [True, False])
@@ -286,3 +297,11 @@ def test_a_command_line_keeps_secrets(
         else ["crdiff", "search", "demo", *([f"{option}={shown}"] if joined else [option, shown])]
     )
     assert parts == expected
+
+
+def test_a_variable_holds_one_text_with_its_spaces(
+    line: Line, here: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRDIFF_EVALUATE_PROMPT", "two red circles on grey\ntwo blue squares on white")
+    made = line(f"{COMMAND.replace('--limit 2', '')} --json").result
+    assert [pair["prompt"] for pair in made["pairs"]] == ["two red circles on grey", "two blue squares on white"]

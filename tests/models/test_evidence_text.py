@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crdiff_export.models import recipe_files
-from crdiff_export.models.evidence_text import evidence_text
+from crdiff_export.models.evidence_text import evidence_text, poa_note
 
 SCORES = {"scorer": "demo", "dense": 0.952, "pruned": 0.95, "prompts": 162}
 
@@ -15,27 +15,27 @@ SCORES = {"scorer": "demo", "dense": 0.952, "pruned": 0.95, "prompts": 162}
     [
         (
             {**SCORES, "interval": [-0.0131, 0.0072]},
-            "no difference shown: pruned - dense -0.002 (95 %: -0.013 to +0.007), 162 prompts, scorer demo",
+            "no difference shown: pruned against dense -0.002 (95 %: -0.013 to +0.007), 162 prompts, scorer demo",
         ),
         (
             {**SCORES, "pruned": 0.99, "interval": (0.01, 0.07), "prompts": 1},
-            "better: pruned - dense +0.038 (95 %: +0.010 to +0.070), 1 prompt, scorer demo",
+            "better: pruned against dense +0.038 (95 %: +0.010 to +0.070), 1 prompt, scorer demo",
         ),
         (
             {key: str(value) for key, value in SCORES.items()} | {"interval": "[-0.5, -0.25]"},
-            "worse: pruned - dense -0.002 (95 %: -0.500 to -0.250), 162 prompts, scorer demo",
+            "worse: pruned against dense -0.002 (95 %: -0.500 to -0.250), 162 prompts, scorer demo",
         ),
-        (SCORES, "no interval: pruned - dense -0.002, 162 prompts, scorer demo"),
+        (SCORES, "no interval: pruned against dense -0.002, 162 prompts, scorer demo"),
         (
             {**SCORES, "interval": [-0.1, 0.1], "poa": 1.0, "poa_low": 0.01, "poa_high": 0.2},
             (
-                "no difference shown: pruned - dense -0.002 (95 %: -0.100 to +0.100); "
-                "better: POA - dense +0.048 (95 %: +0.010 to +0.200), 162 prompts, scorer demo"
+                "no difference shown: pruned against dense -0.002 (95 %: -0.100 to +0.100); "
+                "better: POA against dense +0.048 (95 %: +0.010 to +0.200), 162 prompts, scorer demo"
             ),
         ),
         (
             {**SCORES, "pruned": 0.95201, "interval": [0.000001, 0.000019]},
-            "better: pruned - dense +0.000010 (95 %: +0.000001 to +0.000019), 162 prompts, scorer demo",
+            "better: pruned against dense +0.000010 (95 %: +0.000001 to +0.000019), 162 prompts, scorer demo",
         ),
         ({"pruned": "1", "scorer": "IR"}, "pruned 1, scorer IR"),
         ({"pruned": "nan", "dense": "1", "scorer": "a\nb"}, r"dense 1, pruned nan, scorer a\nb"),
@@ -62,3 +62,19 @@ def test_headers_may_hold_anything(values: dict[str, object]) -> None:
     sentence = evidence_text(values)
     assert sentence.isprintable()
     assert "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("values", "note"),
+    [
+        ({"poa": 0.6, "dense": 0.5, "poa_low": 0.01, "poa_high": 0.2}, ""),
+        ({"poa": 0.6, "dense": 0.5, "poa_low": -0.01, "poa_high": 0.2}, "not shown"),
+        ({"poa": "0.4", "dense": "0.5", "poa_low": "-0.2", "poa_high": "-0.01"}, "worse"),
+        ({"poa": 0.6, "dense": 0.5}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_weight_that_is_not_shown_to_help_is_said_to_be(values: dict[str, object], note: str) -> None:
+    text = poa_note(values)
+    assert note in text
+    assert bool(text) == bool(note)

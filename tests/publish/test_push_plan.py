@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from crdiff_export.publish.request import LARGEST_SHEET
 from tests.support import makers
 from tests.support.isolation import Crdiff
 from tests.support.publishing import NAME, REPO, Desk, Made, digest, refused
 
-SHEET = "images/one.png"
+SHEET = "images/crdiff/one.png"
 
 
 def picture(folder: Path, colour: str = "red") -> Path:
@@ -43,12 +44,12 @@ def test_a_sheet_is_drawn_on_request(desk: Desk) -> None:
     prompt = "two red circles on grey"
     ran = desk.run("export", "demo", "--res", "48", "-o", "x.safetensors", "--push", REPO, "--preview", prompt)
     assert ran.code == 0, ran.err
-    drawn = Image.open(io.BytesIO(desk.hub.read(REPO, "images/x.png")))
+    drawn = Image.open(io.BytesIO(desk.hub.read(REPO, "images/crdiff/x.png")))
     assert prompt in drawn.text["parameters"]  # type: ignore[attr-defined]
     assert desk.files() == {"x.safetensors"}  # the picture was not left here
     ran = desk.run("push", "x.safetensors", REPO, "--preview", prompt, "--dry-run", "--json")
     assert ran.code == 0, ran.err
-    assert {file["path"] for file in ran.result["files"]} == {"x.safetensors", "images/x.png", "README.md"}
+    assert {file["path"] for file in ran.result["files"]} == {"x.safetensors", "images/crdiff/x.png", "README.md"}
 
 
 def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(desk: Desk, made: Made) -> None:
@@ -96,9 +97,20 @@ def test_the_cards_command_makes_the_same_weights(crdiff: Crdiff, here: Path) ->
     assert first == again
 
 
-@pytest.mark.parametrize("name", ["none.png", "text.png", "."])
-def test_a_sheet_must_be_a_picture(name: str, crdiff: Crdiff, made: Made, here: Path) -> None:
+def test_variants_of_like_names_have_sheets_of_their_own(desk: Desk, made: Made, tmp_path: Path) -> None:
+    red = picture(tmp_path)
+    assert desk.push(made.one, REPO, "--path-in-repo", "a/b.safetensors", "--sheet", red).code == 0
+    assert desk.push(made.other, REPO, "--path-in-repo", "a-b.safetensors").code == 0
+    card = desk.hub.read(REPO, "README.md").decode()
+    assert [line.count("/images/crdiff/a/b.png") for line in card.splitlines() if line.startswith("![")] == [1]
+
+
+@pytest.mark.parametrize("name", ["none.png", "text.png", "cut.png", "large.png", "."])
+def test_a_sheet_must_be_a_whole_picture(name: str, crdiff: Crdiff, made: Made, here: Path) -> None:
     (here / "text.png").write_text("a picture")
+    raw = picture(here).read_bytes()
+    (here / "cut.png").write_bytes(raw[:-4])
+    (here / "large.png").write_bytes(raw[:40] + bytes(LARGEST_SHEET) + raw[-20:])
     refused(crdiff("push", made.one, REPO, "--sheet", name), 2, name)
 
 

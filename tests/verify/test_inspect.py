@@ -130,7 +130,7 @@ def test_a_baked_file_says_all_about_itself(baked: Path) -> None:
     assert report["ratios"].startswith("searched (crdiff search: tpe, seed 42, ")
     assert report["recipe"] == "demo.toml 96x64"
     assert report["targets"] == "attn, ff by magnitude, cast to BF16"
-    assert report["POA weight"] == "1.8259"
+    assert report["POA weight"] == "1.8259 (not shown to help)"
     base, own = stamp["crdiff.source.hash_sha256"], stamp["modelspec.hash_sha256"]
     assert report["base"] == f"demo ({base}, AutoV3 {base[2:14].upper()})"
     assert report["hash"] == f"{own} (AutoV3 {own[2:14].upper()})"

@@ -32,6 +32,7 @@ def draw(job: PreviewJob, source: poa.Source, progress: Progress) -> Preview:
     with open_session(drawing.opening, placement, drawing.base.name) as session:
         renderer = Renderer(session, request, progress)
         style = renderer.style(subject.size)
+        beside.check_opening([(rival, job.setting) for rival in job.rivals], session)
         more = sum(beside.passes(rival, job.setting, style.steps) for rival in job.rivals)
         renderer.start(len(job.pairs), subject.weights, subject.size, more)
 

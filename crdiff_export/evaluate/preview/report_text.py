@@ -21,6 +21,7 @@ def facts(job: PreviewJob, style: "Style", session: "Session") -> Iterator[tuple
     yield "base", f"{job.drawing.base.name} ({subject.plan.match.family.title})"
     yield "size", f"{subject.size}, native {job.drawing.native}"
     yield "ratios", f"{ratios_text(subject.plan)}: {job.ratios_from}"
+    yield "measured", job.evidence or "nothing is known; `crdiff evaluate` measures"
     if job.criterion != MAGNITUDE:
         yield "criterion", job.criterion
     if job.baked:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from crdiff_export.evaluate.beside import Rival, Setting
 from crdiff_export.evaluate.comparison import ComparisonRequest, Facts, Pair, model_name
 from crdiff_export.evaluate.request import Subject
+from crdiff_export.models.evidence_text import evidence_text
 from crdiff_export.prune.criteria.spec import Spec
 from crdiff_export.sampling.drawing_setup import DrawingSetup
 from crdiff_export.sizes import Size
@@ -81,6 +82,14 @@ class PreviewJob:
         """Where the ratios come from, in words."""
         source = self.baked.stamp.provenance_source if self.baked else self.subject.plan.variant.source
         return provenance(self.provenance, source, self.borrowed_from)
+
+    @property
+    def evidence(self) -> str:
+        """What was measured of the ratios, in a sentence; empty if nothing was."""
+        if self.baked:
+            return evidence_text(self.baked.stamp.evidence) if self.baked.stamp.evidence else ""
+        evidence = self.subject.plan.variant.evidence
+        return evidence_text(evidence.values()) if evidence else ""
 
     @property
     def criterion(self) -> str:

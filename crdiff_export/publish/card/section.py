@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from crdiff_export.formats.crdiff_keys import PAPER, Stamp, auto_v2, auto_v3
 from crdiff_export.formats.text import PROJECT_ADDRESS
 from crdiff_export.hub.location import parse_uri
-from crdiff_export.models.evidence_text import evidence_text
+from crdiff_export.models.evidence_text import evidence_text, poa_note
 from crdiff_export.publish.card import snippets
 from crdiff_export.publish.card.model import BaseModel, Card, CardVariant
 from crdiff_export.publish.card.text import image, link, page, prose, quoted, word
@@ -70,8 +70,9 @@ def _template() -> "Template":
     }  # fmt: skip
     environment.globals |= {
         "crdiff": link("crdiff", PROJECT_ADDRESS) if PROJECT_ADDRESS else "crdiff", "digests": _digests,
-        "evidence": _evidence, "file": _file, "layers": _layers, "name": _name, "origin": _origin, "paper": _PAPER,
-        "picture": _picture, "sizes": _sizes, "snippets": snippets, "source": _source, "standing": _standing,
+        "file": _file, "layers": _layers, "name": _name, "origin": _origin, "paper": _PAPER,
+        "picture": _picture, "poa_note": poa_note, "sizes": _sizes, "snippets": snippets, "source": _source,
+        "standing": _standing,
     }  # fmt: skip
     return environment.get_template("section.md")
 
@@ -152,11 +153,6 @@ def _origin(variant: CardVariant) -> tuple[object, ...]:
     stamp = variant.stamp
     evidence = tuple(sorted(stamp.evidence.items()))
     return stamp.provenance, stamp.provenance_source, str(stamp.borrowed_from), stamp.prompt, evidence
-
-
-def _evidence(stamp: Stamp) -> str:
-    """The measurement of a variant as a sentence."""
-    return evidence_text(stamp.evidence)
 
 
 def _sizes(card: Card, variants: Sequence[CardVariant]) -> str:

@@ -168,6 +168,8 @@ def recreate(variant: CardVariant) -> str:
         options += ["--targets", ",".join(stamp.targets)]
     if stamp.criterion != MAGNITUDE:
         options += ["--criterion", stamp.criterion]
+    options += ["--allow-nonfinite"] * any(shares.nonfinite for shares in stamp.groups.values())
+    options += ["--variant", variant.weights] if variant.weights else []
     options += ["--calibration", "CALIBRATION"] * (stamp.calibrated is not None)
     options += [text for name, dtype in FLOATS.items() if dtype == stamp.cast for text in ("--dtype", name)]
     ways = [way for way, key in RESIDUAL_KEYS.items() if key == stamp.residual != NONE]
@@ -180,7 +182,8 @@ def recreate(variant: CardVariant) -> str:
 def compare(variant: CardVariant) -> str:
     """Return the command line that draws a variant beside its base."""
     name = variant.path.rsplit("/", 1)[-1] or f"crdiff-{variant.stamp.resolution}"
-    return " ".join(map(word, ["crdiff", "preview", _base(variant), "--baked", name, "--prompt", "TEXT"]))
+    weights = ["--variant", variant.weights] if variant.weights else []
+    return " ".join(map(word, ["crdiff", "preview", _base(variant), "--baked", name, *weights, "--prompt", "TEXT"]))
 
 
 def _base(variant: CardVariant) -> str:
