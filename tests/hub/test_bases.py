@@ -264,7 +264,7 @@ def test_the_hubs_hash_of_a_base_is_known(crdiff: Crdiff, cache: Cache, here: Pa
     header = makers.metadata_of(here / "a.safetensors")
     assert header["crdiff.source.file_sha256"] == f"0x{known}"
     assert "crdiff.source.hash_sha256" not in header
-    assert f"hf://org/name (file 0x{known})" in crdiff("inspect", "a.safetensors").out
+    assert f"hf://org/name (file 0x{known}, AutoV2 {known[:10].upper()})" in crdiff("inspect", "a.safetensors").out
     assert crdiff("verify", "a.safetensors", "--base", "org/name").code == 0
     assert crdiff("verify", "a.safetensors", "--base", "content.safetensors").code == 0
     ran = crdiff("export", "org/name", "--res", 64, "-o", "b.safetensors", "--json")
