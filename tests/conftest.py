@@ -18,6 +18,7 @@ from tests.support.guard.sitecustomize import other_machine
 from tests.support.isolation import NOWHERE, Crdiff, NetworkUsed, Ran
 
 if TYPE_CHECKING:
+    from tests.support.browser import Browser
     from tests.support.forks import Forks
 
 pytest_plugins = ["tests.support.loopback_hub"]
@@ -142,6 +143,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Browser]":
+    """A headless browser; skips where Chromium is not installed."""
+    from tests.support import browser
+
+    if not browser.CHROMIUM:
+        pytest.skip("Chromium is not installed")
+    with browser.opened(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 @pytest.fixture

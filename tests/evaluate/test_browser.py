@@ -3,9 +3,6 @@
 Set CRDIFF_TEST_SCREENSHOTS to a folder to keep what the browser showed.
 """
 
-import io
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,18 +12,9 @@ from crdiff_export.evaluate import Evaluation, page
 from crdiff_export.evaluate.report import ContactSheet, SheetPicture, SheetRow
 from crdiff_export.evaluate.report import page as report_page
 from tests.support import browser
-from tests.support.browser import DESKTOP, PHONE, Browser
+from tests.support.browser import PHONE, Browser, check_looks, shown
 
 pytestmark = pytest.mark.skipif(not browser.CHROMIUM, reason="Chromium is not installed")
-
-SCREENSHOTS = os.environ.get("CRDIFF_TEST_SCREENSHOTS")
-PAPER = {False: (250, 250, 248), True: (23, 24, 26)}
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser.opened(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -47,27 +35,9 @@ def sheet_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def shown(chromium: Browser, name: str, *, whole: bool = True) -> Image.Image:
-    """What the browser shows, also kept as a file on request."""
-    png = chromium.screenshot(whole=whole)
-    if SCREENSHOTS:
-        Path(SCREENSHOTS, f"{name}.png").write_bytes(png)
-    return Image.open(io.BytesIO(png)).convert("RGB")
-
-
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_a_page_fits_the_window_and_its_colours(
-    size: tuple[int, int], dark: bool, chromium: Browser, evaluation_page: Path
-) -> None:
-    chromium.open(evaluation_page, size, dark=dark)
-    image = shown(chromium, f"evaluation-{size[0]}-{'dark' if dark else 'light'}")
-    assert image.getpixel((1, 1)) == PAPER[dark]
-    assert chromium.run("document.documentElement.scrollWidth") <= size[0]  # nothing to scroll sideways
-    ink = chromium.run("getComputedStyle(document.querySelector('svg text')).fill")
-    assert ink == ("rgb(236, 236, 238)" if dark else "rgb(26, 26, 30)")
-    corner = chromium.run("(({x, y}) => [x + 2, y + 2])(document.querySelector('svg').getBoundingClientRect())")
-    assert image.getpixel((int(corner[0]), int(corner[1]))) == PAPER[dark]
+def test_pages_fit_the_window_and_its_colours(chromium: Browser, evaluation_page: Path, sheet_page: Path) -> None:
+    check_looks(chromium, evaluation_page, "evaluation")
+    check_looks(chromium, sheet_page, "preview")
 
 
 def test_the_first_screen_of_a_phone_has_the_verdict_in_words_and_in_the_table(

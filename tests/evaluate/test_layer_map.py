@@ -2,6 +2,7 @@
 
 import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from crdiff_export.progress import Silent
 from crdiff_export.verify.inspect import inspect
 from crdiff_export.verify.layers import count_zeros
 from tests.support import makers
+from tests.support.browser import Browser, check_looks
 from tests.support.pages import ParsedPage
 
 TABLES = ("sdxl.original", "flux-dev.original-transformer", "cosmos2-2b.diffusers-transformer")
@@ -74,3 +76,8 @@ def test_a_page_has_a_row_for_every_layer(made: LayerMap) -> None:
     assert all(layer.name in text for layer in made.layers)
     assert made.inspection.path.name in text
     assert "crdiff inspect x --layers" in text
+
+
+def test_the_page_looks_as_it_should(made: LayerMap, chromium: Browser, tmp_path: Path) -> None:
+    (tmp_path / "layers.html").write_text(layer_map.page(made))
+    check_looks(chromium, tmp_path / "layers.html", "layers")

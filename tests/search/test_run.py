@@ -44,6 +44,7 @@ from crdiff_export.search.objective import open_objective
 from crdiff_export.search.pairs import Pairs, choose_pairs
 from crdiff_export.search.setup import PAPER_TRIALS, choose_budget
 from crdiff_export.search.study import open_study
+from tests.support.browser import Browser, check_looks
 from tests.support.evaluating import draw_plainly, open_plainly
 from tests.support.messages import raises
 from tests.support.pages import ParsedPage
@@ -306,6 +307,11 @@ def test_page_needs_nothing_else(result: SearchResult) -> None:
     assert text.count("data:image/png") == 2 * 8 * 2
     shown = ParsedPage(text).text
     assert shown.index(result.verdict) < shown.index(report_text.conclusion(result)) < shown.index("Course of")
+
+
+def test_page_looks_as_it_should(result: SearchResult, chromium: Browser, tmp_path: Path) -> None:
+    (tmp_path / "search.html").write_text(page.render(result))
+    check_looks(chromium, tmp_path / "search.html", "search")
 
 
 def test_sheet_has_dense_beside_the_best(result: SearchResult, folder: Path) -> None:

@@ -5,6 +5,7 @@ It is driven by the DevTools protocol over two pipes, so that no socket and no f
 
 import base64
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -13,10 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Final
 
+from PIL import Image
+
 CHROMIUM: Final = shutil.which("chromium") or shutil.which("chromium-browser")
 DESKTOP: Final = (1280, 900)
 PHONE: Final = (390, 844)
 _KEYS: Final = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Escape": 27, "Enter": 13}
+
+
+# The page's background by whether it is dark.
+PAPER: Final = {False: (250, 250, 248), True: (23, 24, 26)}
+INK: Final = {False: "rgb(26, 26, 30)", True: "rgb(236, 236, 238)"}
+# Keeps what the browser showed in this folder; read now, for tests run without variables of ours.
+SCREENSHOTS: Final = os.environ.get("CRDIFF_TEST_SCREENSHOTS")
 
 
 class Browser:
@@ -108,3 +118,30 @@ def opened(profile: Path) -> Iterator[Browser]:
         finally:
             process.kill()
             process.wait()
+
+
+def shown(browser: Browser, name: str, *, whole: bool = True) -> Image.Image:
+    """Return what the browser shows, which is kept as a file on request."""
+    png = browser.screenshot(whole=whole)
+    if SCREENSHOTS:
+        Path(SCREENSHOTS, f"{name}.png").write_bytes(png)
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def check_looks(browser: Browser, page: Path, name: str) -> None:
+    """Check that a page fits the window and has the colours of light and dark, its plots too, on desktop and phone."""
+    for size in (DESKTOP, PHONE):
+        for dark in (False, True):
+            browser.open(page, size, dark=dark)
+            image = shown(browser, f"{name}-{size[0]}-{'dark' if dark else 'light'}")
+            assert image.getpixel((1, 1)) == PAPER[dark]
+            assert browser.run("document.documentElement.scrollWidth") <= size[0]  # nothing to scroll sideways
+            for text in browser.run("[...document.querySelectorAll('svg text')].map(e => getComputedStyle(e).fill)")[
+                :1
+            ]:
+                assert text == INK[dark]
+            corners = browser.run(
+                "[...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect()).map(({x, y}) => [x, y])"
+            )
+            for x, y in corners:
+                assert image.getpixel((int(x) + 2, int(y) + 2)) == PAPER[dark]
