@@ -82,25 +82,25 @@ def page(layer_map: LayerMap, command: str = "") -> str:
     Returns:
         The HTML document.
     """
-    columns = ("layer", "kind", "weights", "zeros", "share")
+    columns = ("share", "layer", "kind", "weights", "zeros")  # a narrow screen shows the first
     rows: list[Sequence[str]] = []
     for group, layers in groupby(layer_map.layers, key=lambda layer: layer.group):
         rows.append((group, "", "", "", ""))
         rows += [
-            (printable(layer.name), layer.kind, f"{layer.weights:,}", f"{layer.zeros:,}", f"{layer.share:.4f}")
+            (f"{layer.share:.4f}", printable(layer.name), layer.kind, f"{layer.weights:,}", f"{layer.zeros:,}")
             for layer in layers
         ]
     totals = [
         (group.group, f"{group.layers}", f"{group.weights:,}", f"{group.zeros:,}", f"{group.share:.4f}")
         for group in group_zeros(layer_map.layers)
     ]
-    total_columns = ("group", "layers", *columns[2:])
+    total_columns = ("group", "layers", "weights", "zeros", "share")
     return render_page(
         layer_map.title,
         [
             PageSection("Groups", table=PageTable(total_columns, totals, total_columns[1:])),
             plots.section("Share of zero weights", lambda kind: render(layer_map, kind)),
-            PageSection("Layers", table=PageTable(columns, rows, columns[2:])),
+            PageSection("Layers", table=PageTable(columns, rows, ("share", "weights", "zeros"))),
         ],
         facts=list(layer_map.inspection.facts()),
         command=command,
