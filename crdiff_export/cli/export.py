@@ -99,6 +99,11 @@ def export(
         replace(request, size=size, output=named)
         for size, named in zip(dict.fromkeys(sizes), _outputs(output, sizes), strict=True)
     ]
+    if pushing and len(requests) > 1 and pushing.path and not pushing.path.endswith("/"):
+        raise OptionError(
+            f"--path-in-repo {pushing.path}: {len(requests)} sizes need a path each",
+            "Give a folder, with a / at its end.",
+        )
     out.announce_base(base)
     destination = _destination(pushing, requests[0]) if pushing and not dry_run else None
     jobs = prepare_all(requests)

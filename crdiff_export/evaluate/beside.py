@@ -50,7 +50,7 @@ class Rival:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class RivalSizes:
     """What a rival has to know: the sizes that the base is good at and that is drawn, and the grid of sizes."""
 
     native: Size
@@ -130,7 +130,7 @@ def check(rivals: Sequence[Rival], pipeline: str) -> None:
         )
 
 
-def facts(rivals: Sequence[Rival], setting: Setting) -> Iterator[tuple[str, str]]:
+def facts(rivals: Sequence[Rival], setting: RivalSizes) -> Iterator[tuple[str, str]]:
     """Yield what everyone who sees the pictures should know of the rivals, as name and text."""
     first = setting.first_size
     texts = {
@@ -144,7 +144,7 @@ def facts(rivals: Sequence[Rival], setting: Setting) -> Iterator[tuple[str, str]
         yield rival.name, texts[rival.kind]
 
 
-def passes(rival: Rival, setting: Setting, steps: int) -> int:
+def passes(rival: Rival, setting: RivalSizes, steps: int) -> int:
     """Return about how often the network runs for one picture."""
     return steps + (int(_refining_steps(steps) * STRENGTH) if rival.kind == "two-pass" and setting.is_larger else 0)
 
@@ -154,7 +154,7 @@ def _refining_steps(steps: int) -> int:
     return max(steps, math.ceil(1 / STRENGTH))
 
 
-def check_opening(rivals: Iterable[tuple[Rival, Setting]], session: "Session") -> None:
+def check_opening(rivals: Iterable[tuple[Rival, RivalSizes]], session: "Session") -> None:
     """Prepare the pipeline for each rival once, so that what cannot be drawn is refused before anything is drawn.
 
     Args:
@@ -170,7 +170,7 @@ def check_opening(rivals: Iterable[tuple[Rival, Setting]], session: "Session") -
 
 
 @contextmanager
-def opened(rival: Rival, session: "Session", setting: Setting) -> Iterator[Draw]:
+def opened(rival: Rival, session: "Session", setting: RivalSizes) -> Iterator[Draw]:
     """Prepare an open pipeline for a rival; it is as before after the block, unless a function has changed it.
 
     Args:
@@ -197,7 +197,7 @@ def opened(rival: Rival, session: "Session", setting: Setting) -> Iterator[Draw]
         yield _function(rival, session)
 
 
-def _two_pass(session: "Session", setting: Setting) -> Draw:
+def _two_pass(session: "Session", setting: RivalSizes) -> Draw:
     from PIL import Image
 
     refining = session.image_to_image("--beside two-pass") if setting.is_larger else None
@@ -271,5 +271,5 @@ def _images(result: Any, name: str) -> "list[Image]":
 
 def _taken(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
     """Keep the arguments that a pipeline's call takes."""
-    known = inspect.signature(pipe.__call__).parameters
-    return {name: value for name, value in call.items() if name in known}
+    parameters = inspect.signature(pipe.__call__).parameters
+    return {name: value for name, value in call.items() if name in parameters}

@@ -125,8 +125,8 @@ def _points(findings: Sequence[Finding]) -> list[PlotPoint]:
     poa, rivals = cycle(POA_MARKS), cycle(RIVAL_MARKS)
     for finding in findings:
         model = finding.model
-        own = {DENSE: DENSE_MARK, PRUNED: PRUNED_MARK}.get(model.weight)
-        mark = next(rivals) if model.beside else own or next(poa)
+        model_mark = {DENSE: DENSE_MARK, PRUNED: PRUNED_MARK}.get(model.weight)
+        mark = next(rivals) if model.beside else model_mark or next(poa)
         points.append(PlotPoint(mark, model.name, finding.mean.value, finding.difference))
     return points
 

@@ -111,8 +111,8 @@ def _scale(evaluation: Evaluation) -> str:
 
 
 def _against_dense(evaluation: Evaluation, subject: Subject) -> list[tuple[str, str, Estimate]]:
-    found = evaluation.of(subject)
-    return [(finding.model.name, "dense", finding.difference) for finding in found if finding.difference]
+    findings = evaluation.of(subject)
+    return [(finding.model.name, "dense", finding.difference) for finding in findings if finding.difference]
 
 
 def _change(estimate: Estimate, digits: int) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from crdiff_export.evaluate.beside import Rival, Setting
+from crdiff_export.evaluate.beside import Rival, RivalSizes
 from crdiff_export.evaluate.comparison import DENSE, PRUNED, ComparisonRequest, Pair
 from crdiff_export.evaluate.fid import FidReference
 from crdiff_export.prune.criterion_choice import CriterionChoice
@@ -103,9 +103,9 @@ class EvaluateJob:
         """Return what is drawn beside the models of a subject; nothing beside a check of the native size."""
         return () if subject.is_native_check else self.rivals
 
-    def setting(self, subject: Subject) -> Setting:
+    def setting(self, subject: Subject) -> RivalSizes:
         """Return what rivals have to know at a subject's size."""
-        return Setting(self.drawing.native, subject.size, self.plan.match.family.grid)
+        return RivalSizes(self.drawing.native, subject.size, self.plan.match.family.grid)
 
     @property
     def reference_pairs(self) -> tuple[Pair, ...]:

@@ -79,7 +79,7 @@ class GroupStamp:
 
     @property
     def threshold_text(self) -> str | None:
-        """The threshold as an exact hex float; None where there is none."""
+        """The threshold as an exact hex float; None for a group without a threshold."""
         return None if self.threshold is None else self.threshold.hex()
 
 
@@ -312,7 +312,7 @@ class _Keys:
         return Size(int(width), int(height))
 
     def tensors_hash(self) -> str | None:
-        """Return the hash of the file's tensors; None if there is none that can be one."""
+        """Return the hash of the file's tensors; None if the key is absent or not a hash."""
         text = self._metadata.get(TENSORS_HASH, "")
         return text if HASH.fullmatch(text) else None
 

@@ -15,7 +15,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True, slots=True)
 class CardText:
-    """A card: its text now, None where there is none, and the text that it is to have; notes on unknown bases."""
+    """A card: the text on the Hub, or None without a card there, the new text, and notes on unknown bases."""
 
     old: str | None
     new: str

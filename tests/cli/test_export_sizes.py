@@ -110,3 +110,12 @@ def test_all_are_pushed_and_the_tag_is_at_the_last(desk: Desk) -> None:
 def test_a_crdiff_of_one_size_has_names_with_a_size_too(crdiff: Crdiff, here: Path) -> None:
     assert crdiff("export", "demo", "--res", "48", "-o", "a-{size}.safetensors").code == 0
     assert (here / "a-48x48.safetensors").exists()
+
+
+def test_several_sizes_do_not_replace_each_other_on_the_hub(line: Line, here: Path, desk: Desk) -> None:
+    words = f"export demo {SIZES} -o {OUTPUT} --push {REPO} --path-in-repo"
+    refused(line(f"{words} x.safetensors"), 2, "x.safetensors")
+    assert not list(here.iterdir())
+    ran = desk.run(*shlex.split(f"{words} sub/"))
+    assert ran.code == 0, ran.err
+    assert desk.names() == {"README.md", *(f"sub/{name}" for name in NAMES)}

@@ -15,7 +15,7 @@ from PIL import Image
 from crdiff_export import Size
 from crdiff_export.errors import OptionError, PreviewError
 from crdiff_export.evaluate import EvaluateRequest, Subject, evaluate, plot, report_text
-from crdiff_export.evaluate.beside import STRENGTH, Rival, Setting, check, parse, passes
+from crdiff_export.evaluate.beside import STRENGTH, Rival, RivalSizes, check, parse, passes
 from crdiff_export.evaluate.preview import PreviewRequest, preview
 from crdiff_export.evaluate.results import ModelScores
 from crdiff_export.models import demo
@@ -71,7 +71,7 @@ def test_above_it_the_picture_is_refined(here: Path) -> None:
     [((512, 512), (1024, 1024)), ((2048, 2048), (1024, 1024)), ((2048, 1024), (1448, 728)), ((1024, 1024), None)],
 )
 def test_the_first_pass_has_the_pixels_of_the_native_size(size: tuple[int, int], first: tuple[int, int] | None) -> None:
-    setting = Setting(Size(1024, 1024), Size(*size), 8)
+    setting = RivalSizes(Size(1024, 1024), Size(*size), 8)
     assert setting.first_size == Size(*(first or size))
     more = 10 if setting.is_larger else 0
     assert passes(Rival("two-pass"), setting, 20) == 20 + more

@@ -116,6 +116,6 @@ def test_a_sheet_must_be_a_whole_picture(name: str, crdiff: Crdiff, made: Made, 
 
 def test_a_sheet_is_given_or_drawn(crdiff: Crdiff, made: Made, here: Path) -> None:
     refused(crdiff("push", made.one, REPO, "--sheet", picture(here), "--preview", "a fox"), 2, "--preview")
-    # Of a base that was a local file nobody knows where it is now.
+    # The path of a base that was a local file is unknown.
     refused(crdiff("push", made.one, REPO, "--preview", "a fox"), 2, "--preview")
     refused(crdiff("export", "demo", "--res", "48", "--preview", "a fox"), 2, "--preview")

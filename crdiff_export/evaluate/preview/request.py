@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crdiff_export.evaluate.beside import Rival, Setting
+from crdiff_export.evaluate.beside import Rival, RivalSizes
 from crdiff_export.evaluate.comparison import ComparisonRequest, Facts, Pair, model_name
 from crdiff_export.evaluate.request import Subject
 from crdiff_export.models.evidence_text import evidence_text
@@ -58,9 +58,9 @@ class PreviewJob:
         return (*map(model_name, self.subject.weights), *(rival.name for rival in self.rivals))
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> RivalSizes:
         """What rivals have to know."""
-        return Setting(self.drawing.native, self.subject.size, self.subject.plan.match.family.grid)
+        return RivalSizes(self.drawing.native, self.subject.size, self.subject.plan.match.family.grid)
 
     @property
     def pairs(self) -> tuple[Pair, ...]:

@@ -117,11 +117,11 @@ def _digest(text: str) -> str:
 
 def _digests(file_hash: str | None, tensors_hash: str | None) -> list[str]:
     """The hashes of a file, each with its name, and the short ones by which Civitai and web UIs find it."""
-    known = [
+    digests = [
         ("SHA-256", _digest, file_hash), ("AutoV2", _short(auto_v2), file_hash),
         ("SHA-256 of its tensors' bytes", _digest, tensors_hash), ("AutoV3", _short(auto_v3), tensors_hash),
     ]  # fmt: skip
-    return [f"{name} {make(value)}" for name, make, value in known if value]
+    return [f"{name} {make(value)}" for name, make, value in digests if value]
 
 
 def _short(shorten: Callable[[str], str]) -> Callable[[str], str]:
@@ -138,7 +138,7 @@ def _standing(stamp: Stamp) -> str:
     """Whether pruning helped, as far as the header knows, in one sentence."""
     if stamp.evidence:
         return prose(evidence_text(stamp.evidence))
-    return "not measured, so nobody knows whether pruning helps at this size"
+    return "not measured: whether pruning helps at this size is unknown"
 
 
 def _source(card: Card, variant: CardVariant) -> str:
