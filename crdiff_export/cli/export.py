@@ -192,7 +192,8 @@ def _push(
     baked: Baked,
 ) -> Result:  # fmt: skip
     path = baked.written.path
-    with sheet.with_sheet(out, pushing, previews, path, baked.job.request.base, family) as complete:
+    request = baked.job.request
+    with sheet.with_sheet(out, pushing, previews, path, request.base, family, request.variant) as complete:
         return push_result(*transfer(out, complete, path, destination, checked=True))
 
 

@@ -18,8 +18,9 @@ _HINT = "Draw it with `crdiff preview BASE --baked FILE --prompt TEXT -o sheet.p
 
 @contextmanager
 def with_sheet(
-    out: Output, request: PushRequest, prompts: Sequence[str], baked: Path, base: str, family: Path | None = None
-) -> Iterator[PushRequest]:
+    out: Output, request: PushRequest, prompts: Sequence[str], baked: Path, base: str, family: Path | None = None,
+    variant: str | None = None,
+) -> Iterator[PushRequest]:  # fmt: skip
     """Draw the sheet of a push, if prompts are given; it lasts until the block ends.
 
     Args:
@@ -29,6 +30,7 @@ def with_sheet(
         baked: The baked file.
         base: Its base.
         family: The table of the base's family, if it is not built in.
+        variant: The weights of a base that is a folder with several.
 
     Yields:
         The push with its sheet.
@@ -44,7 +46,7 @@ def with_sheet(
 
     with TemporaryDirectory(prefix="crdiff-") as folder:
         sheet = Path(folder) / "sheet.png"
-        wanted = PreviewRequest(base, prompts=tuple(prompts), baked=baked, outputs=(sheet,), family=family)
+        wanted = PreviewRequest(base, prompts=tuple(prompts), baked=baked, outputs=(sheet,), family=family, variant=variant)
         job = drawing.prepare(out, wanted, prepare, lambda job: [f"a sheet for the card, {drawing.device_text(job)}"])
         with out.progress() as display:
             with out.stopper.watch(display) as progress:
