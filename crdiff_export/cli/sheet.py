@@ -46,7 +46,9 @@ def with_sheet(
 
     with TemporaryDirectory(prefix="crdiff-") as folder:
         sheet = Path(folder) / "sheet.png"
-        wanted = PreviewRequest(base, prompts=tuple(prompts), baked=baked, outputs=(sheet,), family=family, variant=variant)
+        wanted = PreviewRequest(
+            base, prompts=tuple(prompts), baked=baked, outputs=(sheet,), family=family, variant=variant
+        )
         job = drawing.prepare(out, wanted, prepare, lambda job: [f"a sheet for the card, {drawing.device_text(job)}"])
         with out.progress() as display:
             with out.stopper.watch(display) as progress:
