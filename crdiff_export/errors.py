@@ -83,6 +83,12 @@ class HubError(CrdiffError):
     code = "hub"
 
 
+class PackError(CrdiffError):
+    """A pack is damaged or none, has not the size that is wanted, or is of another base."""
+
+    code = "pack"
+
+
 class PoaError(CrdiffError):
     """POA is impossible with this model, file or number."""
 

@@ -19,6 +19,7 @@ from crdiff_export.errors import OptionError, PlanError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.crdiff_keys import CalibrationStamp, Stamp
 from crdiff_export.hub import bases
+from crdiff_export.packs import Pack, use
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import architecture, kernels
 from crdiff_export.prune.architecture import Architecture
@@ -44,6 +45,7 @@ class ExportRequest(PlanRequest):
         threads: Threads on the CPU; None for all cores.
         thumbnail: A picture for the header, which `verify` does not look at.
         rehash: Hash the base anew, whatever the user's cache of hashes says.
+        pack: Has decided already what goes at the size, in place of recipe, ratios and criterion.
     """
 
     output: Path | None = None
@@ -56,6 +58,7 @@ class ExportRequest(PlanRequest):
     threads: int | None = None
     thumbnail: Thumbnail | None = None
     rehash: bool = False
+    pack: Pack | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,8 @@ def prepare_all(requests: Sequence[ExportRequest]) -> list[ExportJob]:
     request = requests[0]
     criterion = CriterionChoice.of(request.criterion, request.calibration)
     residual.check_request(request.residual, criterion, hashing=request.hashing)
+    if request.pack and not request.hashing:
+        raise OptionError("--no-hash: only its hash tells that a base is the pack's", "Leave --no-hash out.")
     modelspec.date()  # raises now rather than when the file is written
     base = bases.locate(request.base, request.variant)
     checkpoint = base.open(request.variant, all_files=request.all_files)
@@ -160,7 +165,10 @@ def prepare_located(
     target = destination.choose_target(
         checkpoint, request.size, request.output, base.stem, request.residual, force=request.force
     )
-    planned = plan_variant(request, checkpoint, criterion)
+    if request.pack:
+        planned = use.plan_size(request.pack, request, checkpoint)
+    else:
+        planned = plan_variant(request, checkpoint, criterion)
     destination.check_headers(planned)
     return ExportJob(request, base, criterion, planned, target)
 
@@ -258,9 +266,13 @@ class _Ranking:
             job.plan, decision, job.criterion.name, job.base.name, self.architecture,
             residual.RESIDUAL_KEYS[request.residual], self.calibrated,
         )  # fmt: skip
+        base_hashes = {}
+        if request.pack:
+            stamp = use.complete_stamp(request.pack, job.plan, stamp)
+            base_hashes = {file.name: file.data_hash for file in request.pack.files}
         return WriteJob(
             job.plan, decision, stamp, self.architecture, job.target, replace=request.force,
-            residual=request.residual, thumbnail=request.thumbnail,
+            residual=request.residual, thumbnail=request.thumbnail, base_hashes=base_hashes,
         )  # fmt: skip
 
 
@@ -273,7 +285,11 @@ def _rank(jobs: Sequence[ExportJob], progress: Progress) -> Iterator[_Ranking]:
     with hashing as hashes:
         kernel = kernels.load(request.device, request.threads)
         calibrated = criterion.calibrated(progress)
-        ranked = rank(criterion, plans, kernel, progress, request.device)
+        if request.pack:
+            use.check_known_hashes(request.pack, jobs[0].plan.checkpoint, jobs[0].base.hashes, progress)
+            ranked = use.ranked(request.pack, plans, kernel, progress)
+        else:
+            ranked = rank(criterion, plans, kernel, progress, request.device)
         yield _Ranking(calibrated, ranked, architecture.find(plans[0]), kernel, hashes, progress)
 
 

@@ -79,7 +79,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let texts pass that are not golden yet, while the golden file is being updated."""
     messages.updating = bool(config.getoption("golden"))
     if config.getoption("golden") == "rewrite" and "CRDIFF_TEST_OLDEST_HUB" not in os.environ:
-        raise pytest.UsageError("--golden=rewrite drops the texts of the oldest client: set CRDIFF_TEST_OLDEST_HUB (.ci/run)")
+        raise pytest.UsageError(
+            "--golden=rewrite drops the texts of the oldest client: set CRDIFF_TEST_OLDEST_HUB (.ci/run)"
+        )
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -24,6 +24,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("calibrate",),
     ("sampling", "publish"),
     ("export",),
+    ("packs",),
     ("verify",),
     ("bake",),
     ("prune", "hub"),

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -43,6 +43,7 @@ class WriteJob:
         replace: Replace an output that exists. Otherwise one that appears in the meantime stays, and the job fails.
         residual: How the residual is kept, one of `residual.WAYS`.
         thumbnail: A picture for the headers, on request.
+        base_hashes: By file name, what the data sections of the base have to hash to; empty for any base.
     """
 
     plan: Plan
@@ -53,6 +54,7 @@ class WriteJob:
     replace: bool = False
     residual: str = NONE
     thumbnail: Thumbnail | None = None
+    base_hashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def pruning(self) -> Pruning:
@@ -268,6 +270,13 @@ class VariantWriter:
 
     def finish(self, source: str | None, source_file: str | None, digest: "_Hash | None") -> None:
         """Write what comes behind the tensors and then the header, make the file durable, and check it."""
+        base = self._output.source
+        expected = self.job.base_hashes.get(base.name)
+        if source and expected and source != expected:
+            raise BakeError(
+                f"{base.path}: hashes to 0x{source}, the base of the pack to 0x{expected}",
+                "Give the base that the pack was made from; `crdiff pack show` names it.",
+            )
         tensors = self._output.tensors
         if digest and self._residual and self.job.residual == EMBED:
             self._residual.complete(digest)

@@ -16,7 +16,7 @@ from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.push import push_result, transfer
 from crdiff_export.errors import CrdiffError, OptionError
 from crdiff_export.export import Baked, ExportJob, ExportRequest, Failure, prepare_all, run_together
-from crdiff_export.formats.dtypes import DTYPES
+from crdiff_export.packs import open_pack
 from crdiff_export.prune import kernels
 from crdiff_export.publish.request import PushRequest, check_request
 from crdiff_export.publish.request import prepare as check_destination
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 @option_group("Base", options.variant, options.family)
 @option_group(
     "Size",
-    option("--res", "The size to prune for, in pixels; may be given several times: the base is read once for all.",
-           options.SIZE, "sizes", multiple=True, required=True),
-    option("--native", "The size that BASE was trained at. Default: what it says itself, or its family's.",
-           options.SIZE),
+    options.sizes,
+    options.native,
+    option("--pack FILE", "Prune what a pack says (crdiff pack), in place of a recipe: nothing is counted.",
+           options.FILE),
 )  # fmt: skip
 @options.ratio_options
 @option_group(
     "Ratios",
-    option("--prompt TEXT", "Take the recipe's numbers for this prompt, where it has some."),
-    option("--poa-weight W", "POA weight to recommend in the header; 1 is the pruned model alone.", options.POA_WEIGHT),
+    options.prompt_of_numbers,
+    options.poa_weight,
 )
 @options.criterion_options
 @option_group("Criterion", options.targets)
@@ -57,13 +57,13 @@ if TYPE_CHECKING:
     option("-o, --output FILE", "Where to write; {size} in it stands for the size, and a folder that exists gets the "
            "default name. Default: STEM-crdiff-WxH.safetensors in the current folder; a folder for a sharded base or a "
            "diffusers folder.", options.FILE),
-    option("--dtype", "Cast all float tensors. Default: keep each as it is.", click.Choice(list(DTYPES))),
+    options.dtype,
     option("--residual", "Keep what is pruned away, for crdiff restore: in the file itself, or in a sidecar beside it.",
            click.Choice(list(WAYS)), default=NONE, show_default=True),
     option("--thumbnail PROMPT", "Draw a picture of the pruned model into the header, for programs that show it. Its "
            "bytes depend on the device; crdiff verify does not look at it."),
     option("--no-hash", "Leave the SHA-256 of base and output out of the header."),
-    option("--allow-nonfinite", "Keep and count target weights that are infinite or not numbers."),
+    options.allow_nonfinite,
     option("--all-files", "Copy all files of a diffusers folder. Default: those of its pipeline."),
     option("--dry-run", "Show what would be done; read headers only, write nothing."),
     options.force,
@@ -79,7 +79,7 @@ def export(
     targets: tuple[str, ...] | None, criterion: str, calibration: Path | None, device: str, threads: int | None,
     dtype: str | None, variant: str | None, residual: str, no_hash: bool, allow_nonfinite: bool, all_files: bool,
     dry_run: bool, force: bool, repo: str | None, push: PushRequest, thumbnail: str | None,
-    previews: tuple[str, ...], rehash: bool,
+    previews: tuple[str, ...], rehash: bool, pack: Path | None,
 ) -> Result:  # fmt: skip
     """Prune BASE for a size and write a new checkpoint with everything about it in its header.
 
@@ -88,12 +88,14 @@ def export(
     one that fails does not stop the others.
     """
     out.quiet_hub_client()
+    if pack:
+        _refuse_numbers(pack)
     pushing = _push_request(repo, push, previews)
     request = ExportRequest(
         base, sizes[0], None, recipe=recipe, prompt=prompt, ratio=ratio, ratios=ratios, poa_weight=poa_weight,
         targets=targets, criterion=criterion, calibration=calibration, device=device, dtype=dtype, variant=variant,
         residual=residual, hashing=not no_hash, force=force, allow_nonfinite=allow_nonfinite, all_files=all_files,
-        threads=threads, family=family, native=native, rehash=rehash,
+        threads=threads, family=family, native=native, rehash=rehash, pack=open_pack(pack) if pack else None,
     )  # fmt: skip
     requests = [
         replace(request, size=size, output=named)
@@ -124,6 +126,23 @@ def export(
     if len(jobs) == 1:
         return _show_one(outcomes[0], seconds, pushing, push_one)
     return export_text.all_done(jobs, outcomes, _push_all(out, outcomes, pushing, push_one), seconds)
+
+
+# What a pack has decided: parameters of the command, by the options that set them.
+_DECIDED = {
+    "recipe": "--recipe", "ratio": "--ratio", "down": "--down", "mid": "--mid", "up": "--up", "prompt": "--prompt",
+    "poa_weight": "--poa-weight", "criterion": "--criterion", "calibration": "--calibration", "targets": "--targets",
+    "family": "--family", "native": "--native",
+}  # fmt: skip
+
+
+def _refuse_numbers(pack: Path) -> None:
+    """Refuse options whose numbers stand in the pack, wherever they are given."""
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    for name, flag in _DECIDED.items():
+        if context.get_parameter_source(name) not in (None, default):
+            raise OptionError(f"{flag}: {pack} has decided that already", f"Leave {flag} or --pack out.")
 
 
 PushOne = Callable[[PushRequest, Baked], Result]

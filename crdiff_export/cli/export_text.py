@@ -29,18 +29,18 @@ def planned(job: ExportJob, pushing: PushRequest | None) -> Result:
     Returns:
         What would be done.
     """
-    plan, calibration = job.plan, job.request.calibration
+    plan, calibration, pack = job.plan, job.request.calibration, job.request.pack
     groups = _planned_groups(job)
     record = {
         "dry_run": True, "base": str(plan.checkpoint.path), "family": plan.match.family.id,
         "layout": plan.match.layout.name, "resolution": str(plan.size), "recipe": plan.recipe,
         "variant": str(plan.variant.resolution), "provenance": plan.variant.provenance,
         "borrowed_from": plan.variant.borrowed_from and str(plan.variant.borrowed_from),
-        "criterion": job.criterion.name, "calibration": calibration and str(calibration),
+        "criterion": _criterion(job), "calibration": calibration and str(calibration),
         "poa_weight": plan.variant.poa_weight, "targets": list(plan.kinds), "groups": groups,
         "bytes": plan.data_size, "dtype": plan.cast, "output": str(job.target),
         "residual": job.request.residual, "residual_bytes": _residual_size(job),
-        "push": pushing.repo if pushing else None,
+        "push": pushing.repo if pushing else None, "pack": pack and str(pack.path),
         "files": [o.source.name for o in plan.outputs],
         "disk_needed": job.space.needed, "disk_free": job.space.free, "notes": list(plan.notes),
     }  # fmt: skip
@@ -65,7 +65,10 @@ def planned(job: ExportJob, pushing: PushRequest | None) -> Result:
 
 def _chosen_by(job: ExportJob) -> str:
     """Say by what the weights are chosen."""
-    criterion = job.criterion
+    criterion, pack = job.criterion, job.request.pack
+    if pack:
+        kind = "masks" if pack.variants[job.plan.size].masked else "thresholds"
+        return f"with the {kind} of {pack.path} ({_criterion(job)})"
     scope = job.plan.match.family.scope
     if not criterion.masks:
         return f"with a threshold for each {scope}" + (f" ({criterion.name})" if criterion.name != MAGNITUDE else "")
@@ -73,6 +76,12 @@ def _chosen_by(job: ExportJob) -> str:
     moved = ", which moves what stays" if criterion.moves else ""
     calibration = f" and {job.request.calibration}" if job.request.calibration else ""
     return f"with a mask by {criterion.name}{calibration}, compared within each {within}{moved}"
+
+
+def _criterion(job: ExportJob) -> str:
+    """Return the criterion as headers spell it."""
+    pack = job.request.pack
+    return pack.variants[job.plan.size].criterion if pack else job.criterion.name
 
 
 def _residual_size(job: ExportJob) -> int:

@@ -87,7 +87,7 @@ def validate(_out: Output, file: Path, checkpoint: Path | None) -> Result:
     if checkpoint is None:
         return Result({"valid": str(file), **_as_json(family)}, text, bare=())
     opened = open_checkpoint(checkpoint)
-    match = recognise(opened, file)
+    match = recognise(opened, family)
     groups = _groups(match, opened.shapes)
     rows = [[name, str(group["layers"]), f"{group['weights']:,}"] for name, group in groups.items()]
     facts = {

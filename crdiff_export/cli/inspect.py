@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crdiff_export.cli import options
+from crdiff_export.cli import options, pack_text
 from crdiff_export.cli.blocks import Block, Facts, Table
 from crdiff_export.cli.command import command, command_line, option, option_group
 from crdiff_export.cli.output import Output, Result, for_each
+from crdiff_export.errors import OptionError
 
 if TYPE_CHECKING:
     from crdiff_export.verify.inspect import Inspection
@@ -43,8 +44,6 @@ def inspect(
 
 def _check_outputs(files: Sequence[Path], outputs: Sequence[Path], *, layers: bool, force: bool) -> Sequence[Path]:
     """Check the files of a heat map before anything is read."""
-    from crdiff_export.errors import OptionError
-
     if not outputs:
         return ()
     if not layers:
@@ -61,7 +60,13 @@ def _check_outputs(files: Sequence[Path], outputs: Sequence[Path], *, layers: bo
 
 def _inspect(out: Output, file: Path, maps: Sequence[Path], *, layers: bool, force: bool, metadata: bool) -> Result:
     from crdiff_export.formats.text import printable
+    from crdiff_export.packs import is_pack, open_pack
     from crdiff_export.verify.inspect import inspect as run
+
+    if is_pack(file):
+        if layers:
+            raise OptionError(f"{file}: a pack has no weights for --layers", "Give a file that was exported.")
+        return pack_text.describe(open_pack(file), metadata=metadata)
 
     inspection = run(local_path(file))
     layer_zeros = _count(out, inspection) if layers else ()

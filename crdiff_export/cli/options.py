@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 
 from crdiff_export.cli.command import OptionMaker, gather, option, option_group
 from crdiff_export.errors import CrdiffError, OptionError, PromptsError
+from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.formats.text import printable
 from crdiff_export.formats.text_file import read_text_file
 from crdiff_export.models.recipe import MAX_POA_WEIGHT, TARGETS
@@ -127,6 +128,13 @@ targets = option("--targets", "Layers to prune, such as attn,ff. Default: the re
 variant = option("--variant NAME", "Weights to take from a folder that has several, such as fp16.")
 family = option("--family FILE", "A table of the base's family, if crdiff does not know it (`crdiff families`).", FILE)
 rehash = option("--rehash", "Hash the base anew. Default: its hash is remembered until the file changes.")
+sizes = option("--res", "The size to prune for, in pixels; may be given several times: the base is read once for all.",
+               SIZE, "sizes", multiple=True, required=True)  # fmt: skip
+native = option("--native", "The size that BASE was trained at. Default: what it says itself, or its family's.", SIZE)
+prompt_of_numbers = option("--prompt TEXT", "Take the recipe's numbers for this prompt, where it has some.")
+poa_weight = option("--poa-weight W", "POA weight to recommend in the header; 1 is the pruned model alone.", POA_WEIGHT)
+dtype = option("--dtype", "Cast all float tensors. Default: keep each as it is.", click.Choice(list(DTYPES)))
+allow_nonfinite = option("--allow-nonfinite", "Keep and count target weights that are infinite or not numbers.")
 threads = option("--threads N", "Threads on the CPU. Default: all cores.", COUNT)
 device = option("--device", "Where weights are counted and zeroed: auto, cpu, cuda, cuda:N or mps. The result does not "
                 "depend on it.", DEVICE, default="auto", show_default=True)  # fmt: skip

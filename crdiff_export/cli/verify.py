@@ -40,7 +40,11 @@ def verify(out: Output, files: tuple[Path, ...], base: str | None, calibration: 
 
 
 def _verify(out: Output, file: Path, base: str | None, calibration: Path | None, device: str) -> Result:
+    from crdiff_export.packs import is_pack
     from crdiff_export.verify.verify import verify as run
+
+    if is_pack(file):
+        return _verify_pack(out, file, base, calibration, device)
 
     with out.threads_progress() as progress:
         verified = run(file, base, progress, device, calibration)
@@ -65,6 +69,29 @@ def _verify(out: Output, file: Path, base: str | None, calibration: Path | None,
             "verified": True, "file": str(file), "weights": verified.weights, "hash": verified.hashed,
             "base": str(verified.base) if verified.base else None, "against_base": verified.against,
             "residual": verified.residual,
+        },
+        [f"{file}: holds what its header says ({', '.join(checks)})"],
+        bare=(),
+        notes=notes,
+    )  # fmt: skip
+
+
+def _verify_pack(out: Output, file: Path, base: str | None, calibration: Path | None, device: str) -> Result:
+    from crdiff_export.packs.check import verify_pack
+
+    with out.threads_progress() as progress:
+        checked = verify_pack(file, base, progress, device, calibration)
+    sizes = checked.pack.variants
+    checks = [f"{len(sizes)} {'size' if len(sizes) == 1 else 'sizes'}", "its SHA-256"]
+    checks += [f"thresholds and masks against {checked.base}"] if checked.base else []
+    notes = [
+        f"{size}: that {sizes[size].criterion} would choose this mask was not checked: give --calibration"
+        for size in checked.unranked
+    ]  # fmt: skip
+    return Result(
+        {
+            "verified": True, "file": str(file), "pack": True, "sizes": [str(size) for size in sizes], "hash": True,
+            "base": str(checked.base) if checked.base else None, "unranked": [str(size) for size in checked.unranked],
         },
         [f"{file}: holds what its header says ({', '.join(checks)})"],
         bare=(),

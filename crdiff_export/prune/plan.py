@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 from crdiff_export.errors import FamilyError, OptionError, PlanError, RecipeError
 from crdiff_export.formats.checkpoint import Checkpoint
@@ -12,7 +11,7 @@ from crdiff_export.formats.dtypes import FORMATS, Encoding
 from crdiff_export.formats.safetensors import BITS, TensorSpec, show
 from crdiff_export.formats.weight_file import Bytes, SourceFile
 from crdiff_export.models import families
-from crdiff_export.models.families import FamilyLayer, Match, Quantisation
+from crdiff_export.models.families import Family, FamilyLayer, Match, Quantisation
 from crdiff_export.models.recipe import Variant
 from crdiff_export.prune import threshold
 from crdiff_export.prune.scaled_fp8 import read_scales
@@ -226,14 +225,14 @@ def quantisation(checkpoint: Checkpoint, prefix: str = "") -> Quantisation | Non
     return None
 
 
-def recognise(checkpoint: Checkpoint, family: Path | None = None) -> Match:
+def recognise(checkpoint: Checkpoint, family: Family | None = None) -> Match:
     """Recognise the family of a checkpoint, and refuse one that must not be pruned.
 
     A quantised text encoder beside a plain UNet is allowed.
 
     Args:
         checkpoint: The checkpoint.
-        family: The table of the family that it is of; None for any that is built in or installed.
+        family: The family that it is to be of; None for any that is built in or installed.
 
     Returns:
         The family, layout and prefix.
@@ -249,7 +248,7 @@ def recognise(checkpoint: Checkpoint, family: Path | None = None) -> Match:
             "as after a merge, save the file without its crdiff.* keys.",
         )
     try:
-        match = families.detect(checkpoint.shapes, families.load_family(family) if family else None)
+        match = families.detect(checkpoint.shapes, family)
     except FamilyError as error:
         # Quantised layers have other names and shapes than the family's.
         _refuse_quantised(checkpoint, "")

@@ -8,7 +8,7 @@ from crdiff_export.errors import PlanError, RecipeError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.models import recipe, recipe_files
-from crdiff_export.models.families import Family
+from crdiff_export.models.families import Family, load_family
 from crdiff_export.models.recipe import Variant
 from crdiff_export.prune import plan
 from crdiff_export.prune.architecture import native_note, stated_native, unknown_native
@@ -76,7 +76,7 @@ def plan_variant(request: PlanRequest, checkpoint: Checkpoint, criterion: Criter
         CrdiffError: The recipe, the ratios, the size or the calibration do not fit the base.
     """
     criterion = criterion or CriterionChoice.of(request.criterion, request.calibration)
-    match = plan.recognise(checkpoint, request.family)
+    match = plan.recognise(checkpoint, load_family(request.family) if request.family else None)
     variant, recipe_name, notes = _choose_ratios(request, match.family, criterion)
     try:
         planned = plan.make(

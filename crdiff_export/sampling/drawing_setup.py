@@ -7,7 +7,7 @@ from crdiff_export.export import ExportRequest, plan_variant
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.dtypes import FORMATS
 from crdiff_export.hub import bases
-from crdiff_export.models.families import Match
+from crdiff_export.models.families import Match, load_family
 from crdiff_export.prune import architecture
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan, TooWideError, quantisation, recognise
@@ -49,7 +49,7 @@ def read_base(request: DrawingRequest) -> BaseHeaders:
     """Find the base of a request, download it if necessary, and read its headers."""
     base = bases.locate(request.base, request.variant)
     checkpoint = base.open(request.variant)
-    match = recognise(checkpoint, request.family)
+    match = recognise(checkpoint, load_family(request.family) if request.family else None)
     request_checks.check_negative(request.negative, match.family)
     return BaseHeaders(base, checkpoint, match)
 

@@ -1,0 +1,9 @@
+"""Packs: what turns one base into its pruned models of several sizes, in one small file without weights.
+
+`pack` is the value and how it is read, `write` the file, `create` makes packs of bases, `use` exports from them, and
+`check` verifies them.
+"""
+
+from crdiff_export.packs.pack import SUFFIX, BaseFile, Pack, is_pack, open_pack
+
+__all__ = ["SUFFIX", "BaseFile", "Pack", "is_pack", "open_pack"]

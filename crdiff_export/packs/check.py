@@ -1,0 +1,192 @@
+"""Verify a pack: that it holds what it says and, given the base, that an export would decide the same."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+from crdiff_export.bake import metadata
+from crdiff_export.errors import OptionError, VerifyError
+from crdiff_export.formats.checkpoint import Checkpoint
+from crdiff_export.formats.crdiff_keys import Stamp
+from crdiff_export.formats.hashing import hash_data, hash_from
+from crdiff_export.hub import bases
+from crdiff_export.packs import use
+from crdiff_export.packs.pack import BaseFile, Pack, open_pack, with_thresholds_by_name
+from crdiff_export.progress import Progress
+from crdiff_export.prune import architecture, kernels, plan
+from crdiff_export.prune.criteria import Decision
+from crdiff_export.prune.criterion_choice import CriterionChoice
+from crdiff_export.prune.identity import read_identity
+from crdiff_export.prune.plan import Plan
+from crdiff_export.prune.plan_request import PlanRequest
+from crdiff_export.prune.ranking import rank
+from crdiff_export.sizes import Size
+
+_AGAIN = "Do not use the pack; make it again from its base."
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedPack:
+    """What was checked of a pack and holds.
+
+    Attributes:
+        pack: The pack.
+        base: The base that it was compared with, if one was given.
+        unranked: Sizes whose weights were not ranked again, because that takes a calibration that was not given, or a
+            criterion that is not installed.
+    """
+
+    pack: Pack
+    base: Path | None = None
+    unranked: tuple[Size, ...] = ()
+
+
+def verify_pack(
+    path: Path, base: str | None, progress: Progress, device: str = "auto", calibration: Path | None = None
+) -> CheckedPack:
+    """Check a pack.
+
+    Args:
+        path: The pack.
+        base: The base to rank again, as for an export; None to compare with none.
+        progress: Is told how far the work is, and may interrupt it.
+        device: The device that computes.
+        calibration: The calibration of those sizes that were made with one.
+
+    Returns:
+        What was checked and holds.
+
+    Raises:
+        PackError: The pack is damaged.
+        VerifyError: It is not what its base gives.
+        CrdiffError: A file cannot be read, or the calibration is not the pack's.
+    """
+    if calibration is not None and base is None:
+        raise OptionError(
+            f"--calibration {calibration}: decides nothing without the base's weights", "Give --base, too."
+        )
+    pack = open_pack(path)
+    progress.stage("checking", sum(t.nbytes for size in pack.variants for t in pack.masks(size)))
+    for size in pack.variants:
+        _check_counts(pack, size, progress)
+    if base is None:
+        return CheckedPack(pack)
+    located = bases.locate(base)
+    checkpoint = located.open(None)
+    plans = {size: use.plan_size(pack, PlanRequest(base, size), checkpoint) for size in pack.variants}
+    _check_files(pack, checkpoint, progress)
+    _check_identity(pack, next(iter(plans.values())))
+    ranked: set[Size] = set()
+    for choice, sizes in _choices(pack, calibration, progress):
+        some = [plans[size] for size in sizes]
+        weights = rank(choice, some, kernels.load(device), progress, device)
+        for planned in some:
+            _check_size(pack, planned, weights.decide(planned, progress))
+        ranked.update(sizes)
+    return CheckedPack(pack, checkpoint.path, tuple(size for size in pack.variants if size not in ranked))
+
+
+def _check_counts(pack: Pack, size: Size, progress: Progress) -> None:
+    """Count the bits of a size's masks, and hold its counts against its ratios."""
+    import numpy as np
+
+    stamp = pack.variants[size]
+    groups = {layer.diffusers: layer.group for layer in pack.layers(stamp.targets)}
+    bits = dict.fromkeys(stamp.groups, 0)
+    for name, data in pack.read_masks(size) if stamp.masked else ():
+        bits[groups[name]] += int(np.unpackbits(np.frombuffer(data, np.uint8)).sum())
+        progress.advance(len(data))
+    for name, group in stamp.groups.items():
+        if stamp.masked and bits[name] != group.pruned:
+            raise VerifyError(
+                f"{pack.path}: {bits[name]} weights of {name} are in the masks of {size}, crdiff.pruned says "
+                f"{group.pruned}", _AGAIN,
+            )  # fmt: skip
+        if group.pruned > group.total:
+            raise VerifyError(f"{pack.path}, {size}: {group.pruned} of {group.total} weights of {name}", _AGAIN)
+
+
+def _check_files(pack: Pack, checkpoint: Checkpoint, progress: Progress) -> None:
+    """Hash every byte of the base, whatever any cache remembers."""
+    if sorted(file.name for file in checkpoint.files) != [file.name for file in pack.files]:
+        _differs(pack, checkpoint.path, "its files of weights", len(checkpoint.files), len(pack.files))
+    stated = {file.name: file for file in pack.files}
+    for file in checkpoint.files:
+        progress.stage("hashing", file.data_size)
+        if file.reader:
+            found = BaseFile(file.name, hash_data(file, progress), stated[file.name].file_hash)
+        else:
+            whole, data = hash_from(file.path, (0, file.data_start), progress)
+            found = BaseFile(file.name, data, whole if stated[file.name].file_hash else None)
+        if found != stated[file.name]:
+            _differs(pack, file.path, "its hash", f"0x{found.data_hash}", f"0x{stated[file.name].data_hash}")
+
+
+def _check_identity(pack: Pack, planned: Plan) -> None:
+    every = plan.make(
+        planned.checkpoint, planned.match, planned.size, planned.variant, planned.recipe, kinds=pack.kinds
+    )
+    if read_identity(planned.checkpoint, every.targets) != pack.identity:
+        _differs(pack, planned.checkpoint.path, "the hashes of its layers", "others", "those in the pack")
+
+
+def _choices(
+    pack: Pack, calibration: Path | None, progress: Progress
+) -> Iterator[tuple[CriterionChoice, Sequence[Size]]]:
+    """Yield every criterion that can rank again, with its sizes."""
+    sizes: dict[tuple[str, str | None], list[Size]] = {}
+    for size, stamp in pack.variants.items():
+        sizes.setdefault((stamp.criterion, stamp.calibrated.hash if stamp.calibrated else None), []).append(size)
+    is_used = False
+    for (criterion, hashed), some in sizes.items():
+        if hashed is None:
+            with contextlib.suppress(OptionError):  # its package may not be installed here
+                yield CriterionChoice.of(criterion, None), some
+        elif calibration is not None:
+            choice = CriterionChoice.of(criterion, calibration)
+            calibrated = choice.calibrated(progress)
+            if calibrated and calibrated.hash == hashed:
+                is_used = True
+                yield choice, some
+    if calibration is not None and not is_used:
+        raise OptionError(
+            f"{calibration}: no size of {pack.path} was made with it", "Give the calibration of one of its sizes."
+        )
+
+
+def _check_size(pack: Pack, planned: Plan, decision: Decision) -> None:
+    """Compare what the base gives for a size with what the pack has."""
+    stamp, path = pack.variants[planned.size], planned.checkpoint.path
+    derived = _derive(planned, decision, stamp)
+    for name, group in stamp.groups.items():
+        if derived.groups[name] != group:
+            ours = derived.groups[name]
+            _differs(
+                pack, path, f"{name} of {planned.size}", f"{ours.pruned} weights up to {ours.threshold}",
+                f"{group.pruned} up to {group.threshold}",
+            )  # fmt: skip
+    if derived.thresholds != stamp.thresholds:
+        _differs(pack, path, f"the thresholds of {planned.size}", "others", "those in the pack")
+    for key in ("special", "prediction", "native"):
+        if getattr(derived, key) != getattr(stamp, key):
+            _differs(pack, path, key, getattr(derived, key), getattr(stamp, key))
+    if decision.masks is None:
+        return
+    masks = {t.layer.diffusers: mask for t, mask in zip(planned.targets, decision.masks, strict=True) if mask}
+    for name, data in pack.read_masks(planned.size):
+        if name not in masks or masks[name].bits.tobytes() != data:
+            _differs(pack, path, f"the mask of {name} at {planned.size}", "another", "the one in the pack")
+
+
+def _derive(planned: Plan, decision: Decision, stamp: Stamp) -> Stamp:
+    found = architecture.find(planned)
+    if stamp.native_source == architecture.GIVEN:
+        found = replace(found, native=stamp.native, native_source=stamp.native_source)
+    derived = metadata.stamp(planned, decision, stamp.criterion, stamp.source_name, found)
+    return with_thresholds_by_name(derived, [target.layer.diffusers for target in planned.targets])
+
+
+def _differs(pack: Pack, path: Path, what: str, ours: object, theirs: object) -> NoReturn:
+    raise VerifyError(f"{path}: gives {what} as {ours}, {pack.path} has {theirs}", _AGAIN)

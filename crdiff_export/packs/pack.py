@@ -1,0 +1,333 @@
+"""A pack as a value, and how it is read from its file, which docs/metadata.md specifies under "Packs".
+
+The keys of each size are those of a baked file, so that one parser reads both.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Final, NoReturn
+
+from crdiff_export.errors import CheckpointError, CrdiffError, PackError, RecipeError
+from crdiff_export.formats.checkpoint import open_checkpoint
+from crdiff_export.formats.crdiff_keys import HASH, PREFIX, Stamp
+from crdiff_export.formats.dtypes import FORMATS
+from crdiff_export.formats.safetensors import TensorSpec, show
+from crdiff_export.formats.weight_file import SourceFile
+from crdiff_export.models import families
+from crdiff_export.models.families import Family, FamilyLayer
+from crdiff_export.models.families.table import TABLE_KEY, parse_family
+from crdiff_export.prune.criteria.spec import MAGNITUDES
+from crdiff_export.prune.identity import HASH_BYTES, Identity
+from crdiff_export.sizes import Size
+from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH
+
+SUFFIX: Final = ".crdiff"
+KEY: Final = "crdiff.pack"
+SCHEMA: Final = "1"
+SIZES: Final = f"{KEY}.sizes"
+KINDS: Final = f"{KEY}.targets"
+DTYPES: Final = f"{KEY}.dtypes"
+PACK_HASH: Final = f"{KEY}.hash_sha256"
+MASKS_HASH: Final = f"{KEY}.masks_sha256"
+IDENTITY: Final = "identity/"
+# Keys that are the same for all sizes of a pack, and stand in it once.
+SHARED: Final = tuple(
+    PREFIX + key
+    for key in (
+        "version", "paper", "family", "family.table", "layout", "prefix", "special", "prediction", "source.name",
+        "resolution.native", "resolution.native.source",
+    )
+)  # fmt: skip
+# An export decides whether it keeps a residual, so a pack says nothing of it.
+NO_RESIDUAL: Final = {f"{PREFIX}residual": "none"}
+DAMAGED: Final = "The pack is damaged or was changed after crdiff wrote it; fetch it again, or make it again."
+_PIECE = 8 << 20
+_SIZE_KEY = re.compile(r"([1-9][0-9]{0,4}x[1-9][0-9]{0,4})/(.+)", re.DOTALL)
+_FILE_KEY = re.compile(r"file/(.+)/(crdiff\.source\.(?:hash|file)_sha256)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFile:
+    """A file of the base: its name in the checkpoint, and the SHA-256 of its data section, and of all of it.
+
+    The hashes are hex; that of the whole file is known only of files that come from the Hub.
+    """
+
+    name: str
+    data_hash: str
+    file_hash: str | None = None
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What turns one base into its pruned models, for several sizes.
+
+    Attributes:
+        path: The pack's file.
+        file: Its header.
+        family: The base's family.
+        kinds: The kinds of the layers that `identity` has.
+        files: The base's files of weights.
+        identity: Hashes of the base's layers.
+        variants: By size, what the header of its pruned checkpoint says. `thresholds` of layers are in the order of
+            `layers`.
+    """
+
+    path: Path
+    file: SourceFile
+    family: Family
+    kinds: tuple[str, ...]
+    files: tuple[BaseFile, ...]
+    identity: Identity
+    variants: Mapping[Size, Stamp]
+
+    @property
+    def common(self) -> Stamp:
+        """Any of the variants, for what all have in common."""
+        return next(iter(self.variants.values()))
+
+    @property
+    def masked_sizes(self) -> tuple[Size, ...]:
+        """The sizes that have masks instead of thresholds."""
+        return tuple(size for size, stamp in self.variants.items() if stamp.masked)
+
+    def layers(self, kinds: Sequence[str]) -> tuple[FamilyLayer, ...]:
+        """Return the family's layers of some kinds, by their names in diffusers' layout, ascending."""
+        return layers_of(self.family, self.common.layout, kinds)
+
+    def thresholds(self, size: Size) -> dict[str, float | None]:
+        """Return the threshold of every layer that may be pruned at a size, by its name in diffusers' layout."""
+        stamp = self.variants[size]
+        layers = self.layers(stamp.targets)
+        if stamp.thresholds is None:
+            return {layer.diffusers: stamp.groups[layer.group].threshold for layer in layers}
+        return {layer.diffusers: value for layer, value in zip(layers, stamp.thresholds, strict=True)}
+
+    def masks(self, size: Size) -> tuple[TensorSpec, ...]:
+        """Return the tensors with the masks of a size, in the order of their bytes."""
+        return self._masks.get(size, ())
+
+    @cached_property
+    def _masks(self) -> dict[Size, tuple[TensorSpec, ...]]:
+        found: dict[Size, list[TensorSpec]] = {}
+        for tensor in self.file.by_offset:
+            if match := _SIZE_KEY.fullmatch(tensor.name):
+                found.setdefault(Size.parse(match[1]), []).append(tensor)
+        return {size: tuple(tensors) for size, tensors in found.items()}
+
+    def read_masks(self, size: Size) -> Iterator[tuple[str, bytearray]]:
+        """Read the masks of a size: each layer's name in diffusers' layout, and its bits as `criteria.Mask` has them.
+
+        Raises:
+            PackError: The masks are not those that were written.
+        """
+        digest = hashlib.sha256()
+        with contextlib.closing(self.file.open()) as reader:
+            for tensor in self.masks(size):
+                bits = bytearray(tensor.nbytes)
+                reader.read_into(tensor.start, memoryview(bits))
+                digest.update(bits)
+                yield tensor.name.partition("/")[2], bits
+        stated = self.file.metadata.get(f"{size}/{MASKS_HASH}")
+        if stated != f"0x{digest.hexdigest()}":
+            raise PackError(f"{self.path}: the masks of {size} hash to 0x{digest.hexdigest()}, not {stated}", DAMAGED)
+
+
+def layers_of(family: Family, layout: str, kinds: Sequence[str]) -> tuple[FamilyLayer, ...]:
+    """Return a family's layers of some kinds, by their names in diffusers' layout, ascending by code points."""
+    found = next(each for each in family.layouts if each.name == layout).layers
+    return tuple(sorted((layer for layer in found if layer.kind in kinds), key=lambda layer: layer.diffusers))
+
+
+def is_pack(path: Path) -> bool:
+    """Whether a path names a pack, by its ending."""
+    return path.suffix == SUFFIX
+
+
+def open_pack(path: Path) -> Pack:
+    """Read and check a pack; of masks the header alone.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The pack.
+
+    Raises:
+        PackError: The file is no pack, or is damaged.
+        CheckpointError: It cannot be read as a safetensors file.
+    """
+    if path.suffix != SUFFIX:
+        raise PackError(f"{path}: no pack, whose name ends in {SUFFIX}", "Give one that `crdiff pack create` has made.")
+    (file,) = open_checkpoint(path).files
+    return read_pack(path, file)
+
+
+def read_pack(path: Path, file: SourceFile) -> Pack:
+    """Read a pack whose header is parsed; see `open_pack`."""
+    metadata = file.metadata
+    if KEY not in metadata:
+        raise PackError(f"{path}: no pack: no {KEY} in its header", "Give one that `crdiff pack create` has made.")
+    if metadata[KEY] != SCHEMA:
+        raise PackError(
+            f"{path}: a pack of schema {show(metadata[KEY])}, this crdiff reads {SCHEMA}", "Install a newer crdiff."
+        )
+    tensors = [tensor for tensor in file.by_offset if tensor.name.startswith(IDENTITY)]
+    identity_bytes = _read(file, tensors)
+    _check_hash(path, metadata, identity_bytes)
+    variants = _variants(path, metadata)
+    common = next(iter(variants.values()))
+    family = _family(path, metadata, common)
+    kinds = tuple(metadata.get(KINDS, "").split(","))
+    identity = _identity(path, metadata, tensors, identity_bytes, layers_of(family, common.layout, kinds))
+    pack = Pack(path, file, family, kinds, _files(path, metadata), identity, variants)
+    for size, stamp in variants.items():
+        _check_variant(pack, size, stamp)
+    known = {tensor.name for tensor in tensors} | {t.name for size in variants for t in pack.masks(size)}
+    if other := next((tensor.name for tensor in file.tensors if tensor.name not in known), None):
+        _refuse(path, f"tensor {show(other)} belongs to no pack")
+    return pack
+
+
+def pack_hash(metadata: Mapping[str, str], identity: bytes) -> str:
+    """Return the hash of a pack: SHA-256 of all of its other keys, as JSON, and of the bytes of its identity."""
+    keys = {key: text for key, text in metadata.items() if key != PACK_HASH}
+    text = json.dumps(keys, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return f"0x{hashlib.sha256(text.encode() + identity).hexdigest()}"
+
+
+def _check_hash(path: Path, metadata: Mapping[str, str], identity: bytes) -> None:
+    try:
+        actual = pack_hash(metadata, identity)
+    except UnicodeEncodeError:  # half a surrogate pair
+        actual = "that of no text"
+    if (stated := metadata.get(PACK_HASH)) != actual:
+        _refuse(path, f"hashes to {actual}, its header says {show(stated) if stated else 'nothing'}")
+
+
+def _read(file: SourceFile, tensors: Sequence[TensorSpec]) -> bytes:
+    if sum(tensor.nbytes for tensor in tensors) > _PIECE:
+        _refuse(file.path, "more hashes of layers than any model needs")
+    pieces = []
+    with contextlib.closing(file.open()) as reader:
+        for tensor in tensors:
+            data = bytearray(tensor.nbytes)
+            reader.read_into(tensor.start, memoryview(data))
+            pieces.append(bytes(data))
+    return b"".join(pieces)
+
+
+def _variants(path: Path, metadata: Mapping[str, str]) -> dict[Size, Stamp]:
+    """Parse the keys of every size as those of a baked file."""
+    shared = {key: text for key, text in metadata.items() if key in SHARED}
+    own: dict[Size, dict[str, str]] = {}
+    try:
+        for text in metadata.get(SIZES, "").split(","):
+            own[Size.parse(text)] = {}
+        for key, text in metadata.items():
+            if match := _SIZE_KEY.fullmatch(key):
+                own[Size.parse(match[1])][match[2]] = text
+    except (RecipeError, KeyError) as error:
+        raise PackError(f"{path}: {SIZES} is not the list of its sizes", DAMAGED) from error
+    variants = {}
+    for size, keys in own.items():
+        try:
+            stamp = Stamp.from_metadata({**keys, **shared, **NO_RESIDUAL}, f"{path}, {size}")
+        except CheckpointError as error:
+            raise PackError(error.message, DAMAGED) from error
+        if stamp.resolution != size:
+            _refuse(path, f"{size} has crdiff.resolution.target {stamp.resolution}")
+        variants[size] = stamp
+    return variants
+
+
+def _family(path: Path, metadata: Mapping[str, str], stamp: Stamp) -> Family:
+    try:
+        table = metadata.get(TABLE_KEY)
+        found = parse_family(table, f"{path}: {TABLE_KEY}", foreign=True) if table else families.by_id(stamp.family)
+    except CrdiffError as error:
+        raise PackError(f"{path}: {error.message.removeprefix(f'{path}: ')}", error.hint) from error
+    if found.id != stamp.family or stamp.layout not in {layout.name for layout in found.layouts}:
+        _refuse(path, f"crdiff.family is {show(stamp.family)} in the layout {show(stamp.layout)}, its table has others")
+    return found
+
+
+def _files(path: Path, metadata: Mapping[str, str]) -> tuple[BaseFile, ...]:
+    found: dict[str, dict[str, str]] = {}
+    for key, text in metadata.items():
+        if match := _FILE_KEY.fullmatch(key):
+            if not HASH.fullmatch(text):
+                _refuse(path, f"{show(key)} is {show(text)}, not 0x and 64 lowercase hex digits")
+            found.setdefault(match[1], {})[match[2]] = text[2:]
+    if missing := next((name for name, hashes in found.items() if DATA_HASH not in hashes), None):
+        _refuse(path, f"no {DATA_HASH} of {show(missing)}")
+    if not found:
+        _refuse(path, "names no file of its base")
+    return tuple(BaseFile(name, found[name][DATA_HASH], found[name].get(FILE_HASH)) for name in sorted(found))
+
+
+def _identity(
+    path: Path,
+    metadata: Mapping[str, str],
+    tensors: Sequence[TensorSpec],
+    data: bytes,
+    layers: Sequence[FamilyLayer],
+) -> Identity:
+    names = tuple(layer.diffusers for layer in layers)
+    stored = tuple(metadata.get(DTYPES, "").split(","))
+    stored = stored * len(names) if len(stored) == 1 else stored
+    if not names or len(stored) != len(names) or not set(stored) <= FORMATS.keys():
+        _refuse(path, f"{KINDS} and {DTYPES} do not go with the layers of {show(metadata.get('crdiff.family', ''))}")
+    hashes, start = {}, 0
+    for tensor in tensors:
+        dtype = tensor.name.removeprefix(IDENTITY)
+        if dtype not in FORMATS or (tensor.dtype, tensor.shape) != ("U8", (len(names), HASH_BYTES)):
+            _refuse(path, f"{show(tensor.name)} is not a hash of {HASH_BYTES} bytes for each of {len(names)} layers")
+        hashes[dtype] = data[start : start + tensor.nbytes]
+        start += tensor.nbytes
+    if not set(stored) <= hashes.keys():
+        _refuse(path, f"no {IDENTITY}{min(set(stored) - hashes.keys())}, the dtype of some of its layers")
+    return Identity(names, stored, hashes)
+
+
+def _check_variant(pack: Pack, size: Size, stamp: Stamp) -> None:
+    """Check that a size's keys go with the family and with its masks."""
+    where, family = f"{size}/crdiff", pack.family
+    layers = pack.layers(stamp.targets)
+    if not layers or not set(stamp.targets) <= set(pack.kinds):
+        _refuse(pack.path, f"{where}.targets is {show(','.join(stamp.targets))}, which its identity does not have")
+    if sorted(stamp.groups) != sorted(family.groups):
+        _refuse(pack.path, f"{where}.ratio is not for the groups of {family.title}")
+    if stamp.moved:
+        _refuse(pack.path, f"{where}.moved: moved weights cannot be in a pack")
+    if bool(stamp.masked) == (stamp.criterion in MAGNITUDES):
+        _refuse(pack.path, f"{where}.mask does not go with {show(stamp.criterion)}")
+    if not stamp.masked:
+        layer_wise = stamp.thresholds is not None
+        if layer_wise != (family.scope == "layer") or (stamp.thresholds and len(stamp.thresholds) != len(layers)):
+            _refuse(pack.path, f"{where}.thresholds are not those of {len(layers)} layers")
+    # Layers of which nothing is pruned have no mask; how many weights a layer has only the base tells.
+    names = {layer.diffusers for layer in layers} if stamp.masked else set()
+    for tensor in pack.masks(size):
+        if tensor.name.partition("/")[2] not in names:
+            _refuse(pack.path, f"{show(tensor.name)} is the mask of no layer that is pruned at {size}")
+        if tensor.dtype != "U8" or len(tensor.shape) != 1:
+            _refuse(pack.path, f"{show(tensor.name)} is not a list of bytes")
+
+
+def _refuse(path: Path, what: str) -> NoReturn:
+    raise PackError(f"{path}: {what}", DAMAGED)
+
+
+def with_thresholds_by_name(stamp: Stamp, layers: Sequence[str]) -> Stamp:
+    """Put a stamp's thresholds of layers, which are in the order of these layers, into the order of their names."""
+    if stamp.thresholds is None:
+        return stamp
+    by_name = dict(zip(layers, stamp.thresholds, strict=True))
+    return replace(stamp, thresholds=tuple(by_name[layer] for layer in sorted(by_name)))
