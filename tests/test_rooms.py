@@ -45,7 +45,7 @@ LOADED_LATE = (
     *(f"prune/criteria/{name}" for name in ("random", "wanda", "taylor", "obs", "adverse", "scored")),
     *("prune/criteria/reading", "prune/criteria/selection"),
     *("models/demo/drawing",),
-    *(f"sampling/poa/{name}" for name in (("handle", "hooks", "layers", "batch"))),
+    *(f"sampling/poa/{name}" for name in (("handle", "hooks", "layers", "batch", "follow", "in_place", "packed"))),
     *("sampling/session",),
     *(f"calibrate/{name}" for name in ("collect", "denoise", "gradients", "runner")),
     *("evaluate/render", "evaluate/preview/render"),

@@ -1,7 +1,7 @@
 """Recipes: the ratio of each group for each size of a model family, with the provenance of the numbers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
@@ -159,6 +159,20 @@ def borrow(variant: Variant, target: Size) -> Variant:
     if variant.resolution == target:
         return variant
     return replace(variant, provenance="starting-point", evidence=None, borrowed_from=variant.resolution)
+
+
+def nearest_size(sizes: Iterable[Size], target: Size) -> Size | None:
+    """Choose the size whose numbers may serve a target size without a warning, as `choose` does.
+
+    Args:
+        sizes: The sizes.
+        target: The size in pixels.
+
+    Returns:
+        The nearest size; None if all are further than FAR in area or aspect.
+    """
+    near = [size for size in sizes if not _far(size, target)]
+    return min(near, key=lambda size: (_distance(size, target), size.width, size.height), default=None)
 
 
 def _distance(size: Size, target: Size) -> float:

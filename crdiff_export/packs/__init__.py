@@ -4,6 +4,6 @@
 `check` verifies them.
 """
 
-from crdiff_export.packs.pack import SUFFIX, BaseFile, Pack, is_pack, open_pack
+from crdiff_export.packs.pack import SUFFIX, BaseFile, Pack, find_pack, is_pack, open_pack
 
-__all__ = ["SUFFIX", "BaseFile", "Pack", "is_pack", "open_pack"]
+__all__ = ["SUFFIX", "BaseFile", "Pack", "find_pack", "is_pack", "open_pack"]

@@ -201,20 +201,15 @@ def remove(pack: Pack, sizes: Sequence[Size], progress: Progress) -> Pack:
         The new pack.
 
     Raises:
-        OptionError: It has no such size, or would have none left.
+        PackError: It has no such size.
+        OptionError: It would have no size left.
     """
-    if missing := next((size for size in sizes if size not in pack.variants), None):
-        raise no_such_size(pack, missing)
+    for size in sizes:
+        pack.check_size(size)
     left = [entry for entry in kept_entries(pack) if entry.size not in sizes]
     if not left:
         raise OptionError(f"{pack.path}: would have no size left", "Remove the file instead.")
     return write(pack.path, Contents(pack.kinds, pack.files, pack.identity, tuple(left)), progress, before=pack)
-
-
-def no_such_size(pack: Pack, size: Size) -> PackError:
-    """Make the error for a size that a pack does not have."""
-    has = ", ".join(map(str, pack.variants))
-    return PackError(f"{pack.path}: has no {size}", f"It has {has}; `crdiff pack add` adds a size.")
 
 
 def kept_entries(pack: Pack) -> list[Entry]:

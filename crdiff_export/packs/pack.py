@@ -19,6 +19,7 @@ from crdiff_export.formats.crdiff_keys import HASH, PREFIX, Stamp
 from crdiff_export.formats.dtypes import FORMATS
 from crdiff_export.formats.safetensors import TensorSpec, show
 from crdiff_export.formats.weight_file import SourceFile
+from crdiff_export.hub import bases
 from crdiff_export.models import families
 from crdiff_export.models.families import Family, FamilyLayer
 from crdiff_export.models.families.table import TABLE_KEY, parse_family
@@ -87,6 +88,16 @@ class Pack:
     identity: Identity
     variants: Mapping[Size, Stamp]
 
+    def check_size(self, size: Size) -> None:
+        """Refuse a size that the pack does not have.
+
+        Raises:
+            PackError: It has no such size.
+        """
+        if size not in self.variants:
+            has = ", ".join(map(str, self.variants))
+            raise PackError(f"{self.path}: has no {size}", f"It has {has}; `crdiff pack add` adds a size.")
+
     @property
     def common(self) -> Stamp:
         """Any of the variants, for what all have in common."""
@@ -148,6 +159,14 @@ def layers_of(family: Family, layout: str, kinds: Sequence[str]) -> tuple[Family
 def is_pack(path: Path) -> bool:
     """Whether a path names a pack, by its ending."""
     return path.suffix == SUFFIX
+
+
+def find_pack(source: str | Path) -> Path | None:
+    """Find a pack by its path or its address on the Hub, from which it is fetched; None for what names no pack."""
+    if not is_pack(Path(source)):
+        return None
+    address = str(source)
+    return bases.locate(address).path if address.startswith("hf://") else Path(source).expanduser()
 
 
 def open_pack(path: Path) -> Pack:

@@ -11,7 +11,7 @@ from crdiff_export.formats.crdiff_keys import Stamp
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.formats.hashing import hash_data_once
 from crdiff_export.models.recipe import Provenance, Variant
-from crdiff_export.packs.create import check_same_model, no_such_size, other_base
+from crdiff_export.packs.create import check_same_model, other_base
 from crdiff_export.packs.pack import Pack
 from crdiff_export.progress import Progress
 from crdiff_export.prune import plan
@@ -41,9 +41,8 @@ def plan_size(pack: Pack, request: PlanRequest, checkpoint: Checkpoint) -> Plan:
         PackError: The pack has no such size, or is of another base.
         OptionError: The cast does not go with the pack's masks.
     """
-    stamp = pack.variants.get(request.size)
-    if stamp is None:
-        raise no_such_size(pack, request.size)
+    pack.check_size(request.size)
+    stamp = pack.variants[request.size]
     cast = DTYPES[request.dtype] if request.dtype else stamp.cast
     if stamp.masked and cast != stamp.cast:
         raise OptionError(

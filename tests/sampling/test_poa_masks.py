@@ -280,8 +280,7 @@ def test_the_step_is_told_by_the_timestep_as_each_pipeline_gives_it(family: str,
             config=config, timesteps=torch.tensor([999.0, 500.0, 1.0]), sigmas=torch.tensor([80.0, 2.0, 0.1, 0.0])
         )
     )
-    match = SimpleNamespace(family=by_id(family))
-    handle: Any = SimpleNamespace(_pipe=lambda: pipe, source=SimpleNamespace(plan=SimpleNamespace(match=match)))
+    handle: Any = SimpleNamespace(_pipe=lambda: pipe, _time=by_id(family).time)
     done = [Poa._fraction(handle, (), {"timestep": torch.tensor([timestep])}) for timestep in timesteps]
     assert done == [0, 1 / 3, 2 / 3]
 

@@ -18,6 +18,7 @@ from crdiff_export import ExportRequest, export
 from crdiff_export.errors import PoaError
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.sampling import poa
+from crdiff_export.sampling.poa.handle import Poa
 from crdiff_export.sampling.poa.masks import prune
 from tests.support.accelerators import accelerator, on_an_accelerator
 from tests.support.messages import raises
@@ -383,6 +384,7 @@ def test_a_file_that_was_cast_prunes_the_uncast_base_alike(criterion: str, case:
     """In memory fp32, in the file fp16: those are pruned whose fp16 is zero in the file."""
     file = case.baked(criterion, dtype="fp16")
     handle, stored = poa.enable(pipe, file, 1), safetensors.torch.load_file(file)
+    assert isinstance(handle, Poa)
     for name, parts in handle.source.masks.diffusers.items():
         weight = pipe.unet.get_parameter(name)
         assert torch.equal(prune(weight, parts), torch.where(stored[name] == 0, 0.0, weight))

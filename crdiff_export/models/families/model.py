@@ -225,6 +225,7 @@ class Family:
         implementation: The ModelSpec implementation.
         native: Width and height in pixels that the model was trained at; None where only the model itself can say it.
         grid: Image sides are multiples of this number of pixels.
+        cell: Pixels for each number of a latent, in both directions.
         groups: The groups of blocks with a ratio of their own.
         scope: Whether a threshold is computed for a group or for each layer.
         kinds: The kinds of layers that may be pruned.
@@ -264,6 +265,7 @@ class Family:
     buckets: bool = False
     pipelines: Mapping[str, Pipeline] = field(default_factory=dict)
     time: Time = "timestep"
+    cell: int = 8
     negative: bool = True
     sample_size: bool = True
     programs: tuple[str, ...] = ("comfyui",)

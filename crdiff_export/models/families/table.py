@@ -48,6 +48,7 @@ _EXAMPLES: Final = {
     "implementation": 'implementation = "sgm"',
     "native": 'native = "1024x1024"',
     "grid": "grid = 16",
+    "cell": "cell = 8",
     "buckets": "buckets = true",
     "unet": "[unet], with down, mid and context",
     "transformer": "[transformer], with kinds and default",
@@ -103,8 +104,8 @@ _EXAMPLES: Final = {
     "limit": "limit = 0.09",
 }  # fmt: skip
 _KEYS: Final = (
-    "id", "title", "architecture", "implementation", "native", "grid", "buckets", "unet", "transformer", "target",
-    "special", "pipeline", "twin", "programs",
+    "id", "title", "architecture", "implementation", "native", "grid", "cell", "buckets", "unet", "transformer",
+    "target", "special", "pipeline", "twin", "programs",
 )  # fmt: skip
 
 
@@ -178,6 +179,7 @@ def _family(table: RecipeTable) -> Family:
         implementation=table.string("implementation") if "implementation" in table else "sgm",
         native=(native.width, native.height) if isinstance(native, Size) else None,
         grid=table.count("grid") if "grid" in table else 8,
+        cell=table.count("cell") if "cell" in table else 8,
         specials=tuple(_special(each) for each in _tables(table, "special")),
         twin=_twin(table.table("twin")) if "twin" in table else None,
         buckets=_flag(table, "buckets"),

@@ -21,33 +21,37 @@ from crdiff_export.sampling.poa.source import Source
 MODES = ("sequential", "batched")
 
 
-class Poa:
-    """POA on one model; its `schedule` and `mode` may be replaced between two images."""
+class ModelHandle:
+    """What is on one model, which lets it predict with POA; `schedule` and `mode` may be replaced between two images.
 
-    def __init__(
-        self, pipe: Any, source: Source, schedule: Schedule, mode: str, *, check: bool, keep: bool = False
-    ) -> None:
+    Attributes:
+        model: The UNet or transformer.
+        filled: Whether its dense weights come from a residual, so that `remove` prunes them again.
+    """
+
+    def __init__(self, pipe: Any, time: Time, schedule: Schedule, mode: str, *, keep: bool = False) -> None:
         self._pipe = weakref.ref(pipe)  # so that the model does not keep the whole pipeline alive
-        self.source, self.schedule, self.mode = source, schedule, mode
+        self._time, self._schedule, self.mode = time, self.checked(schedule), mode
         self.model = model_of(pipe)
-        self._layers = layers.find(self.model, source)
-        for path, layer in self._layers.items():
-            hooks.refuse_wrapped(path, layer)
-        # Whether the model's dense weights come from a residual, so that `remove` prunes them again.
-        self.filled = (check or source.has_residual) and layers.make_dense(self._layers, source, check=check)
+        self.filled = False
         self._switch = LayerSwitch(keep=keep)
         self._hooks: dict[str, hooks.LayerHook] = {}
         self._call: tuple[tuple[Any, ...], dict[str, Any], float] = ((), {}, 0.0)
 
     def install(self) -> None:
-        """Put the hooks on the model and its layers."""
-        parts = self.source.masks.diffusers
-        self._hooks = {name: hooks.attach(layer, self._switch, parts[name][0]) for name, layer in self._layers.items()}
+        """Put the hooks on the model."""
         self._handles = [
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
         setattr(self.model, NAME, self)
+
+    def remove(self) -> None:
+        """Take all hooks off; the weights are as they were."""
+        for handle in self._handles:
+            handle.remove()
+        self._switch.side = Side.DENSE
+        delattr(self.model, NAME)
 
     def __reduce_ex__(self, _protocol: Any) -> NoReturn:
         raise PoaError("a model with POA on cannot be copied or pickled", "Take POA off first: poa.disable.")
@@ -59,9 +63,19 @@ class Poa:
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
+        self._schedule = self.checked(schedule)
+
+    @staticmethod
+    def checked(schedule: Schedule) -> Schedule:
+        """Return a schedule; PoaError for anything else."""
         if not isinstance(schedule, Schedule):
             raise PoaError(f"{schedule!r} is no schedule", "Give poa.Schedule(weight, start, stop).")
-        self._schedule = schedule
+        return schedule
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether the weights of the model are not those that were loaded."""
+        return self.filled
 
     @property
     def mode(self) -> str:
@@ -82,25 +96,6 @@ class Poa:
         for each weight of these layers; with moved weights all pruned weights instead.
         """
         return self._switch.extra_bytes + sum(hook.extra_bytes for hook in self._hooks.values())
-
-    @torch.no_grad()
-    def remove(self) -> None:
-        """Remove all hooks and the residual's weights; PoaError, with nothing changed, if these are offloaded."""
-        if self.filled and any(layer.weight.is_meta for layer in self._layers.values()):
-            raise PoaError(
-                "the weights that are to be pruned again are offloaded, layer by layer",
-                "Call pipe.remove_all_hooks() first, then poa.disable.",
-            )
-        for handle in self._handles:
-            handle.remove()
-        self._switch.side = Side.DENSE
-        for name, layer in self._layers.items():
-            hooks.detach(layer, self._hooks[name])
-            if self.filled:
-                rule = self.source.masks.diffusers[name][0].rule(layer.weight.dtype)
-                layer.weight.copy_(rule(layer.weight, None))
-        self.source.masks.release()
-        delattr(self.model, NAME)
 
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Choose the weights of the model's own pass."""
@@ -156,14 +151,50 @@ class Poa:
         if scheduler is None or timestep is None or scheduler.timesteps is None:
             raise PoaError("nothing tells which step of sampling this is", "Enable POA on the pipeline, not its model.")
         now = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
-        times = _times(scheduler, self.source.plan.match.family.time)
+        times = _times(scheduler, self._time)
         return int((times - now).abs().argmin()) / len(times)
 
 
-def installed(pipe: Any) -> Poa | None:
-    """Return the POA of a pipeline's model, if it has one."""
-    poa: Poa | None = getattr(model_of(pipe), NAME, None)
-    return poa
+class Poa(ModelHandle):
+    """POA on one model, with the masks of one source."""
+
+    def __init__(
+        self, pipe: Any, source: Source, schedule: Schedule, mode: str, *, check: bool, keep: bool = False
+    ) -> None:
+        super().__init__(pipe, source.plan.match.family.time, schedule, mode, keep=keep)
+        self.source = source
+        self._layers = layers.find(self.model, source)
+        for path, layer in self._layers.items():
+            hooks.refuse_wrapped(path, layer)
+        self.filled = (check or source.has_residual) and layers.make_dense(self._layers, source, check=check)
+
+    def install(self) -> None:
+        """Put the hooks on the model and its layers."""
+        parts = self.source.masks.diffusers
+        self._hooks = {name: hooks.attach(layer, self._switch, parts[name][0]) for name, layer in self._layers.items()}
+        super().install()
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Remove all hooks and the residual's weights; PoaError, with nothing changed, if these are offloaded."""
+        if self.filled and any(layer.weight.is_meta for layer in self._layers.values()):
+            raise PoaError(
+                "the weights that are to be pruned again are offloaded, layer by layer",
+                "Call pipe.remove_all_hooks() first, then poa.disable.",
+            )
+        super().remove()
+        for name, layer in self._layers.items():
+            hooks.detach(layer, self._hooks[name])
+            if self.filled:
+                rule = self.source.masks.diffusers[name][0].rule(layer.weight.dtype)
+                layer.weight.copy_(rule(layer.weight, None))
+        self.source.masks.release()
+
+
+def installed(pipe: Any) -> ModelHandle | None:
+    """Return what a pipeline's model has on it, if it has anything."""
+    handle: ModelHandle | None = getattr(model_of(pipe), NAME, None)
+    return handle
 
 
 def model_of(pipe: Any) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from crdiff_export.errors import PoaError
-from crdiff_export.sampling.poa.masks import Part, ReplacedWeights, Rule
+from crdiff_export.sampling.poa.masks import LayerLimit, Part, ReplacedWeights, Rule
 
 NAME = "crdiff_poa"
 
@@ -60,17 +60,21 @@ class LayerSwitch:
 class LayerHook(ModelHook):  # type: ignore[misc]  # it has no types
     """Computes a linear layer with the weights that the switch names."""
 
-    def __init__(self, switch: LayerSwitch, part: Part, dtype: torch.dtype) -> None:
+    def __init__(self, switch: LayerSwitch, part: Part | LayerLimit | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.forward: Any = None
         self.follow(switch, part, dtype)
 
-    def follow(self, switch: LayerSwitch, part: Part, dtype: torch.dtype) -> None:
-        """Obey this switch from now on."""
+    def follow(self, switch: LayerSwitch, part: Part | LayerLimit | None, dtype: torch.dtype) -> None:
+        """Obey this switch from now on, and prune as this part does; None prunes nothing."""
         self.switch = switch
-        self.part: Part | None = part
-        self._rules: dict[torch.dtype, Rule] = {dtype: part.rule(dtype)}
+        self.part: Part | LayerLimit | None = part
+        self._rules: dict[torch.dtype, Rule] = {dtype: part.rule(dtype)} if part else {}
         self._cached: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
+
+    def forget(self) -> None:
+        """Drop the cached pruned weights, since the part prunes otherwise now."""
+        self._cached = None
 
     def release(self) -> None:
         """Free everything; a hook that cannot be removed stays and computes with the dense weights."""
@@ -83,7 +87,7 @@ class LayerHook(ModelHook):  # type: ignore[misc]  # it has no types
 
     def new_forward(self, module: nn.Linear, hidden: Tensor) -> Tensor:
         """Compute the layer's output for hidden states [batch, …, in_features]."""
-        if self.switch.side is Side.DENSE:
+        if self.switch.side is Side.DENSE or self.part is None:
             return self._dense(hidden)
         pruned = self._pruned(module.weight)
         if self.switch.side is Side.PRUNED:
@@ -119,7 +123,7 @@ class LayerHook(ModelHook):  # type: ignore[misc]  # it has no types
         return self._rules[dtype]
 
 
-def attach(layer: nn.Linear, switch: LayerSwitch, part: Part) -> LayerHook:
+def attach(layer: nn.Linear, switch: LayerSwitch, part: Part | LayerLimit | None) -> LayerHook:
     """Put a hook on a layer, or let the one that is still there obey another switch."""
     registry = HookRegistry.check_if_exists_or_initialize(layer)
     present = registry.get_hook(NAME)

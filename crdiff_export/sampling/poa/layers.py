@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from crdiff_export.sampling.poa.checkpoint_tensors import (
     read_weights,
     sparse_warning,
 )
-from crdiff_export.sampling.poa.masks import Part, ReplacedWeights, holds
+from crdiff_export.sampling.poa.masks import ReplacedWeights, holds
 from crdiff_export.sampling.poa.source import Source
 from crdiff_export.verify import BakedCheckpoint, check_residuals, check_sidecars, dense_weights, find_residuals
 
@@ -31,10 +32,31 @@ def find(model: nn.Module, source: Source) -> dict[str, nn.Linear]:
     """Find every layer that the source prunes, by diffusers' name of its weight; PoaError if one cannot be pruned."""
     if not source.masks.diffusers:
         raise prunes_nothing(source.path)
-    return {name: _layer(model, name, parts[0], source) for name, parts in source.masks.diffusers.items()}
+    found = {name: find_layer(model, name, source.path, source.masks.family) for name in source.masks.diffusers}
+    for name, parts in source.masks.diffusers.items():
+        if (count := found[name].weight.numel()) != parts[0].stop:
+            raise PoaError(
+                f"{name.removesuffix('.weight')}: has {count} weights, that of {source.path} {parts[0].stop}",
+                "Load the base that it was made from; `crdiff inspect` names it.",
+            )
+    return found
 
 
-def _layer(model: nn.Module, name: str, part: Part, source: Source) -> nn.Linear:
+def find_layer(model: nn.Module, name: str, where: Path, family: str) -> nn.Linear:
+    """Find one layer of a model.
+
+    Args:
+        model: The UNet or transformer.
+        name: Diffusers' name of the layer's weight.
+        where: The file that names it, for messages.
+        family: The id of the model's family, for messages.
+
+    Returns:
+        The layer; a LoRA's own base layer, where it has one.
+
+    Raises:
+        PoaError: The model has no such layer, or it cannot be pruned in memory.
+    """
     path = name.removesuffix(".weight")
     try:
         layer: Any = model.get_submodule(path)
@@ -49,18 +71,13 @@ def _layer(model: nn.Module, name: str, part: Part, source: Source) -> nn.Linear
         layer = layer.get_base_layer()
     if layer is None or not hasattr(layer, "weight"):
         raise PoaError(
-            f"{type(model).__name__} has no layer {path}, {source.path} is of the family {source.masks.family}",
+            f"{type(model).__name__} has no layer {path}, {where} is of the family {family}",
             "Load the base that it was made from; `crdiff inspect` names it.",
         )
     if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point() or layer.weight.itemsize == 1:
         raise PoaError(
             f"{path}: {type(layer).__name__} with {layer.weight.dtype} weights cannot be pruned on the fly",
             "Load the model unquantised, in fp16, bf16 or fp32.",
-        )
-    if layer.weight.numel() != part.stop:
-        raise PoaError(
-            f"{path}: has {layer.weight.numel()} weights, that of {source.path} {part.stop}",
-            "Load the base that it was made from; `crdiff inspect` names it.",
         )
     if layer.weight.is_meta:
         raise PoaError(

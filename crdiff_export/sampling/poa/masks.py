@@ -61,6 +61,56 @@ class ThresholdPart:
         """Do nothing: no copy is cached."""
 
 
+class LayerLimit:
+    """All weights of a layer, of which those of at most a magnitude are pruned that changes with the size of a picture.
+
+    A compiled graph reads the magnitude from a tensor, so that it serves every size.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.start, self.stop = 0, count
+        self._limits: dict[torch.dtype, Tensor] = {}
+        self._part: ThresholdPart | None = None
+
+    def set(self, part: ThresholdPart | None) -> None:
+        """Prune as this part does from now on; None prunes nothing."""
+        self._part = part
+        for dtype, limit in self._limits.items():
+            limit.fill_(self._limit(dtype))
+
+    def rule(self, dtype: "torch.dtype") -> Rule:
+        """Return the function that prunes weights of `dtype`."""
+        import torch
+
+        self._limits.setdefault(dtype, torch.tensor(self._limit(dtype), dtype=dtype))
+        return partial(self._prune, limit=self._limits[dtype])
+
+    def _limit(self, dtype: "torch.dtype") -> float:
+        return self._part.limit(dtype) if self._part else -1.0
+
+    def _prune(self, weight: "Tensor", out: "Tensor | None" = None, *, limit: "Tensor") -> "Tensor":
+        import torch
+
+        if torch.compiler.is_compiling():
+            return torch.where(weight.abs() <= limit.to(weight.device), 0, weight)
+        if self._part is None:
+            return weight
+        return self._part.rule(weight.dtype)(weight, out)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the magnitude was found in."""
+        return self._part.dtype if self._part else ""
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes in memory beside the weights."""
+        return 0
+
+    def release(self) -> None:
+        """Do nothing: no copy is cached."""
+
+
 class StoredPart(ABC):
     """Elements `start:stop` of a weight, and a tensor on the CPU that says how to prune them.
 
