@@ -99,7 +99,7 @@ def test_the_nodes_load_where_nothing_is_installed(crdiff: Crdiff, comfyui: Path
     ran = load(node)
     assert ran.returncode == 0, ran.stderr
     names, package = ran.stdout.splitlines()
-    assert names == "CrdiffPoa|CrdiffInfo|CR-Diff POA|CR-Diff Info"
+    assert names == "CrdiffPack|CrdiffPoa|CrdiffInfo|CR-Diff|CR-Diff POA|CR-Diff Info"
     assert Path(package).is_relative_to(node) is not link
     (node / "crdiff.json").write_text('{"crdiff": "0.0.1", "package": "/gone/crdiff_export"}')
     assert "/gone/crdiff_export is not there any more; run `crdiff comfyui install` again" in load(node).stderr

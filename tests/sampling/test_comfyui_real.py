@@ -19,6 +19,9 @@ from crdiff_export import ExportRequest, Size, export
 from crdiff_export.calibrate import CalibrateRequest, calibrate
 from crdiff_export.models import demo
 from crdiff_export.models.families import by_id
+from crdiff_export.packs import create, open_pack
+from crdiff_export.progress import Silent
+from crdiff_export.prune.plan_request import PlanRequest
 from crdiff_export.sampling import poa
 from crdiff_export.sampling.comfyui.install import install
 from crdiff_export.verify import open_baked
@@ -30,7 +33,7 @@ pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PATH names no Comfy
 WEIGHT, WEIGHTS = 1.7, (0.5, 1.7, 3.0)
 TIMESTEPS = [999, 749, 499, 249]
 RATIO = 0.4
-SIZE = Size(96, 64)
+SIZE, TALL = Size(96, 64), Size(64, 96)
 MASKS = ("random:seed=3", "wanda", "obs")
 
 
@@ -39,7 +42,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `comfyui_check.py` finds."""
     assert COMFYUI
     work = tmp_path_factory.mktemp("comfyui")
-    for folder in ("custom_nodes", "comfy", "checkpoints", "masks", "scaled"):
+    for folder in ("custom_nodes", "comfy", "checkpoints", "masks", "scaled", "packs"):
         (work / folder).mkdir()
     install(work)
     scaled_fp8(work / "scaled")
@@ -50,6 +53,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     scaled = {k: v * 1.5 if "attn1" in k else v for k, v in safetensors.torch.load_file(base).items()}
     safetensors.torch.save_file(scaled, base.with_name("other.safetensors"))
     safetensors.torch.save_file(lora(), work / "lora.safetensors")
+    packs(base, work / "packs")
     masked = masks(base, work / "masks")
     safetensors.torch.save_file(reference(base, baked, masked), work / "reference.safetensors")
     measured = json.loads(run("comfyui_check", str(work)).splitlines()[-1])
@@ -103,6 +107,23 @@ def masks(base: Path, folder: Path) -> list[Path]:
         made.append(bake(base, output, criterion=criterion, calibration=calibration))
     bake(base, folder / "embedded.safetensors", criterion=MASKS[0], residual="embed")
     return made
+
+
+def packs(base: Path, folder: Path) -> None:
+    """Packs of two sizes, and the exports of their sizes that the check does not have yet."""
+    for name, criterion, files in (
+        ("thresholds", "magnitude", {SIZE: (RATIO, WEIGHT, ""), TALL: (0.25, 3.0, "tall")}),
+        ("masks", MASKS[0], {SIZE: (RATIO, WEIGHT, "masked"), TALL: (0.25, 1.0, "masked-tall")}),
+    ):
+        pack = folder / f"{name}.crdiff"
+        for size, (ratio, weight, file) in files.items():
+            plan = PlanRequest(str(base), size, ratio=ratio, poa_weight=weight, criterion=criterion)
+            request = create.PackRequest((plan,), pack)
+            job = create.prepare_more(request, open_pack(pack)) if pack.exists() else create.prepare_new(request)
+            create.make(job, Silent())
+            if file:
+                output = folder / f"{file}.safetensors"
+                export(ExportRequest(str(base), size, output, ratio=ratio, criterion=criterion))
 
 
 def lora() -> dict[str, Tensor]:
@@ -195,7 +216,8 @@ def test_like_diffusers(results: dict[str, Any]) -> None:
 
 def test_it_does_something(results: dict[str, Any]) -> None:
     moves = {name: far for name, far in results.items() if name.endswith(" moves the result")}
-    assert len(moves) == (3 if "scaled fp8, mixed" in results else 2) + len(MASKS)
+    packs = 2 * 5
+    assert len(moves) == (3 if "scaled fp8, mixed" in results else 2) + len(MASKS) + packs
     assert min(moves.values()) > 0.001, moves
 
 
@@ -216,6 +238,7 @@ def test_a_lora_is_rounded_as_with_little_memory(results: dict[str, Any]) -> Non
 
 
 ANOTHER = "are not those of 'demo.safetensors'"
+ANOTHER_OF_PACK = "are not those of demo.safetensors, which"
 PRUNED = "holds the pruned weights of"
 SPARSE = "prunes are zero in the model already"
 ERRORS = {
@@ -239,6 +262,12 @@ ERRORS = {
     "random.safetensors, pruned by magnitude": ANOTHER,
     "wanda.safetensors, pruned by magnitude": ANOTHER,
     "obs.safetensors, pruned by magnitude": SPARSE,
+    "pack, other model": ANOTHER_OF_PACK,
+    "pack, pruned model": ANOTHER_OF_PACK,
+    "pack, none": "gone.crdiff: is not among ComfyUI's packs",
+    "pack, native": "64x64 is the native size of demo.safetensors: the model stays dense",
+    "pack, far": "has no size near 320x64: the model stays dense",
+    "pack, near": "has no 104x64; it takes that for 96x64, a starting point",
     "several fit": "4 of ComfyUI's models were made from the loaded one by crdiff: baked.safetensors, embedded.",
 }
 
@@ -258,6 +287,7 @@ def test_errors(results: dict[str, Any], name: str) -> None:
 def test_information(results: dict[str, Any]) -> None:
     assert "baked.safetensors" in results["choices"]
     assert "demo.safetensors" not in results["choices"]
+    assert results["packs"] == ["masks.crdiff", "thresholds.crdiff"]
     assert "POA weight: 1.5" in results["info"]
     assert "not tuned" in results["info"]
 
@@ -279,6 +309,10 @@ FAMILIES = {
 }
 
 
+# The pictures whose latents the check samples.
+PICTURES = {"pixart-sigma": Size(320, 320)}
+
+
 def test_models_of_other_families(tmp_path: Path) -> None:
     """ComfyUI's own classes with random weights: their names are those of a family, and POA is that of two models."""
     for folder in ("custom_nodes", "comfy", "checkpoints"):
@@ -291,6 +325,10 @@ def test_models_of_other_families(tmp_path: Path) -> None:
         known = "cosmos2-2b" if family == "anima" else family
         kinds = ("attn", "ff") if family == "unet" else by_id(known).kinds
         export(ExportRequest(str(base), SIZE, output, ratio=RATIO, native=SIZE, targets=kinds))
+        size = PICTURES.get(family, Size(64, 64))
+        packed = PlanRequest(str(base), size, ratio=RATIO, native=SIZE, targets=kinds, poa_weight=WEIGHT)
+        request = create.PackRequest((packed,), base.with_suffix(".crdiff"))
+        create.make(create.prepare_new(request), Silent())
         plan = open_baked(output).plan
         assert (plan.match.family.id, plan.match.layout.name) == (
             known, "diffusers" if family in ("qwen-image", "hidream-i1") else "original",
@@ -302,5 +340,5 @@ def test_models_of_other_families(tmp_path: Path) -> None:
     assert len(moves) == 2 * len(FAMILIES)
     assert min(moves.values()) > 0.001, moves
     same = {name: value for name, value in measured.items() if name not in moves}
-    assert len(same) == 4 * len(FAMILIES)
+    assert len(same) == 6 * len(FAMILIES)
     assert {name: value for name, value in same.items() if value} == {}

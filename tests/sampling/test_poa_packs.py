@@ -162,7 +162,9 @@ def test_the_native_size_stays_dense_unless_the_pack_has_it(case: PackCase, tmp_
     assert choose(opened, LARGE).note == ""
 
 
-IDS = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(6.0), torch.arange(9.0), indexing="ij"), -1).reshape(-1, 3)
+IDS = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(6.0), torch.arange(9.0), indexing="ij"), -1).reshape(
+    -1, 3
+)
 REFERENCE = IDS + torch.tensor([1, 0, 40])
 FLUX2 = torch.cat([IDS, torch.zeros(54, 1)], 1)
 OTHER = FLUX2 + torch.tensor([10, 3, 3, 0])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from tests.support.comfyui_start import BAKED, COMFYUI, WEIGHT, WORK, far, mixed, poa, said
+from tests.support.comfyui_start import BAKED, COMFYUI, WEIGHT, WORK, far, follow, mixed, poa, said
 
 # isort: split
 import comfy.controlnet
@@ -38,6 +38,12 @@ DENSE, OTHER = "demo.safetensors", "other.safetensors"
 MASKS = ("random.safetensors", "wanda.safetensors", "obs.safetensors")
 EMBEDDED = "embedded.safetensors"
 SCALED = "scaled.safetensors"
+# Packs: for each of their sizes, by the sides of its latent, the exported file and the weight.
+THRESHOLDS = "thresholds.crdiff"
+PACKS = {
+    THRESHOLDS: {(8, 12): (BAKED, WEIGHT), (12, 8): ("tall.safetensors", 3.0)},
+    "masks.crdiff": {(8, 12): ("masked.safetensors", WEIGHT), (12, 8): ("masked-tall.safetensors", 1.0)},
+}
 FOUND = "(loaded model)"
 DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
@@ -76,9 +82,13 @@ def conditioning(name: str, **more: Any) -> Any:
     return [[GIVEN[name], more]]
 
 
-def sample(model: Any, *, sampler: str = "euler", callback: Any = None, **more: Any) -> Any:
-    """Sample with ComfyUI's own sampler, guidance and noise scaling."""
-    noise = GIVEN["noise"]
+def sample(
+    model: Any, *, sampler: str = "euler", callback: Any = None, noise: Any = None, sides: Any = None, **more: Any
+) -> Any:
+    """Sample with ComfyUI's own sampler, guidance and noise scaling; `sides` are those of another latent."""
+    noise = GIVEN["noise"] if noise is None else noise
+    if sides:
+        noise = torch.randn(1, 4, *sides, generator=torch.Generator().manual_seed(2))
     return comfy.sample.sample_custom(
         model, noise, 2.0, comfy.samplers.sampler_object(sampler), GIVEN["sigmas"], conditioning("cond", **more),
         conditioning("uncond", **more), torch.zeros_like(noise), disable_pbar=True, seed=1,
@@ -88,6 +98,10 @@ def sample(model: Any, *, sampler: str = "euler", callback: Any = None, **more: 
 
 def always(_sigma: float) -> float:
     return WEIGHT
+
+
+def constantly(weight: float) -> Callable[[float], float]:
+    return lambda _sigma: weight
 
 
 def lora(strength: float = 1.0) -> Callable[[Any], Any]:
@@ -176,6 +190,68 @@ def masks() -> Iterator[tuple[str, Any]]:
     expected = sample(mixed(model, pruned, always))
     yield "embedded residual, mixed", far(sample(poa(model, EMBEDDED)), expected)
     yield "embedded residual, loaded", far(sample(load(EMBEDDED)), sample(pruned))
+
+
+def packs() -> Iterator[tuple[str, Any]]:
+    """Sizes in turn, and back to the dense model, with one loaded model."""
+    yield "packs", nodes.NODE_CLASS_MAPPINGS["CrdiffPack"].INPUT_TYPES()["required"]["pack"][0]
+    for pack, files in PACKS.items():
+        for name, with_lora in (("", plain), (", lora", lora())):
+            yield from following(f"{pack}{name}", pack, files, with_lora)
+    with little_memory():
+        yield from following("little memory, thresholds.crdiff, lora", THRESHOLDS, PACKS[THRESHOLDS], lora())
+    for dtype in DTYPES:
+        model = load(dtype=dtype)
+        for weight in (1.0, WEIGHT):
+            wanted = sample(poa(load(dtype=dtype), weight=weight))
+            yield f"{dtype} {THRESHOLDS}, w={weight}", far(sample(follow(model, THRESHOLDS, weight)), wanted)
+    yield "pack, other model", said(lambda: follow(load(OTHER), THRESHOLDS))
+    yield "pack, pruned model", said(lambda: follow(load(BAKED), THRESHOLDS))
+    yield "pack, none", said(lambda: follow(load(), "gone.crdiff"))
+    yield "pack, native", said(lambda: sample(follow(load(), THRESHOLDS), sides=(8, 8)))
+    yield "pack, far", said(lambda: sample(follow(load(), THRESHOLDS), sides=(8, 40)))
+    yield "pack, near", said(lambda: sample(follow(load(), THRESHOLDS), sides=(8, 13)))
+
+
+def following(name: str, pack: str, files: Any, with_lora: Callable[[Any], Any]) -> Iterator[tuple[str, float]]:
+    """One model in many sizes against two models for each."""
+    model, dense = with_lora(load()), with_lora(load())
+    own, one = with_lora(follow(load(), pack)), follow(model, pack, 1.0)
+    other = follow(model, pack, 3.0)
+    plain_results = {sides: sample(dense, sides=sides) for sides in (*files, (8, 8))}
+    wanted: dict[Any, Any] = {}
+    for sides, (file, weight) in files.items():
+        pruned = with_lora(load(file))
+        wanted[sides, "own"] = sample(mixed(dense, pruned, constantly(weight)), sides=sides)
+        wanted[sides, "1"] = sample(pruned, sides=sides)
+        wanted[sides, "3"] = sample(mixed(dense, pruned, constantly(3.0)), sides=sides)
+    for turn in ("first", "second"):
+        for sides in files:
+            for label, on in (("own", own), ("1", one), ("3", other)):
+                yield f"{name}, {sides}, w={label}, {turn}", far(sample(on, sides=sides), wanted[sides, label])
+            yield f"{name}, {sides}, off again, {turn}", far(sample(model, sides=sides), plain_results[sides])
+        yield f"{name}, native stays dense, {turn}", far(sample(one, sides=(8, 8)), plain_results[8, 8])
+    first = next(iter(files))
+    yield f"{name} moves the result", far(wanted[first, "own"], plain_results[first])
+    yield f"{name}, pruned moves the result", far(wanted[first, "1"], plain_results[first])
+
+
+def packs_dynamically() -> Iterator[tuple[str, float]]:
+    """Without a LoRA, as in `dynamically`."""
+    for pack, files in PACKS.items():
+        with_own, wanted = load(), {}
+        for sides, (file, weight) in files.items():
+            pruned = load(file)
+            wanted[sides] = (
+                sample(mixed(with_own, pruned, constantly(weight)), sides=sides), sample(pruned, sides=sides)
+            )  # fmt: skip
+        with dynamic_memory():
+            model = load()
+            for turn in ("first", "second"):
+                for sides in files:
+                    label = f"dynamic memory, {pack}, {sides}, {turn}"
+                    yield f"{label}, mixed", far(sample(follow(model, pack), sides=sides), wanted[sides][0])
+                    yield f"{label}, w=1", far(sample(follow(model, pack, 1.0), sides=sides), wanted[sides][1])
 
 
 def graph() -> Iterator[tuple[str, float]]:
@@ -394,6 +470,11 @@ def main() -> None:
         if dynamic:
             results |= dynamically(BAKED)
         results |= errors()
+        folder_paths.add_model_folder_path("checkpoints", str(WORK / "packs"))
+        results |= packs()
+        if dynamic:
+            results |= packs_dynamically()
+        folder_paths.folder_names_and_paths["checkpoints"][0].remove(str(WORK / "packs"))
         results |= info()
         if hasattr(comfy.ops, "mixed_precision_ops"):
             folder_paths.add_model_folder_path("checkpoints", str(WORK / "scaled"))

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.support.comfyui_start import WEIGHT, WORK, far, mixed, poa
+from tests.support.comfyui_start import WEIGHT, WORK, far, follow, mixed, poa
 
 # isort: split
 import comfy.model_management as management
@@ -211,6 +211,9 @@ def against_two_models(name: str, small: Small) -> Iterator[tuple[str, float]]:
     expected = small.sample(mixed(dense, pruned, lambda _: WEIGHT))
     yield f"{name}, mixed", far(small.sample(poa(dense, baked)), expected)
     yield f"{name}, w=1", far(small.sample(poa(dense, baked, 1)), small.sample(pruned))
+    pack = f"{name}.crdiff"
+    yield f"{name}, pack, mixed", far(small.sample(follow(dense, pack)), expected)
+    yield f"{name}, pack, w=1", far(small.sample(follow(dense, pack, 1.0)), small.sample(pruned))
     yield f"{name}, found", far(small.sample(poa(dense, "(loaded model)")), expected)
     yield (
         f"{name}, off again",

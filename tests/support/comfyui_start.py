@@ -68,6 +68,12 @@ def poa(model: Any, name: str = BAKED, weight: float = WEIGHT, start: float = 0.
     return node.patch(model, name, weight_from_file=False, weight=weight, start=start, stop=stop)[0]
 
 
+def follow(model: Any, name: str, weight: float | None = None) -> Any:
+    """The model with a pack."""
+    node = nodes.NODE_CLASS_MAPPINGS["CrdiffPack"]()
+    return node.patch(model, name, **({} if weight is None else {"weight": weight}))[0]
+
+
 def mixed(dense: Any, pruned: Any, weight: Callable[[float], float]) -> Any:
     """A model that asks two models, each with weights of its own: what POA has to be equal to."""
     management.load_models_gpu([pruned])

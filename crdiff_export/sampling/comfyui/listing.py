@@ -1,15 +1,19 @@
 """The baked files among ComfyUI's models."""
 
+import os
 import struct
 from functools import lru_cache
 from pathlib import Path
 
 from crdiff_export.errors import PoaError
 from crdiff_export.formats.safetensors import MAX_BYTES
+from crdiff_export.packs import SUFFIX
 from crdiff_export.verify import inspect
 
 # ComfyUI's names of the folders with models.
 FOLDERS = ("checkpoints", "diffusion_models")
+# Our folder beside them, for packs.
+PACKS = "crdiff"
 _KEY = b'"crdiff.schema"'
 
 
@@ -35,6 +39,35 @@ def is_baked(file: Path) -> bool:
     except OSError:
         return False
     return _is_baked(file, status.st_mtime_ns, status.st_size)
+
+
+def packs() -> list[str]:
+    """List the packs in ComfyUI's folders by their path there."""
+    return sorted(_packs())
+
+
+def pack_path(name: str) -> Path:
+    """Return the pack that `packs` calls `name`; PoaError if there is none."""
+    file = _packs().get(name)
+    if file is None:
+        raise PoaError(
+            f"{name}: is not among ComfyUI's packs", f"Put it into models/{PACKS}, or beside the checkpoints."
+        )
+    return file
+
+
+def _packs() -> dict[str, Path]:
+    """Return every pack by its path in models/crdiff, or in a folder with models."""
+    import folder_paths
+
+    roots = [Path(folder_paths.models_dir) / PACKS]
+    roots += [Path(root) for folder in FOLDERS for root in folder_paths.get_folder_paths(folder)]
+    files: dict[str, Path] = {}
+    for root in roots:
+        for folder, _, names in os.walk(root, followlinks=True):
+            for file in (Path(folder) / name for name in names if name.endswith(SUFFIX)):
+                files.setdefault(file.relative_to(root).as_posix(), file)
+    return files
 
 
 def about(file: Path) -> str:

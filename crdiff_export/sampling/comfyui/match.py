@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,11 @@ from crdiff_export.errors import CrdiffError, PoaError
 from crdiff_export.formats import dtypes
 from crdiff_export.formats.dtypes import torch_dtypes
 from crdiff_export.formats.safetensors import show
+from crdiff_export.models.families import FamilyLayer
+from crdiff_export.packs import Pack
+from crdiff_export.prune.criteria import Mask
 from crdiff_export.prune.plan import Plan
+from crdiff_export.sampling.poa import packed
 from crdiff_export.sampling.poa.checkpoint_tensors import (
     equal,
     other_base,
@@ -20,9 +24,11 @@ from crdiff_export.sampling.poa.checkpoint_tensors import (
     sparse_warning,
 )
 from crdiff_export.sampling.poa.masks import MaskPart, Masks, Part, ReplacedWeights, holds
+from crdiff_export.sizes import Size
 from crdiff_export.verify import BakedCheckpoint, open_baked, read_decision
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # ComfyUI's prefix of a tensor's name in the original layout.
@@ -84,8 +90,113 @@ def model_parts(weights: Mapping[str, Any], baked: BakedCheckpoint) -> Parts:
     _check(weights, baked, thresholds)
     masks = thresholds or Masks.of(baked.plan, read_decision(baked))  # reads all of a file, so only if it fits
     return {
-        PREFIX + name: tuple(_as_loaded(part, loaded[name]) for part in parts) for name, parts in masks.original.items()
+        PREFIX + name: tuple(_as_loaded(part, loaded[name].dtype) for part in parts)
+        for name, parts in masks.original.items()
     }
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedLayer:
+    """A layer of a pack in a model: its weight's key, its elements of that weight, and the dtype that it was loaded in.
+
+    `dtype` is None for codes with a scale.
+    """
+
+    key: str
+    start: int
+    stop: int
+    dtype: "torch.dtype | None"
+
+
+def find_layers(weights: Mapping[str, Any], pack: Pack) -> dict[str, LoadedLayer]:
+    """Find every layer that a pack prunes at any size in a model as it was loaded, and compare its first weights.
+
+    Args:
+        weights: The model's own weights, without patches.
+        pack: The pack.
+
+    Returns:
+        The layers by diffusers' name of their weight.
+
+    Raises:
+        PoaError: The weights are not those of the pack's base.
+
+    """
+    kinds = dict.fromkeys(kind for stamp in pack.variants.values() for kind in stamp.targets)
+    found = {}
+    for layer in pack.layers(tuple(kinds)):
+        start, stop = _range(weights, layer, pack)
+        key = PREFIX + layer.original[0]
+        weight: Any = weights[key]
+        whole = weight if _is_plain(weight) else _codes(weight)
+        if whole is None:
+            kind, dtype = type(weight).__name__, getattr(weight, "dtype", "unknown dtype")
+            raise PoaError(
+                f"{layer.original[0]}: is a {kind} of {dtype}, which cannot be pruned on the fly",
+                "Load the model unquantised.",
+            )
+        first = whole.detach().reshape(-1)[start : min(stop, start + SAMPLE)]
+        if not (whole.is_meta or packed.is_base(first, layer.diffusers, pack)):
+            raise packed.other_model(layer.diffusers, pack)
+        found[layer.diffusers] = LoadedLayer(key, start, stop, weight.dtype if whole is weight else None)
+    return found
+
+
+def pack_parts(layers: Mapping[str, LoadedLayer], pack: Pack, size: Size, weights: Mapping[str, Any]) -> Parts:
+    """Make the parts of every weight that a size of a pack prunes.
+
+    Args:
+        layers: The layers that `find_layers` has found.
+        pack: The pack.
+        size: One of its sizes.
+        weights: The model's own weights, for codes with a scale; empty for others.
+
+    Returns:
+        The parts by the weight's key in the model.
+
+    Raises:
+        PackError: The pack's masks are damaged.
+
+    """
+
+    def scaled(name: str, threshold: float) -> Mask | None:
+        layer = layers[name]
+        return (
+            None if layer.dtype else _mask_of_codes(weights[layer.key], layer, pack.identity.stored_as(name), threshold)
+        )
+
+    counts = {name: layer.stop - layer.start for name, layer in layers.items()}
+    found: dict[str, list[Part]] = {}
+    for name, part in packed.parts(pack, size, counts, scaled).items():
+        layer = layers[name]
+        placed: Part = part.moved_to(layer.start, layer.stop)
+        found.setdefault(layer.key, []).append(_as_loaded(placed, layer.dtype) if layer.dtype else placed)
+    return {key: tuple(sorted(parts, key=lambda part: part.start)) for key, parts in found.items()}
+
+
+def _mask_of_codes(weight: Any, layer: LoadedLayer, stored: str | None, threshold: float) -> Mask:
+    """Find the codes whose product with their scale is at most a threshold."""
+    import torch
+
+    form, codes = dtypes.FORMATS[stored or ""], _codes(weight)
+    assert codes is not None
+    bits = codes.detach().reshape(-1)[layer.start : layer.stop].cpu().view(torch.uint8).numpy()
+    limit = dtypes.Encoding(form.dtype, float(weight._params.scale)).limit(threshold)  # noqa: SLF001
+    return Mask.pack(bits & form.mask <= limit)
+
+
+def _range(weights: Mapping[str, Any], layer: FamilyLayer, pack: Pack) -> tuple[int, int]:
+    """Return the elements of a layer in its weight in the model, which may be fused of several."""
+    name, part = layer.original
+    weight: Any = weights.get(PREFIX + name)
+    if weight is None or weight.ndim != 2:
+        raise PoaError(
+            f"the model has no layer {name.removesuffix('.weight')}, {pack.path} is of the family {pack.family.id}",
+            f"Load the base of the pack, {show(pack.common.source_name)}.",
+        )
+    rows, columns = weight.shape
+    start, stop = part.rows((rows, columns)) if part else (0, rows)
+    return start * columns, stop * columns
 
 
 def _sizes(plan: Plan) -> dict[str, int]:
@@ -142,14 +253,14 @@ def _weight(weights: Mapping[str, Any], name: str, size: int, scale: float | Non
     return tensor
 
 
-def _as_loaded(part: Part, weight: "Tensor") -> Part:
-    """Round a part like the weight, which was rounded when it was loaded and may be converted to another dtype."""
-    if isinstance(part, MaskPart) or holds(weight.dtype, part.dtype):
+def _as_loaded(part: Part, loaded: "torch.dtype") -> Part:
+    """Round a part like its weight, which was rounded when it was loaded and may be converted to another dtype."""
+    if isinstance(part, MaskPart) or holds(loaded, part.dtype):
         return part
     if isinstance(part, ReplacedWeights):
-        return part.round(weight.dtype)
+        return part.round(loaded)
     names = {dtype: name for name, dtype in torch_dtypes().items()}
-    return replace(part, bits=dtypes.bits(part.limit(weight.dtype)), dtype=names[weight.dtype])
+    return replace(part, bits=dtypes.bits(part.limit(loaded)), dtype=names[loaded])
 
 
 def _check(weights: Mapping[str, Any], baked: BakedCheckpoint, masks: Masks | None) -> None:

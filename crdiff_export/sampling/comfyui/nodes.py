@@ -1,11 +1,13 @@
-"""The two nodes, in the form that ComfyUI expects: inputs, outputs and one method each."""
+"""The three nodes, in the form that ComfyUI expects: inputs, outputs and one method each."""
 
 from typing import Any, ClassVar
 
 from crdiff_export.models.recipe import MAX_POA_WEIGHT
+from crdiff_export.packs import open_pack
 from crdiff_export.sampling.comfyui import listing, match
+from crdiff_export.sampling.comfyui.pack_patch import PackPatch
 from crdiff_export.sampling.comfyui.patch import PoaPatch, take_off
-from crdiff_export.sampling.poa.mix import Schedule
+from crdiff_export.sampling.poa.mix import Schedule, check
 from crdiff_export.verify import open_baked
 
 # The choice that finds the file which was made from the loaded model.
@@ -74,6 +76,53 @@ class CrdiffPoa:
         return (PoaPatch(parts, schedule, baked.checkpoint.path.name).put_on(model),)
 
 
+class CrdiffPack:
+    """Puts a pack on a model."""
+
+    CATEGORY = CrdiffPoa.CATEGORY
+    DESCRIPTION = (
+        "CR-Diff (arXiv 2604.05524) by the size of the latent: load the dense base, choose the pack that crdiff made "
+        "of it, and every sampling takes the masks and the weight of its own size. At the base's native size, and "
+        "where the pack has no size near, the model stays dense. Weight 1 is the pruned model alone."
+    )
+    FUNCTION = "patch"
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:  # noqa: N802
+        """Declare the inputs."""
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The dense base, with LoRAs or without."}),
+                "pack": (listing.packs(), {"tooltip": f"A pack in models/{listing.PACKS}, or beside the checkpoints."}),
+            },
+            "optional": {
+                "weight": (
+                    "FLOAT",
+                    {"forceInput": True, "tooltip": "w for every size: 0 is the dense model, 1 the pruned one, more "
+                                                    "amplifies. Not connected: each size's own."},
+                ),
+            },
+        }  # fmt: skip
+
+    @classmethod
+    def IS_CHANGED(cls, pack: str, **_: Any) -> int:  # noqa: N802
+        """Return a number that changes with the pack."""
+        return listing.pack_path(pack).stat().st_mtime_ns
+
+    def patch(self, model: Any, pack: str, weight: float | None = None) -> tuple[Any]:
+        """Return the model with the pack; PoaError if the pack was made from another model."""
+        weights, opened = _weights(model), open_pack(listing.pack_path(pack))
+        layers = match.find_layers(weights, opened)
+        if weight is not None and check(weight) == 0:
+            return (take_off(model),)
+        if any(stamp.scaled for stamp in opened.variants.values()):
+            masks = {size: match.pack_parts(layers, opened, size, weights) for size in opened.variants}
+            return (PackPatch(opened, weight, masks.__getitem__).put_on(model),)
+        # The weights themselves are not kept: ComfyUI may move and replace them.
+        return (PackPatch(opened, weight, lambda size: match.pack_parts(layers, opened, size, {})).put_on(model),)
+
+
 class CrdiffInfo:
     """Shows the text of `crdiff inspect` for a file."""
 
@@ -111,5 +160,5 @@ def _weights(patcher: Any) -> dict[str, Any]:
     return {key: unpatched.get(key, weight) for key, weight in weights.items() if key.startswith(match.PREFIX)}
 
 
-NODE_CLASS_MAPPINGS = {"CrdiffPoa": CrdiffPoa, "CrdiffInfo": CrdiffInfo}
-NODE_DISPLAY_NAME_MAPPINGS = {"CrdiffPoa": "CR-Diff POA", "CrdiffInfo": "CR-Diff Info"}
+NODE_CLASS_MAPPINGS = {"CrdiffPack": CrdiffPack, "CrdiffPoa": CrdiffPoa, "CrdiffInfo": CrdiffInfo}
+NODE_DISPLAY_NAME_MAPPINGS = {"CrdiffPack": "CR-Diff", "CrdiffPoa": "CR-Diff POA", "CrdiffInfo": "CR-Diff Info"}

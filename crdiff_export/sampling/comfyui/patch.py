@@ -103,9 +103,19 @@ class PoaPatch:
             guider.model_patcher = patcher
 
     def _patcher(self, original: Any, switch: PruneSwitch) -> Any:
-        """Clone a patcher and move its patches of pruned layers into our functions.
+        """Clone a patcher and move its patches of pruned layers into our functions."""
+        clone = self.clone_without_poa(original)
+        self._functions = {
+            key: PatchedLayer(switch, key, parts, clone.patches.pop(key, ())) for key, parts in self._parts.items()
+        }
+        for key, function in self._functions.items():
+            clone.add_weight_wrapper(key, function)
+        return clone
 
-        The clone lives as long as its weights may be loaded: ComfyUI would otherwise regard `original`, which has these
+    def clone_without_poa(self, original: Any) -> Any:
+        """Clone a patcher without our wrappers, for one that gets what this patch changes on the weights.
+
+        The clone lives as long as its weights may be loaded: ComfyUI would otherwise regard `original`, which has other
         patches, as loaded. So the clone must not refer to `original`.
         """
         if any(key in self._parts for patches in original.hook_patches.values() for key in patches):
@@ -116,13 +126,9 @@ class PoaPatch:
             clone.remove_wrappers_with_key(kind, KEY)
         while clone.parent is not None and clone.parent.parent is not None:
             clone.parent = clone.parent.parent
-        self._functions = {
-            key: PatchedLayer(switch, key, parts, clone.patches.pop(key, ())) for key, parts in self._parts.items()
-        }
-        for key, function in self._functions.items():
-            clone.add_weight_wrapper(key, function)
         # Equal for equal patches, because ComfyUI loads the weights again for another id.
-        clone.patches_uuid = uuid.uuid5(_NAMESPACE, f"{original.patches_uuid} {self._digest}")
+        name = f"{original.patches_uuid} {type(self).__name__} {self._digest}"
+        clone.patches_uuid = uuid.uuid5(_NAMESPACE, name)
         return clone
 
     def around_model(

@@ -7,7 +7,7 @@ criteria need one bit for each weight; with moved weights, the pruned weights th
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Self
 
@@ -47,6 +47,10 @@ class ThresholdPart:
     def rule(self, dtype: "torch.dtype") -> Rule:
         """Return the function that prunes weights of `dtype`."""
         return partial(_shrink, limit=self.limit(dtype))
+
+    def moved_to(self, start: int, stop: int) -> Self:
+        """Return the same part for other elements of a weight."""
+        return replace(self, start=start, stop=stop)
 
     def fits(self, dense: "Tensor") -> "Tensor":
         """Return a bool for each of these dense weights: whether it may have been pruned."""
@@ -130,6 +134,10 @@ class StoredPart(ABC):
     def rule(self, _dtype: "torch.dtype") -> Rule:
         """Return the function that prunes weights of any dtype."""
         return self._prune
+
+    def moved_to(self, start: int, stop: int) -> Self:
+        """Return the same part for other elements of a weight."""
+        return type(self)(start, stop, self.dtype, self._tensor)
 
     @abstractmethod
     def _prune(self, weight: "Tensor", out: "Tensor | None") -> "Tensor": ...

@@ -1,29 +1,32 @@
 """What POA takes from a pack: the layers of a model in memory, their parts for each size, and which size is taken."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from crdiff_export.errors import PoaError
 from crdiff_export.formats import dtypes
 from crdiff_export.formats.dtypes import torch_dtypes
 from crdiff_export.models.recipe import nearest_size
 from crdiff_export.packs import Pack
+from crdiff_export.prune.criteria import Mask
 from crdiff_export.prune.identity import FIRST, hash_weights
-from crdiff_export.sampling.poa.layers import find_layer
 from crdiff_export.sampling.poa.masks import MaskPart, Part, ThresholdPart, holds
 from crdiff_export.sizes import Size
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-def find_layers(model: nn.Module, pack: Pack) -> dict[str, nn.Linear]:
+
+def find_layers(model: "nn.Module", pack: Pack) -> "dict[str, nn.Linear]":
     """Find the layers that any size of a pack prunes, by diffusers' name of their weight.
 
     Raises:
         PoaError: The pack is of codes with a scale, or a layer is missing or cannot be pruned in memory.
     """
-    if pack.common.scaled:
+    from crdiff_export.sampling.poa.layers import find_layer
+
+    if any(stamp.scaled for stamp in pack.variants.values()):
         raise PoaError(
             f"{pack.path}: its base has fp8 codes with a scale, which a model in memory has not",
             "Export a file from the pack (crdiff export --pack), and give that.",
@@ -32,7 +35,7 @@ def find_layers(model: nn.Module, pack: Pack) -> dict[str, nn.Linear]:
     return {name: find_layer(model, name, pack.path, pack.family.id) for name in sorted(names)}
 
 
-def check_base(layers: Mapping[str, nn.Linear], pack: Pack) -> None:
+def check_base(layers: "Mapping[str, nn.Linear]", pack: Pack) -> None:
     """Compare the first weights of layers, and how many weights they have, with a pack's base.
 
     Args:
@@ -57,7 +60,7 @@ def check_base(layers: Mapping[str, nn.Linear], pack: Pack) -> None:
                 )
 
 
-def is_base(weights: Tensor, layer: str, pack: Pack) -> bool:
+def is_base(weights: "Tensor", layer: str, pack: Pack) -> bool:
     """Whether these are the first weights of a layer of a pack's base, in the dtype in which they were loaded.
 
     Args:
@@ -68,6 +71,8 @@ def is_base(weights: Tensor, layer: str, pack: Pack) -> bool:
     Returns:
         Whether their hash is the base's.
     """
+    import torch
+
     stored = pack.identity.stored_as(layer)
     if stored is None:
         return False
@@ -112,13 +117,16 @@ def choose(pack: Pack, size: Size) -> Chosen:
     return Chosen(near, f"{pack.path} has no {size}; it takes that for {near}, a starting point")
 
 
-def parts(pack: Pack, size: Size, counts: Mapping[str, int]) -> dict[str, Part]:
+def parts(
+    pack: Pack, size: Size, counts: Mapping[str, int], scaled: Callable[[str, float], Mask | None] | None = None
+) -> dict[str, Part]:
     """Make the parts of the layers that a size prunes, by diffusers' name of their weight.
 
     Args:
         pack: The pack.
         size: One of its sizes.
         counts: How many weights each layer has.
+        scaled: Gives the mask of a layer of codes with a scale for a threshold, and None for a plain layer.
 
     Returns:
         A threshold for all weights of each layer, or its mask.
@@ -126,6 +134,8 @@ def parts(pack: Pack, size: Size, counts: Mapping[str, int]) -> dict[str, Part]:
     Raises:
         PackError: The masks are damaged.
     """
+    import torch
+
     stamp = pack.variants[size]
 
     def ranked(name: str) -> str:
@@ -138,8 +148,12 @@ def parts(pack: Pack, size: Size, counts: Mapping[str, int]) -> dict[str, Part]:
                 raise other_model(name, pack)
             masks[name] = MaskPart(0, counts[name], ranked(name), torch.frombuffer(data, dtype=torch.uint8))
         return masks
-    return {
-        name: ThresholdPart(0, counts[name], dtypes.floor_bits(value), ranked(name))
-        for name, value in pack.thresholds(size).items()
-        if value is not None
-    }
+    found: dict[str, Part] = {}
+    for name, value in pack.thresholds(size).items():
+        if value is None:
+            continue
+        if scaled and (mask := scaled(name, value)):
+            found[name] = MaskPart(0, counts[name], ranked(name), torch.from_numpy(mask.bits))
+        else:
+            found[name] = ThresholdPart(0, counts[name], dtypes.floor_bits(value), ranked(name))
+    return found
