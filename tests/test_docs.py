@@ -93,19 +93,30 @@ def test_the_examples_of_poa(tmp_path: Path) -> None:
 
     from crdiff_export import ExportRequest, Size, export
     from crdiff_export.models import demo
+    from crdiff_export.packs import create
+    from crdiff_export.progress import Silent
+    from crdiff_export.prune.plan_request import PlanRequest
     from crdiff_export.sampling import poa
 
     config = demo.config()
     pipe = diffusers.StableDiffusionPipeline.from_single_file(demo.path(), config=str(config), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     before = pipe.unet.state_dict()
-    assert len(POA) == 2
+    assert len(POA) == 3
     for code in POA:
-        (name,) = set(re.findall(r'"([\w-]+\.safetensors)"', code))
-        baked = export(ExportRequest("demo", Size(64, 64), tmp_path / name)).written.path
+        (name,) = set(re.findall(r'"([\w-]+\.(?:safetensors|crdiff))"', code))
+        path = tmp_path / name
+        if name.endswith(".crdiff"):
+            plans = tuple(PlanRequest("demo", Size.parse(size)) for size in ("64", "96x128"))
+            create.make(create.prepare_new(create.PackRequest(plans, path)), Silent())
+        else:
+            export(ExportRequest("demo", Size(64, 64), path))
         names: dict[str, object] = {"pipe": pipe}
-        short = code.replace(f'"{name}"', repr(str(baked))).replace("height=512", "height=64, num_inference_steps=2")
-        exec(short.replace("=512", "=64"), names)
+        short = code.replace(f'"{name}"', repr(str(path))).replace("height=512", "height=64, num_inference_steps=2")
+        short = (
+            short.replace("=512", "=64").replace("768", "96").replace("1024", "128").replace("(512, 512)", "(64, 64)")
+        )
+        exec(short.replace("height=height", "height=height, num_inference_steps=2"), names)
         poa.disable(pipe)
         assert names.get("image") or "image" not in code
         assert not hasattr(pipe.unet, "crdiff_poa")
