@@ -1,8 +1,9 @@
 """POA while sampling: `python benchmarks/poa.py` (SD1.5's UNet with random weights; `--model sdxl` for SDXL's).
 
 It calls a UNet with a batch for guidance, in turn and paired: dense, with POA one pass after the other, with POA in one
-pass over a doubled batch, and with a second copy of the weights, as the public code has it. It prints medians of the
-ratios to the dense call of the same round. Each way also runs in a process of its own for its peak memory, the
+pass over a doubled batch, with a second copy of the weights, as the public code has it, and the pruned model alone: of one
+size, and following the size of the picture from a pack. It prints medians of the ratios to the dense call of the same
+round, and what a change of the size costs with the pack. Each way also runs in a process of its own for its peak memory, the
 device's where there is one, as multiples of the weights above the dense way's.
 """
 
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from crdiff_export import ExportRequest, Size
+from crdiff_export.packs import create
+from crdiff_export.progress import Silent
+from crdiff_export.prune.plan_request import PlanRequest
 from crdiff_export.sampling import poa
 
 W = 1.5
 RATIO = 0.3
-WAYS = ("dense", "sequential", "batched", "two copies")
+WAYS = ("dense", "sequential", "batched", "two copies", "pruned", "pack, pruned")
 SDXL = {
     "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), "use_linear_projection": True,
@@ -54,10 +58,12 @@ def load(folder: Path, dtype: torch.dtype, device: str) -> Any:
     return UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype).to(device).eval()
 
 
-def inputs(model: str, size: int, batch: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Arguments for a picture of `size` pixels with guidance."""
+def inputs(
+    model: str, size: int, batch: int, dtype: torch.dtype, device: str, height: int | None = None
+) -> dict[str, Any]:
+    """Arguments for a picture of `size` pixels, a square if no height is given, with guidance."""
     made: dict[str, Any] = {
-        "sample": torch.randn(batch, 4, size // 8, size // 8),
+        "sample": torch.randn(batch, 4, (height or size) // 8, size // 8),
         "encoder_hidden_states": torch.randn(batch, 77, MODELS[model]["cross_attention_dim"]),
     }
     if model == "sdxl":
@@ -69,7 +75,35 @@ def inputs(model: str, size: int, batch: int, dtype: torch.dtype, device: str) -
     return {**move(made), "timestep": 500, "return_dict": False}
 
 
-def call_of(way: str, unet: Any, source: poa.Source, arguments: dict[str, Any], other: Any = None) -> Call:
+def pack_of(file: Path, size: int) -> Path:
+    """A pack of two sizes, written once."""
+    path = file.with_suffix(".crdiff")
+    if not path.exists():
+        sizes = Size(size, size), Size(size, other_side(size))
+        plans = tuple(PlanRequest(str(file), each, ratio=RATIO) for each in sizes)
+        create.make(create.prepare_new(create.PackRequest(plans, path)), Silent())
+    return path
+
+
+def other_side(size: int) -> int:
+    """The height of the pack's second size."""
+    return size * 5 // 4 // 64 * 64
+
+
+def changes(unet: Any, pack: Path, calls: Sequence[Call], rounds: int, device: str) -> list[float]:
+    """Seconds that a change of size costs: a call after it less another one at the same size."""
+    poa.enable(unet, pack, 1.0, check=False)
+    found = []
+    for number in range(2 * rounds):
+        first, second = (timed(calls[number % 2], device) for _ in range(2))
+        found.append(first - second)
+    poa.disable(unet)
+    return found[2:]
+
+
+def call_of(
+    way: str, unet: Any, source: poa.Source, arguments: dict[str, Any], other: Any = None, pack: Path | None = None
+) -> Call:
     """One denoising call."""
 
     def call() -> Any:
@@ -80,6 +114,11 @@ def call_of(way: str, unet: Any, source: poa.Source, arguments: dict[str, Any], 
     poa.disable(unet)
     if way in ("sequential", "batched"):
         poa.enable(unet, source, W, mode="sequential" if way == "sequential" else "batched", check=False)
+    elif way == "pruned":
+        poa.prune(unet, source, check=False)
+    elif pack and way == "pack, pruned":
+        poa.enable(unet, pack, 1.0, check=False)
+        call()  # the change of size
     return call
 
 
@@ -138,12 +177,13 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         file = base(options.model, folder, dtype)
         source = poa.from_recipe(ExportRequest(str(file), Size(options.size, options.size), ratio=RATIO))
+        pack = pack_of(file, options.size)
         unet = load(folder, dtype, options.device)
         weights = sum(p.numel() * p.itemsize for p in unet.parameters())
         arguments = inputs(options.model, options.size, options.batch, dtype, options.device)
         if options.memory_of:
             other = copy_of(unet, source) if options.memory_of == "two copies" else None
-            call = call_of(options.memory_of, unet, source, arguments, other)
+            call = call_of(options.memory_of, unet, source, arguments, other, pack)
             for _ in range(4):  # what is freed in pieces is not all found again at once
                 call()
             print(peak(options.device))
@@ -155,10 +195,15 @@ def main() -> None:
         times: dict[str, list[float]] = {way: [] for way in WAYS}
         for number in range(options.rounds + 1):
             for way in WAYS:
-                call = call_of(way, unet, source, arguments, other)
+                call = call_of(way, unet, source, arguments, other, pack)
                 seconds = timed(call, options.device)
                 if number:  # the first round warms up
                     times[way].append(seconds)
+        in_place = poa.prune(unet, source, check=False).extra_bytes / weights
+        poa.disable(unet)
+        tall = inputs(options.model, options.size, options.batch, dtype, options.device, other_side(options.size))
+        calls = [call_of("dense", unet, source, given) for given in (arguments, tall)]
+        change = statistics.median(changes(unet, pack, calls, options.rounds, options.device))
     device = torch.cuda.get_device_name() if options.device != "cpu" else f"{platform.machine()} CPU"
     rows = {}
     for way in WAYS:
@@ -170,12 +215,16 @@ def main() -> None:
         }  # fmt: skip
     report = {"model": options.model, "size": options.size, "batch": options.batch, "device": device,
               "threads": torch.get_num_threads(), "dtype": str(dtype), "weights": weights, "held": held,
+              "in_place": in_place, "change_seconds": change,
               "ways": rows}  # fmt: skip
     if options.json:
         print(json.dumps(report))
         return
     print(f"{options.model} at {options.size}, batch {options.batch}, {dtype}, {device}, {report['threads']} threads")
     print(f"{weights / 1e9:.2f} GB of weights; held with POA, one pass after the other: {held:.4f} of them")
+    dense = rows["dense"]["seconds"]
+    print(f"pruned in place: {in_place:.4f} of them beside the model; a change of size: {change:.2f} s, "
+          f"{change / dense:.2f} dense calls")  # fmt: skip
     print("| way | median time | ratio to dense (min to max) | peak memory | in weights |\n|---|---|---|---|---|")
     for way, row in rows.items():
         print(f"| {way} | {row['seconds']:.3f} s | {row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f}) "

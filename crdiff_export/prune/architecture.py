@@ -134,9 +134,7 @@ def native_note(plan: Plan) -> str | None:
     of_family = [Size(*native) for native in (family.native, family.twin and family.twin.native) if native]
     natives = [plan.native] if plan.native else [stated_size[0]] if stated_size else of_family
     for native in natives:
-        area = size.width * size.height / (native.width * native.height)
-        aspect = size.width / size.height / (native.width / native.height)
-        if max(area, 1 / area) > _NEAR or max(aspect, 1 / aspect) > (_BUCKET_ASPECT if family.buckets else _NEAR):
+        if not is_native(size, native, family):
             continue
         advice = "the method is for other sizes, and here pruning is expected to cost quality"
         owner = "the base" if len(natives) == 1 else f"some {family.title} models"
@@ -144,6 +142,13 @@ def native_note(plan: Plan) -> str | None:
             return f"{size} is the native size of {owner}: {advice}"
         return f"{size} is near the native size of {owner}, {native}: {advice}"
     return None
+
+
+def is_native(size: Size, native: Size, family: Family) -> bool:
+    """Whether a size is the native one, or as near to it as the sizes that such a model was trained at."""
+    area = size.width * size.height / (native.width * native.height)
+    aspect = size.width / size.height / (native.width / native.height)
+    return max(area, 1 / area) <= _NEAR and max(aspect, 1 / aspect) <= (_BUCKET_ASPECT if family.buckets else _NEAR)
 
 
 def _is_twin(plan: Plan, twin: Twin) -> bool:

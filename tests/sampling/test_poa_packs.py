@@ -156,6 +156,7 @@ def test_the_native_size_stays_dense_unless_the_pack_has_it(case: PackCase, tmp_
     from crdiff_export.sampling.poa.packed import choose
 
     assert choose(opened, Size(1024, 1024)).size is None
+    assert "near the native size" in choose(opened, Size(1040, 1008)).note
     assert choose(opened, Size(144, 128)).size == LARGE
     assert choose(opened, Size(144, 128)).note
     assert choose(opened, LARGE) == choose(opened, LARGE)

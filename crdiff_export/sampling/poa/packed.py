@@ -9,6 +9,7 @@ from crdiff_export.formats import dtypes
 from crdiff_export.formats.dtypes import torch_dtypes
 from crdiff_export.models.recipe import nearest_size
 from crdiff_export.packs import Pack
+from crdiff_export.prune.architecture import is_native
 from crdiff_export.prune.criteria import Mask
 from crdiff_export.prune.identity import FIRST, hash_weights
 from crdiff_export.sampling.poa.masks import MaskPart, Part, ThresholdPart, holds
@@ -105,12 +106,13 @@ class Chosen:
 
 
 def choose(pack: Pack, size: Size) -> Chosen:
-    """Choose a pack's size for a picture: its own, else none at the native size, else the nearest as recipes do."""
+    """Choose a pack's size for a picture: its own, else none near the native size, else the nearest as recipes do."""
     if size in pack.variants:
         return Chosen(size)
     native = pack.common.native
-    if size == native:
-        return Chosen(None, f"{size} is the native size of {pack.common.source_name}: the model stays dense")
+    if is_native(size, native, pack.family):
+        near = "the native size" if size == native else f"near the native size, {native},"
+        return Chosen(None, f"{size} is {near} of {pack.common.source_name}: the model stays dense")
     near = nearest_size(pack.variants, size)
     if near is None:
         return Chosen(None, f"{pack.path} has no size near {size}: the model stays dense")
