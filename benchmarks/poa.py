@@ -1,10 +1,10 @@
 """POA while sampling: `python benchmarks/poa.py` (SD1.5's UNet with random weights; `--model sdxl` for SDXL's).
 
 It calls a UNet with a batch for guidance, in turn and paired: dense, with POA one pass after the other, with POA in one
-pass over a doubled batch, with a second copy of the weights, as the public code has it, and the pruned model alone: of one
-size, and following the size of the picture from a pack. It prints medians of the ratios to the dense call of the same
-round, and what a change of the size costs with the pack. Each way also runs in a process of its own for its peak memory, the
-device's where there is one, as multiples of the weights above the dense way's.
+pass over a doubled batch, with a second copy of the weights, as the public code has it, and the pruned model alone: of
+one size, and following the size of the picture from a pack. It prints medians of the ratios to the dense call of the
+same round, and what a change of the size costs with the pack. Each way also runs in a process of its own for its peak
+memory, the device's where there is one, as multiples of the weights above the dense way's.
 """
 
 import argparse
@@ -152,10 +152,10 @@ def copy_of(unet: Any, source: poa.Source) -> Any:
     return other
 
 
-def memory(folder: Path) -> dict[str, int]:
+def memory(folder: Path, ways: Sequence[str]) -> dict[str, int]:
     """Peak memory of each way, in a process of its own."""
     found = {}
-    for way in WAYS:
+    for way in ways:
         command = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder), "--memory-of", way]
         found[way] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     return found
@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, help="where the weights lie or are put")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="beside the dense model")
     parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -188,13 +189,14 @@ def main() -> None:
                 call()
             print(peak(options.device))
             return
-        peaks = memory(folder)
-        other = copy_of(unet, source)
+        ways = ("dense", *(way for way in WAYS if way in options.ways and way != "dense"))
+        peaks = memory(folder, ways)
+        other = copy_of(unet, source) if "two copies" in ways else None
         call_of("sequential", unet, source, arguments)()
         held = 1 + unet.crdiff_poa.extra_bytes / weights
-        times: dict[str, list[float]] = {way: [] for way in WAYS}
+        times: dict[str, list[float]] = {way: [] for way in ways}
         for number in range(options.rounds + 1):
-            for way in WAYS:
+            for way in ways:
                 call = call_of(way, unet, source, arguments, other, pack)
                 seconds = timed(call, options.device)
                 if number:  # the first round warms up
@@ -206,7 +208,7 @@ def main() -> None:
         change = statistics.median(changes(unet, pack, calls, options.rounds, options.device))
     device = torch.cuda.get_device_name() if options.device != "cpu" else f"{platform.machine()} CPU"
     rows = {}
-    for way in WAYS:
+    for way in ways:
         ratios = [t / dense for t, dense in zip(times[way], times["dense"], strict=True)]
         rows[way] = {
             "seconds": statistics.median(times[way]), "ratio": statistics.median(ratios),
@@ -217,14 +219,17 @@ def main() -> None:
               "threads": torch.get_num_threads(), "dtype": str(dtype), "weights": weights, "held": held,
               "in_place": in_place, "change_seconds": change,
               "ways": rows}  # fmt: skip
-    if options.json:
-        print(json.dumps(report))
-        return
-    print(f"{options.model} at {options.size}, batch {options.batch}, {dtype}, {device}, {report['threads']} threads")
-    print(f"{weights / 1e9:.2f} GB of weights; held with POA, one pass after the other: {held:.4f} of them")
-    dense = rows["dense"]["seconds"]
-    print(f"pruned in place: {in_place:.4f} of them beside the model; a change of size: {change:.2f} s, "
-          f"{change / dense:.2f} dense calls")  # fmt: skip
+    print(json.dumps(report)) if options.json else show(report)
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the figures as a table."""
+    rows, weights, change = report["ways"], report["weights"], report["change_seconds"]
+    print(f"{report['model']} at {report['size']}, batch {report['batch']}, {report['dtype']}, {report['device']}, "
+          f"{report['threads']} threads")  # fmt: skip
+    print(f"{weights / 1e9:.2f} GB of weights; held with POA, one pass after the other: {report['held']:.4f} of them")
+    print(f"pruned in place: {report['in_place']:.4f} of them beside the model; a change of size: {change:.2f} s, "
+          f"{change / rows['dense']['seconds']:.2f} dense calls")  # fmt: skip
     print("| way | median time | ratio to dense (min to max) | peak memory | in weights |\n|---|---|---|---|---|")
     for way, row in rows.items():
         print(f"| {way} | {row['seconds']:.3f} s | {row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f}) "

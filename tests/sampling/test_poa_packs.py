@@ -330,6 +330,30 @@ def test_a_lora(case: PackCase, pipe: Any) -> None:
     pipe.unfuse_lora()
 
 
+def test_a_model_that_is_cast_while_it_is_pruned(case: PackCase, pipe: Any) -> None:
+    """Dense again, it is the dense model in the new dtype; and the next size prunes that."""
+    poa.prune(pipe, case.pack, SMALL)
+    pipe.to(torch.float16)
+    poa.disable(pipe)
+    twin = case.make().to(torch.float16)
+    assert bits(pipe.unet) == bits(twin.unet)
+    poa.prune(pipe, case.pack)
+    pipe.to(torch.float32)
+    poa.disable(pipe)
+    assert bits(pipe.unet) == bits(twin.to(torch.float32).unet)
+
+
+def test_a_lora_that_is_fused_before_the_first_step(case: PackCase, pipe: Any) -> None:
+    """Nothing is pruned then."""
+    poa.prune(pipe, case.pack)
+    pipe.load_lora_weights(lora())
+    pipe.fuse_lora()
+    before = bits(pipe.unet)
+    with raises(PoaError, "LoRA was fused"):
+        case.run(pipe, SMALL)
+    assert bits(pipe.unet) == before
+
+
 def test_offloading(case: PackCase) -> None:
     """Of the whole model; layer by layer only once the size is settled."""
     expected = {size: case.expected(size, 1.0) for size in SIZES}

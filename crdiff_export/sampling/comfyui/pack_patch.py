@@ -49,7 +49,8 @@ class PackPatch:
     def around_sampling(self, executor: Any, noise: "Tensor", latent: "Tensor", *args: Any, **kwargs: Any) -> Any:
         """Sample with what the latent's size needs."""
         patcher = executor.class_obj.model_patcher
-        self._current, before = self._patch_for(latent, patcher), self._current
+        shapes = kwargs.get("latent_shapes") or [latent.shape]  # of several latents in one, the first is the picture
+        self._current, before = self._patch_for(shapes[0], patcher), self._current
         try:
             if self._current is None:
                 return executor(noise, latent, *args, **kwargs)
@@ -63,10 +64,10 @@ class PackPatch:
             return executor(*args, **kwargs)
         return self._current.around_model(executor, *args, **kwargs)
 
-    def _patch_for(self, latent: "Tensor", patcher: Any) -> PoaPatch | None:
-        """Make the patch for the size of a latent, or take the one that was made before; None for the dense model."""
+    def _patch_for(self, shape: Sequence[int], patcher: Any) -> PoaPatch | None:
+        """Make the patch for the shape of a latent, or take the one that was made before; None for the dense model."""
         pixels = getattr(patcher.model.latent_format, "spacial_downscale_ratio", self._pack.family.cell)
-        size = Size(latent.shape[-1] * pixels, latent.shape[-2] * pixels)
+        size = Size(shape[-1] * pixels, shape[-2] * pixels)
         chosen = choose(self._pack, size)
         if chosen.note and chosen.note not in self._noted:
             self._noted.add(chosen.note)

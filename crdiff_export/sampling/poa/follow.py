@@ -109,6 +109,7 @@ class PackPoa(ModelHandle):
             hooks.detach(self._layers[name], hook)
 
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._refuse_changes()  # before the weights are changed
         if not self._fixed:
             self._follow(args, kwargs)
         return super()._before(model, args, kwargs)

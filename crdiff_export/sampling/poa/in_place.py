@@ -79,19 +79,16 @@ class InPlace:
         self._refuse_offloaded()
         for name, kept in self._kept.items():
             weight = self._layers[name].weight
-            changed = kept.values.dtype != weight.dtype
-            if not changed and kept.is_zero:
-                changed = bool(weight.detach().view(-1)[_unpack(kept.bits, weight)].any())
-            if changed:
-                layer = name.removesuffix(".weight")
+            if kept.is_zero and weight.detach().view(-1)[_unpack(kept.bits, weight)].any():
                 raise PoaError(
-                    f"{layer}: its pruned weights were changed since, as by a fused LoRA or a cast",
+                    f"{name.removesuffix('.weight')}: its pruned weights were changed since, as by a fused LoRA",
                     "Take that back first (pipe.unfuse_lora()), or load the model anew.",
                 )
         for name, kept in self._kept.items():
             weight = self._layers[name].weight
             flat = weight.detach().view(-1)
-            flat[_unpack(kept.bits, weight)] = kept.values.to(weight.device)
+            # A model that was cast meanwhile gets what its dense weights would be then.
+            flat[_unpack(kept.bits, weight)] = kept.values.to(weight.device, weight.dtype)
         self._kept = {}
 
     def _refuse_offloaded(self) -> None:
