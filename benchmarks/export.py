@@ -21,6 +21,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RATIO = "0.3"
+# Takes a source and an output as its last arguments.
+COPY_AND_SYNC = ("sh", "-c", 'cp "$1" "$2" && sync "$2"', "sh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +34,10 @@ class Run:
     peak: float
 
 
-def measure(command: Sequence[str]) -> Run:
+def measure(command: Sequence[str], stdout: int = subprocess.DEVNULL) -> Run:
     """Run a command as a process of its own."""
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=stdout)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -50,7 +52,7 @@ def ways(source: Path, output: Path, *, naive: bool) -> dict[str, list[str]]:
     crdiff += ["-o", str(output), "--force", "--quiet"]
     found = {
         "cp": ["cp", str(source), str(output)],
-        "cp, then sync": ["sh", "-c", 'cp "$1" "$2" && sync "$2"', "sh", str(source), str(output)],
+        "cp, then sync": [*COPY_AND_SYNC, str(source), str(output)],
         "crdiff export": crdiff,
         "crdiff export --no-hash": [*crdiff, "--no-hash"],
     }
@@ -95,6 +97,14 @@ def make(path: Path, table: str) -> Path:
     print(f"making {table} …", file=sys.stderr)
     subprocess.run([sys.executable, HERE / "make_checkpoint.py", table, path], check=True)
     return path
+
+
+def drop(path: Path) -> None:
+    """Take a file out of the system's cache."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def compare(source: Path, output: Path, rounds: int, naive_rounds: int) -> dict[str, list[Run]]:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from export import Run, machine, make, measure
+from export import Run, drop, machine, make, measure
 
 from crdiff_export import ExportRequest, Size
 from crdiff_export.export import prepare, prepare_located, run_in_turn
@@ -118,14 +118,6 @@ def compare(source: Path, folder: Path, count: int, rounds: int) -> dict[str, li
             found.setdefault(name, []).append(measure(command))
             shutil.rmtree(folder / "out")
     return found
-
-
-def drop(path: Path) -> None:
-    """Take a file out of the system's cache."""
-    if hasattr(os, "posix_fadvise"):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def show(source: Path, found: dict[str, list[Run]]) -> None:
