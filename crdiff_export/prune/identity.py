@@ -68,8 +68,6 @@ def read_identity(checkpoint: Checkpoint, targets: Iterable[Target], *, rounded:
     Returns:
         The identity.
     """
-    import torch
-
     by_name = {target.layer.diffusers: target for target in targets}
     layers = tuple(sorted(by_name))
     stored = tuple(by_name[layer].source.dtype for layer in layers)
@@ -80,10 +78,20 @@ def read_identity(checkpoint: Checkpoint, targets: Iterable[Target], *, rounded:
         for layer, dtype in zip(layers, stored, strict=True):
             target = by_name[layer]
             first = replace(target, stop=min(target.stop, target.start + FIRST))
-            weights = torch.frombuffer(read(first), dtype=torch_dtypes()[dtype])
-            for column, found in hashes.items():
-                found.append(hash_weights(weights.to(torch_dtypes()[column])))
+            weights = read(first)
+            for column, values in hashes.items():
+                values.append(_hash_as(column, weights, dtype))
     return Identity(layers, stored, {dtype: b"".join(found) for dtype, found in hashes.items()})
+
+
+def _hash_as(column: str, weights: memoryview, dtype: str) -> bytes:
+    """Hash stored weights as another dtype rounds them; those of their own dtype without torch, which is large."""
+    if column == dtype:
+        return hashlib.sha256(weights).digest()[:HASH_BYTES]
+    import torch
+
+    stored = torch.frombuffer(weights, dtype=torch_dtypes()[dtype])
+    return hash_weights(stored.to(torch_dtypes()[column]))
 
 
 def hash_weights(weights: "Tensor") -> bytes:
