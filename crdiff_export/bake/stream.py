@@ -9,10 +9,11 @@ a weight that lies in two chunks is complete in both.
 import contextlib
 import mmap
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import cycle
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from crdiff_export.bake.prefetch import DEPTH, prefetch
 from crdiff_export.bake.source_hashes import SourceHashes
@@ -35,6 +36,8 @@ CHUNK = 8 << 20
 SEAM = 8
 PAGE = mmap.PAGESIZE
 STAGES = 3
+# Threads that hash outputs. One for all variants would take longer than the disk.
+HASHERS = 2
 _NOTHING = memoryview(b"")
 
 
@@ -79,6 +82,7 @@ class Chunk:
         variant: The number of the variant.
         pruned: The original values of the weights that begin in the chunk and were pruned, one after another; empty
             for a variant that does not keep them.
+        hashing: A thread that reads the buffer, too, until this is done; None if no thread does.
     """
 
     start: int
@@ -86,6 +90,7 @@ class Chunk:
     buffer: memoryview
     variant: int = 0
     pruned: memoryview = _NOTHING
+    hashing: "Future[None] | None" = None
 
     @property
     def data(self) -> memoryview:
@@ -206,7 +211,11 @@ class Stream:
 
     def chunks(self) -> Generator[Chunk, None, None]:
         """Yield every chunk in order, all variants in turn; closing the generator stops all stages."""
-        return prefetch(self._zero(prefetch(self._read())))
+        with contextlib.closing(prefetch(self._zero(prefetch(self._read())))) as stream:
+            for chunk in stream:
+                yield chunk
+                if chunk.hashing:
+                    chunk.hashing.result()  # the buffer may be used again only then
 
     def _read(self) -> Generator[Chunk, None, None]:
         with contextlib.closing(self._output.source.open()) as source:
@@ -251,15 +260,17 @@ class Stream:
             )
 
     def _zero(self, stream: Generator[Chunk, None, None]) -> Generator[Chunk, None, None]:
-        digests = None
-        with contextlib.closing(stream):  # an error holds this frame, and so the thread behind the stream
+        digests: list[_Hash] = []
+        # An error holds this frame, and so the thread behind the stream.
+        with contextlib.closing(stream), _Hashers(len(self._ranges)) as hashers:
             for chunk in stream:
-                if self._hashes and digests is None and chunk.stop > self._unchanged:
+                if self._hashes and not digests and chunk.stop > self._unchanged:
                     digests = [self._hashes.state(self._file) for _ in self._ranges]
                 for variant, ranges in enumerate(self._ranges):
                     output = self._prune(replace(chunk, variant=variant), ranges)
                     if digests:
-                        digests[variant].update(output.part(max(chunk.start, self._unchanged), chunk.stop))
+                        data = output.part(max(chunk.start, self._unchanged), chunk.stop)
+                        output = replace(output, hashing=hashers.update(variant, digests[variant], data))
                     yield output
         if self._hashes:
             self.digests = digests or [self._hashes.state(self._file) for _ in self._ranges]
@@ -286,6 +297,24 @@ class Stream:
             self._kernel.clear(weights, target.dtype, _unpack(target, target.mask, offset, len(weights)))
         else:
             self._kernel.zero(weights, target.dtype, target.limit)
+
+
+class _Hashers:
+    """Threads that hash outputs, each variant always in the same one, so that its bytes stay in order."""
+
+    def __init__(self, variants: int) -> None:
+        self._pools = [ThreadPoolExecutor(1, "crdiff-hash-output") for _ in range(min(variants, HASHERS))]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for pool in self._pools:
+            pool.shutdown()  # waits for the last bytes
+
+    def update(self, variant: int, digest: "_Hash", data: memoryview) -> "Future[None]":
+        """Add bytes to a variant's hash."""
+        return self._pools[variant % len(self._pools)].submit(digest.update, data)
 
 
 def _copy_pruned(chunk: Chunk, ranges: Sequence[PruneRange], into: memoryview) -> memoryview:
