@@ -218,8 +218,8 @@ def compare(source: Path, folders: Folders, rounds: int) -> list[dict[str, Run]]
             drop(source)
             if cached := cached_bytes(source):
                 sys.exit(f"{source}: {cached / 1e6:.0f} MB stay in the system's cache; does another program use it?")
-            print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr)
             done[-1][name] = run(command)
+            print(f"round {number + 1} of {rounds}: {name}: {done[-1][name].seconds:.2f} s", file=sys.stderr)
             shutil.rmtree(folders.out)
     return done
 
