@@ -111,8 +111,8 @@ def choose(pack: Pack, size: Size) -> Chosen:
         return Chosen(size)
     native = pack.common.native
     if is_native(size, native, pack.family):
-        near = "the native size" if size == native else f"near the native size, {native},"
-        return Chosen(None, f"{size} is {near} of {pack.common.source_name}: the model stays dense")
+        where = "the native size" if size == native else f"near the native size, {native},"
+        return Chosen(None, f"{size} is {where} of {pack.common.source_name}: the model stays dense")
     near = nearest_size(pack.variants, size)
     if near is None:
         return Chosen(None, f"{pack.path} has no size near {size}: the model stays dense")
