@@ -12,6 +12,7 @@ from crdiff_export.cli.command import Group, command, examples, gather, option, 
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.packs import SUFFIX, create, open_pack
 from crdiff_export.packs.create import PackJob, PackRequest
+from crdiff_export.prune.architecture import GIVEN
 from crdiff_export.prune.plan_request import PlanRequest
 from crdiff_export.sizes import Size
 
@@ -120,6 +121,8 @@ def add(
     before = open_pack(file)
     source = base or before.common.source_name
     out.announce_base(source)
+    if before.common.native_source == GIVEN and plan.native is None:
+        plan = replace(plan, native=before.common.native)
     plans = tuple(replace(plan, base=source, size=size) for size in dict.fromkeys(sizes))
     request = PackRequest(plans, file, device, threads, force, rehash)
     return _make(out, create.prepare_more(request, before), dry_run=dry_run)

@@ -132,10 +132,10 @@ def _table(pack: Pack) -> Table:
     for size, stamp in pack.variants.items():
         kept = f"mask, {amount(sum(t.nbytes for t in pack.masks(size)))}" if stamp.masked else "threshold"
         rows.append(
-            [str(size), _ratios([group.ratio for group in stamp.groups.values()]), f"{_share(stamp):.4f}",
-             f"{stamp.poa_weight:g}", kept, stamp.provenance.replace("-", " ")]
+            [str(size), _ratios([stamp.groups[name].ratio for name in pack.family.groups]), f"{_share(stamp):.4f}",
+             f"{stamp.poa_weight:g}", kept, printable(stamp.provenance.replace("-", " "))]
         )  # fmt: skip
-    groups = _groups(tuple(pack.common.groups))
+    groups = _groups(pack.family.groups)
     columns = ("size", groups, "zeroed", "POA weight", "by", "ratios")
     return Table(columns, rows, ("zeroed", "POA weight"), ("by",))
 

@@ -11,9 +11,11 @@ from crdiff_export.bake.source_hashes import SourceHashes
 from crdiff_export.errors import OptionError, PackError, PlanError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.crdiff_keys import Stamp
+from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.text import amount
 from crdiff_export.hub import bases
-from crdiff_export.packs.pack import SUFFIX, BaseFile, Pack, with_thresholds_by_name
+from crdiff_export.models.families import Match
+from crdiff_export.packs.pack import GIVE_BASE, SUFFIX, BaseFile, Pack, with_thresholds_by_name
 from crdiff_export.packs.write import Contents, Entry, Masks, write
 from crdiff_export.progress import Progress
 from crdiff_export.prune import architecture, kernels, plan
@@ -110,6 +112,7 @@ def prepare_new(request: PackRequest) -> PackJob:
     """Find the base, read its headers, and plan a new pack.
 
     Raises:
+        PlanError: The file has another ending than a pack.
         CrdiffError: The pack is not possible.
     """
     if request.output.suffix != SUFFIX:
@@ -130,13 +133,15 @@ def prepare_more(request: PackRequest, before: Pack) -> PackJob:
         The planned pack.
 
     Raises:
+        OptionError: The pack has one of the sizes.
         CrdiffError: They are not possible, or the base is another one.
     """
     there = [str(each.size) for each in request.plans if each.size in before.variants]
     if there and not request.force:
         raise OptionError(f"{before.path}: has {', '.join(there)} already", "Give --force to replace it.")
     job = _prepare(request, before)
-    check_same_model(before, job.plans[0])
+    check_same_model(before, job.plans[0].match, job.checkpoint.path)
+    before.match_files(job.checkpoint)
     return job
 
 
@@ -181,7 +186,7 @@ def make(job: PackJob, progress: Progress) -> Packed:
         ranked = rank(job.criterion, plans, kernels.load(request.device, request.threads), progress, request.device)
         files = _base_files(job, hashes)
     if job.before:
-        check_files(job.before, files, job.checkpoint)
+        files = _same_files(job.before, files, job.checkpoint)
     decider = _Decider(job, ranked, progress)
     entries = [decider.entry(each) for each in plans]
     contents = Contents(job.kinds, files, _identity(job), (*_kept(job, entries), *entries))
@@ -238,44 +243,44 @@ def _kept(job: PackJob, new: Sequence[Entry]) -> list[Entry]:
     return [entry for entry in kept_entries(job.before) if entry.size not in replaced] if job.before else []
 
 
-def check_same_model(pack: Pack, planned: Plan) -> None:
+def check_same_model(pack: Pack, match: Match, path: Path) -> None:
     """Refuse a base whose headers tell that it is not the pack's.
+
+    Args:
+        pack: The pack.
+        match: The family, layout and prefix of the base.
+        path: Its path.
 
     Raises:
         PackError: The base has another family, layout or prefix.
     """
-    match, stamp, path = planned.match, pack.common, planned.checkpoint.path
-    ours = (match.family.id, match.layout.name, match.prefix, match.special.id if match.special else None)
-    special = None if stamp.special == "base" else stamp.special
-    if ours != (stamp.family, stamp.layout, stamp.prefix, special):
-        raise PackError(
-            f"{path}: {match.title} ({match.layout.name}), {pack.path} is for {pack.family.title} ({stamp.layout})",
-            "Give the base that the pack was made from; `crdiff pack show` names it.",
-        )
+    stamp = pack.common
+    special = match.special.id if match.special else None
+    for what, ours, theirs in (
+        ("of the family", match.family.id, stamp.family),
+        ("of the kind", special or "plain", "plain" if stamp.special in (None, "base") else stamp.special),
+        ("in the layout", match.layout.name, stamp.layout),
+        ("with the prefix", match.prefix or "none", stamp.prefix or "none"),
+    ):
+        if ours != theirs:
+            raise PackError(
+                f"{path}: a model {what} {show(ours)}, {pack.path} is for one {what} {show(theirs)}", GIVE_BASE
+            )
 
 
-def check_files(pack: Pack, files: Sequence[BaseFile], checkpoint: Checkpoint) -> None:
-    """Refuse a base whose files hash otherwise than the pack says.
-
-    Raises:
-        PackError: The base is another one.
-    """
-    for ours, theirs in zip(files, pack.files, strict=False):
+def _same_files(pack: Pack, files: Sequence[BaseFile], checkpoint: Checkpoint) -> tuple[BaseFile, ...]:
+    """Return the pack's files, with what is now known of them; refuse a base whose files hash otherwise."""
+    same = []
+    for (source, theirs), ours in zip(pack.match_files(checkpoint), files, strict=True):
         if ours.data_hash != theirs.data_hash:
-            raise other_base(pack, checkpoint.home / ours.name, ours.data_hash, theirs.data_hash)
-    if len(files) != len(pack.files):
-        raise PackError(
-            f"{checkpoint.path}: has {len(files)} files of weights, the base of {pack.path} {len(pack.files)}",
-            "Give the base that the pack was made from; `crdiff pack show` names it.",
-        )
+            raise other_base(pack, source.path, ours.data_hash, theirs.data_hash)
+        same.append(replace(theirs, file_hash=theirs.file_hash or ours.file_hash))
+    return tuple(same)
 
 
 def other_base(pack: Pack, path: Path, actual: str, stated: str) -> PackError:
     """Make the error for a file that is not the base's."""
-    return PackError(
-        f"{path}: hashes to 0x{actual}, the base of {pack.path} to 0x{stated}",
-        "Give the base that the pack was made from; `crdiff pack show` names it.",
-    )
+    return PackError(f"{path}: hashes to 0x{actual}, the base of {pack.path} to 0x{stated}", GIVE_BASE)
 
 
 def _base_files(job: PackJob, hashes: SourceHashes) -> tuple[BaseFile, ...]:

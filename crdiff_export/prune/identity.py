@@ -39,7 +39,15 @@ class Identity:
     hashes: Mapping[str, bytes]
 
     def hash(self, layer: str, dtype: str) -> bytes | None:
-        """Return the hash of a layer in a dtype; None if there is none."""
+        """Return the hash of a layer in a dtype.
+
+        Args:
+            layer: The layer's name in diffusers' layout.
+            dtype: The safetensors dtype.
+
+        Returns:
+            HASH_BYTES, or None if there is no such hash.
+        """
         if dtype not in self.hashes or layer not in self.layers:
             return None
         start = self.layers.index(layer) * HASH_BYTES
@@ -68,8 +76,6 @@ def read_identity(checkpoint: Checkpoint, targets: Iterable[Target], *, rounded:
     Returns:
         The identity.
     """
-    import torch
-
     by_name = {target.layer.diffusers: target for target in targets}
     layers = tuple(sorted(by_name))
     stored = tuple(by_name[layer].source.dtype for layer in layers)
@@ -80,10 +86,20 @@ def read_identity(checkpoint: Checkpoint, targets: Iterable[Target], *, rounded:
         for layer, dtype in zip(layers, stored, strict=True):
             target = by_name[layer]
             first = replace(target, stop=min(target.stop, target.start + FIRST))
-            weights = torch.frombuffer(read(first), dtype=torch_dtypes()[dtype])
+            raw = read(first)
             for column, found in hashes.items():
-                found.append(hash_weights(weights.to(torch_dtypes()[column])))
+                found.append(_hash(raw) if column == dtype else hash_weights(_convert(raw, dtype, column)))
     return Identity(layers, stored, {dtype: b"".join(found) for dtype, found in hashes.items()})
+
+
+def _convert(raw: memoryview, stored: str, dtype: str) -> "Tensor":
+    import torch
+
+    return torch.frombuffer(raw, dtype=torch_dtypes()[stored]).to(torch_dtypes()[dtype])
+
+
+def _hash(raw: memoryview) -> bytes:
+    return hashlib.sha256(raw).digest()[:HASH_BYTES]
 
 
 def hash_weights(weights: "Tensor") -> bytes:
@@ -98,4 +114,4 @@ def hash_weights(weights: "Tensor") -> bytes:
     import torch
 
     first = weights[:FIRST].contiguous()
-    return hashlib.sha256(first.view(torch.uint8).numpy().data).digest()[:HASH_BYTES]
+    return _hash(first.view(torch.uint8).numpy().data)
