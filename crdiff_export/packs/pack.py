@@ -49,6 +49,7 @@ SHARED: Final = tuple(
 NO_RESIDUAL: Final = {f"{PREFIX}residual": "none"}
 DAMAGED: Final = "The pack is damaged or was changed after crdiff wrote it; fetch it again, or make it again."
 GIVE_BASE: Final = "Give the base that the pack was made from; `crdiff pack show` names it."
+_GIVE_PACK: Final = "Give a file that `crdiff pack create` has made."
 _PIECE = 8 << 20
 _SIZE_KEY = re.compile(r"([1-9][0-9]{0,4}x[1-9][0-9]{0,4})/(.+)", re.DOTALL)
 _FILE_KEY = re.compile(r"file/(.+)/(crdiff\.source\.(?:hash|file)_sha256)", re.DOTALL)
@@ -194,10 +195,10 @@ def open_pack(path: Path) -> Pack:
         CheckpointError: It cannot be read as a safetensors file.
     """
     if path.suffix != SUFFIX:
-        raise PackError(f"{path}: no pack, whose name ends in {SUFFIX}", "Give one that `crdiff pack create` has made.")
+        raise PackError(f"{path}: not a pack, whose name ends in {SUFFIX}", _GIVE_PACK)
     checkpoint = open_checkpoint(path)
     if checkpoint.kind != "file":
-        raise PackError(f"{path}: a folder, and no pack", "Give a file that `crdiff pack create` has made.")
+        raise PackError(f"{path}: a folder, not a pack", _GIVE_PACK)
     return read_pack(path, checkpoint.files[0])
 
 
@@ -205,7 +206,7 @@ def read_pack(path: Path, file: SourceFile) -> Pack:
     """Read a pack whose header is parsed; see `open_pack`."""
     metadata = file.metadata
     if KEY not in metadata:
-        raise PackError(f"{path}: no pack: no {KEY} in its header", "Give one that `crdiff pack create` has made.")
+        raise PackError(f"{path}: not a pack: no {KEY} in its header", _GIVE_PACK)
     if metadata[KEY] != SCHEMA:
         raise PackError(
             f"{path}: a pack of schema {show(metadata[KEY])}, this crdiff reads {SCHEMA}", "Install a newer crdiff."
