@@ -138,6 +138,8 @@ def prepare_all(requests: Sequence[ExportRequest]) -> list[ExportJob]:
     base = bases.locate(request.base, request.variant)
     checkpoint = base.open(request.variant, all_files=request.all_files)
     jobs = [prepare_located(each, criterion, base, checkpoint) for each in requests]
+    if request.pack:
+        use.check_one_cast(request.pack, [job.plan for job in jobs])
     targets = Counter(job.target for job in jobs)
     if twice := [target for target, count in targets.items() if count > 1]:
         raise OptionError(f"{twice[0]}: {targets[twice[0]]} sizes have this output", "Give each a name of its own.")

@@ -14,13 +14,12 @@ from crdiff_export.packs.create import PackJob
 from crdiff_export.verify.inspect import provenance
 
 
-def describe(pack: Pack, *, metadata: bool = False, notes: Sequence[str] = ()) -> Result:
+def describe(pack: Pack, *, metadata: bool = False) -> Result:
     """Describe a pack: its base, and a row for each size.
 
     Args:
         pack: The pack.
         metadata: Show all keys of its header, too.
-        notes: What came up while it was made.
 
     Returns:
         The description.
@@ -46,12 +45,12 @@ def describe(pack: Pack, *, metadata: bool = False, notes: Sequence[str] = ()) -
             for file in pack.files
         ],
         "variants": [_record(pack, stamp) for stamp in pack.variants.values()],
-        "notes": list(notes),
+        "notes": [],
     }  # fmt: skip
     if metadata:
         record["metadata"] = dict(pack.file.metadata)
         text += ["", *(f"{printable(key)}: {printable(value)}" for key, value in sorted(record["metadata"].items()))]
-    return Result(record, text, bare=[str(pack.path)], notes=notes)
+    return Result(record, text)
 
 
 def planned(job: PackJob) -> Result:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from crdiff_export.bake import metadata
-from crdiff_export.errors import OptionError, VerifyError
+from crdiff_export.errors import OptionError, PackError, VerifyError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.crdiff_keys import GroupStamp
 from crdiff_export.formats.hashing import hash_data, hash_from
@@ -61,8 +61,8 @@ def verify_pack(
 
     Raises:
         OptionError: There is a calibration without a base, or no size was made with it.
-        PackError: The pack is damaged, or of another base.
-        VerifyError: It is not what its base gives.
+        PackError: The file is not a pack, or its header is damaged.
+        VerifyError: It does not hold what its header says, or is not what its base gives.
         CrdiffError: A file cannot be read, or the calibration is not the pack's.
     """
     if calibration is not None and base is None:
@@ -70,11 +70,16 @@ def verify_pack(
             f"--calibration {calibration}: decides nothing without the base's weights", "Give --base, too."
         )
     pack = open_pack(path)
-    progress.stage("checking", sum(t.nbytes for size in pack.variants for t in pack.masks(size)))
-    for size in pack.variants:
-        _check_counts(pack, size, progress)
-    if base is None:
-        return CheckedPack(pack)
+    try:
+        progress.stage("checking", sum(t.nbytes for size in pack.variants for t in pack.masks(size)))
+        for size in pack.variants:
+            _check_counts(pack, size, progress)
+        return CheckedPack(pack) if base is None else _compare_base(pack, base, progress, device, calibration)
+    except PackError as error:
+        raise VerifyError(error.message, error.hint) from error
+
+
+def _compare_base(pack: Pack, base: str, progress: Progress, device: str, calibration: Path | None) -> CheckedPack:
     variant = variant_of(pack.files[0].name)
     checkpoint = bases.locate(base, variant).open(variant)
     plans = {size: use.plan_size(pack, PlanRequest(base, size), checkpoint) for size in pack.variants}
@@ -122,9 +127,16 @@ def _check_files(pack: Pack, checkpoint: Checkpoint, progress: Progress) -> None
         else:
             whole, data = hash_from(file.path, (0, file.data_start), progress)
         if data != stated.data_hash:
-            _differs(pack, file.path, "the hash of the tensors", f"0x{data}", f"0x{stated.data_hash}")
+            _refuse_hash(pack, file.path, "the tensors", data, stated.data_hash)
         if whole and stated.file_hash and whole != stated.file_hash:
-            _differs(pack, file.path, "the hash of the whole file", f"0x{whole}", f"0x{stated.file_hash}")
+            _refuse_hash(pack, file.path, "the whole file", whole, stated.file_hash)
+
+
+def _refuse_hash(pack: Pack, path: Path, what: str, actual: str, stated: str) -> NoReturn:
+    raise VerifyError(
+        f"{path}: the hash of {what} is 0x{actual}, {pack.path} has 0x{stated}",
+        "Give the base that the pack was made from; if this is it, make the pack again.",
+    )
 
 
 def _check_identity(pack: Pack, planned: Plan) -> None:
@@ -138,12 +150,13 @@ def _check_identity(pack: Pack, planned: Plan) -> None:
 def _choices(
     pack: Pack, calibration: Path | None, progress: Progress
 ) -> Iterator[tuple[CriterionChoice, Sequence[Size]]]:
-    """Yield every criterion that can rank again, with its sizes."""
-    sizes: dict[tuple[str, str | None], list[Size]] = {}
+    """Yield every criterion that can rank again, with its sizes of one cast."""
+    sizes: dict[tuple[str, str | None, str | None], list[Size]] = {}
     for size, stamp in pack.variants.items():
-        sizes.setdefault((stamp.criterion, stamp.calibrated.hash if stamp.calibrated else None), []).append(size)
+        calibrated_by = stamp.calibrated.hash if stamp.calibrated else None
+        sizes.setdefault((stamp.criterion, calibrated_by, stamp.cast), []).append(size)
     is_used = False
-    for (criterion, hashed), some in sizes.items():
+    for (criterion, hashed, _), some in sizes.items():
         if hashed is None:
             with contextlib.suppress(OptionError):  # its package may not be installed here
                 yield CriterionChoice.of(criterion, None), some

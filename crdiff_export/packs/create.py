@@ -116,7 +116,7 @@ def prepare_new(request: PackRequest) -> PackJob:
         CrdiffError: The pack is not possible.
     """
     if request.output.suffix != SUFFIX:
-        name = request.output.with_suffix(SUFFIX).name if request.output.name else f"NAME{SUFFIX}"
+        name = request.output.with_suffix(SUFFIX).name if request.output.name not in ("", SUFFIX) else f"NAME{SUFFIX}"
         raise PlanError(f"{request.output}: a pack's name ends in {SUFFIX}", f"Name it {name}.")
     check_file(request.output, force=request.force)
     return _prepare(request, None)
@@ -147,12 +147,12 @@ def prepare_more(request: PackRequest, before: Pack) -> PackJob:
 
 def _prepare(request: PackRequest, before: Pack | None) -> PackJob:
     first = request.plans[0]
-    criterion = CriterionChoice.of(first.criterion, first.calibration)
-    if criterion.moves:
+    if (named := CriterionChoice.load(first.criterion)).moves:
         raise OptionError(
-            f"{criterion.name} moves weights that stay, and a pack holds none",
-            "Export a file for each size instead: crdiff export --criterion " + criterion.name + ".",
+            f"{named.name} moves weights that stay, and a pack holds none",
+            f"Export a file for each size instead: crdiff export --criterion {named.name}.",
         )
+    criterion = CriterionChoice.of(first.criterion, first.calibration)
     calibrated = criterion.calibration and criterion.calibration.size
     if other := next((each.size for each in request.plans if calibrated and each.size != calibrated), None):
         raise OptionError(

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 
 from crdiff_export.errors import CheckpointError, CrdiffError, PackError, RecipeError
 from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
-from crdiff_export.formats.crdiff_keys import HASH, LAYER_WISE, PREFIX, Stamp
+from crdiff_export.formats.crdiff_keys import HASH, LAYER_WISE, PACK, PREFIX, Stamp
 from crdiff_export.formats.dtypes import FORMATS
 from crdiff_export.formats.safetensors import TensorSpec, show
 from crdiff_export.formats.text import plural
@@ -29,7 +29,7 @@ from crdiff_export.sizes import Size
 from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH
 
 SUFFIX: Final = ".crdiff"
-KEY: Final = "crdiff.pack"
+KEY: Final = PACK
 SCHEMA: Final = "1"
 SIZES: Final = f"{KEY}.sizes"
 KINDS: Final = f"{KEY}.targets"
@@ -152,6 +152,7 @@ class Pack:
 
         Raises:
             PackError: The masks are not those that were written.
+            CheckpointError: The file was changed since its header was read.
         """
         digest = hashlib.sha256()
         with contextlib.closing(self.file.open()) as reader:
@@ -162,6 +163,7 @@ class Pack:
                 yield tensor.name.partition("/")[2], bits
         stated = self.file.metadata.get(f"{size}/{MASKS_HASH}")
         if stated != f"0x{digest.hexdigest()}":
+            self.file.check_unchanged()  # another program may have replaced it since
             raise PackError(f"{self.path}: the masks of {size} hash to 0x{digest.hexdigest()}, not {stated}", DAMAGED)
 
 
@@ -195,7 +197,7 @@ def open_pack(path: Path) -> Pack:
         CheckpointError: It cannot be read as a safetensors file.
     """
     if path.suffix != SUFFIX:
-        raise PackError(f"{path}: not a pack, whose name ends in {SUFFIX}", _GIVE_PACK)
+        raise PackError(f"{path}: not the name of a pack, which ends in {SUFFIX}", _GIVE_PACK)
     checkpoint = open_checkpoint(path)
     if checkpoint.kind != "file":
         raise PackError(f"{path}: a folder, not a pack", _GIVE_PACK)
@@ -365,13 +367,22 @@ def _check_variant(pack: Pack, size: Size, stamp: Stamp) -> None:
         _refuse(pack.path, f"{where}.method is not that of {family.title}")
     if stamp.thresholds is not None and len(stamp.thresholds) != len(layers):
         _refuse(pack.path, f"{where}.thresholds are {len(stamp.thresholds)}, not those of {len(layers)} layers")
-    # Layers of which nothing is pruned have no mask; how many weights a layer has only the base tells.
-    names = {layer.diffusers for layer in layers} if stamp.masked else set()
+    _check_masks(pack, size, {layer.diffusers for layer in layers} if stamp.masked else set())
+
+
+def _check_masks(pack: Pack, size: Size, names: Collection[str]) -> None:
+    """Check that the masks of a size are of these layers; some may have none, of which nothing is pruned."""
+    before = ""
     for tensor in pack.masks(size):
-        if tensor.name.partition("/")[2] not in names:
+        name = tensor.name.partition("/")[2]
+        if name not in names:
             _refuse(pack.path, f"{show(tensor.name)} is the mask of no layer that is pruned at {size}")
+        if name < before:
+            _refuse(pack.path, f"{show(tensor.name)} comes after the mask of {show(before)}")
+        # How many weights a layer has only the base tells.
         if tensor.dtype != "U8" or len(tensor.shape) != 1:
             _refuse(pack.path, f"{show(tensor.name)} is not a list of bytes")
+        before = name
 
 
 def _refuse(path: Path, what: str) -> NoReturn:

@@ -99,6 +99,20 @@ def _check_totals(pack: Pack, planned: Plan) -> None:
         )
 
 
+def check_one_cast(pack: Pack, plans: Sequence[Plan]) -> None:
+    """Refuse plans that cannot be written from one reading of the base, as they are cast differently.
+
+    Raises:
+        OptionError: The plans have several casts.
+    """
+    first, *others = plans
+    if other := next((each for each in others if each.cast != first.cast), None):
+        casts = [f"{each.size} is {f'cast to {each.cast}' if each.cast else 'not cast'}" for each in (first, other)]
+        raise OptionError(
+            f"{pack.path}: {', '.join(casts)}", "Export one after the other, or give --dtype for all of them."
+        )
+
+
 def check_known_hashes(
     pack: Pack, checkpoint: Checkpoint, known: Mapping[str, str], progress: Progress, *, rehash: bool = False
 ) -> None:
