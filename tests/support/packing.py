@@ -1,6 +1,5 @@
 """Packs for tests: made by the package, and read, changed and hashed again without it."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -100,9 +99,3 @@ def changed(
     if HASH not in (keys or {}):
         metadata[HASH] = hash_of(metadata, identity_of(content))
     return makers.write(to, content, metadata)
-
-
-def with_stamp(pack: Pack, size: Size, **fields: Any) -> Pack:
-    """A pack in memory that says something else of a size."""
-    variants = {**pack.variants, size: dataclasses.replace(pack.variants[size], **fields)}
-    return dataclasses.replace(pack, variants=variants)
