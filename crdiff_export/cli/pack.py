@@ -13,7 +13,6 @@ from crdiff_export.cli.output import Output, Result
 from crdiff_export.errors import CheckpointError
 from crdiff_export.packs import SUFFIX, create, open_pack
 from crdiff_export.packs.create import PackJob, PackRequest
-from crdiff_export.prune.architecture import GIVEN
 from crdiff_export.prune.plan_request import PlanRequest
 from crdiff_export.sizes import Size
 
@@ -122,8 +121,6 @@ def add(
     before = open_pack(file)
     source = base or before.common.source_name
     out.announce_base(source)
-    if before.common.native_source == GIVEN and plan.native is None:
-        plan = replace(plan, native=before.common.native)
     plans = tuple(replace(plan, base=source, size=size) for size in dict.fromkeys(sizes))
     request = PackRequest(plans, file, device, threads, force, rehash)
     try:

@@ -1,6 +1,6 @@
 """Make packs: rank a base as an export does, and keep what was decided instead of writing pruned checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from crdiff_export.formats.crdiff_keys import Stamp
 from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.text import amount
 from crdiff_export.hub import bases
-from crdiff_export.models.families import Match
+from crdiff_export.models.families import Family, Match
 from crdiff_export.packs.pack import GIVE_BASE, SUFFIX, BaseFile, Pack, with_thresholds_by_name
 from crdiff_export.packs.write import Contents, Entry, Masks, write
 from crdiff_export.progress import Progress
@@ -78,9 +78,11 @@ class PackJob:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of layers of all sizes, those that the pack has among them."""
-        found = {kind for each in self.plans for kind in each.kinds} | set(self.before.kinds if self.before else ())
-        return tuple(kind for kind in self.plans[0].match.family.kinds if kind in found)
+        """The kinds of layers of all sizes, those among them that the pack keeps."""
+        replaced = {each.size for each in self.plans}
+        kept = [stamp for size, stamp in self.before.variants.items() if size not in replaced] if self.before else []
+        found = [*(each.kinds for each in self.plans), *(stamp.targets for stamp in kept)]
+        return _join(self.plans[0].match.family, found)
 
     @property
     def mask_bytes(self) -> dict[Size, int]:
@@ -123,7 +125,7 @@ def prepare_new(request: PackRequest) -> PackJob:
 
 
 def prepare_more(request: PackRequest, before: Pack) -> PackJob:
-    """Plan the sizes that a pack is to get.
+    """Plan the sizes that a pack is to get; a native size and a family's table that were given stand in the pack.
 
     Args:
         request: The sizes, and the path of the pack as output.
@@ -139,6 +141,9 @@ def prepare_more(request: PackRequest, before: Pack) -> PackJob:
     there = [str(each.size) for each in request.plans if each.size in before.variants]
     if there and not request.force:
         raise OptionError(f"{before.path}: has {', '.join(there)} already", "Give --force to replace it.")
+    if before.common.native_source == architecture.GIVEN:
+        native = before.common.native
+        request = replace(request, plans=tuple(replace(each, native=each.native or native) for each in request.plans))
     job = _prepare(request, before)
     check_same_model(before, job.plans[0].match, job.checkpoint.path)
     before.match_files(job.checkpoint)
@@ -161,7 +166,8 @@ def _prepare(request: PackRequest, before: Pack | None) -> PackJob:
         )
     base = bases.locate(first.base, first.variant)
     checkpoint = base.open(first.variant)
-    plans = tuple(plan_variant(each, checkpoint, criterion) for each in request.plans)
+    family = before.family if before and before.family.table else None
+    plans = tuple(plan_variant(each, checkpoint, criterion, family) for each in request.plans)
     return PackJob(request, base, criterion, plans, before)
 
 
@@ -213,7 +219,15 @@ def remove(pack: Pack, sizes: Sequence[Size], progress: Progress) -> Pack:
     left = [entry for entry in kept_entries(pack) if entry.size not in sizes]
     if not left:
         raise OptionError(f"{pack.path}: would have no size left", "Remove the file instead.")
-    return write(pack.path, Contents(pack.kinds, pack.files, pack.identity, tuple(left)), progress, before=pack)
+    kinds = _join(pack.family, [entry.stamp.targets for entry in left])
+    identity = pack.identity.only({layer.diffusers for layer in pack.layers(kinds)})
+    return write(pack.path, Contents(kinds, pack.files, identity, tuple(left)), progress, before=pack)
+
+
+def _join(family: Family, kinds: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """Join lists of kinds of layers, in the family's order."""
+    found = {kind for some in kinds for kind in some}
+    return tuple(kind for kind in family.kinds if kind in found)
 
 
 def no_such_size(pack: Pack, size: Size) -> PackError:

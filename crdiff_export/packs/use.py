@@ -102,6 +102,10 @@ def _check_totals(pack: Pack, planned: Plan) -> None:
 def check_one_cast(pack: Pack, plans: Sequence[Plan]) -> None:
     """Refuse plans that cannot be written from one reading of the base, as they are cast differently.
 
+    Args:
+        pack: The pack.
+        plans: Plans of its sizes.
+
     Raises:
         OptionError: The plans have several casts.
     """

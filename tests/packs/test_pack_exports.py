@@ -214,7 +214,7 @@ def test_a_family_by_its_own_table(foreign: Path, tmp_path: Path, criterion: str
     assert pack.common.native == Size(512, 512)
     assert len(pack.identity.layers) == 22
     assert verify_pack(pack.path, str(foreign), Silent()).unranked == ()
-    more = add_sizes(foreign, pack.path, SIZE, criterion=criterion, **options)
+    more = add_sizes(foreign, pack.path, SIZE, criterion=criterion, ratio=0.4)
     assert list(more.variants) == [OTHER, SIZE]
     assert more.kinds == ("ff", "attn")
 

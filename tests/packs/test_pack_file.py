@@ -263,7 +263,6 @@ def test_the_order_of_adding_does_not_matter(base: Path, tmp_path: Path) -> None
         path = tmp_path / f"{number}.crdiff"
         for step, (size, options) in enumerate(order):
             (add_sizes if step else new_pack)(base, path, size, **options)
-        # The kinds of the identity are those of any size that it ever had, all of them here.
         found.add(path.read_bytes())
         assert list(open_pack(path).variants) == [Size(64, 64), OTHER, SIZE, Size(640, 384)]
     assert len(found) == 1
@@ -280,6 +279,25 @@ def test_what_is_added_and_removed_leaves_no_trace(criterion: str, base: Path, p
     assert list(left.variants) == [OTHER, SIZE]
     once = create.remove(left, [SIZE], Silent())
     assert [size for size, stamp in once.variants.items() if stamp.masked] == [OTHER]
+
+
+@pytest.mark.parametrize("table", ["demo.diffusers-unet", ""])
+def test_the_hashes_of_layers_are_those_of_its_sizes(table: str, tmp_path: Path) -> None:
+    """Sizes with more kinds of layers bring theirs, and take them away again."""
+    base = makers.write(tmp_path / "base.safetensors", makers.tiny(table) if table else mixed_models.unet())
+    path, alone = tmp_path / "o.crdiff", tmp_path / "alone.crdiff"
+    for targets, others in ((("ff",), ("attn",)), (("attn",), ("attn", "ff"))):
+        before = new_pack(base, path, SIZE, ratios=RATIOS, targets=targets, force=True)
+        raw = path.read_bytes()
+        more = add_sizes(base, path, OTHER, ratios=RATIOS, targets=others)
+        assert more.kinds == ("attn", "ff")
+        assert verify_pack(path, str(base), Silent()).unranked == ()
+        create.remove(more, [OTHER], Silent())
+        assert path.read_bytes() == raw
+        new_pack(base, alone, SIZE, ratios=RATIOS, targets=others, force=True)
+        replaced = add_sizes(base, path, SIZE, ratios=RATIOS, targets=others, force=True)
+        assert path.read_bytes() == alone.read_bytes()
+        assert set(replaced.kinds) == set(others) != set(before.kinds)
 
 
 def test_the_room_for_the_header_does_not_depend_on_the_way(base: Path, tmp_path: Path) -> None:
