@@ -302,7 +302,8 @@ def _base_files(job: PackJob, hashes: SourceHashes) -> tuple[BaseFile, ...]:
     for number, file in enumerate(job.checkpoint.files):
         digest = hashes.digest(number)
         assert digest is not None
-        files.append(BaseFile(file.name, digest, job.base.hashes.get(file.name)))
+        name = file.name.encode("utf-8", "replace").decode()  # a file's name may be any bytes
+        files.append(BaseFile(name, digest, job.base.hashes.get(file.name)))
     return tuple(sorted(files, key=lambda file: file.name))
 
 

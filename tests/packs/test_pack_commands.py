@@ -251,6 +251,14 @@ def test_verify_needs_the_calibration_of_masks(line: Line, here: Path, sizes: Pa
     assert (here / "p.safetensors").read_bytes() == (here / "o.safetensors").read_bytes()
 
 
+def test_verify_says_what_it_could_not_rank(line: Line, here: Path, masks: Path) -> None:
+    packing.changed(masks, here / "x.crdiff", {"48x48/crdiff.criterion": "another:seed=1"})
+    ran = line("verify x.crdiff --base demo")
+    assert ran.code == 0, ran.err
+    assert "48x48: that another:seed=1 would choose this mask was not checked: it is not installed" in ran.err
+    assert "the base's hash and what goes at 96x64 against" in ran.out
+
+
 def test_verify_finds_the_weights_that_a_pack_was_made_from(line: Line, shelf: Path) -> None:
     assert line(f"pack create {shelf}/pipe --variant fp16 --res 512 -q").out == "pipe.crdiff\n"
     assert line(f"verify pipe.crdiff --base {shelf}/pipe").code == 0

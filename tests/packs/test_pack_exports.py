@@ -1,5 +1,6 @@
 """An export from a pack gives the bytes of a plain export, and refuses any other base."""
 
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -472,6 +473,16 @@ def test_a_base_under_another_name(base: Path, pack: Pack, tmp_path: Path) -> No
     plain = export(ExportRequest(str(renamed), SIZE, tmp_path / "plain.safetensors", ratios=RATIOS)).written.path
     assert from_pack(renamed, pack, tmp_path / "o.safetensors").read_bytes() == plain.read_bytes()
     assert verify_pack(pack.path, str(renamed), Silent()).base == renamed
+
+
+@pytest.mark.parametrize("name", [b"a\xff.safetensors", "ü {\n/".encode()[:-1] + b".safetensors"])
+def test_a_base_whose_name_is_any_bytes(name: bytes, base: Path, tmp_path: Path) -> None:
+    named = tmp_path / os.fsdecode(name)
+    named.write_bytes(base.read_bytes())
+    pack = same_as_plain(named, tmp_path / "out", ratios=RATIOS)
+    assert len(pack.files) == 1
+    assert verify_pack(pack.path, str(named), Silent()).base == named
+    add_sizes(named, pack.path, Size(64, 64), ratios=RATIOS)
 
 
 def test_a_header_may_have_changed(base: Path, pack: Pack, tmp_path: Path) -> None:
