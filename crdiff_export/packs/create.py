@@ -114,14 +114,19 @@ def prepare_new(request: PackRequest) -> PackJob:
     """Find the base, read its headers, and plan a new pack.
 
     Raises:
-        PlanError: The file has another ending than a pack.
+        PlanError: The file has another ending than a pack, or is the base.
         CrdiffError: The pack is not possible.
     """
     if request.output.suffix != SUFFIX:
         name = request.output.with_suffix(SUFFIX).name if request.output.name not in ("", SUFFIX) else f"NAME{SUFFIX}"
         raise PlanError(f"{request.output}: a pack's name ends in {SUFFIX}", f"Name it {name}.")
     check_file(request.output, force=request.force)
-    return _prepare(request, None)
+    job = _prepare(request, None)
+    if request.output.exists() and any(request.output.samefile(file.path) for file in job.checkpoint.files):
+        raise PlanError(
+            f"{request.output}: that is the base itself", "Give another place with -o; the base is never changed."
+        )
+    return job
 
 
 def prepare_more(request: PackRequest, before: Pack) -> PackJob:

@@ -321,6 +321,15 @@ def test_a_refusal(case: str, line: Line, here: Path, sizes: Path, shelf: Path) 
     assert sizes.read_bytes() == before
 
 
+def test_the_base_is_never_replaced(line: Line, here: Path, shelf: Path) -> None:
+    raw = (shelf / "sd15.safetensors").read_bytes()
+    (here / "base.crdiff").write_bytes(raw)
+    (here / "link.crdiff").symlink_to("base.crdiff")
+    for name in ("base.crdiff", "link.crdiff"):
+        refused(line(f"pack create base.crdiff --res 512 -o {name} --force"), 1, name)
+    assert (here / "base.crdiff").read_bytes() == raw
+
+
 def test_a_base_that_is_not_here_is_to_be_given(line: Line, here: Path, shelf: Path) -> None:
     assert line(f"pack create {shelf}/sd15.safetensors --res 512 -q").code == 0
     refused(line("pack add sd15.crdiff --res 384"), 1, "sd15.safetensors", "--base")
