@@ -138,6 +138,8 @@ def prepare_all(requests: Sequence[ExportRequest]) -> list[ExportJob]:
     base = bases.locate(request.base, request.variant)
     checkpoint = base.open(request.variant, all_files=request.all_files)
     jobs = [prepare_located(each, criterion, base, checkpoint) for each in requests]
+    if request.pack:
+        use.check_one_cast(request.pack, [job.plan for job in jobs])
     targets = Counter(job.target for job in jobs)
     if twice := [target for target, count in targets.items() if count > 1]:
         raise OptionError(f"{twice[0]}: {targets[twice[0]]} sizes have this output", "Give each a name of its own.")
@@ -269,7 +271,8 @@ class _Ranking:
         base_hashes = {}
         if request.pack:
             stamp = use.complete_stamp(request.pack, job.plan, stamp)
-            base_hashes = {file.name: file.data_hash for file in request.pack.files}
+            pairs = request.pack.match_files(job.plan.checkpoint)
+            base_hashes = {file.name: stated.data_hash for file, stated in pairs}
         return WriteJob(
             job.plan, decision, stamp, self.architecture, job.target, replace=request.force,
             residual=request.residual, thumbnail=request.thumbnail, base_hashes=base_hashes,
@@ -286,7 +289,8 @@ def _rank(jobs: Sequence[ExportJob], progress: Progress) -> Iterator[_Ranking]:
         kernel = kernels.load(request.device, request.threads)
         calibrated = criterion.calibrated(progress)
         if request.pack:
-            use.check_known_hashes(request.pack, jobs[0].plan.checkpoint, jobs[0].base.hashes, progress)
+            checkpoint, known = jobs[0].plan.checkpoint, jobs[0].base.hashes
+            use.check_known_hashes(request.pack, checkpoint, known, progress, rehash=request.rehash)
             ranked = use.ranked(request.pack, plans, kernel, progress)
         else:
             ranked = rank(criterion, plans, kernel, progress, request.device)

@@ -14,7 +14,7 @@ from crdiff_export.bake.residual import EMBED, NONE, SIDECAR, sidecar_path
 from crdiff_export.bake.residual_writer import ResidualWriter
 from crdiff_export.bake.source_hashes import SourceHashes
 from crdiff_export.bake.stream import CHUNK, Chunk, Pruning, Stream
-from crdiff_export.errors import BakeError, CrdiffError
+from crdiff_export.errors import BakeError, CrdiffError, PackError
 from crdiff_export.formats import safetensors
 from crdiff_export.formats.crdiff_keys import Stamp
 from crdiff_export.progress import Progress
@@ -273,7 +273,7 @@ class VariantWriter:
         base = self._output.source
         expected = self.job.base_hashes.get(base.name)
         if source and expected and source != expected:
-            raise BakeError(
+            raise PackError(
                 f"{base.path}: hashes to 0x{source}, the base of the pack to 0x{expected}",
                 "Give the base that the pack was made from; `crdiff pack show` names it.",
             )

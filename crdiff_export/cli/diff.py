@@ -12,6 +12,7 @@ from crdiff_export.cli.blocks import Block, Facts, Table
 from crdiff_export.cli.command import command, option, option_group
 from crdiff_export.cli.inspect import local_path
 from crdiff_export.cli.output import Output, Result
+from crdiff_export.errors import OptionError
 
 if TYPE_CHECKING:
     from crdiff_export.verify.diff import Change, Comparison
@@ -45,9 +46,12 @@ def diff(out: Output, a: Path, b: Path, *, all_: bool, exit_code: bool) -> Resul
     `crdiff inspect` takes; of a diffusers folder its unet/ or transformer/ is compared. Other metadata alone is shown,
     but such files are equal. -q says only whether they are.
     """
+    from crdiff_export.packs import is_pack
     from crdiff_export.verify.diff import compare
     from crdiff_export.verify.inspect import inspect
 
+    if pack := next((path for path in (a, b) if is_pack(path)), None):
+        raise OptionError(f"{pack}: a pack has no weights to compare", "`crdiff pack show` shows what it holds.")
     left, right = inspect(local_path(a)), inspect(local_path(b))
     with out.progress() as progress:
         comparison = compare(left, right, progress)

@@ -67,7 +67,8 @@ def _chosen_by(job: ExportJob) -> str:
     """Say by what the weights are chosen."""
     criterion, pack = job.criterion, job.request.pack
     if pack:
-        kind = "masks" if pack.variants[job.plan.size].masked else "thresholds"
+        stamp = pack.variants[job.plan.size]
+        kind = "masks" if stamp.masked else "thresholds" if job.plan.cast == stamp.cast else "ratios"
         return f"with the {kind} of {pack.path} ({_criterion(job)})"
     scope = job.plan.match.family.scope
     if not criterion.masks:

@@ -10,6 +10,7 @@ import click
 from crdiff_export.cli import options, pack_text
 from crdiff_export.cli.command import Group, command, examples, gather, option, option_group
 from crdiff_export.cli.output import Output, Result
+from crdiff_export.errors import CheckpointError
 from crdiff_export.packs import SUFFIX, create, open_pack
 from crdiff_export.packs.create import PackJob, PackRequest
 from crdiff_export.prune.plan_request import PlanRequest
@@ -122,7 +123,13 @@ def add(
     out.announce_base(source)
     plans = tuple(replace(plan, base=source, size=size) for size in dict.fromkeys(sizes))
     request = PackRequest(plans, file, device, threads, force, rehash)
-    return _make(out, create.prepare_more(request, before), dry_run=dry_run)
+    try:
+        job = create.prepare_more(request, before)
+    except CheckpointError as error:
+        if base is None and error.message.startswith(source):
+            raise CheckpointError(f"{file}: its base is not here: {error.message}", "Give it with --base.") from error
+        raise
+    return _make(out, job, dry_run=dry_run)
 
 
 @command("crdiff pack remove demo.crdiff --res 48", group=pack, short_help="Remove sizes from a pack.")
@@ -163,4 +170,4 @@ def _make(out: Output, job: PackJob, *, dry_run: bool) -> Result:
         packed = create.make(job, progress)
     out.notes(packed.notes)
     result = pack_text.describe(packed.pack)
-    return replace(result, json={**result.json, "notes": [*job.notes, *packed.notes]})
+    return replace(result, json={**result.json, "notes": [*job.notes, *packed.notes]}, bare=[str(packed.pack.path)])

@@ -14,13 +14,12 @@ from crdiff_export.packs.create import PackJob
 from crdiff_export.verify.inspect import provenance
 
 
-def describe(pack: Pack, *, metadata: bool = False, notes: Sequence[str] = ()) -> Result:
+def describe(pack: Pack, *, metadata: bool = False) -> Result:
     """Describe a pack: its base, and a row for each size.
 
     Args:
         pack: The pack.
         metadata: Show all keys of its header, too.
-        notes: What came up while it was made.
 
     Returns:
         The description.
@@ -46,12 +45,12 @@ def describe(pack: Pack, *, metadata: bool = False, notes: Sequence[str] = ()) -
             for file in pack.files
         ],
         "variants": [_record(pack, stamp) for stamp in pack.variants.values()],
-        "notes": list(notes),
+        "notes": [],
     }  # fmt: skip
     if metadata:
         record["metadata"] = dict(pack.file.metadata)
         text += ["", *(f"{printable(key)}: {printable(value)}" for key, value in sorted(record["metadata"].items()))]
-    return Result(record, text, bare=[str(pack.path)], notes=notes)
+    return Result(record, text)
 
 
 def planned(job: PackJob) -> Result:
@@ -132,10 +131,10 @@ def _table(pack: Pack) -> Table:
     for size, stamp in pack.variants.items():
         kept = f"mask, {amount(sum(t.nbytes for t in pack.masks(size)))}" if stamp.masked else "threshold"
         rows.append(
-            [str(size), _ratios([group.ratio for group in stamp.groups.values()]), f"{_share(stamp):.4f}",
-             f"{stamp.poa_weight:g}", kept, stamp.provenance.replace("-", " ")]
+            [str(size), _ratios([stamp.groups[name].ratio for name in pack.family.groups]), f"{_share(stamp):.4f}",
+             f"{stamp.poa_weight:g}", kept, printable(stamp.provenance.replace("-", " "))]
         )  # fmt: skip
-    groups = _groups(tuple(pack.common.groups))
+    groups = _groups(pack.family.groups)
     columns = ("size", groups, "zeroed", "POA weight", "by", "ratios")
     return Table(columns, rows, ("zeroed", "POA weight"), ("by",))
 

@@ -77,17 +77,22 @@ def _verify(out: Output, file: Path, base: str | None, calibration: Path | None,
 
 
 def _verify_pack(out: Output, file: Path, base: str | None, calibration: Path | None, device: str) -> Result:
+    from crdiff_export.formats.text import plural, printable
     from crdiff_export.packs.check import verify_pack
 
     with out.threads_progress() as progress:
         checked = verify_pack(file, base, progress, device, calibration)
     sizes = checked.pack.variants
-    checks = [f"{len(sizes)} {'size' if len(sizes) == 1 else 'sizes'}", "its SHA-256"]
-    checks += [f"thresholds and masks against {checked.base}"] if checked.base else []
+    checks = [plural(len(sizes), "size"), "its SHA-256"]
+    ranked = [str(size) for size in sizes if size not in checked.unranked]
+    of_sizes = f" and what goes at {', '.join(ranked)}" if checked.unranked and ranked else ""
+    what = f"the base's hash{of_sizes}" if checked.unranked else "thresholds and masks"
+    checks += [f"{what} against {checked.base}"] if checked.base else []
     notes = [
-        f"{size}: that {sizes[size].criterion} would choose this mask was not checked: give --calibration"
+        f"{size}: that {printable(sizes[size].criterion)} would choose this mask was not checked: "
+        + ("give --calibration" if sizes[size].calibrated else "it is not installed")
         for size in checked.unranked
-    ]  # fmt: skip
+    ]
     return Result(
         {
             "verified": True, "file": str(file), "pack": True, "sizes": [str(size) for size in sizes], "hash": True,

@@ -27,6 +27,8 @@ BLOCK_WISE = "block-wise"
 LAYER_WISE = "layer-wise"
 PREFIX = "crdiff."
 TENSORS_HASH = "modelspec.hash_sha256"
+# Only packs have it.
+PACK = f"{PREFIX}pack"
 RESIDUALS = ("none", "embedded", "sidecar")
 HASH = re.compile(r"0x[0-9a-f]{64}")
 _GROUP = re.compile(r"crdiff\.(?:ratio|pruned|total)\.(.+)", re.DOTALL)
@@ -243,6 +245,11 @@ class _Keys:
     def __init__(self, metadata: Mapping[str, str], where: str) -> None:
         self._metadata, self._where = metadata, where
         schema = self.optional("schema")
+        if schema is None and PACK in metadata:
+            raise CheckpointError(
+                f"{where}: a pack, which has no weights",
+                "Export a checkpoint from it: `crdiff export BASE --pack FILE --res WxH`.",
+            )
         if schema is None:
             raise CheckpointError(
                 f"{where}: not made by crdiff (no {PREFIX}schema in its header)",

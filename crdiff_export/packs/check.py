@@ -2,18 +2,18 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from crdiff_export.bake import metadata
-from crdiff_export.errors import OptionError, VerifyError
+from crdiff_export.errors import OptionError, PackError, VerifyError
 from crdiff_export.formats.checkpoint import Checkpoint
-from crdiff_export.formats.crdiff_keys import Stamp
+from crdiff_export.formats.crdiff_keys import GroupStamp
 from crdiff_export.formats.hashing import hash_data, hash_from
 from crdiff_export.hub import bases
 from crdiff_export.packs import use
-from crdiff_export.packs.pack import BaseFile, Pack, open_pack, with_thresholds_by_name
+from crdiff_export.packs.pack import Pack, open_pack, with_thresholds_by_name
 from crdiff_export.progress import Progress
 from crdiff_export.prune import architecture, kernels, plan
 from crdiff_export.prune.criteria import Decision
@@ -23,6 +23,7 @@ from crdiff_export.prune.plan import Plan
 from crdiff_export.prune.plan_request import PlanRequest
 from crdiff_export.prune.ranking import rank
 from crdiff_export.sizes import Size
+from crdiff_export.verify.compare_base import variant_of
 
 _AGAIN = "Do not use the pack; make it again from its base."
 
@@ -59,8 +60,9 @@ def verify_pack(
         What was checked and holds.
 
     Raises:
-        PackError: The pack is damaged.
-        VerifyError: It is not what its base gives.
+        OptionError: There is a calibration without a base, or no size was made with it.
+        PackError: The file is not a pack, or its header is damaged.
+        VerifyError: It does not hold what its header says, or is not what its base gives.
         CrdiffError: A file cannot be read, or the calibration is not the pack's.
     """
     if calibration is not None and base is None:
@@ -68,28 +70,35 @@ def verify_pack(
             f"--calibration {calibration}: decides nothing without the base's weights", "Give --base, too."
         )
     pack = open_pack(path)
-    progress.stage("checking", sum(t.nbytes for size in pack.variants for t in pack.masks(size)))
-    for size in pack.variants:
-        _check_counts(pack, size, progress)
-    if base is None:
-        return CheckedPack(pack)
-    located = bases.locate(base)
-    checkpoint = located.open(None)
+    try:
+        progress.stage("checking", sum(t.nbytes for size in pack.variants for t in pack.masks(size)))
+        for size in pack.variants:
+            _check_counts(pack, size, progress)
+        return CheckedPack(pack) if base is None else _compare_base(pack, base, progress, device, calibration)
+    except PackError as error:
+        raise VerifyError(error.message, error.hint) from error
+
+
+def _compare_base(pack: Pack, base: str, progress: Progress, device: str, calibration: Path | None) -> CheckedPack:
+    variant = variant_of(pack.files[0].name)
+    checkpoint = bases.locate(base, variant).open(variant)
     plans = {size: use.plan_size(pack, PlanRequest(base, size), checkpoint) for size in pack.variants}
     _check_files(pack, checkpoint, progress)
     _check_identity(pack, next(iter(plans.values())))
+    for planned in plans.values():
+        _check_model(pack, planned)
     ranked: set[Size] = set()
     for choice, sizes in _choices(pack, calibration, progress):
         some = [plans[size] for size in sizes]
         weights = rank(choice, some, kernels.load(device), progress, device)
         for planned in some:
-            _check_size(pack, planned, weights.decide(planned, progress))
+            _check_decision(pack, planned, weights.decide(planned, progress))
         ranked.update(sizes)
     return CheckedPack(pack, checkpoint.path, tuple(size for size in pack.variants if size not in ranked))
 
 
 def _check_counts(pack: Pack, size: Size, progress: Progress) -> None:
-    """Count the bits of a size's masks, and hold its counts against its ratios."""
+    """Count the bits of a size's masks, and compare them with its counts."""
     import numpy as np
 
     stamp = pack.variants[size]
@@ -110,18 +119,24 @@ def _check_counts(pack: Pack, size: Size, progress: Progress) -> None:
 
 def _check_files(pack: Pack, checkpoint: Checkpoint, progress: Progress) -> None:
     """Hash every byte of the base, whatever any cache remembers."""
-    if sorted(file.name for file in checkpoint.files) != [file.name for file in pack.files]:
-        _differs(pack, checkpoint.path, "its files of weights", len(checkpoint.files), len(pack.files))
-    stated = {file.name: file for file in pack.files}
-    for file in checkpoint.files:
+    for file, stated in pack.match_files(checkpoint):
         progress.stage("hashing", file.data_size)
+        whole = None
         if file.reader:
-            found = BaseFile(file.name, hash_data(file, progress), stated[file.name].file_hash)
+            data = hash_data(file, progress)
         else:
             whole, data = hash_from(file.path, (0, file.data_start), progress)
-            found = BaseFile(file.name, data, whole if stated[file.name].file_hash else None)
-        if found != stated[file.name]:
-            _differs(pack, file.path, "its hash", f"0x{found.data_hash}", f"0x{stated[file.name].data_hash}")
+        if data != stated.data_hash:
+            _refuse_hash(pack, file.path, "the tensors", data, stated.data_hash)
+        if whole and stated.file_hash and whole != stated.file_hash:
+            _refuse_hash(pack, file.path, "the whole file", whole, stated.file_hash)
+
+
+def _refuse_hash(pack: Pack, path: Path, what: str, actual: str, stated: str) -> NoReturn:
+    raise VerifyError(
+        f"{path}: the hash of {what} is 0x{actual}, {pack.path} has 0x{stated}",
+        "Give the base that the pack was made from; if this is it, make the pack again.",
+    )
 
 
 def _check_identity(pack: Pack, planned: Plan) -> None:
@@ -129,18 +144,19 @@ def _check_identity(pack: Pack, planned: Plan) -> None:
         planned.checkpoint, planned.match, planned.size, planned.variant, planned.recipe, kinds=pack.kinds
     )
     if read_identity(planned.checkpoint, every.targets) != pack.identity:
-        _differs(pack, planned.checkpoint.path, "the hashes of its layers", "others", "those in the pack")
+        _differs(pack, planned.checkpoint.path, "the hashes of layers")
 
 
 def _choices(
     pack: Pack, calibration: Path | None, progress: Progress
 ) -> Iterator[tuple[CriterionChoice, Sequence[Size]]]:
-    """Yield every criterion that can rank again, with its sizes."""
-    sizes: dict[tuple[str, str | None], list[Size]] = {}
+    """Yield every criterion that can rank again, with its sizes of one cast."""
+    sizes: dict[tuple[str, str | None, str | None], list[Size]] = {}
     for size, stamp in pack.variants.items():
-        sizes.setdefault((stamp.criterion, stamp.calibrated.hash if stamp.calibrated else None), []).append(size)
+        calibrated_by = stamp.calibrated.hash if stamp.calibrated else None
+        sizes.setdefault((stamp.criterion, calibrated_by, stamp.cast), []).append(size)
     is_used = False
-    for (criterion, hashed), some in sizes.items():
+    for (criterion, hashed, _), some in sizes.items():
         if hashed is None:
             with contextlib.suppress(OptionError):  # its package may not be installed here
                 yield CriterionChoice.of(criterion, None), some
@@ -156,37 +172,44 @@ def _choices(
         )
 
 
-def _check_size(pack: Pack, planned: Plan, decision: Decision) -> None:
+def _check_model(pack: Pack, planned: Plan) -> None:
+    """Compare what the pack says of the base with what the base's headers say, and its masks with the base's layers."""
+    stamp, found = pack.variants[planned.size], architecture.find(planned)
+    decision = use.PackedDecisions(pack).decide(planned)
+    derived = metadata.stamp(planned, decision, stamp.criterion, stamp.source_name, found)
+    for key in ("special", "prediction", "native", "native_source"):
+        if getattr(derived, key) != getattr(stamp, key):
+            name = f"crdiff.{key if key in ('special', 'prediction') else key.replace('native', 'resolution.native')}"
+            _differs(pack, planned.checkpoint.path, name, getattr(derived, key), getattr(stamp, key))
+
+
+def _check_decision(pack: Pack, planned: Plan, decision: Decision) -> None:
     """Compare what the base gives for a size with what the pack has."""
     stamp, path = pack.variants[planned.size], planned.checkpoint.path
-    derived = _derive(planned, decision, stamp)
+    plain = metadata.stamp(planned, decision, stamp.criterion, stamp.source_name, architecture.find(planned))
+    derived = with_thresholds_by_name(plain, [target.layer.diffusers for target in planned.targets])
     for name, group in stamp.groups.items():
-        if derived.groups[name] != group:
-            ours = derived.groups[name]
-            _differs(
-                pack, path, f"{name} of {planned.size}", f"{ours.pruned} weights up to {ours.threshold}",
-                f"{group.pruned} up to {group.threshold}",
-            )  # fmt: skip
+        ours = derived.groups[name]
+        if ours != group:
+            _differs(pack, path, f"{name} at {planned.size}", _shown(ours), _shown(group))
     if derived.thresholds != stamp.thresholds:
-        _differs(pack, path, f"the thresholds of {planned.size}", "others", "those in the pack")
-    for key in ("special", "prediction", "native"):
-        if getattr(derived, key) != getattr(stamp, key):
-            _differs(pack, path, key, getattr(derived, key), getattr(stamp, key))
+        _differs(pack, path, f"the thresholds at {planned.size}")
     if decision.masks is None:
         return
     masks = {t.layer.diffusers: mask for t, mask in zip(planned.targets, decision.masks, strict=True) if mask}
     for name, data in pack.read_masks(planned.size):
         if name not in masks or masks[name].bits.tobytes() != data:
-            _differs(pack, path, f"the mask of {name} at {planned.size}", "another", "the one in the pack")
+            _differs(pack, path, f"bits of {name.removesuffix('.weight')} at {planned.size}")
 
 
-def _derive(planned: Plan, decision: Decision, stamp: Stamp) -> Stamp:
-    found = architecture.find(planned)
-    if stamp.native_source == architecture.GIVEN:
-        found = replace(found, native=stamp.native, native_source=stamp.native_source)
-    derived = metadata.stamp(planned, decision, stamp.criterion, stamp.source_name, found)
-    return with_thresholds_by_name(derived, [target.layer.diffusers for target in planned.targets])
+def _shown(group: GroupStamp) -> str:
+    """Name a group's counts, and its threshold where it has one."""
+    counts = f"{group.pruned} of {group.total} weights"
+    counts += f" and {group.nonfinite} that are not finite" if group.nonfinite else ""
+    return counts if group.threshold is None else f"{counts} up to {group.threshold_text}"
 
 
-def _differs(pack: Pack, path: Path, what: str, ours: object, theirs: object) -> NoReturn:
-    raise VerifyError(f"{path}: gives {what} as {ours}, {pack.path} has {theirs}", _AGAIN)
+def _differs(pack: Pack, path: Path, what: str, ours: object = None, theirs: object = None) -> NoReturn:
+    if ours is None and theirs is None:
+        raise VerifyError(f"{pack.path}: {what} are not those that {path} gives", _AGAIN)
+    raise VerifyError(f"{pack.path}: {what} is {theirs or 'absent'}, {path} gives {ours or 'none'}", _AGAIN)

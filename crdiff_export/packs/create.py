@@ -1,6 +1,6 @@
 """Make packs: rank a base as an export does, and keep what was decided instead of writing pruned checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,11 @@ from crdiff_export.bake.source_hashes import SourceHashes
 from crdiff_export.errors import OptionError, PackError, PlanError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.crdiff_keys import Stamp
+from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.text import amount
 from crdiff_export.hub import bases
-from crdiff_export.packs.pack import SUFFIX, BaseFile, Pack, with_thresholds_by_name
+from crdiff_export.models.families import Family, Match
+from crdiff_export.packs.pack import GIVE_BASE, SUFFIX, BaseFile, Pack, with_thresholds_by_name
 from crdiff_export.packs.write import Contents, Entry, Masks, write
 from crdiff_export.progress import Progress
 from crdiff_export.prune import architecture, kernels, plan
@@ -76,9 +78,11 @@ class PackJob:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of layers of all sizes, those that the pack has among them."""
-        found = {kind for each in self.plans for kind in each.kinds} | set(self.before.kinds if self.before else ())
-        return tuple(kind for kind in self.plans[0].match.family.kinds if kind in found)
+        """The kinds of layers of all sizes, those among them that the pack keeps."""
+        replaced = {each.size for each in self.plans}
+        kept = [stamp for size, stamp in self.before.variants.items() if size not in replaced] if self.before else []
+        found = [*(each.kinds for each in self.plans), *(stamp.targets for stamp in kept)]
+        return _join(self.plans[0].match.family, found)
 
     @property
     def mask_bytes(self) -> dict[Size, int]:
@@ -110,17 +114,23 @@ def prepare_new(request: PackRequest) -> PackJob:
     """Find the base, read its headers, and plan a new pack.
 
     Raises:
+        PlanError: The file has another ending than a pack, or is the base.
         CrdiffError: The pack is not possible.
     """
     if request.output.suffix != SUFFIX:
-        name = request.output.with_suffix(SUFFIX).name if request.output.name else f"NAME{SUFFIX}"
+        name = request.output.with_suffix(SUFFIX).name if request.output.name not in ("", SUFFIX) else f"NAME{SUFFIX}"
         raise PlanError(f"{request.output}: a pack's name ends in {SUFFIX}", f"Name it {name}.")
     check_file(request.output, force=request.force)
-    return _prepare(request, None)
+    job = _prepare(request, None)
+    if request.output.exists() and any(request.output.samefile(file.path) for file in job.checkpoint.files):
+        raise PlanError(
+            f"{request.output}: that is the base itself", "Give another place with -o; the base is never changed."
+        )
+    return job
 
 
 def prepare_more(request: PackRequest, before: Pack) -> PackJob:
-    """Plan the sizes that a pack is to get.
+    """Plan the sizes that a pack is to get; a native size and a family's table that were given stand in the pack.
 
     Args:
         request: The sizes, and the path of the pack as output.
@@ -130,24 +140,29 @@ def prepare_more(request: PackRequest, before: Pack) -> PackJob:
         The planned pack.
 
     Raises:
+        OptionError: The pack has one of the sizes.
         CrdiffError: They are not possible, or the base is another one.
     """
     there = [str(each.size) for each in request.plans if each.size in before.variants]
     if there and not request.force:
         raise OptionError(f"{before.path}: has {', '.join(there)} already", "Give --force to replace it.")
+    if before.common.native_source == architecture.GIVEN:
+        native = before.common.native
+        request = replace(request, plans=tuple(replace(each, native=each.native or native) for each in request.plans))
     job = _prepare(request, before)
-    check_same_model(before, job.plans[0])
+    check_same_model(before, job.plans[0].match, job.checkpoint.path)
+    before.match_files(job.checkpoint)
     return job
 
 
 def _prepare(request: PackRequest, before: Pack | None) -> PackJob:
     first = request.plans[0]
-    criterion = CriterionChoice.of(first.criterion, first.calibration)
-    if criterion.moves:
+    if (named := CriterionChoice.load(first.criterion)).moves:
         raise OptionError(
-            f"{criterion.name} moves weights that stay, and a pack holds none",
-            "Export a file for each size instead: crdiff export --criterion " + criterion.name + ".",
+            f"{named.name} moves weights that stay, and a pack holds none",
+            f"Export a file for each size instead: crdiff export --criterion {named.name}.",
         )
+    criterion = CriterionChoice.of(first.criterion, first.calibration)
     calibrated = criterion.calibration and criterion.calibration.size
     if other := next((each.size for each in request.plans if calibrated and each.size != calibrated), None):
         raise OptionError(
@@ -156,7 +171,8 @@ def _prepare(request: PackRequest, before: Pack | None) -> PackJob:
         )
     base = bases.locate(first.base, first.variant)
     checkpoint = base.open(first.variant)
-    plans = tuple(plan_variant(each, checkpoint, criterion) for each in request.plans)
+    family = before.family if before and before.family.table else None
+    plans = tuple(plan_variant(each, checkpoint, criterion, family) for each in request.plans)
     return PackJob(request, base, criterion, plans, before)
 
 
@@ -181,7 +197,7 @@ def make(job: PackJob, progress: Progress) -> Packed:
         ranked = rank(job.criterion, plans, kernels.load(request.device, request.threads), progress, request.device)
         files = _base_files(job, hashes)
     if job.before:
-        check_files(job.before, files, job.checkpoint)
+        files = _same_files(job.before, files, job.checkpoint)
     decider = _Decider(job, ranked, progress)
     entries = [decider.entry(each) for each in plans]
     contents = Contents(job.kinds, files, _identity(job), (*_kept(job, entries), *entries))
@@ -209,7 +225,15 @@ def remove(pack: Pack, sizes: Sequence[Size], progress: Progress) -> Pack:
     left = [entry for entry in kept_entries(pack) if entry.size not in sizes]
     if not left:
         raise OptionError(f"{pack.path}: would have no size left", "Remove the file instead.")
-    return write(pack.path, Contents(pack.kinds, pack.files, pack.identity, tuple(left)), progress, before=pack)
+    kinds = _join(pack.family, [entry.stamp.targets for entry in left])
+    identity = pack.identity.only({layer.diffusers for layer in pack.layers(kinds)})
+    return write(pack.path, Contents(kinds, pack.files, identity, tuple(left)), progress, before=pack)
+
+
+def _join(family: Family, kinds: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """Join lists of kinds of layers, in the family's order."""
+    found = {kind for some in kinds for kind in some}
+    return tuple(kind for kind in family.kinds if kind in found)
 
 
 def kept_entries(pack: Pack) -> list[Entry]:
@@ -233,44 +257,44 @@ def _kept(job: PackJob, new: Sequence[Entry]) -> list[Entry]:
     return [entry for entry in kept_entries(job.before) if entry.size not in replaced] if job.before else []
 
 
-def check_same_model(pack: Pack, planned: Plan) -> None:
+def check_same_model(pack: Pack, match: Match, path: Path) -> None:
     """Refuse a base whose headers tell that it is not the pack's.
+
+    Args:
+        pack: The pack.
+        match: The family, layout and prefix of the base.
+        path: Its path.
 
     Raises:
         PackError: The base has another family, layout or prefix.
     """
-    match, stamp, path = planned.match, pack.common, planned.checkpoint.path
-    ours = (match.family.id, match.layout.name, match.prefix, match.special.id if match.special else None)
-    special = None if stamp.special == "base" else stamp.special
-    if ours != (stamp.family, stamp.layout, stamp.prefix, special):
-        raise PackError(
-            f"{path}: {match.title} ({match.layout.name}), {pack.path} is for {pack.family.title} ({stamp.layout})",
-            "Give the base that the pack was made from; `crdiff pack show` names it.",
-        )
+    stamp = pack.common
+    special = match.special.id if match.special else None
+    for what, ours, theirs in (
+        ("of the family", match.family.id, stamp.family),
+        ("of the kind", special or "plain", "plain" if stamp.special in (None, "base") else stamp.special),
+        ("in the layout", match.layout.name, stamp.layout),
+        ("with the prefix", match.prefix or "none", stamp.prefix or "none"),
+    ):
+        if ours != theirs:
+            raise PackError(
+                f"{path}: a model {what} {show(ours)}, {pack.path} is for one {what} {show(theirs)}", GIVE_BASE
+            )
 
 
-def check_files(pack: Pack, files: Sequence[BaseFile], checkpoint: Checkpoint) -> None:
-    """Refuse a base whose files hash otherwise than the pack says.
-
-    Raises:
-        PackError: The base is another one.
-    """
-    for ours, theirs in zip(files, pack.files, strict=False):
+def _same_files(pack: Pack, files: Sequence[BaseFile], checkpoint: Checkpoint) -> tuple[BaseFile, ...]:
+    """Return the pack's files, with what is now known of them; refuse a base whose files hash otherwise."""
+    same = []
+    for (source, theirs), ours in zip(pack.match_files(checkpoint), files, strict=True):
         if ours.data_hash != theirs.data_hash:
-            raise other_base(pack, checkpoint.home / ours.name, ours.data_hash, theirs.data_hash)
-    if len(files) != len(pack.files):
-        raise PackError(
-            f"{checkpoint.path}: has {len(files)} files of weights, the base of {pack.path} {len(pack.files)}",
-            "Give the base that the pack was made from; `crdiff pack show` names it.",
-        )
+            raise other_base(pack, source.path, ours.data_hash, theirs.data_hash)
+        same.append(replace(theirs, file_hash=theirs.file_hash or ours.file_hash))
+    return tuple(same)
 
 
 def other_base(pack: Pack, path: Path, actual: str, stated: str) -> PackError:
     """Make the error for a file that is not the base's."""
-    return PackError(
-        f"{path}: hashes to 0x{actual}, the base of {pack.path} to 0x{stated}",
-        "Give the base that the pack was made from; `crdiff pack show` names it.",
-    )
+    return PackError(f"{path}: hashes to 0x{actual}, the base of {pack.path} to 0x{stated}", GIVE_BASE)
 
 
 def _base_files(job: PackJob, hashes: SourceHashes) -> tuple[BaseFile, ...]:
@@ -278,7 +302,8 @@ def _base_files(job: PackJob, hashes: SourceHashes) -> tuple[BaseFile, ...]:
     for number, file in enumerate(job.checkpoint.files):
         digest = hashes.digest(number)
         assert digest is not None
-        files.append(BaseFile(file.name, digest, job.base.hashes.get(file.name)))
+        name = file.name.encode("utf-8", "replace").decode()  # a file's name may be any bytes
+        files.append(BaseFile(name, digest, job.base.hashes.get(file.name)))
     return tuple(sorted(files, key=lambda file: file.name))
 
 

@@ -7,17 +7,18 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Final, NoReturn
 
 from crdiff_export.errors import CheckpointError, CrdiffError, PackError, RecipeError
-from crdiff_export.formats.checkpoint import open_checkpoint
-from crdiff_export.formats.crdiff_keys import HASH, PREFIX, Stamp
+from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
+from crdiff_export.formats.crdiff_keys import HASH, LAYER_WISE, PACK, PREFIX, Stamp
 from crdiff_export.formats.dtypes import FORMATS
 from crdiff_export.formats.safetensors import TensorSpec, show
+from crdiff_export.formats.text import plural
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.hub import bases
 from crdiff_export.models import families
@@ -29,7 +30,7 @@ from crdiff_export.sizes import Size
 from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH
 
 SUFFIX: Final = ".crdiff"
-KEY: Final = "crdiff.pack"
+KEY: Final = PACK
 SCHEMA: Final = "1"
 SIZES: Final = f"{KEY}.sizes"
 KINDS: Final = f"{KEY}.targets"
@@ -48,6 +49,8 @@ SHARED: Final = tuple(
 # An export decides whether it keeps a residual, so a pack says nothing of it.
 NO_RESIDUAL: Final = {f"{PREFIX}residual": "none"}
 DAMAGED: Final = "The pack is damaged or was changed after crdiff wrote it; fetch it again, or make it again."
+GIVE_BASE: Final = "Give the base that the pack was made from; `crdiff pack show` names it."
+_GIVE_PACK: Final = "Give a file that `crdiff pack create` has made."
 _PIECE = 8 << 20
 _SIZE_KEY = re.compile(r"([1-9][0-9]{0,4}x[1-9][0-9]{0,4})/(.+)", re.DOTALL)
 _FILE_KEY = re.compile(r"file/(.+)/(crdiff\.source\.(?:hash|file)_sha256)", re.DOTALL)
@@ -120,6 +123,28 @@ class Pack:
             return {layer.diffusers: stamp.groups[layer.group].threshold for layer in layers}
         return {layer.diffusers: value for layer, value in zip(layers, stamp.thresholds, strict=True)}
 
+    def match_files(self, checkpoint: Checkpoint) -> tuple[tuple[SourceFile, BaseFile], ...]:
+        """Pair the files of a checkpoint with those of the pack's base, in the order of their names.
+
+        A file may have another name than the base's; its hash tells whether it is the base's.
+
+        Args:
+            checkpoint: The checkpoint.
+
+        Returns:
+            Each file of weights with what the pack says of it.
+
+        Raises:
+            PackError: The base has another number of files.
+        """
+        if len(checkpoint.files) != len(self.files):
+            raise PackError(
+                f"{checkpoint.path}: has {plural(len(checkpoint.files), 'file')} of weights, the base of {self.path} "
+                f"has {len(self.files)}", GIVE_BASE,
+            )  # fmt: skip
+        ordered = sorted(checkpoint.files, key=lambda file: file.name)
+        return tuple(zip(ordered, self.files, strict=True))
+
     def masks(self, size: Size) -> tuple[TensorSpec, ...]:
         """Return the tensors with the masks of a size, in the order of their bytes."""
         return self._masks.get(size, ())
@@ -129,7 +154,8 @@ class Pack:
         found: dict[Size, list[TensorSpec]] = {}
         for tensor in self.file.by_offset:
             if match := _SIZE_KEY.fullmatch(tensor.name):
-                found.setdefault(Size.parse(match[1]), []).append(tensor)
+                width, height = match[1].split("x")
+                found.setdefault(Size(int(width), int(height)), []).append(tensor)
         return {size: tuple(tensors) for size, tensors in found.items()}
 
     def read_masks(self, size: Size) -> Iterator[tuple[str, bytearray]]:
@@ -137,6 +163,7 @@ class Pack:
 
         Raises:
             PackError: The masks are not those that were written.
+            CheckpointError: The file was changed since its header was read.
         """
         digest = hashlib.sha256()
         with contextlib.closing(self.file.open()) as reader:
@@ -147,6 +174,7 @@ class Pack:
                 yield tensor.name.partition("/")[2], bits
         stated = self.file.metadata.get(f"{size}/{MASKS_HASH}")
         if stated != f"0x{digest.hexdigest()}":
+            self.file.check_unchanged()  # another program may have replaced it since
             raise PackError(f"{self.path}: the masks of {size} hash to 0x{digest.hexdigest()}, not {stated}", DAMAGED)
 
 
@@ -154,6 +182,11 @@ def layers_of(family: Family, layout: str, kinds: Sequence[str]) -> tuple[Family
     """Return a family's layers of some kinds, by their names in diffusers' layout, ascending by code points."""
     found = next(each for each in family.layouts if each.name == layout).layers
     return tuple(sorted((layer for layer in found if layer.kind in kinds), key=lambda layer: layer.diffusers))
+
+
+def by_width(size: Size) -> tuple[int, int]:
+    """Return the key that sorts the sizes of a pack: by width, then height."""
+    return size.width, size.height
 
 
 def is_pack(path: Path) -> bool:
@@ -183,16 +216,18 @@ def open_pack(path: Path) -> Pack:
         CheckpointError: It cannot be read as a safetensors file.
     """
     if path.suffix != SUFFIX:
-        raise PackError(f"{path}: no pack, whose name ends in {SUFFIX}", "Give one that `crdiff pack create` has made.")
-    (file,) = open_checkpoint(path).files
-    return read_pack(path, file)
+        raise PackError(f"{path}: not the name of a pack, which ends in {SUFFIX}", _GIVE_PACK)
+    checkpoint = open_checkpoint(path)
+    if checkpoint.kind != "file":
+        raise PackError(f"{path}: a folder, not a pack", _GIVE_PACK)
+    return read_pack(path, checkpoint.files[0])
 
 
 def read_pack(path: Path, file: SourceFile) -> Pack:
     """Read a pack whose header is parsed; see `open_pack`."""
     metadata = file.metadata
     if KEY not in metadata:
-        raise PackError(f"{path}: no pack: no {KEY} in its header", "Give one that `crdiff pack create` has made.")
+        raise PackError(f"{path}: not a pack: no {KEY} in its header", _GIVE_PACK)
     if metadata[KEY] != SCHEMA:
         raise PackError(
             f"{path}: a pack of schema {show(metadata[KEY])}, this crdiff reads {SCHEMA}", "Install a newer crdiff."
@@ -203,7 +238,7 @@ def read_pack(path: Path, file: SourceFile) -> Pack:
     variants = _variants(path, metadata)
     common = next(iter(variants.values()))
     family = _family(path, metadata, common)
-    kinds = tuple(metadata.get(KINDS, "").split(","))
+    kinds = _kinds(path, KINDS, metadata.get(KINDS, ""), family)
     identity = _identity(path, metadata, tensors, identity_bytes, layers_of(family, common.layout, kinds))
     pack = Pack(path, file, family, kinds, _files(path, metadata), identity, variants)
     for size, stamp in variants.items():
@@ -245,17 +280,17 @@ def _read(file: SourceFile, tensors: Sequence[TensorSpec]) -> bytes:
 def _variants(path: Path, metadata: Mapping[str, str]) -> dict[Size, Stamp]:
     """Parse the keys of every size as those of a baked file."""
     shared = {key: text for key, text in metadata.items() if key in SHARED}
-    own: dict[Size, dict[str, str]] = {}
-    try:
-        for text in metadata.get(SIZES, "").split(","):
-            own[Size.parse(text)] = {}
-        for key, text in metadata.items():
-            if match := _SIZE_KEY.fullmatch(key):
-                own[Size.parse(match[1])][match[2]] = text
-    except (RecipeError, KeyError) as error:
-        raise PackError(f"{path}: {SIZES} is not the list of its sizes", DAMAGED) from error
+    own = {str(size): dict[str, str]() for size in _sizes(path, metadata.get(SIZES, ""))}
+    for key, text in metadata.items():
+        if match := _SIZE_KEY.fullmatch(key):
+            if match[1] not in own:
+                _refuse(path, f"{SIZES} does not have {match[1]}, which {show(key)} is for")
+            if match[2] in SHARED or not match[2].startswith(PREFIX):
+                _refuse(path, f"{show(key)} is not said of a single size")
+            own[match[1]][match[2]] = text
     variants = {}
-    for size, keys in own.items():
+    for text, keys in own.items():
+        size = Size.parse(text)
         try:
             stamp = Stamp.from_metadata({**keys, **shared, **NO_RESIDUAL}, f"{path}, {size}")
         except CheckpointError as error:
@@ -264,6 +299,25 @@ def _variants(path: Path, metadata: Mapping[str, str]) -> dict[Size, Stamp]:
             _refuse(path, f"{size} has crdiff.resolution.target {stamp.resolution}")
         variants[size] = stamp
     return variants
+
+
+def _sizes(path: Path, text: str) -> list[Size]:
+    """Parse the list of sizes, which has one order and one spelling."""
+    try:
+        sizes = [Size.parse(part) for part in text.split(",")]
+    except RecipeError as error:
+        raise PackError(f"{path}: {SIZES} is {show(text)}, not sizes such as 512x512", DAMAGED) from error
+    if ",".join(map(str, dict.fromkeys(sorted(sizes, key=by_width)))) != text:
+        _refuse(path, f"{SIZES} is {show(text)}, not each size once, by width and height")
+    return sizes
+
+
+def _kinds(path: Path, key: str, text: str, family: Family) -> tuple[str, ...]:
+    """Parse a list of kinds of layers, which has the family's order."""
+    kinds = tuple(text.split(","))
+    if not text or kinds != tuple(kind for kind in family.kinds if kind in kinds):
+        _refuse(path, f"{key} is {show(text)}, not kinds of layers of {family.title}: {', '.join(family.kinds)}")
+    return kinds
 
 
 def _family(path: Path, metadata: Mapping[str, str], stamp: Stamp) -> Family:
@@ -319,25 +373,35 @@ def _check_variant(pack: Pack, size: Size, stamp: Stamp) -> None:
     """Check that a size's keys go with the family and with its masks."""
     where, family = f"{size}/crdiff", pack.family
     layers = pack.layers(stamp.targets)
-    if not layers or not set(stamp.targets) <= set(pack.kinds):
-        _refuse(pack.path, f"{where}.targets is {show(','.join(stamp.targets))}, which its identity does not have")
+    targets = ",".join(stamp.targets)
+    if not layers or not set(_kinds(pack.path, f"{where}.targets", targets, family)) <= set(pack.kinds):
+        _refuse(pack.path, f"{where}.targets is {show(targets)}, which its identity does not have")
     if sorted(stamp.groups) != sorted(family.groups):
         _refuse(pack.path, f"{where}.ratio is not for the groups of {family.title}")
     if stamp.moved:
         _refuse(pack.path, f"{where}.moved: moved weights cannot be in a pack")
     if bool(stamp.masked) == (stamp.criterion in MAGNITUDES):
         _refuse(pack.path, f"{where}.mask does not go with {show(stamp.criterion)}")
-    if not stamp.masked:
-        layer_wise = stamp.thresholds is not None
-        if layer_wise != (family.scope == "layer") or (stamp.thresholds and len(stamp.thresholds) != len(layers)):
-            _refuse(pack.path, f"{where}.thresholds are not those of {len(layers)} layers")
-    # Layers of which nothing is pruned have no mask; how many weights a layer has only the base tells.
-    names = {layer.diffusers for layer in layers} if stamp.masked else set()
+    if (stamp.thresholds is not None or stamp.masked == LAYER_WISE) != (family.scope == "layer"):
+        _refuse(pack.path, f"{where}.method is not that of {family.title}")
+    if stamp.thresholds is not None and len(stamp.thresholds) != len(layers):
+        _refuse(pack.path, f"{where}.thresholds are {len(stamp.thresholds)}, not those of {len(layers)} layers")
+    _check_masks(pack, size, {layer.diffusers for layer in layers} if stamp.masked else set())
+
+
+def _check_masks(pack: Pack, size: Size, names: Collection[str]) -> None:
+    """Check that the masks of a size are of these layers; some may have none, of which nothing is pruned."""
+    before = ""
     for tensor in pack.masks(size):
-        if tensor.name.partition("/")[2] not in names:
+        name = tensor.name.partition("/")[2]
+        if name not in names:
             _refuse(pack.path, f"{show(tensor.name)} is the mask of no layer that is pruned at {size}")
+        if name < before:
+            _refuse(pack.path, f"{show(tensor.name)} comes after the mask of {show(before)}")
+        # How many weights a layer has only the base tells.
         if tensor.dtype != "U8" or len(tensor.shape) != 1:
             _refuse(pack.path, f"{show(tensor.name)} is not a list of bytes")
+        before = name
 
 
 def _refuse(path: Path, what: str) -> NoReturn:

@@ -4,6 +4,7 @@ import contextlib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from crdiff_export.errors import OptionError, PackError, RecipeError
 from crdiff_export.formats.checkpoint import Checkpoint
@@ -12,9 +13,9 @@ from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.formats.hashing import hash_data_once
 from crdiff_export.models.recipe import Provenance, Variant
 from crdiff_export.packs.create import check_same_model, other_base
-from crdiff_export.packs.pack import Pack
+from crdiff_export.packs.pack import GIVE_BASE, Pack
 from crdiff_export.progress import Progress
-from crdiff_export.prune import plan
+from crdiff_export.prune import architecture, plan
 from crdiff_export.prune.criteria import Decision, Mask, Ranked
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.identity import read_identity
@@ -24,6 +25,10 @@ from crdiff_export.prune.plan_request import PlanRequest
 from crdiff_export.prune.ranking import rank
 from crdiff_export.prune.threshold import Threshold
 from crdiff_export.sizes import Size
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def plan_size(pack: Pack, request: PlanRequest, checkpoint: Checkpoint) -> Plan:
@@ -50,6 +55,8 @@ def plan_size(pack: Pack, request: PlanRequest, checkpoint: Checkpoint) -> Plan:
             "Leave --dtype out, or make the pack with it.",
         )
     match = plan.recognise(checkpoint, pack.family if pack.family.table else None)
+    check_same_model(pack, match, checkpoint.path)
+    pack.match_files(checkpoint)
     variant = Variant(
         stamp.resolution, {name: group.ratio for name, group in stamp.groups.items()}, stamp.poa_weight,
         typing.cast(Provenance, stamp.provenance), stamp.provenance_source, prompt=stamp.prompt,
@@ -63,43 +70,90 @@ def plan_size(pack: Pack, request: PlanRequest, checkpoint: Checkpoint) -> Plan:
         # The base is the one that the pack was made of, and so are its weights that are not finite.
         allow_nonfinite=request.allow_nonfinite or any(group.nonfinite for group in stamp.groups.values()),
     )  # fmt: skip
-    check_same_model(pack, planned)
+    if stamp.native_source == architecture.GIVEN:
+        planned = replace(planned, native=stamp.native)
+    _check_totals(pack, planned)
     if layer := pack.identity.differing(read_identity(checkpoint, planned.targets, rounded=False)):
         name = layer.removesuffix(".weight")
         raise PackError(
             f"{checkpoint.path}: the weights of {name} are not those of the base of {pack.path}",
-            "Give the base that the pack was made from; `crdiff pack show` names it.",
+            GIVE_BASE,
         )
     return planned
 
 
-def check_known_hashes(pack: Pack, checkpoint: Checkpoint, known: Mapping[str, str], progress: Progress) -> None:
+def _check_totals(pack: Pack, planned: Plan) -> None:
+    """Refuse a base whose layers have other numbers of weights, or other scales, than the pack says."""
+    stamp, path = pack.variants[planned.size], planned.checkpoint.path
+    for name, group in stamp.groups.items():
+        total = sum(scope.count for scope in planned.scopes if scope.group == name)
+        if total != group.total:
+            raise PackError(
+                f"{path}: has {total} weights in {name}, {pack.path} says {group.total} at {planned.size}", GIVE_BASE
+            )
+    if stamp.scaled != planned.has_scales:
+        raise PackError(
+            f"{path}: has {'layers' if planned.has_scales else 'no layers'} with a scale, {pack.path} says otherwise",
+            GIVE_BASE,
+        )
+
+
+def check_one_cast(pack: Pack, plans: Sequence[Plan]) -> None:
+    """Refuse plans that cannot be written from one reading of the base, as they are cast differently.
+
+    Args:
+        pack: The pack.
+        plans: Plans of its sizes.
+
+    Raises:
+        OptionError: The plans have several casts.
+    """
+    first, *others = plans
+    if other := next((each for each in others if each.cast != first.cast), None):
+        casts = [f"{each.size} is {f'cast to {each.cast}' if each.cast else 'not cast'}" for each in (first, other)]
+        raise OptionError(
+            f"{pack.path}: {', '.join(casts)}", "Export one after the other, or give --dtype for all of them."
+        )
+
+
+def check_known_hashes(
+    pack: Pack, checkpoint: Checkpoint, known: Mapping[str, str], progress: Progress, *, rehash: bool = False
+) -> None:
     """Compare files whose hash is known without reading them with those of the pack's base.
+
+    A file that has another hash than the pack's, or of which the pack has none, may still have the same tensors: then
+    these are hashed.
 
     Args:
         pack: The pack.
         checkpoint: The base.
         known: The SHA-256 of whole files as hex, by file name, as the Hub gives them.
-        progress: Told of the bytes of files that have to be hashed all the same, as the pack was made of local ones.
+        progress: Told of the bytes that are hashed.
+        rehash: Hash them anew, whatever the user's cache of hashes says.
 
     Raises:
         PackError: A file is not the base's.
     """
-    stated = {file.name: file for file in pack.files}
-    for file in checkpoint.files:
-        if file.name not in stated or file.name not in known:
-            continue
-        if whole := stated[file.name].file_hash:
-            if whole != known[file.name]:
-                raise other_base(pack, file.path, known[file.name], whole)
+    for file, stated in pack.match_files(checkpoint):
+        if file.name not in known or known[file.name] == stated.file_hash:
             continue
         progress.stage("hashing", file.data_size)
-        if (actual := hash_data_once(file, progress)) != stated[file.name].data_hash:
-            raise other_base(pack, file.path, actual, stated[file.name].data_hash)
+        if (actual := hash_data_once(file, progress, rehash=rehash)) != stated.data_hash:
+            raise other_base(pack, file.path, actual, stated.data_hash)
 
 
 def ranked(pack: Pack, plans: Sequence[Plan], kernel: Kernel, progress: Progress) -> Ranked:
-    """Return what decides for plans of `plan_size`: the pack itself, or magnitudes counted anew for another cast."""
+    """Return what decides for plans of `plan_size`: the pack itself, or magnitudes counted anew for another cast.
+
+    Args:
+        pack: The pack.
+        plans: The plans, which have one cast.
+        kernel: Counts magnitudes.
+        progress: Told of the bytes that are counted.
+
+    Returns:
+        What decides.
+    """
     if all(each.cast == pack.variants[each.size].cast for each in plans):
         return PackedDecisions(pack)
     return rank(CriterionChoice.load("magnitude"), plans, kernel, progress)
@@ -137,7 +191,7 @@ class PackedDecisions:
         for target in plan.targets:
             name, is_pruned = target.layer.diffusers, bool(plan.scopes[target.scope].rank)
             mask = bits.get(name)
-            if (mask is not None) != is_pruned or (mask is not None and mask.size != -(-target.count // 8)):
+            if (mask is not None) != is_pruned or (mask is not None and not _fits(mask, target.count)):
                 raise PackError(
                     f"{self.pack.path}, {plan.size}: the mask of {name.removesuffix('.weight')} is not one of its "
                     f"{target.count} weights",
@@ -163,6 +217,11 @@ def complete_stamp(pack: Pack, planned: Plan, stamp: Stamp) -> Stamp:
         packed, version=stamp.version, source_name=stamp.source_name, residual=stamp.residual, cast=stamp.cast,
         thresholds=stamp.thresholds, groups=packed.groups if stamp.cast == packed.cast else stamp.groups,
     )  # fmt: skip
+
+
+def _fits(mask: "NDArray[np.uint8]", count: int) -> bool:
+    """Whether a mask has a bit for each weight; the bits that are left of its last byte are 0."""
+    return mask.size == -(-count // 8) and not (count % 8 and mask[-1] >> (count % 8))
 
 
 def _first_layers(plan: Plan) -> list[str]:

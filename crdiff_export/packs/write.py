@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,7 @@ from crdiff_export.packs.pack import (
     SIZES,
     BaseFile,
     Pack,
+    by_width,
     pack_hash,
     read_pack,
 )  # fmt: skip
@@ -36,8 +38,9 @@ from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH
 
 # Not among the keys of a size: its base's hashes stand in a pack once.
 _LEFT_OUT: Final = (*NO_RESIDUAL, DATA_HASH, FILE_HASH)
-# A header with masks is reserved before the counts of pruned weights are known: each of them has at most this length.
-_DIGITS: Final = 18
+# Counts are known only when the masks are written, so there has to be room for them: a key takes less than this many
+# bytes, without its group's name, of which a letter takes at most six.
+_COUNT: Final = 128
 _UNKNOWN_HASH: Final = f"0x{'0' * 64}"
 
 # The bits of each layer of a size, in the order of `Entry.layers`.
@@ -90,7 +93,7 @@ def write(
         BakeError: The file cannot be written; nothing is left behind.
         CheckpointError: The pack that was there has changed meanwhile, and stays as it is.
     """
-    entries = sorted(contents.entries, key=lambda entry: (entry.size.width, entry.size.height))
+    entries = sorted(contents.entries, key=lambda entry: by_width(entry.size))
     tensors = _tensors(contents, entries)
     try:
         with staging.temp_sibling(target, folder=False) as part:
@@ -116,13 +119,12 @@ def _write_into(
     tensors: Sequence[TensorSpec],
     progress: Progress,
 ) -> None:
-    stamps = {entry.size: entry.stamp for entry in entries}
-    hashes = {entry.size: _UNKNOWN_HASH for entry in entries if entry.layers}
-    drafts = [entry for entry in entries if entry.masks]
+    stamps = {entry.size: _without_counts(entry.stamp) if entry.masks else entry.stamp for entry in entries}
+    hashes = {entry.size: _UNKNOWN_HASH for entry in entries if entry.masks}
     reserved = len(safetensors.serialise(tensors, _metadata(contents, stamps, hashes)))
-    if drafts:  # counts, and the list of those that are not finite, may take more digits than the draft's zeros
-        groups = max(len(entry.stamp.groups) for entry in drafts)
-        reserved += _pages(len(drafts) * groups * 4 * (_DIGITS + len("crdiff.nonfinite.") + 64))
+    if hashes:
+        names = [name for entry in entries if entry.masks for name in entry.stamp.groups]
+        reserved += _pages(sum(3 * (_COUNT + 6 * len(name)) for name in names))  # pruned, total, nonfinite
     identity = b"".join(contents.identity.hashes.values())
     file.append(memoryview(identity), reserved)
     offset = reserved + len(identity)
@@ -138,11 +140,16 @@ def _write_into(
             digest.update(bits)
             offset += len(bits)
             progress.advance(len(bits))
-        if entry.layers:
-            hashes[entry.size] = f"0x{digest.hexdigest()}"
+        hashes[entry.size] = f"0x{digest.hexdigest()}"
     metadata = _metadata(contents, stamps, hashes)
     metadata[PACK_HASH] = pack_hash(metadata, identity)
     file.complete(tensors, metadata, reserved)
+
+
+def _without_counts(stamp: Stamp) -> Stamp:
+    """Leave out what masks are counted for, so that the room for a header does not depend on the masks."""
+    groups = {name: replace_fields(group, pruned=0, total=0, nonfinite=0) for name, group in stamp.groups.items()}
+    return replace_fields(stamp, groups=groups)
 
 
 def _pages(size: int) -> int:

@@ -5,7 +5,7 @@ A hash by layer, in each dtype that loaders use, is: docs/metadata.md, "Packs".
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -39,7 +39,15 @@ class Identity:
     hashes: Mapping[str, bytes]
 
     def hash(self, layer: str, dtype: str) -> bytes | None:
-        """Return the hash of a layer in a dtype; None if there is none."""
+        """Return the hash of a layer in a dtype.
+
+        Args:
+            layer: The layer's name in diffusers' layout.
+            dtype: The safetensors dtype.
+
+        Returns:
+            HASH_BYTES, or None if there is no such hash.
+        """
         if dtype not in self.hashes or layer not in self.layers:
             return None
         start = self.layers.index(layer) * HASH_BYTES
@@ -48,6 +56,24 @@ class Identity:
     def stored_as(self, layer: str) -> str | None:
         """Return the dtype of a layer in the base's file; None for a layer that is not listed."""
         return self.stored[self.layers.index(layer)] if layer in self.layers else None
+
+    def only(self, layers: Collection[str]) -> "Identity":
+        """Return the identity of some of the layers alone, as `read_identity` makes it.
+
+        Args:
+            layers: Their names in diffusers' layout.
+
+        Returns:
+            Their hashes, in the dtypes that they are stored in, and in the rounded ones if they are known.
+        """
+        numbers = [number for number, layer in enumerate(self.layers) if layer in layers]
+        stored = tuple(self.stored[number] for number in numbers)
+        starts = [number * HASH_BYTES for number in numbers]
+        hashes = {
+            dtype: b"".join(self.hashes[dtype][start : start + HASH_BYTES] for start in starts)
+            for dtype in _columns(stored, rounded=self.hashes.keys() >= set(ROUNDED))
+        }
+        return Identity(tuple(self.layers[number] for number in numbers), stored, hashes)
 
     def differing(self, other: "Identity") -> str | None:
         """Return the first layer of another identity whose stored weights differ from these, if there is one."""
@@ -72,26 +98,30 @@ def read_identity(checkpoint: Checkpoint, targets: Iterable[Target], *, rounded:
     layers = tuple(sorted(by_name))
     stored = tuple(by_name[layer].source.dtype for layer in layers)
     is_plain = all(target.scale is None for target in by_name.values())
-    columns = dict.fromkeys((*sorted(set(stored)), *(ROUNDED if rounded and is_plain else ())))
-    hashes: dict[str, list[bytes]] = {dtype: [] for dtype in columns}
+    hashes: dict[str, list[bytes]] = {dtype: [] for dtype in _columns(stored, rounded=rounded and is_plain)}
     with open_targets(checkpoint) as read:
         for layer, dtype in zip(layers, stored, strict=True):
             target = by_name[layer]
             first = replace(target, stop=min(target.stop, target.start + FIRST))
-            weights = read(first)
-            for column, values in hashes.items():
-                values.append(_hash_as(column, weights, dtype))
+            raw = read(first)
+            for column, found in hashes.items():
+                found.append(_hash(raw) if column == dtype else hash_weights(_convert(raw, dtype, column)))
     return Identity(layers, stored, {dtype: b"".join(found) for dtype, found in hashes.items()})
 
 
-def _hash_as(column: str, weights: memoryview, dtype: str) -> bytes:
-    """Hash stored weights as another dtype rounds them; those of their own dtype without torch, which is large."""
-    if column == dtype:
-        return hashlib.sha256(weights).digest()[:HASH_BYTES]
+def _columns(stored: Iterable[str], *, rounded: bool) -> list[str]:
+    """Return the dtypes to hash in, in their order."""
+    return list(dict.fromkeys((*sorted(set(stored)), *(ROUNDED if rounded else ()))))
+
+
+def _convert(raw: memoryview, stored: str, dtype: str) -> "Tensor":
     import torch
 
-    stored = torch.frombuffer(weights, dtype=torch_dtypes()[dtype])
-    return hash_weights(stored.to(torch_dtypes()[column]))
+    return torch.frombuffer(raw, dtype=torch_dtypes()[stored]).to(torch_dtypes()[dtype])
+
+
+def _hash(raw: memoryview) -> bytes:
+    return hashlib.sha256(raw).digest()[:HASH_BYTES]
 
 
 def hash_weights(weights: "Tensor") -> bytes:
@@ -106,4 +136,4 @@ def hash_weights(weights: "Tensor") -> bytes:
     import torch
 
     first = weights[:FIRST].contiguous()
-    return hashlib.sha256(first.view(torch.uint8).numpy().data).digest()[:HASH_BYTES]
+    return _hash(first.view(torch.uint8).numpy().data)

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from crdiff_export.errors import FamilyError, OptionError, PlanError, RecipeError
 from crdiff_export.formats.checkpoint import Checkpoint
+from crdiff_export.formats.crdiff_keys import PACK
 from crdiff_export.formats.dtypes import FORMATS, Encoding
 from crdiff_export.formats.safetensors import BITS, TensorSpec, show
 from crdiff_export.formats.weight_file import Bytes, SourceFile
@@ -239,8 +240,10 @@ def recognise(checkpoint: Checkpoint, family: Family | None = None) -> Match:
 
     Raises:
         FamilyError: No family matches.
-        PlanError: The checkpoint is quantised other than by scales, or was pruned by crdiff before.
+        PlanError: The checkpoint is quantised other than by scales, was pruned by crdiff before, or is a pack.
     """
+    if any(PACK in file.metadata for file in checkpoint.files):
+        raise PlanError(f"{checkpoint.path}: a pack, which has no weights", "Give its base, and the pack with --pack.")
     if any("crdiff.schema" in file.metadata for file in checkpoint.files):
         raise PlanError(
             f"{checkpoint.path}: its header says that crdiff pruned it",

@@ -60,13 +60,19 @@ class PlanRequest:
     given: str = "on the command line"
 
 
-def plan_variant(request: PlanRequest, checkpoint: Checkpoint, criterion: CriterionChoice | None = None) -> Plan:
+def plan_variant(
+    request: PlanRequest,
+    checkpoint: Checkpoint,
+    criterion: CriterionChoice | None = None,
+    family: Family | None = None,
+) -> Plan:
     """Plan what to prune, before a weight is read.
 
     Args:
         request: What to prune.
         checkpoint: The base's headers.
         criterion: The request's criterion, resolved; None to resolve it here.
+        family: The base's family where the request has no table; None for any that is built in or installed.
 
     Returns:
         The plan, with notes for the user.
@@ -76,7 +82,7 @@ def plan_variant(request: PlanRequest, checkpoint: Checkpoint, criterion: Criter
         CrdiffError: The recipe, the ratios, the size or the calibration do not fit the base.
     """
     criterion = criterion or CriterionChoice.of(request.criterion, request.calibration)
-    match = plan.recognise(checkpoint, load_family(request.family) if request.family else None)
+    match = plan.recognise(checkpoint, load_family(request.family) if request.family else family)
     variant, recipe_name, notes = _choose_ratios(request, match.family, criterion)
     try:
         planned = plan.make(

@@ -123,8 +123,7 @@ def plan_base(baked: BakedCheckpoint, base: str) -> Plan:
         CrdiffError: The base cannot be read.
     """
     planned, stamp = baked.plan, baked.stamp
-    named = _VARIANT.fullmatch(planned.outputs[0].source.name)
-    variant = named[1] if named and planned.checkpoint.kind == "folder" else None
+    variant = variant_of(planned.outputs[0].source.name) if planned.checkpoint.kind == "folder" else None
     located = bases.locate(base, variant)
     checkpoint = located.open(variant)
     family = planned.match.family
@@ -150,6 +149,19 @@ def plan_base(baked: BakedCheckpoint, base: str) -> Plan:
         if FILE_HASH in file.metadata and (known := located.hashes.get(output.source.name)):
             _check_source(output.source, file, FILE_HASH, known)
     return again
+
+
+def variant_of(name: str) -> str | None:
+    """Return the variant of the weights in a diffusers folder.
+
+    Args:
+        name: The name of a file of them, such as `unet/diffusion_pytorch_model.fp16.safetensors`.
+
+    Returns:
+        The variant, such as `fp16`; None for the plain weights.
+    """
+    named = _VARIANT.fullmatch(name)
+    return named[1] if named else None
 
 
 def _compare_decisions(baked: BakedCheckpoint, again: Plan, ours: Decision, theirs: Decision) -> None:

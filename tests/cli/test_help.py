@@ -65,7 +65,7 @@ def test_the_list_of_commands_is_that_of_the_modules() -> None:
     folder = Path(sys.modules["crdiff_export.cli"].__file__ or "").parent
     assert set(COMMANDS) == {path.stem for path in folder.glob("*.py")} - {
         "__init__", "blocks", "command", "drawing", "evaluation_json", "evaluation_text", "export_text",
-        "options", "output", "progress_display", "sheet", "signals", "terminal", "text_table",
+        "options", "output", "pack_text", "progress_display", "sheet", "signals", "terminal", "text_table",
     }  # fmt: skip
 
 

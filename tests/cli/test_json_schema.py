@@ -37,6 +37,8 @@ RUNS: dict[str, tuple[Runs, tuple[str, ...]]] = {}
 NOT_SHOWN: dict[str, dict[str, str]] = {
     "crdiff search": {"trials[].seconds: null": "only a trial that was written into the storage by hand has no end"},
 }
+# Commands whose object is that of another table, as the page says below their heading.
+SAME = {"crdiff pack create": "crdiff pack show", "crdiff pack add": "crdiff pack show"}
 # Commands that take several files.
 SEVERAL = ("crdiff inspect", "crdiff verify")
 
@@ -143,6 +145,34 @@ def export_dry_run(bench: Bench) -> Iterator[Any]:
     bench.calibrate()
     yield bench("export demo --res 48 --criterion wanda --calibration wanda.safetensors --residual embed --dry-run")
     yield bench("export demo --res 400x64 --dtype fp32 --push my-org/demo --dry-run")
+    bench("pack create demo --res 48")
+    yield bench("export demo --res 48 --pack demo.crdiff --dry-run")
+
+
+@runs("crdiff pack create --dry-run")
+def pack_create_dry_run(bench: Bench) -> Iterator[Any]:
+    yield bench("pack create demo --res 48 --res 400x64 --dry-run")
+    yield bench("pack create demo --res 48 --criterion random --dry-run")
+    bench("pack create demo --res 48")
+    yield bench("pack add demo.crdiff --res 64x96 --dry-run")
+
+
+@runs("crdiff pack remove")
+def pack_remove(bench: Bench) -> Iterator[Any]:
+    bench("pack create demo --res 48 --res 64x96")
+    yield bench("pack remove demo.crdiff --res 48")
+
+
+@runs("crdiff pack show")
+def pack_show(bench: Bench) -> Iterator[Any]:
+    yield bench("pack create demo --res 48 --res 400x64")
+    yield bench("pack add demo.crdiff --res 64x96 --criterion random --mid 0")
+    yield bench("pack show demo.crdiff")
+    yield bench("pack show demo.crdiff --metadata")
+    yield bench("inspect demo.crdiff")
+    yield bench("pack create demo --res 48 --dtype fp32 -o cast.crdiff")
+    bench.hub()
+    yield bench(f"pack create {BASE} --res 48 -o hub.crdiff")
 
 
 # The tensor whose width tells an inpainting model.
@@ -181,6 +211,16 @@ def verify(bench: Bench) -> Iterator[Any]:
     yield bench(f"verify {bench.baked}")
     yield bench(f"verify {bench.baked} --base demo")
     yield bench(f"verify {bench.baked} {bench.here} --base demo", 1)
+
+
+@runs("crdiff verify PACK")
+def verify_pack(bench: Bench) -> Iterator[Any]:
+    bench("pack create demo --res 48")
+    bench.calibrate()
+    bench("pack add demo.crdiff --res 48 --force --criterion wanda --calibration wanda.safetensors")
+    yield bench("verify demo.crdiff")
+    yield bench("verify demo.crdiff --base demo")
+    yield bench("verify demo.crdiff --base demo --calibration wanda.safetensors")
 
 
 @runs("crdiff restore")
@@ -424,7 +464,9 @@ def parts(name: str, output: Any) -> Iterator[tuple[str, Any]]:
 def test_every_command_has_a_table_and_runs() -> None:
     assert set(PAGE.commands) == {name for name in RUNS if name.startswith("crdiff ")}
     without_options = {re.sub(r" (--[a-z-]+|[A-Z]+)$", "", name) for name in PAGE.commands}
-    assert without_options == set(commands(cli.crdiff, "crdiff"))
+    assert without_options | SAME.keys() == set(commands(cli.crdiff, "crdiff"))
+    for name, other in SAME.items():
+        assert f"## {name}\n\nThe object of [{other}](#{other.replace(' ', '-')})" in TEXT
 
 
 def test_the_number_of_the_schema_is_that_of_the_code() -> None:

@@ -59,6 +59,7 @@ def test_only_optional_columns_are_left_out(name: str, width: int) -> None:
 COMMANDS = (
     "families list", "recipes list", "recipes show demo", "recipes show sdxl", "docs", "export demo --res 48 --dry-run",
     "export demo --res 48 -o demo-48.safetensors", "inspect demo", "inspect demo --layers", "diff demo {other}",
+    "pack create demo --res 48 --res 128x64 --criterion random", "pack create demo --res 48 --dry-run",
     "diff demo {other} --all",
 )  # fmt: skip
 
