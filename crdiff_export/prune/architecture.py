@@ -145,7 +145,16 @@ def native_note(plan: Plan) -> str | None:
 
 
 def is_native(size: Size, native: Size, family: Family) -> bool:
-    """Whether a size is the native one, or as near to it as the sizes that such a model was trained at."""
+    """Tell whether a size is the native one, or as near to it as those that such a model was trained at.
+
+    Args:
+        size: The size.
+        native: The size that the model was trained for.
+        family: Its family, which may have been trained at many shapes of the same area.
+
+    Returns:
+        Whether it counts as native.
+    """
     area = size.width * size.height / (native.width * native.height)
     aspect = size.width / size.height / (native.width / native.height)
     return max(area, 1 / area) <= _NEAR and max(aspect, 1 / aspect) <= (_BUCKET_ASPECT if family.buckets else _NEAR)
