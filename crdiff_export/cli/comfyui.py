@@ -13,7 +13,7 @@ path_argument = click.argument("path", type=FILE)
 
 @click.group(cls=Group, epilog=examples("crdiff comfyui install ~/ComfyUI", "crdiff comfyui uninstall ~/ComfyUI"))
 def comfyui() -> None:
-    """Add the nodes "CR-Diff POA" and "CR-Diff Info" to a ComfyUI, or take them out again."""
+    """Add the nodes "CR-Diff", "CR-Diff POA" and "CR-Diff Info" to a ComfyUI, or take them out again."""
 
 
 @command(
@@ -45,7 +45,7 @@ def install(_out: Output, path: Path, *, link: bool, force: bool) -> Result:
         notes=[
             *([f"what was there is now {done.aside}"] if done.aside else []),
             *([f"version {done.replaced} is replaced by {done.version}"] if done.replaced else []),
-            "restart ComfyUI; the nodes are under model_patches/crdiff",
+            "restart ComfyUI; the nodes are under model_patches/crdiff, an example under Workflow > Browse Templates",
         ],
     )  # fmt: skip
 

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -25,12 +23,14 @@ from crdiff_export.sampling.poa.masks import MaskPart, Masks, ReplacedWeights
 from crdiff_export.sampling.poa.mix import Schedule
 from crdiff_export.verify.reopen import BakedCheckpoint, open_baked, read_decision
 from tests.support import geometry_tables, makers, masking
+from tests.support.comfyui_nodes import load
 from tests.support.isolation import Crdiff
 from tests.support.messages import raises
 from tests.support.scaled_models import UNET, Scaled
 
 Weights = dict[str, torch.Tensor]
 SIZE = Size(96, 64)
+INSTALLED = {"__init__.py", "crdiff.json", "crdiff_export", "example_workflows"}
 
 
 @pytest.fixture
@@ -45,29 +45,16 @@ def contents(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def load(node: Path) -> subprocess.CompletedProcess[str]:
-    """Load the folder as ComfyUI does, in a Python that has nothing installed."""
-    code = (
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('nodes', {str(node / '__init__.py')!r})\n"
-        "module = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
-        "import crdiff_export\n"
-        "print(*module.NODE_CLASS_MAPPINGS, *module.NODE_DISPLAY_NAME_MAPPINGS.values(), sep='|')\n"
-        "print(crdiff_export.__file__)\n"
-    )
-    return subprocess.run([sys.executable, "-I", "-S", "-c", code], check=False, capture_output=True, text=True)
-
-
 def test_install_then_uninstall(crdiff: Crdiff, comfyui: Path) -> None:
     node = comfyui / "custom_nodes" / "crdiff"
     ran = crdiff("comfyui", "install", comfyui)
     assert (ran.code, ran.out) == (0, f"{node}\n")
     assert "restart ComfyUI" in ran.err
     assert contents(comfyui / "custom_nodes") == {"crdiff", "somebody"}
-    assert contents(node) == {"__init__.py", "crdiff.json", "crdiff_export"}
+    assert contents(node) == INSTALLED
     assert not list(node.rglob("__pycache__"))
     assert not (node / "crdiff_export" / "recipes").exists()
+    assert not list(node.rglob("demo.safetensors"))
     (node / "crdiff_export" / "of_an_old_version.py").touch()
     (node / "crdiff.json").write_text('{"crdiff": "0.0.1", "package": "crdiff_export"}')
     assert "version 0.0.1 is replaced" in crdiff("comfyui", "install", comfyui).err
@@ -101,6 +88,9 @@ def test_the_nodes_load_where_nothing_is_installed(crdiff: Crdiff, comfyui: Path
     names, package = ran.stdout.splitlines()
     assert names == "CrdiffPack|CrdiffPoa|CrdiffInfo|CR-Diff|CR-Diff POA|CR-Diff Info"
     assert Path(package).is_relative_to(node) is not link
+    workflows = Path(listing.__file__).with_name("example_workflows")
+    assert contents(node / "example_workflows") == contents(workflows)
+    assert len(list(node.rglob("*.png"))) == 1
     (node / "crdiff.json").write_text('{"crdiff": "0.0.1", "package": "/gone/crdiff_export"}')
     assert "/gone/crdiff_export is not there any more; run `crdiff comfyui install` again" in load(node).stderr
 
@@ -132,7 +122,7 @@ def test_a_link_of_the_users_own_stays(crdiff: Crdiff, comfyui: Path, tmp_path: 
     node.symlink_to(tmp_path / "own", target_is_directory=True)
     assert crdiff("comfyui", "uninstall", comfyui).code == 1
     assert crdiff("comfyui", "install", comfyui).code == 1
-    assert contents(tmp_path / "own") == {"__init__.py", "crdiff.json", "crdiff_export"}
+    assert contents(tmp_path / "own") == INSTALLED
 
 
 def test_the_folder_must_be_comfyuis(crdiff: Crdiff, comfyui: Path, tmp_path: Path) -> None:

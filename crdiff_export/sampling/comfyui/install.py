@@ -16,8 +16,13 @@ FOLDER = "crdiff"
 MARKER = "crdiff.json"
 # ComfyUI ignores folders with this ending.
 ASIDE = ".disabled"
+# ComfyUI lists the workflows in this folder among its templates.
+WORKFLOWS = "example_workflows"
 _COPY = "crdiff_export"
-_OURS = {"__init__.py", MARKER, _COPY, "__pycache__"}
+_OURS = {"__init__.py", MARKER, WORKFLOWS, _COPY, "__pycache__"}
+_PACKAGE = Path(__file__).parents[2]
+# The nodes need no recipes and no demo model. ComfyUI's Python writes its own bytecode.
+_NOT_COPIED = ("__pycache__", "*.pyc", "recipes", "demo.safetensors", WORKFLOWS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +60,35 @@ def install(comfyui: Path, *, link: bool = False, force: bool = False) -> Instal
 
     """
     target = _custom_nodes(comfyui) / FOLDER
-    package = Path(__file__).parents[2]
+    package = _PACKAGE if link else None
     aside: Path | None = None
     with _as_poa_error(target):
         before = _version(target)
         if os.path.lexists(target) and before is None:
             aside = _rename(target, force=force)
         with staging.temp_sibling(target, folder=True) as part:
-            shutil.copyfile(Path(__file__).with_name("custom_node.py"), part / "__init__.py")
-            if not link:
-                # The nodes need no recipes; ComfyUI's Python writes its own bytecode.
-                shutil.copytree(package, part / _COPY, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "recipes"))
-            marker = {"crdiff": tool_version(), "package": str(package) if link else _COPY}
-            (part / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+            write_nodes(part, package)
             part.chmod(0o755)
             staging.publish(part, target)
-    return Installed(target, tool_version(), package if link else None, before, aside)
+    return Installed(target, tool_version(), package, before, aside)
+
+
+def write_nodes(folder: Path, package: Path | None = None, version: str | None = None) -> None:
+    """Write the nodes and the example workflows as ComfyUI loads them.
+
+    Args:
+        folder: An empty folder.
+        package: The package that the nodes load; None for a copy in `folder`.
+        version: The version to note; that of this package if not given.
+
+    """
+    here = Path(__file__).parent
+    shutil.copyfile(here / "custom_node.py", folder / "__init__.py")
+    shutil.copytree(here / WORKFLOWS, folder / WORKFLOWS, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    if package is None:
+        shutil.copytree(_PACKAGE, folder / _COPY, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    marker = {"crdiff": version or tool_version(), "package": str(package) if package else _COPY}
+    (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 
 def uninstall(comfyui: Path) -> Installed | None:
