@@ -1,5 +1,6 @@
 """The nodes in a real ComfyUI. `COMFYUI_PATH` names a checkout, `COMFYUI_PYTHON` its Python, if that is not ours."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import comfyui_registry
 import pytest
 import safetensors.torch
 import torch
@@ -25,7 +27,7 @@ from crdiff_export.prune.plan_request import PlanRequest
 from crdiff_export.sampling import poa
 from crdiff_export.sampling.comfyui.install import install
 from crdiff_export.verify import open_baked
-from tests.support import ROOT
+from tests.support import ROOT, makers
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
 pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PATH names no ComfyUI")
@@ -342,3 +344,68 @@ def test_models_of_other_families(tmp_path: Path) -> None:
     same = {name: value for name, value in measured.items() if name not in moves}
     assert len(same) == 6 * len(FAMILIES)
     assert {name: value for name, value in same.items() if value} == {}
+
+
+CHECKPOINT, PACK = "v1-5-pruned-emaonly.safetensors", "sd15.crdiff"
+# The workflow's sizes are twice these; a CPU needs minutes for them.
+PAGES = {"portrait": (256, 384), "landscape": (384, 256)}
+
+
+@pytest.fixture(scope="module")
+def workflow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `comfyui_workflow.py` finds, with the folder for ComfyUI's registry and a whole SD1.5 of random weights."""
+    work = tmp_path_factory.mktemp("workflow")
+    (work / "checkpoints").mkdir()
+    comfyui_registry.write(work / "custom_nodes" / "crdiff")
+    base = makers.write_whole(work / "checkpoints" / CHECKPOINT, "sd15.original")
+    ratios = {name: 0.2 + 0.2 * number for number, name in enumerate(PAGES)}
+    plans = tuple(
+        PlanRequest(str(base), Size(*PAGES[name]), ratio=ratio, poa_weight=1) for name, ratio in ratios.items()
+    )
+    for plan in plans:
+        request = create.PackRequest((plan,), base.with_name(PACK))
+        pack = request.output
+        job = create.prepare_more(request, open_pack(pack)) if pack.exists() else create.prepare_new(request)
+        create.make(job, Silent())
+    for name, ratio in ratios.items():
+        export(ExportRequest(str(base), Size(*PAGES[name]), base.with_name(f"{name}.safetensors"), ratio=ratio))
+    try:
+        measured = json.loads(run("comfyui_workflow", str(work)).splitlines()[-1])
+    finally:
+        for path in base.parent.glob("*.safetensors"):  # of 2 GB each
+            path.unlink()
+    assert isinstance(measured, dict)
+    return measured
+
+
+def test_the_example_workflow_draws_what_the_exported_files_draw(workflow: dict[str, Any]) -> None:
+    """From the picture's chunk through ComfyUI's validation and executor to the saved files, bit by bit."""
+    pictures = workflow["with the node"]
+    assert {name: tuple(about["size"]) for name, about in pictures.items()} == {
+        f"crdiff-{name}_00001_.png": size for name, size in PAGES.items()
+    }
+    assert all(about["values"] > 100 for about in pictures.values()), pictures
+    exported = {key: about for name in PAGES for key, about in workflow[f"exported for {name}"].items()}
+    assert pictures == exported
+    for name, about in workflow["unpruned"].items():
+        assert about["sha256"] != pictures[name]["sha256"]
+
+
+def test_comfyui_knows_the_nodes_of_the_example_workflow(workflow: dict[str, Any]) -> None:
+    assert workflow["page errors"] == []
+
+
+def test_comfyui_lists_and_serves_the_example_workflow(workflow: dict[str, Any]) -> None:
+    folder = ROOT / "crdiff_export" / "sampling" / "comfyui" / "example_workflows"
+    assert workflow["templates"] == {
+        "listed": {"crdiff": ["crdiff-two-sizes"]},
+        "served": {path.suffix[1:]: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()},
+    }
+
+
+def test_the_folder_for_the_registry_loads(workflow: dict[str, Any]) -> None:
+    assert workflow["loaded"] is True
+    project, comfy = workflow["project"]["project"], workflow["project"]["tool_comfy"]
+    assert (project["name"], project["license"]["file"], project["dependencies"]) == ("crdiff", "LICENSE", [])
+    assert project["supported_os"] == ["OS Independent"]
+    assert (comfy["display_name"], project["supported_comfyui_version"]) == ("CR-Diff", ">=0.3.64")

@@ -138,6 +138,27 @@ def write_sparse(path: Path, table: str, metadata: Mapping[str, str] | None = No
     return path
 
 
+def write_whole(path: Path, table: str, seed: int = 0) -> Path:
+    """A real model in its full size with random weights of a scale that keeps a picture finite; in F16, F32 or I64."""
+    tensors = {name: (dtype, shape, b"") for name, (dtype, shape) in load(table).items()}
+    write_sparse(path, table)
+    positions, begin = _header_of(path)
+    with path.open("r+b") as file:
+        for name, (dtype, shape, _) in tensors.items():
+            count, inputs = math.prod(shape), math.prod(shape[1:])
+            rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+            if dtype == "I64":
+                values = np.arange(count, dtype="<f4")
+            else:
+                # Evenly distributed, which is drawn fastest. A sum keeps the scale of its terms.
+                scale = 0.02 if len(shape) == 1 else (0.5 + rng.random()) / math.sqrt(inputs / 3)
+                values = np.frombuffer(rng.bytes(2 * count), "<i2") * np.float32(scale / (1 << 15))
+                values += 1 if len(shape) == 1 and name.endswith("weight") else 0  # of a norm
+            file.seek(begin + positions[name]["data_offsets"][0])
+            file.write(values.astype({"I64": "<i8", "F32": "<f4", "F16": "<f2"}[dtype]).tobytes())
+    return path
+
+
 def _header_of(path: Path) -> tuple[dict[str, Any], int]:
     """A safetensors file's header, parsed without the code under test, and where its data begin."""
     with path.open("rb") as file:
