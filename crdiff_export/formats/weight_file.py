@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -117,6 +118,17 @@ class FileBytes:
                     "Leave the file alone during the export, then run it again.",
                 )
             done += got
+
+    def will_need(self, offset: int, size: int) -> None:
+        """Tell the system that bytes of the data section are read soon, so that the disk need not wait for us.
+
+        Args:
+            offset: The first byte.
+            size: How many bytes.
+        """
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # some file systems know no advice
+                os.posix_fadvise(self._file.fileno(), self._start + offset, size, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         self._file.close()
