@@ -4,6 +4,18 @@
 `check` verifies them.
 """
 
-from crdiff_export.packs.pack import SUFFIX, BaseFile, Pack, find_pack, is_pack, open_pack
+from crdiff_export.packs.pack import (
+    SUFFIX,
+    BaseFile,
+    Pack,
+    PackHeader,
+    find_pack,
+    is_pack,
+    open_pack,
+    open_source,
+    read_header,
+)
 
-__all__ = ["SUFFIX", "BaseFile", "Pack", "find_pack", "is_pack", "open_pack"]
+__all__ = [
+    "SUFFIX", "BaseFile", "Pack", "PackHeader", "find_pack", "is_pack", "open_pack", "open_source", "read_header",
+]  # fmt: skip

@@ -157,6 +157,25 @@ def prepare_more(request: PackRequest, before: Pack) -> PackJob:
 
 def _prepare(request: PackRequest, before: Pack | None) -> PackJob:
     first = request.plans[0]
+    criterion = check_criterion(request)
+    base = bases.locate(first.base, first.variant)
+    return prepare_located(request, criterion, base, base.open(first.variant), before)
+
+
+def check_criterion(request: PackRequest) -> CriterionChoice:
+    """Resolve the criterion of a pack.
+
+    Args:
+        request: The request.
+
+    Returns:
+        The criterion.
+
+    Raises:
+        OptionError: The criterion moves weights, or its calibration is for another size.
+        CrdiffError: The criterion or its calibration cannot be used at all.
+    """
+    first = request.plans[0]
     if (named := CriterionChoice.load(first.criterion)).moves:
         raise OptionError(
             f"{named.name} moves weights that stay, and a pack holds none",
@@ -169,8 +188,31 @@ def _prepare(request: PackRequest, before: Pack | None) -> PackJob:
             f"{first.calibration}: was made at {calibrated}, and is not for {other}",
             f"Add each size with a calibration of its own: crdiff pack add --res {other} --calibration FILE.",
         )
-    base = bases.locate(first.base, first.variant)
-    checkpoint = base.open(first.variant)
+    return criterion
+
+
+def prepare_located(
+    request: PackRequest,
+    criterion: CriterionChoice,
+    base: bases.Base,
+    checkpoint: Checkpoint,
+    before: Pack | None = None,
+) -> PackJob:
+    """Plan a pack of a base whose headers have been read.
+
+    Args:
+        request: The request.
+        criterion: Its criterion, from `check_criterion`.
+        base: The base.
+        checkpoint: Its headers.
+        before: The pack that sizes are added to; None for a new one.
+
+    Returns:
+        The planned pack.
+
+    Raises:
+        CrdiffError: The pack is not possible.
+    """
     family = before.family if before and before.family.table else None
     plans = tuple(plan_variant(each, checkpoint, criterion, family) for each in request.plans)
     return PackJob(request, base, criterion, plans, before)

@@ -68,6 +68,30 @@ class BaseFile:
     file_hash: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class PackHeader:
+    """What the metadata of a pack says. Its hash can be checked only with the rest of the file.
+
+    Attributes:
+        files: The base's files of weights.
+        variants: By size, what the header of its pruned checkpoint says, without the hash of the base.
+    """
+
+    files: tuple[BaseFile, ...]
+    variants: Mapping[Size, Stamp]
+
+    @property
+    def common(self) -> Stamp:
+        """Any of the variants, for what all have in common."""
+        return next(iter(self.variants.values()))
+
+    def digest(self) -> str:
+        """Return the SHA-256, as hex, of the base's hashes and of `Stamp.request_keys` of every size."""
+        sizes = {str(size): stamp.request_keys() for size, stamp in self.variants.items()}
+        files = {file.name: file.file_hash or file.data_hash for file in self.files}
+        return hashlib.sha256(json.dumps({"files": files, "sizes": sizes}, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Pack:
     """What turns one base into its pruned models, for several sizes.
@@ -102,9 +126,14 @@ class Pack:
             raise PackError(f"{self.path}: has no {size}", f"It has {has}; `crdiff pack add` adds a size.")
 
     @property
+    def header(self) -> PackHeader:
+        """What its metadata says."""
+        return PackHeader(self.files, self.variants)
+
+    @property
     def common(self) -> Stamp:
         """Any of the variants, for what all have in common."""
-        return next(iter(self.variants.values()))
+        return self.header.common
 
     @property
     def masked_sizes(self) -> tuple[Size, ...]:
@@ -202,6 +231,19 @@ def find_pack(source: str | Path) -> Path | None:
     return bases.locate(address).path if address.startswith("hf://") else Path(source).expanduser()
 
 
+def open_source(source: str) -> Pack:
+    """Read and check a pack by its path or its address on the Hub, from which it is fetched.
+
+    Raises:
+        PackError: The text names no pack, or the pack is damaged.
+        CrdiffError: It cannot be fetched or read.
+    """
+    path = find_pack(source)
+    if path is None:
+        raise PackError(f"{source}: not the name of a pack, which ends in {SUFFIX}", _GIVE_PACK)
+    return open_pack(path)
+
+
 def open_pack(path: Path) -> Pack:
     """Read and check a pack; of masks the header alone.
 
@@ -226,12 +268,7 @@ def open_pack(path: Path) -> Pack:
 def read_pack(path: Path, file: SourceFile) -> Pack:
     """Read a pack whose header is parsed; see `open_pack`."""
     metadata = file.metadata
-    if KEY not in metadata:
-        raise PackError(f"{path}: not a pack: no {KEY} in its header", _GIVE_PACK)
-    if metadata[KEY] != SCHEMA:
-        raise PackError(
-            f"{path}: a pack of schema {show(metadata[KEY])}, this crdiff reads {SCHEMA}", "Install a newer crdiff."
-        )
+    _check_schema(path, metadata)
     tensors = [tensor for tensor in file.by_offset if tensor.name.startswith(IDENTITY)]
     identity_bytes = _read(file, tensors)
     _check_hash(path, metadata, identity_bytes)
@@ -247,6 +284,32 @@ def read_pack(path: Path, file: SourceFile) -> Pack:
     if other := next((tensor.name for tensor in file.tensors if tensor.name not in known), None):
         _refuse(path, f"tensor {show(other)} belongs to no pack")
     return pack
+
+
+def read_header(path: Path, metadata: Mapping[str, str]) -> PackHeader:
+    """Parse the metadata of a pack of which nothing else is here.
+
+    Args:
+        path: What messages call the pack.
+        metadata: Its metadata.
+
+    Returns:
+        What the metadata says.
+
+    Raises:
+        PackError: It is not that of a pack.
+    """
+    _check_schema(path, metadata)
+    return PackHeader(_files(path, metadata), _variants(path, metadata))
+
+
+def _check_schema(path: Path, metadata: Mapping[str, str]) -> None:
+    if KEY not in metadata:
+        raise PackError(f"{path}: not a pack: no {KEY} in its header", _GIVE_PACK)
+    if metadata[KEY] != SCHEMA:
+        raise PackError(
+            f"{path}: a pack of schema {show(metadata[KEY])}, this crdiff reads {SCHEMA}", "Install a newer crdiff."
+        )
 
 
 def pack_hash(metadata: Mapping[str, str], identity: bytes) -> str:
