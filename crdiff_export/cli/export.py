@@ -16,7 +16,7 @@ from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.push import push_result, transfer
 from crdiff_export.errors import CrdiffError, OptionError
 from crdiff_export.export import Baked, ExportJob, ExportRequest, Failure, prepare_all, run_together
-from crdiff_export.packs import open_pack
+from crdiff_export.packs import open_source
 from crdiff_export.prune import kernels
 from crdiff_export.publish.request import PushRequest, check_request
 from crdiff_export.publish.request import prepare as check_destination
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     "Size",
     options.sizes,
     options.native,
-    option("--pack FILE", "Prune what a pack says (crdiff pack), in place of a recipe: nothing is counted.",
-           options.FILE),
+    option("--pack PACK", "Prune what a pack says (crdiff pack), in place of a recipe: nothing is counted. A file, or "
+           "hf://ORG/NAME/FILE.", shell_complete=options.complete_file),
 )  # fmt: skip
 @options.ratio_options
 @option_group(
@@ -79,7 +79,7 @@ def export(
     targets: tuple[str, ...] | None, criterion: str, calibration: Path | None, device: str, threads: int | None,
     dtype: str | None, variant: str | None, residual: str, no_hash: bool, allow_nonfinite: bool, all_files: bool,
     dry_run: bool, force: bool, repo: str | None, push: PushRequest, thumbnail: str | None,
-    previews: tuple[str, ...], rehash: bool, pack: Path | None,
+    previews: tuple[str, ...], rehash: bool, pack: str | None,
 ) -> Result:  # fmt: skip
     """Prune BASE for a size and write a new checkpoint with everything about it in its header.
 
@@ -88,14 +88,15 @@ def export(
     one that fails does not stop the others.
     """
     out.quiet_hub_client()
-    if pack:
+    if pack is not None:
         _refuse_numbers(pack)
     pushing = _push_request(repo, push, previews)
+    opened = open_source(pack) if pack is not None else None
     request = ExportRequest(
         base, sizes[0], None, recipe=recipe, prompt=prompt, ratio=ratio, ratios=ratios, poa_weight=poa_weight,
         targets=targets, criterion=criterion, calibration=calibration, device=device, dtype=dtype, variant=variant,
         residual=residual, hashing=not no_hash, force=force, allow_nonfinite=allow_nonfinite, all_files=all_files,
-        threads=threads, family=family, native=native, rehash=rehash, pack=open_pack(pack) if pack else None,
+        threads=threads, family=family, native=native, rehash=rehash, pack=opened,
     )  # fmt: skip
     requests = [
         replace(request, size=size, output=named)
@@ -136,7 +137,7 @@ _DECIDED = {
 }  # fmt: skip
 
 
-def _refuse_numbers(pack: Path) -> None:
+def _refuse_numbers(pack: str) -> None:
     """Refuse options whose numbers stand in the pack, wherever they are given."""
     context = click.get_current_context()
     default = click.core.ParameterSource.DEFAULT

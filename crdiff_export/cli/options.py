@@ -112,6 +112,11 @@ def complete_base(_ctx: click.Context, _param: click.Parameter, incomplete: str)
     return [*names, CompletionItem(incomplete, type="file")]
 
 
+def complete_file(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer files, for an option that takes addresses as well."""
+    return [CompletionItem(incomplete, type="file")]
+
+
 def complete_criterion(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Offer the criteria that are installed."""
     from crdiff_export.prune.criteria.spec import names
