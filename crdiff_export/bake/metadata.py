@@ -86,6 +86,7 @@ def stamp_of_plan(
         prompt=None if variant.prompt is None else _text(variant.prompt),
         evidence=_evidence(variant.evidence),
         residual=residual,
+        scaled=plan.has_scales,
         version=tool_version(),
     )
 
@@ -136,7 +137,6 @@ def stamp(
         thresholds=tuple(t.value for t in decision.thresholds) if per_layer and not masked else None,
         masked=method if masked else None,
         moved=bool(decision.moved),
-        scaled=plan.has_scales,
     )
 
 

@@ -17,6 +17,7 @@ from crdiff_export.publish.plan_file import PlanEntry
 from crdiff_export.publish.run import Outcome, TagResult, exit_code
 from crdiff_export.publish.worklist import PublishRequest, WorkItem, Worklist, make_worklist
 from tests.support.publishing import checkpoint, plan
+from tests.support.scaled_models import UNET, Scaled
 
 HUB, VERIFY, BAKE = HubError("no", "Wait."), VerifyError("no", "Wait."), BakeError("no", "Wait.")
 
@@ -92,6 +93,13 @@ def test_a_base_whose_hash_nobody_knows_is_made_again(base: Path, monkeypatch: p
     (item,) = worklist(PLAN.format(base.name, "x.safetensors"), push=False).items
     assert (item.action, item.reason) == ("make", "its base's hash is not known")
     assert item.digest is None
+
+
+def test_scales_are_expected(here: Path) -> None:
+    base = Scaled(UNET, "scaled_fp8").write(here / "base.safetensors")
+    made(base, "48", "x.safetensors")
+    (item,) = worklist(PLAN.format(base.name, "x.safetensors"), push=False).items
+    assert (item.action, item.reason) == ("skip", "unchanged")
 
 
 @pytest.mark.parametrize(
