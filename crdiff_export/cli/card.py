@@ -19,14 +19,15 @@ NO_REPO = "ORG/NAME"
 @command(
     "crdiff card sdxl-512.safetensors",
     "crdiff card sdxl-512.safetensors my-org/sdxl-crdiff > README.md",
-    short_help="Print the model card of a baked file, without a push.",
+    "crdiff card sdxl.crdiff",
+    short_help="Print the model card of a baked file or a pack, without a push.",
 )
 @options.file_argument
 @click.argument("repo", default=NO_REPO)
 @option_group("Hub", options.base_model, options.relation, options.sheet)
 @gather("request", PushRequest)
 def card(out: Output, file: Path, request: PushRequest) -> Result:
-    """Print the model card that a push of FILE would write, and send nothing.
+    """Print the model card that a push of FILE, a baked file or a pack, would write, and send nothing.
 
     For a repository REPO (ORG/NAME) that exists, it is that repository's card with our part brought up to date. The
     licence of the base comes from the Hub; where the Hub cannot be asked, a note says so.

@@ -34,6 +34,7 @@ from crdiff_export.publish.upload import Upload
     "crdiff push sdxl-2048.safetensors my-org/sdxl-crdiff --tag v1 --public",
     "crdiff push sdxl-2048.safetensors their-org/sdxl --create-pr",
     'crdiff push sdxl-512.safetensors my-org/sdxl-crdiff --preview "a red fox" --dry-run',
+    "crdiff push sdxl.crdiff my-org/sdxl-crdiff",
 )
 @file_argument
 @click.argument("repo")
@@ -41,14 +42,15 @@ from crdiff_export.publish.upload import Upload
 @option_group("Hub", option("--dry-run", "Show what would be sent and written, and send nothing."))
 @gather("request", PushRequest)
 def push(out: Output, file: Path, request: PushRequest, *, previews: tuple[str, ...], dry_run: bool) -> Result:
-    """Push FILE, a baked checkpoint or folder, to the Hub repository REPO (ORG/NAME), and keep its model card.
+    """Push FILE to the Hub repository REPO (ORG/NAME), and keep its model card.
 
-    Write access is checked first. The commit holds the file and the card; an existing card keeps everything but our
-    part. What the Hub then holds is compared by hash. Nothing is committed if it has the file already.
+    FILE is a baked checkpoint or folder, or a pack. Write access is checked first. The commit holds the file and the
+    card; an existing card keeps everything but our part. What the Hub then holds is compared by hash. Nothing is
+    committed if it has the file already.
     """
     out.quiet_hub_client()
     check_request(request)
-    sheet.check(request, previews)
+    sheet.check(request, previews, file)
     source = read_source_name(file)
     path_in_repository(request, file)
     base = sheet.base_of(source) if previews else source

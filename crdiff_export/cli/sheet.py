@@ -11,7 +11,8 @@ from crdiff_export.cli.output import Output
 from crdiff_export.errors import OptionError
 from crdiff_export.hub import bases
 from crdiff_export.hub.location import parse_uri
-from crdiff_export.publish.request import PushRequest
+from crdiff_export.packs import is_pack
+from crdiff_export.publish.request import NO_PICTURE, PushRequest, check_sheet_of
 
 _HINT = "Draw it with `crdiff preview BASE --baked FILE --prompt TEXT -o sheet.png`, and give --sheet sheet.png."
 
@@ -57,10 +58,14 @@ def with_sheet(
         yield replace(request, sheet=sheet)
 
 
-def check(request: PushRequest, prompts: Sequence[str]) -> None:
-    """Raise OptionError where a sheet is both given and to be drawn."""
+def check(request: PushRequest, prompts: Sequence[str], path: Path | None = None) -> None:
+    """Raise OptionError where a sheet is both given and to be drawn, or is for a pack at a path."""
     if prompts and request.sheet:
         raise OptionError("--sheet and --preview do not go together", "Leave one of them out.")
+    if path:
+        check_sheet_of(request, path)
+        if prompts and is_pack(path):
+            raise OptionError(f"--preview: draws one size, {path.name} is a pack of several", NO_PICTURE)
 
 
 def base_of(source_name: str) -> str:

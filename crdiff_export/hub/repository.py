@@ -1,12 +1,11 @@
 """Read what a repository on the Hub holds at one commit, without downloading its weights."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from crdiff_export.errors import CheckpointError, HubError
-from crdiff_export.formats.crdiff_keys import Stamp, is_baked
+from crdiff_export.errors import CrdiffError, HubError
 from crdiff_export.formats.safetensors import Header, TensorSpec
 from crdiff_export.hub.daemon_threads import map_in_threads
 from crdiff_export.hub.messages import as_hub_error
@@ -14,6 +13,7 @@ from crdiff_export.hub.messages import as_hub_error
 if TYPE_CHECKING:
     from huggingface_hub import SafetensorsFileMetadata
 
+_T = TypeVar("_T")
 # Headers to request at once.
 AT_ONCE = 8
 # Bytes at the start of a safetensors file that give the length of its header.
@@ -188,43 +188,44 @@ def _tensors(parsed: "SafetensorsFileMetadata") -> Iterator[TensorSpec]:
         yield TensorSpec(name, str(tensor.dtype), tuple(tensor.shape), start, end)
 
 
-# Headers by `RemoteFile.content` of their file; None for a file that crdiff did not bake.
-HeaderCache = dict[str, Stamp | None]
+def parsed_headers(
+    repository: Repository,
+    paths: Iterable[str],
+    parse: Callable[[str, Mapping[str, str]], _T | None],
+    cache: dict[str, _T | None],
+) -> dict[str, _T]:
+    """Read and parse the metadata of safetensors files, several at once.
 
-
-def baked_headers(
-    repository: Repository, paths: Iterable[str] | None = None, cache: HeaderCache | None = None
-) -> dict[str, Stamp]:
-    """Read the headers of the files that crdiff baked.
-
-    Files that are not checkpoints, or whose header is damaged, are left out.
+    Files that are no safetensors files, or whose header is damaged, are left out.
 
     Args:
         repository: The repository at a commit.
-        paths: The files to look at; None for all.
-        cache: Headers of files that need no request; new ones are added.
+        paths: The files to look at.
+        parse: Parses the metadata of a path; None for what is of no interest, CrdiffError for what is damaged.
+        cache: Results by `RemoteFile.content`, for files that need no request; new ones are added.
 
     Returns:
-        The headers, by path.
+        The results, by path.
 
     Raises:
         HubError: If the Hub does not answer.
 
     """
-    cache = {} if cache is None else cache
-    chosen = repository.files.keys() if paths is None else repository.files.keys() & set(paths)
-    contents = {path: repository.files[path].content for path in sorted(chosen) if path.endswith(".safetensors")}
+
+    def read_one(path: str) -> _T | None:
+        try:
+            metadata = _header(repository, path).metadata
+        except _NotSafetensorsError:
+            return None
+        try:
+            return parse(path, metadata)
+        except CrdiffError:
+            return None
+
+    contents = {path: repository.files[path].content for path in sorted(repository.files.keys() & set(paths))}
     new = {content: path for path, content in contents.items() if content not in cache}
-    cache |= zip(new, map_in_threads(lambda path: _baked_header(repository, path), new.values(), AT_ONCE), strict=True)
-    return {path: header for path, content in contents.items() if (header := cache[content])}
-
-
-def _baked_header(repository: Repository, path: str) -> Stamp | None:
-    try:
-        metadata = _header(repository, path).metadata
-        return Stamp.from_metadata(metadata, path) if is_baked(metadata) else None
-    except (CheckpointError, _NotSafetensorsError):
-        return None
+    cache |= zip(new, map_in_threads(read_one, new.values(), AT_ONCE), strict=True)
+    return {path: header for path, content in contents.items() if (header := cache[content]) is not None}
 
 
 def download(repository: Repository, path: str) -> Path:

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 from crdiff_export.hub import repository
-from crdiff_export.hub.repository import HeaderCache, RemoteFile, Repository
+from crdiff_export.hub.repository import RemoteFile, Repository
 from crdiff_export.publish.card import Card, render
+from crdiff_export.publish.headers import HeaderCache, remote_headers
 from crdiff_export.publish.licence import bases_of
 from crdiff_export.publish.target import MAIN
 from crdiff_export.publish.upload import Upload
-from crdiff_export.publish.variants import card_variants
+from crdiff_export.publish.variants import card_packs, card_variants
 
 CARD = "README.md"
 
@@ -39,12 +40,13 @@ def write_card(remote: Repository, upload: Upload, branch: str, cache: HeaderCac
         CardError: The card that is there cannot be changed safely.
     """
     sent = upload.files
-    headers = repository.baked_headers(remote, [path for path in remote.files if path not in sent], cache)
+    headers = remote_headers(remote, [path for path in remote.files if path not in sent], cache)
     headers |= {path: file.header for path, file in sent.items() if file.header}
     files = {**remote.files, **{path: RemoteFile(path, f.size, f.sha256, "") for path, f in sent.items()}}
-    variants = card_variants(files, headers)
-    bases, notes = bases_of(variants, upload.base_model)
+    variants, packs = card_variants(files, headers), card_packs(files, headers)
+    stamps = [*(variant.stamp for variant in variants), *(pack.header.common for pack in packs)]
+    bases, notes = bases_of([stamp.source_name for stamp in stamps], upload.base_model)
     old = repository.read_text(remote, CARD)
     revision = MAIN if branch.startswith("refs/") else branch
-    new = render(Card(remote.repo, tuple(variants), bases, upload.relation, revision), old)
+    new = render(Card(remote.repo, tuple(variants), bases, upload.relation, revision, tuple(packs)), old)
     return CardText(old, new, tuple(notes))

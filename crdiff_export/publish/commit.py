@@ -1,4 +1,4 @@
-"""Push a baked file or folder: one commit with its files and the model card, on top of the commit that was read.
+"""Push a baked file or folder, or a pack: one commit with its files and the model card, on top of what was read.
 
 Every try begins by reading what the repository holds by then. So a commit whose answer was lost is not made twice, and
 a commit that somebody else makes in between is not overwritten.
@@ -18,9 +18,11 @@ from crdiff_export.formats.hashing import git_id
 from crdiff_export.hub import repository
 from crdiff_export.hub.daemon_threads import run_in_daemon_thread
 from crdiff_export.hub.messages import as_hub_error, status
-from crdiff_export.hub.repository import HeaderCache, RemoteFile, Repository
+from crdiff_export.hub.repository import RemoteFile, Repository
 from crdiff_export.hub.retry import retry
+from crdiff_export.packs import SUFFIX
 from crdiff_export.publish.card_text import CARD, write_card
+from crdiff_export.publish.headers import HeaderCache
 from crdiff_export.publish.target import Destination, find_pull_request
 from crdiff_export.publish.upload import LocalFile, Upload
 
@@ -58,8 +60,8 @@ class PushResult:
 
     @property
     def url(self) -> str:
-        """The permanent address of the one file of weights, or of the tree of several."""
-        weights = [url for path, url in self.urls.items() if path.endswith(".safetensors")]
+        """The permanent address of the one file of weights or pack, or of the tree of several files."""
+        weights = [url for path, url in self.urls.items() if path.endswith((".safetensors", SUFFIX))]
         if len(weights) == 1:
             return weights[0]
         return f"{self.page}/tree/{self.commit}"

@@ -1,16 +1,19 @@
 """Find out what the Hub and the disk hold of a plan's variants already."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from crdiff_export.errors import CheckpointError, HubError, PlanError
+from crdiff_export.errors import CheckpointError, CrdiffError, HubError, PlanError
 from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.formats.crdiff_keys import Stamp, is_baked
 from crdiff_export.formats.hashing import git_id, hash_file
 from crdiff_export.hub import repository
 from crdiff_export.hub.repository import RemoteFile
+from crdiff_export.packs import PackHeader, open_pack
 from crdiff_export.progress import Silent
+from crdiff_export.publish.headers import MadeHeader, remote_headers
 from crdiff_export.publish.plan_file import PlanFile
 from crdiff_export.publish.target import Destination, find_pull_request
 
@@ -43,7 +46,7 @@ class HubBranch:
 
     commit: str | None = None
     files: Mapping[str, RemoteFile] = field(default_factory=dict)
-    headers: Mapping[str, Stamp] = field(default_factory=dict)
+    headers: Mapping[str, MadeHeader] = field(default_factory=dict)
 
     def at(self, path: str, names: Sequence[str]) -> Existing:
         """Return what it holds of a variant; `names` are those of the variant's weights."""
@@ -52,7 +55,12 @@ class HubBranch:
         if path in self.files:
             files[""] = self.files[path]
         headers = (self.headers.get(folder + name if name else path) for name in names)
-        return Existing(tuple(stamp for stamp in headers if stamp), files)
+        return Existing(tuple(header for header in headers if isinstance(header, Stamp)), files)
+
+    def pack_at(self, path: str) -> PackHeader | None:
+        """Return the header of the pack that it holds at a path; None if there is no pack."""
+        header = self.headers.get(path)
+        return header if isinstance(header, PackHeader) else None
 
 
 class HubBranches:
@@ -85,7 +93,7 @@ class HubBranches:
         names = {entry.path for entry in self._plan.entries if entry.repo == destination.repo}
         folders = tuple(f"{name.removesuffix('.safetensors')}/" for name in names)
         paths = [path for path in remote.files if path in names or path.startswith(folders)]
-        return HubBranch(remote.commit, remote.files, repository.baked_headers(remote, paths))
+        return HubBranch(remote.commit, remote.files, remote_headers(remote, paths))
 
 
 def read_local_output(target: Path) -> Existing:
@@ -102,4 +110,18 @@ def read_local_output(target: Path) -> Existing:
             return Existing(tuple(stamps), {str(name): target / name for name in checkpoint.companions})
     except CheckpointError:
         pass
-    raise PlanError(f"{target}: not made by crdiff, and so not replaced", "Remove it, or give another -o.")
+    raise _not_ours(target)
+
+
+def read_local_pack(target: Path) -> PackHeader | None:
+    """Read the pack that an earlier run left, if any; PlanError for anything else, which is not replaced."""
+    if not os.path.lexists(target):
+        return None
+    try:
+        return open_pack(target).header
+    except CrdiffError as error:
+        raise _not_ours(target) from error
+
+
+def _not_ours(target: Path) -> PlanError:
+    return PlanError(f"{target}: not made by crdiff, and so not replaced", "Remove it, or give another -o.")

@@ -6,20 +6,20 @@ from typing import Any
 from crdiff_export.errors import HubError
 from crdiff_export.hub.location import parse_uri
 from crdiff_export.hub.messages import as_hub_error
-from crdiff_export.publish.card import BaseModel, CardVariant
+from crdiff_export.publish.card import BaseModel
 
 
-def bases_of(variants: Sequence[CardVariant], local_base: str | None) -> tuple[tuple[BaseModel, ...], list[str]]:
-    """Look up every base of some variants.
+def bases_of(names: Sequence[str], local_base: str | None) -> tuple[tuple[BaseModel, ...], list[str]]:
+    """Look up the bases of a repository's variants.
 
     Args:
-        variants: The variants.
+        names: What the headers call the bases.
         local_base: The Hub id of a base that was a local file.
 
     Returns:
         The bases, and notes on those that the Hub does not describe.
     """
-    locations = [parse_uri(variant.stamp.source_name) for variant in variants]
+    locations = [parse_uri(name) for name in names]
     repos = dict.fromkeys(location.repo if location else local_base for location in locations)
     bases = [look_up(repo) for repo in repos]
     return tuple(base for base, _ in bases), [note for _, note in bases if note]

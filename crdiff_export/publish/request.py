@@ -1,14 +1,15 @@
-"""Push one baked checkpoint to the Hub: check the request, prepare the repository, collect the files, send them."""
+"""Push one baked checkpoint or pack to the Hub: check the request, prepare the repository, collect and send files."""
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from crdiff_export.errors import OptionError
 from crdiff_export.formats.crdiff_keys import Stamp
 from crdiff_export.formats.hashing import hash_file
 from crdiff_export.formats.text import amount
 from crdiff_export.hub.location import REF, is_repo_id, parse_uri
+from crdiff_export.packs import SUFFIX, is_pack, open_pack
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.publish import target
 from crdiff_export.publish.target import Destination
@@ -21,6 +22,7 @@ _NOT_NAMES = ("", ".", "..", ".git", ".cache")
 _BEGINS, _ENDS = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"
 # Ours: what a visitor of a card downloads without being asked.
 LARGEST_SHEET = 20_000_000
+NO_PICTURE = "Push the picture with the exported file of its size."
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,20 @@ def check_request(request: PushRequest) -> None:
         _check_sheet(request.sheet)
 
 
+def check_sheet_of(request: PushRequest, path: Path) -> None:
+    """Refuse a picture for a pack, which holds many sizes and has no place for one.
+
+    Args:
+        request: The push.
+        path: The file or folder here.
+
+    Raises:
+        OptionError: There is a picture, and the path names a pack.
+    """
+    if request.sheet and is_pack(path):
+        raise OptionError(f"--sheet {request.sheet}: shows one size, {path.name} is a pack of several", NO_PICTURE)
+
+
 def _check_sheet(sheet: Path) -> None:
     hint = "Draw one with `crdiff preview BASE --baked FILE --prompt TEXT -o sheet.png`."
     try:
@@ -114,9 +130,10 @@ def path_in_repository(request: PushRequest, path: Path) -> str:
         return request.path or ""
     wanted = request.path if request.path is not None else path.name
     wanted += path.name if wanted.endswith("/") else ""
-    if not wanted.endswith(".safetensors"):
-        hint = f"Write {wanted or path.stem}.safetensors, or {wanted}/ for a folder." if wanted else "Leave it out."
-        raise OptionError(f"{wanted!r} is not a name for a safetensors file", hint)
+    ending, kind = (SUFFIX, "pack") if is_pack(path) else (".safetensors", "safetensors file")
+    if PurePosixPath(wanted).suffix != ending:
+        hint = f"Write {wanted or path.stem}{ending}, or {wanted}/ for a folder." if wanted else "Leave it out."
+        raise OptionError(f"{wanted!r} is not a name for a {kind}", hint)
     _check_path(wanted)
     return wanted
 
@@ -165,12 +182,14 @@ def make_upload(request: PushRequest, path: Path, progress: Progress, *, checked
     Raises:
         OptionError: If a file cannot go where it is wanted.
         CheckpointError: As in `collect`.
+        PackError: As in `collect`.
         VerifyError: As in `collect`.
     """
+    check_sheet_of(request, path)
     wanted = path_in_repository(request, path)
     files = collect(path, wanted, progress, checked=checked)
     if request.sheet:
-        stamp = next(file.header for file in files.values() if file.header)
+        stamp = next(file.header for file in files.values() if isinstance(file.header, Stamp))
         sheet = request.sheet
         _check_sheet(sheet)
         files[sheet_path(wanted, stamp.resolution)] = LocalFile(sheet, sheet.stat().st_size, hash_file(sheet, Silent()))
@@ -185,6 +204,13 @@ def _message(request: PushRequest, name: str) -> str:
 
 
 def read_source_name(path: Path) -> str:
-    """Read what the header of a baked checkpoint calls its base; raises CheckpointError for one that is not baked."""
+    """Read what the header of a baked checkpoint or of a pack calls its base.
+
+    Raises:
+        CheckpointError: crdiff did not bake the checkpoint.
+        PackError: The pack is damaged.
+    """
+    if is_pack(path):
+        return open_pack(path).common.source_name
     checkpoint = open_whole(path)
     return Stamp.from_metadata(checkpoint.metadata, str(path)).source_name

@@ -13,12 +13,13 @@ from typing import Literal
 from crdiff_export.bake.destination import companions_size
 from crdiff_export.errors import CrdiffError, HubError, PlanError
 from crdiff_export.export import Baked, ExportJob, Failure, prepare_located, run_in_turn, run_together
-from crdiff_export.hub import bases, repository
+from crdiff_export.hub import bases
 from crdiff_export.hub.location import parse_uri
 from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.publish import target
 from crdiff_export.publish.commit import PushResult, push, tag
+from crdiff_export.publish.headers import HeaderCache
 from crdiff_export.publish.target import Destination
 from crdiff_export.publish.upload import Upload, collect
 from crdiff_export.publish.worklist import TITLE, BaseWork, WorkItem, Worklist
@@ -84,7 +85,7 @@ class _Run:
         self._progress, self._pause = progress, pause
         # What stands at each destination: the checked destination, or why nothing can go there.
         self._destinations: dict[Destination, Destination | CrdiffError] = {}
-        self._headers: repository.HeaderCache = {}
+        self._headers: HeaderCache = {}
 
     def check_access(self) -> None:
         """Check every repository that something will go to, and create those that do not exist."""

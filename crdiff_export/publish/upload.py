@@ -1,4 +1,4 @@
-"""Collect what is pushed: the files of a baked checkpoint with their hashes."""
+"""Collect what is pushed: the files of a baked checkpoint, or a pack, with their hashes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ from crdiff_export.formats.crdiff_keys import TENSORS_HASH, Stamp
 from crdiff_export.formats.hashing import hash_from
 from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.weight_file import SourceFile
+from crdiff_export.packs import is_pack, open_pack
 from crdiff_export.progress import Progress
+from crdiff_export.publish.headers import MadeHeader
 
 # Files of the repository that a folder was downloaded from; at the root they would replace those of this repository.
 _STAY_HERE = ("README.md", ".gitattributes")
@@ -18,12 +20,12 @@ _STAY_HERE = ("README.md", ".gitattributes")
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
-    """A file to push: its path here, its bytes, its SHA-256 as hex, and its header if crdiff baked it."""
+    """A file to push: its path here, its bytes, its SHA-256 as hex, and its header if crdiff made it."""
 
     path: Path
     size: int
     sha256: str
-    header: Stamp | None = None
+    header: MadeHeader | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ def open_whole(path: Path) -> Checkpoint:
 
 
 def collect(path: Path, destination: str, progress: Progress, *, checked: bool = False) -> dict[str, LocalFile]:
-    """Hash the files of a baked checkpoint.
+    """Hash the files of a baked checkpoint, or a pack.
 
     Args:
         path: The file or folder.
@@ -72,8 +74,11 @@ def collect(path: Path, destination: str, progress: Progress, *, checked: bool =
 
     Raises:
         CheckpointError: If crdiff did not bake the checkpoint, or a file cannot be read.
+        PackError: If the pack is damaged.
         VerifyError: If the bytes of a file are not those of the hash in its header.
     """
+    if is_pack(path):
+        return {destination: _collect_pack(path, progress, checked=checked)}
     checkpoint = open_whole(path)
     baked = {file.path: file for file in checkpoint.files}
     headers = {file.path: Stamp.from_metadata(file.metadata, str(file.path)) for file in checkpoint.files}
@@ -90,6 +95,20 @@ def collect(path: Path, destination: str, progress: Progress, *, checked: bool =
         sha256 = _hash(file, None if checked else baked.get(file), progress)
         collected[paths[file]] = LocalFile(file, size, sha256, headers.get(file))
     return collected
+
+
+def _collect_pack(path: Path, progress: Progress, *, checked: bool) -> LocalFile:
+    """Hash a pack, and compare its masks with their hashes; opening it compares its own."""
+    pack = open_pack(path)
+    sizes = () if checked else pack.masked_sizes
+    total = pack.file.data_start + pack.file.data_size
+    progress.stage("hashing", total + sum(mask.nbytes for size in sizes for mask in pack.masks(size)))
+    for size in sizes:
+        for _, bits in pack.read_masks(size):
+            progress.advance(len(bits))
+    sha256 = _hash(path, None, progress)
+    pack.file.check_unchanged()
+    return LocalFile(path, total, sha256, pack.header)
 
 
 def _hash(path: Path, source: SourceFile | None, progress: Progress) -> str:

@@ -297,7 +297,7 @@ REFUSALS = {
     "layers of a pack": ("inspect sizes.crdiff --layers", 2, "usage", "--layers"),
     "difference of packs": ("diff sizes.crdiff {shelf}/sd15.safetensors", 2, "usage", "sizes.crdiff"),
     "restore": ("restore sizes.crdiff -o x.safetensors", 1, "checkpoint", "sizes.crdiff"),
-    "push": ("push sizes.crdiff my-org/x", 1, "checkpoint", "sizes.crdiff"),
+    "picture of a pack": ("push sizes.crdiff my-org/x --preview fox", 2, "usage", "sizes.crdiff"),
     "export with no pack": ("export demo --pack none.crdiff --res 48", 1, "checkpoint", "none.crdiff"),
     "export of another size": ("export demo --pack sizes.crdiff --res 64", 1, "pack", "64x64"),
     "export of several, one not there": ("export demo --pack sizes.crdiff --res 48 --res 64", 1, "pack", "64x64"),

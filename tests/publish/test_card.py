@@ -430,7 +430,7 @@ def test_names_are_only_names(text: str) -> None:
         details = ["<details>\n<s", "</details>\n"]
         assert blocks == ["<!-- crdiff:", "<!-- What is", *details, "<!-- crdiff:"]
         assert not [t for t in parsed if t.type in ("html_inline", "image", "hr", "code_block", "blockquote_open")]
-        assert [t.tag for t in parsed if t.type == "heading_open"] == ["h1", "h2", "h3", "h3", "h3", "h3"]
+        assert [t.tag for t in parsed if t.type == "heading_open"] == ["h1", "h2", "h3", "h3", "h3", "h3", "h3"]
         cells = [after.content for t, after in pairwise(parsed) if t.type in ("th_open", "td_open")]
         assert len(cells) == 6 * (1 + len(found.variants))
         assert {cells[n] for n in range(6 + 5, len(cells), 6)} == {"1", "6,938,040,682"}  # too much is not shown

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 from crdiff_export.formats.crdiff_keys import Stamp
 from crdiff_export.hub.location import parse_uri
+from crdiff_export.packs import PackHeader
 from crdiff_export.publish.card.text import page
 
 GATING = "extra_gated_"
@@ -91,15 +92,55 @@ class CardVariant:
 
 
 @dataclass(frozen=True, slots=True)
+class CardPack:
+    """A pack in the repository.
+
+    Attributes:
+        path: Its file.
+        header: What its metadata says.
+        size: Its bytes.
+        sha256: The SHA-256 of the file as hex, where the Hub gives it.
+        weights: diffusers' name for the weights of a base that is a folder, such as `*.fp16.safetensors`.
+    """
+
+    path: str
+    header: PackHeader
+    size: int
+    sha256: str | None = None
+    weights: str | None = None
+
+    def is_of_base(self, stamp: Stamp) -> bool:
+        """Whether a baked file was made from the base of this pack, by the hashes in both headers."""
+        files = self.header.files
+        hashes = {f"0x{digest}" for file in files for digest in (file.data_hash, file.file_hash) if digest}
+        return bool(hashes & {stamp.source_hash, stamp.source_file_hash})
+
+    def holds(self, stamp: Stamp) -> bool:
+        """Whether an export with the pack makes the weights of a baked file."""
+        own = self.header.variants.get(stamp.resolution)
+        return own is not None and self.is_of_base(stamp) and _numbers(own) == _numbers(stamp)
+
+
+@dataclass(frozen=True, slots=True)
+class CardRow:
+    """One size with its numbers, and where the repository has it: in a file, in packs, or in both."""
+
+    stamp: Stamp
+    file: CardVariant | None = None
+    packs: tuple[CardPack, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Card:
     """The content of a card.
 
     Attributes:
         repo: The Hub id of the repository.
-        variants: Its variants, in any order.
-        bases: Their bases.
+        variants: Its exported variants, in any order.
+        bases: The bases of all variants.
         relation: The Hub's `base_model_relation`: adapter, merge, quantized or finetune.
         revision: The branch that the card and the variants are on.
+        packs: Its packs, in any order.
     """
 
     repo: str
@@ -107,28 +148,51 @@ class Card:
     bases: tuple[BaseModel, ...]
     relation: str = "finetune"
     revision: str = "main"
+    packs: tuple[CardPack, ...] = ()
 
-    def sorted_variants(self) -> tuple[CardVariant, ...]:
-        """Return the variants by family, then from small to large, then by name."""
-        return tuple(sorted(self.variants, key=_rank))
+    def rows(self) -> tuple[CardRow, ...]:
+        """Return the sizes by family, from small to large, and by name; what is in a file and a pack alike, once."""
+        packs = sorted(self.packs, key=lambda pack: pack.path)
+        rows = [
+            CardRow(variant.stamp, variant, tuple(pack for pack in packs if pack.holds(variant.stamp)))
+            for variant in self.variants
+        ]
+        listed = {(pack.path, row.stamp.resolution) for row in rows for pack in row.packs}
+        rows += (
+            CardRow(stamp, packs=(pack,))
+            for pack in packs
+            for size, stamp in pack.header.variants.items()
+            if (pack.path, size) not in listed
+        )
+        return tuple(sorted(rows, key=_rank))
+
+    def stamps(self) -> tuple[Stamp, ...]:
+        """Return the headers of all sizes, in the order of `rows`."""
+        return tuple(row.stamp for row in self.rows())
 
     def sizes(self) -> tuple[str, ...]:
         """Return the sizes of the variants, in their order."""
-        return tuple(dict.fromkeys(str(variant.stamp.resolution) for variant in self.sorted_variants()))
+        return tuple(dict.fromkeys(str(stamp.resolution) for stamp in self.stamps()))
 
-    def base_of(self, variant: CardVariant) -> BaseModel | None:
+    def base_of(self, stamp: Stamp) -> BaseModel | None:
         """Find the base of a variant, as far as the names tell."""
         if len(self.bases) == 1:
             return self.bases[0]
-        location = parse_uri(variant.stamp.source_name)
+        location = parse_uri(stamp.source_name)
         repo = location.repo.lower() if location else None
         candidates = [base for base in self.bases if (base.repo.lower() if base.repo else None) == repo]
         return candidates[0] if len(candidates) == 1 else None
 
 
-def _rank(variant: CardVariant) -> tuple[str, int, int, str]:
-    size = variant.stamp.resolution
-    return variant.stamp.family, size.width * size.height, size.width, variant.path
+def _numbers(stamp: Stamp) -> Mapping[str, str]:
+    """Return what decides which weights go: all requested numbers, without the base."""
+    return replace(stamp, source_hash=None, source_file_hash=None, residual="none").request_keys()
+
+
+def _rank(row: CardRow) -> tuple[str, int, int, str]:
+    size = row.stamp.resolution
+    path = row.file.path if row.file else row.packs[0].path
+    return row.stamp.family, size.width * size.height, size.width, path
 
 
 def _text(value: object) -> str | None:

@@ -78,14 +78,15 @@ def _licence(card: Card) -> dict[str, str]:
 
 def _single(card: Card) -> dict[str, dict[str, str]]:
     """The keys that do not depend on other keys."""
-    library = "diffusers" if any(kind(variant) == "pipeline" for variant in card.variants) else "diffusion-single-file"
     tasks = {base.pipeline_tag for base in card.bases if base.pipeline_tag}
-    usual = [pipelines.find(variant.stamp.family) for variant in card.variants]
+    usual = [pipelines.find(stamp.family) for stamp in card.stamps()]
     of_pictures = all(pipeline and pipeline.pictures for pipeline in usual)
     values = {
-        "library_name": library,
         "pipeline_tag": tasks.pop() if len(tasks) == 1 else "image-to-image" if of_pictures else "text-to-image",
     }
+    if card.variants or not card.packs:  # no library of the Hub's opens a pack
+        is_diffusers = any(kind(variant) == "pipeline" for variant in card.variants)
+        values["library_name"] = "diffusers" if is_diffusers else "diffusion-single-file"
     if any(base.repo for base in card.bases):
         values["base_model_relation"] = card.relation
     return {key: {key: value} for key, value in values.items()}

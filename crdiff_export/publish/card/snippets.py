@@ -9,15 +9,16 @@ from typing import Literal
 
 from crdiff_export.bake.residual import NONE, RESIDUAL_KEYS
 from crdiff_export.errors import FamilyError
+from crdiff_export.formats.crdiff_keys import Stamp
 from crdiff_export.formats.dtypes import DTYPES as FLOATS
 from crdiff_export.hub import bases
-from crdiff_export.hub.location import parse_uri
+from crdiff_export.hub.location import HubLocation, parse_uri
 from crdiff_export.models import families
 from crdiff_export.models.families import Family, pipelines
 from crdiff_export.models.families.model import BUNDLED, Pipeline
 from crdiff_export.models.prediction import EDM_V_SCHEDULER, V_SCHEDULER, Prediction
 from crdiff_export.prune.criterion_choice import MAGNITUDE
-from crdiff_export.publish.card.model import Card, CardVariant
+from crdiff_export.publish.card.model import Card, CardPack, CardVariant
 from crdiff_export.publish.card.text import prose, quoted, word
 from crdiff_export.sizes import Size
 
@@ -72,9 +73,9 @@ def _special(variant: CardVariant) -> str:
     return prediction.kind if prediction.kind in ("edm", "other") else ""
 
 
-def is_built_in_base(variant: CardVariant) -> bool:
+def is_built_in_base(stamp: Stamp) -> bool:
     """Whether a variant is of the base that comes with crdiff, whose other parts are nowhere else."""
-    model = pipelines.find(variant.stamp.family)
+    model = pipelines.find(stamp.family)
     return model is not None and model.config == bases.BUILT_IN
 
 
@@ -145,7 +146,7 @@ def renaming(variant: CardVariant, model: Pipeline) -> str | None:
 
 def configuration(card: Card, variant: CardVariant, model: Pipeline) -> str:
     """Return the repository with the other parts of the model: the base, if it has diffusers' folders."""
-    base, origin = card.base_of(variant), parse_uri(variant.stamp.source_name)
+    base, origin = card.base_of(variant.stamp), parse_uri(variant.stamp.source_name)
     folders = base and base.repo and (base.pipeline or (origin and not origin.file))
     return base.repo if base and base.repo and folders else model.config
 
@@ -153,6 +154,32 @@ def configuration(card: Card, variant: CardVariant, model: Pipeline) -> str:
 def recreate(variant: CardVariant) -> str:
     """Return the command line that exports the same weights again."""
     stamp = variant.stamp
+    ways = [way for way, key in RESIDUAL_KEYS.items() if key == stamp.residual != NONE]
+    options = [*_options(stamp, variant.weights), *(text for way in ways for text in ("--residual", way))]
+    name = variant.path.rsplit("/", 1)[-1] or f"crdiff-{stamp.resolution}"
+    words = ["crdiff", "export", _base(stamp), "--res", str(stamp.resolution), *options, "-o", name]
+    return " ".join(map(word, words))
+
+
+def recreate_pack(pack: CardPack) -> list[str]:
+    """Return the command lines that make the same pack again: one creates it, others add sizes of other numbers."""
+    groups: dict[tuple[object, ...], list[Size]] = {}
+    for size, stamp in pack.header.variants.items():
+        calibrated = stamp.calibrated.hash if stamp.calibrated else None
+        groups.setdefault((*_options(stamp, pack.weights), calibrated), []).append(size)
+    lines: list[str] = []
+    name = pack.path.rsplit("/", 1)[-1]
+    for (*options, _), sizes in groups.items():
+        base = _base(pack.header.common)
+        target = ["create", base] if not lines else ["add", name, "--base", base]
+        listed = [text for size in sizes for text in ("--res", str(size))]
+        output = [] if lines else ["-o", name]
+        lines.append(" ".join(map(word, ["crdiff", "pack", *target, *listed, *map(str, options), *output])))
+    return lines
+
+
+def _options(stamp: Stamp, weights: str | None) -> list[str]:
+    """Return the options of an export, or of a pack, that decide which weights go."""
     options = ["--family", "FILE"] * (stamp.family_table is not None and stamp.family != "unet")
     if stamp.native_source == "given":
         options += ["--native", str(stamp.native)]
@@ -169,27 +196,69 @@ def recreate(variant: CardVariant) -> str:
     if stamp.criterion != MAGNITUDE:
         options += ["--criterion", stamp.criterion]
     options += ["--allow-nonfinite"] * any(shares.nonfinite for shares in stamp.groups.values())
-    options += ["--variant", variant.weights] if variant.weights else []
+    options += ["--variant", weights] if weights else []
     options += ["--calibration", "CALIBRATION"] * (stamp.calibrated is not None)
     options += [text for name, dtype in FLOATS.items() if dtype == stamp.cast for text in ("--dtype", name)]
-    ways = [way for way, key in RESIDUAL_KEYS.items() if key == stamp.residual != NONE]
-    options += [text for way in ways for text in ("--residual", way)]
-    name = variant.path.rsplit("/", 1)[-1] or f"crdiff-{stamp.resolution}"
-    words = ["crdiff", "export", _base(variant), "--res", str(stamp.resolution), *options, "-o", name]
-    return " ".join(map(word, words))
+    return options
 
 
 def compare(variant: CardVariant) -> str:
     """Return the command line that draws a variant beside its base."""
     name = variant.path.rsplit("/", 1)[-1] or f"crdiff-{variant.stamp.resolution}"
     weights = ["--variant", variant.weights] if variant.weights else []
-    return " ".join(map(word, ["crdiff", "preview", _base(variant), "--baked", name, *weights, "--prompt", "TEXT"]))
+    words = ["crdiff", "preview", _base(variant.stamp), "--baked", name, *weights, "--prompt", "TEXT"]
+    return " ".join(map(word, words))
 
 
-def _base(variant: CardVariant) -> str:
+def _base(stamp: Stamp) -> str:
     """Return how a command names the base of a variant: on the Hub, built in, or as the file was called."""
-    name = variant.stamp.source_name
+    name = stamp.source_name
     return f"./{name}" if name.startswith("-") else name
+
+
+def address(card: Card, pack: CardPack) -> str:
+    """Return the address of a pack, as `poa.enable` and `--pack` take it."""
+    return str(HubLocation(card.repo, pack.path, None if card.revision == "main" else card.revision))
+
+
+def export_pack(card: Card, pack: CardPack) -> str:
+    """Return the command line that exports the smallest size of a pack."""
+    stamp = example(pack)
+    weights = ["--variant", pack.weights] if pack.weights else []
+    words = ["crdiff", "export", _base(stamp), *weights, "--pack", address(card, pack), "--res", str(stamp.resolution)]
+    return " ".join(map(word, words))
+
+
+def example(pack: CardPack) -> Stamp:
+    """Return the header of the smallest size of a pack."""
+    return min(pack.header.variants.values(), key=lambda stamp: stamp.resolution.width * stamp.resolution.height)
+
+
+def base_on_hub(pack: CardPack) -> tuple[HubLocation, CardVariant] | None:
+    """Describe the base of a pack as if it were a variant, so that it is opened as one.
+
+    Returns:
+        Where it is, and the variant; None for a base that is not on the Hub as one safetensors file or as a pipeline.
+    """
+    stamp = example(pack)
+    origin = parse_uri(stamp.source_name)
+    if origin is None or not (origin.file.endswith(".safetensors") if origin.file else stamp.layout == "diffusers"):
+        return None
+    return origin, CardVariant(origin.file or "", stamp, 0, None, pack.weights)
+
+
+def pack_heading(pack: CardPack) -> str:
+    """Return the model of a pack, for the line above the code."""
+    variant = CardVariant(pack.path, example(pack), pack.size, None)
+    special = _special(variant)
+    return f"**{title(variant.stamp.family)}{f' ({special})' if special else ''}**"
+
+
+def in_comfyui(pack: CardPack) -> bool:
+    """Whether ComfyUI opens the base of a pack, and so the node takes the pack."""
+    family, stamp = pack.header.common.family, pack.header.common
+    opened_by = families.by_id(family).programs if families.is_built_in(family) else ()
+    return "comfyui" in opened_by or ("comfyui-original" in opened_by and stamp.layout == "original")
 
 
 def folders(variant: CardVariant) -> list[tuple[str, str]]:
