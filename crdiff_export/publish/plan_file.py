@@ -3,13 +3,14 @@
 Nothing in it is ignored or guessed, and all problems are reported at once. Keys before the first [[base]] hold for
 every base, keys in a [[base]] for all of its sizes, keys in a [[base.variant]] for that size alone; the innermost wins.
 A base is pruned for its `sizes`, or else for those before the first [[base]], and also for the size of each of its
-[[base.variant]] tables.
+[[base.variant]] tables. With `pack`, one pack holds all of these sizes, beside a file for each or instead.
 """
 
 import re
 import tomllib
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -21,11 +22,13 @@ from crdiff_export.hub.location import FILE_ENDINGS, REF, is_repo_id
 from crdiff_export.models import families
 from crdiff_export.models.recipe import check_groups, choose
 from crdiff_export.models.recipe_toml import shown
+from crdiff_export.packs import SUFFIX
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.publish import toml_lines
 from crdiff_export.publish.plan_keys import (
     DEFAULT_NAME,
     FIELD,
+    OF_ONE_SIZE,
     TABLES,
     InheritedValues,
     PlanBase,
@@ -41,29 +44,49 @@ _PATH = re.compile(f"{_PART}(/{_PART})*")
 # Windows takes these for devices, whatever ending they have.
 # src: https://learn.microsoft.com/windows/win32/fileio/naming-a-file
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
+
+
+def _is_path(path: str) -> bool:
+    """Whether a text is a path that every system can have."""
+    return bool(_PATH.fullmatch(path)) and not any(map(_is_reserved, path.split("/")))
+
+
+def _is_reserved(part: str) -> bool:
+    """Whether a part of a path is only an ending, or the name of a device on Windows."""
+    return part.lower() in (".safetensors", SUFFIX) or part.partition(".")[0].rstrip().lower() in _DEVICES
+
+
 # The keys that are templates: the check of what one gives, and what it must be.
 _TEMPLATES: Mapping[str, tuple[Callable[[str], object], str]] = {
     "repo": (is_repo_id, "ORG/NAME"),
     "revision": (REF.fullmatch, "the name of a branch"),
     "tag": (REF.fullmatch, "the name of a tag"),
-    "name": (
-        lambda path: _PATH.fullmatch(path) and not any(map(_is_reserved, path.split("/"))),
-        "a path that every system can have, with / between its parts",
+    "name": (_is_path, "a path that every system can have, with / between its parts"),
+    "pack": (
+        lambda path: _is_path(path) and path.endswith(SUFFIX),
+        f"a path that every system can have, with / between its parts and {SUFFIX} at its end",
     ),
 }
+_FILE_TEMPLATES, _PACK_TEMPLATES = ("repo", "revision", "tag", "name"), ("repo", "revision", "tag", "pack")
 # The keys that go to the export as they are.
 _EXPORT_KEYS = ("dtype", "ratio", "ratios", "poa_weight", "targets", "criterion", "calibration", "allow_nonfinite",
                 "family", "native")  # fmt: skip
+# The keys that all sizes of a pack share, and the fields of their exports.
+_SHARED_IN_PACK = {
+    "weights": "variant", "dtype": "dtype", "criterion": "criterion", "calibration": "calibration",
+    "family": "family", "native": "native", "allow_nonfinite": "allow_nonfinite",
+}  # fmt: skip
 _EXAMPLES = {name: key.example for keys in reversed([*TABLES.values()]) for name, key in keys.items()}
 _ANY_SIZE = Size(1024, 1024)
 
 
 @dataclass(frozen=True, slots=True)
 class PlanEntry:
-    """One variant that a plan file asks for: a base at a size, and where the result goes.
+    """One variant that a plan file asks for, a base at a size, or the pack of a base; and where the result goes.
 
     Attributes:
-        request: The export, but for its output and the settings of the run. The path of a base is absolute.
+        request: The export, but for its output and the settings of the run. The path of a base is absolute. Of a pack,
+            that of its first size.
         path: The path in the repository.
         default_name: Whether the plan gives no name. Then `path` ends in .safetensors unless the base is known to be a
             folder; if it proves to be one only later, the ending has to go.
@@ -72,8 +95,9 @@ class PlanEntry:
         tag: The tag that the plan wants, if any.
         private: Whether to create a private repository; None to decide by the base's licence.
         base_model: The Hub id of a base that is a local file.
-        line: The line of the size.
+        line: The line of the size; of a pack, that of its [[base]].
         base_name: What {base} stands for.
+        pack: The exports of all sizes of a pack; empty for a variant.
     """
 
     request: ExportRequest
@@ -86,9 +110,12 @@ class PlanEntry:
     base_model: str | None = None
     line: int | None = None
     base_name: str = field(default="", compare=False)
+    pack: tuple[ExportRequest, ...] = ()
 
     def __str__(self) -> str:
         """Return what messages call it."""
+        if self.pack:
+            return f"the pack of {Path(self.request.base).name or self.request.base}"
         return f"{self.request.size} of {Path(self.request.base).name or self.request.base}"
 
     @property
@@ -168,8 +195,7 @@ def parse(text: str, name: str, folder: Path) -> PlanFile:
     entries = [
         entry
         for table, path in tables or ()
-        for size, at, inner in _sizes_of_base(table, path, shared, folder.absolute(), problems)
-        if (entry := _entry(size, at, inner, problems))
+        for entry in _entries_of_base(table, path, shared, folder.absolute(), problems)
     ]
     plan = PlanFile(name, tuple(entries))
     _refuse_conflicts(plan, problems)
@@ -185,10 +211,10 @@ def _syntax_problem(name: str, error: str) -> CrdiffError:
     return CrdiffError(printable(problem, 400), hint)
 
 
-def _sizes_of_base(
+def _entries_of_base(
     table: Mapping[str, object], path: KeyPath, shared: InheritedValues, folder: Path, problems: Problems
-) -> Iterator[tuple[Size | None, KeyPath, InheritedValues]]:
-    """Yield each size of a [[base]], where it is written, and the values that hold for it; None for a wrong size."""
+) -> Iterator[PlanEntry]:
+    """Yield the entries of a [[base]]: its sizes, then its pack."""
     inner = read_table(table, path, "[[base]]", folder, problems)
     variants, _ = inner.pop("variant", (None, ()))
     values = inner.within(shared)
@@ -196,6 +222,28 @@ def _sizes_of_base(
         problems.add(path, "base is missing", 'Write base = "sdxl".')
     if "sizes" not in values and "variant" not in table:
         problems.add(path, "nothing says for which sizes", f"Write {_EXAMPLES['sizes']}.")
+    sizes = list(_sizes_of_base(variants, values, folder, problems))
+    made = [(entry, own) for size, at, own in sizes if (entry := _entry(size, at, own, problems))]
+    without_files = values.value("files") is False
+    if without_files and "pack" not in values:
+        problems.add(
+            values["files"][1],
+            "files is false, but there is no pack",
+            f"Write {_EXAMPLES['pack']}, or leave files out.",
+        )
+    if not without_files:
+        yield from (entry for entry, _ in made)
+    if made and "pack" in values and (pack := _pack_entry(made, path, values, problems)):
+        yield pack
+
+
+def _sizes_of_base(
+    variants: Sequence[tuple[Mapping[str, object], KeyPath]] | None,
+    values: InheritedValues,
+    folder: Path,
+    problems: Problems,
+) -> Iterator[tuple[Size | None, KeyPath, InheritedValues]]:
+    """Yield each size of a [[base]], where it is written, and the values that hold for it; None for a wrong size."""
     for size, at in values.value("sizes") or ():
         yield size, at, values
     for variant, at in variants or ():
@@ -217,7 +265,7 @@ def _entry(size: Size | None, at: KeyPath, values: InheritedValues, problems: Pr
     any_base, any_size = base or PlanBase("", "base"), size or _ANY_SIZE
     default = DEFAULT_NAME.removesuffix(".safetensors") if any_base.folder else DEFAULT_NAME
     named = values.within(InheritedValues(name=(default, at)))
-    texts = {key: _fill(key, named, any_base, any_size, problems) for key in _TEMPLATES if key in named}
+    texts = {key: _fill(key, named, any_base, any_size, problems) for key in _FILE_TEMPLATES if key in named}
     path = texts["name"]
     if path and "name" in values:
         _check_name(path, any_base.folder, values["name"][1], problems)
@@ -236,6 +284,63 @@ def _entry(size: Size | None, at: KeyPath, values: InheritedValues, problems: Pr
         request, path, "name" not in values, texts.get("repo"), texts.get("revision"), texts.get("tag"),
         values.value("private"), values.value("base_model"), problems.line(at) or None, base.short,
     )  # fmt: skip
+
+
+def _pack_entry(
+    made: Sequence[tuple[PlanEntry, InheritedValues]], path: KeyPath, values: InheritedValues, problems: Problems
+) -> PlanEntry | None:
+    """Make the entry of the pack of a [[base]]; None if a part of it is wrong, after its problems have been added.
+
+    Args:
+        made: The entries of its sizes, with the values that hold for each.
+        path: The path of the [[base]].
+        values: The values that hold for all of its sizes.
+        problems: Gets the problems.
+    """
+    base: PlanBase = values.value("base")
+    _check_pack_sizes(made, problems)
+    for key in ("repo", "revision", "tag"):
+        for name in FIELD.findall(values.value(key) or ""):
+            if name in OF_ONE_SIZE:
+                hint = f"Leave {name} out, or write {key} below each [[base.variant]] and one for the pack above."
+                problems.add(values[key][1], f"{key} has {name}, but the pack holds all sizes", hint)
+    texts = {key: _fill(key, values, base, _ANY_SIZE, problems) for key in _PACK_TEMPLATES if key in values}
+    target = texts["pack"]
+    if target is None or None in texts.values():
+        return None
+    first = made[0][0].request
+    return PlanEntry(
+        first, target, False, texts.get("repo"), texts.get("revision"), texts.get("tag"), values.value("private"),
+        values.value("base_model"), problems.line(path) or None, base.short, tuple(entry.request for entry, _ in made),
+    )  # fmt: skip
+
+
+def _check_pack_sizes(made: Sequence[tuple[PlanEntry, InheritedValues]], problems: Problems) -> None:
+    """Find sizes that one pack cannot hold."""
+    apart = "Write it as a [[base]] of its own, with or without a pack of its own."
+    first = made[0][0]
+    by_size: dict[Size, PlanEntry] = {}
+    for entry, values in made:
+        request, at = entry.request, entry.line or 0
+        other = by_size.setdefault(request.size, entry)
+        if other is not entry:
+            hint = "Leave one of the two out, or write it as a [[base]] of its own."
+            problems.add(at, f"the pack would have {request.size} twice (line {other.line})", hint)
+        for key, name in _SHARED_IN_PACK.items():
+            if getattr(request, name) != getattr(first.request, name):
+                problem = f"{key} is not the same for {request.size} and {first.request.size} (line {first.line}), "
+                problems.add(at, f"{problem}which are in one pack", apart)
+        with suppress(CrdiffError):  # those of a size are problems of its own
+            criterion = CriterionChoice.load(request.criterion)
+            if criterion.moves:
+                hint = "Write pack only below each [[base]] that has another criterion."
+                problem = f"criterion {criterion.name} moves weights that stay, and a pack holds none"
+                problems.add(values["criterion"][1], problem, hint)
+        with suppress(CrdiffError):  # a calibration that cannot be read fails the run of its base
+            calibrated = CriterionChoice.of(request.criterion, request.calibration).calibration
+            if calibrated and calibrated.size != request.size:
+                problem = f"calibration was made at {calibrated.size}, and the pack would have {request.size} by it"
+                problems.add(at, problem, "Give this base that one size, or leave pack out.")
 
 
 def _check_family(
@@ -288,11 +393,6 @@ def _fill(key: str, values: InheritedValues, base: PlanBase, size: Size, problem
     return None
 
 
-def _is_reserved(part: str) -> bool:
-    """Whether a part of a path is only an ending, or the name of a device on Windows."""
-    return part.lower() == ".safetensors" or part.partition(".")[0].rstrip().lower() in _DEVICES
-
-
 def _check_name(path: str, folder: bool | None, at: KeyPath, problems: Problems) -> None:
     """Find a name that does not fit a base that is a file, or a folder."""
     safetensors = path.endswith(".safetensors")
@@ -317,11 +417,13 @@ def _refuse_conflicts(plan: PlanFile, problems: Problems) -> None:
         other = first.setdefault(path, entry)
         if other is not entry:
             problem = f"{entry} would be {entry.path}, and so would {other} (line {other.line})"
-            hint = "Put {base} and {size} into name, or give one of them its own."
+            key, fields = ("pack", "{base}") if entry.pack and other.pack else ("name", "{base} and {size}")
+            hint = f"Put {fields} into {key}, or give one of them its own."
             is_other = entry.request.base != other.request.base and entry.request.size == other.request.size
-            if is_other and entry.base_name.casefold() == other.base_name.casefold():
-                name = f"other-{{size}}{path.suffix if path.suffix == '.safetensors' else ''}"
-                hint = f'Both bases are called {entry.base_name}: below one [[base]] write `name = "{name}"`.'
+            if (is_other or key == "pack") and entry.base_name.casefold() == other.base_name.casefold():
+                ending = path.suffix if path.suffix == ".safetensors" else ""
+                name = f"other{SUFFIX}" if key == "pack" else f"other-{{size}}{ending}"
+                hint = f'Both bases are called {entry.base_name}: below one [[base]] write `{key} = "{name}"`.'
             problems.add(entry.line or 0, problem, hint)
     for path, entry in paths:
         outer = next((first[parent] for parent in path.parents if parent in first), entry)

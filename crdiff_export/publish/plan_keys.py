@@ -22,6 +22,8 @@ from crdiff_export.sizes import Size
 
 DEFAULT_NAME: Final = "{base}-crdiff-{size}.safetensors"
 PLACEHOLDERS: Final = ("{base}", "{size}", "{width}", "{height}", "{dtype}")
+# Placeholders that stand for something else at each size.
+OF_ONE_SIZE: Final = ("{size}", "{width}", "{height}")
 # A placeholder in a template, a doubled brace, or a brace alone.
 FIELD: Final = re.compile(r"\{\{|\}\}|\{[^{}]*\}|[{}]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -133,17 +135,24 @@ def read_table(
     return checked
 
 
-def _template(value: _Value) -> str | None:
+def _template(value: _Value, placeholders: tuple[str, ...] = PLACEHOLDERS) -> str | None:
     text = value.text()
-    wrong = [name for name in dict.fromkeys(FIELD.findall(text)) if name not in (*PLACEHOLDERS, "{{", "}}")]
+    wrong = [name for name in dict.fromkeys(FIELD.findall(text)) if name not in (*placeholders, "{{", "}}")]
     for name in wrong:
         if len(name) == 1:
-            hint = f"Write {name}{name} for the brace itself, or {{size}} for the size."
+            usual = "{size}" if "{size}" in placeholders else "{base}"
+            hint = f"Write {name}{name} for the brace itself, or {usual} for the {usual[1:-1]}."
             value.problems.add(value.path, f"{value.key} has a {name} alone", hint)
+        elif name in PLACEHOLDERS:
+            value.problems.add(value.path, f"{value.key} has {name}, but a pack holds all sizes", f"Leave {name} out.")
         else:
-            hint = did_you_mean(name, PLACEHOLDERS, "placeholders")
+            hint = did_you_mean(name, placeholders, "placeholders")
             value.problems.add(value.path, f"{value.key} has {shown(name)}, which stands for nothing", hint)
     return None if wrong else text
+
+
+def _pack(value: _Value) -> str | None:
+    return _template(value, tuple(name for name in PLACEHOLDERS if name not in OF_ONE_SIZE))
 
 
 def _flag(value: _Value) -> bool:
@@ -263,6 +272,11 @@ def _expanded(path: str, folder: Path) -> Path:
         return folder / path
 
 
+# Keys of a pack, which has all sizes of its base.
+_PACK: Mapping[str, Key] = {
+    "pack": Key('pack = "{base}.crdiff"', _pack),
+    "files": Key("files = false", _flag),
+}
 _SIZES = Key('sizes = ["512", "400x560"]', _sizes)
 _SHARED: Mapping[str, Key] = {
     "repo": Key('repo = "my-org/sdxl-crdiff"', _template),
@@ -281,11 +295,12 @@ _SHARED: Mapping[str, Key] = {
     "native": Key('native = "1024x1024"', _size),
 }
 TABLES: Final[Mapping[str, Mapping[str, Key]]] = {
-    "the plan": {"sizes": _SIZES, **_SHARED, "base": Key('[[base]], and below it base = "sdxl"', _tables)},
+    "the plan": {"sizes": _SIZES, **_SHARED, **_PACK, "base": Key('[[base]], and below it base = "sdxl"', _tables)},
     "[[base]]": {
         "base": Key('base = "sdxl"', _base),
         "sizes": _SIZES,
         **_SHARED,
+        **_PACK,
         "base_model": Key('base_model = "ORG/NAME"', _hub_id),
         "variant": Key('[[base.variant]] above each, or weights = "fp16" for the weights of a folder', _tables),
     },

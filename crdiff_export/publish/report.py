@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,7 @@ _STATUSES = {"published": "✅ published", "written": "✅ written", "unchanged"
 
 def planned_notes(worklist: Worklist) -> Iterator[str]:
     """Yield the notes on variants that will be made, each once for a base."""
-    yield from _each_once(
-        worklist, {id(item.entry): item.plan.notes for item in worklist.items if item.plan and item.action == "make"}
-    )
+    yield from _each_once(worklist, {id(item.entry): item.notes for item in worklist.items if item.action == "make"})
 
 
 def done_notes(worklist: Worklist, outcomes: Sequence[Outcome]) -> Iterator[str]:
@@ -54,32 +52,49 @@ def _each_once(worklist: Worklist, notes: Mapping[int, Sequence[str]]) -> Iterat
 def planned_row(item: WorkItem) -> list[str]:
     """Return the row of an item in a table with the columns PLANNED."""
     action = "make" if item.action == "make" and item.destination is None else _ACTIONS[item.action]
-    return [_base(item), str(item.request.size), _ratios(item), where(item), action, printable(item.reason)]
+    return [_base(item), _size(item), _ratios(item), where(item), action, printable(item.reason)]
 
 
 def planned_totals(worklist: Worklist) -> Iterator[tuple[str, str]]:
     """Yield names and values of what a dry run adds up to."""
-    actions: list[str] = [item.action for item in worklist.items]
-    words = {"make": "to make", "send": "to push", "skip": "there", "fail": "failing"}
-    yield "variants", ", ".join(f"{actions.count(action)} {word}" for action, word in words.items())
-    todo = [(work.remote, item.plan) for work in worklist.bases for item in work.items if item.action == "make"]
+    for name, is_pack in (("variants", False), ("packs", True)):
+        items = [item for item in worklist.items if bool(item.entry.pack) == is_pack]
+        if items or not is_pack:
+            yield name, _counts(items)
+    todo = [(work.remote, item) for work in worklist.bases for item in work.items if item.action == "make"]
     to_fetch = sum({remote.location: remote.size for remote, _ in todo if remote and remote.location}.values())
     yield "to fetch", f"at most {amount(to_fetch)}" if to_fetch else "nothing"
-    sizes = [plan.data_size for _, plan in todo if plan]
+    # A pack is counted by its masks; the rest of it takes some KB.
+    sizes = [item.plan.data_size for _, item in todo if item.plan]
+    sizes += [sum(item.job.mask_bytes.values()) for _, item in todo if item.job]
     at_once = sum(sizes) if worklist.request.keep else max(sizes, default=0)
     yield "to write", f"{amount(sum(sizes))}, {amount(at_once)} at once"
 
 
+def _counts(items: Sequence[WorkItem]) -> str:
+    actions: list[str] = [item.action for item in items]
+    words = {"make": "to make", "send": "to push", "skip": "there", "fail": "failing"}
+    return ", ".join(f"{actions.count(action)} {word}" for action, word in words.items())
+
+
 def planned_json(worklist: Worklist) -> dict[str, Any]:
     """Return a dry run for machines."""
-    return {
-        "variants": [
-            _item_json(item)
-            | {"action": item.action, "reason": item.reason, "notes": list(item.plan.notes) if item.plan else []}
-            | {"error": _error_json(item.error)}
-            for item in worklist.items
-        ]
-    }
+    return _by_kind(
+        (
+            item,
+            {"action": item.action, "reason": item.reason, "notes": list(item.notes)}
+            | {"error": _error_json(item.error)},
+        )
+        for item in worklist.items
+    )
+
+
+def _by_kind(results: Iterable[tuple[WorkItem, dict[str, Any]]]) -> dict[str, Any]:
+    """Put what is told of items below `variants` and `packs`."""
+    kinds: dict[str, Any] = {"variants": [], "packs": []}
+    for item, result in results:
+        kinds["packs" if item.entry.pack else "variants"].append(_item_json(item) | result)
+    return kinds
 
 
 def done_row(outcome: Outcome) -> list[str]:
@@ -87,11 +102,11 @@ def done_row(outcome: Outcome) -> list[str]:
     item = outcome.item
     size = amount(outcome.size) if outcome.size is not None else "-"
     commit = outcome.commit[:10] if outcome.commit else "-"
-    return [_base(item), str(item.request.size), outcome.status, size, commit, where(item)]
+    return [_base(item), _size(item), outcome.status, size, commit, where(item)]
 
 
 def done_json(outcomes: Sequence[Outcome], tags: Sequence[TagResult]) -> dict[str, Any]:
-    """Return a run for machines: one object per variant and per tag, and counts.
+    """Return a run for machines: one object per variant, pack and tag, and counts.
 
     Args:
         outcomes: What became of the variants.
@@ -100,18 +115,22 @@ def done_json(outcomes: Sequence[Outcome], tags: Sequence[TagResult]) -> dict[st
     Returns:
         The object to print.
     """
-    return {
-        "variants": [_outcome_json(outcome) for outcome in outcomes],
-        "tags": [
-            {"repo": tag.repo, "tag": tag.tag, "commit": tag.commit, "error": _error_json(tag.error)} for tag in tags
-        ],
-    } | {status: sum(outcome.status == status for outcome in outcomes) for status in _STATUSES}
+    return (
+        _by_kind((outcome.item, _outcome_json(outcome)) for outcome in outcomes)
+        | {
+            "tags": [
+                {"repo": tag.repo, "tag": tag.tag, "commit": tag.commit, "error": _error_json(tag.error)}
+                for tag in tags
+            ],
+        }
+        | {status: sum(outcome.status == status for outcome in outcomes) for status in _STATUSES}
+    )
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
-    pushed, plan = outcome.pushed, outcome.item.plan
-    notes = [*(plan.notes if plan else ()), *outcome.notes, *(pushed.notes if pushed else ())]
-    return _item_json(outcome.item) | {
+    pushed = outcome.pushed
+    notes = [*outcome.item.notes, *outcome.notes, *(pushed.notes if pushed else ())]
+    return {
         "status": outcome.status, "digest": outcome.digest, "bytes": outcome.size, "sha256": outcome.sha256,
         "commit": outcome.commit, "url": pushed.url if pushed else None,
         "pull_request": pushed.pull_request if pushed else None, "notes": notes, "error": _error_json(outcome.error),
@@ -120,17 +139,21 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
 
 def _item_json(item: WorkItem) -> dict[str, Any]:
     plan, export = item.plan, item.request
-    return {
-        "base": export.base, "size": str(export.size), "repo": item.entry.repo,
+    common = {
+        "base": export.base, "repo": item.entry.repo,
         "revision": item.destination.revision if item.destination else None, "path": item.path,
-        "output": str(item.target), "family": plan.match.family.id if plan else None,
+        "output": str(item.target), "digest": item.digest, "criterion": export.criterion,
+        "calibration": str(export.calibration) if export.calibration else None, "line": item.entry.line,
+    }  # fmt: skip
+    if item.entry.pack:
+        family = item.job.plans[0].match.family.id if item.job else None
+        return common | {"sizes": [str(size) for size in item.sizes], "family": family}
+    return common | {
+        "size": str(export.size), "family": plan.match.family.id if plan else None,
         "ratios": {group: plan.ratio(group) for group in plan.groups} if plan else None,
         "poa_weight": plan.variant.poa_weight if plan else None,
         "provenance": plan.variant.provenance if plan else None,
         "borrowed_from": str(plan.variant.borrowed_from) if plan and plan.variant.borrowed_from else None,
-        "digest": item.digest,
-        "criterion": export.criterion, "calibration": str(export.calibration) if export.calibration else None,
-        "line": item.entry.line,
     }  # fmt: skip
 
 
@@ -176,7 +199,7 @@ def markdown(worklist: Worklist, outcomes: Sequence[Outcome], tags: Sequence[Tag
         target = f"[{target}]({outcome.pushed.url})" if outcome.pushed else target
         lines.append(f"| {base} | {size} | {status} | {data} | {commit} | {target} |")
     lines += [
-        f"| {_cell(_base(item))} | {item.request.size} | ⏹ not reached | - | - | {_cell(where(item))} |"
+        f"| {_cell(_base(item))} | {_cell(_size(item))} | ⏹ not reached | - | - | {_cell(where(item))} |"
         for item in worklist.items
         if id(item.entry) not in reached
     ]
@@ -195,6 +218,11 @@ def _base(item: WorkItem) -> str:
     """The base without the folders of this machine."""
     base = item.request.base
     return printable(base if base.startswith("hf://") or not Path(base).is_absolute() else Path(base).name)
+
+
+def _size(item: WorkItem) -> str:
+    """The size, or how many a pack has."""
+    return f"pack of {len(item.sizes)}" if item.entry.pack else str(item.request.size)
 
 
 def _ratios(item: WorkItem) -> str:

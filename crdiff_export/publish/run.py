@@ -1,7 +1,7 @@
 """READ FIRST in this room: carry out a plan file, from its worklist to the tags.
 
-`make_worklist` decides for every variant whether to make, send or skip it. `publish` checks that the Hub will take the
-results, bakes what is missing base by base, and pushes each variant. `set_tags` tags what belongs together at the end.
+`make_worklist` decides for every variant and pack whether to make, send or skip it. `publish` checks that the Hub will
+take the results, makes what is missing base by base, and pushes each. `set_tags` tags what belongs together at the end.
 """
 
 import shutil
@@ -15,6 +15,8 @@ from crdiff_export.errors import CrdiffError, HubError, PlanError
 from crdiff_export.export import Baked, ExportJob, Failure, prepare_located, run_in_turn, run_together
 from crdiff_export.hub import bases
 from crdiff_export.hub.location import parse_uri
+from crdiff_export.hub.remote_headers import RemoteBase
+from crdiff_export.packs import create
 from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.publish import target
@@ -22,7 +24,7 @@ from crdiff_export.publish.commit import PushResult, push, tag
 from crdiff_export.publish.headers import HeaderCache
 from crdiff_export.publish.target import Destination
 from crdiff_export.publish.upload import Upload, collect
-from crdiff_export.publish.worklist import TITLE, BaseWork, WorkItem, Worklist
+from crdiff_export.publish.worklist import TITLE, BaseWork, WorkItem, Worklist, pack_request
 
 Status = Literal["published", "written", "unchanged", "failed"]
 # Surrounds what talks to the Hub, while no thread of ours works.
@@ -31,17 +33,17 @@ PauseProgress = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a variant.
+    """What became of a variant or a pack.
 
     Attributes:
-        item: The variant.
+        item: The variant or pack.
         status: What became of it.
-        digest: `Stamp.digest` of its files.
+        digest: `Stamp.digest` of its files, or `PackHeader.digest`.
         size: Bytes that were written or pushed.
         sha256: The SHA-256 of a single file that was pushed, as hex.
         pushed: Its push, if there was one.
         error: Why it failed.
-        notes: The notes of its export.
+        notes: What only the weights have shown.
     """
 
     item: WorkItem
@@ -55,7 +57,7 @@ class Outcome:
 
     @property
     def commit(self) -> str | None:
-        """The commit that holds the variant, if it is on the Hub."""
+        """The commit that holds it, if it is on the Hub."""
         return self.pushed.commit if self.pushed else self.item.commit
 
 
@@ -70,7 +72,7 @@ def publish(worklist: Worklist, progress: Progress, pause: PauseProgress = nullc
         pause: Entered while the Hub is asked.
 
     Yields:
-        One outcome for each variant.
+        One outcome for each variant and pack.
     """
     run = _Run(worklist, progress, pause)
     with pause():
@@ -107,7 +109,7 @@ class _Run:
         return target.prepare(destination, private, (_base_repo(work, item) for work, item in users))
 
     def publish_base(self, work: BaseWork) -> Iterator[Outcome]:
-        """Yield the outcomes of all variants of a base."""
+        """Yield the outcomes of all variants and packs of a base."""
         items = [self._check_destination(item) for item in work.items]
         for item in items:
             if item.action == "fail":
@@ -120,7 +122,7 @@ class _Run:
                     self._remove_output(item)
                 yield outcome
         if todo := [item for item in items if item.action == "make"]:
-            yield from self._bake(work, todo)
+            yield from self._make(work, todo)
         if not self._request.keep:
             self._remove_empty_folders(items)
 
@@ -129,8 +131,8 @@ class _Run:
         state = self._destinations.get(item.destination) if item.destination else None
         return item.fail(state) if isinstance(state, CrdiffError) and item.action in ("make", "send") else item
 
-    def _bake(self, work: BaseWork, items: Sequence[WorkItem]) -> Iterator[Outcome]:
-        """Bake the variants of a base from one reading, and push each."""
+    def _make(self, work: BaseWork, items: Sequence[WorkItem]) -> Iterator[Outcome]:
+        """Fetch a base, make its variants and packs, and push each."""
         assert work.remote
         try:
             with self._pause():
@@ -139,6 +141,24 @@ class _Run:
         except CrdiffError as error:
             yield from (Outcome(item, "failed", error=error) for item in items)
             return
+        yield from self._bake(base, criterion, [item for item in items if not item.entry.pack])
+        for item in items:
+            if item.entry.pack:
+                yield self._pack(base, criterion, item)
+
+    def _pack(self, base: RemoteBase, criterion: CriterionChoice, item: WorkItem) -> Outcome:
+        """Make a pack, for which the base is read again, and push it."""
+        try:
+            _make_folder(item)
+            job = create.prepare_located(pack_request(item), criterion, base.base, base.checkpoint)
+            made = create.make(job, self._progress)
+        except CrdiffError as error:
+            return Outcome(item, "failed", error=error)
+        file, digest = made.pack.file, made.pack.header.digest()
+        return self._finish(Outcome(item, "written", digest, file.data_start + file.data_size, notes=made.notes))
+
+    def _bake(self, base: RemoteBase, criterion: CriterionChoice, items: Sequence[WorkItem]) -> Iterator[Outcome]:
+        """Bake the variants of a base from one reading, and push each."""
         jobs: list[tuple[WorkItem, ExportJob]] = []
         for item in items:
             try:
@@ -151,21 +171,25 @@ class _Run:
             run = run_together if self._request.keep else run_in_turn
             results = run([job for _, job in jobs], self._progress) if jobs else ()
             for (item, _), result in zip(jobs, results, strict=False):
-                yield self._finish(item, result)
+                yield self._baked(item, result)
                 done += 1
         except CrdiffError as error:
             yield from (Outcome(item, "failed", error=error) for item, _ in jobs[done:])
 
-    def _finish(self, item: WorkItem, result: Baked | Failure) -> Outcome:
-        """Push what was baked, if it goes anywhere."""
+    def _baked(self, item: WorkItem, result: Baked | Failure) -> Outcome:
+        """Finish what was baked."""
         if isinstance(result, Failure):
             return Outcome(item, "failed", error=result.error)
-        digest = _digest(result)
+        size = result.written.size + companions_size(result.job.plan.checkpoint)
+        return self._finish(Outcome(item, "written", _digest(result), size, notes=result.notes))
+
+    def _finish(self, written: Outcome) -> Outcome:
+        """Push what was written, if it goes anywhere."""
+        item = written.item
         if not item.destination:
-            size = result.written.size + companions_size(result.job.plan.checkpoint)
-            return Outcome(item, "written", digest, size, notes=result.notes)
+            return written
         try:
-            return replace(self._push(item, checked=True), digest=digest, notes=result.notes)
+            return replace(self._push(item, checked=True), digest=written.digest, notes=written.notes)
         finally:
             self._remove_output(item)
 
@@ -215,7 +239,7 @@ class TagResult:
 
 
 def set_tags(outcomes: Iterable[Outcome]) -> Iterator[TagResult]:
-    """Tag the last commit of the variants that share a tag, if all of them are there.
+    """Tag the last commit of the variants and packs that share a tag, if all of them are there.
 
     A tag that exists and holds all of them as they are stays where it is.
 

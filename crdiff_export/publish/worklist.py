@@ -1,6 +1,6 @@
-"""Find out what a plan file leaves to do: what each variant will be, and whether it is published or made already."""
+"""Find out what a plan file leaves to do: what each variant or pack will be, and whether it exists already."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,13 +14,16 @@ from crdiff_export.formats.crdiff_keys import PREFIX, CalibrationStamp, Stamp
 from crdiff_export.formats.hashing import hash_data_once
 from crdiff_export.hub import remote_headers
 from crdiff_export.hub.remote_headers import RemoteBase
+from crdiff_export.packs import PackHeader, create
+from crdiff_export.packs.create import PackJob, PackRequest
 from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import Plan
 from crdiff_export.publish import plan_file
-from crdiff_export.publish.existing import Existing, HubBranch, HubBranches, read_local_output
+from crdiff_export.publish.existing import Existing, HubBranch, HubBranches, read_local_output, read_local_pack
 from crdiff_export.publish.plan_file import PlanEntry, PlanFile
 from crdiff_export.publish.target import MAIN, Destination
+from crdiff_export.sizes import Size
 
 Action = Literal["make", "send", "skip", "fail"]
 # Opens a progress display for the work inside.
@@ -58,17 +61,18 @@ class PublishRequest:
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """One variant, and what to do about it.
+    """One variant or pack, and what to do about it.
 
     Attributes:
         entry: What the plan says of it.
-        request: Its export.
+        request: Its export; of a pack, that of its first size.
         path: Its path in the repository.
         push: Whether it goes to the Hub if the plan names a repository.
         action: `make` it, `send` the files of an earlier run, `skip` it, or `fail` with `error`.
         reason: Why.
-        plan: What to prune, if the base could be read.
-        digest: `Stamp.digest`, if it had to be known.
+        plan: What to prune, if the base could be read; None for a pack.
+        job: What a pack will hold, if the base could be read; None for a variant.
+        digest: `Stamp.digest`, of a pack `PackHeader.digest`, if it had to be known.
         commit: The commit that holds a skipped one.
         error: What stands against it.
     """
@@ -80,9 +84,20 @@ class WorkItem:
     action: Action = "make"
     reason: str = "new"
     plan: Plan | None = None
+    job: PackJob | None = None
     digest: str | None = None
     commit: str | None = None
     error: CrdiffError | None = None
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Its size, or those of a pack."""
+        return tuple(each.size for each in self.entry.pack or (self.request,))
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What people should know before it is made."""
+        return self.job.notes if self.job else self.plan.notes if self.plan else ()
 
     @property
     def target(self) -> Path:
@@ -102,7 +117,10 @@ class WorkItem:
 
 @dataclass(frozen=True, slots=True)
 class BaseWork:
-    """A base and all variants that one reading of it can make; `remote` is None if the base cannot be read."""
+    """A base and all variants that one reading of it can make, with its packs.
+
+    `remote` is None if the base cannot be read.
+    """
 
     remote: RemoteBase | None
     items: tuple[WorkItem, ...]
@@ -118,7 +136,7 @@ class Worklist:
 
     @property
     def items(self) -> tuple[WorkItem, ...]:
-        """All variants, in the plan file's order."""
+        """All variants and packs, in the plan file's order."""
         items = {id(item.entry): item for work in self.bases for item in work.items}
         return tuple(items[id(entry)] for entry in self.plan.entries)
 
@@ -133,7 +151,7 @@ def make_worklist(request: PublishRequest, open_progress: OpenProgress) -> Workl
         open_progress: Opens a progress display for hashing.
 
     Returns:
-        Every variant and what to do about it; an error in one fails that variant alone.
+        Every variant and pack, and what to do about it; an error in one fails that variant alone.
 
     Raises:
         PlanFileError: If the plan file is wrong.
@@ -187,10 +205,17 @@ def _base_work(
     for entry in entries:
         item = _item(request, plan, entry, folder=folder)
         try:
-            _check_name(item, folder=folder)
-            item = replace(item, plan=plan_variant(item.request, remote.checkpoint))
+            if entry.pack:
+                wanted = pack_request(item)
+                criterion = create.check_criterion(wanted)
+                job = create.prepare_located(wanted, criterion, remote.base, remote.checkpoint)
+                item = replace(item, job=job)
+            else:
+                _check_name(item, folder=folder)
+                item = replace(item, plan=plan_variant(item.request, remote.checkpoint))
             branch = branches.read(item.destination) if item.destination else HubBranch()
-            items.append(_decide(item, remote, branch, expected))
+            decide = _decide_pack if entry.pack else _decide
+            items.append(decide(item, remote, branch, expected))
         except CrdiffError as error:
             items.append(item.fail(error))
     return BaseWork(remote, tuple(items))
@@ -205,6 +230,12 @@ def _item(request: PublishRequest, plan: PlanFile, entry: PlanEntry, *, folder: 
         entry.request, output=target, device=request.device, threads=request.threads, rehash=request.rehash
     )
     return WorkItem(entry, export, path, request.push)
+
+
+def pack_request(item: WorkItem) -> PackRequest:
+    """Return what makes the pack of an item."""
+    export = item.request
+    return PackRequest(item.entry.pack, item.target, export.device, export.threads, force=True, rehash=export.rehash)
 
 
 def _check_name(item: WorkItem, *, folder: bool) -> None:
@@ -244,23 +275,75 @@ def _decide(item: WorkItem, remote: RemoteBase, branch: HubBranch, expected: "_E
     return replace(item, reason=reason or item.reason)
 
 
+def _decide_pack(item: WorkItem, remote: RemoteBase, branch: HubBranch, expected: "_ExpectedStamps") -> WorkItem:
+    """Decide what to do about a pack, as `_decide` does about a variant."""
+    assert item.job
+    published, reason = branch.pack_at(item.path), None
+    if published:
+        reason = _pack_difference(item.job, published, remote, expected)
+        if reason is None:
+            return replace(
+                item, action="skip", reason="unchanged", digest=published.digest(), commit=branch.commit
+            )  # fmt: skip
+    elif item.path in branch.files:
+        reason = "replaces what crdiff did not make"
+    if local := read_local_pack(item.target):
+        difference = _pack_difference(item.job, local, remote, expected)
+        if difference is None:
+            action: Action = "send" if item.destination else "skip"
+            why = "made by an earlier run" if item.destination else "unchanged"
+            return replace(item, action=action, reason=why, digest=local.digest())
+        reason = reason or difference
+    return replace(item, reason=reason or item.reason)
+
+
+def _pack_difference(job: PackJob, existing: PackHeader, remote: RemoteBase, expected: "_ExpectedStamps") -> str | None:
+    """Say in what an existing pack differs from what is wanted; None if in nothing."""
+    plans = {plan.size: plan for plan in job.plans}
+    if plans.keys() != existing.variants.keys():
+        return "changed: sizes"
+    wanted = {size: expected.stamp(plan).request_keys() for size, plan in plans.items()}
+    for size, stamp in existing.variants.items():
+        if changed := _changed_keys(wanted[size], stamp.request_keys()):
+            return f"changed: {changed} ({size})"
+    files = remote.checkpoint.files
+    if len(files) != len(existing.files):
+        return "changed: files of the base"
+    in_order = sorted(range(len(files)), key=lambda number: files[number].name)  # as `Pack.match_files` has them
+    for number, there in zip(in_order, existing.files, strict=True):
+        stamp = expected.with_source_hash(expected.stamp(job.plans[0]), number)
+        ours, theirs = stamp.source_hash, f"0x{there.data_hash}"
+        if stamp.source_file_hash:
+            ours, theirs = stamp.source_file_hash, f"0x{there.file_hash}"
+        if ours is None:
+            return "its base's hash is not known"
+        if ours != theirs:
+            return f"changed: source.{'file' if stamp.source_file_hash else 'hash'}_sha256"
+    return None
+
+
 def _difference(wanted: Sequence[Stamp], existing: Existing, remote: RemoteBase) -> str | None:
     """Say in what existing files differ from what is wanted; None if in nothing."""
     digests = [stamp.digest() for stamp in wanted]
     if None in digests or digests != [stamp.digest() for stamp in existing.stamps]:
-        ours, theirs = wanted[0].request_keys(), existing.stamps[0].request_keys()
-        changed = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+        changed = _changed_keys(wanted[0].request_keys(), existing.stamps[0].request_keys())
         if not changed:
             return "incomplete" if digests[0] else "its base's hash is not known"
-        keys = sorted(changed, key=lambda key: (key.startswith(_ORIGIN_KEYS), key))  # numbers before their origin
-        named = ", ".join(key.removeprefix(PREFIX) for key in keys[:3])
-        return f"changed: {named}{', …' if len(keys) > 3 else ''}"
+        return f"changed: {changed}"
     for name in map(str, remote.checkpoint.companions):
         if name not in existing.files:
             return "incomplete"
         if not existing.has_content(name, remote.contents.get(name)):
             return f"changed: {name}"
     return None
+
+
+def _changed_keys(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """Name the keys that differ, at most three; empty if there are none."""
+    changed = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+    keys = sorted(changed, key=lambda key: (key.startswith(_ORIGIN_KEYS), key))  # numbers before their origin
+    named = ", ".join(key.removeprefix(PREFIX) for key in keys[:3])
+    return f"{named}{', …' if len(keys) > 3 else ''}"
 
 
 class _ExpectedStamps:
@@ -275,9 +358,13 @@ class _ExpectedStamps:
 
     def stamps(self, plan: Plan) -> list[Stamp]:
         """Return the header of each file."""
+        stamp = self.stamp(plan)
+        return [self.with_source_hash(stamp, number) for number in range(len(plan.outputs))]
+
+    def stamp(self, plan: Plan) -> Stamp:
+        """Return what the headers of all files of a variant have in common."""
         criterion, calibrated = self._criterion
-        stamp = metadata.stamp_of_plan(plan, criterion, self._remote.base.name, calibrated=calibrated)
-        return [self._with_source_hash(stamp, number) for number in range(len(plan.outputs))]
+        return metadata.stamp_of_plan(plan, criterion, self._remote.base.name, calibrated=calibrated)
 
     @cached_property
     def _criterion(self) -> tuple[str, CalibrationStamp | None]:
@@ -287,7 +374,8 @@ class _ExpectedStamps:
         with self._open_progress() as progress:
             return choice.name, choice.calibrated(progress)
 
-    def _with_source_hash(self, stamp: Stamp, number: int) -> Stamp:
+    def with_source_hash(self, stamp: Stamp, number: int) -> Stamp:
+        """Add the hash of one of the base's files, as far as it can be known."""
         file = self._remote.checkpoint.files[number]
         if sha256 := self._remote.base.hashes.get(file.name):
             return replace(stamp, source_file_hash=f"0x{sha256}")

@@ -323,7 +323,7 @@ def publish_dry_run(bench: Bench) -> Iterator[Any]:
 def publish(bench: Bench) -> Iterator[Any]:
     write_plan(bench)
     yield bench("publish plan.toml", 4)
-    (bench.here / "pull.toml").write_text(plan("48x48", base="demo"))
+    (bench.here / "pull.toml").write_text(plan("48x48", base="demo", more='pack = "{base}.crdiff"'))
     yield bench("publish pull.toml --create-pr")
 
 
@@ -333,6 +333,7 @@ def write_plan(bench: Bench) -> None:
     bench.hub()
     (bench.here / "plan.toml").write_text(f"""
 name = "{{base}}-{{size}}.safetensors"
+pack = "{{base}}.crdiff"
 [[base]]
 base = "demo"
 sizes = ["48"]

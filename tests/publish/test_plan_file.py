@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,6 +172,37 @@ def test_variants_of_a_base_come_besides_the_sizes_for_all() -> None:
     assert [str(entry.request.size) for entry in entries(text.split("\n", 1)[1])] == ["96x96"]
 
 
+def test_a_pack_stands_behind_the_sizes_that_it_has() -> None:
+    text = (
+        'repo = "o/n"\ntag = "v1"\npack = "packs/{base}.crdiff"\n' + BASE + '[[base.variant]]\nsize = "64"\nratio = 0.5'
+    )
+    *files, pack = entries(text)
+    assert [(str(entry), entry.pack) for entry in files] == [("512x512 of sdxl", ()), ("64x64 of sdxl", ())]
+    assert (str(pack), pack.path, pack.repo, pack.tag, pack.line) == (
+        "the pack of sdxl", "packs/sdxl.crdiff", "o/n", "v1", 4,
+    )  # fmt: skip
+    assert pack.pack == tuple(entry.request for entry in files)
+    (alone,) = entries(f"{BASE}files = false\npack = 'a.crdiff'")
+    assert [request.size for request in alone.pack] == [Size(512, 512)]
+    assert kept('repo = "o/n"\nrevision = "a"\npack = "a.crdiff"\nfiles = false\n' + BASE) == ["a.crdiff"]
+
+
+def test_a_pack_belongs_to_the_branch_of_its_base() -> None:
+    """Variants may go elsewhere, one by one."""
+    text = f'{BASE}repo = "o/n"\npack = "a.crdiff"\n[[base.variant]]\nsize = "64"\nrepo = "o/{{size}}"'
+    assert [entry.repo for entry in entries(text)] == ["o/n", "o/64x64", "o/n"]
+
+
+def test_a_calibration_of_another_size_is_not_for_a_pack(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "seen.safetensors").touch()
+    opened = SimpleNamespace(size=Size(512, 512))
+    monkeypatch.setattr("crdiff_export.prune.criterion_choice.Calibration.open", lambda path: opened)
+    text = f'pack = "a.crdiff"\ncriterion = "wanda"\ncalibration = "seen.safetensors"\n{BASE}'
+    assert len(entries(text, folder)) == 2
+    message, _ = only(text.replace('["512"]', '["512",\n"64"]'), folder)
+    assert message == "7: calibration was made at 512x512, and the pack would have 64x64 by it"
+
+
 def test_braces_can_be_written() -> None:
     (entry,) = entries('name = "{{{base}}}_{width}.{height}"\n' + BASE.replace("sdxl", "org/x"))
     assert entry.path == "{x}_512.512"
@@ -273,6 +305,31 @@ WRONG = {
     "off the grid": (BASE.replace("512", "511"), "3: 511x511"),
     "branch of nothing": (f'revision = "v"\n{BASE}', "1: revision"),
     "hub ckpt": (f'name = "a.PT"\n{BASE}'.replace("sdxl", "o/n"), "1: name"),
+    "files without a pack": (f"files = false\n{BASE}", "1: files is false"),
+    "a pack of one size": (f'pack = "{{base}}-{{size}}.crdiff"\n{BASE}', "1: pack has {size}"),
+    "a pack in several repositories": (f'repo = "o/{{width}}"\npack = "a.crdiff"\n{BASE}', "1: repo has {width}"),
+    "a pack on several branches": (
+        f'repo = "o/n"\nrevision = "{{size}}"\npack = "a.crdiff"\n{BASE}', "2: revision has {size}",
+    ),
+    "a pack of moved weights": (
+        f'pack = "a.crdiff"\ncriterion = "obs"\ncalibration = "{__file__}"\n{BASE}', "2: criterion obs moves",
+    ),
+    "a size twice in a pack": (
+        f'pack = "a.crdiff"\n{BASE}[[base.variant]]\nsize = "512"\nname = "b.safetensors"',
+        "6: the pack would have 512x512 twice (line 4)",
+    ),
+    "two dtypes in a pack": (
+        f'pack = "a.crdiff"\n{BASE}[[base.variant]]\nsize = "64"\ndtype = "fp16"', "6: dtype is not the same",
+    ),
+    "one pack of two bases": (
+        f'pack = "a.crdiff"\n{BASE}{BASE.replace("sdxl", "sd15")}',
+        "5: the pack of sd15 would be a.crdiff, and so would the pack of sdxl (line 2)",
+    ),
+    "one pack of two bases of one name": (
+        f'files = false\npack = "{{base}}.crdiff"\n{BASE.replace("sdxl", "o/x")}{BASE.replace("sdxl", "p/x")}',
+        "6: the pack of x would be x.crdiff",
+    ),
+    "a pack of a variant": (f'{BASE}[[base.variant]]\nsize = "64"\npack = "a.crdiff"', "6: pack is not a key"),
     "a group": (f'{BASE}[[base.variant]]\nsize = "64"\nratios.block = 0'.replace("sdxl", "o/n"), "6: ratios.block"),
 }  # fmt: skip
 WRONG_BASES = [
@@ -305,6 +362,11 @@ ADDED = {
         'name = "a/./b"', f'name = "{"a" * 201}"', 'name = "a.ckpt"', 'name = "a"', 'name = "{sice}"',
         'name = "{width:04}"', 'name = "a}"', 'name = "{dtype}"',
     ],
+    "4: pack": [
+        "pack = 1", 'pack = "a.safetensors"', 'pack = ".crdiff"', 'pack = "a/../b.crdiff"', 'pack = "{dtype}.crdiff"',
+        'pack = "{basis}.crdiff"', 'pack = "con.crdiff"', 'pack = "{base}{.crdiff"',
+    ],
+    "5: files": ['pack = "a.crdiff"\nfiles = "no"'],
     "4: recipe": ['recipe = "no.toml"', f'recipe = "{"a" * 300}"'],
     "6: ratio": ['[[base.variant]]\nsize = "64"\nratio = 1'],
     "6: poa_weight": ['[[base.variant]]\nsize = "64"\npoa_weight = 11'],

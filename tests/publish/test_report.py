@@ -88,7 +88,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(desk: Desk) -> None:
 
     ran = desk.publish("--dry-run", "-o", "out", "--json", token=READ_TOKEN, env={"GITHUB_STEP_SUMMARY": str(page)})
     assert (ran.code, ran.err) == (4, "")
-    assert ran.result.keys() == {"schema", "dry_run", "variants"}
+    assert ran.result.keys() == {"schema", "dry_run", "variants", "packs"}
     assert (ran.result["schema"], ran.result["dry_run"]) == (1, True)
     found = ran.result["variants"]
     assert [one.keys() for one in found] == [VARIANT | {"action", "reason"}] * 6
@@ -135,7 +135,7 @@ def test_a_run_says_what_it_did(desk: Desk) -> None:
     how: dict[str, Any] = {"env": {"GITHUB_STEP_SUMMARY": str(page)}}
     ran = desk.publish("--json", **how)
     assert (ran.code, ran.err) == (4, "")
-    assert ran.result.keys() == {"schema", "variants", "tags", "published", "written", "unchanged", "failed"}
+    assert ran.result.keys() == {"schema", "variants", "packs", "tags", "published", "written", "unchanged", "failed"}
     assert [ran.result[status] for status in ("published", "written", "unchanged", "failed")] == [5, 0, 0, 1]
     found = ran.result["variants"]
     more = {"status", "bytes", "sha256", "commit", "url", "pull_request"}
