@@ -36,8 +36,8 @@ pytestmark = [
 SMALL, WIDE, LARGE = SIZES
 FAMILIES = [
     "sd15",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "unet", "chroma", "sd21", "sdxs")),
-    "sd3", "flux", "qwen", "flux2",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "unet", "chroma", "sd21", "sdxs", "qwen")),
+    "sd3", "flux", "flux2",
 ]  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_sizes_in_turn_are_the_formula_and_then_the_dense_model(name: str, tmp_p
     assert torch.equal(case.run(pipe, SMALL), dense)
 
 
-@pytest.mark.parametrize("criterion", ["random", "random:compare=row"])
+@pytest.mark.parametrize("criterion", ["random", pytest.param("random:compare=row", marks=pytest.mark.slow)])
 def test_masks(criterion: str, tmp_path: Path) -> None:
     case = PackCase("sd15", tmp_path, criterion)
     pipe = case.make()
