@@ -39,6 +39,7 @@ FEW_STEPS = {
     "CRDIFF_PREVIEW_STEPS": "2", "CRDIFF_EVALUATE_STEPS": "2", "CRDIFF_SEARCH_NATIVE": "0",
     "CRDIFF_PREVIEW_FORCE": "1",  # two documents have a preview of one name
 }  # fmt: skip
+FEW = {"--steps": "1", "--limit": "6", "--held-out-limit": "6"}
 
 
 @pytest.mark.parametrize("names", [("README.md", "docs/getting-started.md"), ("docs/residual.md",)], ids=" ".join)
@@ -48,7 +49,7 @@ def test_the_offline_commands_in_their_order(names: tuple[str, ...], drawing: Fo
     for folder in ("comfy", "custom_nodes"):
         (here / "ComfyUI" / folder).mkdir(parents=True)
     for words in dict.fromkeys(map(tuple, commands(*names, hub=False))):
-        few = ["1" if before == "--steps" else word for before, word in zip(("", *words), words, strict=False)]
+        few = [FEW.get(before, word) for before, word in zip(("", *words), words, strict=False)]
         ran = drawing.start(here, *few, env=FEW_STEPS).end()
         assert ran.code == 0, (words, ran.err)
         if words[0] in ("preview", "evaluate"):

@@ -130,7 +130,7 @@ class PackPoa(ModelHandle):
         self._seen = cells
         if chosen.note and chosen.note not in self._noted:
             self._noted.add(chosen.note)
-            warnings.warn(chosen.note, stacklevel=2)
+            warnings.warn(chosen.note, stacklevel=1)  # the callers are those of torch
 
     def _take(self, size: Size | None) -> None:
         """Prune as a size of the pack does, from now on; None makes the model dense."""
