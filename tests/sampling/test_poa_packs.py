@@ -19,6 +19,7 @@ from crdiff_export.hub.location import HubLocation
 from crdiff_export.models.families import by_id
 from crdiff_export.packs import open_pack
 from crdiff_export.sampling import poa
+from crdiff_export.sampling.poa import in_place
 from crdiff_export.sampling.poa.in_place import InPlace
 from crdiff_export.sampling.poa.masks import ThresholdPart
 from crdiff_export.sampling.poa.picture_size import Cells, cells_of, picture_size
@@ -117,6 +118,69 @@ def test_every_bit_comes_back() -> None:
         shape = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
         assert torch.equal(layer.weight.detach().view(shape), before.view(shape))
         assert place.extra_bytes == 0
+
+
+@pytest.mark.parametrize("moment", [0, 3, 7, 11])
+@pytest.mark.parametrize("function", ["_pack", "_unpack"])
+def test_an_interrupted_change_of_size_loses_nothing(
+    function: str, moment: int, case: PackCase, pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next picture is right, whichever it is, and the dense model comes back."""
+    before = bits(pipe.unet)
+    poa.prune(pipe, case.pack)
+    case.run(pipe, SMALL)
+    usual, calls = getattr(in_place, function), iter(range(1000))
+
+    def interrupted(*args: Any) -> Any:
+        if next(calls) == moment:
+            raise KeyboardInterrupt
+        return usual(*args)
+
+    monkeypatch.setattr(in_place, function, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        case.run(pipe, LARGE)
+    monkeypatch.undo()
+    assert torch.equal(case.run(pipe, SMALL), case.expected(SMALL, 1.0))
+    poa.disable(pipe)
+    assert bits(pipe.unet) == before
+
+
+@pytest.mark.parametrize("weight", [None, 1.0])
+def test_inference_mode_at_one_size_alone(weight: float | None, case: PackCase, pipe: Any) -> None:
+    poa.enable(pipe, case.pack, weight)
+    with torch.inference_mode():
+        case.run(pipe, SMALL)
+    for size in (LARGE, SMALL):
+        assert torch.equal(case.run(pipe, size), case.expected(size, weight))
+
+
+def test_weights_of_inference_mode(case: PackCase) -> None:
+    with torch.inference_mode():
+        pipe = case.make()
+    before = bits(pipe.unet)
+    poa.prune(pipe, case.pack)
+    assert torch.equal(case.run(pipe, LARGE), case.expected(LARGE, 1.0))
+    poa.disable(pipe)
+    assert bits(pipe.unet) == before
+
+
+def test_dense_weights_that_were_loaded_meanwhile(case: PackCase, pipe: Any) -> None:
+    before, dense = bits(pipe.unet), copy.deepcopy(pipe.unet.state_dict())
+    poa.prune(pipe, case.pack, SMALL)
+    pipe.unet.load_state_dict(dense)
+    poa.disable(pipe)
+    assert bits(pipe.unet) == before
+
+
+def test_a_handle_that_was_taken_off_changes_nothing(case: PackCase, pipe: Any) -> None:
+    before = bits(pipe.unet)
+    handle = poa.enable(pipe, case.pack, 2.0)
+    case.run(pipe, SMALL)
+    poa.disable(pipe)
+    handle.schedule = poa.Schedule(1.0)
+    assert bits(pipe.unet) == before
+    with raises(PoaError, "poa.prune"):
+        poa.prune(pipe, case.baked[SMALL]).schedule = poa.Schedule(0.0)
 
 
 # Which size.
@@ -296,6 +360,11 @@ def test_other_packs_and_sizes_are_refused(case: PackCase, pipe: Any, tmp_path: 
         poa.enable(pipe, case.pack, size="640")
     with raises(PoaError, "64x64", "for one size"):
         poa.prune(pipe, case.baked[SMALL], SMALL)
+    with raises(PoaError, "64 is no size"):
+        poa.enable(pipe, case.pack, size=64)  # type: ignore[arg-type]
+    nothing = write_pack(tmp_path / "nothing.crdiff", case.case.base, ratios=dict.fromkeys(("down", "mid", "up"), 0.0))
+    with raises(PoaError, "prunes nothing"):
+        poa.enable(pipe, nothing)
     with raises(PoaError, "is no source"):
         poa.prune(pipe, 3)  # type: ignore[arg-type]
     foreign = tmp_path / "foreign.crdiff"

@@ -147,6 +147,8 @@ def _size(source: Source | Pack, size: Size | str | None) -> Size | None:
     chosen = Size.parse(size) if isinstance(size, str) else size
     if chosen is None:
         return None
+    if not isinstance(chosen, Size):
+        raise PoaError(f"{size!r} is no size", 'Write it as a text, such as "512" or "400x560".')
     if not isinstance(source, Pack):
         raise PoaError(f"size {chosen}: {source.path} is for one size alone", "Leave the size out, or give a pack.")
     source.check_size(chosen)

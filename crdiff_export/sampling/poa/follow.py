@@ -12,6 +12,7 @@ import torch
 from crdiff_export.errors import PoaError
 from crdiff_export.packs import Pack
 from crdiff_export.sampling.poa import hooks, layers, packed
+from crdiff_export.sampling.poa.checkpoint_tensors import prunes_nothing
 from crdiff_export.sampling.poa.handle import ModelHandle
 from crdiff_export.sampling.poa.hooks import NAME, LayerHook
 from crdiff_export.sampling.poa.in_place import InPlace
@@ -37,9 +38,12 @@ class PackPoa(ModelHandle):
         self.pack, self._fixed = pack, size
         self.size: Size | None = None
         self._is_installed = False
+        self._is_settled = True  # False from the moment a change of size begins until it is complete
         super().__init__(pipe, pack.family.time, Schedule(1.0), mode, keep=keep)
         self._weight_given, self._span = weight, (start, stop)
         self._schedule_for(next(iter(pack.variants)))  # raises where the weight is none
+        if not any(group.pruned for stamp in pack.variants.values() for group in stamp.groups.values()):
+            raise prunes_nothing(pack.path)
         self._layers = packed.find_layers(self.model, pack)
         self._counts = {name: layer.weight.numel() for name, layer in self._layers.items()}
         if check:
@@ -104,6 +108,7 @@ class PackPoa(ModelHandle):
     def remove(self) -> None:
         """Make the model dense again and take all hooks off; PoaError, with nothing changed, if it cannot be."""
         self._in_place.restore()
+        self._is_installed, self.size, self._seen = False, None, None
         super().remove()
         for name, hook in self._hooks.items():
             hooks.detach(self._layers[name], hook)
@@ -118,7 +123,7 @@ class PackPoa(ModelHandle):
     def _follow(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Take the size of the picture that the model is called for."""
         cells = cells_of(args, kwargs)
-        if cells == self._seen and cells is not None:
+        if cells == self._seen and cells is not None and self._is_settled:
             return
         if cells is None:
             raise PoaError(
@@ -134,17 +139,18 @@ class PackPoa(ModelHandle):
 
     def _take(self, size: Size | None) -> None:
         """Prune as a size of the pack does, from now on; None makes the model dense."""
-        if size == self.size:
+        if size == self.size and self._is_settled:
             return
         parts = packed.parts(self.pack, size, self._counts) if size else {}
         schedule = self._schedule_for(size) if size else self._schedule
+        self._is_settled = False
         self._in_place.restore()
         self.size = None
         if size and schedule.constant == 1:
             self._in_place.prune(parts)
         for name, hook in self._hooks.items():
             self._set_part(name, hook, parts.get(name))
-        self.size, self._schedule = size, schedule
+        self.size, self._schedule, self._is_settled = size, schedule, True
 
     def _set_part(self, name: str, hook: LayerHook, part: Part | None) -> None:
         """Let a layer's hook prune as a part does; a threshold is set in what a compiled graph reads already."""
@@ -175,6 +181,17 @@ class PrunedModel(ModelHandle):
         # A model that held the pruned weights already holds them in the end, too.
         self.filled = (check or source.has_residual) and layers.make_dense(self._layers, source, check=check)
         self._in_place = InPlace(self._layers)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The weight, which is 1 at every step."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        raise PoaError(
+            f"{schedule!r}: a model that poa.prune has pruned is the pruned one", "Take poa.enable for that."
+        )
 
     @property
     def changes_weights(self) -> bool:

@@ -59,12 +59,13 @@ class InPlace:
         self._refuse_offloaded()
         for name, part in parts.items():
             weight = self._layers[name].weight
-            flat = weight.detach().view(-1)
-            pruned = part.rule(weight.dtype)(flat, None)
-            numbers = _BITS[weight.itemsize]
-            gone = pruned.view(numbers) != flat.view(numbers)  # by their bits: -0.0 becomes 0.0, too
-            self._kept[name] = _Kept(flat[gone], _pack(gone), not isinstance(part, ReplacedWeights))
-            flat.copy_(pruned)
+            with torch.inference_mode(mode=weight.is_inference()):
+                flat = weight.detach().view(-1)
+                pruned = part.rule(weight.dtype)(flat, None)
+                gone = _bits(pruned) != _bits(flat)  # -0.0 becomes 0.0, too
+                # Kept before the weights change, so that an interrupt at any moment loses nothing.
+                self._kept[name] = _Kept(flat[gone], _pack(gone), not isinstance(part, ReplacedWeights))
+                flat.copy_(pruned)
             part.release()
 
     @torch.no_grad()
@@ -78,18 +79,24 @@ class InPlace:
             return
         self._refuse_offloaded()
         for name, kept in self._kept.items():
-            weight = self._layers[name].weight
-            if kept.is_zero and weight.detach().view(-1)[_unpack(kept.bits, weight)].any():
+            if kept.is_zero and not self._can_restore(self._layers[name].weight, kept):
                 raise PoaError(
                     f"{name.removesuffix('.weight')}: its pruned weights were changed since, as by a fused LoRA",
                     "Take that back first (pipe.unfuse_lora()), or load the model anew.",
                 )
-        for name, kept in self._kept.items():
+        for name, kept in list(self._kept.items()):
             weight = self._layers[name].weight
-            flat = weight.detach().view(-1)
-            # A model that was cast meanwhile gets what its dense weights would be then.
-            flat[_unpack(kept.bits, weight)] = kept.values.to(weight.device, weight.dtype)
-        self._kept = {}
+            with torch.inference_mode(mode=weight.is_inference()):
+                # A model that was cast meanwhile gets what its dense weights would be then.
+                values = kept.values.to(weight.device, weight.dtype)
+                weight.detach().view(-1)[_unpack(kept.bits, weight)] = values
+            del self._kept[name]
+
+    @staticmethod
+    def _can_restore(weight: Tensor, kept: _Kept) -> bool:
+        """Whether the weights that were pruned are still zero, or dense again, as after an interrupt."""
+        now = weight.detach().view(-1)[_unpack(kept.bits, weight)]
+        return not now.any() or torch.equal(_bits(now), _bits(kept.values.to(weight.device, weight.dtype)))
 
     def _refuse_offloaded(self) -> None:
         if name := next((name for name, layer in self._layers.items() if layer.weight.is_meta), None):
@@ -98,6 +105,11 @@ class InPlace:
                 "Give poa.prune a size before sequential offloading is turned on; before poa.disable or another size, "
                 "call pipe.remove_all_hooks().",
             )
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    """View floats as integers, which compare by every bit."""
+    return numbers.view(_BITS[numbers.itemsize])
 
 
 def _places(device: torch.device) -> Tensor:

@@ -86,7 +86,9 @@ class LayerLimit:
         """Return the function that prunes weights of `dtype`."""
         import torch
 
-        self._limits.setdefault(dtype, torch.tensor(self._limit(dtype), dtype=dtype))
+        if dtype not in self._limits:
+            with torch.inference_mode(mode=False):  # a tensor of that mode could not be set outside of it
+                self._limits[dtype] = torch.tensor(self._limit(dtype), dtype=dtype)
         return partial(self._prune, limit=self._limits[dtype])
 
     def _limit(self, dtype: "torch.dtype") -> float:
