@@ -129,10 +129,10 @@ def _ratios(ratios: Sequence[float]) -> str:
 def _table(pack: Pack) -> Table:
     rows = []
     for size, stamp in pack.variants.items():
-        kept = f"mask, {amount(sum(t.nbytes for t in pack.masks(size)))}" if stamp.masked else "threshold"
+        decided_by = f"mask, {amount(sum(t.nbytes for t in pack.masks(size)))}" if stamp.masked else "threshold"
         rows.append(
             [str(size), _ratios([stamp.groups[name].ratio for name in pack.family.groups]), f"{_share(stamp):.4f}",
-             f"{stamp.poa_weight:g}", kept, printable(stamp.provenance.replace("-", " "))]
+             f"{stamp.poa_weight:g}", decided_by, printable(stamp.provenance.replace("-", " "))]
         )  # fmt: skip
     groups = _groups(pack.family.groups)
     columns = ("size", groups, "zeroed", "POA weight", "by", "ratios")

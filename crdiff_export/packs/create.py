@@ -21,7 +21,7 @@ from crdiff_export.progress import Progress
 from crdiff_export.prune import architecture, kernels, plan
 from crdiff_export.prune.criteria import Decision, Ranked
 from crdiff_export.prune.criterion_choice import CriterionChoice
-from crdiff_export.prune.identity import Identity, read_identity
+from crdiff_export.prune.identity import LayerHashes, read_identity
 from crdiff_export.prune.plan import Plan
 from crdiff_export.prune.plan_request import PlanRequest, plan_variant
 from crdiff_export.prune.ranking import rank
@@ -80,9 +80,9 @@ class PackJob:
     def kinds(self) -> tuple[str, ...]:
         """The kinds of layers of all sizes, those among them that the pack keeps."""
         replaced = {each.size for each in self.plans}
-        kept = [stamp for size, stamp in self.before.variants.items() if size not in replaced] if self.before else []
-        found = [*(each.kinds for each in self.plans), *(stamp.targets for stamp in kept)]
-        return _join(self.plans[0].match.family, found)
+        stamps = [stamp for size, stamp in self.before.variants.items() if size not in replaced] if self.before else []
+        kinds = [*(each.kinds for each in self.plans), *(stamp.targets for stamp in stamps)]
+        return _join(self.plans[0].match.family, kinds)
 
     @property
     def mask_bytes(self) -> dict[Size, int]:
@@ -233,8 +233,8 @@ def make(job: PackJob, progress: Progress) -> Packed:
     """
     request, plans = job.request, job.plans
     old = job.before.masked_sizes if job.before else ()
-    kept = sum(tensor.nbytes for size in old for tensor in job.before.masks(size)) if job.before else 0
-    check_space(DiskSpace(request.output.parent, _ROOM + kept + sum(job.mask_bytes.values())))
+    old_masks = sum(tensor.nbytes for size in old for tensor in job.before.masks(size)) if job.before else 0
+    check_space(DiskSpace(request.output.parent, _ROOM + old_masks + sum(job.mask_bytes.values())))
     with SourceHashes(plans, cached=not request.rehash) as hashes:
         ranked = rank(job.criterion, plans, kernels.load(request.device, request.threads), progress, request.device)
         files = _base_files(job, hashes)
@@ -274,8 +274,8 @@ def remove(pack: Pack, sizes: Sequence[Size], progress: Progress) -> Pack:
 
 def _join(family: Family, kinds: Iterable[Sequence[str]]) -> tuple[str, ...]:
     """Join lists of kinds of layers, in the family's order."""
-    found = {kind for some in kinds for kind in some}
-    return tuple(kind for kind in family.kinds if kind in found)
+    joined = {kind for some in kinds for kind in some}
+    return tuple(kind for kind in family.kinds if kind in joined)
 
 
 def kept_entries(pack: Pack) -> list[Entry]:
@@ -349,7 +349,7 @@ def _base_files(job: PackJob, hashes: SourceHashes) -> tuple[BaseFile, ...]:
     return tuple(sorted(files, key=lambda file: file.name))
 
 
-def _identity(job: PackJob) -> Identity:
+def _identity(job: PackJob) -> LayerHashes:
     first = job.plans[0]
     every = plan.make(first.checkpoint, first.match, first.size, first.variant, first.recipe, kinds=job.kinds)
     return read_identity(first.checkpoint, every.targets)

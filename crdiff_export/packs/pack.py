@@ -25,7 +25,7 @@ from crdiff_export.models import families
 from crdiff_export.models.families import Family, FamilyLayer
 from crdiff_export.models.families.table import TABLE_KEY, parse_family
 from crdiff_export.prune.criteria.spec import MAGNITUDES
-from crdiff_export.prune.identity import HASH_BYTES, Identity
+from crdiff_export.prune.identity import HASH_BYTES, LayerHashes
 from crdiff_export.sizes import Size
 from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH
 
@@ -112,7 +112,7 @@ class Pack:
     family: Family
     kinds: tuple[str, ...]
     files: tuple[BaseFile, ...]
-    identity: Identity
+    identity: LayerHashes
     variants: Mapping[Size, Stamp]
 
     def check_size(self, size: Size) -> None:
@@ -209,8 +209,8 @@ class Pack:
 
 def layers_of(family: Family, layout: str, kinds: Sequence[str]) -> tuple[FamilyLayer, ...]:
     """Return a family's layers of some kinds, by their names in diffusers' layout, ascending by code points."""
-    found = next(each for each in family.layouts if each.name == layout).layers
-    return tuple(sorted((layer for layer in found if layer.kind in kinds), key=lambda layer: layer.diffusers))
+    layers = next(each for each in family.layouts if each.name == layout).layers
+    return tuple(sorted((layer for layer in layers if layer.kind in kinds), key=lambda layer: layer.diffusers))
 
 
 def by_width(size: Size) -> tuple[int, int]:
@@ -414,7 +414,7 @@ def _identity(
     tensors: Sequence[TensorSpec],
     data: bytes,
     layers: Sequence[FamilyLayer],
-) -> Identity:
+) -> LayerHashes:
     names = tuple(layer.diffusers for layer in layers)
     stored = tuple(metadata.get(DTYPES, "").split(","))
     stored = stored * len(names) if len(stored) == 1 else stored
@@ -429,7 +429,7 @@ def _identity(
         start += tensor.nbytes
     if not set(stored) <= hashes.keys():
         _refuse(path, f"no {IDENTITY}{min(set(stored) - hashes.keys())}, the dtype of some of its layers")
-    return Identity(names, stored, hashes)
+    return LayerHashes(names, stored, hashes)
 
 
 def _check_variant(pack: Pack, size: Size, stamp: Stamp) -> None:

@@ -32,7 +32,7 @@ from crdiff_export.packs.pack import (
     read_pack,
 )  # fmt: skip
 from crdiff_export.progress import Progress
-from crdiff_export.prune.identity import HASH_BYTES, Identity
+from crdiff_export.prune.identity import HASH_BYTES, LayerHashes
 from crdiff_export.sizes import Size
 from crdiff_export.verify.reopen import DATA_HASH, FILE_HASH
 
@@ -70,7 +70,7 @@ class Contents:
 
     kinds: tuple[str, ...]
     files: tuple[BaseFile, ...]
-    identity: Identity
+    identity: LayerHashes
     entries: tuple[Entry, ...]
 
 

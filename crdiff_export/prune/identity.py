@@ -25,7 +25,7 @@ ROUNDED: Final = ("F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class LayerHashes:
     """The hashes of a base's layers.
 
     Attributes:
@@ -57,7 +57,7 @@ class Identity:
         """Return the dtype of a layer in the base's file; None for a layer that is not listed."""
         return self.stored[self.layers.index(layer)] if layer in self.layers else None
 
-    def only(self, layers: Collection[str]) -> "Identity":
+    def only(self, layers: Collection[str]) -> "LayerHashes":
         """Return the identity of some of the layers alone, as `read_identity` makes it.
 
         Args:
@@ -73,9 +73,9 @@ class Identity:
             dtype: b"".join(self.hashes[dtype][start : start + HASH_BYTES] for start in starts)
             for dtype in _columns(stored, rounded=self.hashes.keys() >= set(ROUNDED))
         }
-        return Identity(tuple(self.layers[number] for number in numbers), stored, hashes)
+        return LayerHashes(tuple(self.layers[number] for number in numbers), stored, hashes)
 
-    def differing(self, other: "Identity") -> str | None:
+    def differing(self, other: "LayerHashes") -> str | None:
         """Return the first layer of another identity whose stored weights differ from these, if there is one."""
         for layer, dtype in zip(other.layers, other.stored, strict=True):
             if self.stored_as(layer) != dtype or self.hash(layer, dtype) != other.hash(layer, dtype):
@@ -83,7 +83,7 @@ class Identity:
         return None
 
 
-def read_identity(checkpoint: Checkpoint, targets: Iterable[Target], *, rounded: bool = True) -> Identity:
+def read_identity(checkpoint: Checkpoint, targets: Iterable[Target], *, rounded: bool = True) -> LayerHashes:
     """Hash the first weights of targets.
 
     Args:
@@ -106,7 +106,7 @@ def read_identity(checkpoint: Checkpoint, targets: Iterable[Target], *, rounded:
             raw = read(first)
             for column, found in hashes.items():
                 found.append(_hash(raw) if column == dtype else hash_weights(_convert(raw, dtype, column)))
-    return Identity(layers, stored, {dtype: b"".join(found) for dtype, found in hashes.items()})
+    return LayerHashes(layers, stored, {dtype: b"".join(found) for dtype, found in hashes.items()})
 
 
 def _columns(stored: Iterable[str], *, rounded: bool) -> list[str]:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from crdiff_export.sampling import poa
 from crdiff_export.sampling.poa import in_place
 from crdiff_export.sampling.poa.in_place import InPlace
 from crdiff_export.sampling.poa.masks import ThresholdPart
+from crdiff_export.sampling.poa.packed import Chosen, choose
 from crdiff_export.sampling.poa.picture_size import Cells, cells_of, picture_size
 from tests.support import makers
 from tests.support.messages import raises
-from tests.support.pack_cases import NUMBERS, SIZES, PackCase, bits, write_pack
+from tests.support.pack_cases import NATIVE, NUMBERS, SIZES, PackCase, bits, write_pack
 from tests.support.poa_cases import LAYER, SD15, inputs, lora, pruned_copy
 from tests.support.tiny_pipelines import KINDS
 
@@ -211,21 +213,16 @@ def test_far_sizes_stay_dense(size: Size, weight: float | None, case: PackCase, 
     assert torch.equal(case.run(pipe, SMALL), case.expected(SMALL, weight))
 
 
-def test_the_native_size_stays_dense_unless_the_pack_has_it(case: PackCase, tmp_path: Path) -> None:
-    """It is near one that the pack has."""
-    pack = write_pack(tmp_path / "p.crdiff", case.case.base)
-    text = pack.read_bytes()
-    assert b'"1024x1024"' in text
-    opened = open_pack(pack)
-    assert str(opened.common.native) == "1024x1024"
-    from crdiff_export.sampling.poa.packed import choose
-
+def test_the_native_size_stays_dense_and_others_take_the_nearest(case: PackCase) -> None:
+    opened = open_pack(case.pack)
+    assert opened.common.native == NATIVE
     assert choose(opened, Size(1024, 1024)).size is None
     assert "near the native size" in choose(opened, Size(1040, 1008)).note
     assert choose(opened, Size(144, 128)).size == LARGE
     assert choose(opened, Size(144, 128)).note
-    assert choose(opened, LARGE) == choose(opened, LARGE)
-    assert choose(opened, LARGE).note == ""
+    assert choose(opened, LARGE) == Chosen(LARGE)
+    with_native = replace(opened, variants={**opened.variants, NATIVE: opened.common})
+    assert choose(with_native, NATIVE) == Chosen(NATIVE)
 
 
 IDS = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(6.0), torch.arange(9.0), indexing="ij"), -1).reshape(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from crdiff_export import ExportRequest, Size, export
-from crdiff_export.packs import Pack, create
+from crdiff_export.packs import create, open_pack
 from crdiff_export.progress import Silent
 from crdiff_export.prune.plan_request import PlanRequest
 from tests.support.poa_cases import Case, pruned_copy, two_models
@@ -27,16 +27,9 @@ def write_pack(path: Path, base: Path, criterion: str = "magnitude", **options: 
             str(base), size, ratio=ratio, poa_weight=weight, criterion=criterion, native=NATIVE, **options
         )
         request = create.PackRequest((plan,), target)
-        job = create.prepare_more(request, Pack_at(target)) if number else create.prepare_new(request)
+        job = create.prepare_more(request, open_pack(target)) if number else create.prepare_new(request)
         create.make(job, Silent())
     return target
-
-
-def Pack_at(path: Path) -> Pack:  # noqa: N802  reads as what it is
-    """The pack in a file."""
-    from crdiff_export.packs import open_pack
-
-    return open_pack(path)
 
 
 class PackCase:
