@@ -47,6 +47,7 @@ class SourceFile:
         info: The file's size and times when its header was read; None for a remote file, which can only be planned.
         reader: Opens a reader of a file in another format (a pickle), as if it were the data section of a safetensors
             file.
+        parts: The files on the disk that a joined file is made of (`joined_file.py`); empty for any other.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class SourceFile:
     data_start: int
     info: os.stat_result | None
     reader: Callable[[], Bytes] | None = None
+    parts: "tuple[SourceFile, ...]" = ()
 
     @cached_property
     def data_size(self) -> int:
@@ -70,6 +72,8 @@ class SourceFile:
     @property
     def is_sparse(self) -> bool:
         """Whether most of the file is a hole, as in checkpoints that are made for tests of geometry only."""
+        if self.parts:
+            return any(part.is_sparse for part in self.parts)
         if self.info is None:
             return False
         # Windows has no st_blocks; there a file counts as stored in full.
@@ -86,6 +90,10 @@ class SourceFile:
         Raises:
             CheckpointError: The file was changed or replaced.
         """
+        for part in self.parts:
+            part.check_unchanged()
+        if self.parts:
+            return
         then, now = self.info, check_regular(self.path)
         if then is None or (now.st_size, now.st_mtime_ns, now.st_ino) != (then.st_size, then.st_mtime_ns, then.st_ino):
             raise CheckpointError(
