@@ -7,14 +7,19 @@ and a `.ckpt`. Names, folders and variants follow diffusers (`_add_variant`, `WE
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal, NoReturn
 
 from crdiff_export.errors import CheckpointError
 from crdiff_export.formats import safetensors, sniff
-from crdiff_export.formats.pipeline_files import COMPONENTS, component_folders, pipeline_files
+from crdiff_export.formats.pipeline_files import (
+    COMPONENTS,
+    component_folders,
+    component_weights,
+    pipeline_files,
+)
 from crdiff_export.formats.safetensors import TensorSpec, show
 from crdiff_export.formats.strict_json import MalformedError, parse_object
 from crdiff_export.formats.torch_zip import open_pickle
@@ -36,6 +41,8 @@ class Checkpoint:
         files: The files of weights that are pruned.
         companions: Files that an export copies unchanged: index, configurations, other components.
         notes: What the user should know, such as files that are not in the output.
+        generated: Small files that an export writes beside the weights, by their path inside the output.
+        origin: The checkpoint on the disk, for one whose layout is changed while it is read; None for any other.
     """
 
     path: Path
@@ -43,6 +50,13 @@ class Checkpoint:
     files: tuple[SourceFile, ...]
     companions: tuple[PurePosixPath, ...] = ()
     notes: tuple[str, ...] = ()
+    generated: Mapping[str, bytes] = field(default_factory=dict)
+    origin: "Checkpoint | None" = None
+
+    @property
+    def on_disk(self) -> "Checkpoint":
+        """The checkpoint as it is on the disk."""
+        return self.origin or self
 
     @property
     def stem(self) -> str:
@@ -134,6 +148,37 @@ def read_file(path: Path, name: str) -> SourceFile:
         raw = file.read(size)
     header = safetensors.parse(raw, info.st_size, str(path))
     return SourceFile(path, name, header.tensors, header.metadata, header.data_start, info)
+
+
+def open_component(folder: Path, variant: str | None = None) -> tuple[SourceFile, ...]:
+    """Read the headers of a component of a diffusers pipeline, such as its VAE.
+
+    Args:
+        folder: The component's folder.
+        variant: The variant to take where the component has it.
+
+    Returns:
+        Its files of weights, pickles where it has no safetensors; none if it has no weights.
+
+    Raises:
+        CheckpointError: A file is damaged, or the folder has the weights several times.
+    """
+    if not folder.is_dir():
+        return ()
+    names = [f"{folder.name}/{entry.name}" for entry in sorted(folder.iterdir()) if entry.is_file()]
+    paths = [folder.parent / name for name in component_weights(names, variant)]
+    files = tuple(
+        open_pickle(path) if path.suffix in PICKLES else read_file(path, f"{folder.name}/{path.name}") for path in paths
+    )
+    seen: dict[str, Path] = {}
+    for file in files:
+        for tensor in file.tensors:
+            if (other := seen.setdefault(tensor.name, file.path)) != file.path:
+                raise CheckpointError(
+                    f"{file.path}: {show(tensor.name)} is in {other.name}, too",
+                    "Leave one variant of the weights in the folder, or choose with --variant.",
+                )
+    return files
 
 
 def _open_index(path: Path) -> Checkpoint:
@@ -276,6 +321,8 @@ INDEX_NAME = re.compile(
 )
 _ANY_WEIGHTS = re.compile(r"diffusion_pytorch_model.*\.(safetensors|bin|msgpack|onnx|ckpt|pt)|"
                           r"diffusion_pytorch_model.*\.index(\.[\w-]+)?\.json")  # fmt: skip
+# diffusers' `_add_variant` puts the variant before the number of the shard.
+_VARIANT = re.compile(r"(?:.*/)?diffusion_pytorch_model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors")
 _SHARD = re.compile(r"\d{5}-of-\d{5}")
 
 
@@ -288,6 +335,19 @@ def _weights(folder: Path) -> dict[str, str]:
         elif (match := _WEIGHTS.fullmatch(name)) and not _SHARD.search(name):
             by_variant.setdefault(match["variant"] or "", name)
     return by_variant
+
+
+def variant_of(name: str) -> str | None:
+    """Return the variant of the weights in a diffusers folder.
+
+    Args:
+        name: The name of a file of them, such as `unet/diffusion_pytorch_model.fp16.safetensors`.
+
+    Returns:
+        The variant, such as `fp16`; None for the plain weights.
+    """
+    named = _VARIANT.fullmatch(name)
+    return named[1] if named else None
 
 
 def shard_pattern(variant: str | None) -> str:

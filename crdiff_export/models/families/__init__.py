@@ -2,7 +2,7 @@
 
 from crdiff_export.models.families.catalogue import all_families, by_id, installed_families, is_built_in, table_of
 from crdiff_export.models.families.detect import detect, detect_baked
-from crdiff_export.models.families.model import Family, FamilyLayer, Kind, Match, Twin
+from crdiff_export.models.families.model import Family, FamilyLayer, Kind, LayoutName, Match, Twin
 from crdiff_export.models.families.quantised import Quantisation, quantisation
 from crdiff_export.models.families.table import TABLE_KEY, load_family
 
@@ -11,6 +11,7 @@ __all__ = [
     "Family",
     "FamilyLayer",
     "Kind",
+    "LayoutName",
     "Match",
     "Quantisation",
     "Twin",

@@ -215,6 +215,15 @@ class Pipeline:
 
 
 @dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """A text encoder of a family: its folder in diffusers, and its prefix and kind of names in the original layout."""
+
+    folder: str
+    prefix: str
+    names: Literal["clip", "open-clip"]
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """Everything that is known about one model family.
 
@@ -245,6 +254,9 @@ class Family:
         programs: The programs beside diffusers that open it: `comfyui`, or `comfyui-original` if only in the original
             layout, `a1111`, `forge`.
         table: The text of its table, for a family that is not built in; a baked file carries it.
+        text_encoders: Its text encoders; a file in the original layout has them beside the network.
+        config: What shapes do not tell of its `config.json` in diffusers, such as the number of heads; None if that is
+            not known.
     """
 
     id: str
@@ -270,6 +282,8 @@ class Family:
     sample_size: bool = True
     programs: tuple[str, ...] = ("comfyui",)
     table: str = ""
+    text_encoders: tuple[TextEncoder, ...] = ()
+    config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

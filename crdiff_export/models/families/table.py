@@ -24,6 +24,7 @@ from crdiff_export.models.families.model import (
     Pipeline,
     RowBlocks,
     Special,
+    TextEncoder,
     Time,
     Twin,
 )
@@ -89,7 +90,7 @@ _EXAMPLES: Final = {
     "what": 'what = "width of the text"',
     "absent": "absent = true",
     "class": 'class = "FluxPipeline"',
-    "config": 'config = "ORG/NAME"',
+    "config": 'config = "ORG/NAME" in [pipeline], a table such as { attention_head_dim = 8 } in [unet]',
     "network": 'network = "FluxTransformer2DModel"',
     "call": 'call = "width={0.width}, height={0.height}"',
     "pictures": 'pictures = ["picture"]',
@@ -102,10 +103,14 @@ _EXAMPLES: Final = {
     "batch": "batch = 16",
     "threads": "threads = 1",
     "limit": "limit = 0.09",
+    "text_encoder": '[[text_encoder]], with folder = "text_encoder", a prefix and names',
+    "folder": 'folder = "text_encoder"',
+    "prefix": 'prefix = "cond_stage_model.transformer."',
+    "names": 'names = "clip", or "open-clip"',
 }  # fmt: skip
 _KEYS: Final = (
     "id", "title", "architecture", "implementation", "native", "grid", "cell", "buckets", "unet", "transformer",
-    "target", "special", "pipeline", "twin", "programs",
+    "target", "special", "pipeline", "twin", "programs", "text_encoder",
 )  # fmt: skip
 
 
@@ -185,12 +190,13 @@ def _family(table: RecipeTable) -> Family:
         buckets=_flag(table, "buckets"),
         pipelines=_pipelines(table.table("pipeline"), unet="unet" in table) if "pipeline" in table else {},
         programs=_programs(table),
+        text_encoders=tuple(_text_encoder(each) for each in _tables(table, "text_encoder")),
         **network,
     )
 
 
 def _unet(table: RecipeTable) -> dict[str, Any]:
-    table.refuse_unknown(("down", "mid", "up", "layers", "context", "channels", "vector"))
+    table.refuse_unknown(("down", "mid", "up", "layers", "context", "channels", "vector", "config"))
     layers, mid = table.count("layers") if "layers" in table else 2, _whole(table, "mid")
     if layers >= _MOST_BLOCKS:
         raise table.wrong("layers", f"is {layers:,}, must be less than {_MOST_BLOCKS:,}")
@@ -203,7 +209,29 @@ def _unet(table: RecipeTable) -> dict[str, Any]:
         "kinds": ("attn", "ff"), "default_kinds": ("attn", "ff"),
         "channels": table.count("channels") if "channels" in table else 4,
         "vector": table.count("vector") if "vector" in table else None,
+        "config": _config(table),
     }  # fmt: skip
+
+
+def _config(table: RecipeTable) -> Mapping[str, Any] | None:
+    """Read what shapes do not tell of a network's configuration; None if the table does not say it."""
+    if "config" not in table:
+        return None
+    values = table.table("config").values
+    for key, value in values.items():
+        numbers = value if isinstance(value, list) else [value]
+        if not all(isinstance(number, bool | int | float | str) for number in numbers):
+            raise table.wrong("config", f"has {shown(key)}, which must be a text, a number, true, false, or a list")
+    return values
+
+
+def _text_encoder(table: RecipeTable) -> TextEncoder:
+    table.refuse_unknown(("folder", "prefix", "names"))
+    names = table.string("names")
+    for kind in ("clip", "open-clip"):
+        if names == kind:
+            return TextEncoder(table.string("folder"), table.string("prefix"), kind)
+    raise table.wrong("names", f"is {shown(names)}, must be clip or open-clip")
 
 
 def _depths(table: RecipeTable, key: str, layers: int) -> tuple[int | tuple[int, ...], ...]:
@@ -221,7 +249,7 @@ def _depths(table: RecipeTable, key: str, layers: int) -> tuple[int | tuple[int,
 
 def _network(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
     """Read a network with a list of its targets: [transformer], or [unet], whose groups have a threshold each."""
-    keys = ("kinds", "default", "groups", "channels", "vector")
+    keys = ("kinds", "default", "groups", "channels", "vector", "config")
     scope = "group" if "unet" in document else "layer"
     of_transformers = ("time", "negative", "sample_size") if scope == "layer" else ()
     table.refuse_unknown((*keys, *of_transformers, *LAYOUTS))
@@ -255,6 +283,7 @@ def _network(document: RecipeTable, table: RecipeTable) -> dict[str, Any]:
         "vector": table.count("vector") if "vector" in table else None,
         "time": _time(table), "negative": _flag(table, "negative", usual=True),
         "sample_size": _flag(table, "sample_size", usual=True),
+        "config": _config(table),
     }  # fmt: skip
 
 
