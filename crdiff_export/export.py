@@ -19,13 +19,15 @@ from crdiff_export.errors import OptionError, PlanError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.crdiff_keys import CalibrationStamp, Stamp
 from crdiff_export.hub import bases
+from crdiff_export.models.families import LayoutName, load_family
+from crdiff_export.models.layouts import change_layout
 from crdiff_export.packs import Pack, use
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import architecture, kernels
 from crdiff_export.prune.architecture import Architecture
 from crdiff_export.prune.criteria import Ranked
 from crdiff_export.prune.criterion_choice import CriterionChoice
-from crdiff_export.prune.plan import Plan
+from crdiff_export.prune.plan import Plan, recognise
 from crdiff_export.prune.plan_request import PlanRequest, plan_variant
 from crdiff_export.prune.ranking import rank
 from crdiff_export.prune.threshold import Threshold
@@ -46,6 +48,7 @@ class ExportRequest(PlanRequest):
         thumbnail: A picture for the header, which `verify` does not look at.
         rehash: Hash the base anew, whatever the user's cache of hashes says.
         pack: Has decided already what goes at the size, in place of recipe, ratios and criterion.
+        layout: The layout to write, `original` or `diffusers`; None for the base's.
     """
 
     output: Path | None = None
@@ -59,6 +62,7 @@ class ExportRequest(PlanRequest):
     thumbnail: Thumbnail | None = None
     rehash: bool = False
     pack: Pack | None = None
+    layout: LayoutName | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +140,7 @@ def prepare_all(requests: Sequence[ExportRequest]) -> list[ExportJob]:
         raise OptionError("--no-hash: only its hash tells that a base is the pack's", "Leave --no-hash out.")
     modelspec.date()  # raises now rather than when the file is written
     base = bases.locate(request.base, request.variant)
-    checkpoint = base.open(request.variant, all_files=request.all_files)
+    checkpoint = in_layout(request, base.open(request.variant, all_files=request.all_files))
     jobs = [prepare_located(each, criterion, base, checkpoint) for each in requests]
     if request.pack:
         use.check_one_cast(request.pack, [job.plan for job in jobs])
@@ -144,6 +148,30 @@ def prepare_all(requests: Sequence[ExportRequest]) -> list[ExportJob]:
     if twice := [target for target, count in targets.items() if count > 1]:
         raise OptionError(f"{twice[0]}: {targets[twice[0]]} sizes have this output", "Give each a name of its own.")
     return jobs
+
+
+def in_layout(request: ExportRequest, checkpoint: Checkpoint) -> Checkpoint:
+    """See a base in the layout that a request asks for.
+
+    Args:
+        request: What to export.
+        checkpoint: The base's headers.
+
+    Returns:
+        The base in that layout; itself where it has it.
+
+    Raises:
+        PlanError: The layout of this base cannot be changed.
+        FamilyError: The base is of no family.
+    """
+    if request.layout is None:
+        return checkpoint
+    family = load_family(request.family) if request.family else None
+    if request.pack and request.pack.family.table:
+        family = request.pack.family
+    match = recognise(checkpoint, family)
+    native = architecture.of_checkpoint(checkpoint, match, request.native).native
+    return change_layout(checkpoint, match, request.layout, native=native)
 
 
 def prepare_located(
@@ -260,6 +288,7 @@ class _Ranking:
                 yield result
             else:
                 decision = write_job.decision
+                assert write_job.stamp
                 yield Baked(job, decision.thresholds, write_job.stamp, result, decision.notes)
 
     def _write_job(self, job: ExportJob) -> WriteJob:
@@ -271,8 +300,9 @@ class _Ranking:
         base_hashes = {}
         if request.pack:
             stamp = use.complete_stamp(request.pack, job.plan, stamp)
-            pairs = request.pack.match_files(job.plan.checkpoint)
-            base_hashes = {file.name: stated.data_hash for file, stated in pairs}
+            if not job.plan.checkpoint.origin:
+                pairs = request.pack.match_files(job.plan.checkpoint)
+                base_hashes = {file.name: stated.data_hash for file, stated in pairs}
         return WriteJob(
             job.plan, decision, stamp, self.architecture, job.target, replace=request.force,
             residual=request.residual, thumbnail=request.thumbnail, base_hashes=base_hashes,

@@ -23,7 +23,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("evaluate",),
     ("calibrate",),
     ("sampling", "publish"),
-    ("export",),
+    ("export", "convert"),
     ("packs",),
     ("verify",),
     ("bake",),

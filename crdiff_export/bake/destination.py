@@ -149,6 +149,7 @@ def _check_free(target: Path, *, force: bool) -> None:
 
 def _refuse_source(checkpoint: Checkpoint, target: Path, source: str) -> None:
     """Refuse the source, its folder, and any folder around it, which --force would replace with everything in it."""
+    checkpoint = checkpoint.on_disk
     # Path.resolve raises RuntimeError for links in a circle.
     root, real = (Path(os.path.realpath(path)) for path in (checkpoint.path, target))
     # The path of a sharded source is its index.
@@ -175,9 +176,11 @@ def _check_file_name(target: Path) -> None:
 
 def _check_folder(checkpoint: Checkpoint, target: Path, *, force: bool) -> None:
     if target.suffix == ".safetensors":
-        raise PlanError(
-            f"{target}: the base is a folder, and so is the output", f"Name it {target.with_suffix('').name}."
-        )
+        name = target.with_suffix("").name
+        hint = f"Name it {name}; or make one file of it, which web UIs open: --layout original."
+        if checkpoint.origin or checkpoint.kind == "shards":
+            hint = f"Name it {name}."
+        raise PlanError(f"{target}: the base is a folder, and so is the output", hint)
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -205,7 +208,7 @@ def _is_ours(folder: Path) -> bool:
 
 def _foreign_file(checkpoint: Checkpoint, folder: Path) -> str | None:
     """Return a file in an earlier output that the new one would not have; weights may be split into other files."""
-    new = {file.name for file in checkpoint.files} | {str(name) for name in checkpoint.companions}
+    new = {*(file.name for file in checkpoint.files), *map(str, checkpoint.companions), *checkpoint.generated}
     files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     weights = ("diffusion_pytorch_model*", f"*{residual.SUFFIX}")
     names = (path.relative_to(folder).as_posix() for path in files if not any(map(path.match, weights)))
@@ -250,8 +253,9 @@ def measure_space(plan: Plan, target: Path, way: str, counts: Sequence[int] | No
 
 
 def companions_size(checkpoint: Checkpoint) -> int:
-    """Return the total bytes of the files that are copied unchanged."""
-    return sum((checkpoint.home / name).stat().st_size for name in checkpoint.companions)
+    """Return the total bytes of the files beside the weights, which are copied or written."""
+    generated = sum(map(len, checkpoint.generated.values()))
+    return generated + sum((checkpoint.home / name).stat().st_size for name in checkpoint.companions)
 
 
 def check_space(*spaces: DiskSpace) -> None:

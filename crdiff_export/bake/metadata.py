@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 from crdiff_export.bake.modelspec import THUMBNAIL, Thumbnail, people_keys
-from crdiff_export.formats.checkpoint import file_stem
+from crdiff_export.formats.checkpoint import Checkpoint, file_stem, variant_of
 from crdiff_export.formats.crdiff_keys import (
     BLOCK_WISE,
     LAYER_WISE,
@@ -83,12 +83,28 @@ def stamp_of_plan(
         poa_weight=float(variant.poa_weight),
         calibrated=calibrated,
         cast=plan.cast,
+        source_layout=source_layout(plan.checkpoint, plan.match.layout.name),
+        source_variant=variant_of(plan.checkpoint.origin.files[0].name) if plan.checkpoint.origin else None,
         prompt=None if variant.prompt is None else _text(variant.prompt),
         evidence=_evidence(variant.evidence),
         residual=residual,
         scaled=plan.has_scales,
         version=tool_version(),
     )
+
+
+def source_layout(checkpoint: Checkpoint, layout: str) -> str | None:
+    """Tell whether a base is written in another layout than its own.
+
+    Args:
+        checkpoint: The base, in the layout that is written.
+        layout: That layout.
+
+    Returns:
+        The base's own layout; None where it is the same.
+    """
+    others = {"original": "diffusers", "diffusers": "original"}
+    return others[layout] if checkpoint.origin else None
 
 
 def stamp(
@@ -200,6 +216,37 @@ def header(
         generated[TENSORS_HASH] = hashes.output
         stamp = replace(stamp, source_hash=hashes.source, source_file_hash=hashes.source_file)
     return {**inherited, **generated, **stamp.to_metadata()}
+
+
+def dense_header(
+    plan: Plan, architecture: Architecture, source: Mapping[str, str], hashes: Hashes | None
+) -> dict[str, str]:
+    """Make the metadata of a checkpoint that is written in another layout and not pruned.
+
+    Args:
+        plan: A plan that prunes nothing.
+        architecture: The base's architecture.
+        source: The metadata of the source file; hashes that are no longer true are dropped.
+        hashes: The file's hashes; None to write none.
+
+    Returns:
+        The metadata by key.
+    """
+    inherited = {key: text for key, text in source.items() if not STALE.fullmatch(key)}
+    implementation = "diffusers" if plan.match.layout.name == "diffusers" else plan.match.family.implementation
+    generated = {"format": "pt", "modelspec.implementation": implementation}
+    defaults = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": safe(_title(plan.checkpoint.stem)),
+        "modelspec.resolution": str(architecture.native),
+    }
+    if architecture.id and not plan.match.family.table:
+        defaults["modelspec.architecture"] = architecture.id
+    if architecture.prediction and architecture.prediction.modelspec:
+        generated[PREDICTION_KEY] = architecture.prediction.modelspec
+    if hashes:
+        generated[TENSORS_HASH] = hashes.output
+    return {**defaults, **inherited, **generated}
 
 
 def _title(name: str) -> str:

@@ -136,7 +136,7 @@ def _link(part: Path, target: Path) -> None:
 
 
 def copy_companions(checkpoint: Checkpoint, part: Path, progress: Progress) -> None:
-    """Copy the files beside the weights of a checkpoint, and make everything in the new folder durable.
+    """Copy and write the files beside the weights of a checkpoint, and make everything in the new folder durable.
 
     Args:
         checkpoint: The checkpoint to copy from.
@@ -151,6 +151,9 @@ def copy_companions(checkpoint: Checkpoint, part: Path, progress: Progress) -> N
         shutil.copyfile(checkpoint.home / name, part / name)
         _sync(part / name, os.O_RDWR)
         progress.advance(size)
+    for generated, content in checkpoint.generated.items():
+        (part / generated).write_bytes(content)
+        _sync(part / generated, os.O_RDWR)
     if part.is_dir():
         for folder in {p.parent for p in part.rglob("*")}:
             sync_folder(folder)

@@ -37,7 +37,7 @@ class WriteJob:
     Attributes:
         plan: What to write.
         decision: Which weights go.
-        stamp: The `crdiff.*` keys that all files have in common.
+        stamp: The `crdiff.*` keys that all files have in common; None for a dense checkpoint in another layout.
         architecture: The base's architecture.
         target: The path of the output.
         replace: Replace an output that exists. Otherwise one that appears in the meantime stays, and the job fails.
@@ -48,7 +48,7 @@ class WriteJob:
 
     plan: Plan
     decision: Decision
-    stamp: Stamp
+    stamp: Stamp | None
     architecture: Architecture
     target: Path
     replace: bool = False
@@ -78,6 +78,8 @@ class WriteJob:
             The metadata by key.
         """
         source = output.source.metadata
+        if self.stamp is None:
+            return metadata.dense_header(self.plan, self.architecture, source, hashes)
         return metadata.header(self.plan, self.stamp, self.architecture, source, hashes, self.thumbnail)
 
 
@@ -307,4 +309,5 @@ class VariantWriter:
         """Return what was written, or why it failed."""
         if self.error:
             return Failure(self.job.target, self.error)
-        return Written(self.job.target, tuple(self._files), len(self.job.plan.checkpoint.companions))
+        checkpoint = self.job.plan.checkpoint
+        return Written(self.job.target, tuple(self._files), len(checkpoint.companions) + len(checkpoint.generated))

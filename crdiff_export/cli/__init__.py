@@ -26,6 +26,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "export": "Prune a base for a size and write a new checkpoint.",
+    "convert": "Write a checkpoint in the other layout, without pruning it.",
     "pack": "Keep what is pruned at many sizes in one small file, without weights.",
     "inspect": "Show what a checkpoint is and, if crdiff made it, how.",
     "diff": "Show which tensors differ between two checkpoints, and by how much.",

@@ -16,6 +16,7 @@ from crdiff_export.cli.output import Output, Result
 from crdiff_export.cli.push import push_result, transfer
 from crdiff_export.errors import CrdiffError, OptionError
 from crdiff_export.export import Baked, ExportJob, ExportRequest, Failure, prepare_all, run_together
+from crdiff_export.models.families import LayoutName
 from crdiff_export.packs import open_source
 from crdiff_export.prune import kernels
 from crdiff_export.publish.request import PushRequest, check_request
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     "crdiff export my-sd15.safetensors --res 400x560 --ratio 0.2 --up 0.3",
     "crdiff export sdxl --res 2048 --push my-org/sdxl-crdiff",
     "crdiff export sdxl --res 512 --criterion wanda:compare=row --calibration sdxl-512.safetensors",
+    "crdiff export ./my-sdxl-folder --res 2048 --layout original -o my-sdxl-2048.safetensors",
     "crdiff export demo --res 96x64 --dry-run",
 )
 @options.base_argument
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
            "default name. Default: STEM-crdiff-WxH.safetensors in the current folder; a folder for a sharded base or a "
            "diffusers folder.", options.FILE),
     options.dtype,
+    options.layout,
     option("--residual", "Keep what is pruned away, for crdiff restore: in the file itself, or in a sidecar beside it.",
            click.Choice(list(WAYS)), default=NONE, show_default=True),
     option("--thumbnail PROMPT", "Draw a picture of the pruned model into the header, for programs that show it. Its "
@@ -80,6 +83,7 @@ def export(
     dtype: str | None, variant: str | None, residual: str, no_hash: bool, allow_nonfinite: bool, all_files: bool,
     dry_run: bool, force: bool, repo: str | None, push: PushRequest, thumbnail: str | None,
     previews: tuple[str, ...], rehash: bool, pack: str | None,
+    layout: LayoutName | None,
 ) -> Result:  # fmt: skip
     """Prune BASE for a size and write a new checkpoint with everything about it in its header.
 
@@ -96,7 +100,7 @@ def export(
         base, sizes[0], None, recipe=recipe, prompt=prompt, ratio=ratio, ratios=ratios, poa_weight=poa_weight,
         targets=targets, criterion=criterion, calibration=calibration, device=device, dtype=dtype, variant=variant,
         residual=residual, hashing=not no_hash, force=force, allow_nonfinite=allow_nonfinite, all_files=all_files,
-        threads=threads, family=family, native=native, rehash=rehash, pack=opened,
+        threads=threads, family=family, native=native, rehash=rehash, pack=opened, layout=layout,
     )  # fmt: skip
     requests = [
         replace(request, size=size, output=named)

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from crdiff_export.bake.metadata import source_layout
 from crdiff_export.bake.residual import NONE, largest_size
 from crdiff_export.bake.write import Failure
 from crdiff_export.cli.blocks import Block, Facts, Table
@@ -33,7 +34,9 @@ def planned(job: ExportJob, pushing: PushRequest | None) -> Result:
     groups = _planned_groups(job)
     record = {
         "dry_run": True, "base": str(plan.checkpoint.path), "family": plan.match.family.id,
-        "layout": plan.match.layout.name, "resolution": str(plan.size), "recipe": plan.recipe,
+        "layout": plan.match.layout.name,
+        "source_layout": source_layout(plan.checkpoint, plan.match.layout.name),
+        "resolution": str(plan.size), "recipe": plan.recipe,
         "variant": str(plan.variant.resolution), "provenance": plan.variant.provenance,
         "borrowed_from": plan.variant.borrowed_from and str(plan.variant.borrowed_from),
         "criterion": _criterion(job), "calibration": calibration and str(calibration),
@@ -124,7 +127,7 @@ def done(baked: Baked, seconds: float) -> Result:
     weights = sum(tensor.count for _, tensor in plan.checkpoint.tensors() if tensor.dtype in CASTABLE)
     record = {
         "output": str(written.path), "bytes": written.size, "seconds": round(seconds, 3),
-        "family": stamp.family, "layout": stamp.layout,
+        "family": stamp.family, "layout": stamp.layout, "source_layout": stamp.source_layout,
         "resolution": str(stamp.resolution), "native": str(stamp.native), "recipe": stamp.recipe,
         "provenance": stamp.provenance, "borrowed_from": stamp.borrowed_from and str(stamp.borrowed_from),
         "pruned": pruned, "weights": weights, "poa_weight": stamp.poa_weight, "residual": stamp.residual,

@@ -139,6 +139,10 @@ native = option("--native", "The size that BASE was trained at. Default: what it
 prompt_of_numbers = option("--prompt TEXT", "Take the recipe's numbers for this prompt, where it has some.")
 poa_weight = option("--poa-weight W", "POA weight to recommend in the header; 1 is the pruned model alone.", POA_WEIGHT)
 dtype = option("--dtype", "Cast all float tensors. Default: keep each as it is.", click.Choice(list(DTYPES)))
+layout = option(
+    "--layout", "Write in this layout: original is one file as web UIs and ComfyUI open it, diffusers a folder with "
+    "the UNet or transformer. Default: the base's.", click.Choice(["original", "diffusers"]),
+)  # fmt: skip
 allow_nonfinite = option("--allow-nonfinite", "Keep and count target weights that are infinite or not numbers.")
 threads = option("--threads N", "Threads on the CPU. Default: all cores.", COUNT)
 device = option("--device", "Where weights are counted and zeroed: auto, cpu, cuda, cuda:N or mps. The result does not "

@@ -34,7 +34,9 @@ def restore(out: Output, file: Path, output: Path, *, force: bool) -> Result:
     ]
     if restored.whole and any(file.key != FILE_HASH for file in restored.files):
         notes.append("the base's header was restored, too; it was kept without a hash")
-    if not restored.whole:
+    if restored.source_layout:
+        notes.append(f"the base has the {restored.source_layout} layout; this is the layout of the baked file")
+    elif not restored.whole:
         notes.append("the base was no safetensors file; its tensors are in one now")
     return Result(
         {

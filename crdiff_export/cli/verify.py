@@ -52,7 +52,7 @@ def _verify(out: Output, file: Path, base: str | None, calibration: Path | None,
     checks += ["the SHA-256"] if verified.hashed else []
     checks += ["the residual"] if verified.residual in ("embedded", "sidecar") else []
     checks += [COMPARED[verified.against].format(verified.base)] if verified.base else []
-    notes = []
+    notes = [*verified.notes]
     if verified.residual == "missing":
         notes.append("its residual is in a sidecar that is not beside it, and was not checked")
     if verified.against == "zeros":

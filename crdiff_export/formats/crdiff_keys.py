@@ -29,12 +29,13 @@ PREFIX = "crdiff."
 TENSORS_HASH = "modelspec.hash_sha256"
 # Only packs have it.
 PACK = f"{PREFIX}pack"
+LAYOUTS = ("original", "diffusers")
 RESIDUALS = ("none", "embedded", "sidecar")
 HASH = re.compile(r"0x[0-9a-f]{64}")
 _GROUP = re.compile(r"crdiff\.(?:ratio|pruned|total)\.(.+)", re.DOTALL)
 _REQUEST_KEYS = re.compile(
     r"crdiff\.(schema|criterion|family|family\.table|targets|ratio\..*|resolution\.target|poa\.weight|recipe|provenance.*"
-    r"|cast|prompt|evidence\..*|residual|source\.\w+_sha256|calibration\.file_sha256)",
+    r"|cast|prompt|evidence\..*|residual|source\.layout|source\.variant|source\.\w+_sha256|calibration\.file_sha256)",
     re.DOTALL,
 )
 # A float as Python writes it: `repr` and `float.hex`.
@@ -93,6 +94,8 @@ class Stamp:
         family_table: The table of a family that is not built in (docs/families.md); None for others.
         special: What kind of model of its family the base is, such as `inpainting`; None for the plain one.
         prediction: What the base predicts, such as `v-zsnr`; None if nothing marks it.
+        source_layout: The layout of the base, where it is another one than the file's; None where it is the same.
+        source_variant: The variant of the weights that was taken from a folder in that layout; None for the plain ones.
         borrowed_from: The size that the ratios were found for, where they were taken for another one.
         thresholds: Per layer, in target order; None for a layer where nothing was pruned.
         masked: The method of a file that has a mask instead of thresholds, because its criterion is not the magnitude;
@@ -119,6 +122,8 @@ class Stamp:
     family_table: str | None = None
     special: str | None = None
     prediction: str | None = None
+    source_layout: str | None = None
+    source_variant: str | None = None
     borrowed_from: Size | None = None
     thresholds: tuple[float | None, ...] | None = None
     masked: str | None = None
@@ -159,6 +164,7 @@ class Stamp:
             keys["thresholds"] = json.dumps([_hex(t) for t in self.thresholds], separators=(",", ":"))
         optional = {
             "source.hash_sha256": self.source_hash, "source.file_sha256": self.source_file_hash,
+            "source.layout": self.source_layout, "source.variant": self.source_variant,
             "provenance.borrowed_from": str(self.borrowed_from) if self.borrowed_from else None,
             "family.table": self.family_table,
             "special": self.special, "prediction": self.prediction, "cast": self.cast, "prompt": self.prompt,
@@ -219,6 +225,8 @@ class Stamp:
             family_table=keys.optional("family.table"),
             special=keys.special(),
             prediction=keys.optional("prediction"),
+            source_layout=keys.one_of("source.layout", LAYOUTS) if keys.optional("source.layout") is not None else None,
+            source_variant=keys.optional("source.variant"),
             borrowed_from=keys.optional_size("provenance.borrowed_from"),
             thresholds=thresholds,
             masked=method if masked else None,

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from crdiff_export.bake import metadata
 from crdiff_export.errors import OptionError, PackError, VerifyError
-from crdiff_export.formats.checkpoint import Checkpoint
+from crdiff_export.formats.checkpoint import Checkpoint, variant_of
 from crdiff_export.formats.crdiff_keys import GroupStamp
 from crdiff_export.formats.hashing import hash_data, hash_from
 from crdiff_export.hub import bases
@@ -23,7 +23,6 @@ from crdiff_export.prune.plan import Plan
 from crdiff_export.prune.plan_request import PlanRequest
 from crdiff_export.prune.ranking import rank
 from crdiff_export.sizes import Size
-from crdiff_export.verify.compare_base import variant_of
 
 _AGAIN = "Do not use the pack; make it again from its base."
 

@@ -54,9 +54,11 @@ def plan_size(pack: Pack, request: PlanRequest, checkpoint: Checkpoint) -> Plan:
             f"--dtype {request.dtype}: the masks of {pack.path} are for {stamp.cast or 'the dtype of its base'}",
             "Leave --dtype out, or make the pack with it.",
         )
-    match = plan.recognise(checkpoint, pack.family if pack.family.table else None)
-    check_same_model(pack, match, checkpoint.path)
-    pack.match_files(checkpoint)
+    family = pack.family if pack.family.table else None
+    match = plan.recognise(checkpoint, family)
+    of_base = plan.recognise(checkpoint.on_disk, family) if checkpoint.origin else match
+    check_same_model(pack, of_base, checkpoint.path)
+    pack.match_files(checkpoint.on_disk)
     variant = Variant(
         stamp.resolution, {name: group.ratio for name, group in stamp.groups.items()}, stamp.poa_weight,
         typing.cast(Provenance, stamp.provenance), stamp.provenance_source, prompt=stamp.prompt,
@@ -122,7 +124,7 @@ def check_known_hashes(
     """Compare files whose hash is known without reading them with those of the pack's base.
 
     A file that has another hash than the pack's, or of which the pack has none, may still have the same tensors: then
-    these are hashed.
+    these are hashed. So are all files of a base that is written in another layout, where no later hash is theirs.
 
     Args:
         pack: The pack.
@@ -134,8 +136,9 @@ def check_known_hashes(
     Raises:
         PackError: A file is not the base's.
     """
-    for file, stated in pack.match_files(checkpoint):
-        if file.name not in known or known[file.name] == stated.file_hash:
+    for file, stated in pack.match_files(checkpoint.on_disk):
+        is_same = known[file.name] == stated.file_hash if file.name in known else not checkpoint.origin
+        if is_same:
             continue
         progress.stage("hashing", file.data_size)
         if (actual := hash_data_once(file, progress, rehash=rehash)) != stated.data_hash:
@@ -215,7 +218,9 @@ def complete_stamp(pack: Pack, planned: Plan, stamp: Stamp) -> Stamp:
     packed = pack.variants[planned.size]
     return replace(
         packed, version=stamp.version, source_name=stamp.source_name, residual=stamp.residual, cast=stamp.cast,
-        thresholds=stamp.thresholds, groups=packed.groups if stamp.cast == packed.cast else stamp.groups,
+        thresholds=stamp.thresholds, layout=stamp.layout, prefix=stamp.prefix, source_layout=stamp.source_layout,
+        source_variant=stamp.source_variant,
+        groups=packed.groups if stamp.cast == packed.cast else stamp.groups,
     )  # fmt: skip
 
 

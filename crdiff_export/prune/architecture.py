@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from crdiff_export.errors import PlanError, RecipeError
 from crdiff_export.formats.checkpoint import Checkpoint
 from crdiff_export.formats.strict_json import MalformedError, parse_object
-from crdiff_export.models.families import Family, Twin
+from crdiff_export.models.families import Family, Match, Twin
 from crdiff_export.models.prediction import SIGMAS, Prediction, are_sigmas, by_marks, by_scheduler
 from crdiff_export.prune.plan import CASTABLE, Plan
 from crdiff_export.sizes import MAX_SIDE, Size
@@ -62,18 +62,35 @@ class Architecture:
 
 def find(plan: Plan) -> Architecture:
     """Find the architecture of a plan's base; reads one tensor of a few hundred numbers if necessary."""
-    family = plan.match.family
-    stated = next((text for f in plan.checkpoint.files if (text := f.metadata.get(STATED))), None)
-    twin, special = family.twin, plan.match.special
+    return of_checkpoint(plan.checkpoint, plan.match, plan.native)
+
+
+def of_checkpoint(checkpoint: Checkpoint, match: Match, given: Size | None = None) -> Architecture:
+    """Find the architecture of a checkpoint; reads one tensor of a few hundred numbers if necessary.
+
+    Args:
+        checkpoint: The checkpoint.
+        match: Its family and layout.
+        given: The size that the user says it was trained for; None to look for it.
+
+    Returns:
+        The architecture.
+
+    Raises:
+        PlanError: Nothing says for which size it was trained.
+    """
+    family = match.family
+    stated = next((text for f in checkpoint.on_disk.files if (text := f.metadata.get(STATED))), None)
+    twin, special = family.twin, match.special
     architecture, native, kind = family.architecture, Size(*family.native) if family.native else None, ""
-    if twin and (stated == twin.architecture or (stated != family.architecture and _is_twin(plan, twin))):
+    if twin and (stated == twin.architecture or (stated != family.architecture and _is_twin(checkpoint, match, twin))):
         architecture, native, kind = twin.architecture, Size(*twin.native), "base"
     if special:
         architecture, kind = special.architecture, special.id
-    size, source = (plan.native, GIVEN) if plan.native else stated_native(plan.checkpoint, family) or (native, "family")
+    size, source = (given, GIVEN) if given else stated_native(checkpoint, family) or (native, "family")
     if size is None:
-        raise unknown_native(plan.checkpoint)
-    return Architecture(stated or architecture, size, source, kind, _prediction(plan))
+        raise unknown_native(checkpoint)
+    return Architecture(stated or architecture, size, source, kind, _prediction(checkpoint.on_disk, match))
 
 
 def unknown_native(checkpoint: Checkpoint) -> PlanError:
@@ -82,10 +99,9 @@ def unknown_native(checkpoint: Checkpoint) -> PlanError:
     return PlanError(f"{checkpoint.path}: nothing says for which size this model was trained", hint)
 
 
-def _prediction(plan: Plan) -> Prediction | None:
+def _prediction(checkpoint: Checkpoint, match: Match) -> Prediction | None:
     """Tell what the base predicts; flow matching, which all transformers use, has no marks."""
-    checkpoint = plan.checkpoint
-    if plan.match.family.scope != "group":
+    if match.family.scope != "group":
         return None
     if checkpoint.kind == "folder":
         with contextlib.suppress(OSError, MalformedError):
@@ -93,7 +109,7 @@ def _prediction(plan: Plan) -> Prediction | None:
             return by_scheduler(parse_object(config, fractions=True))
     prediction = by_marks(checkpoint.shapes, checkpoint.metadata)
     if prediction and prediction.kind == "edm-v":
-        read = [numbers for name in SIGMAS if (numbers := _numbers(plan, name)) is not None]
+        read = [numbers for name in SIGMAS if (numbers := _numbers(checkpoint, name)) is not None]
         sigmas = [float(number) for numbers in read for number in numbers]
         return replace(prediction, sigmas=(sigmas[0], sigmas[1])) if are_sigmas(sigmas) else Prediction("other")
     return prediction
@@ -101,6 +117,7 @@ def _prediction(plan: Plan) -> Prediction | None:
 
 def stated_native(checkpoint: Checkpoint, family: Family) -> tuple[Size, str] | None:
     """Return the size that a base says it was trained for, and what says so; None if nothing does."""
+    checkpoint = checkpoint.on_disk
     for file in checkpoint.files:
         with contextlib.suppress(RecipeError):
             return Size.parse(file.metadata.get(STATED_SIZE, "")), STATED_SIZE
@@ -160,22 +177,21 @@ def is_native(size: Size, native: Size, family: Family) -> bool:
     return max(area, 1 / area) <= _NEAR and max(aspect, 1 / aspect) <= (_BUCKET_ASPECT if family.buckets else _NEAR)
 
 
-def _is_twin(plan: Plan, twin: Twin) -> bool:
-    match = plan.match
+def _is_twin(checkpoint: Checkpoint, match: Match, twin: Twin) -> bool:
     if match.special and match.special.channels:
         return True
-    numbers = _numbers(plan, match.prefix + twin.tensors[match.layout.name])
+    numbers = _numbers(checkpoint, match.prefix + twin.tensors[match.layout.name])
     return numbers is not None and not float(numbers.std()) > twin.limit
 
 
-def _numbers(plan: Plan, name: str) -> "NDArray[np.float64] | None":
+def _numbers(checkpoint: Checkpoint, name: str) -> "NDArray[np.float64] | None":
     """Read a small tensor; None if it is absent, or the file is sparse."""
     import numpy as np
 
     from crdiff_export.prune.kernels.cast import cast
 
-    for number, tensor in plan.checkpoint.tensors():
-        file = plan.checkpoint.files[number]
+    for number, tensor in checkpoint.tensors():
+        file = checkpoint.files[number]
         fits = tensor.name == name and tensor.dtype in CASTABLE and 0 < tensor.count <= _MOST_NUMBERS
         if fits and not file.is_sparse:
             raw = memoryview(bytearray(tensor.nbytes))

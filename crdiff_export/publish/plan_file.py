@@ -70,7 +70,7 @@ _TEMPLATES: Mapping[str, tuple[Callable[[str], object], str]] = {
 _FILE_TEMPLATES, _PACK_TEMPLATES = ("repo", "revision", "tag", "name"), ("repo", "revision", "tag", "pack")
 # The keys that go to the export as they are.
 _EXPORT_KEYS = ("dtype", "ratio", "ratios", "poa_weight", "targets", "criterion", "calibration", "allow_nonfinite",
-                "family", "native")  # fmt: skip
+                "family", "native", "layout")  # fmt: skip
 # The keys that all sizes of a pack share, and the fields of their exports.
 _SHARED_IN_PACK = {
     "weights": "variant", "dtype": "dtype", "criterion": "criterion", "calibration": "calibration",
@@ -263,12 +263,13 @@ def _entry(size: Size | None, at: KeyPath, values: InheritedValues, problems: Pr
             hint = f"Write {_EXAMPLES['repo']}, or leave {key} out."
             problems.add(values[key][1], f"{key} is for a repository, but there is no repo", hint)
     any_base, any_size = base or PlanBase("", "base"), size or _ANY_SIZE
-    default = DEFAULT_NAME.removesuffix(".safetensors") if any_base.folder else DEFAULT_NAME
+    folder = _is_folder(any_base, values.value("layout"))
+    default = DEFAULT_NAME.removesuffix(".safetensors") if folder else DEFAULT_NAME
     named = values.within(InheritedValues(name=(default, at)))
     texts = {key: _fill(key, named, any_base, any_size, problems) for key in _FILE_TEMPLATES if key in named}
     path = texts["name"]
     if path and "name" in values:
-        _check_name(path, any_base.folder, values["name"][1], problems)
+        _check_name(path, folder, values["name"][1], problems)
     wrong = None in texts.values() or values.get("private", (False,))[0] is None
     if path is None or base is None or size is None or wrong:
         return None
@@ -391,6 +392,11 @@ def _fill(key: str, values: InheritedValues, base: PlanBase, size: Size, problem
         return text
     problems.add(at, f"{key} is {shown(text)}, must be {what}", f"Write {_EXAMPLES[key]}.", "filled")
     return None
+
+
+def _is_folder(base: PlanBase, layout: str | None) -> bool | None:
+    """Whether a result is a folder; None if only the base's headers tell it."""
+    return base.folder if layout is None else layout == "diffusers" or (base.folder and None)
 
 
 def _check_name(path: str, folder: bool | None, at: KeyPath, problems: Problems) -> None:

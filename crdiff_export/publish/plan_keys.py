@@ -293,6 +293,7 @@ _SHARED: Mapping[str, Key] = {
     "allow_nonfinite": Key("allow_nonfinite = true", _flag),
     "family": Key('family = "my-model.toml"', _family),
     "native": Key('native = "1024x1024"', _size),
+    "layout": Key('layout = "original"', _one_of(("original", "diffusers"), "layout", "layouts")),
 }
 TABLES: Final[Mapping[str, Mapping[str, Key]]] = {
     "the plan": {"sizes": _SIZES, **_SHARED, **_PACK, "base": Key('[[base]], and below it base = "sdxl"', _tables)},

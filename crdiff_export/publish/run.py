@@ -150,7 +150,7 @@ class _Run:
         """Make a pack, for which the base is read again, and push it."""
         try:
             _make_folder(item)
-            job = create.prepare_located(pack_request(item), criterion, base.base, base.checkpoint)
+            job = create.prepare_located(pack_request(item), criterion, base.base, base.checkpoint.on_disk)
             made = create.make(job, self._progress)
         except CrdiffError as error:
             return Outcome(item, "failed", error=error)

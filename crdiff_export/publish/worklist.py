@@ -9,10 +9,10 @@ from typing import Literal
 
 from crdiff_export.bake import metadata
 from crdiff_export.errors import CrdiffError, OptionError, PlanError
-from crdiff_export.export import ExportRequest, plan_variant
+from crdiff_export.export import ExportRequest, in_layout, plan_variant
 from crdiff_export.formats.crdiff_keys import PREFIX, CalibrationStamp, Stamp
 from crdiff_export.formats.hashing import hash_data_once
-from crdiff_export.hub import remote_headers
+from crdiff_export.hub import bases, remote_headers
 from crdiff_export.hub.remote_headers import RemoteBase
 from crdiff_export.packs import PackHeader, create
 from crdiff_export.packs.create import PackJob, PackRequest
@@ -171,6 +171,8 @@ def make_worklist(request: PublishRequest, open_progress: OpenProgress) -> Workl
             export.criterion,
             export.calibration,
             export.family,
+            export.native if export.layout else None,
+            export.layout,
         )
         groups.setdefault(shared, []).append(entry)
     branches = HubBranches(plan, TITLE if request.create_pr else None)
@@ -196,10 +198,12 @@ def _base_work(
 ) -> BaseWork:  # fmt: skip
     export = entries[0].request
     try:
-        remote = remote_headers.read_headers(export.base, export.variant)
+        remote = _read_base(export)
     except CrdiffError as error:
         return BaseWork(None, tuple(_item(request, plan, entry, folder=False).fail(error) for entry in entries))
-    expected = _ExpectedStamps(remote, export, open_progress)
+    # Packs are of a base as it is on the disk, whatever the layout of files.
+    of_packs = replace(remote, checkpoint=remote.checkpoint.on_disk)
+    stamps, pack_stamps = (_ExpectedStamps(each, export, open_progress) for each in (remote, of_packs))
     folder = remote.checkpoint.kind != "file"
     items = []
     for entry in entries:
@@ -208,17 +212,27 @@ def _base_work(
             if entry.pack:
                 wanted = pack_request(item)
                 criterion = create.check_criterion(wanted)
-                job = create.prepare_located(wanted, criterion, remote.base, remote.checkpoint)
+                job = create.prepare_located(wanted, criterion, of_packs.base, of_packs.checkpoint)
                 item = replace(item, job=job)
             else:
                 _check_name(item, folder=folder)
                 item = replace(item, plan=plan_variant(item.request, remote.checkpoint))
             branch = branches.read(item.destination) if item.destination else HubBranch()
-            decide = _decide_pack if entry.pack else _decide
-            items.append(decide(item, remote, branch, expected))
+            if entry.pack:
+                items.append(_decide_pack(item, of_packs, branch, pack_stamps))
+            else:
+                items.append(_decide(item, remote, branch, stamps))
         except CrdiffError as error:
             items.append(item.fail(error))
     return BaseWork(remote, tuple(items))
+
+
+def _read_base(export: ExportRequest) -> RemoteBase:
+    """Read the headers of a base; one that is written in another layout is fetched, as all of its parts are needed."""
+    if export.layout is None:
+        return remote_headers.read_headers(export.base, export.variant)
+    local = bases.locate(export.base, export.variant)
+    return RemoteBase(local, in_layout(export, local.open(export.variant)))
 
 
 def _item(request: PublishRequest, plan: PlanFile, entry: PlanEntry, *, folder: bool) -> WorkItem:
@@ -265,7 +279,8 @@ def _decide(item: WorkItem, remote: RemoteBase, branch: HubBranch, expected: "_E
     wanted = expected.stamps(item.plan)
     item = replace(item, digest=wanted[0].digest())
     if local.stamps:
-        extra = sorted(local.files.keys() - set(map(str, remote.checkpoint.companions)))
+        beside = {*map(str, remote.checkpoint.companions), *remote.checkpoint.generated}
+        extra = sorted(local.files.keys() - beside)
         difference = _difference(wanted, local, remote) or (f"what is there holds {extra[0]}, too" if extra else None)
         if difference is None and item.destination:
             return replace(item, action="send", reason="made by an earlier run")
@@ -330,6 +345,8 @@ def _difference(wanted: Sequence[Stamp], existing: Existing, remote: RemoteBase)
         if not changed:
             return "incomplete" if digests[0] else "its base's hash is not known"
         return f"changed: {changed}"
+    if any(name not in existing.files for name in remote.checkpoint.generated):
+        return "incomplete"
     for name in map(str, remote.checkpoint.companions):
         if name not in existing.files:
             return "incomplete"
@@ -376,7 +393,8 @@ class _ExpectedStamps:
 
     def with_source_hash(self, stamp: Stamp, number: int) -> Stamp:
         """Add the hash of one of the base's files, as far as it can be known."""
-        file = self._remote.checkpoint.files[number]
+        files = self._remote.checkpoint.files
+        file = files[number]
         if sha256 := self._remote.base.hashes.get(file.name):
             return replace(stamp, source_file_hash=f"0x{sha256}")
         if file.info is None:

@@ -1,8 +1,8 @@
 """Compare a baked file with its base: run the export again, into a comparison instead of a file."""
 
 import contextlib
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,12 +12,13 @@ from crdiff_export.bake.residual_writer import header_of
 from crdiff_export.bake.source_hashes import SourceHashes
 from crdiff_export.bake.stream import CHUNK, PruneRange, Pruning, Stream, prune_ranges
 from crdiff_export.errors import CheckpointError, FamilyError, VerifyError
-from crdiff_export.formats.checkpoint import Checkpoint
+from crdiff_export.formats.checkpoint import Checkpoint, variant_of
 from crdiff_export.formats.hashing import hash_file
-from crdiff_export.formats.safetensors import show
+from crdiff_export.formats.safetensors import TensorSpec, show
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.hub import bases
 from crdiff_export.models import families
+from crdiff_export.models.layouts import change_layout
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import kernels, plan
 from crdiff_export.prune.criteria import Decision
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 # last bits of a matrix's factors differ between processors and libraries, which rounds a few weights in a million to
 # their neighbours.
 ULPS: Final = 2
-# diffusers' `_add_variant` puts the variant before the number of the shard.
-_VARIANT = re.compile(r"(?:.*/)?diffusion_pytorch_model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors")
 _GIVE_BASE: Final = "Give the base that the file was made from; `crdiff inspect` names it."
 
 
@@ -81,11 +80,15 @@ def check_base(
             # Moved weights were compared above, where they could be.
             skipped = prune_ranges(plan_again, number) if baked.stamp.moved else ()
             _compare(stream, output, file, residuals[number] if residuals else None, skipped, progress)
+            if output.source.parts and DATA_HASH not in file.metadata:
+                continue  # the hash is of a file in another layout; every byte was compared
             if FILE_HASH in file.metadata:
                 _check_source(output.source, file, FILE_HASH, _hash_whole(output.source))
             elif hashes:
                 _check_source(output.source, file, DATA_HASH, hashes.digest(number))
     _compare_companions(baked.checkpoint, plan_again.checkpoint, progress)
+    if baked.stamp.source_layout:
+        _compare_generated(baked.checkpoint, plan_again.checkpoint)
     return plan_again.checkpoint.path
 
 
@@ -108,6 +111,14 @@ def _compare_companions(baked: Checkpoint, base: Checkpoint, progress: Progress)
             raise CheckpointError(message, "Check the disk and the permissions.") from error
 
 
+def _compare_generated(baked: Checkpoint, base: Checkpoint) -> None:
+    """Compare the files that an export in another layout writes: diffusers' configuration."""
+    for name, content in base.generated.items():
+        path = baked.home / name
+        if not path.is_file() or path.read_bytes() != content:
+            raise VerifyError(f"{path}: is not what the base gives", REPAIR)
+
+
 def plan_base(baked: BakedCheckpoint, base: str) -> Plan:
     """Plan the export of a base once more, and compare its headers with a baked checkpoint's; no weight is read.
 
@@ -123,12 +134,17 @@ def plan_base(baked: BakedCheckpoint, base: str) -> Plan:
         CrdiffError: The base cannot be read.
     """
     planned, stamp = baked.plan, baked.stamp
-    variant = variant_of(planned.outputs[0].source.name) if planned.checkpoint.kind == "folder" else None
+    of_file = variant_of(planned.outputs[0].source.name) if planned.checkpoint.kind == "folder" else None
+    variant = stamp.source_variant or of_file
     located = bases.locate(base, variant)
     checkpoint = located.open(variant)
     family = planned.match.family
+    carried = family if family.table else None
     try:
-        match = families.detect(checkpoint.shapes, family if family.table else None)
+        match = families.detect(checkpoint.shapes, carried)
+        if match.family.id == stamp.family and (match.layout.name != stamp.layout or stamp.source_layout):
+            checkpoint = _in_layout_of(baked, checkpoint, match)
+            match = families.detect(checkpoint.shapes, carried)
     except FamilyError as error:
         if not family.table:
             raise
@@ -146,22 +162,30 @@ def plan_base(baked: BakedCheckpoint, base: str) -> Plan:
     )  # fmt: skip
     _check_same_tensors(planned, again)
     for output, file in zip(again.outputs, baked.checkpoint.files, strict=True):
-        if FILE_HASH in file.metadata and (known := located.hashes.get(output.source.name)):
+        if not output.source.parts and FILE_HASH in file.metadata and (known := located.hashes.get(output.source.name)):
             _check_source(output.source, file, FILE_HASH, known)
     return again
 
 
-def variant_of(name: str) -> str | None:
-    """Return the variant of the weights in a diffusers folder.
+def _in_layout_of(baked: BakedCheckpoint, checkpoint: Checkpoint, match: families.Match) -> Checkpoint:
+    """See a base in the layout of a baked checkpoint, with its tensors in their order."""
+    layout, files = baked.plan.match.layout.name, _without_residual(baked)
+    return change_layout(checkpoint, match, layout, native=baked.stamp.native, like=files)
 
-    Args:
-        name: The name of a file of them, such as `unet/diffusion_pytorch_model.fp16.safetensors`.
 
-    Returns:
-        The variant, such as `fp16`; None for the plain weights.
-    """
-    named = _VARIANT.fullmatch(name)
-    return named[1] if named else None
+def _tensors(files: Sequence[SourceFile]) -> list[TensorSpec]:
+    return [tensor for file in files for tensor in file.by_offset]
+
+
+def _without_residual(baked: BakedCheckpoint) -> list[SourceFile]:
+    """Return the files of a baked checkpoint without what an export adds to a base."""
+    if baked.stamp.residual != RESIDUAL_KEYS[EMBED]:
+        return list(baked.checkpoint.files)
+    files = []
+    for file in baked.checkpoint.files:
+        embedded = residual_tensors(file.tensors)
+        files.append(replace(file, tensors=tuple(tensor for tensor in file.tensors if tensor not in embedded)))
+    return files
 
 
 def _compare_decisions(baked: BakedCheckpoint, again: Plan, ours: Decision, theirs: Decision) -> None:

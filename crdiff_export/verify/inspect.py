@@ -203,6 +203,10 @@ def _stamp_facts(stamp: Stamp, output_hash: str | None) -> Iterator[tuple[str, s
 
 def _base_hash(stamp: Stamp) -> str:
     """Name a base by its hash, and by the short form under which Civitai and A1111 find it."""
+    if stamp.source_layout:  # no file has the hash, except one that `crdiff convert` writes
+        variant = f", variant {printable(stamp.source_variant)}" if stamp.source_variant else ""
+        hashed = f"; in the {stamp.layout} layout {stamp.source_hash}" if stamp.source_hash else ""
+        return f"{stamp.source_layout} layout{variant}{hashed}"
     if stamp.source_file_hash:
         return f"file {stamp.source_file_hash}, AutoV2 {auto_v2(stamp.source_file_hash)}"
     if stamp.source_hash:

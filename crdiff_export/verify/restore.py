@@ -51,11 +51,15 @@ class RestoredFile:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """The restored base: a file, or a folder with `copied` files beside those of weights."""
+    """The restored base: a file, or a folder with `copied` files beside those of weights.
+
+    `source_layout` is the base's layout, where the baked file and so the restored tensors have another one.
+    """
 
     path: Path
     files: tuple[RestoredFile, ...]
     copied: int = 0
+    source_layout: str | None = None
 
     @property
     def whole(self) -> bool:
@@ -115,7 +119,7 @@ def restore(
             staging.publish(part, output, replace=force)
     except OSError as error:
         raise staging.as_bake_error(error, output) from error
-    return Restored(output, tuple(files), len(companions))
+    return Restored(output, tuple(files), len(companions), baked.stamp.source_layout)
 
 
 class _BaseFile:

@@ -15,10 +15,10 @@ from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import CriterionChoice
-from crdiff_export.prune.plan import Scope, Target
+from crdiff_export.prune.plan import Plan, Scope, Target
 from crdiff_export.prune.threshold import Threshold
 from crdiff_export.verify.compare_base import check_base, plan_base, refuse_sparse
-from crdiff_export.verify.reopen import REPAIR, BakedCheckpoint, open_baked
+from crdiff_export.verify.reopen import DATA_HASH, REPAIR, BakedCheckpoint, open_baked
 from crdiff_export.verify.residual_reader import Residual, base_header, check_hashes, check_sidecars, find_residuals
 
 # What the comparison with a base has proved.
@@ -39,6 +39,7 @@ class Verified:
         residual: The value of `crdiff.residual`, or `missing` for a sidecar that is absent and so was not checked.
         against: What the base has proved: every byte (`all`); without the calibration, that only zeros differ from the
             base (`zeros`); for a file with moved weights, that everything else is the base's (`others`).
+        notes: What the user should know of the comparison.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Verified:
     base: Path | None
     residual: str = NONE
     against: Against = NOTHING
+    notes: tuple[str, ...] = ()
 
 
 def verify(
@@ -94,7 +96,16 @@ def verify(
         return Verified(path, stamp, weights, hashed, None, way)
     base_path = check_base(baked, plan_again, criterion, residuals, device, progress)
     against: Against = "all" if criterion else "others" if stamp.moved else "zeros"
-    return Verified(path, stamp, weights, hashed, base_path, way, against)
+    return Verified(path, stamp, weights, hashed, base_path, way, against, _notes(baked, plan_again))
+
+
+def _notes(baked: BakedCheckpoint, plan_again: Plan) -> tuple[str, ...]:
+    """Say what a base in another layout does not have, and whether the hash of the base proves it all the same."""
+    if not plan_again.checkpoint.origin:
+        return ()
+    proved = all(DATA_HASH in file.metadata for file in baked.checkpoint.files)
+    end = "the hash of the base proves them" if proved else "they were not compared"
+    return tuple(f"{note}: {end}" for note in plan_again.checkpoint.notes)
 
 
 def _choose_criterion(baked: BakedCheckpoint, calibration: Path | None, progress: Progress) -> CriterionChoice | None:

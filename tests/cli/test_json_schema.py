@@ -132,6 +132,7 @@ def export(bench: Bench) -> Iterator[Any]:
     bench.monkeypatch.setattr(staging, "publish", publish)
     yield bench("export demo --res 96x64 -o searched.safetensors")
     yield bench("export demo --res 400x64 --residual sidecar -o borrowed.safetensors")
+    yield bench("export demo --res 96x64 --layout diffusers -o unet")
     yield bench("export demo --res 96x64 --mid 0 --no-hash -o plain.safetensors")
     bench.calibrate()
     yield bench("export demo --res 48 --ratio 0.3 --criterion wanda --calibration wanda.safetensors -o w.safetensors")
@@ -141,6 +142,7 @@ def export(bench: Bench) -> Iterator[Any]:
 
 @runs("crdiff export --dry-run")
 def export_dry_run(bench: Bench) -> Iterator[Any]:
+    yield bench("export demo --res 96x64 --layout diffusers -o unet --dry-run")
     yield bench("export demo --res 96x64 --dry-run")
     bench.calibrate()
     yield bench("export demo --res 48 --criterion wanda --calibration wanda.safetensors --residual embed --dry-run")
@@ -221,6 +223,13 @@ def verify_pack(bench: Bench) -> Iterator[Any]:
     yield bench("verify demo.crdiff")
     yield bench("verify demo.crdiff --base demo")
     yield bench("verify demo.crdiff --base demo --calibration wanda.safetensors")
+
+
+@runs("crdiff convert")
+def convert(bench: Bench) -> Iterator[Any]:
+    yield bench("convert demo --layout diffusers -o unet --dry-run")
+    yield bench("convert demo --layout diffusers -o unet")
+    yield bench("convert unet --layout original -o back.safetensors")
 
 
 @runs("crdiff restore")

@@ -480,7 +480,7 @@ def test_base_that_differs_in_a_weight_that_is_pruned(pairs: Callable[..., Pair]
 
 BASES: dict[str, tuple[Callable[[], Made] | None, str]] = {
     "family": (lambda: makers.tiny("demo.original-unet"), "demo (original), the file is sd15 (original)"),
-    "layout": (lambda: makers.tiny("sd15.diffusers-unet"), "SD1.5 (diffusers), the file is sd15 (original)"),
+    "layout": (lambda: makers.tiny("sd15.diffusers-unet"), "the threshold"),
     "dtype": (lambda: makers.tiny(UNET, "F32"), "its tensors are not those of"),
     "prefix": (lambda: behind("net."), "its tensors are not those of"),
     "order": (lambda: dict(reversed(makers.tiny(UNET).items())), "its tensors are not those of"),

@@ -33,7 +33,9 @@ _WEBUI = "stable-diffusion-webui{}/models/Stable-diffusion"
 def kind(variant: CardVariant) -> Kind:
     """Tell from path, layout and prefix how a variant is stored."""
     if not variant.path.endswith(".safetensors"):
-        if variant.path.rsplit("/", 1)[-1] in ("unet", "transformer"):
+        stamp = variant.stamp
+        alone = stamp.layout == "diffusers" and stamp.source_layout == "original"
+        if alone or variant.path.rsplit("/", 1)[-1] in ("unet", "transformer"):
             return "component"
         if variant.stamp.layout != "diffusers":
             return "shards"
@@ -196,7 +198,9 @@ def _options(stamp: Stamp, weights: str | None) -> list[str]:
     if stamp.criterion != MAGNITUDE:
         options += ["--criterion", stamp.criterion]
     options += ["--allow-nonfinite"] * any(shares.nonfinite for shares in stamp.groups.values())
-    options += ["--variant", weights] if weights else []
+    chosen = weights or stamp.source_variant
+    options += ["--variant", chosen] if chosen else []
+    options += ["--layout", stamp.layout] if stamp.source_layout else []
     options += ["--calibration", "CALIBRATION"] * (stamp.calibrated is not None)
     options += [text for name, dtype in FLOATS.items() if dtype == stamp.cast for text in ("--dtype", name)]
     return options
@@ -205,7 +209,8 @@ def _options(stamp: Stamp, weights: str | None) -> list[str]:
 def compare(variant: CardVariant) -> str:
     """Return the command line that draws a variant beside its base."""
     name = variant.path.rsplit("/", 1)[-1] or f"crdiff-{variant.stamp.resolution}"
-    weights = ["--variant", variant.weights] if variant.weights else []
+    chosen = variant.weights or variant.stamp.source_variant
+    weights = ["--variant", chosen] if chosen else []
     words = ["crdiff", "preview", _base(variant.stamp), "--baked", name, *weights, "--prompt", "TEXT"]
     return " ".join(map(word, words))
 

@@ -1,0 +1,478 @@
+"""Exports and conversions in another layout than the base's: the same weights under other names, pruned alike."""
+
+import inspect
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from diffusers.loaders import single_file_utils
+from torch import Tensor
+
+from crdiff_export import ExportRequest, Size, export
+from crdiff_export.calibrate import CalibrateRequest, calibrate
+from crdiff_export.convert import ConvertRequest, prepare, run
+from crdiff_export.errors import CheckpointError, OptionError, PackError, PlanError, VerifyError
+from crdiff_export.export import Baked
+from crdiff_export.formats.checkpoint import open_checkpoint
+from crdiff_export.models import demo
+from crdiff_export.models.families import LayoutName
+from crdiff_export.packs import create, open_pack
+from crdiff_export.progress import Silent
+from crdiff_export.prune.plan_request import PlanRequest
+from crdiff_export.verify import open_baked
+from crdiff_export.verify.restore import restore
+from crdiff_export.verify.verify import Verified, verify
+from tests.support.layout_models import TRANSFORMERS, UNETS
+from tests.support.messages import raises
+
+KINDS = {**UNETS, **TRANSFORMERS}
+SIZE = Size(96, 64)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Saved pipelines by their kind; tests do not change them."""
+    root = tmp_path_factory.mktemp("folders")
+    return cache(lambda kind: KINDS[kind].save(root / kind))
+
+
+def convert(base: Path, layout: LayoutName, output: Path, **options: Any) -> Path:
+    return run(prepare(ConvertRequest(str(base), layout, output, **options)), Silent()).path
+
+
+def bake(base: Path | str, output: Path, layout: LayoutName | None = None, **options: Any) -> Baked:
+    options = {"ratio": 0.3, **options}
+    return export(ExportRequest(str(base), Size(512, 768), output, layout=layout, **options))
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(path)
+
+
+def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether two state dicts have the same names, dtypes and bits."""
+    return left.keys() == right.keys() and all(
+        left[k].dtype == right[k].dtype and left[k].shape == right[k].shape
+        and torch.equal(left[k].reshape(-1).view(torch.uint8), right[k].reshape(-1).view(torch.uint8))
+        for k in right
+    )  # fmt: skip
+
+
+# diffusers as the oracle
+
+
+@pytest.mark.parametrize("kind", UNETS)
+def test_diffusers_reads_from_the_file_what_the_folder_has(
+    kind: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folders(kind)
+    path = convert(folder, "original", tmp_path / "one.safetensors")
+    cls: Any = type(KINDS[kind].kind.make())
+    pipe = cls.from_single_file(str(path), config=str(folder), local_files_only=True, torch_dtype=torch.float16)
+    for name in ("unet", "vae", *KINDS[kind].encoders()):
+        loaded = getattr(pipe, name)
+        library = diffusers if hasattr(diffusers, type(loaded).__name__) else transformers
+        theirs = getattr(library, type(loaded).__name__).from_pretrained(folder / name, torch_dtype=torch.float16)
+        assert same(loaded.state_dict(), theirs.state_dict()), name
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_diffusers_own_converter_gives_the_folder_back(
+    kind: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folders(kind)
+    made = weights(convert(folder, "original", tmp_path / "one.safetensors"))
+    made = {name.removeprefix("model.diffusion_model."): tensor for name, tensor in made.items()}
+    expected = weights(folder / "transformer/diffusion_pytorch_model.safetensors")
+    if kind == "flux-dev":  # diffusers knows FLUX's own width only
+        source = inspect.getsource(single_file_utils.convert_flux_transformer_checkpoint_to_diffusers)
+        space = dict(vars(single_file_utils))
+        exec(source.replace("inner_dim = 3072", "inner_dim = 12"), space)
+        converted = space["convert_flux_transformer_checkpoint_to_diffusers"](dict(made))
+    else:
+        converted = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(dict(made))
+    assert same(converted, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_is_the_same(kind: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, part = folders(kind), KINDS[kind].kind.part
+    single = convert(folder, "original", tmp_path / "one.safetensors")
+    back = convert(single, "diffusers", tmp_path / "back")
+    assert same(
+        weights(back / "diffusion_pytorch_model.safetensors"),
+        weights(folder / part / "diffusion_pytorch_model.safetensors"),
+    )
+    again = convert(back, "original", tmp_path / "again.safetensors")
+    network = weights(again)
+    assert same(network, {k: v for k, v in weights(single).items() if k in network})
+
+
+def test_the_demo_in_diffusers_predicts_the_same(tmp_path: Path) -> None:
+    folder = convert(Path("demo"), "diffusers", tmp_path / "unet")
+    config = str(demo.config())
+    one = diffusers.UNet2DConditionModel.from_single_file(
+        str(demo.path()), config=config, subfolder="unet", local_files_only=True, torch_dtype=torch.float32
+    )
+    other = diffusers.UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
+    torch.manual_seed(0)
+    inputs = torch.randn(1, 4, 16, 24), 500, torch.randn(1, 32, 64)
+    with torch.no_grad():
+        assert torch.equal(one(*inputs).sample, other(*inputs).sample)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "flux-dev"])
+def test_sd_mecha_knows_every_key(kind: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    configs = pytest.importorskip("sd_mecha.extensions.model_configs")
+    named = {"sd15": "sd1-ldm", "sdxl": "sdxl-sgm", "flux-dev": "flux-flux"}[kind]
+    known = {name.removeprefix("model.diffusion_model.") for name in set(configs.resolve(named).keys())}
+    made = weights(convert(folders(kind), "original", tmp_path / "one.safetensors"))
+    unknown = {name.removeprefix("model.diffusion_model.") for name in made} - known
+    assert not unknown, sorted(unknown)[:5]
+
+
+# the same pruning
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pruned_weights_thresholds_and_counts_are_the_same(
+    kind: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, part = folders(kind), KINDS[kind].kind.part
+    plain = bake(folder, tmp_path / "plain")
+    other = bake(folder, tmp_path / "other.safetensors", "original")
+    assert other.stamp.groups == plain.stamp.groups
+    assert sorted(map(str, other.stamp.thresholds or ())) == sorted(map(str, plain.stamp.thresholds or ()))
+    dense = convert(folder, "original", tmp_path / "dense.safetensors")
+    same_bytes = bake(dense, tmp_path / "again.safetensors")
+    assert same(weights(other.written.path), weights(same_bytes.written.path))
+    pruned = tmp_path / "plain" / part / "diffusion_pytorch_model.safetensors"
+    converted = convert_baked(pruned, tmp_path)
+    network = {k: v for k, v in weights(other.written.path).items() if k in converted}
+    assert same(converted, network)
+
+
+def convert_baked(path: Path, folder: Path) -> dict[str, Tensor]:
+    """A baked network in the original layout, its `crdiff.*` keys taken off so that it passes for a base."""
+    bare = folder / "bare.safetensors"
+    safetensors.torch.save_file(weights(path), bare)
+    return weights(convert(bare, "original", folder / "bare-original.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the demo's layers have seen in two steps."""
+    output = tmp_path_factory.mktemp("calibration") / "seen.safetensors"
+    return calibrate(CalibrateRequest("demo", Size(512, 768), ("wanda",), output, limit=1, steps=2)).path
+
+
+@pytest.mark.parametrize("criterion", ["random:seed=3", "wanda", "wanda:compare=row"])
+def test_other_criteria_choose_the_same_weights(criterion: str, calibration: Path, tmp_path: Path) -> None:
+    options = {"criterion": criterion, "calibration": None if "random" in criterion else calibration}
+    original = bake("demo", tmp_path / "o.safetensors", **options)
+    other = bake("demo", tmp_path / "d", "diffusers", **options)
+    assert other.stamp.groups == original.stamp.groups
+    bare = weights(tmp_path / "d/diffusion_pytorch_model.safetensors")
+    dense = weights(convert(Path("demo"), "diffusers", tmp_path / "dense") / "diffusion_pytorch_model.safetensors")
+    zeros = sum(int((bare[k] == 0).sum() - (dense[k] == 0).sum()) for k in bare)
+    assert zeros > 0
+    back = convert_baked(tmp_path / "d/diffusion_pytorch_model.safetensors", tmp_path)
+    pruned = weights(original.written.path)
+    assert same(back, {k: pruned[k] for k in back})
+
+
+def test_header_says_where_it_comes_from(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    made = bake(folders("sdxl"), tmp_path / "x.safetensors", "original")
+    stamp = open_baked(made.written.path).stamp
+    assert (stamp.layout, stamp.source_layout) == ("original", "diffusers")
+    metadata = open_checkpoint(made.written.path).metadata
+    assert metadata["modelspec.implementation"] == "sgm"
+    plain = bake(folders("sdxl"), tmp_path / "plain").written.files[0].path
+    assert metadata["modelspec.architecture"] == open_checkpoint(plain).metadata["modelspec.architecture"]
+    dense = open_checkpoint(convert(folders("sdxl"), "original", tmp_path / "dense.safetensors")).metadata
+    assert f"{stamp.source_hash}" == dense["modelspec.hash_sha256"]
+    assert not any(key.startswith("crdiff.") for key in dense)
+
+
+@pytest.mark.parametrize("layout", [None, "diffusers"])
+def test_the_base_s_own_layout_changes_nothing(
+    layout: LayoutName | None, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    made = bake(folders("sd15"), tmp_path / "out", layout)
+    assert made.stamp.source_layout is None
+    assert (tmp_path / "out/model_index.json").exists()
+
+
+def test_two_runs_give_the_same_bytes(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    one, two = (bake(folders("sdxl"), tmp_path / f"{n}.safetensors", "original", threads=n) for n in (1, 2))
+    assert one.written.path.read_bytes() == two.written.path.read_bytes()
+
+
+def test_a_cast_and_several_sizes(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    made = bake(folders("sd15"), tmp_path / "x.safetensors", "original", dtype="bf16")
+    loaded = weights(made.written.path)
+    assert {t.dtype for t in loaded.values()} == {torch.bfloat16}
+    checked(made.written.path, folders("sd15"))
+
+
+# reading back
+
+
+def checked(path: Path, base: Path | str) -> Verified:
+    return verify(path, str(base), Silent())
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd21", "flux-dev"])
+def test_verify_compares_with_a_base_of_either_layout(
+    kind: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folders(kind)
+    dense = convert(folder, "original", tmp_path / "dense.safetensors")
+    made = bake(folder, tmp_path / "x.safetensors", "original").written.path
+    assert checked(made, folder).against == "all"
+    assert checked(made, dense).against == "all"
+    plain = bake(folder, tmp_path / "plain").written.path
+    network = KINDS[kind].kind.part
+    assert checked(plain, folder).against == "all"
+    assert checked(plain / network, dense).against == "all"
+    there = bake(dense, tmp_path / "there", "diffusers").written.path
+    assert checked(there, dense).against == "all"
+    assert checked(there, folder).against == "all"
+
+
+def test_verify_proves_what_the_other_layout_does_not_have_by_the_hash(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    made = export(ExportRequest("demo", SIZE, tmp_path / "x.safetensors")).written.path
+    unet = convert(Path("demo"), "diffusers", tmp_path / "unet")
+    found = checked(made, unet)
+    assert found.against == "all"
+    assert len(found.notes) == 1
+    bare = export(ExportRequest("demo", SIZE, tmp_path / "y.safetensors", hashing=False)).written.path
+    assert checked(bare, unet).notes != found.notes
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder_2"])
+def test_verify_finds_a_changed_bit_in_any_part(part: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders("sdxl"), tmp_path / "base")
+    made = bake(folder, tmp_path / "x.safetensors", "original").written.path
+    (path,) = (folder / part).glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with raises(VerifyError):
+        checked(made, folder)
+
+
+def test_a_changed_configuration_is_noticed(tmp_path: Path) -> None:
+    made = export(ExportRequest("demo", SIZE, tmp_path / "x", layout="diffusers")).written.path
+    assert checked(made, "demo").against == "all"
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**config, "attention_head_dim": 8}))
+    with raises(VerifyError, "config.json"):
+        checked(made, "demo")
+
+
+@pytest.mark.parametrize("way", ["embed", "sidecar"])
+def test_restore_gives_the_base_in_the_layout_of_the_file(
+    way: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folders("sdxl")
+    made = bake(folder, tmp_path / "x.safetensors", "original", residual=way).written.path
+    assert checked(made, folder).residual != "none"
+    restored = restore(made, tmp_path / "restored.safetensors")
+    assert restored.source_layout == "diffusers"
+    assert same(weights(restored.path), weights(convert(folder, "original", tmp_path / "dense.safetensors")))
+
+
+def test_a_pack_of_a_folder_exports_to_the_original_layout(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, size = folders("sdxl"), Size(512, 768)
+    plan = PlanRequest(str(folder), size, ratio=0.3)
+    pack = open_pack(
+        create.make(create.prepare_new(create.PackRequest((plan,), tmp_path / "p.crdiff")), Silent()).pack.path
+    )
+    plain = bake(folder, tmp_path / "plain.safetensors", "original")
+    packed = bake(folder, tmp_path / "packed.safetensors", "original", pack=pack, ratio=None)
+    assert packed.written.path.read_bytes() == plain.written.path.read_bytes()
+    other = KINDS["sdxl"].save(tmp_path / "other")
+    unet = other / "unet/diffusion_pytorch_model.safetensors"
+    tensors = weights(unet)
+    tensors["conv_in.bias"] += 1
+    safetensors.torch.save_file(tensors, unet, {"format": "pt"})
+    with raises(PackError, "the base of"):
+        bake(other, tmp_path / "no.safetensors", "original", pack=pack, ratio=None)
+
+
+# untidy folders
+
+
+def untidy(folders: Callable[[str], Path], tmp_path: Path, kind: str = "sdxl") -> Path:
+    return shutil.copytree(folders(kind), tmp_path / "base")
+
+
+def test_variants_and_shards_give_the_same_file(tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    expected = weights(convert(folders("sdxl"), "original", tmp_path / "plain.safetensors"))
+    variant = UNETS["sdxl"].save(tmp_path / "variant", variant="fp16")
+    assert same(weights(convert(variant, "original", tmp_path / "v.safetensors", variant="fp16")), expected)
+    assert same(weights(convert(variant, "original", tmp_path / "w.safetensors")), expected)
+    shards = UNETS["sdxl"].save(tmp_path / "shards", shards="100KB")
+    assert len(list((shards / "unet").glob("*.safetensors"))) > 2
+    assert same(weights(convert(shards, "original", tmp_path / "s.safetensors")), expected)
+
+
+def test_two_variants_beside_each_other(tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    folder = untidy(folders, tmp_path)
+    for path in folder.rglob("*.safetensors"):
+        name = path.name.replace(".safetensors", ".fp16.safetensors")
+        safetensors.torch.save_file(
+            {k: v + 1 for k, v in weights(path).items()}, path.with_name(name), {"format": "pt"}
+        )
+    plain = weights(convert(folder, "original", tmp_path / "plain.safetensors"))
+    other = weights(convert(folder, "original", tmp_path / "fp16.safetensors", variant="fp16"))
+    assert all(torch.equal(other[k], plain[k] + 1) for k in plain)
+    made = bake(folder, tmp_path / "x.safetensors", "original", variant="fp16").written.path
+    assert checked(made, folder).against == "all"
+
+
+def test_pickled_text_encoders_and_vae(tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    expected = weights(convert(folders("sdxl"), "original", tmp_path / "plain.safetensors"))
+    folder = untidy(folders, tmp_path)
+    for path, name in (("text_encoder/model", "pytorch_model"), ("text_encoder_2/model", "pytorch_model"),
+                       ("vae/diffusion_pytorch_model", "diffusion_pytorch_model")):  # fmt: skip
+        old = folder / f"{path}.safetensors"
+        torch.save(weights(old), old.with_name(f"{name}.bin"))
+        old.unlink()
+    assert same(weights(convert(folder, "original", tmp_path / "b.safetensors")), expected)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "vae"])
+def test_a_missing_part_is_said_before_anything_is_written(
+    part: str, tmp_path: Path, folders: Callable[[str], Path]
+) -> None:
+    folder = untidy(folders, tmp_path)
+    shutil.rmtree(folder / part)
+    job = prepare(ConvertRequest(str(folder), "original", tmp_path / "x.safetensors"))
+    assert sum(part in note for note in job.plan.notes) == 1
+    made = weights(run(job, Silent()).path)
+    prefix = {"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1.",
+              "vae": "first_stage_model."}[part]  # fmt: skip
+    assert not any(name.startswith(prefix) for name in made)
+
+
+def test_a_safety_checker_is_left_out_and_named(tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    folder = untidy(folders, tmp_path, "sd15")
+    (folder / "safety_checker").mkdir()
+    safetensors.torch.save_file({"x": torch.zeros(2)}, folder / "safety_checker/model.safetensors")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    job = prepare(ConvertRequest(str(folder), "original", tmp_path / "x.safetensors"))
+    assert sum("safety_checker" in note for note in job.plan.notes) == 1
+
+
+def test_names_of_older_and_newer_libraries(tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    expected = weights(convert(folders("sdxl"), "original", tmp_path / "plain.safetensors"))
+    folder = untidy(folders, tmp_path)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def older(name: str) -> str:
+        if ".mid_block.attentions.0." in name:
+            for new, before in old.items():
+                name = name.replace(new, before)
+        return name
+
+    positions = {"text_model.embeddings.position_ids": torch.arange(32)[None]}
+    for path, change in (
+        ("vae/diffusion_pytorch_model", lambda tensors: {older(k): v for k, v in tensors.items()}),
+        ("text_encoder_2/model", lambda tensors: {**tensors, **positions}),
+        ("text_encoder/model", lambda tensors: {k if k.startswith("text_model.") else f"text_model.{k}": v
+                                                for k, v in tensors.items()}),
+    ):  # fmt: skip
+        file = folder / f"{path}.safetensors"
+        safetensors.torch.save_file(change(weights(file)), file, {"format": "pt"})
+    assert same(weights(convert(folder, "original", tmp_path / "x.safetensors")), expected)
+
+
+def test_a_scheduler_that_says_v_becomes_the_marks_of_the_original_layout(
+    tmp_path: Path, folders: Callable[[str], Path]
+) -> None:
+    folder = untidy(folders, tmp_path)
+    path = folder / "scheduler/scheduler_config.json"
+    config = {**json.loads(path.read_text()), "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(config))
+    made = bake(folder, tmp_path / "x.safetensors", "original")
+    tensors = weights(made.written.path)
+    assert (tensors["v_pred"].shape, tensors["ztsnr"].shape) == ((0,), (0,))
+    assert made.stamp.prediction == "v-zsnr"
+    assert checked(made.written.path, folder).against == "all"
+    path.write_text(json.dumps({**config, "_class_name": "EDMEulerScheduler"}))
+    with raises(PlanError, "edm"):
+        prepare(ConvertRequest(str(folder), "original", tmp_path / "y.safetensors"))
+
+
+@pytest.mark.parametrize(("part", "file"), [("vae", "diffusion_pytorch_model"), ("text_encoder", "model")])
+def test_a_component_with_other_layers_is_refused_by_its_key(
+    part: str, file: str, tmp_path: Path, folders: Callable[[str], Path]
+) -> None:
+    folder = untidy(folders, tmp_path)
+    path = folder / part / f"{file}.safetensors"
+    safetensors.torch.save_file({**weights(path), "adapter.weight": torch.zeros(2)}, path, {"format": "pt"})
+    with raises(PlanError, "adapter.weight"):
+        prepare(ConvertRequest(str(folder), "original", tmp_path / "x.safetensors"))
+
+
+def test_weights_that_are_there_twice_are_refused(tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    folder = untidy(folders, tmp_path)
+    path = folder / "vae/diffusion_pytorch_model.safetensors"
+    for variant in ("fp16", "bf16"):
+        shutil.copy(path, path.with_name(f"diffusion_pytorch_model.{variant}.safetensors"))
+    path.unlink()
+    with raises(CheckpointError, "in diffusion_pytorch_model"):
+        prepare(ConvertRequest(str(folder), "original", tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("output", ["x", "x.ckpt"])
+def test_outputs_of_another_kind_are_refused(output: str, tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    with raises(PlanError):
+        prepare(ConvertRequest(str(folders("sd15")), "original", tmp_path / output))
+
+
+def test_a_file_name_for_a_folder_suggests_the_original_layout(tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    with raises(PlanError, "x.safetensors") as caught:
+        bake(folders("sd15"), tmp_path / "x.safetensors")
+    assert "--layout original" in caught.value.hint
+
+
+def test_the_layout_that_a_base_has_is_not_converted(tmp_path: Path) -> None:
+    with raises(OptionError, "--layout original"):
+        prepare(ConvertRequest("demo", "original", tmp_path / "x.safetensors"))
+
+
+def test_baked_files_are_not_converted(tmp_path: Path) -> None:
+    made = export(ExportRequest("demo", SIZE, tmp_path / "x.safetensors")).written.path
+    with raises(PlanError, "x.safetensors"):
+        prepare(ConvertRequest(str(made), "diffusers", tmp_path / "y"))
+
+
+def test_the_base_is_never_the_output(tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    folder = untidy(folders, tmp_path)
+    with raises(PlanError):
+        prepare(ConvertRequest(str(folder), "original", folder / "x.safetensors", force=True))
+
+
+def test_an_older_output_is_replaced_only_by_force(tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    output = convert(folders("sd15"), "original", tmp_path / "x.safetensors")
+    with raises(PlanError):
+        convert(folders("sd15"), "original", output)
+    convert(folders("sd15"), "original", output, force=True)
+    made = bake("demo", tmp_path / "d", "diffusers").written.path
+    assert sorted(path.name for path in made.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    bake("demo", tmp_path / "d", "diffusers", force=True)
