@@ -30,14 +30,8 @@ def content(name: str, dtype: str, shape: list[int]) -> Iterator[bytes]:
             yield values.astype({"F32": "<f4", "F16": "<f2", "I64": "<i8"}[dtype]).tobytes()
 
 
-def main() -> None:
-    """Make the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=sorted(p.name.removesuffix(".json.gz") for p in GEOMETRY.glob("*.json.gz")))
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--sparse", action="store_true")
-    args = parser.parse_args()
-    table = json.loads(gzip.decompress((GEOMETRY / f"{args.table}.json.gz").read_bytes()))
+def write(path: Path, table: dict[str, tuple[str, list[int]]], *, sparse: bool = False) -> None:
+    """Write a file with these tensors: each name's dtype and shape."""
     tensors = sorted(table.items(), key=lambda item: -SIZES[item[1][0]])
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -47,14 +41,25 @@ def main() -> None:
         position += size
     body = json.dumps(entries, separators=(",", ":")).encode()
     body += b" " * (-len(body) % 8)
-    with args.out.open("wb") as file:
+    with path.open("wb") as file:
         file.write(struct.pack("<Q", len(body)) + body)
-        if args.sparse:
+        if sparse:
             file.truncate(8 + len(body) + position)
             return
         for name, (dtype, shape) in tensors:
             for piece in content(name, dtype, shape):
                 file.write(piece)
+
+
+def main() -> None:
+    """Make the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=sorted(p.name.removesuffix(".json.gz") for p in GEOMETRY.glob("*.json.gz")))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--sparse", action="store_true")
+    args = parser.parse_args()
+    table = json.loads(gzip.decompress((GEOMETRY / f"{args.table}.json.gz").read_bytes()))
+    write(args.out, table, sparse=args.sparse)
 
 
 if __name__ == "__main__":

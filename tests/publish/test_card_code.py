@@ -44,6 +44,9 @@ OPENED: Mapping[str, CardVariant] = {
     "kolors": row("", layout="diffusers", prefix="", special="kolors"),
     "fp16": replace(row("", layout="diffusers", prefix=""), weights="fp16"),
     "unet fp16": replace(row("unet", layout="diffusers", prefix="", cast="BF16"), weights="fp16"),
+    "the unet of a file": row("", layout="diffusers", prefix="", source_layout="original"),
+    "the unet of a file, below": row("a b", layout="diffusers", prefix="", source_layout="original"),
+    "a file of a folder": row("x.safetensors", source_layout="diffusers", source_variant="fp16"),
     "odd prefix": row("x.safetensors", layout="diffusers", prefix='unet."'),
 }  # fmt: skip
 
@@ -52,6 +55,12 @@ def code_of(found: CardVariant, of: tuple[BaseModel, ...] = ()) -> str:
     text = told(found, of=of)
     (code,) = re.findall("```python\n(.*?)\n```", text, re.DOTALL)
     return str(code)
+
+
+def test_a_change_of_layout_is_in_the_command_that_makes_it_again() -> None:
+    assert "--variant fp16 --layout original" in told(OPENED["a file of a folder"])
+    assert "--layout diffusers" in told(OPENED["the unet of a file"])
+    assert "--layout" not in told(OPENED["fp16"])
 
 
 def test_diffusers_opens_the_classes_of_families_from_one_file_or_not() -> None:

@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 
 from crdiff_export import ExportRequest, Size, export
-from crdiff_export.errors import BakeError, CrdiffError, HubError, VerifyError
+from crdiff_export.errors import BakeError, CrdiffError, HubError, PlanFileError, VerifyError
 from crdiff_export.hub import remote_headers
 from crdiff_export.hub.remote_headers import RemoteBase
+from crdiff_export.packs import open_pack
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.publish.plan_file import PlanEntry
-from crdiff_export.publish.run import Outcome, TagResult, exit_code
+from crdiff_export.publish.run import Outcome, TagResult, exit_code, publish
 from crdiff_export.publish.worklist import PublishRequest, WorkItem, Worklist, make_worklist
+from crdiff_export.verify import open_baked
+from tests.support import makers
+from tests.support.messages import raises
 from tests.support.publishing import checkpoint, plan
 from tests.support.scaled_models import UNET, Scaled
 
@@ -141,3 +145,42 @@ def test_the_exit_code(errors: list[CrdiffError | None], tags: list[CrdiffError 
     item = WorkItem(PlanEntry(request, "x.safetensors"), request, "x.safetensors")
     outcomes = [Outcome(item, "failed", error=error) for error in errors]
     assert exit_code(outcomes, [TagResult("o/n", "v1", error=error) for error in tags]) == code
+
+
+LAYOUT = """\
+layout = "{}"
+[[base]]
+base = "{}"
+pack = "demo.crdiff"
+[[base.variant]]
+size = "48"
+ratio = 0.3
+"""
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_another_layout_than_the_base_s(layout: str, here: Path) -> None:
+    table = "demo.diffusers-unet" if layout == "original" else "demo.original-unet"
+    base = makers.write(here / "base.safetensors", makers.tiny(table))
+    text, before = LAYOUT.format(layout, base.name), base.read_bytes()
+    work = worklist(text, push=False)
+    outcomes = list(publish(work, Silent()))
+    assert [outcome.status for outcome in outcomes] == ["written", "written"]
+    files = {outcome.item.target.name: outcome.item.target for outcome in outcomes}
+    output = files["base-crdiff-48x48.safetensors" if layout == "original" else "base-crdiff-48x48"]
+    plain = made(base, "48", "plain" if layout == "diffusers" else "plain.safetensors", layout=layout)
+    assert open_baked(output).stamp == open_baked(plain).stamp
+    assert open_pack(files["demo.crdiff"]).common.layout != layout
+    assert [(item.action, item.reason) for item in worklist(text, push=False).items] == [("skip", "unchanged")] * 2
+    if layout == "diffusers":
+        (output / "config.json").unlink()
+        assert worklist(text, push=False).items[0].reason == "incomplete"
+    changed = worklist(text.replace("0.3", "0.4"), push=False).items
+    assert {item.action for item in changed} == {"make"}
+    assert base.read_bytes() == before
+
+
+def test_a_layout_that_is_none(here: Path) -> None:
+    with raises(PlanFileError, "plan.toml") as caught:
+        worklist(LAYOUT.format("ldm", "demo"))
+    assert [problem.message for problem in caught.value.problems if "layout" in problem.message]
