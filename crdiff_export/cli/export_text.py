@@ -15,7 +15,7 @@ from crdiff_export.export import Baked, ExportJob
 from crdiff_export.formats.text import amount
 from crdiff_export.models.evidence_text import evidence_text, poa_note
 from crdiff_export.prune.criterion_choice import MAGNITUDE
-from crdiff_export.prune.plan import CASTABLE
+from crdiff_export.prune.plan import CASTABLE, Plan
 from crdiff_export.publish.request import PushRequest
 from crdiff_export.verify.inspect import GROUP_COLUMNS, group_rows, provenance, total_row
 
@@ -53,7 +53,7 @@ def planned(job: ExportJob, pushing: PushRequest | None) -> Result:
     ]
     columns = ["group", "layers", "weights", "ratio", "to zero"]
     facts = {
-        "base": f"{plan.checkpoint.path} ({plan.match.title}, {plan.match.layout.name} layout)",
+        "base": f"{plan.checkpoint.path} ({plan.match.title}, {_layouts(plan)})",
         **_choice(job),
         "targets": f"{', '.join(plan.kinds)} in {len(plan.targets)} layers, {_chosen_by(job)}",
         "dtype": plan.cast or "as in the base",
@@ -64,6 +64,13 @@ def planned(job: ExportJob, pushing: PushRequest | None) -> Result:
         **({"would push to": pushing.repo} if pushing else {}),
     }
     return Result(record, [Table(columns, rows, columns[1:]), "", Facts(facts)], bare=[str(job.target)])
+
+
+def _layouts(plan: Plan) -> str:
+    """Name the layout of a base, and that of the output where it is another one."""
+    layout = plan.match.layout.name
+    own = source_layout(plan.checkpoint, layout)
+    return f"{own} layout, to be written in {layout}" if own else f"{layout} layout"
 
 
 def _chosen_by(job: ExportJob) -> str:

@@ -61,6 +61,8 @@ class Checkpoint:
     @property
     def stem(self) -> str:
         """The name that default output names begin with."""
+        if self.origin:
+            return self.origin.stem
         return (self.path.resolve().name or "model") if self.kind == "folder" else file_stem(self.path.name)
 
     @property

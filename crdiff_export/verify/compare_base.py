@@ -14,7 +14,7 @@ from crdiff_export.bake.stream import CHUNK, PruneRange, Pruning, Stream, prune_
 from crdiff_export.errors import CheckpointError, FamilyError, VerifyError
 from crdiff_export.formats.checkpoint import Checkpoint, variant_of
 from crdiff_export.formats.hashing import hash_file
-from crdiff_export.formats.safetensors import TensorSpec, show
+from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.hub import bases
 from crdiff_export.models import families
@@ -137,14 +137,10 @@ def plan_base(baked: BakedCheckpoint, base: str) -> Plan:
     of_file = variant_of(planned.outputs[0].source.name) if planned.checkpoint.kind == "folder" else None
     variant = stamp.source_variant or of_file
     located = bases.locate(base, variant)
-    checkpoint = located.open(variant)
+    checkpoint = in_layout_of(baked, located.open(variant))
     family = planned.match.family
-    carried = family if family.table else None
     try:
-        match = families.detect(checkpoint.shapes, carried)
-        if match.family.id == stamp.family and (match.layout.name != stamp.layout or stamp.source_layout):
-            checkpoint = _in_layout_of(baked, checkpoint, match)
-            match = families.detect(checkpoint.shapes, carried)
+        match = families.detect(checkpoint.shapes, family if family.table else None)
     except FamilyError as error:
         if not family.table:
             raise
@@ -167,14 +163,28 @@ def plan_base(baked: BakedCheckpoint, base: str) -> Plan:
     return again
 
 
-def _in_layout_of(baked: BakedCheckpoint, checkpoint: Checkpoint, match: families.Match) -> Checkpoint:
-    """See a base in the layout of a baked checkpoint, with its tensors in their order."""
+def in_layout_of(baked: BakedCheckpoint, checkpoint: Checkpoint) -> Checkpoint:
+    """See a base in the layout of a baked checkpoint, with its tensors in their order.
+
+    Args:
+        baked: The baked checkpoint.
+        checkpoint: The base, in either layout.
+
+    Returns:
+        The base, itself where it is in that layout and the export did not change it.
+
+    Raises:
+        PlanError: The base has another layout and other layers.
+    """
+    stamp, family = baked.stamp, baked.plan.match.family
+    try:
+        match = families.detect(checkpoint.shapes, family if family.table else None)
+    except FamilyError:
+        return checkpoint
+    if match.family.id != stamp.family or (match.layout.name == stamp.layout and not stamp.source_layout):
+        return checkpoint
     layout, files = baked.plan.match.layout.name, _without_residual(baked)
-    return change_layout(checkpoint, match, layout, native=baked.stamp.native, like=files)
-
-
-def _tensors(files: Sequence[SourceFile]) -> list[TensorSpec]:
-    return [tensor for file in files for tensor in file.by_offset]
+    return change_layout(checkpoint, match, layout, native=stamp.native, like=files)
 
 
 def _without_residual(baked: BakedCheckpoint) -> list[SourceFile]:

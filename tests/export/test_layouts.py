@@ -19,14 +19,17 @@ from torch import Tensor
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.calibrate import CalibrateRequest, calibrate
 from crdiff_export.convert import ConvertRequest, prepare, run
-from crdiff_export.errors import CheckpointError, OptionError, PackError, PlanError, VerifyError
+from crdiff_export.errors import CheckpointError, OptionError, PackError, PlanError, PoaError, VerifyError
+from crdiff_export.evaluate.preview import thumbnail
 from crdiff_export.export import Baked
+from crdiff_export.export import prepare as prepare_export
 from crdiff_export.formats.checkpoint import open_checkpoint
 from crdiff_export.models import demo
 from crdiff_export.models.families import LayoutName
 from crdiff_export.packs import create, open_pack
 from crdiff_export.progress import Silent
 from crdiff_export.prune.plan_request import PlanRequest
+from crdiff_export.sampling import poa
 from crdiff_export.verify import open_baked
 from crdiff_export.verify.restore import restore
 from crdiff_export.verify.verify import Verified, verify
@@ -41,7 +44,8 @@ SIZE = Size(96, 64)
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Saved pipelines by their kind; tests do not change them."""
     root = tmp_path_factory.mktemp("folders")
-    return cache(lambda kind: KINDS[kind].save(root / kind))
+    kinds = {**KINDS, "sd15-other": KINDS["sd15"]}
+    return cache(lambda kind: kinds[kind].save(root / kind, seed=2 if kind == "sd15-other" else 0))
 
 
 def convert(base: Path, layout: LayoutName, output: Path, **options: Any) -> Path:
@@ -476,3 +480,33 @@ def test_an_older_output_is_replaced_only_by_force(tmp_path: Path, folders: Call
     made = bake("demo", tmp_path / "d", "diffusers").written.path
     assert sorted(path.name for path in made.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
     bake("demo", tmp_path / "d", "diffusers", force=True)
+
+
+def test_poa_takes_files_and_bases_of_either_layout(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = folders("sd15")
+    dense = convert(folder, "original", tmp_path / "dense.safetensors")
+    made = bake(folder, tmp_path / "x.safetensors", "original", poa_weight=1.5).written.path
+    plain = bake(folder, tmp_path / "plain", poa_weight=1.5).written.path
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    inputs = torch.randn(1, 4, 8, 8), 500, torch.randn(1, 5, 768)
+    drawn = []
+    for source, base in ((plain, folder), (made, folder), (made, dense), (made, None), (plain / "unet", dense)):
+        opened = poa.from_baked(source, base and str(base))
+        with poa.enabled(unet, opened), torch.no_grad():
+            drawn.append(unet(*inputs).sample)
+    assert all(torch.equal(drawn[0], other) for other in drawn[1:])
+    with raises(PoaError, "hashes to"):
+        poa.from_baked(made, str(folders("sd15-other")))
+
+
+def test_a_thumbnail_is_the_base_s(tmp_path: Path) -> None:
+    request = ExportRequest("demo", SIZE, tmp_path / "x", layout="diffusers")
+    job = prepare_export(request)
+    setup = thumbnail.prepare(job, "a red circle")
+    assert setup.opening.kind == "file"
+
+
+def test_the_default_name_is_the_base_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = export(ExportRequest("demo", SIZE, layout="diffusers"))
+    assert made.written.path.name == "demo-crdiff-96x64"

@@ -35,17 +35,16 @@ class Folder:
     kind: Kind
     encoders: Callable[[], dict[str, Any]] = dict
 
-    def save(self, folder: Path, *, variant: str | None = None, shards: str = "10GB", safe: bool = True) -> Path:
+    def save(self, folder: Path, *, variant: str | None = None, shards: str = "10GB", seed: int = 0) -> Path:
         """Write the folder with random weights in fp16, and what a pipeline needs beside them."""
         pipe = self.kind.make()
         torch.manual_seed(1)
         components = {**pipe.components, **self.encoders()}
         for name, component in components.items():
             if isinstance(component, torch.nn.Module):
-                options: dict[str, Any] = {"variant": variant, "max_shard_size": shards}
-                if not isinstance(component, transformers.PreTrainedModel):
-                    options["safe_serialization"] = safe
-                component.half().save_pretrained(folder / name, **options)
+                if seed:
+                    next(component.parameters()).data += seed
+                component.half().save_pretrained(folder / name, variant=variant, max_shard_size=shards)
         pipe.scheduler.save_pretrained(folder / "scheduler")
         for name in self.encoders():
             tokenizer = name.replace("text_encoder", "tokenizer")

@@ -9,6 +9,7 @@ from crdiff_export.evaluate.comparison import PRUNED, Renderer
 from crdiff_export.export import ExportJob
 from crdiff_export.formats.text import printable
 from crdiff_export.progress import Progress
+from crdiff_export.prune.plan import recognise
 from crdiff_export.sampling import drawing_setup, poa, request_checks
 from crdiff_export.sampling.drawing_setup import BaseHeaders, DrawingSetup
 from crdiff_export.sampling.request_checks import DrawingRequest
@@ -35,7 +36,10 @@ def prepare(job: ExportJob, prompt: str) -> DrawingSetup:
     request_checks.check_texts([prompt])
     if job.plan.cast:
         raise OptionError("a thumbnail is drawn from the base's own dtype", "Leave out --thumbnail or --dtype.")
-    headers = BaseHeaders(job.base, job.plan.checkpoint, job.plan.match)
+    checkpoint, match = job.plan.checkpoint.on_disk, job.plan.match
+    if job.plan.checkpoint.origin:
+        match = recognise(checkpoint, match.family if match.family.table else None)
+    headers = BaseHeaders(job.base, checkpoint, match)
     return drawing_setup.set_up(_drawing_request(job), headers, job.plan)
 
 

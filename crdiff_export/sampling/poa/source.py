@@ -21,6 +21,7 @@ from crdiff_export.prune.plan import Plan, with_ratios
 from crdiff_export.prune.ranking import rank
 from crdiff_export.sampling.poa.masks import Masks
 from crdiff_export.verify import DATA_HASH, FILE_HASH, BakedCheckpoint, open_baked, read_decision
+from crdiff_export.verify.compare_base import in_layout_of
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,19 @@ class BaseRanking:
 
 
 def _check_base(baked: BakedCheckpoint, base: str, progress: Progress) -> None:
-    located = bases.locate(base)
-    files = located.open(None).files
+    variant = baked.stamp.source_variant
+    located = bases.locate(base, variant)
+    files = in_layout_of(baked, located.open(variant)).files
     for file, output in zip(files, baked.checkpoint.files, strict=False):
         data, whole = output.metadata.get(DATA_HASH), output.metadata.get(FILE_HASH)
         if not (data or whole):
             raise PoaError(
                 f"{output.path}: its header has no hash of its base (--no-hash)",
+                "Leave the base out: a pipeline's weights are compared with the file's own, too.",
+            )
+        if file.parts and not data:
+            raise PoaError(
+                f"{file.path}: has another layout than {output.path.name}, which only has the hash of a whole file",
                 "Leave the base out: a pipeline's weights are compared with the file's own, too.",
             )
         progress.stage("hashing", file.data_size)
