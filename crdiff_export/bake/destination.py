@@ -177,10 +177,10 @@ def _check_file_name(target: Path) -> None:
 def _check_folder(checkpoint: Checkpoint, target: Path, *, force: bool) -> None:
     if target.suffix == ".safetensors":
         name = target.with_suffix("").name
-        hint = f"Name it {name}; or make one file of it, which web UIs open: --layout original."
-        if checkpoint.origin or checkpoint.kind == "shards":
-            hint = f"Name it {name}."
-        raise PlanError(f"{target}: the base is a folder, and so is the output", hint)
+        if checkpoint.origin:
+            raise PlanError(f"{target}: in diffusers' layout the output is a folder", f"Name it {name}.")
+        one_file = "; or make one file of it, which web UIs open: --layout original" * (checkpoint.kind == "folder")
+        raise PlanError(f"{target}: the base is a folder, and so is the output", f"Name it {name}{one_file}.")
     if not os.path.lexists(target):
         return
     if not target.is_dir():

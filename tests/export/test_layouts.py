@@ -455,6 +455,19 @@ def test_a_file_name_for_a_folder_suggests_the_original_layout(tmp_path: Path, f
     assert "--layout original" in caught.value.hint
 
 
+def test_a_folder_in_the_name_of_a_file_is_refused(tmp_path: Path) -> None:
+    with raises(PlanError, "x.safetensors"):
+        bake("demo", tmp_path / "x.safetensors", "diffusers")
+
+
+def test_a_pickle_becomes_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "demo.ckpt"
+    torch.save({"state_dict": weights(demo.path())}, path)
+    expected = convert(Path("demo"), "diffusers", tmp_path / "plain")
+    made = convert(path, "diffusers", tmp_path / "unet")
+    assert same(*(weights(folder / "diffusion_pytorch_model.safetensors") for folder in (made, expected)))
+
+
 def test_the_layout_that_a_base_has_is_not_converted(tmp_path: Path) -> None:
     with raises(OptionError, "--layout original"):
         prepare(ConvertRequest("demo", "original", tmp_path / "x.safetensors"))

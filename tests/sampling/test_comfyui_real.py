@@ -19,6 +19,9 @@ from torch import Tensor
 
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.calibrate import CalibrateRequest, calibrate
+from crdiff_export.convert import ConvertRequest
+from crdiff_export.convert import prepare as prepare_convert
+from crdiff_export.convert import run as run_convert
 from crdiff_export.models import demo
 from crdiff_export.models.families import by_id
 from crdiff_export.packs import create, open_pack
@@ -409,3 +412,19 @@ def test_the_folder_for_the_registry_loads(workflow: dict[str, Any]) -> None:
     assert (project["name"], project["license"]["file"], project["dependencies"]) == ("crdiff", "LICENSE", [])
     assert project["supported_os"] == ["OS Independent"]
     assert (comfy["display_name"], project["supported_comfyui_version"]) == ("CR-Diff", ">=0.3.64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["sd15", "sd21"])
+def test_a_full_size_folder_and_its_file_draw_the_same(model: str, tmp_path: Path) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file.safetensors"
+    line = [sys.executable, str(ROOT / "benchmarks/layout.py"), "--model", model, "--make", str(folder)]
+    subprocess.run(line, check=True, capture_output=True)
+    run_convert(prepare_convert(ConvertRequest(str(folder), "original", file)), Silent())
+    (tmp_path / "work/custom_nodes").mkdir(parents=True)
+    measured = json.loads(run("comfyui_layouts", str(tmp_path / "work"), str(folder), str(file)).splitlines()[-1])
+    assert measured["cond"] == measured["latent"] == measured["pixels"] == 0
+    # SD1 has neither of the two, in any file; the last layer of SD2 is not used for pictures.
+    expected = ("logit_scale", "text_projection", "encoder.layers.23.")
+    missing = [key for line in measured["keys"] for key in line.split("'")[1::2]]
+    assert [key for key in missing if not any(part in key for part in expected)] == []
