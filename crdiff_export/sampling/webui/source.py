@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from crdiff_export.errors import PoaError
 from crdiff_export.packs import SUFFIX, Pack, open_pack
 from crdiff_export.sampling.comfyui import match
 from crdiff_export.sampling.comfyui.match import Parts
@@ -82,11 +83,16 @@ class Source:
         if isinstance(own, BakedCheckpoint):
             parts = match.model_parts(weights, own)
             return Pruning(parts, _schedule(settings, own.stamp.poa_weight), self.path.name)
+        if any(stamp.scaled for stamp in own.variants.values()):
+            raise PoaError(
+                f"{self.path.name}: its base has fp8 codes with a scale, which this UI loads in its own way",
+                "Take the pack of a base without such codes.",
+            )
         layers, chosen = match.find_layers(weights, own), choose(own, size)
         if chosen.size is None:
             return Pruning({}, Schedule(0.0), self.path.name, chosen.note)
         schedule = _schedule(settings, own.variants[chosen.size].poa_weight)
-        parts = match.pack_parts(layers, own, chosen.size, weights)
+        parts = match.pack_parts(layers, own, chosen.size, {})
         return Pruning(parts, schedule, f"{self.path.name} for {chosen.size}", chosen.note)
 
 
@@ -103,6 +109,20 @@ def picture_size(p: Any) -> Size:
     if getattr(p, "is_hr_pass", False):
         return Size(int(p.hr_upscale_to_x), int(p.hr_upscale_to_y))
     return Size(int(p.width), int(p.height))
+
+
+def fraction_done(p: Any) -> float:
+    """Return the fraction of a pass's sampling that is done, as the UI itself counts it; 0 at the first step.
+
+    Args:
+        p: The processing object of A1111 or one of its forks.
+
+    Returns:
+        A fraction from 0 to below 1.
+
+    """
+    denoiser = p.sampler.model_wrap_cfg
+    return min(float(denoiser.step) / max(int(denoiser.total_steps), 1), 1 - 1e-6)
 
 
 def _schedule(settings: Settings, recommended: float) -> Schedule:
