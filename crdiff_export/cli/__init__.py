@@ -40,6 +40,7 @@ COMMANDS = {
     "card": "Print the model card of a baked file, without a push.",
     "publish": "Make and push all variants that a plan file asks for.",
     "comfyui": "Add nodes for sampling with POA to a ComfyUI.",
+    "webui": "Add sampling with POA to A1111, Forge, reForge or SD.Next.",
     "recipes": "List, show and check recipes.",
     "families": "List, show and check families of models.",
     "docs": "List the pages of the documentation, or print one.",

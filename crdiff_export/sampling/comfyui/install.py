@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ MARKER = "crdiff.json"
 ASIDE = ".disabled"
 # ComfyUI lists the workflows in this folder among its templates.
 WORKFLOWS = "example_workflows"
-_COPY = "crdiff_export"
-_OURS = {"__init__.py", MARKER, WORKFLOWS, _COPY, "__pycache__"}
+COPY = "crdiff_export"
+_OURS = frozenset({"__init__.py", MARKER, WORKFLOWS, COPY, "__pycache__"})
 _PACKAGE = Path(__file__).parents[2]
 # The nodes need no recipes and no demo model. ComfyUI's Python writes its own bytecode.
 _NOT_COPIED = ("__pycache__", "*.pyc", "recipes", "demo.safetensors", WORKFLOWS)
@@ -59,18 +59,8 @@ def install(comfyui: Path, *, link: bool = False, force: bool = False) -> Instal
         PoaError: The folder is not ComfyUI's, cannot be written, or has another `custom_nodes/crdiff`.
 
     """
-    target = _custom_nodes(comfyui) / FOLDER
     package = _PACKAGE if link else None
-    aside: Path | None = None
-    with _as_poa_error(target):
-        before = _version(target)
-        if os.path.lexists(target) and before is None:
-            aside = _rename(target, force=force)
-        with staging.temp_sibling(target, folder=True) as part:
-            write_nodes(part, package)
-            part.chmod(0o755)
-            staging.publish(part, target)
-    return Installed(target, tool_version(), package, before, aside)
+    return replace(_folder(comfyui), lambda folder: write_nodes(folder, package), linked=package, force=force)
 
 
 def write_nodes(folder: Path, package: Path | None = None, version: str | None = None) -> None:
@@ -85,9 +75,21 @@ def write_nodes(folder: Path, package: Path | None = None, version: str | None =
     here = Path(__file__).parent
     shutil.copyfile(here / "custom_node.py", folder / "__init__.py")
     shutil.copytree(here / WORKFLOWS, folder / WORKFLOWS, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    write_package(folder, package, version)
+
+
+def write_package(folder: Path, package: Path | None = None, version: str | None = None) -> None:
+    """Write a copy of the package and the marker, which notes where the package is.
+
+    Args:
+        folder: The folder of an installation.
+        package: The package that it loads; None for a copy in `folder`.
+        version: The version to note; that of this package if not given.
+
+    """
     if package is None:
-        shutil.copytree(_PACKAGE, folder / _COPY, ignore=shutil.ignore_patterns(*_NOT_COPIED))
-    marker = {"crdiff": version or tool_version(), "package": str(package) if package else _COPY}
+        shutil.copytree(_PACKAGE, folder / COPY, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    marker = {"crdiff": version or tool_version(), "package": str(package) if package else COPY}
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 
@@ -104,17 +106,86 @@ def uninstall(comfyui: Path) -> Installed | None:
         PoaError: The folder is not ComfyUI's, or `custom_nodes/crdiff` has files of others.
 
     """
-    target = _custom_nodes(comfyui) / FOLDER
-    with _as_poa_error(target):
+    return remove(_folder(comfyui))
+
+
+@dataclass(frozen=True, slots=True)
+class OwnFolder:
+    """A folder that crdiff installs into a program and removes again.
+
+    Attributes:
+        path: The folder.
+        names: The names of what is written there; a folder with anything else is not removed.
+        aside: Where a folder that crdiff has not installed is moved to; the program must not load it from there.
+        program: The program's name, for messages.
+    """
+
+    path: Path
+    names: frozenset[str]
+    aside: Path
+    program: str
+
+
+def replace(
+    folder: OwnFolder, write: Callable[[Path], None], *, linked: Path | None = None, force: bool = False
+) -> Installed:
+    """Write a folder in one step, in place of an older one.
+
+    Args:
+        folder: The folder.
+        write: Writes its files into an empty folder.
+        linked: The package that it loads, if that is not a copy.
+        force: Whether to move a folder of that name aside that crdiff has not installed.
+
+    Returns:
+        The installation.
+
+    Raises:
+        PoaError: The folder cannot be written, or crdiff has not installed what is there.
+
+    """
+    target = folder.path
+    aside: Path | None = None
+    with _as_poa_error(folder):
+        before = _version(folder)
+        if os.path.lexists(target) and before is None:
+            aside = _move_aside(folder, force=force)
+        with staging.temp_sibling(target, folder=True) as part:
+            write(part)
+            part.chmod(0o755)
+            staging.publish(part, target)
+    return Installed(target, tool_version(), linked, before, aside)
+
+
+def remove(folder: OwnFolder) -> Installed | None:
+    """Remove a folder that crdiff has installed.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The installation that was removed, or None if there was none.
+
+    Raises:
+        PoaError: The folder has files of others.
+
+    """
+    target = folder.path
+    with _as_poa_error(folder):
         if not os.path.lexists(target):
             return None
-        version = _version(target)
+        version = _version(folder)
         if version is None:
             raise _foreign(target, "Remove it yourself if you do not need it.")
         with staging.temp_sibling(target, folder=True) as part:
             part.rmdir()
             target.rename(part)
     return Installed(target, version)
+
+
+def _folder(comfyui: Path) -> OwnFolder:
+    path = _custom_nodes(comfyui) / FOLDER
+    return OwnFolder(path, _OURS, path.with_name(path.name + ASIDE), "ComfyUI")
 
 
 def _custom_nodes(comfyui: Path) -> Path:
@@ -133,10 +204,11 @@ def _custom_nodes(comfyui: Path) -> Path:
     raise PoaError(f"{root}: is no ComfyUI folder" if root.is_dir() else f"{root}: there is no such folder", hint)
 
 
-def _version(target: Path) -> str | None:
+def _version(folder: OwnFolder) -> str | None:
     """Return the version that is installed; None if there is none, or if the folder has files of others."""
+    target = folder.path
     try:
-        if target.is_symlink() or not target.is_dir() or {path.name for path in target.iterdir()} - _OURS:
+        if target.is_symlink() or not target.is_dir() or {path.name for path in target.iterdir()} - folder.names:
             return None
         version = json.loads((target / MARKER).read_text(encoding="utf-8"))["crdiff"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -144,12 +216,13 @@ def _version(target: Path) -> str | None:
     return version if isinstance(version, str) else None
 
 
-def _rename(target: Path, *, force: bool) -> Path:
-    aside = target.with_name(target.name + ASIDE)
+def _move_aside(folder: OwnFolder, *, force: bool) -> Path:
+    target, aside = folder.path, folder.aside
+    where = aside.name if aside.parent == target.parent else str(aside)
     if not force:
-        raise _foreign(target, f"Remove it, or give --force to have it renamed to {aside.name}.")
+        raise _foreign(target, f"Remove it, or give --force to have it renamed to {where}.")
     if os.path.lexists(aside):
-        raise _foreign(target, f"Remove it or {aside.name}, which is there, too.")
+        raise _foreign(target, f"Remove it or {where}, which is there, too.")
     target.rename(aside)
     return aside
 
@@ -159,11 +232,12 @@ def _foreign(target: Path, hint: str) -> PoaError:
 
 
 @contextmanager
-def _as_poa_error(target: Path) -> Iterator[None]:
+def _as_poa_error(folder: OwnFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise PoaError(
-            f"{error.filename or target}: {error.strerror or error}",
-            "Nothing was changed; see to it that you may write there and that ComfyUI does not run, then try again.",
+            f"{error.filename or folder.path}: {error.strerror or error}",
+            f"Nothing was changed; see to it that you may write there and that {folder.program} does not run, then try "
+            "again.",
         ) from error

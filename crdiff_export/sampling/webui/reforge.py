@@ -33,12 +33,12 @@ def apply(p: Any, source: Source, settings: Settings) -> Applied:
 
     objects = p.sd_model.forge_objects
     unet = objects.unet
-    backup = {key: entry.weight for key, entry in unet.backup.items()}
-    pruning = source.pruning(own_weights(unet.model, backup), picture_size(p), settings)
+    own = own_weights(unet.model, {key: entry.weight for key, entry in unet.backup.items()})
+    pruning = source.pruning(own, picture_size(p), settings)
     applied = UnetClone(objects, pruning.note)
     if pruning.schedule.constant == 0:
         return applied
-    layers = PrunedLayers(unet.model, pruning, lambda key: _merged(unet, key))
+    layers = PrunedLayers(unet.model, pruning, lambda key: _merged(objects.unet, key))
 
     def around_model(
         executor: Any, x: Any, t: Any, concat: Any = None, cross: Any = None, control: Any = None,

@@ -1,0 +1,80 @@
+"""Install the extension into a web UI's folder and remove it; files of others are never touched."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from crdiff_export.sampling.comfyui import install as folders
+from crdiff_export.sampling.webui import ui
+from crdiff_export.sampling.webui.ui import Ui
+
+FOLDER = "sd-webui-crdiff"
+_SCRIPTS = "scripts"
+_OURS = frozenset({_SCRIPTS, folders.MARKER, folders.COPY, "__pycache__"})
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """An extension that was installed or removed.
+
+    Attributes:
+        ui: The UI.
+        installed: The installation; None if there was none to remove.
+    """
+
+    ui: Ui
+    installed: folders.Installed | None
+
+
+def install(path: Path, *, force: bool = False) -> Extension:
+    """Write the extension in one step, in place of an older one.
+
+    Args:
+        path: The UI's folder.
+        force: Whether to move a folder of that name out of the extensions that crdiff has not installed.
+
+    Returns:
+        The extension.
+
+    Raises:
+        PoaError: The folder has no UI, cannot be written, or has another extension of that name.
+
+    """
+    found = ui.detect(path)
+    return Extension(found, folders.replace(_folder(found), write_extension, force=force))
+
+
+def uninstall(path: Path) -> Extension:
+    """Remove the extension.
+
+    Args:
+        path: The UI's folder.
+
+    Returns:
+        The extension that was removed, if there was one.
+
+    Raises:
+        PoaError: The folder has no UI, or the extension has files of others.
+
+    """
+    found = ui.detect(path)
+    return Extension(found, folders.remove(_folder(found)))
+
+
+def write_extension(folder: Path) -> None:
+    """Write the extension as the UIs load it.
+
+    Args:
+        folder: An empty folder.
+
+    """
+    (folder / _SCRIPTS).mkdir()
+    shutil.copyfile(Path(__file__).with_name("extension.py"), folder / _SCRIPTS / "crdiff_poa.py")
+    folders.write_package(folder)
+
+
+def _folder(found: Ui) -> folders.OwnFolder:
+    # A UI loads every folder among its extensions, whatever its name is.
+    return folders.OwnFolder(
+        found.extensions / FOLDER, _OURS, found.extensions.parent / f"{FOLDER}.disabled", found.name
+    )
