@@ -1,0 +1,291 @@
+"""POA in a real A1111 on the CPU, against two loaded models: prints what it finds as one JSON object.
+
+The command line has A1111's folder, a folder to work in, which `tests/sampling/test_webui_a1111.py` fills, and options
+for A1111. A1111 loads the checkpoints, samples and merges LoRAs itself; its VAE is all zeros, so latents are compared.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+A1111, WORK = (Path(word).resolve() for word in sys.argv[1:3])
+sys.argv = [
+    "launch.py", "--use-cpu", "all", "--data-dir", str(WORK), "--no-download-sd-model",
+    "--skip-load-model-at-start", "--do-not-download-clip", "--skip-version-check", "--skip-install",
+    "--skip-torch-cuda-test", *sys.argv[3:],
+]  # fmt: skip
+sys.path.insert(0, str(A1111))
+os.chdir(A1111)
+# Some builds of torchvision import only if torch knows these operators, which nothing here computes with.
+_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+for _name in ("nms", "qnms"):
+    _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+OUT, sys.stdout = sys.stdout, sys.stderr
+
+from modules import initialize  # noqa: E402
+
+initialize.imports()
+initialize.initialize()
+
+from modules import processing, script_callbacks, scripts, sd_models, shared  # noqa: E402
+
+script_callbacks.before_ui_callback()  # the Lora extension begins here
+
+from crdiff_export.errors import CrdiffError  # noqa: E402
+from crdiff_export.sampling.webui import a1111  # noqa: E402
+from crdiff_export.sampling.webui.settings import Settings  # noqa: E402
+from crdiff_export.sampling.webui.source import Source  # noqa: E402
+
+WEIGHT, SECOND_WEIGHT = 1.7, 3.0
+LORA = "a fox <lora:style:0.8>"
+SIZE, SECOND, NATIVE = (96, 64), (144, 96), (64, 64)
+FILES = ("baked", "random", "obs")
+# Hooks of A1111's own on the parts of a UNet, with --lowvram.
+HOOKS = 0
+CASES: dict[str, dict[str, Any]] = {
+    "": {},
+    "lora, ": {"prompt": LORA},
+    "batch of two, ": {"batch_size": 2},
+    "Heun, ": {"sampler_name": "Heun"},
+    "DDIM, ": {"sampler_name": "DDIM"},
+}
+
+
+class Hooks(scripts.Script):  # type: ignore[misc]  # it has no types
+    """Calls a function where the extension puts POA on, and keeps the latents of the last pass."""
+
+    def __init__(self, before: "Callable[[Any], Any] | None") -> None:
+        self.before, self.latents = before, None
+        self.filename, self.args_from, self.args_to, self.alwayson = __file__, 0, 0, True
+        self.error: Exception | None = None
+
+    def title(self) -> str:
+        return "check"
+
+    def process_before_every_sampling(self, p: Any, *_args: Any, **_kwargs: Any) -> None:
+        launch = p.sampler.launch_sampling
+
+        def keep(steps: int, function: Any) -> Any:
+            self.latents = launch(steps, function)
+            return self.latents
+
+        p.sampler.launch_sampling = keep
+        if self.before:
+            try:
+                self.before(p)
+            except CrdiffError as error:
+                self.error = error
+
+
+def draw(before: "Callable[[Any], Any] | None" = None, size: tuple[int, int] = SIZE, **options: Any) -> Any:
+    """Draw with A1111's own pipeline; the latents."""
+    hooks = Hooks(before)
+    runner = scripts.ScriptRunner()
+    runner.alwayson_scripts = runner.scripts = [hooks]
+    given = {"prompt": "a fox", "seed": 3, "steps": 4, "sampler_name": "Euler", "cfg_scale": 2.0} | options
+    p = processing.StableDiffusionProcessingTxt2Img(
+        width=size[0], height=size[1], do_not_save_samples=True, do_not_save_grid=True, **given
+    )
+    p.scripts, p.script_args = runner, []
+    shared.state.begin(job="check")
+    try:
+        processing.process_images(p)
+    finally:
+        shared.state.end()
+    if hooks.error:
+        raise hooks.error
+    return hooks.latents
+
+
+def poa(name: str, weight: float | None = WEIGHT, **options: Any) -> Callable[[Any], Any]:
+    """Put POA on as the extension does."""
+    settings = Settings(name, weight, **options)
+    return lambda p: a1111.apply(p, Source.open(WORK / "files" / name), settings)
+
+
+def load(name: str) -> Any:
+    """Let A1111 load a checkpoint; it keeps several in memory."""
+    info = sd_models.get_closet_checkpoint_match(name)
+    shared.opts.data["sd_model_checkpoint"] = info.title
+    return sd_models.reload_model_weights(info=info) or shared.sd_model
+
+
+def two_models(*pruned: Any, weight: float = WEIGHT, steps: "range | None" = None) -> Callable[[Any], Any]:
+    """Mix the predictions of the current model with those of another loaded one: the formula itself.
+
+    Of several models the one of the pass is taken: hires fix has two.
+    """
+
+    def before(p: Any) -> None:
+        unet, other = p.sd_model.model.diffusion_model, pruned[p.is_hr_pass and -1].model.diffusion_model
+        sampler = p.sampler
+        launch = sampler.launch_sampling
+        w_of_pass = weight if not p.is_hr_pass or len(pruned) == 1 else SECOND_WEIGHT
+
+        def around(count: int, function: Any) -> Any:
+            forward = unet.forward
+
+            def predict(*args: Any, **kwargs: Any) -> Any:
+                w = w_of_pass if steps is None or sampler.model_wrap_cfg.step in steps else 0
+                first = forward(*args, **kwargs)
+                if w == 0:
+                    return first
+                return ((1 - w) * first.float() + w * other(*args, **kwargs).float()).to(first.dtype)
+
+            unet.forward = predict
+            try:
+                return launch(count, function)
+            finally:
+                del unet.forward
+
+        sampler.launch_sampling = around
+
+    return before
+
+
+def far(one: Any, other: Any) -> float:
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def weights() -> dict[str, Any]:
+    """Copies of the loaded UNet's weights."""
+    return {name: tensor.clone() for name, tensor in shared.sd_model.model.state_dict().items()}
+
+
+def same(before: dict[str, Any]) -> bool:
+    """Whether the UNet has these bytes, and nothing of ours on it."""
+    unet = shared.sd_model.model.diffusion_model
+    now = shared.sd_model.model.state_dict()
+    unchanged = all(torch.equal(now[name].view(torch.uint8), kept.view(torch.uint8)) for name, kept in before.items())
+    hooks = sum(len(module._forward_pre_hooks) for module in unet.modules())
+    return unchanged and "forward" not in vars(unet) and hooks == HOOKS and now.keys() == before.keys()
+
+
+def said(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def formula(pruned: Any, file: str = "baked.safetensors") -> Iterator[tuple[str, Any]]:
+    """Draw with one file, with and without a LoRA, and with several samplers."""
+    for label, options in CASES.items():
+        kept = weights()
+        dense = draw(**options)
+        drawn = draw(poa(file), **options)
+        yield f"{label}two models", far(drawn, draw(two_models(pruned), **options))
+        yield f"{label}moves", far(drawn, dense)
+        yield f"{label}w=0", far(draw(poa(file, 0), **options), dense)
+        yield f"{label}dense afterwards", far(draw(**options), dense)
+        draw()  # takes the LoRA out of the weights
+        yield f"{label}bytes", same(kept)
+
+
+def files(pruned: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Draw with thresholds, masks and moved weights, at w = 1 and in a part of the steps."""
+    for name, model in pruned.items():
+        file = f"{name}.safetensors"
+        load(name)
+        alone, with_lora = draw(), draw(prompt=LORA)
+        load("base")
+        yield f"{name}, w=1, the file", far(draw(poa(file, 1)), alone)
+        yield f"{name}, lora, w=1, the file", far(draw(poa(file, 1), prompt=LORA), with_lora)
+        yield f"{name}, two models", far(draw(poa(file)), draw(two_models(model)))
+        part = draw(poa(file, start=0.25, stop=0.75), prompt=LORA)
+        yield f"{name}, lora, part of the steps", far(part, draw(two_models(model, steps=range(1, 3)), prompt=LORA))
+        yield f"{name}, its own weight", far(draw(poa(file, None)), draw(two_models(model, weight=1.5)))
+
+
+def packs(first: Any, second: Any) -> Iterator[tuple[str, Any]]:
+    """Draw with a pack at both of its sizes, and with hires fix, which goes from one to the other."""
+    for name, hires in {"": False, "hires fix, ": True}.items():
+        options: dict[str, Any] = {"prompt": LORA}
+        if hires:
+            options |= {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
+        kept, dense = weights(), draw(**options)
+        drawn = draw(poa("sizes.crdiff", None), **options)
+        yield f"{name}pack, two models", far(drawn, draw(two_models(first, second), **options))
+        yield f"{name}pack moves", far(drawn, dense)
+        draw()
+        yield f"{name}pack, bytes", same(kept)
+    large = {"size": SECOND}
+    drawn = draw(poa("sizes.crdiff", None), **large)
+    yield "pack, second size, two models", far(drawn, draw(two_models(second, weight=SECOND_WEIGHT), **large))
+    yield "pack, native size is dense", far(draw(poa("sizes.crdiff"), size=NATIVE), draw(size=NATIVE))
+    noted: list[str] = []
+    draw(lambda p: noted.append(poa("sizes.crdiff")(p).note), size=NATIVE)
+    yield "pack, native size, note", noted[0]
+
+
+def interrupted() -> Iterator[tuple[str, Any]]:
+    """End samplings in the middle, by an error, by the button, and by another checkpoint; the weights stay."""
+    kept = weights()
+    block = shared.sd_model.model.diffusion_model.middle_block
+
+    def fail() -> None:
+        raise RuntimeError("in the middle")
+
+    for label, prompt in {"": "a fox", "lora, ": LORA}.items():
+        for name, action in {"an error": fail, "an interrupt": shared.state.interrupt}.items():
+            calls: Iterator[int] = iter(range(100))
+            # The second call is the first one with pruned weights.
+            hook = block.register_forward_hook(lambda *_, calls=calls, action=action: action() if next(calls) else None)
+            raised = said(lambda prompt=prompt: draw(poa("baked.safetensors"), prompt=prompt))  # type: ignore[misc]
+            hook.remove()
+            yield f"{label}calls until {name}", next(calls)
+            yield f"{label}raised by {name}", raised
+            draw()
+            yield f"{label}bytes after {name}", same(kept)
+    for limit in (1, 3):
+        shared.opts.data["sd_checkpoints_limit"] = limit
+        draw(poa("baked.safetensors"), refiner_checkpoint="other", refiner_switch_at=0.5)
+        drawn = draw(poa("baked.safetensors"), refiner_checkpoint="other", refiner_switch_at=0.5)
+        load("base")
+        yield f"bytes after a refiner, {limit} in memory", same(kept)
+        yield f"refiner moves, {limit} in memory", far(drawn, draw(poa("baked.safetensors")))
+        load("other")
+        load("base")
+        yield f"bytes after a switch, {limit} in memory", same(kept)
+
+
+def refused() -> Iterator[tuple[str, Any]]:
+    """Say why a file is not taken."""
+    for name in ("other", "baked"):
+        load(name)
+        for file in ("baked.safetensors", "random.safetensors", "sizes.crdiff"):
+            yield f"{name}, {file}", said(lambda file=file: draw(poa(file)))  # type: ignore[misc]
+    load("base")
+    yield "not baked", said(lambda: draw(poa("plain.safetensors")))
+    yield "start after stop", said(lambda: draw(poa("baked.safetensors", start=0.5, stop=0.5)))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    shared.opts.data["sd_checkpoints_limit"] = 9
+    results: dict[str, Any] = {}
+    pruned = {name: load(name) for name in FILES}
+    second = load("second")
+    load("base")
+    global HOOKS  # noqa: PLW0603
+    HOOKS = sum(len(module._forward_pre_hooks) for module in shared.sd_model.model.diffusion_model.modules())
+    results["the LoRA moves"] = far(draw(prompt=LORA), draw())
+    results |= formula(pruned["baked"])
+    if "--lowvram" not in sys.argv and "--no-half" in sys.argv:
+        results |= files(pruned)
+        results |= packs(pruned["baked"], second)
+        results |= interrupted()
+        results |= refused()
+    json.dump(results, OUT)
+    OUT.write("\n")
+
+
+if __name__ == "__main__":
+    main()
