@@ -2,10 +2,13 @@
 
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +18,14 @@ from torch import Tensor
 
 from crdiff_export import ExportRequest, Size, export
 from crdiff_export.calibrate import CalibrateRequest, calibrate
+from crdiff_export.errors import PoaError
 from crdiff_export.models import demo
 from crdiff_export.packs import create, open_pack
 from crdiff_export.progress import Silent
 from crdiff_export.prune.plan_request import PlanRequest
+from crdiff_export.sampling.webui import a1111
+from crdiff_export.sampling.webui.settings import Settings
+from crdiff_export.sampling.webui.source import Source
 from tests.support import ROOT
 
 A1111 = os.environ.get("A1111_PATH")
@@ -27,6 +34,7 @@ needs_a1111 = pytest.mark.skipif(not A1111, reason="A1111_PATH names no A1111")
 RATIO, WEIGHT, SIZE = 0.4, 1.7, Size(96, 64)
 SECOND_RATIO, SECOND_WEIGHT, SECOND = 0.25, 3.0, Size(144, 96)
 RANDOM = "random:seed=3"
+LINEAR = re.compile(r"^model\.diffusion_model\..*transformer_blocks.*\.(to_\w+|0|proj|2)\.weight$")
 TEXT = "cond_stage_model.transformer.text_model.embeddings"
 # The demo model's structure for A1111, whose VAE has no weights in the checkpoint and stays zero.
 CONFIG = """
@@ -61,6 +69,293 @@ model:
       target: ldm.modules.encoders.modules.FrozenCLIPEmbedder
       params: {version: FOLDER, device: cpu}
 """
+
+
+class Layer(torch.nn.Linear):
+    """A layer that merges LoRAs when it computes, as A1111's Lora extension lets all layers do."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        if "networks" in sys.modules:
+            sys.modules["networks"].network_apply_weights(self)
+        return super().forward(given)
+
+
+class Lora(ModuleType):
+    """The Lora extension as the adapter sees it: what it wants merged, and how it merges."""
+
+    def __init__(self) -> None:
+        super().__init__("networks")
+        self.wanted: dict[str, Tensor] = {}
+
+    def network_apply_weights(self, layer: Any) -> None:
+        names = tuple(self.wanted)
+        if layer.network_weights_backup is None and names:
+            layer.network_weights_backup = layer.weight.detach().clone()
+        if getattr(layer, "network_current_names", ()) == names:
+            return
+        with torch.no_grad():
+            self.network_restore_weights_from_backup(layer)
+            if layer.network_layer_name in self.wanted:
+                layer.weight.copy_(layer.weight + self.wanted[layer.network_layer_name])
+        layer.network_current_names = names
+
+    def network_restore_weights_from_backup(self, layer: Any) -> None:
+        if layer.network_weights_backup is not None:
+            layer.weight.data.copy_(layer.network_weights_backup)
+
+    def network_reset_cached_weight(self, layer: Any) -> None:
+        layer.network_current_names, layer.network_weights_backup = (), None
+
+
+class Unet(torch.nn.Module):
+    """The linear layers of a checkpoint's UNet by their own names, one after another."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        prefix, weights = "model.diffusion_model.", safetensors.torch.load_file(path)
+        self.order = [key.removeprefix(prefix).removesuffix(".weight") for key in weights if LINEAR.search(key)]
+        for name in self.order:
+            owner: torch.nn.Module = self
+            *folders, last = name.split(".")
+            for folder in folders:
+                if not hasattr(owner, folder):
+                    owner.add_module(folder, torch.nn.Module())
+                owner = getattr(owner, folder)
+            weight, bias = weights[f"{prefix}{name}.weight"].float(), weights.get(f"{prefix}{name}.bias")
+            layer: Any = Layer(*weight.shape[::-1], bias=bias is not None)
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+            if bias is not None:
+                layer.bias = torch.nn.Parameter(bias.float(), requires_grad=False)
+            layer.network_layer_name, layer.network_weights_backup = name, None
+            owner.add_module(last, layer)
+
+    def forward(self, x: Tensor, timesteps: Any = None, context: Any = None) -> Tensor:
+        for name in self.order:
+            layer = self.get_submodule(name)
+            x = x + layer(x.mean() * torch.linspace(-1, 1, layer.weight.shape[1])).mean()
+        return x
+
+
+class Sampler:
+    """A sampler of A1111 with four steps."""
+
+    def __init__(self) -> None:
+        self.model_wrap_cfg = SimpleNamespace(step=0, total_steps=4)
+
+    def launch_sampling(self, _steps: int, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+class Picture:
+    """A1111's processing object, with its model and sampler."""
+
+    def __init__(self, path: Path, size: Size = SIZE) -> None:
+        model = torch.nn.Module()
+        model.diffusion_model = Unet(path)
+        self.sd_model = SimpleNamespace(model=model, sd_checkpoint_info=object())
+        self.sampler, self.is_hr_pass = Sampler(), False
+        self.width, self.height = size.width, size.height
+
+    @property
+    def unet(self) -> Any:
+        return self.sd_model.model.diffusion_model
+
+    def draw(self, action: Callable[[int], None] = lambda _: None) -> Tensor:
+        def sample() -> Tensor:
+            x = torch.linspace(-1, 2, 16)
+            for step in range(4):
+                self.sampler.model_wrap_cfg.step = step
+                action(step)
+                x = x - 0.1 * self.unet(x, timesteps=step, context=None)
+            return x
+
+        with torch.no_grad():
+            drawn: Tensor = self.sampler.launch_sampling(4, sample)
+        return drawn
+
+    def mixed(self, pruned: Any, weight: float, steps: range = range(4)) -> Tensor:
+        """Draw with two UNets by the formula itself."""
+        calls = iter(range(9))
+
+        def mix(_unet: Any, args: Any, kwargs: Any, output: Tensor) -> Any:
+            return (1 - weight) * output + weight * pruned(*args, **kwargs) if next(calls) in steps else None
+
+        hook = self.unet.register_forward_hook(mix, with_kwargs=True)
+        try:
+            return self.draw()
+        finally:
+            hook.remove()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    base = folder / "base.safetensors"
+    base.write_bytes(demo.path().read_bytes())
+    bake(base, folder / "baked.safetensors", poa_weight=1.5)
+    bake(base, folder / "random.safetensors", criterion=RANDOM)
+    export(ExportRequest(str(base), SECOND, folder / "second.safetensors", ratio=SECOND_RATIO))
+    pack(base, folder / "sizes.crdiff")
+    return folder
+
+
+@pytest.fixture
+def ui(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A1111's modules as the adapter sees them."""
+    made: dict[str, Any] = {name: ModuleType(name) for name in ("modules", "modules.sd_unet", "modules.shared")}
+    made["modules"].__dict__.update(sd_unet=made["modules.sd_unet"], shared=made["modules.shared"])
+    made["modules.sd_unet"].current_unet = None
+    made["modules.shared"].opts = SimpleNamespace(lora_functional=False)
+    made["networks"] = Lora()
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return made
+
+
+def put_on(p: Picture, file: Path, weight: float | None = WEIGHT, **options: Any) -> Any:
+    return a1111.apply(p, Source.open(file), Settings(file.name, weight, **options))
+
+
+def state(p: Picture) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in p.unet.state_dict().items()}
+
+
+def check_untouched(p: Picture, kept: dict[str, Tensor]) -> None:
+    now = p.unet.state_dict()
+    assert all(torch.equal(value, now[key]) for key, value in kept.items())
+    assert "forward" not in vars(p.unet)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", ["baked", "random"])
+def test_like_two_models(name: str, lora: bool, ui: dict[str, Any], files: Path) -> None:
+    file, p = files / f"{name}.safetensors", Picture(files / "base.safetensors")
+    pruned, kept, plain = Picture(file), state(p), p.draw()
+    if lora:
+        names = [
+            n for n in p.unet.order if n.endswith(("input_blocks.1.1.transformer_blocks.0.attn1.to_q", "ff.net.2"))
+        ]
+        ui["networks"].wanted = {n: torch.ones_like(p.unet.get_submodule(n).weight) / 50 for n in names}
+    poa = put_on(p, file, 1)  # the first call of the layers is a pruned one
+    drawn = p.draw()
+    poa.remove()
+    assert torch.equal(drawn, pruned.draw())
+    for options, expected in (
+        ({"weight": WEIGHT}, lambda: p.mixed(pruned.unet, WEIGHT)),
+        ({"weight": 0}, p.draw),
+        ({"weight": WEIGHT, "start": 0.25, "stop": 0.75}, lambda: p.mixed(pruned.unet, WEIGHT, range(1, 3))),
+    ):
+        poa = put_on(p, file, **options)
+        drawn = p.draw()
+        poa.remove()
+        assert torch.equal(drawn, expected())
+    ui["networks"].wanted = {}
+    assert torch.equal(p.draw(), plain)
+    check_untouched(p, kept)
+
+
+def test_a_lora_that_is_added_in_the_forward(ui: dict[str, Any], files: Path) -> None:
+    """A1111's option `lora_functional`: the layers' weights stay, what was merged before is taken back."""
+    p = Picture(files / "base.safetensors")
+    pruned, kept = Picture(files / "baked.safetensors"), state(p)
+    ui["networks"].wanted = {n: torch.ones_like(p.unet.get_submodule(n).weight) for n in p.unet.order}
+    p.draw()
+    ui["networks"].wanted = {}
+    ui["modules.shared"].opts.lora_functional = True
+    put_on(p, files / "baked.safetensors", 1)
+    assert torch.equal(p.draw(), pruned.draw())
+    check_untouched(p, kept)
+
+
+def test_a_pack_takes_the_size_of_the_pass(ui: dict[str, Any], files: Path) -> None:
+    p, kept = Picture(files / "base.safetensors"), {}
+    for size, name, weight in ((SIZE, "baked", WEIGHT), (SECOND, "second", SECOND_WEIGHT)):
+        p.is_hr_pass = size == SECOND
+        p.hr_upscale_to_x, p.hr_upscale_to_y = SECOND.width, SECOND.height
+        poa = put_on(p, files / "sizes.crdiff", None)
+        kept[name] = p.draw()
+        poa.remove()
+        assert torch.equal(kept[name], p.mixed(Picture(files / f"{name}.safetensors").unet, weight))
+    native = Picture(files / "base.safetensors", Size(64, 64))
+    dense = native.draw()
+    poa = put_on(native, files / "sizes.crdiff")
+    assert torch.equal(native.draw(), dense)
+    assert poa.note == "64x64 is the native size of base.safetensors: the model stays dense"
+
+
+def test_an_error_leaves_the_weights(ui: dict[str, Any], files: Path) -> None:
+    p = Picture(files / "base.safetensors")
+    kept = state(p)
+    put_on(p, files / "baked.safetensors")
+    calls = iter(range(9))
+
+    def fail(*_: Any) -> None:
+        if next(calls):  # the second call is the first one with pruned weights
+            raise RuntimeError("in the middle")
+
+    hook = p.unet.get_submodule(p.unet.order[3]).register_forward_hook(fail)
+    with pytest.raises(RuntimeError):
+        p.draw()
+    hook.remove()
+    check_untouched(p, kept)
+
+
+def test_another_wrapper_of_the_unet_stays(ui: dict[str, Any], files: Path) -> None:
+    """ControlNet's extension replaces the UNet's forward as well."""
+    p = Picture(files / "base.safetensors")
+    pruned = Picture(files / "baked.safetensors")
+    for picture in (p, pruned):
+        picture.unet.forward = lambda *args, own=picture.unet.forward, **kwargs: own(*args, **kwargs) * 0.5
+    wrapper = p.unet.forward
+    expected = p.mixed(pruned.unet, WEIGHT)
+    put_on(p, files / "baked.safetensors")
+    assert torch.equal(p.draw(), expected)
+    assert p.unet.forward is wrapper
+
+
+def test_a_refiner_in_the_same_unet_stays_dense(ui: dict[str, Any], files: Path) -> None:
+    """A1111 loads another checkpoint of the same structure into the UNet that it has."""
+    p, expected = Picture(files / "base.safetensors"), Picture(files / "base.safetensors")
+
+    def switch(picture: Picture) -> Callable[[int], None]:
+        def to_refiner(step: int) -> None:
+            if step == 2:
+                picture.sd_model.sd_checkpoint_info = object()
+
+        return to_refiner
+
+    pruned = Picture(files / "baked.safetensors")
+    put_on(p, files / "baked.safetensors")
+    assert torch.equal(p.draw(switch(p)), expected.mixed(pruned.unet, WEIGHT, range(2)))
+
+
+def test_both_predictions_have_the_same_tiles(ui: dict[str, Any], files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hypertile = ModuleType("hypertile")
+    hypertile.RNG_INSTANCE = random.Random(1)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hypertile", hypertile)
+    p, chosen = Picture(files / "base.safetensors"), []
+    p.unet.get_submodule(p.unet.order[0]).register_forward_hook(
+        lambda *_: chosen.append(hypertile.RNG_INSTANCE.randint(0, 1 << 30))
+    )
+    put_on(p, files / "baked.safetensors")
+    p.draw()
+    assert chosen[::2] == chosen[1::2]
+    assert len(set(chosen)) == 4
+
+
+def test_what_cannot_be_used_is_refused(ui: dict[str, Any], files: Path) -> None:
+    p = Picture(files / "base.safetensors")
+    for weight in p.unet.parameters():
+        weight.mul_(1.5)
+    for file in ("baked.safetensors", "random.safetensors", "sizes.crdiff"):
+        with pytest.raises(PoaError, match="are not those of"):
+            put_on(p, files / file)
+    with pytest.raises(PoaError, match="holds the pruned weights"):
+        put_on(Picture(files / "baked.safetensors"), files / "baked.safetensors")
+    ui["modules.sd_unet"].current_unet = object()
+    with pytest.raises(PoaError, match="another UNet computes"):
+        put_on(Picture(files / "base.safetensors"), files / "baked.safetensors")
+    assert "launch_sampling" not in vars(p.sampler)
 
 
 def prepare(work: Path) -> None:

@@ -109,7 +109,7 @@ class SamplerWrapper:
             networks.network_reset_cached_weight(layer)
             return None
         networks.network_apply_weights(layer)
-        if not layer.network_current_names:
+        if not getattr(layer, "network_current_names", ()):
             return None
 
         def merge(pruned: "Tensor") -> "Tensor":
