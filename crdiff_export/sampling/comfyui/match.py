@@ -283,7 +283,7 @@ def _check(weights: Mapping[str, Any], baked: BakedCheckpoint, masks: Masks | No
         restore = " which `crdiff restore` makes from it," if baked.stamp.residual != "none" else ""
         raise PrunedError(
             f"the model holds the pruned weights of {baked.checkpoint.path} already, POA needs the dense ones",
-            f"Load its base, {show(baked.stamp.source_name)},{restore} and choose the baked file in this node.",
+            f"Load its base, {show(baked.stamp.source_name)},{restore} and choose the baked file for POA.",
         )
     if baked.stamp.moved:
         _check_biases(weights, baked)

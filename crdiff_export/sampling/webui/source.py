@@ -15,6 +15,9 @@ from crdiff_export.sampling.webui.settings import Settings
 from crdiff_export.sizes import Size
 from crdiff_export.verify import BakedCheckpoint, open_baked
 
+# Pixels of a latent's cell, of which A1111 and its forks count what they cut.
+_CELL = 8
+
 
 class Applied(Protocol):
     """POA on a UI's model.
@@ -106,8 +109,11 @@ def picture_size(p: Any) -> Size:
         The second pass's size in hires fix, else that of the picture.
 
     """
-    if getattr(p, "is_hr_pass", False):
-        return Size(int(p.hr_upscale_to_x), int(p.hr_upscale_to_y))
+    if getattr(p, "is_hr_pass", False):  # it is enlarged to cover a size of another aspect, and then cut
+        return Size(
+            int(p.hr_upscale_to_x) - _CELL * getattr(p, "truncate_x", 0),
+            int(p.hr_upscale_to_y) - _CELL * getattr(p, "truncate_y", 0),
+        )
     return Size(int(p.width), int(p.height))
 
 
