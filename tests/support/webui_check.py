@@ -33,7 +33,7 @@ def start() -> None:
     os.chdir(UI)
     sys.path.insert(0, str(UI))
     # torchvision cannot be imported beside a torch that was built otherwise, unless torch knows these names.
-    names = torch.library.Library("torchvision", "DEF")
+    names: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for name in ("nms", "qnms"):
         with contextlib.suppress(RuntimeError):
             names.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -290,7 +290,8 @@ def broken() -> Iterator[tuple[str, Any]]:
 
     for kind, prompt in (("", "a fox"), (", LoRA", f"a fox{LORA}")):
         dense = draw(prompt=prompt)
-        own, calls = tensors(), []
+        own = tensors()
+        calls: list[int] = []
         layer = unet().model.diffusion_model.get_submodule("output_blocks.5.1.transformer_blocks.0.ff.net.2")
 
         def fail(*_: Any, calls: list[Any] = calls) -> None:
