@@ -378,6 +378,26 @@ def comfyui_uninstall(bench: Bench) -> Iterator[Any]:
     yield bench("comfyui uninstall .")
 
 
+@runs("crdiff webui install")
+def webui_install(bench: Bench) -> Iterator[Any]:
+    _web_ui(bench, "extensions/sd-webui-crdiff")
+    yield bench("webui install . --force")
+    yield bench("webui install .")
+
+
+@runs("crdiff webui uninstall")
+def webui_uninstall(bench: Bench) -> Iterator[Any]:
+    _web_ui(bench, "extensions")
+    yield bench("webui uninstall .")
+    bench("webui install .")
+    yield bench("webui uninstall .")
+
+
+def _web_ui(bench: Bench, *folders: str) -> None:
+    for folder in ("modules_forge", "backend/patcher", *folders):
+        (bench.here / folder).mkdir(parents=True)
+
+
 @runs("crdiff recipes list")
 def recipes_list(bench: Bench) -> Iterator[Any]:
     yield bench("recipes list")

@@ -1,7 +1,7 @@
 """Whether a model in ComfyUI is the one that a baked file was made from, and its masks by ComfyUI's names."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,12 +67,20 @@ def find(weights: Mapping[str, Any], files: Iterable[Path]) -> tuple[BakedCheckp
     return fitting[0]
 
 
-def model_parts(weights: Mapping[str, Any], baked: BakedCheckpoint) -> Parts:
+def read_masks(baked: BakedCheckpoint) -> Masks:
+    """Read the thresholds or the masks of a baked file; masks are all over it."""
+    return Masks.of(baked.plan, read_decision(baked))
+
+
+def model_parts(
+    weights: Mapping[str, Any], baked: BakedCheckpoint, read: Callable[[BakedCheckpoint], Masks] = read_masks
+) -> Parts:
     """Make the parts of every pruned weight for a model as it was loaded.
 
     Args:
         weights: The model's own weights, without patches.
         baked: The baked file.
+        read: Reads its masks; a caller may keep them.
 
     Returns:
         The parts by the weight's key in the model.
@@ -86,9 +94,9 @@ def model_parts(weights: Mapping[str, Any], baked: BakedCheckpoint) -> Parts:
         raise prunes_nothing(baked.checkpoint.path)
     loaded = {name: _weight(weights, name, size, scales[name], baked) for name, size in sizes.items()}
     reads_all = baked.stamp.masked or baked.plan.has_scales
-    thresholds = None if reads_all else Masks.of(baked.plan, read_decision(baked))
+    thresholds = None if reads_all else read(baked)
     _check(weights, baked, thresholds)
-    masks = thresholds or Masks.of(baked.plan, read_decision(baked))  # reads all of a file, so only if it fits
+    masks = thresholds or read(baked)  # reads all of a file, so only if it fits
     return {
         PREFIX + name: tuple(_as_loaded(part, loaded[name].dtype) for part in parts)
         for name, parts in masks.original.items()

@@ -41,9 +41,7 @@ def apply(p: Any, source: Source, settings: Settings) -> Applied:
 
     def around_model(apply_model: Any, args: dict[str, Any]) -> Any:
         def call() -> Any:
-            options = dict(args["c"])
-            options["control"] = copy_lists(options.get("control"))
-            options["transformer_options"] = options.get("transformer_options", {}).copy()
+            options = {name: copy_lists(value) for name, value in args["c"].items()}
             if around:
                 return around(apply_model, {**args, "c": options})
             return apply_model(args["input"], args["timestep"], **options)

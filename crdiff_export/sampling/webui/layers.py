@@ -137,8 +137,8 @@ def own_weights(model: "nn.Module", backup: "Mapping[str, Tensor]") -> "dict[str
     return {key: backup.get(key, weight) for key, weight in weights.items() if key.startswith("diffusion_model.")}
 
 
-def copy_lists(control: Any) -> Any:
-    """Copy the lists of a ControlNet's tensors, which a UNet takes the tensors out of."""
-    if not isinstance(control, dict):
-        return control
-    return {name: list(value) if isinstance(value, list) else value for name, value in control.items()}
+def copy_lists(value: Any) -> Any:
+    """Copy a dictionary and its lists for one call: a UNet takes a ControlNet's tensors out of them."""
+    if not isinstance(value, dict):
+        return value
+    return {name: list(each) if isinstance(each, list) else each for name, each in value.items()}

@@ -9,6 +9,7 @@ from crdiff_export.errors import PoaError
 from crdiff_export.packs import SUFFIX, Pack, open_pack
 from crdiff_export.sampling.comfyui import match
 from crdiff_export.sampling.comfyui.match import Parts
+from crdiff_export.sampling.poa.masks import Masks
 from crdiff_export.sampling.poa.mix import Schedule
 from crdiff_export.sampling.poa.packed import choose
 from crdiff_export.sampling.webui.settings import Settings
@@ -60,11 +61,17 @@ class Source:
 
     def __init__(self, path: Path, opened: BakedCheckpoint | Pack) -> None:
         self.path, self._opened = path, opened
+        self._masks: Masks | None = None
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """Open a file; CrdiffError if it is damaged or crdiff did not make it."""
         return cls(path, open_pack(path) if path.name.endswith(SUFFIX) else open_baked(path))
+
+    def _read_masks(self, baked: BakedCheckpoint) -> Masks:
+        """Read the masks for the first picture and keep them."""
+        self._masks = self._masks or match.read_masks(baked)
+        return self._masks
 
     def pruning(self, weights: Mapping[str, Any], size: Size, settings: Settings) -> Pruning:
         """Compare a model with the file, and make the parts of its pruned weights.
@@ -84,7 +91,7 @@ class Source:
         """
         own = self._opened
         if isinstance(own, BakedCheckpoint):
-            parts = match.model_parts(weights, own)
+            parts = match.model_parts(weights, own, self._read_masks)
             return Pruning(parts, _schedule(settings, own.stamp.poa_weight), self.path.name)
         if any(stamp.scaled for stamp in own.variants.values()):
             raise PoaError(
