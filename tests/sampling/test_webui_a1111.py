@@ -24,6 +24,7 @@ from crdiff_export.packs import create, open_pack
 from crdiff_export.progress import Silent
 from crdiff_export.prune.plan_request import PlanRequest
 from crdiff_export.sampling.webui import a1111
+from crdiff_export.sampling.webui.install import write_extension
 from crdiff_export.sampling.webui.settings import Settings
 from crdiff_export.sampling.webui.source import Source
 from tests.support import ROOT
@@ -361,8 +362,10 @@ def test_what_cannot_be_used_is_refused(ui: dict[str, Any], files: Path) -> None
 def prepare(work: Path) -> None:
     """Fill A1111's folder with the demo model, files made from it, and a LoRA."""
     models, files = work / "models" / "Stable-diffusion", work / "files"
-    for folder in (models, files, work / "models" / "Lora", work / "clip"):
+    extension = work / "extensions" / "sd-webui-crdiff"
+    for folder in (models, files, work / "models" / "Lora", work / "models" / "crdiff", work / "clip", extension):
         folder.mkdir(parents=True)
+    write_extension(extension)
     for part in ("tokenizer", "text_encoder"):
         for file in (demo.config() / part).iterdir():
             text = file.read_text().replace('"max_position_embeddings": 32', '"max_position_embeddings": 77')
@@ -382,6 +385,7 @@ def prepare(work: Path) -> None:
     bake(base, files / "random.safetensors", poa_weight=1.5, criterion=RANDOM)
     bake(base, files / "obs.safetensors", poa_weight=1.5, criterion="obs", calibration=calibration)
     pack(base, files / "sizes.crdiff")
+    (work / "models" / "crdiff" / "sizes.crdiff").write_bytes((files / "sizes.crdiff").read_bytes())
     safetensors.torch.save_file(weights, files / "plain.safetensors")
     export(ExportRequest(str(base), SECOND, models / "second.safetensors", ratio=SECOND_RATIO))
     for name in ("baked", "random", "obs"):
@@ -436,7 +440,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, A
 def test_a_real_a1111(found: Callable[..., dict[str, Any]]) -> None:
     """Just what two loaded models give, bit by bit; and the weights are as they were, whatever ends a sampling."""
     results = found("--no-half")
-    check_numbers(results, 34)
+    check_numbers(results, 39)
+    assert results["extension, infotext"] == "baked.safetensors, CR-Diff weight: 1.7"
+    assert results["extension, another model's infotext"] == ""
     assert {value for name, value in results.items() if "calls until" in name} == {2}
     assert results["raised by an error"] == "RuntimeError: in the middle"
     assert results["raised by an interrupt"] == ""

@@ -23,6 +23,7 @@ from crdiff_export.calibrate import CalibrateRequest, calibrate
 from crdiff_export.errors import PoaError
 from crdiff_export.models import demo
 from crdiff_export.sampling.webui import sdnext as adapter
+from crdiff_export.sampling.webui.install import write_extension
 from crdiff_export.sampling.webui.settings import Settings
 from crdiff_export.sampling.webui.source import Source
 from tests.sampling.test_webui_a1111 import (
@@ -268,8 +269,10 @@ def test_models_without_weights_of_their_own_are_refused(sdnext: Ui, files: Path
 def prepare(work: Path) -> None:
     """Fill SD.Next's folder with the demo model as a folder of diffusers, files made from it, and a LoRA."""
     models, files = work / "models" / "Diffusers", work / "files"
-    for folder in (models, files, work / "models" / "Lora"):
+    extension, packs = work / "extensions" / "sd-webui-crdiff", work / "models" / "crdiff"
+    for folder in (models, files, work / "models" / "Lora", extension, packs):
         folder.mkdir(parents=True)
+    write_extension(extension)
     base = files / "plain.safetensors"
     base.write_bytes(demo.path().read_bytes())
     calibration = calibrate(CalibrateRequest("demo", SIZE, ("obs",), work / "seen.safetensors", limit=2, steps=2)).path
@@ -278,6 +281,8 @@ def prepare(work: Path) -> None:
     bake(base, files / "obs.safetensors", poa_weight=1.5, criterion="obs", calibration=calibration)
     pack(base, files / "sizes.crdiff")
     export(ExportRequest(str(base), SECOND, files / "second.safetensors", ratio=SECOND_RATIO))
+    for file in ("sizes.crdiff", "baked.safetensors"):
+        (packs / file).write_bytes((files / file).read_bytes())
     other = {k: v * 1.5 if "attn1" in k else v for k, v in safetensors.torch.load_file(base).items()}
     safetensors.torch.save_file(other, files / "other.safetensors")
     for name in ("plain", "other", "second", "baked", "random", "obs"):
@@ -307,6 +312,9 @@ def test_a_real_sdnext(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     results: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     check_numbers(results, 40)
+    assert results["extension, infotext"] == "baked.safetensors, CR-Diff weight: 1.7"
+    assert results["extension, another model's infotext"] == ""
+    assert results["extension, another model, line"].startswith("CR-Diff is off: the weights of")
     assert {value for name, value in results.items() if "calls until" in name} == {2}
     assert {value for name, value in results.items() if "hooks after" in name} == {0}
     for name in ("other, baked.safetensors", "other, random.safetensors", "other, sizes.crdiff"):

@@ -33,7 +33,11 @@ from modules import initialize  # noqa: E402
 initialize.imports()
 initialize.initialize()
 
-from modules import processing, script_callbacks, scripts, sd_models, shared  # noqa: E402
+from fastapi import FastAPI  # noqa: E402
+from modules import processing, script_callbacks, scripts, sd_models, sd_samplers_common, shared  # noqa: E402
+from modules.api import models  # noqa: E402
+from modules.api.api import Api  # noqa: E402
+from modules.call_queue import queue_lock  # noqa: E402
 
 script_callbacks.before_ui_callback()  # the Lora extension begins here
 
@@ -46,6 +50,7 @@ WEIGHT, SECOND_WEIGHT = 1.7, 3.0
 LORA = "a fox <lora:style:0.8>"
 SIZE, SECOND, NATIVE = (96, 64), (144, 96), (64, 64)
 FILES = ("baked", "random", "obs")
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 # Hooks of A1111's own on the parts of a UNet, with --lowvram.
 HOOKS = 0
 CASES: dict[str, dict[str, Any]] = {
@@ -191,6 +196,10 @@ def formula(pruned: Any, file: str = "baked.safetensors") -> Iterator[tuple[str,
 
 def files(pruned: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Draw with thresholds, masks and moved weights, at w = 1 and in a part of the steps."""
+    shared.opts.data["lora_functional"] = True  # an option of the Lora extension
+    added = draw(poa("baked.safetensors"), prompt=LORA)
+    yield "lora, added in the forward, two models", far(added, draw(two_models(pruned["baked"]), prompt=LORA))
+    shared.opts.data["lora_functional"] = False
     for name, model in pruned.items():
         file = f"{name}.safetensors"
         load(name)
@@ -209,7 +218,7 @@ def packs(first: Any, second: Any) -> Iterator[tuple[str, Any]]:
     for name, hires in {"": False, "hires fix, ": True}.items():
         options: dict[str, Any] = {"prompt": LORA}
         if hires:
-            options |= {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
+            options |= HIRES
         kept, dense = weights(), draw(**options)
         drawn = draw(poa("sizes.crdiff", None), **options)
         yield f"{name}pack, two models", far(drawn, draw(two_models(first, second), **options))
@@ -267,6 +276,42 @@ def refused() -> Iterator[tuple[str, Any]]:
     yield "start after stop", said(lambda: draw(poa("baked.safetensors", start=0.5, stop=0.5)))
 
 
+def extension(first: Any, second: Any) -> Iterator[tuple[str, Any]]:
+    """Draw through A1111's API with the installed extension."""
+    api = Api(FastAPI(), queue_lock)
+    sampler = sd_samplers_common.Sampler
+    launch, latents = sampler.launch_sampling, []
+
+    def keep(self: Any, steps: int, function: Any) -> Any:
+        latents.append(launch(self, steps, function))
+        return latents[-1]
+
+    def ask(*values: Any, **options: Any) -> tuple[Any, str]:
+        given = {"prompt": "a fox", "seed": 3, "steps": 4, "sampler_name": "Euler", "cfg_scale": 2.0, **options}
+        script = {"CR-Diff": {"args": values}} if values else {}
+        request = models.StableDiffusionTxt2ImgProcessingAPI(
+            width=SIZE[0], height=SIZE[1], alwayson_scripts=script, **given
+        )
+        info = json.loads(api.text2imgapi(request).info)
+        return latents[-1], info["infotexts"][0]
+
+    sampler.launch_sampling = keep
+    try:
+        drawn, text = ask("baked.safetensors", False, WEIGHT, 0, 1)
+        yield "extension, two models", far(drawn, draw(two_models(first)))
+        yield "extension, infotext", text.partition("CR-Diff: ")[2].partition(", Version")[0]
+        drawn, _ = ask("sizes.crdiff", True, 0, 0, 1, **HIRES)
+        yield "extension, hires fix, two models", far(drawn, draw(two_models(first, second), **HIRES))
+        yield "extension, dense afterwards", far(ask()[0], draw())
+        load("other")
+        drawn, text = ask("baked.safetensors", False, WEIGHT, 0, 1)
+        yield "extension, another model stays dense", far(drawn, draw())
+        yield "extension, another model's infotext", text.partition("CR-Diff: ")[2]
+        load("base")
+    finally:
+        sampler.launch_sampling = launch
+
+
 def main() -> None:
     torch.set_num_threads(1)
     shared.opts.data["sd_checkpoints_limit"] = 9
@@ -281,6 +326,7 @@ def main() -> None:
     if "--lowvram" not in sys.argv and "--no-half" in sys.argv:
         results |= files(pruned)
         results |= packs(pruned["baked"], second)
+        results |= extension(pruned["baked"], second)
         results |= interrupted()
         results |= refused()
     json.dump(results, OUT)

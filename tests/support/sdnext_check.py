@@ -32,7 +32,16 @@ import webui  # noqa: E402
 
 webui.initialize()
 
-from modules import modeldata, processing, scripts_manager, sd_checkpoint, sd_models, shared  # noqa: E402
+import gradio as gr  # noqa: E402
+from modules import (  # noqa: E402
+    modeldata,
+    processing,
+    processing_diffusers,
+    scripts_manager,
+    sd_checkpoint,
+    sd_models,
+    shared,
+)  # fmt: skip
 
 from crdiff_export.errors import CrdiffError  # noqa: E402
 from crdiff_export.sampling.webui import sdnext  # noqa: E402
@@ -257,6 +266,56 @@ def refused() -> Iterator[tuple[str, Any]]:
     yield "bytes after a switch of models", same(kept)
 
 
+def extension(unets: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Draw with the installed extension, whose script is in SD.Next's own runner."""
+    runner = scripts_manager.scripts_txt2img
+    with gr.Blocks():
+        runner.initialize_scripts(is_img2img=False, is_control=False)
+        inputs = runner.setup_ui("txt2img")
+    script = next(each for each in runner.alwayson_scripts if each.title() == "CR-Diff")
+    script_args = [0, *(getattr(component, "value", None) for component in inputs[1:])]
+
+    def ask(*values: Any, **options: Any) -> tuple[Any, Any, str]:
+        script_args[script.args_from : script.args_to] = values
+        given = {"prompt": "a fox", "seed": 3, "steps": 4, "sampler_name": "Euler", "cfg_scale": 2.0, **options}
+        p = processing.StableDiffusionProcessingTxt2Img(
+            width=SIZE[0], height=SIZE[1], do_not_save_samples=True, do_not_save_grid=True, **given
+        )
+        p.scripts, p.script_args, p.per_script_args = runner, script_args, {}
+        last: list[Any] = []
+
+        def draw_all(p: Any) -> Any:
+            hook = shared.sd_model.unet.register_forward_hook(
+                lambda _unet, args, output: last.append(torch.cat((args[0].flatten(), output[0].flatten())))
+            )
+            try:
+                return process_diffusers(p)
+            finally:
+                hook.remove()
+
+        processing_diffusers.process_diffusers = draw_all  # after the hooks of the extension
+        try:
+            return p, processing.process_images(p).info, last[-1]
+        finally:
+            processing_diffusers.process_diffusers = process_diffusers
+
+    process_diffusers = processing_diffusers.process_diffusers
+    none = ("None", True, 1.5, 0, 1)
+    _, text, drawn = ask("baked.safetensors", False, WEIGHT, 0, 1)
+    yield "extension, two models", far(drawn, formula(two_models(unets["baked"])))
+    yield "extension, infotext", text.partition("CR-Diff: ")[2]
+    _, _, drawn = ask("sizes.crdiff", True, 0, 0, 1, **HIRES)
+    expected = formula(two_models(unets["baked"], unets["second"]), **HIRES)
+    yield "extension, hires fix, two models", far(drawn, expected)
+    yield "extension, dense afterwards", far(ask(*none)[2], draw())
+    load("other")
+    p, text, drawn = ask("baked.safetensors", False, WEIGHT, 0, 1)
+    yield "extension, another model stays dense", far(drawn, draw())
+    yield "extension, another model's infotext", text.partition("CR-Diff: ")[2]
+    yield "extension, another model, line", next(iter(p.comments))
+    load("base")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     modeldata.model_data.locked = False
@@ -282,6 +341,7 @@ def main() -> None:
     results["balanced offload, again"] = far(again, offloaded)
     shared.opts.data["diffusers_offload_mode"] = "none"
     results |= refused()
+    results |= extension(unets)
     json.dump(results, OUT)
     OUT.write("\n")
 
