@@ -96,20 +96,23 @@ def values(file: str = BAKED, weight: float | None = None, begin: float = 0.0, e
 
 def draw(
     accordion: list[Any] | None = None, *, prompt: str = "a fox", size: tuple[int, int] = WIDE_SIZE,
-    checkpoint: str = BASE, sampler: str = "Euler", before: Callable[[Any], None] | None = None, **more: Any,
+    checkpoint: str = BASE, sampler: str = "Euler", before: Callable[[Any], None] | None = None, picture: str = "",
+    **more: Any,
 ) -> list[Any]:  # fmt: skip
-    """Draw with the UI's API and return the latents."""
+    """Draw with the UI's API and return the latents; with a picture in img2img."""
     from modules.api import models
 
     select(checkpoint)
-    request = models.StableDiffusionTxt2ImgProcessingAPI(
+    options = {"init_images": [picture], "denoising_strength": 0.75} if picture else {}
+    kind = models.StableDiffusionImg2ImgProcessingAPI if picture else models.StableDiffusionTxt2ImgProcessingAPI
+    request = kind(
         prompt=prompt, negative_prompt="bad", steps=STEPS, width=size[0], height=size[1], sampler_name=sampler,
         cfg_scale=5.0, seed=3, alwayson_scripts={"CR-Diff": {"args": accordion}} if accordion else {},
-        save_images=False, **more,
+        save_images=False, **options, **more,
     )  # fmt: skip
     State.before, State.latents = before, []
     try:
-        State.result = api().text2imgapi(request)
+        State.result = api().img2imgapi(request) if picture else api().text2imgapi(request)
     finally:
         State.before = None
     return State.latents
@@ -256,6 +259,9 @@ def against_two_models() -> Iterator[tuple[str, Any]]:
         yield f"{name}: stop 0.5", far(draw(values(file, end=0.5)), earlier)
     mixed = draw(before=two_models(load_unet(BAKED), lambda _step: WEIGHT), sampler="Heun")
     yield "Heun", far(draw(values(), sampler="Heun"), mixed)
+    picture = State.result.images[0]
+    mixed = draw(before=two_models(load_unet(BAKED), lambda _step: WEIGHT), picture=picture)
+    yield "img2img: mixed", far(draw(values(), picture=picture), mixed)
     yield "LoRA moves the picture", far(draw(prompt=f"a fox{LORA}"), draw())
 
 
@@ -383,6 +389,7 @@ def page() -> Iterator[tuple[str, Any]]:
     options[:2] = labels.index("[CR-Diff] weight"), "0, 1, file"
     options[3:5] = labels.index("[CR-Diff] file"), ""
     options[5:7] = [BAKED, RANDOM], labels.index("Nothing")
+    options[9] = False  # the legend, which some UIs draw with a Pillow of their time
     grid = draw(values(), script_name=plot.title(), script_args=options)
     cells = [draw(values(file, weight)) for file in (BAKED, RANDOM) for weight in (0.0, 1.0, None)]
     yield "plot", far(grid, [latent for cell in cells for latent in cell])
