@@ -1,7 +1,7 @@
 """POA in a real reForge, Forge or Forge Classic, on the CPU: run by tests/sampling/test_webui_real.py with the UI's
 Python, and by hand.
 
-    python -m tests.support.webui_check UI WORK [PART ...]
+    python -m tests.support.webui_check UI WORK [PART ...] [--FLAG-OF-THE-UI ...]
 
 WORK holds what tests/sampling/test_webui_real.py puts there, and is the UI's data folder. Pictures are drawn with the
 UI's own API, loader, LoRA extension and samplers; the latents of the last pass are compared. Prints one JSON object.
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 UI, WORK = (Path(word).resolve() for word in sys.argv[1:3])
-PARTS = sys.argv[3:]
+PARTS = [word for word in sys.argv[3:] if not word.startswith("--")]
+FLAGS = [word for word in sys.argv[3:] if word.startswith("--")] or ["--all-in-fp32"]
 CHECKPOINTS = WORK / "models" / "Stable-diffusion"
 BASE, OTHER, BAKED, RANDOM, PACK = "base", "other", "baked.safetensors", "random.safetensors", "base.crdiff"
 TALL = "tall.safetensors"
@@ -38,7 +39,7 @@ def start() -> None:
         with contextlib.suppress(RuntimeError):
             names.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     sys.argv = [
-        "webui.py", "--always-cpu", "--all-in-fp32", "--skip-version-check", "--no-hashing", "--disable-nan-check",
+        "webui.py", *FLAGS, "--always-cpu", "--skip-version-check", "--no-hashing", "--disable-nan-check",
         "--no-download-sd-model", "--data-dir", str(WORK), "--ckpt", str(CHECKPOINTS / f"{BASE}.safetensors"),
     ]  # fmt: skip
     from modules_forge.initialization import initialize_forge

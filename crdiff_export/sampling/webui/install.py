@@ -40,8 +40,8 @@ def install(path: Path, *, force: bool = False) -> Extension:
         PoaError: The folder has no UI, cannot be written, or has another extension of that name.
 
     """
-    found = ui.detect(path)
-    return Extension(found, folders.replace(_folder(found), write_extension, force=force))
+    web_ui = ui.detect(path)
+    return Extension(web_ui, folders.replace(_folder(web_ui), write_extension, force=force))
 
 
 def uninstall(path: Path) -> Extension:
@@ -57,8 +57,8 @@ def uninstall(path: Path) -> Extension:
         PoaError: The folder has no UI, or the extension has files of others.
 
     """
-    found = ui.detect(path)
-    return Extension(found, folders.remove(_folder(found)))
+    web_ui = ui.detect(path)
+    return Extension(web_ui, folders.remove(_folder(web_ui)))
 
 
 def write_extension(folder: Path) -> None:
@@ -73,8 +73,8 @@ def write_extension(folder: Path) -> None:
     folders.write_package(folder)
 
 
-def _folder(found: Ui) -> folders.OwnFolder:
+def _folder(web_ui: Ui) -> folders.OwnFolder:
     # A UI loads every folder among its extensions, whatever its name is.
     return folders.OwnFolder(
-        found.extensions / FOLDER, _OURS, found.extensions.parent / f"{FOLDER}.disabled", found.name
+        web_ui.extensions / FOLDER, _OURS, web_ui.extensions.parent / f"{FOLDER}.disabled", web_ui.name
     )

@@ -42,7 +42,7 @@ class PrunedLayers:
 
     def __init__(self, model: "nn.Module", pruning: Pruning, merged: Callable[[str], MergedWeight | None]) -> None:
         self._model, self._pruning, self._merged = model, pruning, merged
-        self._own: dict[nn.Module, Any] = {}
+        self._dense: dict[nn.Module, Any] = {}
         self._used = 0
 
     def predict(self, call: "Callable[[], Tensor]", weight: float) -> "Tensor":
@@ -87,7 +87,7 @@ class PrunedLayers:
         finally:
             for handle in handles:
                 handle.remove()
-            for layer in list(self._own):  # the call failed within these
+            for layer in list(self._dense):  # the call failed within these
                 self._give_back(layer)
         if not self._used:
             raise PoaError(
@@ -101,7 +101,7 @@ class PrunedLayers:
 
             device = inputs[0].device if inputs else layer.weight.device
             pruned = self._prune(key, layer.weight, device)
-            self._own[layer] = layer.weight
+            self._dense[layer] = layer.weight
             self._used += 1
             layer.weight = torch.nn.Parameter(pruned, requires_grad=False)
 
@@ -119,7 +119,7 @@ class PrunedLayers:
         return merged.merge(pruned) if merged else pruned
 
     def _give_back(self, layer: Any) -> None:
-        layer.weight = self._own.pop(layer)
+        layer.weight = self._dense.pop(layer)
 
 
 def own_weights(model: "nn.Module", backup: "Mapping[str, Tensor]") -> "dict[str, Tensor]":

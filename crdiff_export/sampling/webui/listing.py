@@ -11,13 +11,13 @@ from crdiff_export.sampling.comfyui.listing import PACKS, is_baked
 
 def files() -> dict[str, Path]:
     """Return every baked file and pack by its path in its folder, such as `SUBFOLDER/NAME.crdiff`."""
-    found: dict[str, Path] = {}
+    by_name: dict[str, Path] = {}
     for root in _roots():
         for folder, _, names in os.walk(root, followlinks=True):
             for file in (Path(folder) / name for name in sorted(names)):
                 if file.suffix == SUFFIX or (file.suffix == ".safetensors" and is_baked(file)):
-                    found.setdefault(file.relative_to(root).as_posix(), file)
-    return found
+                    by_name.setdefault(file.relative_to(root).as_posix(), file)
+    return by_name
 
 
 def path(name: str) -> Path:
@@ -35,7 +35,7 @@ def _roots() -> Iterator[Path]:
     from modules import paths, sd_models, shared
 
     yield Path(paths.models_path) / PACKS
-    named = (getattr(owner, "ckpt_dir", None) for owner in (shared.cmd_opts, shared.opts))
-    for folder in (getattr(sd_models, "model_path", None), *named):
+    folders = (getattr(owner, "ckpt_dir", None) for owner in (shared.cmd_opts, shared.opts))
+    for folder in (getattr(sd_models, "model_path", None), *folders):
         if folder:
             yield Path(folder)

@@ -33,8 +33,8 @@ def apply(p: Any, source: Source, settings: Settings) -> Applied:
 
     objects = p.sd_model.forge_objects
     unet = objects.unet
-    own = own_weights(unet.model, {key: entry.weight for key, entry in unet.backup.items()})
-    pruning = source.pruning(own, picture_size(p), settings)
+    weights = own_weights(unet.model, {key: entry.weight for key, entry in unet.backup.items()})
+    pruning = source.pruning(weights, picture_size(p), settings)
     applied = UnetClone(objects, pruning.note)
     if pruning.schedule.constant == 0:
         return applied

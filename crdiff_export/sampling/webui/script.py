@@ -57,7 +57,7 @@ class Accordion:
             with gr.Row():
                 file = gr.Dropdown(choices(), value=NONE, label="Baked file or pack, made from the loaded checkpoint")
                 refresh = gr.Button("Refresh")
-            own = gr.Checkbox(True, label="Take the weight that the file recommends")
+            recommended = gr.Checkbox(True, label="Take the weight that the file recommends")
             weight = gr.Slider(
                 0, MAX_POA_WEIGHT, 1.5, step=0.05, label="Weight: 0 is dense, 1 is pruned, more amplifies"
             )
@@ -72,20 +72,20 @@ class Accordion:
 
         fields: list[tuple[Any, Any]] = [
             (file, listed),
-            (own, lambda entries: WEIGHT not in entries),
+            (recommended, lambda entries: WEIGHT not in entries),
             (weight, WEIGHT),
             (start, lambda entries: Settings.from_infotext(entries).start),
             (stop, lambda entries: Settings.from_infotext(entries).stop),
         ]
-        return [file, own, weight, start, stop], fields
+        return [file, recommended, weight, start, stop], fields
 
-    def settings(self, p: Any, file: str, own: bool, weight: float, start: float, stop: float) -> Settings:
+    def settings(self, p: Any, file: str, recommended: bool, weight: float, start: float, stop: float) -> Settings:
         """Make the settings of the components' values and of the cell of an XYZ plot.
 
         Args:
             p: The UI's processing object.
             file: The name of a file, or NONE.
-            own: Whether to take the file's own weight.
+            recommended: Whether to take the weight that the file recommends.
             weight: The weight otherwise.
             start: The fraction of sampling at which POA begins.
             stop: The fraction at which it ends.
@@ -97,7 +97,7 @@ class Accordion:
             PoaError: A value of the plot is no number.
 
         """
-        chosen = Settings("" if file in (NONE, None) else file, None if own else weight, start, stop)
+        chosen = Settings("" if file in (NONE, None) else file, None if recommended else weight, start, stop)
         for field, text in getattr(p, CHANGES, {}).items():
             chosen = chosen.changed(field, text)
         return chosen

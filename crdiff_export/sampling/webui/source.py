@@ -89,20 +89,20 @@ class Source:
             CrdiffError: The model is not the one that the file was made from, or the numbers are no part of sampling.
 
         """
-        own = self._opened
-        if isinstance(own, BakedCheckpoint):
-            parts = match.model_parts(weights, own, self._read_masks)
-            return Pruning(parts, _schedule(settings, own.stamp.poa_weight), self.path.name)
-        if any(stamp.scaled for stamp in own.variants.values()):
+        opened = self._opened
+        if isinstance(opened, BakedCheckpoint):
+            parts = match.model_parts(weights, opened, self._read_masks)
+            return Pruning(parts, _schedule(settings, opened.stamp.poa_weight), self.path.name)
+        if any(stamp.scaled for stamp in opened.variants.values()):
             raise PoaError(
                 f"{self.path.name}: its base has fp8 codes with a scale, which this UI loads in its own way",
                 "Take the pack of a base without such codes.",
             )
-        layers, chosen = match.find_layers(weights, own), choose(own, size)
+        layers, chosen = match.find_layers(weights, opened), choose(opened, size)
         if chosen.size is None:
             return Pruning({}, Schedule(0.0), self.path.name, chosen.note)
-        schedule = _schedule(settings, own.variants[chosen.size].poa_weight)
-        parts = match.pack_parts(layers, own, chosen.size, {})
+        schedule = _schedule(settings, opened.variants[chosen.size].poa_weight)
+        parts = match.pack_parts(layers, opened, chosen.size, {})
         return Pruning(parts, schedule, f"{self.path.name} for {chosen.size}", chosen.note)
 
 

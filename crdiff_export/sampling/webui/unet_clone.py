@@ -15,7 +15,7 @@ class UnetClone:
 
     def __init__(self, objects: Any, note: str) -> None:
         self._objects, self.note = objects, note
-        self._own: Any = None
+        self._original: Any = None
         self._clone: Any = None
         self._layers: PrunedLayers | None = None
 
@@ -26,8 +26,8 @@ class UnetClone:
 
     def put_on(self, layers: PrunedLayers) -> None:
         """Put a clone in the place of the patcher."""
-        self._own, self._layers = self._objects.unet, layers
-        self._objects.unet = self._clone = self._own.clone()
+        self._original, self._layers = self._objects.unet, layers
+        self._objects.unet = self._clone = self._original.clone()
 
     def remove(self) -> None:
         """Take the clone out, unless another script's stands in its place, and turn POA off."""
@@ -36,4 +36,4 @@ class UnetClone:
         self._layers.release()
         self._layers = None
         if self._objects.unet is self._clone:
-            self._objects.unet = self._own
+            self._objects.unet = self._original
