@@ -420,17 +420,22 @@ def lora() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("a1111")
+    prepare(folder)
+    return folder
+
+
+@pytest.fixture
+def found(work: Path) -> Callable[..., dict[str, Any]]:
     """Run the check in A1111 with some of its options; what it finds."""
-    work = tmp_path_factory.mktemp("a1111")
-    prepare(work)
 
     def run(*options: str) -> dict[str, Any]:
         python = os.environ.get("A1111_PYTHON", sys.executable)
         line = [python, "-m", "tests.support.a1111_check", str(A1111), str(work), *options]
         ran = subprocess.run(line, check=False, capture_output=True, text=True, cwd=ROOT)
         assert ran.returncode == 0, ran.stderr
-        results: dict[str, Any] = json.loads(ran.stdout)
+        results: dict[str, Any] = json.loads(ran.stdout or "{}")
         return results
 
     return run
@@ -458,6 +463,22 @@ def test_a_real_a1111(found: Callable[..., dict[str, Any]]) -> None:
 @pytest.mark.parametrize("options", [["--medvram", "--no-half"], ["--no-half", "--lowvram"], ["--precision", "half"]])
 def test_with_little_memory_and_in_half(options: list[str], found: Callable[..., dict[str, Any]]) -> None:
     check_numbers(found(*options), 15)
+
+
+@needs_a1111
+def test_sd21_and_sdxl(work: Path, found: Callable[..., dict[str, Any]]) -> None:
+    """Of these only the sizes are small: SD2.1, which predicts v, and SDXL, which is of other classes."""
+    found("write", "--no-half")
+    models = work / "models" / "Stable-diffusion"
+    for name in ("sd21", "sdxl"):
+        baked = bake(models / f"{name}.safetensors", work / "files" / f"baked-{name}.safetensors")
+        (models / baked.name).write_bytes(baked.read_bytes())
+    results = found("geometries", "--no-half")
+    assert results["sd21, class"] == "LatentDiffusion, v"
+    assert results["sdxl, class"] == "DiffusionEngine, eps"
+    assert "weights, that of" in results["sd21, another model"]
+    assert "is of the family demo" in results["sdxl, another model"]
+    check_numbers(results, 8)
 
 
 def check_numbers(results: dict[str, Any], least: int) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 
 A1111, WORK = (Path(word).resolve() for word in sys.argv[1:3])
+# What to do instead of all else: `write` SD2.1 and SDXL in small, and then with the files that were made from these
+# `geometries`.
+MODE = sys.argv.pop(3) if sys.argv[3] in {"write", "geometries"} else ""
 sys.argv = [
     "launch.py", "--use-cpu", "all", "--data-dir", str(WORK), "--no-download-sd-model",
     "--skip-load-model-at-start", "--do-not-download-clip", "--skip-version-check", "--skip-install",
@@ -38,6 +41,8 @@ from modules import processing, script_callbacks, scripts, sd_models, sd_sampler
 from modules.api import models  # noqa: E402
 from modules.api.api import Api  # noqa: E402
 from modules.call_queue import queue_lock  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 script_callbacks.before_ui_callback()  # the Lora extension begins here
 
@@ -312,8 +317,72 @@ def extension(first: Any, second: Any) -> Iterator[tuple[str, Any]]:
         sampler.launch_sampling = launch
 
 
+def write_geometries() -> None:
+    """Write SD2.1 and SDXL with few channels and random weights, with A1111's own configurations of them."""
+    repositories = A1111 / "repositories"
+    sd21 = OmegaConf.load(
+        repositories / "stable-diffusion-stability-ai" / "configs" / "stable-diffusion" / "v2-inference-v.yaml"
+    )
+    sdxl = OmegaConf.load(repositories / "generative-models" / "configs" / "inference" / "sd_xl_base.yaml")
+    small = {"model_channels": 32, "num_head_channels": 8, "use_fp16": False, "use_checkpoint": False}
+    of_sd21, of_sdxl = sd21.model.params, sdxl.model.params
+    of_sd21.unet_config.params.update(small)
+    of_sdxl.network_config.params.update({**small, "spatial_transformer_attn_type": "softmax"})
+    del of_sdxl.network_config.params.use_fp16
+    of_sd21.cond_stage_config = {"target": "tests.support.a1111_text.Text", "params": {"width": 1024}}
+    embedders = of_sdxl.conditioner_config.params.emb_models
+    text = {"is_trainable": False, "input_key": "txt", "target": "tests.support.a1111_text.TextXl"}
+    of_sdxl.conditioner_config.params.emb_models = [text, *embedders[2:]]
+    for name, config, unet in (("sd21", sd21, of_sd21.unet_config), ("sdxl", sdxl, of_sdxl.network_config)):
+        config.model.params.first_stage_config.params.ddconfig.update({"ch": 32, "attn_type": "vanilla"})
+        torch.manual_seed(0)
+        state = sd_models.instantiate_from_config(unet).state_dict()
+        filled = {key: value if value.any() else torch.randn_like(value) / 20 for key, value in state.items()}
+        path = WORK / "models" / "Stable-diffusion" / f"{name}.safetensors"
+        save_file({f"model.diffusion_model.{key}": value.contiguous() for key, value in filled.items()}, path)
+        for file in (name, f"baked-{name}"):
+            OmegaConf.save(config, path.with_name(f"{file}.yaml"))
+        layer, size = "lora_unet_input_blocks_4_1_transformer_blocks_0", 64
+        lora = {}
+        for target in ("attn1_to_q", "attn2_to_q"):
+            lora[f"{layer}_{target}.lora_up.weight"] = torch.randn(size, 4)
+            lora[f"{layer}_{target}.lora_down.weight"] = torch.randn(4, size) / 10
+            lora[f"{layer}_{target}.alpha"] = torch.tensor(4.0)
+        save_file(lora, WORK / "models" / "Lora" / f"{name}.safetensors")
+
+
+def geometries() -> Iterator[tuple[str, Any]]:
+    """Draw with SD2.1, which predicts v, and SDXL, in small."""
+    for name in ("sd21", "sdxl"):
+        file = f"baked-{name}.safetensors"
+        pruned = load(f"baked-{name}")
+        load(name)
+        yield f"{name}, class", f"{type(shared.sd_model).__name__}, {shared.sd_model.parameterization}"
+        for lora, prompt in {"": "a fox", "lora, ": f"a fox <lora:{name}:0.8>"}.items():
+            load(f"baked-{name}")
+            alone = draw(prompt=prompt)
+            load(name)
+            kept, dense = weights(), draw(prompt=prompt)
+            drawn = draw(poa(file), prompt=prompt)
+            yield f"{name}, {lora}two models", far(drawn, draw(two_models(pruned), prompt=prompt))
+            yield f"{name}, {lora}moves", far(drawn, dense)
+            yield f"{name}, {lora}w=1, the file", far(draw(poa(file, 1), prompt=prompt), alone)
+            draw()
+            yield f"{name}, {lora}bytes", same(kept)
+        yield f"{name}, the LoRA moves", far(dense, draw())
+        yield f"{name}, another model", said(lambda: draw(poa("baked.safetensors")))
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    shared.opts.data["live_previews_enable"] = False  # needs a model that A1111 would download
+    if MODE == "write":
+        write_geometries()
+        return
+    if MODE == "geometries":
+        shared.opts.data["sd_checkpoints_limit"] = 9
+        json.dump(dict(geometries()), OUT)
+        return
     shared.opts.data["sd_checkpoints_limit"] = 9
     results: dict[str, Any] = {}
     pruned = {name: load(name) for name in FILES}
