@@ -28,10 +28,6 @@ from crdiff_export.sampling.webui.settings import Settings
 from crdiff_export.sampling.webui.source import Applied, Source
 
 _log = logging.getLogger(__name__)
-_FUSED = PoaError(
-    "SD.Next fuses LoRAs into the weights and keeps no copy of them",
-    'Turn off "LoRA native fuse with model" under Settings > Networks, and load the checkpoint again.',
-)
 # The files that each model has been compared with, by path and time; a file is read whole for that.
 _compared: "WeakKeyDictionary[nn.Module, set[tuple[Path, int]]]" = WeakKeyDictionary()
 _on: list["ModelPoa"] = []
@@ -59,7 +55,7 @@ def apply(p: Any, source: Source, settings: Settings) -> Applied:
             "the weights are offloaded, layer by layer", "Choose another Model offload mode in the settings."
         )
     if shared.opts.lora_fuse_native and any("<lora:" in prompt for prompt in p.all_prompts):
-        raise _FUSED
+        raise _fused()
     _remove_all()
     changed = source.path.stat().st_mtime_ns
     poa = ModelPoa(_open(source.path, changed), settings)
@@ -204,8 +200,15 @@ def _has_networks(layer: nn.Module) -> bool:
     if backup is None or not getattr(layer, "network_current_names", ()):
         return False
     if not isinstance(backup, Tensor):
-        raise _FUSED
+        raise _fused()
     return True
+
+
+def _fused() -> PoaError:
+    return PoaError(
+        "SD.Next fuses LoRAs into the weights and keeps no copy of them",
+        'Turn off "LoRA native fuse with model" under Settings > Networks, and load the checkpoint again.',
+    )
 
 
 def _without_networks(layer: nn.Linear) -> Tensor:
