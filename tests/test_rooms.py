@@ -46,7 +46,7 @@ LOADED_LATE = (
     *("prune/criteria/reading", "prune/criteria/selection"),
     *("models/demo/drawing",),
     *(f"sampling/poa/{name}" for name in (("handle", "hooks", "layers", "batch", "follow", "in_place", "packed"))),
-    *("sampling/session",),
+    *("sampling/session", "sampling/webui/sdnext"),
     *(f"calibrate/{name}" for name in ("collect", "denoise", "gradients", "runner")),
     *("evaluate/render", "evaluate/preview/render"),
     *(f"evaluate/scorers/{name}" for name in ("aesthetic", "blip", "clip", "demo_scorer", "image_reward", "weights")),
