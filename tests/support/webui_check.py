@@ -258,6 +258,10 @@ def against_two_models() -> Iterator[tuple[str, Any]]:
         yield f"{name}: start 0.5", far(draw(values(file, begin=0.5)), later)
         earlier = draw(before=two_models(pruned, lambda step: WEIGHT if step < STEPS // 2 else 0.0))
         yield f"{name}: stop 0.5", far(draw(values(file, end=0.5)), earlier)
+
+
+def samplers() -> Iterator[tuple[str, Any]]:
+    """A sampler that asks twice a step, and img2img."""
     mixed = draw(before=two_models(load_unet(BAKED), lambda _step: WEIGHT), sampler="Heun")
     yield "Heun", far(draw(values(), sampler="Heun"), mixed)
     picture = State.result.images[0]
@@ -403,7 +407,7 @@ def main() -> None:
     start()
     watch()
     results: dict[str, Any] = {}
-    for part in (against_two_models, packs, broken, refusals, switch, page):
+    for part in (against_two_models, samplers, packs, broken, refusals, switch, page):
         for name, value in part() if part.__name__ in (PARTS or [part.__name__]) else ():
             results[name] = value
             sys.stderr.write(f"CHECK {name}: {value}\n")
