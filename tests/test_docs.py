@@ -48,6 +48,8 @@ def test_the_offline_commands_in_their_order(names: tuple[str, ...], drawing: Fo
     shutil.copytree(ROOT / "recipes", here / "recipes")
     for folder in ("comfy", "custom_nodes"):
         (here / "ComfyUI" / folder).mkdir(parents=True)
+    for folder in ("modules_forge", "backend/patcher", "extensions"):
+        (here / "stable-diffusion-webui" / folder).mkdir(parents=True)
     for words in dict.fromkeys(map(tuple, commands(*names, hub=False))):
         few = [FEW.get(before, word) for before, word in zip(("", *words), words, strict=False)]
         ran = drawing.start(here, *few, env=FEW_STEPS).end()
