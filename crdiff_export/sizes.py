@@ -2,9 +2,12 @@
 
 import re
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final
 
 from crdiff_export.errors import OptionError, RecipeError
+
+if TYPE_CHECKING:
+    from typing import Self
 
 MAX_SIDE: Final = 16384
 
@@ -17,7 +20,7 @@ class Size:
     height: int
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, text: str) -> "Self":
         """Read `2048`, a square, or `400x560`.
 
         Raises:

@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from mmap import PAGESIZE
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING
 
 from crdiff_export.errors import BakeError
 from crdiff_export.formats import safetensors
 from crdiff_export.formats.safetensors import TensorSpec
+
+if TYPE_CHECKING:
+    from typing import Self
 
 # Bytes that are read back at once.
 _PIECE = 8 << 20
@@ -37,7 +40,7 @@ class DirectWriter:
         self._handles.callback(os.close, handle)
         return handle
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         return self
 
     def __exit__(self, *exc: object) -> None:

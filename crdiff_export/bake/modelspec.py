@@ -7,7 +7,7 @@ import base64
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Final
 
 from crdiff_export.errors import OptionError
@@ -19,6 +19,7 @@ THUMBNAIL: Final = "modelspec.thumbnail"
 THUMBNAIL_ORIGIN: Final = "crdiff.thumbnail"
 # A time in seconds since 1970, for outputs that are to have a date (https://reproducible-builds.org/specs).
 EPOCH: Final = "SOURCE_DATE_EPOCH"
+_UTC = timezone.utc  # noqa: UP017  web UIs run Python 3.10, which has no datetime.UTC
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def date() -> str | None:
     if not text:
         return None
     try:
-        return datetime.fromtimestamp(int(text), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return datetime.fromtimestamp(int(text), _UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     except (ValueError, OverflowError, OSError) as error:
         raise OptionError(f"{EPOCH}={text[:40]!r} is not a time", "Give seconds since 1970, or unset it.") from error
 

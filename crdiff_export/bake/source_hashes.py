@@ -5,7 +5,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from crdiff_export.formats import hash_cache
 from crdiff_export.formats.hash_cache import FileState
@@ -15,6 +15,7 @@ from crdiff_export.prune.plan import Plan
 
 if TYPE_CHECKING:
     from hashlib import _Hash
+    from typing import Self
 
 
 class SourceHashes:
@@ -42,7 +43,7 @@ class SourceHashes:
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(1, "crdiff-hash")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         self._states: list[Future[_Hash]] = []
         self._digests: list[Future[str]] = []
         for number in range(len(self._files)):

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import cycle
 from operator import attrgetter
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from crdiff_export.bake.prefetch import DEPTH, prefetch
 from crdiff_export.bake.source_hashes import SourceHashes
@@ -27,6 +27,7 @@ from crdiff_export.prune.plan import Plan, Run, Target
 
 if TYPE_CHECKING:
     from hashlib import _Hash
+    from typing import Self
 
     import numpy as np
     from numpy.typing import NDArray
@@ -305,7 +306,7 @@ class _Hashers:
     def __init__(self, variants: int) -> None:
         self._pools = [ThreadPoolExecutor(1, "crdiff-hash-output") for _ in range(min(variants, HASHERS))]
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         return self
 
     def __exit__(self, *exc: object) -> None:

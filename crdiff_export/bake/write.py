@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from crdiff_export.bake import destination, metadata, staging
 from crdiff_export.bake.direct_writer import DirectWriter
@@ -25,6 +25,7 @@ from crdiff_export.prune.plan import OutputFile, Plan
 
 if TYPE_CHECKING:
     from hashlib import _Hash
+    from typing import Self
 
 # Takes a hash's place in the header until it is known.
 _UNKNOWN_HASH = "0" * 64
@@ -212,7 +213,7 @@ class VariantWriter:
         self._resources = contextlib.ExitStack()
         self.error: BakeError | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         self.do(self._stage)
         return self
 

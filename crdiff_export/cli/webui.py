@@ -28,7 +28,7 @@ def webui() -> None:
 def install(_out: Output, path: Path, *, force: bool) -> Result:
     """Write the extension sd-webui-crdiff into the web UI at PATH, or bring it up to date.
 
-    Which UI that is, its files tell. The UI's own Python needs nothing installed for it; it must be 3.11 or newer.
+    Which UI that is, its files tell. The UI's own Python needs nothing installed for it; it must be 3.10 or newer.
     """
     from crdiff_export.sampling.webui.install import install as run
 

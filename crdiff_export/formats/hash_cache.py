@@ -13,7 +13,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from typing import Self
 
 # Of a file that has just been changed the next change may have the same times, as coarse as clocks of file systems are.
 YOUNG_NS: Final = 3_000_000_000
@@ -31,7 +34,7 @@ class FileState:
     ctime_ns: int
 
     @classmethod
-    def of(cls, info: os.stat_result) -> Self:
+    def of(cls, info: os.stat_result) -> "Self":
         """Make the state from the result of `stat` or `fstat`."""
         return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 

@@ -103,7 +103,8 @@ def unpickle(raw: bytes) -> object:
     """
     machine = _Machine()
     try:
-        with warnings.catch_warnings(action="ignore"):  # genops warns of odd escapes in names
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # genops warns of odd escapes in names
             for opcode, argument, _ in islice(pickletools.genops(raw), MAX_OPCODES):
                 if opcode.name == "STOP":
                     return machine.pop()[0]

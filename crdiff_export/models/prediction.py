@@ -8,7 +8,10 @@ pictures. Marks: the tensors that ComfyUI looks for (`comfy/supported_models.py`
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Self, get_args
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+if TYPE_CHECKING:
+    from typing import Self
 
 # The scheduler of diffusers that takes every setting of v-prediction, and the one for EDM with v.
 V_SCHEDULER: Final = "EulerDiscreteScheduler"
@@ -44,7 +47,7 @@ class Prediction:
         return f"{self.kind}{ZERO_SNR if self.zero_snr else ''}{sigmas}"
 
     @classmethod
-    def parse(cls, text: str) -> Self | None:
+    def parse(cls, text: str) -> "Self | None":
         """Read the value of `crdiff.prediction`; None if the text is malformed."""
         word, *numbers = text.split(" ")
         kind = next((kind for kind in get_args(PredictionKind) if kind == word.removesuffix(ZERO_SNR)), None)

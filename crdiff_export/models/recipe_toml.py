@@ -2,12 +2,12 @@
 
 import re
 import sys
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, cast, get_args
 
 from crdiff_export.errors import RecipeError
+from crdiff_export.formats import toml
 from crdiff_export.formats.text import did_you_mean, nearest
 from crdiff_export.models.recipe import (
     TARGETS,
@@ -63,7 +63,7 @@ def parse(text: str, name: str) -> Recipe:
         RecipeError: Something is wrong; the message names the file, the variant and the key.
     """
     try:
-        document = RecipeTable(tomllib.loads(text), name)
+        document = RecipeTable(toml.parse(text), name)
     except (
         ValueError,
         RecursionError,

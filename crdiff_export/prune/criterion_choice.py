@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING
 
 from crdiff_export.errors import CriterionError, OptionError, PlanError, foreign_errors
 from crdiff_export.formats.crdiff_keys import CalibrationStamp
@@ -14,6 +14,9 @@ from crdiff_export.progress import Progress
 from crdiff_export.prune.criteria import Calibration, Criterion
 from crdiff_export.prune.criteria.spec import GROUP, MAGNITUDES, SCORED, Spec, installed
 from crdiff_export.prune.plan import Plan, with_ratios
+
+if TYPE_CHECKING:
+    from typing import Self
 
 MAGNITUDE = "magnitude"
 UNIFORM = "uniform"
@@ -34,7 +37,7 @@ class CriterionChoice:
     calibration: Calibration | None = None
 
     @classmethod
-    def load(cls, text: str) -> Self:
+    def load(cls, text: str) -> "Self":
         """Load a criterion by its name and options, without a calibration.
 
         Raises:
@@ -47,7 +50,7 @@ class CriterionChoice:
         return cls(spec, _make(EntryPoint(spec.name, built_in, GROUP) if built_in else installed()[spec.name], spec))
 
     @classmethod
-    def of(cls, criterion: str, calibration: Path | None) -> Self:
+    def of(cls, criterion: str, calibration: Path | None) -> "Self":
         """Load a criterion and open its calibration.
 
         Args:

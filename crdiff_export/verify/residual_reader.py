@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from crdiff_export.bake.residual import (
     EMBED,
@@ -29,6 +29,8 @@ from crdiff_export.prune.plan import Target, open_targets
 from crdiff_export.verify.reopen import NEWER, REPAIR, BakedCheckpoint
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -217,7 +219,7 @@ class ResidualReader:
         self._position = residual.values.start
         self._buffer = memoryview(b"")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         return self
 
     def __exit__(self, *exc: object) -> None:

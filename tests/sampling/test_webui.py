@@ -3,9 +3,11 @@
 The stand-in has the surface of Forge that the extension uses. test_webui_real.py has the real UIs.
 """
 
+import ast
 import copy
 import runpy
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +32,7 @@ from crdiff_export.sampling.webui import listing, script, ui
 from crdiff_export.sampling.webui.layers import MergedWeight, PrunedLayers
 from crdiff_export.sampling.webui.settings import Settings
 from crdiff_export.sampling.webui.source import Pruning, Source, fraction_done, picture_size
-from tests.support import scaled_models
+from tests.support import ROOT, scaled_models
 from tests.support.isolation import Crdiff
 from tests.support.messages import raises
 
@@ -528,12 +530,50 @@ def test_a_file_of_somebody_else_is_no_source(tmp_path: Path) -> None:
 def test_an_older_python_is_told_in_the_accordion(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
     sys.modules["gradio"].Markdown = shown.append  # type: ignore[attr-defined]
-    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
-    monkeypatch.setattr(sys, "version", "3.10.13 (main)")
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    monkeypatch.setattr(sys, "version", "3.9.18 (main)")
     own = runpy.run_path(str(EXTENSION))["CrdiffScript"]()
     assert own.ui(False) == []
-    assert shown == ["CR-Diff needs Python 3.11 or newer, this UI runs on 3.10.13."]
+    assert shown == ["CR-Diff needs Python 3.10 or newer, this UI runs on 3.9.18."]
     assert own.title() == "CR-Diff"
+
+
+# What the package might take from the library of 3.11 while it is loaded.
+NEW_IN_3_11 = {
+    *(("typing", name) for name in ("Self", "Never", "NotRequired", "Required", "assert_never", "Unpack")),
+    ("enum", "StrEnum"), ("hashlib", "file_digest"), ("contextlib", "chdir"), ("datetime", "UTC"),
+}  # fmt: skip
+OLD_PYTHON = """
+import datetime, importlib, sys, tomllib, types
+pip, vendor = types.ModuleType("pip"), types.ModuleType("pip._vendor")
+sys.modules |= {"pip": pip, "pip._vendor": vendor, "pip._vendor.tomli": tomllib, "tomllib": None}
+del datetime.UTC
+for name in ("script", "source", "settings", "listing", "layers", "unet_clone", "reforge", "forge", "a1111", "sdnext"):
+    importlib.import_module(f"crdiff_export.sampling.webui.{name}")
+from pathlib import Path
+from crdiff_export.sampling.webui.source import Source
+for path in sys.argv[1:]:
+    Source.open(Path(path))
+print([str(Path(module.__file__)) for name, module in sys.modules.items() if name.startswith("crdiff_export")])
+"""
+
+
+def test_nothing_that_python_3_10_lacks_is_needed(tmp_path: Path) -> None:
+    """What 3.11 has added to the library is taken away; the syntax of what was loaded is that of 3.10."""
+    made = export(ExportRequest("demo", WIDE, tmp_path / "x.safetensors")).written.path
+    request = create.PackRequest((PlanRequest("demo", WIDE),), tmp_path / "p.crdiff")
+    pack = create.make(create.prepare_new(request), Silent())
+    line = [sys.executable, "-c", OLD_PYTHON, str(made), str(pack.pack.path)]
+    ran = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    loaded = ast.literal_eval(ran.stdout)
+    assert len(loaded) > 60
+    for path in [*map(Path, loaded), EXTENSION]:
+        tree = ast.parse(path.read_text("utf-8"), str(path), feature_version=(3, 10))
+        names = {
+            (each.module, name.name) for each in tree.body if isinstance(each, ast.ImportFrom) for name in each.names
+        }
+        assert not names & NEW_IN_3_11, path
 
 
 def test_files_of_somebody_else_are_not_listed(stand_in: StandIn) -> None:

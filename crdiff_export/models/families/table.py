@@ -5,13 +5,13 @@ by a list of its targets, in which `{0..18}` stands for the numbers of its block
 """
 
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
 from crdiff_export.errors import FamilyError, RecipeError
+from crdiff_export.formats import toml
 from crdiff_export.formats.text_file import read_text_file
 from crdiff_export.models.families.model import (
     ANY,
@@ -147,7 +147,7 @@ def parse_family(text: str, where: str, *, foreign: bool = False) -> Family:
     if len(text) > MAX_TABLE:
         raise FamilyError(f"{where}: has {len(text):,} characters, a family has at most {MAX_TABLE:,}", "Shorten it.")
     try:
-        values = tomllib.loads(text)
+        values = toml.parse(text)
     except (ValueError, RecursionError) as error:
         raise FamilyError(f"{where}: {error}", "A family is TOML; `crdiff families show sdxl` prints one.") from error
     try:

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from crdiff_export.errors import CalibrationError, CheckpointError, RecipeError
 from crdiff_export.formats.checkpoint import read_file
@@ -24,6 +24,8 @@ from crdiff_export.prune.plan import Plan
 from crdiff_export.sizes import Size
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from torch import Tensor
 
 VERSION: Final = "1"
@@ -105,7 +107,7 @@ class Calibration:
     source: SourceFile
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path) -> "Self":
         """Read a calibration's header.
 
         Raises:

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from crdiff_export.prune.threshold import Threshold
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -22,7 +24,7 @@ class Mask:
     count: int
 
     @classmethod
-    def pack(cls, pruned: "NDArray[np.bool_]") -> Self:
+    def pack(cls, pruned: "NDArray[np.bool_]") -> "Self":
         """Pack a bool array of any shape that is True for pruned weights."""
         import numpy as np
 

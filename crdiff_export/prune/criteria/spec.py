@@ -8,10 +8,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final
 
 from crdiff_export.errors import OptionError
 from crdiff_export.formats.text import did_you_mean
+
+if TYPE_CHECKING:
+    from typing import Self
 
 GROUP: Final = "crdiff.criteria"
 # Criteria that rank by |w| and have thresholds instead of scores.
@@ -79,7 +82,7 @@ class Spec:
     options: Mapping[str, str]
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, text: str) -> "Self":
         """Parse the text of a criterion.
 
         For another package's criterion only `compare` is checked here; its factory checks the other options.

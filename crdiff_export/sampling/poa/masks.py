@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from crdiff_export.formats import dtypes
 from crdiff_export.formats.dtypes import Encoding, torch_dtypes
@@ -17,6 +17,8 @@ from crdiff_export.prune.criteria import Decision, Mask
 from crdiff_export.prune.plan import Plan, Target, open_targets
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import torch
     from torch import Tensor
 
@@ -48,7 +50,7 @@ class ThresholdPart:
         """Return the function that prunes weights of `dtype`."""
         return partial(_shrink, limit=self.limit(dtype))
 
-    def moved_to(self, start: int, stop: int) -> Self:
+    def moved_to(self, start: int, stop: int) -> "Self":
         """Return the same part for other elements of a weight."""
         return replace(self, start=start, stop=stop)
 
@@ -137,7 +139,7 @@ class StoredPart(ABC):
         """Return the function that prunes weights of any dtype."""
         return self._prune
 
-    def moved_to(self, start: int, stop: int) -> Self:
+    def moved_to(self, start: int, stop: int) -> "Self":
         """Return the same part for other elements of a weight."""
         return type(self)(start, stop, self.dtype, self._tensor)
 
@@ -218,7 +220,7 @@ class Masks:
     diffusers: Mapping[str, tuple[Part, ...]]
 
     @classmethod
-    def of(cls, plan: Plan, decision: Decision) -> Self:
+    def of(cls, plan: Plan, decision: Decision) -> "Self":
         """Make the masks of a decision for a plan."""
         original: dict[str, tuple[Part, ...]] = {}
         diffusers: dict[str, tuple[Part, ...]] = {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from modules import scripts
 
-if sys.version_info >= (3, 11):  # noqa: UP036  the UI's Python may be older than ours
+if sys.version_info >= (3, 10):  # noqa: UP036  the UI's Python may be older than ours
     if "crdiff_export" not in sys.modules:
         _package = Path(__file__).resolve().parent.parent / "crdiff_export"
         _spec = importlib.util.spec_from_file_location(
@@ -38,5 +38,5 @@ else:
             import gradio as gr
 
             with gr.Accordion("CR-Diff", open=False):
-                gr.Markdown("CR-Diff needs Python 3.11 or newer, this UI runs on " + sys.version.split()[0] + ".")
+                gr.Markdown("CR-Diff needs Python 3.10 or newer, this UI runs on " + sys.version.split()[0] + ".")
             return []

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from crdiff_export.errors import PoaError
+
+if TYPE_CHECKING:
+    from typing import Self
 
 # The names in infotext.
 FILE, WEIGHT, START, STOP = "CR-Diff", "CR-Diff weight", "CR-Diff start", "CR-Diff stop"
@@ -33,12 +36,12 @@ class Settings:
         return {FILE: self.file, **entries} if self.file else {}
 
     @classmethod
-    def from_infotext(cls, entries: Mapping[str, str]) -> Self:
+    def from_infotext(cls, entries: Mapping[str, str]) -> "Self":
         """Read the entries of an infotext; what is missing or no number is as by default."""
         weight, start, stop = (_number(entries.get(name, "")) for name in (WEIGHT, START, STOP))
         return cls(entries.get(FILE, ""), weight, 0.0 if start is None else start, 1.0 if stop is None else stop)
 
-    def changed(self, field: str, text: str) -> Self:
+    def changed(self, field: str, text: str) -> "Self":
         """Return the settings with the value of an axis of the XYZ plot.
 
         Args:

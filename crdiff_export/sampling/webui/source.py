@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 from crdiff_export.errors import PoaError
 from crdiff_export.packs import SUFFIX, Pack, open_pack
@@ -15,6 +15,9 @@ from crdiff_export.sampling.poa.packed import choose
 from crdiff_export.sampling.webui.settings import Settings
 from crdiff_export.sizes import Size
 from crdiff_export.verify import BakedCheckpoint, open_baked
+
+if TYPE_CHECKING:
+    from typing import Self
 
 # Pixels of a latent's cell, of which A1111 and its forks count what they cut.
 _CELL = 8
@@ -64,7 +67,7 @@ class Source:
         self._masks: Masks | None = None
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path) -> "Self":
         """Open a file; CrdiffError if it is damaged or crdiff did not make it."""
         return cls(path, open_pack(path) if path.name.endswith(SUFFIX) else open_baked(path))
 
