@@ -17,6 +17,9 @@ from crdiff_export import ExportRequest, Size, export
 from crdiff_export.bake.metadata import tool_version
 from crdiff_export.errors import CrdiffError, PoaError
 from crdiff_export.models import demo
+from crdiff_export.packs import create
+from crdiff_export.progress import Silent
+from crdiff_export.prune.plan_request import PlanRequest
 from crdiff_export.sampling.comfyui import listing, match
 from crdiff_export.sampling.comfyui.patch import PatchedLayer, PoaPatch, PruneSwitch, fraction
 from crdiff_export.sampling.poa.masks import MaskPart, Masks, ReplacedWeights
@@ -311,6 +314,7 @@ class Quantised:
 
     def __init__(self, codes: torch.Tensor, scale: float) -> None:
         self._qdata, self._params, self.dtype = codes, SimpleNamespace(scale=torch.tensor(scale)), torch.bfloat16
+        self.ndim, self.shape = codes.ndim, codes.shape
 
     def numel(self) -> int:
         return self._qdata.numel()
@@ -364,6 +368,18 @@ def test_scaled_fp8_is_refused_for_other_models(scaled: tuple[Scaled, Path]) -> 
     for other in others:
         with raises(PoaError, "attn1.to_v", output.name):
             match.model_parts({**base, key: other}, baked)
+
+
+def test_codes_apart_from_their_scales_are_refused_for_a_pack(scaled: tuple[Scaled, Path], tmp_path: Path) -> None:
+    made, output = scaled
+    base = output.with_name("base.safetensors")
+    request = create.PackRequest((PlanRequest(str(base), Size(96, 64), ratio=0.4),), tmp_path / "p.crdiff")
+    pack = create.make(create.prepare_new(request), Silent()).pack
+    weights = quantised(made, base)
+    assert match.find_layers(weights, pack)
+    apart = {key: getattr(weight, "_qdata", weight) for key, weight in weights.items()}
+    with raises(PoaError, "without its scale"):
+        match.find_layers(apart, pack)
 
 
 def test_copies_of_masks_are_released(bakes: Bakes) -> None:

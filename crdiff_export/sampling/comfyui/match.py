@@ -143,6 +143,11 @@ def find_layers(weights: Mapping[str, Any], pack: Pack) -> dict[str, LoadedLayer
                 f"{layer.original[0]}: is a {kind} of {dtype}, which cannot be pruned on the fly",
                 "Load the model unquantised.",
             )
+        if whole is weight and weight.itemsize == 1 and any(stamp.scaled for stamp in pack.variants.values()):
+            raise PoaError(
+                f"{layer.original[0]}: is {weight.dtype} without its scale, by which {pack.path} prunes",
+                "Load the base in a program that keeps codes and scales together, such as ComfyUI 0.33.",
+            )
         first = whole.detach().reshape(-1)[start : min(stop, start + SAMPLE)]
         if not (whole.is_meta or packed.is_base(first, layer.diffusers, pack)):
             raise packed.other_model(layer.diffusers, pack)

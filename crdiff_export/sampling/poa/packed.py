@@ -81,7 +81,11 @@ def is_base(weights: "Tensor", layer: str, pack: Pack) -> bool:
     loaded = weights.cpu()
     if holds(loaded.dtype, stored):  # nothing was lost, so the file's own numbers are in there
         original = loaded.to(torch_dtypes()[stored])
-        if not torch.equal(original.to(loaded.dtype).nan_to_num(), loaded.nan_to_num()):
+        again, expected = (
+            each.to(torch.float32).nan_to_num() if each.itemsize == 1 else each.nan_to_num()  # not for eight bits
+            for each in (original.to(loaded.dtype), loaded)
+        )
+        if not torch.equal(again, expected):
             return False
         return hash_weights(original) == pack.identity.hash(layer, stored)
     hashed = pack.identity.hash(layer, names.get(loaded.dtype, ""))
