@@ -82,7 +82,7 @@ def prepare(request: ConvertRequest) -> ConvertJob:
             f"--layout {request.layout}: {request.base} has that layout already", "Use it as it is, or copy it."
         )
     found = architecture.of_checkpoint(checkpoint, match, request.native)
-    changed = change_layout(checkpoint, match, request.layout, native=found.native)
+    changed = change_layout(checkpoint, match, request.layout, found.native)
     destination.check_target(changed, request.output, force=request.force)
     match = plan.recognise(changed, known)
     nothing = Variant(found.native, dict.fromkeys(match.family.groups, 0.0), 1.0, "starting-point", "")

@@ -171,7 +171,7 @@ def in_layout(request: ExportRequest, checkpoint: Checkpoint) -> Checkpoint:
         family = request.pack.family
     match = recognise(checkpoint, family)
     native = architecture.of_checkpoint(checkpoint, match, request.native).native
-    return change_layout(checkpoint, match, request.layout, native=native)
+    return change_layout(checkpoint, match, request.layout, native)
 
 
 def prepare_located(

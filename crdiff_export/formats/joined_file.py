@@ -111,7 +111,7 @@ class JoinedBytes:
         """Tell the system that bytes of the data section are read soon."""
         for segment, start, stop in self._overlaps(offset, offset + size):
             reader = self._reader(segment)
-            if isinstance(reader, FileBytes):
+            if isinstance(reader, FileBytes | JoinedBytes):
                 reader.will_need(segment.piece.start + start - segment.start, stop - start)
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.hub import bases
 from crdiff_export.models import families
-from crdiff_export.models.layouts import change_layout
+from crdiff_export.models.layouts import arrange, change_layout
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import kernels, plan
 from crdiff_export.prune.criteria import Decision
@@ -183,8 +183,8 @@ def in_layout_of(baked: BakedCheckpoint, checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     if match.family.id != stamp.family or (match.layout.name == stamp.layout and not stamp.source_layout):
         return checkpoint
-    layout, files = baked.plan.match.layout.name, _without_residual(baked)
-    return change_layout(checkpoint, match, layout, native=stamp.native, like=files)
+    changed = change_layout(checkpoint, match, baked.plan.match.layout.name, stamp.native)
+    return arrange(changed, _without_residual(baked))
 
 
 def _without_residual(baked: BakedCheckpoint) -> list[SourceFile]:

@@ -523,3 +523,13 @@ def test_the_default_name_is_the_base_s(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     made = export(ExportRequest("demo", SIZE, layout="diffusers"))
     assert made.written.path.name == "demo-crdiff-96x64"
+
+
+def test_verify_names_what_a_base_of_another_layout_lacks(tmp_path: Path) -> None:
+    made = export(ExportRequest("demo", SIZE, tmp_path / "x.safetensors")).written.path
+    unet = convert(Path("demo"), "diffusers", tmp_path / "unet") / "diffusion_pytorch_model.safetensors"
+    tensors = weights(unet)
+    del tensors["conv_norm_out.bias"]
+    safetensors.torch.save_file(tensors, unet, {"format": "pt"})
+    with raises(PlanError, "model.diffusion_model.out.0.bias"):
+        checked(made, unet.parent)

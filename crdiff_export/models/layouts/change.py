@@ -7,18 +7,15 @@ saves it; of SD3 and FLUX.1 the transformer alone. To diffusers the UNet or tran
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from crdiff_export.errors import PlanError
 from crdiff_export.formats.checkpoint import Checkpoint, open_component, variant_of
-from crdiff_export.formats.joined_file import JoinedTensor, Piece, file_order, join
-from crdiff_export.formats.safetensors import TensorSpec, show
+from crdiff_export.formats.joined_file import JoinedTensor, file_order, join
 from crdiff_export.formats.strict_json import MalformedError, parse_object
-from crdiff_export.formats.text import plural
-from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.models.families import Family, LayoutName, Match
 from crdiff_export.models.families.model import BUNDLED, TextEncoder
 from crdiff_export.models.layouts import network_config
@@ -53,14 +50,7 @@ class _Parts:
     notes: list[str] = field(default_factory=list)
 
 
-def change_layout(
-    checkpoint: Checkpoint,
-    match: Match,
-    to: LayoutName,
-    *,
-    native: Size | None = None,
-    like: Sequence[SourceFile] = (),
-) -> Checkpoint:
+def change_layout(checkpoint: Checkpoint, match: Match, to: LayoutName, native: Size | None = None) -> Checkpoint:
     """See a checkpoint in a layout.
 
     Args:
@@ -68,8 +58,6 @@ def change_layout(
         match: Its family and layout.
         to: The layout to change to.
         native: The size that it was trained for, for diffusers' configuration; None takes the family's.
-        like: Files whose tensors, order and names of files are to be those of the result, which takes from them what
-            the checkpoint does not have; none for our own order.
 
     Returns:
         The checkpoint in that layout: itself if it has it already.
@@ -78,56 +66,17 @@ def change_layout(
         PlanError: The layouts of this model do not correspond, or a tensor has no counterpart.
         CheckpointError: A component cannot be read.
     """
-    if match.layout.name == to and not like:
-        return checkpoint
     if match.layout.name == to:
-        parts = _Parts([_whole(file, tensor) for file in checkpoint.files for tensor in file.by_offset])
-    else:
-        parts = _to_original(checkpoint, match) if to == "original" else _to_diffusers(checkpoint, match)
-    notes, generated = (*checkpoint.notes, *parts.notes), {}
+        return checkpoint
+    parts = _to_original(checkpoint, match) if to == "original" else _to_diffusers(checkpoint, match)
     metadata = {key: text for key, text in checkpoint.metadata.items() if key not in _OF_LAYOUT}
-    if to == "diffusers" and match.layout.name != to:
-        config = _config(match, parts.tensors, native)
-        generated = {CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
-    if like:
-        files = tuple(_alike(file, parts.tensors, checkpoint.path, metadata) for file in like)
-        notes = tuple(_filled(like, parts.tensors, match.family))
-        kind = "file" if len(like) == 1 and to == "original" else "folder"
-    else:
-        name = f"{checkpoint.stem}.safetensors" if to == "original" else WEIGHTS
-        files = (join(checkpoint.path, name, file_order(parts.tensors), metadata),)
-        kind = "file" if to == "original" else "folder"
-    return Checkpoint(checkpoint.path, kind, files, (), notes, generated, checkpoint)  # type: ignore[arg-type]
-
-
-def _alike(like: SourceFile, tensors: Sequence[JoinedTensor], where: Path, metadata: dict[str, str]) -> SourceFile:
-    """Put tensors into the order of a file's, leave out those that it does not have, and add those of its own."""
-    made = {tensor.name: tensor for tensor in tensors}
-    own = {tensor.name: _whole(like, tensor) for tensor in like.by_offset if tensor.name not in made}
-    return join(where, like.name, [(made | own)[tensor.name] for tensor in like.by_offset], metadata)
-
-
-def _whole(file: SourceFile, tensor: TensorSpec) -> JoinedTensor:
-    """Take a tensor as it is."""
-    return JoinedTensor(tensor.name, tensor.dtype, tensor.shape, (Piece(file, tensor.start, tensor.end),))
-
-
-def _filled(like: Sequence[SourceFile], tensors: Sequence[JoinedTensor], family: Family) -> Iterator[str]:
-    """Say which tensors of files the checkpoint does not have in its own layout.
-
-    Raises:
-        PlanError: Tensors of the network are among them.
-    """
-    made = {tensor.name for tensor in tensors}
-    missing = [tensor.name for file in like for tensor in file.by_offset if tensor.name not in made]
-    bundled = any(name.startswith(BUNDLED) for name in made)
-    if network := next((name for name in missing if name.startswith(BUNDLED) or not bundled), None):
-        raise PlanError(
-            f"{like[0].path}: {show(network)} is of no {family.title} in the other layout",
-            "Give the base that the file was made from; `crdiff inspect` names it.",
-        )
-    if missing:
-        yield f"the base has no counterpart of {plural(len(missing), 'tensor')} of the file, such as {show(missing[0])}"
+    notes, path, tensors = (*checkpoint.notes, *parts.notes), checkpoint.path, file_order(parts.tensors)
+    if to == "original":
+        file = join(path, f"{checkpoint.stem}.safetensors", tensors, metadata)
+        return Checkpoint(path, "file", (file,), (), notes, origin=checkpoint)
+    config = json.dumps(_config(match, tensors, native), indent=2, sort_keys=True) + "\n"
+    file = join(path, WEIGHTS, tensors, metadata)
+    return Checkpoint(path, "folder", (file,), (), notes, {CONFIG: config.encode()}, checkpoint)
 
 
 def _network(checkpoint: Checkpoint, match: Match) -> Tensors:
