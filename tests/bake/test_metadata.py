@@ -339,6 +339,10 @@ def test_document_names_every_key_and_its_format(tmp_path: Path, monkeypatch: py
     header.append(bake(own, tmp_path / "of-family.safetensors", family=tmp_path / "family.toml"))
     scaled = Scaled("sd15.original", "scaled_fp8").write(tmp_path / "scaled.safetensors")
     header.append(bake(scaled, tmp_path / "of-scaled.safetensors"))
+    (tmp_path / "folder/unet").mkdir(parents=True)
+    weights = tmp_path / "folder/unet/diffusion_pytorch_model.fp16.safetensors"
+    makers.write(weights, makers.tiny("sd15.diffusers-unet"))
+    header.append(bake(tmp_path / "folder", tmp_path / "of-folder.safetensors", layout="original", variant="fp16"))
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     header.append(bake(own, tmp_path / "picture.safetensors", thumbnail=PICTURE))
     assert header[0]["crdiff.threshold.mid"] == "none"
