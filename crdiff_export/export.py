@@ -166,6 +166,8 @@ def in_layout(request: ExportRequest, checkpoint: Checkpoint) -> Checkpoint:
     """
     if request.layout is None:
         return checkpoint
+    if request.all_files:
+        raise OptionError("--all-files: an output in another layout has no place for them", "Leave it out.")
     family = load_family(request.family) if request.family else None
     if request.pack and request.pack.family.table:
         family = request.pack.family

@@ -62,7 +62,7 @@ def _verify(out: Output, file: Path, base: str | None, calibration: Path | None,
             f"{verified.stamp.criterion} has moved weights: the target weights that stay cannot be checked without "
             "--calibration"
         )
-    if not verified.hashed:
+    if not verified.hashed and not verified.base:
         notes.append("the header has no hash (--no-hash); bytes outside the target weights were not checked")
     return Result(
         {

@@ -17,7 +17,7 @@ from crdiff_export.formats import safetensors, sniff
 from crdiff_export.formats.pipeline_files import (
     COMPONENTS,
     component_folders,
-    component_weights,
+    component_variants,
     pipeline_files,
 )
 from crdiff_export.formats.safetensors import TensorSpec, show
@@ -41,6 +41,7 @@ class Checkpoint:
         files: The files of weights that are pruned.
         companions: Files that an export copies unchanged: index, configurations, other components.
         notes: What the user should know, such as files that are not in the output.
+        copy_notes: The same of the companions, which an export into one file does not copy.
         generated: Small files that an export writes beside the weights, by their path inside the output.
         origin: The checkpoint on the disk, for one whose layout is changed while it is read; None for any other.
     """
@@ -50,6 +51,7 @@ class Checkpoint:
     files: tuple[SourceFile, ...]
     companions: tuple[PurePosixPath, ...] = ()
     notes: tuple[str, ...] = ()
+    copy_notes: tuple[str, ...] = ()
     generated: Mapping[str, bytes] = field(default_factory=dict)
     origin: "Checkpoint | None" = None
 
@@ -167,8 +169,13 @@ def open_component(folder: Path, variant: str | None = None) -> tuple[SourceFile
     """
     if not folder.is_dir():
         return ()
-    names = [f"{folder.name}/{entry.name}" for entry in sorted(folder.iterdir()) if entry.is_file()]
-    paths = [folder.parent / name for name in component_weights(names, variant)]
+    paths = [folder / name for name in _component_files(folder, variant)]
+    for path in paths:
+        if match := re.search(r"-\d{5}-of-(\d{5})", path.name):
+            for number in range(1, int(match[1]) + 1):
+                shard = re.sub(r"-\d{5}-of-", f"-{number:05}-of-", path.name)
+                if folder / shard not in paths:
+                    raise CheckpointError(f"{folder}: its shard {show(shard)} is missing", "Fetch it into the folder.")
     files = tuple(
         open_pickle(path) if path.suffix in PICKLES else read_file(path, f"{folder.name}/{path.name}") for path in paths
     )
@@ -181,6 +188,18 @@ def open_component(folder: Path, variant: str | None = None) -> tuple[SourceFile
                     "Leave one variant of the weights in the folder, or choose with --variant.",
                 )
     return files
+
+
+def _component_files(folder: Path, variant: str | None) -> list[str]:
+    """List the weights of a component as its library takes them: the variant's, else the plain ones."""
+    entries = [entry.name for entry in sorted(folder.iterdir()) if entry.is_file() and _COMPONENT.match(entry.name)]
+    for ending in ("safetensors", "bin"):
+        names = [f"x/{name}" for name in entries if name.endswith(f".{ending}")]
+        kinds = component_variants(names)
+        for wanted in (variant, None) if variant else (None,):
+            if chosen := [name for name, kind in kinds.items() if kind == wanted]:
+                return [name.removeprefix("x/") for name in chosen]
+    return entries
 
 
 def _open_index(path: Path) -> Checkpoint:
@@ -275,19 +294,20 @@ def _open_folder(path: Path, variant: str | None, *, all_files: bool) -> Checkpo
     shards = re.compile("|".join(map(shard_pattern, choices)))
     unnamed = [c for c in beside if c.name not in choices.values() and not shards.fullmatch(c.name)]
     notes += [f"{_listed(unnamed)}: weights beside those that are pruned, and not in the output"] if unnamed else []
+    copy_notes: list[str] = []
     if not all_files:
         index = path / MODEL_INDEX
         components = component_folders(index.read_bytes()) if index.is_file() else None
         of_pipeline = set(pipeline_files([str(c) for c in companions], variant, components))
         others = [c for c in copied if str(c) not in of_pipeline]
         advice = "no part of the pipeline, and left out (crdiff export --all-files copies them)"
-        notes += [f"{_listed(others)}: {advice}"] if others else []
+        copy_notes += [f"{_listed(others)}: {advice}"] if others else []
         copied = [c for c in copied if str(c) in of_pipeline]
-    notes += _outside_links(path, copied)
+    copy_notes += _outside_links(path, copied)
     if choices[chosen].endswith(".json"):
         copied.append(home / choices[chosen])
-    notes += [f"{link} is a link to a folder and is not in the output" for link in links]
-    return Checkpoint(path, "folder", files, tuple(sorted(copied)), tuple(notes))
+    copy_notes += [f"{link} is a link to a folder and is not in the output" for link in links]
+    return Checkpoint(path, "folder", files, tuple(sorted(copied)), tuple(notes), tuple(copy_notes))
 
 
 def _check_shards(folder: Path, choices: Mapping[str, str], chosen: str) -> None:
@@ -325,6 +345,8 @@ _ANY_WEIGHTS = re.compile(r"diffusion_pytorch_model.*\.(safetensors|bin|msgpack|
                           r"diffusion_pytorch_model.*\.index(\.[\w-]+)?\.json")  # fmt: skip
 # diffusers' `_add_variant` puts the variant before the number of the shard.
 _VARIANT = re.compile(r"(?:.*/)?diffusion_pytorch_model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors")
+# Other weights in a component's folder, such as adapters, are not its own.
+_COMPONENT = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(?=[.-]).*\.(safetensors|bin)$")
 _SHARD = re.compile(r"\d{5}-of-\d{5}")
 
 

@@ -46,6 +46,19 @@ def component_weights(names: Sequence[str], variant: str | None) -> list[str]:
     return chosen
 
 
+def component_variants(names: Sequence[str]) -> dict[str, str | None]:
+    """Map the files of weights of one folder to their variants; None for the plain ones.
+
+    Args:
+        names: The files, below a folder.
+
+    Returns:
+        The variant of each.
+    """
+    return {name: kind for pattern in (_SAFETENSORS, _PICKLES) for inside in _by_folder(names, pattern).values()
+            for name, kind in inside.items()}  # fmt: skip
+
+
 def _by_folder(names: Sequence[str], pattern: re.Pattern[str]) -> dict[str, dict[str, str | None]]:
     """Map each folder to its files of weights, and those to their variants."""
     folders: dict[str, dict[str, str | None]] = {}

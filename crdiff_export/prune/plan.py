@@ -315,7 +315,7 @@ def make(
     sparse = [f"{f.path.name} is mostly a hole: its weights read as zeros" for f in checkpoint.files if f.is_sparse]
     return Plan(
         checkpoint, match, size, variant, recipe, chosen, scopes, targets, outputs, cast, allow_nonfinite,
-        (*checkpoint.notes, *notes, *ema, *sparse),
+        (*checkpoint.notes, *checkpoint.copy_notes, *notes, *ema, *sparse),
     )  # fmt: skip
 
 

@@ -18,9 +18,10 @@ from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.hub import bases
 from crdiff_export.models import families
-from crdiff_export.models.layouts import arrange, change_layout
+from crdiff_export.models.layouts import CONFIG, arrange, change_layout, network_file
+from crdiff_export.models.prediction import ZERO_SNR
 from crdiff_export.progress import Progress, Silent
-from crdiff_export.prune import kernels, plan
+from crdiff_export.prune import architecture, kernels, plan
 from crdiff_export.prune.criteria import Decision
 from crdiff_export.prune.criterion_choice import CriterionChoice
 from crdiff_export.prune.plan import OutputFile, Plan, open_targets
@@ -183,8 +184,44 @@ def in_layout_of(baked: BakedCheckpoint, checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     if match.family.id != stamp.family or (match.layout.name == stamp.layout and not stamp.source_layout):
         return checkpoint
-    changed = change_layout(checkpoint, match, baked.plan.match.layout.name, stamp.native)
-    return arrange(changed, _without_residual(baked))
+    changed, files = (
+        change_layout(checkpoint, match, baked.plan.match.layout.name, stamp.native),
+        _without_residual(baked),
+    )
+    _check_names(baked, changed, files, match)
+    arranged = arrange(changed, files)
+    if stamp.source_layout == "original" and not arranged.generated:  # the base is a folder, too
+        config = network_file(arranged.shapes, match.family, stamp.native)
+        arranged = replace(arranged, generated={CONFIG: config})
+    return arranged
+
+
+def _check_names(baked: BakedCheckpoint, base: Checkpoint, files: Sequence[SourceFile], match: families.Match) -> None:
+    """Refuse a file that has other tensors than its base gives in the file's layout.
+
+    A base in the layout that the export began with gives them all. One in another layout may have more, such as a VAE,
+    or less, such as noise schedules; then the hash of the base has to prove what only one of the two has. Marks of what
+    a model predicts are empty, so no hash covers them.
+    """
+    stamp, path = baked.stamp, baked.checkpoint.path
+    ours = {tensor.name: tensor.nbytes for file in files for tensor in file.tensors}
+    theirs = {tensor.name: tensor.nbytes for file in base.files for tensor in file.tensors}
+    prediction = architecture.of_checkpoint(base, match, stamp.native).prediction
+    if prediction and str(prediction) != stamp.prediction:
+        raise VerifyError(
+            f"{base.path}: predicts as {prediction}, crdiff.prediction of {path.name} is {stamp.prediction or 'none'}",
+            _GIVE_BASE,
+        )
+    marks = {"v_pred"} if (stamp.prediction or "").startswith("v") else set()
+    marks |= {"ztsnr"} if (stamp.prediction or "").endswith(ZERO_SNR) else set()
+    made = stamp.source_layout == "diffusers" and stamp.prediction
+    others = ours.keys() ^ theirs.keys()
+    is_exact = stamp.source_layout == match.layout.name
+    hashed = all(DATA_HASH in file.metadata for file in files)
+    wrong = [name for name in others if is_exact or (not hashed and name in theirs)]
+    wrong += [name for name in ("v_pred", "ztsnr") if made and (name in ours) != (name in marks)]
+    if wrong:
+        raise VerifyError(f"{path}: its tensors are not those of {base.path}: {show(min(wrong))}", REPAIR)
 
 
 def _without_residual(baked: BakedCheckpoint) -> list[SourceFile]:

@@ -93,7 +93,7 @@ class Inspection:
         files, match = self.checkpoint.files, self.match
         sparse = [f"{file.path.name} is sparse: mostly a hole, without weights" for file in files if file.is_sparse]
         ema = [f"{match.ema_tensors} tensors of an EMA copy (model_ema.*)"] if match and match.ema_tensors else []
-        return [*self.checkpoint.notes, *sparse, *ema]
+        return [*self.checkpoint.notes, *self.checkpoint.copy_notes, *sparse, *ema]
 
     @property
     def residual(self) -> str | None:

@@ -35,6 +35,7 @@ from crdiff_export.verify.restore import restore
 from crdiff_export.verify.verify import Verified, verify
 from tests.support.layout_models import TRANSFORMERS, UNETS
 from tests.support.messages import raises
+from tests.support.scaled_models import Scaled
 
 KINDS = {**UNETS, **TRANSFORMERS}
 SIZE = Size(96, 64)
@@ -53,8 +54,8 @@ def convert(base: Path, layout: LayoutName, output: Path, **options: Any) -> Pat
 
 
 def bake(base: Path | str, output: Path, layout: LayoutName | None = None, **options: Any) -> Baked:
-    options = {"ratio": 0.3, **options}
-    return export(ExportRequest(str(base), Size(512, 768), output, layout=layout, **options))
+    options = {"size": Size(512, 768), "ratio": 0.3, **options}
+    return export(ExportRequest(str(base), output=output, layout=layout, **options))
 
 
 def weights(path: Path) -> dict[str, Tensor]:
@@ -175,12 +176,13 @@ def convert_baked(path: Path, folder: Path) -> dict[str, Tensor]:
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the demo's layers have seen in two steps."""
     output = tmp_path_factory.mktemp("calibration") / "seen.safetensors"
-    return calibrate(CalibrateRequest("demo", Size(512, 768), ("wanda",), output, limit=1, steps=2)).path
+    return calibrate(CalibrateRequest("demo", SIZE, ("wanda",), output, limit=1, steps=2)).path
 
 
 @pytest.mark.parametrize("criterion", ["random:seed=3", "wanda", "wanda:compare=row"])
 def test_other_criteria_choose_the_same_weights(criterion: str, calibration: Path, tmp_path: Path) -> None:
-    options = {"criterion": criterion, "calibration": None if "random" in criterion else calibration}
+    options: dict[str, Any] = {"criterion": criterion, "size": SIZE}
+    options["calibration"] = None if "random" in criterion else calibration
     original = bake("demo", tmp_path / "o.safetensors", **options)
     other = bake("demo", tmp_path / "d", "diffusers", **options)
     assert other.stamp.groups == original.stamp.groups
@@ -531,5 +533,145 @@ def test_verify_names_what_a_base_of_another_layout_lacks(tmp_path: Path) -> Non
     tensors = weights(unet)
     del tensors["conv_norm_out.bias"]
     safetensors.torch.save_file(tensors, unet, {"format": "pt"})
-    with raises(PlanError, "model.diffusion_model.out.0.bias"):
+    with raises(PlanError, "conv_norm_out.bias"):
         checked(made, unet.parent)
+
+
+# damaged and tampered files
+
+LACKING = {
+    "sdxl": ("unet", "time_embedding.linear_1.bias", "up_blocks.1.attentions.0.transformer_blocks.1.norm2.weight",
+             "mid_block.resnets.1.conv2.bias", "down_blocks.0.downsamplers.0.conv.weight"),
+    "sdxl ": ("vae", "decoder.conv_out.weight", "encoder.mid_block.attentions.0.to_q.bias", "post_quant_conv.bias",
+              "decoder.up_blocks.3.resnets.1.norm1.weight"),
+    " sdxl": ("text_encoder_2", "text_projection.weight", "text_model.encoder.layers.3.self_attn.k_proj.bias",
+              "text_model.embeddings.position_embedding.weight"),
+    "sd15": ("text_encoder", "encoder.layers.0.mlp.fc1.bias", "final_layer_norm.weight"),
+    "flux-dev": ("transformer", "transformer_blocks.3.attn.norm_added_k.weight", "norm_out.linear.bias",
+                 "single_transformer_blocks.2.proj_out.bias"),
+    "sd3-medium": ("transformer", "pos_embed.pos_embed", "transformer_blocks.5.ff_context.net.2.bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LACKING)
+def test_a_missing_tensor_is_refused_by_its_name(case: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    part, *names = LACKING[case]
+    folder = untidy(folders, tmp_path, case.strip())
+    (path,) = (folder / part).glob("*.safetensors")
+    whole = weights(path)
+    for name in names:
+        assert name in whole
+        safetensors.torch.save_file({k: v for k, v in whole.items() if k != name}, path, {"format": "pt"})
+        with raises(PlanError, name):
+            prepare(ConvertRequest(str(folder), "original", tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["out.2.bias", "middle_block.0.in_layers.2.weight", "time_embed.0.weight"])
+def test_a_missing_tensor_of_the_original_layout_is_refused(name: str, tmp_path: Path) -> None:
+    tensors = weights(demo.path())
+    del tensors[f"model.diffusion_model.{name}"]
+    base = tmp_path / "demo.safetensors"
+    safetensors.torch.save_file(tensors, base, {"format": "pt"})
+    with raises(PlanError, name):
+        prepare(ConvertRequest(str(base), "diffusers", tmp_path / "x"))
+
+
+def test_a_missing_shard_of_a_component_is_refused(tmp_path: Path) -> None:
+    folder = UNETS["sd15"].save(tmp_path / "shards", shards="8KB")
+    shards = sorted((folder / "vae").glob("*.safetensors"))
+    assert len(shards) > 1
+    shards[-1].unlink()
+    with raises(CheckpointError, shards[-1].name):
+        prepare(ConvertRequest(str(folder), "original", tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("hashing", [True, False])
+def test_verify_finds_tensors_that_were_cut_out_or_added(
+    hashing: bool, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = folders("sd15")
+    dense = convert(folder, "original", tmp_path / "dense.safetensors")
+    made = bake(folder, tmp_path / "x.safetensors", "original", hashing=hashing).written.path
+    whole, metadata = weights(made), dict(open_checkpoint(made).metadata)
+    vae = {k: v for k, v in whole.items() if not k.startswith("first_stage_model.")}
+    for tensors in (vae, {**whole, "foo.bar": torch.ones(2)}, {**whole, "v_pred": torch.zeros(0)}):
+        safetensors.torch.save_file(tensors, made, metadata)
+        for base in (folder, *((dense,) if "foo.bar" not in tensors else ())):
+            with raises(VerifyError):
+                checked(made, base)
+
+
+def test_verify_compares_what_base_and_file_predict(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    plain, folder = folders("sdxl"), untidy(folders, tmp_path)
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "v_prediction"}))
+    epsilon = bake(plain, tmp_path / "e.safetensors", "original").written.path
+    v = bake(folder, tmp_path / "v.safetensors", "original").written.path
+    assert checked(v, folder).against == "all"
+    for file, base in ((epsilon, folder), (v, plain)):
+        with raises(VerifyError, "predict"):
+            checked(file, base)
+    tensors, metadata = weights(v), dict(open_checkpoint(v).metadata)
+    dense = convert(folder, "original", tmp_path / "dense.safetensors")
+    safetensors.torch.save_file({k: t for k, t in tensors.items() if k != "v_pred"}, v, metadata)
+    for base in (folder, dense):
+        with raises(VerifyError, "v_pred"):
+            checked(v, base)
+
+
+def test_a_configuration_is_compared_with_a_base_of_either_layout(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    dense = convert(folders("sd15"), "original", tmp_path / "dense.safetensors")
+    made = bake(dense, tmp_path / "x", "diffusers").written.path
+    (made / "config.json").write_text("{}")
+    for base in (dense, folders("sd15")):
+        with raises(VerifyError, "config.json"):
+            checked(made, base)
+
+
+def test_plain_pickles_go_before_a_variant_that_was_not_chosen(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = untidy(folders, tmp_path, "sd15")
+    path = folder / "text_encoder/model.safetensors"
+    plain = weights(path)
+    torch.save(plain, path.with_name("pytorch_model.bin"))
+    other = {name: tensor + 1 for name, tensor in plain.items()}
+    safetensors.torch.save_file(other, path.with_name("model.fp16.safetensors"), {"format": "pt"})
+    path.unlink()
+    expected = weights(convert(folders("sd15"), "original", tmp_path / "plain.safetensors"))
+    assert same(weights(convert(folder, "original", tmp_path / "x.safetensors")), expected)
+
+
+def test_files_of_adapters_beside_the_weights_are_left_alone(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = untidy(folders, tmp_path, "sd15")
+    for part in ("text_encoder", "vae"):
+        safetensors.torch.save_file({"a": torch.zeros(1)}, folder / part / "adapter_model.safetensors")
+    expected = weights(convert(folders("sd15"), "original", tmp_path / "plain.safetensors"))
+    assert same(weights(convert(folder, "original", tmp_path / "x.safetensors")), expected)
+
+
+def test_a_linked_component_is_in_the_file_and_not_said_to_be_left_out(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = untidy(folders, tmp_path, "sd15")
+    (folder / "vae").rename(tmp_path / "elsewhere")
+    (folder / "vae").symlink_to(tmp_path / "elsewhere")
+    job = prepare(ConvertRequest(str(folder), "original", tmp_path / "x.safetensors"))
+    assert not job.plan.notes
+    assert any(tensor.name.startswith("first_stage_model.") for tensor in job.plan.outputs[0].tensors)
+
+
+def test_a_variant_that_a_component_does_not_have_is_noted(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = untidy(folders, tmp_path, "sd15")
+    unet = folder / "unet/diffusion_pytorch_model.safetensors"
+    unet.rename(unet.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    job = prepare(ConvertRequest(str(folder), "original", tmp_path / "x.safetensors", variant="fp16"))
+    assert [("vae" in note, "text_encoder" in note) for note in job.plan.notes] == [(False, True), (True, False)]
+
+
+def test_scaled_fp8_and_all_files_are_refused(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    scaled = Scaled("sd15.original", "scaled_fp8").write(tmp_path / "scaled.safetensors")
+    with raises(PlanError, "scaled.safetensors"):
+        prepare(ConvertRequest(str(scaled), "diffusers", tmp_path / "x"))
+    with raises(OptionError, "--all-files"):
+        bake(folders("sd15"), tmp_path / "x.safetensors", "original", all_files=True)

@@ -436,7 +436,7 @@ def test_links_to_folders_are_left_out_and_noted(tmp_path: Path) -> None:
     (path / "everything").symlink_to("/")
     checkpoint = open_checkpoint(path)
     assert [str(path) for path in checkpoint.companions] == PIPELINE
-    assert list(checkpoint.notes) == [
+    assert list(checkpoint.copy_notes) == [
         "everything is a link to a folder and is not in the output",
         "vae/up is a link to a folder and is not in the output",
     ]
@@ -453,7 +453,7 @@ def test_links_that_lead_out_are_noted(tmp_path: Path) -> None:
     (path / "vae/inside.json").symlink_to("config.json" if (path / "vae/config.json").exists() else path / PIPELINE[0])
     (path / "vae/blob.json").symlink_to(blob)
     (path / "vae/outside.json").symlink_to(tmp_path / "secret.json")
-    (note,) = open_checkpoint(path, all_files=False).notes
+    (note,) = open_checkpoint(path, all_files=False).copy_notes
     assert note.startswith(f"vae/outside.json is a link to {tmp_path / 'secret.json'}")
 
 

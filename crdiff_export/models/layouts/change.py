@@ -7,7 +7,6 @@ saves it; of SD3 and FLUX.1 the transformer alone. To diffusers the UNet or tran
 
 import contextlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,11 @@ from typing import Any
 from crdiff_export.errors import PlanError
 from crdiff_export.formats.checkpoint import Checkpoint, open_component, variant_of
 from crdiff_export.formats.joined_file import JoinedTensor, file_order, join
+from crdiff_export.formats.safetensors import show
 from crdiff_export.formats.strict_json import MalformedError, parse_object
-from crdiff_export.models.families import Family, LayoutName, Match
+from crdiff_export.formats.text import plural
+from crdiff_export.models.families import Family, LayoutName, Match, quantisation
+from crdiff_export.models.families.fit import EMA
 from crdiff_export.models.families.model import BUNDLED, TextEncoder
 from crdiff_export.models.layouts import network_config
 from crdiff_export.models.layouts.rename import Rename, Shapes, Tensors, rename
@@ -26,6 +28,7 @@ from crdiff_export.models.layouts.text_encoder_names import (
     layer_count,
     open_clip_renames,
     with_tower,
+    without,
 )
 from crdiff_export.models.layouts.transformer_names import flux_renames, sd3_renames
 from crdiff_export.models.layouts.unet_names import CLASS, POOLED, read_blocks, unet_renames
@@ -38,6 +41,11 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
 # Layers of SD2's text encoder in the original layout, of which the last one is never used.
 _OPEN_CLIP_H = 24
+# How the names of the other parts of a checkpoint begin, and of its noise schedules.
+_BESIDE = (
+    "cond_stage_model.", "conditioner.", "text_encoders.", "vae.", "alphas_", "betas", "sqrt_", "log_one_minus_",
+    "posterior_", "logvar", "v_pred", "ztsnr", "global_step",
+)  # fmt: skip
 # What is true of a layout, and untrue in the other.
 _OF_LAYOUT = ("modelspec.implementation",)
 
@@ -68,15 +76,41 @@ def change_layout(checkpoint: Checkpoint, match: Match, to: LayoutName, native: 
     """
     if match.layout.name == to:
         return checkpoint
+    _refuse_quantised(checkpoint, match)
     parts = _to_original(checkpoint, match) if to == "original" else _to_diffusers(checkpoint, match)
     metadata = {key: text for key, text in checkpoint.metadata.items() if key not in _OF_LAYOUT}
     notes, path, tensors = (*checkpoint.notes, *parts.notes), checkpoint.path, file_order(parts.tensors)
     if to == "original":
         file = join(path, f"{checkpoint.stem}.safetensors", tensors, metadata)
         return Checkpoint(path, "file", (file,), (), notes, origin=checkpoint)
-    config = json.dumps(_config(match, tensors, native), indent=2, sort_keys=True) + "\n"
     file = join(path, WEIGHTS, tensors, metadata)
-    return Checkpoint(path, "folder", (file,), (), notes, {CONFIG: config.encode()}, checkpoint)
+    config = {CONFIG: network_file({tensor.name: tensor.shape for tensor in tensors}, match.family, native)}
+    return Checkpoint(path, "folder", (file,), notes=notes, generated=config, origin=checkpoint)
+
+
+def network_file(shapes: Shapes, family: Family, native: Size | None) -> bytes:
+    """Write the `config.json` of a network.
+
+    Args:
+        shapes: The shape of every tensor by diffusers' name.
+        family: Its family.
+        native: The size that it was trained for; None takes the family's.
+
+    Returns:
+        The file's content.
+    """
+    return (json.dumps(_config(shapes, family, native), indent=2, sort_keys=True) + "\n").encode()
+
+
+def _refuse_quantised(checkpoint: Checkpoint, match: Match) -> None:
+    """Refuse codes with a scale, which diffusers does not have beside its layers."""
+    for file in checkpoint.files:
+        names = (tensor.name for tensor in file.tensors if tensor.name.startswith(match.prefix))
+        if quantised := quantisation(names, file.metadata):
+            raise PlanError(
+                f"{checkpoint.path}: quantised weights {quantised}, which only this layout has",
+                "Keep the layout of the base: `crdiff export` without --layout.",
+            )
 
 
 def _network(checkpoint: Checkpoint, match: Match) -> Tensors:
@@ -125,6 +159,10 @@ def _to_original(checkpoint: Checkpoint, match: Match) -> _Parts:
         parts.notes.append("the output is the transformer alone: text encoders and VAE are loaded beside it")
         return parts
     parts.tensors += _marks(checkpoint)
+    if any(tensor.name == "v_pred" for tensor in parts.tensors) and not match.family.vector:
+        parts.notes.append(
+            "it predicts v, which programs do not see in such a file: set it there, or lay a .yaml beside"
+        )
     variant = variant_of(checkpoint.files[0].name)
     folders = ["vae", *(encoder.folder for encoder in match.family.text_encoders)]
     if checkpoint.kind != "folder" or not any((checkpoint.home / folder).is_dir() for folder in folders):
@@ -149,23 +187,29 @@ def _prefixed(prefix: str, tensor: JoinedTensor) -> JoinedTensor:
     return JoinedTensor(prefix + tensor.name, tensor.dtype, tensor.shape, tensor.pieces)
 
 
-def _component(checkpoint: Checkpoint, folder: str, variant: str | None) -> Tensors:
+def _component(parts: _Parts, checkpoint: Checkpoint, folder: str, variant: str | None) -> Tensors:
+    """Read a component, and note where it does not have the variant that was chosen."""
     files = open_component(checkpoint.home / folder, variant)
+    if variant and files and not any(f".{variant}" in file.path.name for file in files):
+        parts.notes.append(f"{checkpoint.home / folder}: has no {variant} weights; {files[0].path.name} is taken")
     return {tensor.name: (file, tensor) for file in files for tensor in file.by_offset}
 
 
 def _add_text_encoder(parts: _Parts, checkpoint: Checkpoint, encoder: TextEncoder, variant: str | None) -> None:
-    tensors = with_tower(_component(checkpoint, encoder.folder, variant))
+    tensors = with_tower(_component(parts, checkpoint, encoder.folder, variant))
     where = checkpoint.home / encoder.folder
     if not tensors:
         parts.notes.append(f"{where}: no weights, so the output has none of this text encoder; load one beside it")
         return
     shapes = {name: tensor.shape for name, (_, tensor) in tensors.items()}
     if encoder.names == "clip":
-        renames = clip_renames(shapes)
+        unused = [name for name in ("text_projection.weight", "logit_scale") if name in tensors]
+        parts.notes += [f"{where}: {name} is not in the output: the original layout has none" for name in unused]
+        tensors, renames = without(tensors, unused), clip_renames(shapes)
     else:
-        tensors = {name: place for name, place in tensors.items() if name != POSITIONS}
-        renames = open_clip_renames(shapes)
+        # SD2 uses the text itself; SDXL and its refiner use the projection of the pooled text, too.
+        projected = encoder.prefix.startswith("conditioner.")
+        tensors, renames = without(tensors, [POSITIONS]), open_clip_renames(shapes, projected=projected)
     if encoder.prefix == "cond_stage_model.model." and layer_count(shapes) == _OPEN_CLIP_H - 1:
         parts.notes.append(
             f"{where}: has 23 layers, the original layout 24; the last one, which no picture uses, is left out "
@@ -175,7 +219,7 @@ def _add_text_encoder(parts: _Parts, checkpoint: Checkpoint, encoder: TextEncode
 
 
 def _add_vae(parts: _Parts, checkpoint: Checkpoint, variant: str | None) -> None:
-    where, tensors = checkpoint.home / "vae", _component(checkpoint, "vae", variant)
+    where, tensors = checkpoint.home / "vae", _component(parts, checkpoint, "vae", variant)
     if not tensors:
         parts.notes.append(f"{where}: no weights, so the output has no VAE; load one beside it")
         return
@@ -220,20 +264,21 @@ def _to_diffusers(checkpoint: Checkpoint, match: Match) -> _Parts:
     parts = _Parts(rename(network, renames, "diffusers", str(checkpoint.path)))
     what = "UNet" if match.family.scope == "group" else "transformer"
     pipeline = match.family.pipelines.get(match.special.id if match.special else "") or match.family.pipelines.get("")
-    others = f", which diffusers takes from {pipeline.config}" if pipeline else ""
-    parts.notes.append(f"the output is the {what} alone, without text encoders and VAE{others}")
+    source = f", which diffusers takes from {pipeline.config}" if pipeline else ""
+    parts.notes.append(f"the output is the {what} alone, without text encoders and VAE{source}")
     prediction = by_marks(checkpoint.shapes, checkpoint.metadata)
     if prediction and prediction.kind != "epsilon":
         parts.notes.append(f"it predicts as {prediction}, which in diffusers only the scheduler's configuration says")
     if match.ema_tensors:
         parts.notes.append(f"{match.ema_tensors} tensors of an EMA copy (model_ema.*) are not in the output")
+    known = (match.prefix, EMA, VAE, *_BESIDE) if match.prefix else ()
+    if others := [name for name in checkpoint.shapes if not name.startswith(known)] if known else []:
+        parts.notes.append(f"{plural(len(others), 'other tensor')}, such as {show(others[0])}, not in the output")
     return parts
 
 
-def _config(match: Match, tensors: Sequence[JoinedTensor], native: Size | None) -> dict[str, Any]:
-    """Describe the network for diffusers."""
-    family: Family = match.family
-    shapes = {tensor.name: tensor.shape for tensor in tensors}
+def _config(shapes: Shapes, family: Family, native: Size | None) -> dict[str, Any]:
+    """Describe a network for diffusers."""
     width = native.width if native else (family.native or (512, 512))[0]
     side = width // family.cell
     if family.scope == "group":

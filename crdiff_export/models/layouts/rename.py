@@ -1,6 +1,6 @@
 """The names of a network's tensors in both layouts, and which rows of a tensor are whose."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from crdiff_export.errors import PlanError
@@ -10,6 +10,8 @@ from crdiff_export.formats.weight_file import SourceFile
 from crdiff_export.models.families import LayoutName
 
 Shapes = Mapping[str, tuple[int, ...]]
+# Parts of a fused tensor that have the same shape: q, k and v.
+_QKV = 3
 # A tensor and the file that it is in.
 Tensors = Mapping[str, tuple[SourceFile, TensorSpec]]
 
@@ -25,6 +27,9 @@ class Rename:
         swapped: Whether the two halves of its rows are the other way round in diffusers.
         transposed: Whether the matrix is transposed in diffusers.
         squeezed: Whether the original is a convolution of 1x1 where diffusers has a matrix.
+        kinds: How the names of the tensors below a path end; empty for a path whose tensors are not known here, and ''
+            for a tensor's own name.
+        optional: Whether a model may have none of them.
     """
 
     original: str
@@ -33,6 +38,8 @@ class Rename:
     swapped: bool = False
     transposed: bool = False
     squeezed: bool = False
+    kinds: tuple[str, ...] = (".weight", ".bias")
+    optional: bool = False
 
     def paths(self, layout: LayoutName) -> tuple[str, ...]:
         """Return its names in a layout."""
@@ -55,6 +62,7 @@ def rename(tensors: Tensors, renames: Sequence[Rename], to: LayoutName, where: s
         PlanError: A tensor has no counterpart, a part of a fused one is missing, or parts do not go together.
     """
     source: LayoutName = "diffusers" if to == "original" else "original"
+    refuse_missing(tensors, renames, source, where)
     by_path = {path: (each, number) for each in renames for number, path in enumerate(each.paths(source))}
     joined: dict[str, JoinedTensor] = {}
     for name in tensors:
@@ -75,6 +83,28 @@ def rename(tensors: Tensors, renames: Sequence[Rename], to: LayoutName, where: s
     return list(joined.values())
 
 
+def refuse_missing(tensors: Collection[str], renames: Sequence[Rename], source: LayoutName, where: str) -> None:
+    """Refuse a network that lacks a tensor, as a download without one of its shards does.
+
+    Args:
+        tensors: The names of its tensors, without prefix.
+        renames: The network's names in both layouts.
+        source: The layout of the names.
+        where: The file or folder, for messages.
+
+    Raises:
+        PlanError: A tensor is missing.
+    """
+    for each in renames:
+        names = [path + kind for kind in each.kinds for path in each.paths(source)]
+        missing = [name for name in names if name not in tensors]
+        if missing and not (each.optional and len(missing) == len(names)):
+            raise PlanError(
+                f"{where}: {show(missing[0])} is missing",
+                "The model is damaged, or a part of it was not fetched; fetch it again.",
+            )
+
+
 def _heads(name: str) -> Iterator[str]:
     """Yield the name, and the paths that it is below, longest first."""
     while name:
@@ -84,14 +114,10 @@ def _heads(name: str) -> Iterator[str]:
 
 def _fuse(made: str, parts: Sequence[str], each: Rename, tensors: Tensors, where: str) -> JoinedTensor:
     """Make one tensor of the original layout."""
-    if missing := next((part for part in parts if part not in tensors), None):
-        raise PlanError(
-            f"{where}: {show(missing)} is missing, a part of {show(made)} in the original layout",
-            "The model is damaged or of another kind; fetch it again.",
-        )
     (_, first), *others = found = [tensors[part] for part in parts]
     for _, other in others:
-        if other.dtype != first.dtype or other.shape[1:] != first.shape[1:]:
+        alike = other.shape == first.shape if len(parts) == _QKV else other.shape[1:] == first.shape[1:]
+        if other.dtype != first.dtype or not alike:
             raise PlanError(
                 f"{where}: {show(other.name)} is {other.dtype} {list(other.shape)}, {show(first.name)} is "
                 f"{first.dtype} {list(first.shape)}, and the original layout has both in one tensor",

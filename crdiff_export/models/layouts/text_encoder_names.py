@@ -5,7 +5,7 @@ projection of the pooled text transposed. Source: diffusers' `convert_open_clip_
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from crdiff_export.models.layouts.rename import Rename, Shapes, Tensors
 
@@ -27,36 +27,52 @@ def with_tower(tensors: Tensors) -> Tensors:
     return {f"{_TOWER}{name}" if name.startswith(bare) else name: place for name, place in tensors.items()}
 
 
+def without(tensors: Tensors, names: Collection[str]) -> Tensors:
+    """Leave out some of the tensors."""
+    return {name: place for name, place in tensors.items() if name not in names}
+
+
 def clip_renames(shapes: Shapes) -> list[Rename]:
     """List the names of a CLIP text encoder, which are the same in both layouts."""
-    numbers = sorted({int(match[1]) for name in shapes if (match := _LAYER.match(name))})
-    paths = ["embeddings.token_embedding", "embeddings.position_embedding", "embeddings.position_ids"]
-    paths += ["final_layer_norm", *(f"encoder.layers.{number}" for number in numbers)]
-    return [Rename(f"{_TOWER}{path}", (f"{_TOWER}{path}",)) for path in paths]
+    renames = [_same(f"embeddings.{name}_embedding", (".weight",)) for name in ("token", "position")]
+    renames += [_same("embeddings.position_ids", ("",), optional=True), _same("final_layer_norm")]
+    paths = [*_IN_LAYER.values(), *(f"self_attn.{part}_proj" for part in "qkv")]
+    return renames + [_same(f"encoder.layers.{number}.{path}") for number in _layers(shapes) for path in paths]
 
 
-def open_clip_renames(shapes: Shapes) -> list[Rename]:
+def _same(path: str, kinds: tuple[str, ...] = (".weight", ".bias"), *, optional: bool = False) -> Rename:
+    return Rename(f"{_TOWER}{path}", (f"{_TOWER}{path}",), kinds=kinds, optional=optional)
+
+
+def open_clip_renames(shapes: Shapes, *, projected: bool) -> list[Rename]:
     """List the names of an OpenCLIP text encoder in both layouts.
 
     Args:
         shapes: The shape of every tensor by diffusers' name.
+        projected: Whether the model needs its projection of the pooled text.
 
     Returns:
         The names.
     """
+    own = ("",)
     renames = [
-        Rename("positional_embedding", ("text_model.embeddings.position_embedding.weight",)),
-        Rename("token_embedding", ("text_model.embeddings.token_embedding",)),
+        Rename("positional_embedding", ("text_model.embeddings.position_embedding.weight",), kinds=own),
+        Rename("token_embedding", ("text_model.embeddings.token_embedding",), kinds=(".weight",)),
         Rename("ln_final", ("text_model.final_layer_norm",)),
-        Rename("text_projection", ("text_projection.weight",), transposed=True),
+        Rename("text_projection", ("text_projection.weight",), transposed=True, kinds=own, optional=not projected),
+        Rename("logit_scale", ("logit_scale",), kinds=own, optional=True),
     ]
-    for number in sorted({int(match[1]) for name in shapes if (match := _LAYER.match(name))}):
+    for number in _layers(shapes):
         original, diffusers = f"transformer.resblocks.{number}", f"text_model.encoder.layers.{number}"
         renames += [Rename(f"{original}.{first}", (f"{diffusers}.{second}",)) for first, second in _IN_LAYER.items()]
         for kind in ("weight", "bias"):
             parts = tuple(f"{diffusers}.self_attn.{part}_proj.{kind}" for part in "qkv")
-            renames.append(Rename(f"{original}.attn.in_proj_{kind}", parts))
+            renames.append(Rename(f"{original}.attn.in_proj_{kind}", parts, kinds=own))
     return renames
+
+
+def _layers(shapes: Shapes) -> range:
+    return range(max((int(match[1]) for name in shapes if (match := _LAYER.match(name))), default=-1) + 1)
 
 
 def layer_count(shapes: Mapping[str, object]) -> int:

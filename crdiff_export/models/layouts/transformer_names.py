@@ -6,6 +6,7 @@ block; the last modulation has shift before scale where diffusers has scale befo
 """
 
 import re
+from collections.abc import Collection, Mapping
 
 from crdiff_export.models.families import LayoutName
 from crdiff_export.models.layouts.rename import Rename, Shapes
@@ -65,7 +66,8 @@ def flux_renames(shapes: Shapes, layout: LayoutName) -> list[Rename]:
     Returns:
         The names.
     """
-    renames = [*_fixed("", "", _FLUX_FIXED), _LAST]
+    guidance = [name for name in _FLUX_FIXED if name.startswith("guidance_in.")]
+    renames = [*_fixed("", "", _FLUX_FIXED, guidance), _LAST]
     stacks = {
         "original": ("double_blocks", "single_blocks"),
         "diffusers": ("transformer_blocks", "single_transformer_blocks"),
@@ -98,22 +100,40 @@ def sd3_renames(shapes: Shapes, layout: LayoutName) -> list[Rename]:
     """
     renames = [*_fixed("", "", _SD3_FIXED), _LAST]
     count = _count(shapes, "joint_blocks" if layout == "original" else "transformer_blocks")
+    normed = any(".ln_q." in name or ".norm_q." in name for name in shapes)
     for number in range(count):
         original, diffusers = f"joint_blocks.{number}.", f"transformer_blocks.{number}."
-        renames += _fixed(original, diffusers, _SD3_BLOCK)
+        is_last = number == count - 1
+        dual = f"{original}x_block.attn2.qkv.weight" in shapes or f"{diffusers}attn2.to_q.weight" in shapes
+        optional = [
+            name
+            for name in _SD3_BLOCK
+            if ("ln_" in name and not normed) or ("attn2" in name and not dual)
+            or (is_last and name.startswith("context_block.") and "ln_" not in name)
+        ]  # fmt: skip
+        renames += _fixed(original, diffusers, _SD3_BLOCK, optional)
         for part, attention, names in (
             ("x_block.attn", "attn", _QKV), ("context_block.attn", "attn", _ADDED_QKV),
             ("x_block.attn2", "attn2", _QKV),
         ):  # fmt: skip
-            renames.append(Rename(f"{original}{part}.qkv", tuple(f"{diffusers}{attention}.{name}" for name in names)))
+            parts = tuple(f"{diffusers}{attention}.{name}" for name in names)
+            renames.append(Rename(f"{original}{part}.qkv", parts, optional=attention == "attn2" and not dual))
         # Of the text the last block has a shift and a scale alone, in the order of the last modulation.
         context = f"{original}context_block.adaLN_modulation.1", (f"{diffusers}norm1_context.linear",)
-        renames.append(Rename(*context, swapped=number == count - 1))
+        renames.append(Rename(*context, swapped=is_last))
     return renames
 
 
-def _fixed(original: str, diffusers: str, names: dict[str, str]) -> list[Rename]:
-    return [Rename(f"{original}{first}", (f"{diffusers}{second}",)) for first, second in names.items()]
+def _fixed(original: str, diffusers: str, names: Mapping[str, str], optional: Collection[str] = ()) -> list[Rename]:
+    """List names that stand for one tensor each, or for a layer; those in `optional` may be missing."""
+    alone = (".scale", "pos_embed")
+    return [
+        Rename(
+            f"{original}{first}", (f"{diffusers}{second}",), optional=first in optional,
+            kinds=("",) if first.endswith(alone) else (".weight",) if "ln_" in first else (".weight", ".bias"),
+        )
+        for first, second in names.items()
+    ]  # fmt: skip
 
 
 def _count(shapes: Shapes, stack: str) -> int:

@@ -6,8 +6,8 @@ downsampler; an upsampler is the last part of the block before it.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from crdiff_export.models.families import LayoutName
 from crdiff_export.models.layouts.rename import Rename, Shapes
@@ -20,6 +20,14 @@ _FIXED = {
     "input_blocks.0.0": "conv_in", "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
     "out.0": "conv_norm_out", "out.2": "conv_out",
 }  # fmt: skip
+_BOTH, _WEIGHT = (".weight", ".bias"), (".weight",)
+# What a transformer block has: the paths, how its tensors' names end, and whether a block may be without.
+_IN_BLOCK = (
+    *((f"norm{n}", _BOTH, n == 2) for n in (1, 2, 3)),
+    *((f"{attention}.to_{part}", _WEIGHT, attention == "attn2") for attention in ("attn1", "attn2") for part in "qkv"),
+    ("attn1.to_out.0", _BOTH, False), ("attn2.to_out.0", _BOTH, True),
+    ("ff.net.0.proj", _BOTH, False), ("ff.net.2", _BOTH, False),
+)  # fmt: skip
 # The vector beside the text: pooled text and sizes (SDXL), or a picture's embedding (unCLIP).
 POOLED, CLASS = "add_embedding", "class_embedding"
 
@@ -39,14 +47,16 @@ class UNetBlocks:
     Attributes:
         down: The levels on the way down, outermost first.
         up: The levels on the way up, innermost first.
-        middle: Whether there is a block in the middle.
-        middle_attention: Whether that block has an attention.
+        middle: How many residual blocks are in the middle.
+        middle_attention: Whether there is an attention after the first of them.
+        depths: The transformer blocks of each attention, by its path.
     """
 
     down: tuple[UNetLevel, ...]
     up: tuple[UNetLevel, ...]
-    middle: bool
+    middle: int
     middle_attention: bool
+    depths: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_blocks(shapes: Shapes, layout: LayoutName) -> UNetBlocks:
@@ -61,15 +71,28 @@ def read_blocks(shapes: Shapes, layout: LayoutName) -> UNetBlocks:
     """
     if layout == "diffusers":
         paths = {".".join(name.split(".")[:4]) for name in shapes}
+        heads = {".".join(name.split(".")[:3]) for name in shapes}
+        middle = sum(f"mid_block.resnets.{number}" in heads for number in range(2))
         return UNetBlocks(
-            _levels(paths, "down"), _levels(paths, "up"), any(path.startswith("mid_block.resnets.") for path in paths),
-            any(path.startswith("mid_block.attentions.") for path in paths),
+            _levels(paths, "down"), _levels(paths, "up"), middle,
+            any(path.startswith("mid_block.attentions.") for path in paths), _depths(shapes),
         )  # fmt: skip
     paths = {".".join(name.split(".")[:count]) for name in shapes for count in (2, 3, 4)}
+    middle = ("middle_block.0" in paths) + ("middle_block.2" in paths)
     return UNetBlocks(
-        tuple(_input_levels(paths)), tuple(_output_levels(paths)), "middle_block.0" in paths,
-        any(name.startswith("middle_block.1.transformer_blocks.") for name in shapes),
+        tuple(_input_levels(paths)), tuple(_output_levels(paths)), middle,
+        any(name.startswith("middle_block.1.transformer_blocks.") for name in shapes), _depths(shapes),
     )  # fmt: skip
+
+
+def _depths(shapes: Shapes) -> dict[str, int]:
+    """Return the number of transformer blocks of each attention, by its path."""
+    depths: dict[str, int] = {}
+    for name in shapes:
+        path, inside, rest = name.partition(".transformer_blocks.")
+        if inside and (number := rest.partition(".")[0]).isdecimal():
+            depths[path] = max(depths.get(path, 0), int(number) + 1)
+    return depths
 
 
 def _levels(paths: set[str], side: str) -> tuple[UNetLevel, ...]:
@@ -123,36 +146,61 @@ def unet_renames(blocks: UNetBlocks, vector: str) -> list[Rename]:
         The names.
     """
     renames = [Rename(original, (diffusers,)) for original, diffusers in _FIXED.items()]
-    renames += [Rename(f"label_emb.0.{2 * i}", (f"{vector}.linear_{i + 1}",)) for i in range(2)]
-    renames.append(Rename("label_emb.weight", ("class_embedding.weight",)))
+    renames += [Rename(f"label_emb.0.{2 * i}", (f"{vector}.linear_{i + 1}",), optional=True) for i in range(2)]
+    renames.append(Rename("label_emb", ("class_embedding",), kinds=(".weight",), optional=True))
+    renames += _down(blocks)
+    for number in range(blocks.middle):
+        renames += _residual(f"middle_block.{2 * number}", f"mid_block.resnets.{number}")
+    if blocks.middle_attention:
+        renames += _attention("middle_block.1", "mid_block.attentions.0", blocks)
+    return renames + list(_up(blocks))
+
+
+def _down(blocks: UNetBlocks) -> Iterator[Rename]:
     number = 1
     for i, level in enumerate(blocks.down):
         for j, attention in enumerate(level.attentions):
-            renames += _block(f"input_blocks.{number}", f"down_blocks.{i}", j, attention=attention)
+            yield from _residual(f"input_blocks.{number}.0", f"down_blocks.{i}.resnets.{j}")
+            if attention:
+                yield from _attention(f"input_blocks.{number}.1", f"down_blocks.{i}.attentions.{j}", blocks)
             number += 1
         if level.sampler:
-            renames.append(Rename(f"input_blocks.{number}.0.op", (f"down_blocks.{i}.downsamplers.0.conv",)))
+            yield Rename(f"input_blocks.{number}.0.op", (f"down_blocks.{i}.downsamplers.0.conv",))
             number += 1
-    if blocks.middle:
-        renames += _residual("middle_block.0", "mid_block.resnets.0")
-        renames += _residual("middle_block.2", "mid_block.resnets.1")
-        renames += [Rename("middle_block.1", ("mid_block.attentions.0",))] if blocks.middle_attention else []
+
+
+def _up(blocks: UNetBlocks) -> Iterator[Rename]:
     number = 0
     for i, level in enumerate(blocks.up):
         for j, attention in enumerate(level.attentions):
             block = f"output_blocks.{number}"
-            renames += _block(block, f"up_blocks.{i}", j, attention=attention)
+            yield from _residual(f"{block}.0", f"up_blocks.{i}.resnets.{j}")
+            if attention:
+                yield from _attention(f"{block}.1", f"up_blocks.{i}.attentions.{j}", blocks)
             if level.sampler and j + 1 == len(level.attentions):
                 sampler = f"{block}.{2 if attention else 1}.conv"
-                renames.append(Rename(sampler, (f"up_blocks.{i}.upsamplers.0.conv",)))
+                yield Rename(sampler, (f"up_blocks.{i}.upsamplers.0.conv",))
             number += 1
+
+
+def _attention(original: str, diffusers: str, blocks: UNetBlocks) -> list[Rename]:
+    """List the names of an attention, which are the same in both layouts below its path."""
+    paths = ["norm", "proj_in", "proj_out"]
+    renames = [Rename(f"{original}.{path}", (f"{diffusers}.{path}",)) for path in paths]
+    depth = blocks.depths.get(original, blocks.depths.get(diffusers, 0))
+    for number in range(depth):
+        block = f"transformer_blocks.{number}"
+        renames += [
+            Rename(f"{original}.{block}.{path}", (f"{diffusers}.{block}.{path}",), kinds=kinds, optional=optional)
+            for path, kinds, optional in _IN_BLOCK
+        ]
+        # Whatever else a block has, such as GLIGEN's parts.
+        renames.append(Rename(f"{original}.{block}", (f"{diffusers}.{block}",), kinds=()))
     return renames
 
 
-def _block(original: str, diffusers: str, layer: int, *, attention: bool) -> list[Rename]:
-    renames = _residual(f"{original}.0", f"{diffusers}.resnets.{layer}")
-    return [*renames, Rename(f"{original}.1", (f"{diffusers}.attentions.{layer}",))] if attention else renames
-
-
 def _residual(original: str, diffusers: str) -> list[Rename]:
-    return [Rename(f"{original}.{first}", (f"{diffusers}.{second}",)) for first, second in _RESIDUAL.items()]
+    return [
+        Rename(f"{original}.{first}", (f"{diffusers}.{second}",), optional=first == "skip_connection")
+        for first, second in _RESIDUAL.items()
+    ]

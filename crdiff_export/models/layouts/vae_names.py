@@ -11,7 +11,7 @@ from crdiff_export.models.layouts.rename import Rename, Shapes
 _FIXED = ("conv_in", "conv_out")
 # Names of the attention: today's, and those of diffusers before 0.17.
 _ATTENTION = {
-    "norm": ("group_norm",), "q": ("to_q", "query"), "k": ("to_k", "key"), "v": ("to_v", "value"),
+    "norm": ("group_norm", "group_norm"), "q": ("to_q", "query"), "k": ("to_k", "key"), "v": ("to_v", "value"),
     "proj_out": ("to_out.0", "proj_attn"),
 }  # fmt: skip
 _LEVEL = re.compile(r"(encoder\.down|decoder\.up)_blocks\.(\d{1,3})\.resnets\.(\d{1,3})\.")
@@ -33,23 +33,26 @@ def vae_renames(shapes: Shapes) -> list[Rename]:
         for number in range(2):
             renames += _residual(f"{side}.mid.block_{number + 1}", f"{side}.mid_block.resnets.{number}")
         attention = f"{side}.mid_block.attentions.0"
+        age = int(f"{attention}.query.weight" in shapes)
         renames += [
-            Rename(f"{side}.mid.attn_1.{name}", (f"{attention}.{other}",), squeezed=name != "norm")
-            for name, others in _ATTENTION.items()
-            for other in others
+            Rename(f"{side}.mid.attn_1.{name}", (f"{attention}.{names[age]}",), squeezed=name != "norm")
+            for name, names in _ATTENTION.items()
         ]
-    blocks = {(match[1], int(match[2]), int(match[3])) for name in shapes if (match := _LEVEL.match(name))}
-    last = max((level for side, level, _ in blocks if side == "decoder.up"), default=0)
-    for side, level, layer in sorted(blocks):
-        number = level if side == "encoder.down" else last - level
-        sampler = "downsample" if side == "encoder.down" else "upsample"
-        renames += _residual(f"{side}.{number}.block.{layer}", f"{side}_blocks.{level}.resnets.{layer}")
-        renames.append(Rename(f"{side}.{number}.{sampler}.conv", (f"{side}_blocks.{level}.{sampler}rs.0.conv",)))
-    return list(dict.fromkeys(renames))
+    for side, sampler in (("encoder.down", "downsample"), ("decoder.up", "upsample")):
+        blocks = [(int(m[2]), int(m[3])) for name in shapes if (m := _LEVEL.match(name)) and m[1] == side]
+        last, layers = max((level for level, _ in blocks), default=-1), {layer for _, layer in blocks}
+        for level in range(last + 1):
+            number = level if side == "encoder.down" else last - level
+            for layer in range(max(layers) + 1):
+                renames += _residual(f"{side}.{number}.block.{layer}", f"{side}_blocks.{level}.resnets.{layer}")
+            if level < last:
+                sampled = f"{side}_blocks.{level}.{sampler}rs.0.conv"
+                renames.append(Rename(f"{side}.{number}.{sampler}.conv", (sampled,)))
+    return renames
 
 
 def _residual(original: str, diffusers: str) -> list[Rename]:
     return [
-        Rename(f"{original}.nin_shortcut", (f"{diffusers}.conv_shortcut",)),
+        Rename(f"{original}.nin_shortcut", (f"{diffusers}.conv_shortcut",), optional=True),
         *(Rename(f"{original}.{name}", (f"{diffusers}.{name}",)) for name in ("norm1", "conv1", "norm2", "conv2")),
     ]
