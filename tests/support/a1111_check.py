@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from tests.support import torchvision_import
+
 A1111, WORK = (Path(word).resolve() for word in sys.argv[1:3])
 # What to do instead of all else: `write` SD2.1 and SDXL in small, and then with the files that were made from these
 # `geometries`.
@@ -24,12 +26,8 @@ sys.argv = [
 ]  # fmt: skip
 sys.path.insert(0, str(A1111))
 os.chdir(A1111)
-# Some builds of torchvision import only if torch knows these operators, which nothing here computes with.
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 OUT, sys.stdout = sys.stdout, sys.stderr
+torchvision_import.import_torchvision()
 
 from modules import initialize  # noqa: E402
 

@@ -15,18 +15,16 @@ from typing import Any
 
 import torch
 
+from tests.support import torchvision_import
+
 SDNEXT, WORK = (Path(word).resolve() for word in sys.argv[1:3])
 sys.argv = [
     "launch.py", "--data-dir", str(WORK), "--models-dir", str(WORK / "models"), "--use-cpu", "all", "--no-half",
 ]  # fmt: skip
 sys.path.insert(0, str(SDNEXT))
 os.chdir(SDNEXT)
-# Some builds of torchvision import only if torch knows these operators, which nothing here computes with.
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 OUT, sys.stdout = sys.stdout, sys.stderr
+torchvision_import.import_torchvision()
 
 import webui  # noqa: E402
 

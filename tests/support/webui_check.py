@@ -7,7 +7,6 @@ WORK holds what tests/sampling/test_webui_real.py puts there, and is the UI's da
 UI's own API, loader, LoRA extension and samplers; the latents of the last pass are compared. Prints one JSON object.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.support import torchvision_import
 
 UI, WORK = (Path(word).resolve() for word in sys.argv[1:3])
 PARTS = [word for word in sys.argv[3:] if not word.startswith("--")]
@@ -33,11 +34,7 @@ def start() -> None:
     """Import the UI in the order of its `webui.py`, and load the base."""
     os.chdir(UI)
     sys.path.insert(0, str(UI))
-    # torchvision cannot be imported beside a torch that was built otherwise, unless torch knows these names.
-    names: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
-    for name in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):
-            names.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torchvision_import.import_torchvision()
     sys.argv = [
         "webui.py", *FLAGS, "--always-cpu", "--skip-version-check", "--no-hashing", "--disable-nan-check",
         "--no-download-sd-model", "--data-dir", str(WORK), "--ckpt", str(CHECKPOINTS / f"{BASE}.safetensors"),
