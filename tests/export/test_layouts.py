@@ -506,7 +506,7 @@ def test_poa_takes_files_and_bases_of_either_layout(folders: Callable[[str], Pat
     inputs = torch.randn(1, 4, 8, 8), 500, torch.randn(1, 5, 768)
     drawn = []
     for source, base in ((plain, folder), (made, folder), (made, dense), (made, None), (plain / "unet", dense)):
-        opened = poa.from_baked(source, base and str(base))
+        opened = poa.from_baked(source, str(base) if base else None)
         with poa.enabled(unet, opened), torch.no_grad():
             drawn.append(unet(*inputs).sample)
     assert all(torch.equal(drawn[0], other) for other in drawn[1:])

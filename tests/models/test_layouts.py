@@ -82,7 +82,7 @@ def test_configuration_builds_the_model(family: str) -> None:
 
 def test_what_shapes_do_not_tell_of_published_configurations() -> None:
     # The published unet/config.json and transformer/config.json of these models.
-    published = {
+    published: dict[str, dict[str, Any]] = {
         "sd15": {"attention_head_dim": 8, "sample_size": 64, "use_linear_projection": False},
         "sd21": {"attention_head_dim": [5, 10, 20, 20], "sample_size": 96, "use_linear_projection": True},
         "sdxl": {"attention_head_dim": [5, 10, 20], "sample_size": 128, "transformer_layers_per_block": [1, 2, 10],
@@ -159,8 +159,8 @@ def test_unknown_numbers_of_heads_are_refused(family: str) -> None:
 def test_pooled_text_and_a_picture_have_other_names_in_diffusers() -> None:
     names = {name for name in changed(tables("sdxl")[0], "diffusers").shapes if "embedding" in name}
     assert "add_embedding.linear_1.weight" in names
-    names = [f"model.diffusion_model.label_emb.0.{i}" for i in (0, 2)]
-    vector = {f"{name}.weight": ("F16", (1280, 1280)) for name in names}
-    unclip = {**tables("sd21")[0], **vector, **{f"{name}.bias": ("F16", (1280,)) for name in names}}
+    layers = [f"model.diffusion_model.label_emb.0.{i}" for i in (0, 2)]
+    vector: Table = {f"{name}.weight": ("F16", (1280, 1280)) for name in layers}
+    unclip = {**tables("sd21")[0], **vector, **{f"{name}.bias": ("F16", (1280,)) for name in layers}}
     config = json.loads(changed(unclip, "diffusers").generated["config.json"])
     assert config["class_embed_type"] == "projection"

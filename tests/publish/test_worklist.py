@@ -183,4 +183,5 @@ def test_another_layout_than_the_base_s(layout: str, here: Path) -> None:
 def test_a_layout_that_is_none(here: Path) -> None:
     with raises(PlanFileError, "plan.toml") as caught:
         worklist(LAYOUT.format("ldm", "demo"))
+    assert isinstance(caught.value, PlanFileError)
     assert [problem.message for problem in caught.value.problems if "layout" in problem.message]

@@ -123,7 +123,8 @@ class Unet(torch.nn.Module):
                     owner.add_module(folder, torch.nn.Module())
                 owner = getattr(owner, folder)
             weight, bias = weights[f"{prefix}{name}.weight"].float(), weights.get(f"{prefix}{name}.bias")
-            layer: Any = Layer(*weight.shape[::-1], bias=bias is not None)
+            rows, columns = weight.shape
+            layer: Any = Layer(columns, rows, bias=bias is not None)
             layer.weight = torch.nn.Parameter(weight, requires_grad=False)
             if bias is not None:
                 layer.bias = torch.nn.Parameter(bias.float(), requires_grad=False)
@@ -132,7 +133,7 @@ class Unet(torch.nn.Module):
 
     def forward(self, x: Tensor, timesteps: Any = None, context: Any = None) -> Tensor:
         for name in self.order:
-            layer = self.get_submodule(name)
+            layer: Any = self.get_submodule(name)
             x = x + layer(x.mean() * torch.linspace(-1, 1, layer.weight.shape[1])).mean()
         return x
 
@@ -156,6 +157,7 @@ class Picture:
         self.sd_model = SimpleNamespace(model=model, sd_checkpoint_info=object())
         self.sampler, self.is_hr_pass = Sampler(), False
         self.width, self.height = size.width, size.height
+        self.hr_upscale_to_x = self.hr_upscale_to_y = 0
 
     @property
     def unet(self) -> Any:
@@ -241,11 +243,12 @@ def test_like_two_models(name: str, lora: bool, ui: dict[str, Any], files: Path)
     drawn = p.draw()
     poa.remove()
     assert torch.equal(drawn, pruned.draw())
-    for options, expected in (
+    ways: list[tuple[dict[str, Any], Callable[[], Tensor]]] = [
         ({"weight": WEIGHT}, lambda: p.mixed(pruned.unet, WEIGHT)),
         ({"weight": 0}, p.draw),
         ({"weight": WEIGHT, "start": 0.25, "stop": 0.75}, lambda: p.mixed(pruned.unet, WEIGHT, range(1, 3))),
-    ):
+    ]
+    for options, expected in ways:
         poa = put_on(p, file, **options)
         drawn = p.draw()
         poa.remove()

@@ -48,7 +48,8 @@ class Ui:
     """SD.Next as the adapter sees it: its modules, a pipeline, and LoRAs that are merged into layers."""
 
     def __init__(self, pipe: Any) -> None:
-        self.pipe, self.callbacks = pipe, []
+        self.pipe = pipe
+        self.callbacks: list[Any] = []
         self.opts = SimpleNamespace(diffusers_offload_mode="balanced", lora_fuse_native=False)
         self.shares: dict[str, Tensor] = {}
 

@@ -53,7 +53,7 @@ WEIGHT, SECOND_WEIGHT = 1.7, 3.0
 LORA = "a fox <lora:style:0.8>"
 SIZE, SECOND, NATIVE = (96, 64), (144, 96), (64, 64)
 FILES = ("baked", "random", "obs")
-HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
+HIRES: dict[str, Any] = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 # Hooks of A1111's own on the parts of a UNet, with --lowvram.
 HOOKS = 0
 CASES: dict[str, dict[str, Any]] = {

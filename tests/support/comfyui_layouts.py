@@ -10,6 +10,7 @@ picture are from those of the folder.
 import json
 import logging
 import sys
+from typing import Any
 
 from tests.support.comfyui_start import far
 
@@ -24,7 +25,7 @@ FOLDER, FILE = sys.argv[1:3]
 SIDE = 8
 
 
-def draw(model: object, clip: object, vae: object) -> dict[str, torch.Tensor]:
+def draw(model: Any, clip: Any, vae: Any) -> dict[str, torch.Tensor]:
     """What a prompt becomes: its conditioning, latents after two steps, and pixels."""
     tokens = clip.tokenize("a lighthouse on a cliff")
     cond = clip.encode_from_tokens_scheduled(tokens)

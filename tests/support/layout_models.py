@@ -44,7 +44,8 @@ class Folder:
             if isinstance(component, torch.nn.Module):
                 if seed:
                     next(component.parameters()).data += seed
-                component.half().save_pretrained(folder / name, variant=variant, max_shard_size=shards)
+                halved: Any = component.half()
+                halved.save_pretrained(folder / name, variant=variant, max_shard_size=shards)
         pipe.scheduler.save_pretrained(folder / "scheduler")
         for name in self.encoders():
             tokenizer = name.replace("text_encoder", "tokenizer")

@@ -50,7 +50,7 @@ WEIGHT, SECOND_WEIGHT = 1.7, 3.0
 LORA = "a fox <lora:style:0.8>"
 SIZE, SECOND, NATIVE = (96, 64), (144, 96), (64, 64)
 FILES = ("baked", "random", "obs")
-HIRES = {
+HIRES: dict[str, Any] = {
     "enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent Nearest", "hr_resize_mode": 1, "hr_force": True,
     "denoising_strength": 0.7, "hr_denoising_strength": 0.7, "hr_second_pass_steps": 4,
 }  # fmt: skip
@@ -61,7 +61,8 @@ class Hooks(scripts_manager.Script):  # type: ignore[misc]  # it has no types
     """Calls a function where the extension puts POA on, and keeps the last call of the UNet."""
 
     def __init__(self, before: Draw | None) -> None:
-        self.before, self.last, self.note = before, None, ""
+        self.before, self.note = before, ""
+        self.last: torch.Tensor | None = None
         self.filename, self.args_from, self.args_to, self.alwayson = __file__, 0, 1, True
         self.error: CrdiffError | None = None
         self.handle: Any = None
@@ -201,7 +202,8 @@ def packs(unets: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Draw with a pack at both of its sizes, and with hires fix, which goes from one to the other."""
     for lora, prompt in {"": "a fox", "lora, ": LORA}.items():
         first, second = unets[f"{lora}baked"], unets[f"{lora}second"]
-        for name, options in {"": {}, "hires fix, ": HIRES}.items():
+        ways: dict[str, dict[str, Any]] = {"": {}, "hires fix, ": HIRES}
+        for name, options in ways.items():
             kept, dense = weights(), draw(prompt=prompt, **options)
             drawn = draw(poa("sizes.crdiff", None), prompt=prompt, **options)
             yield (
@@ -211,7 +213,7 @@ def packs(unets: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{lora}{name}pack moves", far(drawn, dense)
             draw()
             yield f"{lora}{name}pack, bytes", same(kept)
-        large = {"size": SECOND, "prompt": prompt}
+        large: dict[str, Any] = {"size": SECOND, "prompt": prompt}
         expected = formula(two_models(second, weight=SECOND_WEIGHT), **large)
         yield f"{lora}pack, second size, two models", far(draw(poa("sizes.crdiff", None), **large), expected)
     yield "pack, native size is dense", far(draw(poa("sizes.crdiff"), size=NATIVE), draw(size=NATIVE))
