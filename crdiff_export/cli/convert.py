@@ -3,12 +3,13 @@
 import time
 from pathlib import Path
 
+import click
+
 from crdiff_export.cli import options
 from crdiff_export.cli.blocks import Facts
 from crdiff_export.cli.command import command, option, option_group
 from crdiff_export.cli.output import Output, Result
 from crdiff_export.convert import ConvertJob, ConvertRequest, prepare, run
-from crdiff_export.errors import OptionError
 from crdiff_export.formats.text import amount
 from crdiff_export.models.families import LayoutName
 from crdiff_export.sizes import Size
@@ -22,16 +23,16 @@ from crdiff_export.sizes import Size
 @option_group("Base", options.variant, options.family, options.native)
 @option_group(
     "Output",
-    option("-o, --output FILE", "Where to write: a .safetensors file in the original layout, a folder in diffusers'. "
-           "Required.", options.FILE),
-    options.layout,
+    option("-o, --output FILE", "Where to write: a .safetensors file in the original layout, a folder in diffusers'.",
+           options.FILE, required=True),
+    option("--layout", "The layout to write.", click.Choice(["original", "diffusers"]), required=True),
     options.dtype,
     option("--dry-run", "Show what would be done; read headers only, write nothing."),
     options.force,
 )  # fmt: skip
 def convert(
-    out: Output, base: str, *, variant: str | None, family: Path | None, native: Size | None, output: Path | None,
-    layout: LayoutName | None, dtype: str | None, dry_run: bool, force: bool,
+    out: Output, base: str, *, variant: str | None, family: Path | None, native: Size | None, output: Path,
+    layout: LayoutName, dtype: str | None, dry_run: bool, force: bool,
 ) -> Result:  # fmt: skip
     """Write BASE in the other layout, without pruning it.
 
@@ -40,9 +41,6 @@ def convert(
     Every weight keeps its bits. `crdiff export --layout` does the same while it prunes.
     """
     out.quiet_hub_client()
-    if layout is None or output is None:
-        missing = "--layout" if layout is None else "--output"
-        raise OptionError(f"{missing} is missing", "Give --layout original or --layout diffusers, and -o FILE.")
     out.announce_base(base)
     job = prepare(ConvertRequest(base, layout, output, variant, dtype, family, native, force))
     out.notes(job.plan.notes)

@@ -134,11 +134,13 @@ def test_the_demo_in_diffusers_predicts_the_same(tmp_path: Path) -> None:
         assert torch.equal(one(*inputs).sample, other(*inputs).sample)
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl", "flux-dev"])
-def test_sd_mecha_knows_every_key(kind: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("sd15", "sd1-ldm"), ("sdxl", "sdxl-sgm"), ("sd3-medium", "sd3-comfyui"), ("flux-dev", "flux-flux")],
+)
+def test_sd_mecha_knows_every_key(kind: str, config: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
     configs = pytest.importorskip("sd_mecha.extensions.model_configs")
-    named = {"sd15": "sd1-ldm", "sdxl": "sdxl-sgm", "flux-dev": "flux-flux"}[kind]
-    known = {name.removeprefix("model.diffusion_model.") for name in set(configs.resolve(named).keys())}
+    known = {name.removeprefix("model.diffusion_model.") for name in set(configs.resolve(config).keys())}
     made = weights(convert(folders(kind), "original", tmp_path / "one.safetensors"))
     unknown = {name.removeprefix("model.diffusion_model.") for name in made} - known
     assert not unknown, sorted(unknown)[:5]
