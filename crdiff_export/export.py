@@ -162,6 +162,7 @@ def in_layout(request: ExportRequest, checkpoint: Checkpoint) -> Checkpoint:
 
     Raises:
         PlanError: The layout of this base cannot be changed.
+        OptionError: All files of the folder are to be copied, too.
         FamilyError: The base is of no family.
     """
     if request.layout is None:
