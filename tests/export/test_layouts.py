@@ -424,6 +424,9 @@ def test_a_scheduler_that_says_v_becomes_the_marks_of_the_original_layout(
     path.write_text(json.dumps({**config, "_class_name": "EDMEulerScheduler"}))
     with raises(PlanError, "edm"):
         prepare(ConvertRequest(str(folder), "original", tmp_path / "y.safetensors"))
+    path.write_text(json.dumps({**config, "prediction_type": "sample"}))
+    with raises(PlanError, "other"):
+        prepare(ConvertRequest(str(folder), "original", tmp_path / "y.safetensors"))
 
 
 @pytest.mark.parametrize(("part", "file"), [("vae", "diffusion_pytorch_model"), ("text_encoder", "model")])

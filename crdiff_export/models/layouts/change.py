@@ -245,10 +245,12 @@ def _marks(checkpoint: Checkpoint) -> list[JoinedTensor]:
 
 
 def _folder_prediction(checkpoint: Checkpoint) -> Prediction | None:
+    """Tell what a folder's scheduler says that its model predicts; None if it says nothing."""
     if checkpoint.kind == "folder":
         with contextlib.suppress(OSError, MalformedError):
-            config = (checkpoint.home / "scheduler" / "scheduler_config.json").read_bytes()
-            return by_scheduler(parse_object(config, fractions=True))
+            content = (checkpoint.home / "scheduler" / "scheduler_config.json").read_bytes()
+            config = parse_object(content, fractions=True)
+            return by_scheduler(config) or (Prediction("other") if config.get("prediction_type") else None)
     return None
 
 
