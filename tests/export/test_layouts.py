@@ -53,6 +53,12 @@ def convert(base: Path, layout: LayoutName, output: Path, **options: Any) -> Pat
     return run(prepare(ConvertRequest(str(base), layout, output, **options)), Silent()).path
 
 
+@cache
+def dense_of(folder: Path) -> Path:
+    """A folder that no test changes, in the original layout."""
+    return convert(folder, "original", folder.with_suffix(".safetensors"))
+
+
 def bake(base: Path | str, output: Path, layout: LayoutName | None = None, **options: Any) -> Baked:
     options = {"size": Size(512, 768), "ratio": 0.3, **options}
     return export(ExportRequest(str(base), output=output, layout=layout, **options))
@@ -158,7 +164,7 @@ def test_pruned_weights_thresholds_and_counts_are_the_same(
     other = bake(folder, tmp_path / "other.safetensors", "original")
     assert other.stamp.groups == plain.stamp.groups
     assert sorted(map(str, other.stamp.thresholds or ())) == sorted(map(str, plain.stamp.thresholds or ()))
-    dense = convert(folder, "original", tmp_path / "dense.safetensors")
+    dense = dense_of(folder)
     same_bytes = bake(dense, tmp_path / "again.safetensors")
     assert same(weights(other.written.path), weights(same_bytes.written.path))
     pruned = tmp_path / "plain" / part / "diffusion_pytorch_model.safetensors"
@@ -205,7 +211,7 @@ def test_header_says_where_it_comes_from(folders: Callable[[str], Path], tmp_pat
     assert metadata["modelspec.implementation"] == "sgm"
     plain = bake(folders("sdxl"), tmp_path / "plain").written.files[0].path
     assert metadata["modelspec.architecture"] == open_checkpoint(plain).metadata["modelspec.architecture"]
-    dense = open_checkpoint(convert(folders("sdxl"), "original", tmp_path / "dense.safetensors")).metadata
+    dense = open_checkpoint(dense_of(folders("sdxl"))).metadata
     assert f"{stamp.source_hash}" == dense["modelspec.hash_sha256"]
     assert not any(key.startswith("crdiff.") for key in dense)
 
@@ -243,7 +249,7 @@ def test_verify_compares_with_a_base_of_either_layout(
     kind: str, folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = folders(kind)
-    dense = convert(folder, "original", tmp_path / "dense.safetensors")
+    dense = dense_of(folder)
     made = bake(folder, tmp_path / "x.safetensors", "original").written.path
     assert checked(made, folder).against == "all"
     assert checked(made, dense).against == "all"
@@ -298,7 +304,7 @@ def test_restore_gives_the_base_in_the_layout_of_the_file(
     assert checked(made, folder).residual != "none"
     restored = restore(made, tmp_path / "restored.safetensors")
     assert restored.source_layout == "diffusers"
-    assert same(weights(restored.path), weights(convert(folder, "original", tmp_path / "dense.safetensors")))
+    assert same(weights(restored.path), weights(dense_of(folder)))
 
 
 def test_a_pack_of_a_folder_exports_to_the_original_layout(folders: Callable[[str], Path], tmp_path: Path) -> None:
@@ -327,7 +333,7 @@ def untidy(folders: Callable[[str], Path], tmp_path: Path, kind: str = "sdxl") -
 
 
 def test_variants_and_shards_give_the_same_file(tmp_path: Path, folders: Callable[[str], Path]) -> None:
-    expected = weights(convert(folders("sdxl"), "original", tmp_path / "plain.safetensors"))
+    expected = weights(dense_of(folders("sdxl")))
     variant = UNETS["sdxl"].save(tmp_path / "variant", variant="fp16")
     assert same(weights(convert(variant, "original", tmp_path / "v.safetensors", variant="fp16")), expected)
     assert same(weights(convert(variant, "original", tmp_path / "w.safetensors")), expected)
@@ -351,7 +357,7 @@ def test_two_variants_beside_each_other(tmp_path: Path, folders: Callable[[str],
 
 
 def test_pickled_text_encoders_and_vae(tmp_path: Path, folders: Callable[[str], Path]) -> None:
-    expected = weights(convert(folders("sdxl"), "original", tmp_path / "plain.safetensors"))
+    expected = weights(dense_of(folders("sdxl")))
     folder = untidy(folders, tmp_path)
     for path, name in (("text_encoder/model", "pytorch_model"), ("text_encoder_2/model", "pytorch_model"),
                        ("vae/diffusion_pytorch_model", "diffusion_pytorch_model")):  # fmt: skip
@@ -387,7 +393,7 @@ def test_a_safety_checker_is_left_out_and_named(tmp_path: Path, folders: Callabl
 
 
 def test_names_of_older_and_newer_libraries(tmp_path: Path, folders: Callable[[str], Path]) -> None:
-    expected = weights(convert(folders("sdxl"), "original", tmp_path / "plain.safetensors"))
+    expected = weights(dense_of(folders("sdxl")))
     folder = untidy(folders, tmp_path)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -504,7 +510,7 @@ def test_an_older_output_is_replaced_only_by_force(tmp_path: Path, folders: Call
 
 def test_poa_takes_files_and_bases_of_either_layout(folders: Callable[[str], Path], tmp_path: Path) -> None:
     folder = folders("sd15")
-    dense = convert(folder, "original", tmp_path / "dense.safetensors")
+    dense = dense_of(folder)
     made = bake(folder, tmp_path / "x.safetensors", "original", poa_weight=1.5).written.path
     plain = bake(folder, tmp_path / "plain", poa_weight=1.5).written.path
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
@@ -595,7 +601,7 @@ def test_verify_finds_tensors_that_were_cut_out_or_added(
     hashing: bool, folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = folders("sd15")
-    dense = convert(folder, "original", tmp_path / "dense.safetensors")
+    dense = dense_of(folder)
     made = bake(folder, tmp_path / "x.safetensors", "original", hashing=hashing).written.path
     whole, metadata = weights(made), dict(open_checkpoint(made).metadata)
     vae = {k: v for k, v in whole.items() if not k.startswith("first_stage_model.")}
@@ -627,7 +633,7 @@ def test_verify_compares_what_base_and_file_predict(folders: Callable[[str], Pat
 def test_a_configuration_is_compared_with_a_base_of_either_layout(
     folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    dense = convert(folders("sd15"), "original", tmp_path / "dense.safetensors")
+    dense = dense_of(folders("sd15"))
     made = bake(dense, tmp_path / "x", "diffusers").written.path
     (made / "config.json").write_text("{}")
     for base in (dense, folders("sd15")):
@@ -643,7 +649,7 @@ def test_plain_pickles_go_before_a_variant_that_was_not_chosen(folders: Callable
     other = {name: tensor + 1 for name, tensor in plain.items()}
     safetensors.torch.save_file(other, path.with_name("model.fp16.safetensors"), {"format": "pt"})
     path.unlink()
-    expected = weights(convert(folders("sd15"), "original", tmp_path / "plain.safetensors"))
+    expected = weights(dense_of(folders("sd15")))
     assert same(weights(convert(folder, "original", tmp_path / "x.safetensors")), expected)
 
 
@@ -651,7 +657,7 @@ def test_files_of_adapters_beside_the_weights_are_left_alone(folders: Callable[[
     folder = untidy(folders, tmp_path, "sd15")
     for part in ("text_encoder", "vae"):
         safetensors.torch.save_file({"a": torch.zeros(1)}, folder / part / "adapter_model.safetensors")
-    expected = weights(convert(folders("sd15"), "original", tmp_path / "plain.safetensors"))
+    expected = weights(dense_of(folders("sd15")))
     assert same(weights(convert(folder, "original", tmp_path / "x.safetensors")), expected)
 
 

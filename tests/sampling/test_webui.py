@@ -35,6 +35,7 @@ from crdiff_export.sampling.webui.source import Pruning, Source, fraction_done, 
 from tests.support import ROOT, scaled_models
 from tests.support.isolation import Crdiff
 from tests.support.messages import raises
+from tests.support.source_code import PACKAGE
 
 EXTENSION = Path(listing.__file__).with_name("extension.py")
 # What each UI's folder has.
@@ -548,7 +549,7 @@ import datetime, importlib, sys, tomllib, types
 pip, vendor = types.ModuleType("pip"), types.ModuleType("pip._vendor")
 sys.modules |= {"pip": pip, "pip._vendor": vendor, "pip._vendor.tomli": tomllib, "tomllib": None}
 del datetime.UTC
-for name in ("script", "source", "settings", "listing", "layers", "unet_clone", "reforge", "forge", "a1111", "sdnext"):
+for name in ("script", "source", "settings", "listing", "layers", "unet_clone", "reforge", "forge", "a1111"):
     importlib.import_module(f"crdiff_export.sampling.webui.{name}")
 from pathlib import Path
 from crdiff_export.sampling.webui.source import Source
@@ -568,7 +569,7 @@ def test_nothing_that_python_3_10_lacks_is_needed(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     loaded = ast.literal_eval(ran.stdout)
     assert len(loaded) > 60
-    for path in [*map(Path, loaded), EXTENSION]:
+    for path in [*map(Path, loaded), *EXTENSION.parent.glob("*.py"), *(PACKAGE / "sampling" / "poa").glob("*.py")]:
         tree = ast.parse(path.read_text("utf-8"), str(path), feature_version=(3, 10))
         names = {
             (each.module, name.name) for each in tree.body if isinstance(each, ast.ImportFrom) for name in each.names
