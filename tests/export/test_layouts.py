@@ -30,6 +30,7 @@ from crdiff_export.packs import create, open_pack
 from crdiff_export.progress import Silent
 from crdiff_export.prune.plan_request import PlanRequest
 from crdiff_export.sampling import poa
+from crdiff_export.sampling.comfyui import match
 from crdiff_export.verify import open_baked
 from crdiff_export.verify.restore import restore
 from crdiff_export.verify.verify import Verified, verify
@@ -686,3 +687,23 @@ def test_scaled_fp8_and_all_files_are_refused(folders: Callable[[str], Path], tm
         prepare(ConvertRequest(str(scaled), "diffusers", tmp_path / "x"))
     with raises(OptionError, "--all-files"):
         bake(folders("sd15"), tmp_path / "x.safetensors", "original", all_files=True)
+
+
+def test_a_pack_of_a_folder_is_for_models_of_either_layout(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, size = folders("sd15"), Size(512, 768)
+    request = create.PackRequest((PlanRequest(str(folder), size, ratio=0.3, poa_weight=1.5),), tmp_path / "p.crdiff")
+    pack = create.make(create.prepare_new(request), Silent()).pack.path
+    made = bake(folder, tmp_path / "x.safetensors", "original", poa_weight=1.5).written.path
+    options = {"config": str(folder), "subfolder": "unet", "local_files_only": True, "torch_dtype": torch.float32}
+    unet = diffusers.UNet2DConditionModel.from_single_file(str(dense_of(folder)), **options)
+    inputs = torch.randn(1, 4, 8, 8), 500, torch.randn(1, 5, 768)
+    with torch.no_grad():
+        with poa.enabled(unet, pack, size="512x768"):
+            packed = unet(*inputs).sample
+        with poa.enabled(unet, made):
+            assert torch.equal(packed, unet(*inputs).sample)
+        assert not torch.equal(packed, unet(*inputs).sample)
+    comfy = {name.removeprefix("model."): tensor for name, tensor in weights(dense_of(folder)).items()}
+    assert match.pack_parts(match.find_layers(comfy, open_pack(pack)), open_pack(pack), size, {}).keys() == {
+        f"diffusion_model.{target.layer.original[0]}" for target in open_baked(made).plan.targets
+    }
