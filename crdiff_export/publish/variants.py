@@ -12,6 +12,7 @@ from crdiff_export.sizes import Size
 
 _MODEL = r"diffusion_pytorch_model(?:\.(?P<weights>[\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors"
 _PIPELINE = re.compile(rf"(?P<folder>.*?)/?(?:unet|transformer)/{_MODEL}")
+_COMPONENT = re.compile(rf"(?:(?P<folder>.*)/)?{_MODEL}")
 _SHARD = re.compile(r"(?P<folder>.*?)/?[^/]*-\d{5}-of-\d{5}(?:\.(?P<weights>[\w-]+))?\.safetensors")
 
 
@@ -41,8 +42,10 @@ def card_variants(files: Mapping[str, RemoteFile], headers: Mapping[str, MadeHea
     stamps = {path: header for path, header in headers.items() if isinstance(header, Stamp)}
     groups: dict[tuple[str, str | None, bool], list[str]] = {}
     for path in sorted(stamps):
-        match = _PIPELINE.fullmatch(path) or _SHARD.fullmatch(path)
-        key = (match["folder"], match["weights"], True) if match else (path, None, False)
+        # The folder of a UNet or transformer that was made of one file has no folder of that name in it.
+        alone = _COMPONENT.fullmatch(path) if stamps[path].source_layout == "original" else None
+        match = alone or _PIPELINE.fullmatch(path) or _SHARD.fullmatch(path)
+        key = (match["folder"] or "", match["weights"], True) if match else (path, None, False)
         groups.setdefault(key, []).append(path)
     return [
         CardVariant(

@@ -12,10 +12,14 @@ from crdiff_export import ExportRequest, Size, export
 from crdiff_export.errors import BakeError, CrdiffError, HubError, PlanFileError, VerifyError
 from crdiff_export.hub import remote_headers
 from crdiff_export.hub.remote_headers import RemoteBase
+from crdiff_export.hub.repository import RemoteFile
 from crdiff_export.packs import open_pack
 from crdiff_export.progress import Progress, Silent
+from crdiff_export.publish.card.snippets import kind, recreate
 from crdiff_export.publish.plan_file import PlanEntry
 from crdiff_export.publish.run import Outcome, TagResult, exit_code, publish
+from crdiff_export.publish.upload import collect
+from crdiff_export.publish.variants import card_variants
 from crdiff_export.publish.worklist import PublishRequest, WorkItem, Worklist, make_worklist
 from crdiff_export.verify import open_baked
 from tests.support import makers
@@ -185,3 +189,14 @@ def test_a_layout_that_is_none(here: Path) -> None:
         worklist(LAYOUT.format("ldm", "demo"))
     assert isinstance(caught.value, PlanFileError)
     assert [problem.message for problem in caught.value.problems if "layout" in problem.message]
+
+
+@pytest.mark.parametrize("below", ["", "unets/small"])
+def test_a_folder_of_a_network_that_was_one_file_is_one_variant(below: str, here: Path) -> None:
+    output = export(ExportRequest("demo", Size(96, 64), here / "x", layout="diffusers")).written.path
+    files = collect(output, below, Silent())
+    remote = {path: RemoteFile(path, file.size, file.sha256, "") for path, file in files.items()}
+    (variant,) = card_variants(remote, {path: file.header for path, file in files.items() if file.header})
+    assert (variant.path, kind(variant)) == (below, "component")
+    assert "--layout diffusers" in recreate(variant)
+    assert not recreate(variant).endswith(".safetensors")
