@@ -75,21 +75,22 @@ def prepare(request: ConvertRequest) -> ConvertJob:
     """
     base = bases.locate(request.base, request.variant)
     checkpoint = base.open(request.variant)
-    known = load_family(request.family) if request.family else None
-    match = plan.recognise(checkpoint, known)
+    family = load_family(request.family) if request.family else None
+    match = plan.recognise(checkpoint, family)
     if match.layout.name == request.layout:
         raise OptionError(
             f"--layout {request.layout}: {request.base} has that layout already", "Use it as it is, or copy it."
         )
-    found = architecture.of_checkpoint(checkpoint, match, request.native)
-    changed = change_layout(checkpoint, match, request.layout, found.native)
+    base_architecture = architecture.of_checkpoint(checkpoint, match, request.native)
+    native = base_architecture.native
+    changed = change_layout(checkpoint, match, request.layout, native)
     destination.check_target(changed, request.output, force=request.force)
-    match = plan.recognise(changed, known)
-    nothing = Variant(found.native, dict.fromkeys(match.family.groups, 0.0), 1.0, "starting-point", "")
+    match = plan.recognise(changed, family)
+    nothing = Variant(native, dict.fromkeys(match.family.groups, 0.0), 1.0, "starting-point", "")
     cast = DTYPES[request.dtype] if request.dtype else None
-    planned = plan.make(changed, match, found.native, nothing, "", cast=cast, allow_nonfinite=True)
+    planned = plan.make(changed, match, native, nothing, "", cast=cast, allow_nonfinite=True)
     destination.check_headers(planned)
-    return ConvertJob(request, planned, found)
+    return ConvertJob(request, planned, base_architecture)
 
 
 def run(job: ConvertJob, progress: Progress) -> Written:

@@ -69,8 +69,8 @@ def planned(job: ExportJob, pushing: PushRequest | None) -> Result:
 def _layouts(plan: Plan) -> str:
     """Name the layout of a base, and that of the output where it is another one."""
     layout = plan.match.layout.name
-    own = source_layout(plan.checkpoint, layout)
-    return f"{own} layout, to be written in {layout}" if own else f"{layout} layout"
+    base_layout = source_layout(plan.checkpoint, layout)
+    return f"{base_layout} layout, to be written in {layout}" if base_layout else f"{layout} layout"
 
 
 def _chosen_by(job: ExportJob) -> str:

@@ -396,7 +396,11 @@ def _fill(key: str, values: InheritedValues, base: PlanBase, size: Size, problem
 
 def _is_folder(base: PlanBase, layout: str | None) -> bool | None:
     """Whether a result is a folder; None if only the base's headers tell it."""
-    return base.folder if layout is None else layout == "diffusers" or (base.folder and None)
+    if layout == "diffusers":
+        return True
+    if layout == "original" and base.folder:
+        return None  # a folder in the original layout, such as shards, stays one
+    return base.folder
 
 
 def _check_name(path: str, folder: bool | None, at: KeyPath, problems: Problems) -> None:

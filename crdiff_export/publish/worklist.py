@@ -393,8 +393,7 @@ class _ExpectedStamps:
 
     def with_source_hash(self, stamp: Stamp, number: int) -> Stamp:
         """Add the hash of one of the base's files, as far as it can be known."""
-        files = self._remote.checkpoint.files
-        file = files[number]
+        file = self._remote.checkpoint.files[number]
         if sha256 := self._remote.base.hashes.get(file.name):
             return replace(stamp, source_file_hash=f"0x{sha256}")
         if file.info is None:

@@ -184,10 +184,8 @@ def in_layout_of(baked: BakedCheckpoint, checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     if match.family.id != stamp.family or (match.layout.name == stamp.layout and not stamp.source_layout):
         return checkpoint
-    changed, files = (
-        change_layout(checkpoint, match, baked.plan.match.layout.name, stamp.native),
-        _without_residual(baked),
-    )
+    changed = change_layout(checkpoint, match, baked.plan.match.layout.name, stamp.native)
+    files = _without_residual(baked)
     _check_names(baked, changed, files, match)
     arranged = arrange(changed, files)
     if stamp.source_layout == "original" and not arranged.generated:  # the base is a folder, too
@@ -204,8 +202,8 @@ def _check_names(baked: BakedCheckpoint, base: Checkpoint, files: Sequence[Sourc
     a model predicts are empty, so no hash covers them.
     """
     stamp, path = baked.stamp, baked.checkpoint.path
-    ours = {tensor.name: tensor.nbytes for file in files for tensor in file.tensors}
-    theirs = {tensor.name: tensor.nbytes for file in base.files for tensor in file.tensors}
+    baked_names = {tensor.name for file in files for tensor in file.tensors}
+    base_names = base.shapes.keys()
     prediction = architecture.of_checkpoint(base, match, stamp.native).prediction
     if prediction and str(prediction) != stamp.prediction:
         raise VerifyError(
@@ -214,12 +212,11 @@ def _check_names(baked: BakedCheckpoint, base: Checkpoint, files: Sequence[Sourc
         )
     marks = {"v_pred"} if (stamp.prediction or "").startswith("v") else set()
     marks |= {"ztsnr"} if (stamp.prediction or "").endswith(ZERO_SNR) else set()
-    made = stamp.source_layout == "diffusers" and stamp.prediction
-    others = ours.keys() ^ theirs.keys()
+    has_marks = stamp.source_layout == "diffusers" and stamp.prediction
     is_exact = stamp.source_layout == match.layout.name
     hashed = all(DATA_HASH in file.metadata for file in files)
-    wrong = [name for name in others if is_exact or (not hashed and name in theirs)]
-    wrong += [name for name in ("v_pred", "ztsnr") if made and (name in ours) != (name in marks)]
+    wrong = [name for name in baked_names ^ base_names if is_exact or (not hashed and name in base_names)]
+    wrong += [name for name in ("v_pred", "ztsnr") if has_marks and (name in baked_names) != (name in marks)]
     if wrong:
         raise VerifyError(f"{path}: its tensors are not those of {base.path}: {show(min(wrong))}", REPAIR)
 

@@ -31,7 +31,7 @@ from crdiff_export.sampling.poa.mix import Schedule, mix
 from crdiff_export.sampling.webui import listing, script, ui
 from crdiff_export.sampling.webui.layers import MergedWeight, PrunedLayers
 from crdiff_export.sampling.webui.settings import Settings
-from crdiff_export.sampling.webui.source import Pruning, Source, fraction_done, picture_size
+from crdiff_export.sampling.webui.source import PicturePruning, PoaFile, fraction_done, picture_size
 from tests.support import ROOT, scaled_models
 from tests.support.isolation import Crdiff
 from tests.support.messages import raises
@@ -203,17 +203,17 @@ def halved(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture
-def pruning() -> Pruning:
+def pruning() -> PicturePruning:
     from crdiff_export.formats import dtypes
     from crdiff_export.sampling.poa.masks import ThresholdPart
 
     part = ThresholdPart(0, 16, dtypes.floor_bits(0.25), "F32")
-    return Pruning({"first.weight": (part,), "second.weight": (part,)}, Schedule(1.5), "x.safetensors")
+    return PicturePruning({"first.weight": (part,), "second.weight": (part,)}, Schedule(1.5), "x.safetensors")
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("weight", [0.0, 1.0, 1.7])
-def test_layers_compute_with_pruned_weights_for_one_call(pruning: Pruning, weight: float) -> None:
+def test_layers_compute_with_pruned_weights_for_one_call(pruning: PicturePruning, weight: float) -> None:
     """Of a layer with a merged LoRA the base's weight is pruned, and the LoRA merged again."""
     model, hidden = Layers(), torch.randn(3, 4)
     base, delta = model.first.weight.clone(), torch.randn(4, 4) / 5
@@ -233,7 +233,7 @@ def test_layers_compute_with_pruned_weights_for_one_call(pruning: Pruning, weigh
     assert all(torch.equal(now, before) for now, before in own)
 
 
-def test_an_error_within_a_layer_leaves_the_weights(pruning: Pruning) -> None:
+def test_an_error_within_a_layer_leaves_the_weights(pruning: PicturePruning) -> None:
     model = Layers()
     own = list(model.parameters())
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -242,7 +242,7 @@ def test_an_error_within_a_layer_leaves_the_weights(pruning: Pruning) -> None:
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
-def test_a_model_that_goes_past_its_layers_is_an_error(pruning: Pruning) -> None:
+def test_a_model_that_goes_past_its_layers_is_an_error(pruning: PicturePruning) -> None:
     with raises(PoaError, "no layer that x.safetensors prunes took its pruned weights"):
         PrunedLayers(Layers(), pruning, lambda _key: None).predict(lambda: torch.zeros(1), 1)
 
@@ -520,12 +520,12 @@ def test_a_pack_of_scaled_fp8_is_refused(tmp_path: Path) -> None:
     pack = tmp_path / "base.crdiff"
     create.make(create.prepare_new(create.PackRequest((PlanRequest(str(base), WIDE, ratio=0.4),), pack)), Silent())
     with raises(PoaError, "base.crdiff: its base has fp8 codes with a scale"):
-        Source.open(pack).pruning({}, WIDE, Settings())
+        PoaFile.open(pack).pruning({}, WIDE, Settings())
 
 
 def test_a_file_of_somebody_else_is_no_source(tmp_path: Path) -> None:
     with pytest.raises(CrdiffError):
-        Source.open(demo.path())
+        PoaFile.open(demo.path())
 
 
 def test_an_older_python_is_told_in_the_accordion(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -552,15 +552,15 @@ del datetime.UTC
 for name in ("script", "source", "settings", "listing", "layers", "unet_clone", "reforge", "forge", "a1111"):
     importlib.import_module(f"crdiff_export.sampling.webui.{name}")
 from pathlib import Path
-from crdiff_export.sampling.webui.source import Source
+from crdiff_export.sampling.webui.source import PoaFile
 for path in sys.argv[1:]:
-    Source.open(Path(path))
+    PoaFile.open(Path(path))
 print([str(Path(module.__file__)) for name, module in sys.modules.items() if name.startswith("crdiff_export")])
 """
 
 
 def test_nothing_that_python_3_10_lacks_is_needed(tmp_path: Path) -> None:
-    """What 3.11 has added to the library is taken away; the syntax of what was loaded is that of 3.10."""
+    """Import the extension without the library's additions of 3.11, and parse its modules with the grammar of 3.10."""
     made = export(ExportRequest("demo", WIDE, tmp_path / "x.safetensors")).written.path
     request = create.PackRequest((PlanRequest("demo", WIDE),), tmp_path / "p.crdiff")
     pack = create.make(create.prepare_new(request), Silent())

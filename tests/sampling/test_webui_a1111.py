@@ -26,7 +26,7 @@ from crdiff_export.prune.plan_request import PlanRequest
 from crdiff_export.sampling.webui import a1111
 from crdiff_export.sampling.webui.install import write_extension
 from crdiff_export.sampling.webui.settings import Settings
-from crdiff_export.sampling.webui.source import Source
+from crdiff_export.sampling.webui.source import PoaFile
 from tests.support import ROOT
 
 A1111 = os.environ.get("A1111_PATH")
@@ -216,7 +216,7 @@ def ui(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def put_on(p: Picture, file: Path, weight: float | None = WEIGHT, **options: Any) -> Any:
-    return a1111.apply(p, Source.open(file), Settings(file.name, weight, **options))
+    return a1111.apply(p, PoaFile.open(file), Settings(file.name, weight, **options))
 
 
 def state(p: Picture) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from crdiff_export.models import demo
 from crdiff_export.sampling.webui import sdnext as adapter
 from crdiff_export.sampling.webui.install import write_extension
 from crdiff_export.sampling.webui.settings import Settings
-from crdiff_export.sampling.webui.source import Source
+from crdiff_export.sampling.webui.source import PoaFile
 from tests.sampling.test_webui_a1111 import (
     RANDOM,
     SECOND,
@@ -140,7 +140,7 @@ def mixed(pipe: Any, pruned: Any, weight: float, size: Size = SIZE, steps: range
 
 def put_on(ui: Ui, file: Path, weight: float | None = WEIGHT, **options: Any) -> Any:
     p = SimpleNamespace(all_prompts=options.pop("prompts", ["a fox"]))
-    return adapter.apply(p, Source.open(file), Settings(file.name, weight, **options))
+    return adapter.apply(p, PoaFile.open(file), Settings(file.name, weight, **options))
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -47,7 +47,7 @@ script_callbacks.before_ui_callback()  # the Lora extension begins here
 from crdiff_export.errors import CrdiffError  # noqa: E402
 from crdiff_export.sampling.webui import a1111  # noqa: E402
 from crdiff_export.sampling.webui.settings import Settings  # noqa: E402
-from crdiff_export.sampling.webui.source import Source  # noqa: E402
+from crdiff_export.sampling.webui.source import PoaFile  # noqa: E402
 
 WEIGHT, SECOND_WEIGHT = 1.7, 3.0
 LORA = "a fox <lora:style:0.8>"
@@ -114,7 +114,7 @@ def draw(before: "Callable[[Any], Any] | None" = None, size: tuple[int, int] = S
 def poa(name: str, weight: float | None = WEIGHT, **options: Any) -> Callable[[Any], Any]:
     """Put POA on as the extension does."""
     settings = Settings(name, weight, **options)
-    return lambda p: a1111.apply(p, Source.open(WORK / "files" / name), settings)
+    return lambda p: a1111.apply(p, PoaFile.open(WORK / "files" / name), settings)
 
 
 def load(name: str) -> Any:

@@ -44,7 +44,7 @@ from modules import (  # noqa: E402
 from crdiff_export.errors import CrdiffError  # noqa: E402
 from crdiff_export.sampling.webui import sdnext  # noqa: E402
 from crdiff_export.sampling.webui.settings import Settings  # noqa: E402
-from crdiff_export.sampling.webui.source import Source  # noqa: E402
+from crdiff_export.sampling.webui.source import PoaFile  # noqa: E402
 
 WEIGHT, SECOND_WEIGHT = 1.7, 3.0
 LORA = "a fox <lora:style:0.8>"
@@ -108,7 +108,7 @@ def draw(before: Draw | None = None, size: tuple[int, int] = SIZE, **options: An
 def poa(name: str, weight: float | None = WEIGHT, **options: Any) -> Draw:
     """Put POA on as the extension does."""
     settings = Settings(name, weight, **options)
-    return lambda p: sdnext.apply(p, Source.open(WORK / "files" / name), settings)
+    return lambda p: sdnext.apply(p, PoaFile.open(WORK / "files" / name), settings)
 
 
 def load(name: str) -> Any:

@@ -26,9 +26,9 @@ def arrange(checkpoint: Checkpoint, like: Sequence[SourceFile]) -> Checkpoint:
     Raises:
         PlanError: The checkpoint lacks tensors of the network.
     """
-    own = {tensor.name: _whole(file, tensor) for file in checkpoint.files for tensor in file.by_offset}
-    missing = [tensor.name for file in like for tensor in file.by_offset if tensor.name not in own]
-    bundled = any(name.startswith(BUNDLED) for name in own)
+    tensors = {tensor.name: _whole(file, tensor) for file in checkpoint.files for tensor in file.by_offset}
+    missing = [tensor.name for file in like for tensor in file.by_offset if tensor.name not in tensors]
+    bundled = any(name.startswith(BUNDLED) for name in tensors)
     if network := next((name for name in missing if name.startswith(BUNDLED) or not bundled), None):
         raise PlanError(
             f"{like[0].path}: {show(network)} has no counterpart in {checkpoint.path}",
@@ -38,7 +38,7 @@ def arrange(checkpoint: Checkpoint, like: Sequence[SourceFile]) -> Checkpoint:
         join(
             checkpoint.path,
             file.name,
-            [own.get(tensor.name) or _whole(file, tensor) for tensor in file.by_offset],
+            [tensors.get(tensor.name) or _whole(file, tensor) for tensor in file.by_offset],
             checkpoint.metadata,
         )
         for file in like

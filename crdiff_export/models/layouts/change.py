@@ -273,8 +273,8 @@ def _to_diffusers(checkpoint: Checkpoint, match: Match) -> _Parts:
         parts.notes.append(f"it predicts as {prediction}, which in diffusers only the scheduler's configuration says")
     if match.ema_tensors:
         parts.notes.append(f"{match.ema_tensors} tensors of an EMA copy (model_ema.*) are not in the output")
-    known = (match.prefix, EMA, VAE, *_BESIDE) if match.prefix else ()
-    if others := [name for name in checkpoint.shapes if not name.startswith(known)] if known else []:
+    bundle = (match.prefix, EMA, VAE, *_BESIDE) if match.prefix else ("",)
+    if others := [name for name in checkpoint.shapes if not name.startswith(bundle)]:
         parts.notes.append(f"{plural(len(others), 'other tensor')}, such as {show(others[0])}, not in the output")
     return parts
 

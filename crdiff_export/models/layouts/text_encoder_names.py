@@ -54,20 +54,22 @@ def open_clip_renames(shapes: Shapes, *, projected: bool) -> list[Rename]:
     Returns:
         The names.
     """
-    own = ("",)
+    whole_name = ("",)
     renames = [
-        Rename("positional_embedding", ("text_model.embeddings.position_embedding.weight",), kinds=own),
+        Rename("positional_embedding", ("text_model.embeddings.position_embedding.weight",), kinds=whole_name),
         Rename("token_embedding", ("text_model.embeddings.token_embedding",), kinds=(".weight",)),
         Rename("ln_final", ("text_model.final_layer_norm",)),
-        Rename("text_projection", ("text_projection.weight",), transposed=True, kinds=own, optional=not projected),
-        Rename("logit_scale", ("logit_scale",), kinds=own, optional=True),
+        Rename(
+            "text_projection", ("text_projection.weight",), transposed=True, kinds=whole_name, optional=not projected
+        ),
+        Rename("logit_scale", ("logit_scale",), kinds=whole_name, optional=True),
     ]
     for number in _layers(shapes):
         original, diffusers = f"transformer.resblocks.{number}", f"text_model.encoder.layers.{number}"
         renames += [Rename(f"{original}.{first}", (f"{diffusers}.{second}",)) for first, second in _IN_LAYER.items()]
         for kind in ("weight", "bias"):
             parts = tuple(f"{diffusers}.self_attn.{part}_proj.{kind}" for part in "qkv")
-            renames.append(Rename(f"{original}.attn.in_proj_{kind}", parts, kinds=own))
+            renames.append(Rename(f"{original}.attn.in_proj_{kind}", parts, kinds=whole_name))
     return renames
 
 

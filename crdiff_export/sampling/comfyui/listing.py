@@ -47,7 +47,7 @@ def packs() -> list[str]:
 
 
 def pack_path(name: str) -> Path:
-    """Return the file of a pack in ComfyUI's folders, by its path there; PoaError if there is none."""
+    """Return the path of a listed pack; raises PoaError for an unknown name."""
     file = _packs().get(name)
     if file is None:
         raise PoaError(

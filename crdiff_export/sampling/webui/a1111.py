@@ -13,13 +13,13 @@ from crdiff_export.errors import PoaError
 from crdiff_export.sampling.poa.masks import prune
 from crdiff_export.sampling.webui.layers import MergedWeight, PrunedLayers, own_weights
 from crdiff_export.sampling.webui.settings import Settings
-from crdiff_export.sampling.webui.source import Applied, Pruning, Source, fraction_done, picture_size
+from crdiff_export.sampling.webui.source import Applied, PicturePruning, PoaFile, fraction_done, picture_size
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def apply(p: Any, source: Source, settings: Settings) -> Applied:
+def apply(p: Any, source: PoaFile, settings: Settings) -> Applied:
     """Let the sampling that begins next use POA; to be called in `process_before_every_sampling`.
 
     Args:
@@ -53,7 +53,7 @@ class SamplerWrapper:
         pruning: How the UNet is pruned.
     """
 
-    def __init__(self, p: Any, pruning: Pruning) -> None:
+    def __init__(self, p: Any, pruning: PicturePruning) -> None:
         self.note = pruning.note
         self._p, self._pruning, self._checkpoint = p, pruning, p.sd_model.sd_checkpoint_info
         self._unet = p.sd_model.model.diffusion_model

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from crdiff_export.errors import PoaError
 from crdiff_export.sampling.poa.masks import prune
 from crdiff_export.sampling.poa.mix import mix
-from crdiff_export.sampling.webui.source import Pruning
+from crdiff_export.sampling.webui.source import PicturePruning
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,7 +40,9 @@ class PrunedLayers:
         merged: Returns the merged weight of a key; None for a weight that is the base's own.
     """
 
-    def __init__(self, model: "nn.Module", pruning: Pruning, merged: Callable[[str], MergedWeight | None]) -> None:
+    def __init__(
+        self, model: "nn.Module", pruning: PicturePruning, merged: Callable[[str], MergedWeight | None]
+    ) -> None:
         self._model, self._pruning, self._merged = model, pruning, merged
         self._dense: dict[nn.Module, Any] = {}
         self._used = 0

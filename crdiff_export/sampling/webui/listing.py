@@ -21,7 +21,7 @@ def files() -> dict[str, Path]:
 
 
 def path(name: str) -> Path:
-    """Return the file of a name in `files`; PoaError if there is none."""
+    """Return the path of a listed file; raises PoaError for an unknown name."""
     file = files().get(name)
     if file is None:
         raise PoaError(

@@ -8,13 +8,13 @@ from typing import Any
 
 from crdiff_export.sampling.webui.layers import MergedWeight, PrunedLayers, copy_lists, own_weights
 from crdiff_export.sampling.webui.settings import Settings
-from crdiff_export.sampling.webui.source import Applied, Source, fraction_done, picture_size
+from crdiff_export.sampling.webui.source import Applied, PoaFile, fraction_done, picture_size
 from crdiff_export.sampling.webui.unet_clone import UnetClone
 
 KEY = "crdiff_poa"
 
 
-def apply(p: Any, source: Source, settings: Settings) -> Applied:
+def apply(p: Any, source: PoaFile, settings: Settings) -> Applied:
     """Let the next sampling of a picture use POA.
 
     Args:

@@ -14,7 +14,7 @@ from crdiff_export.errors import CrdiffError
 from crdiff_export.models.recipe import MAX_POA_WEIGHT
 from crdiff_export.sampling.webui import listing, ui
 from crdiff_export.sampling.webui.settings import FILE, START, STOP, WEIGHT, Settings
-from crdiff_export.sampling.webui.source import Applied, Source
+from crdiff_export.sampling.webui.source import Applied, PoaFile
 
 TITLE = "CR-Diff"
 NONE = "None"
@@ -206,10 +206,10 @@ def _tell(p: Any, text: str) -> None:
     gr.Warning(line)
 
 
-def _open(path: Path) -> Source:
+def _open(path: Path) -> PoaFile:
     return _open_version(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=4)
-def _open_version(path: Path, changed: int) -> Source:  # noqa: ARG001  a changed file is opened again
-    return Source.open(path)
+def _open_version(path: Path, changed: int) -> PoaFile:  # noqa: ARG001  a changed file is opened again
+    return PoaFile.open(path)

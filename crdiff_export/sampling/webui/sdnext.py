@@ -25,7 +25,7 @@ from crdiff_export.sampling.poa.picture_size import Cells, cells_of, picture_siz
 from crdiff_export.sampling.poa.source import Source as BakedSource
 from crdiff_export.sampling.poa.source import from_baked
 from crdiff_export.sampling.webui.settings import Settings
-from crdiff_export.sampling.webui.source import Applied, Source
+from crdiff_export.sampling.webui.source import Applied, PoaFile
 
 _log = logging.getLogger(__name__)
 # The files that each model has been compared with, by path and time; a file is read whole for that.
@@ -33,7 +33,7 @@ _compared: "WeakKeyDictionary[nn.Module, set[tuple[Path, int]]]" = WeakKeyDictio
 _on: list["ModelPoa"] = []
 
 
-def apply(p: Any, source: Source, settings: Settings) -> Applied:
+def apply(p: Any, source: PoaFile, settings: Settings) -> Applied:
     """Let the model draw with POA until SD.Next has finished this picture, however that ends.
 
     Args:

@@ -37,7 +37,7 @@ class Applied(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Pruning:
+class PicturePruning:
     """How a model is pruned for a picture.
 
     Attributes:
@@ -54,7 +54,7 @@ class Pruning:
     note: str = ""
 
 
-class Source:
+class PoaFile:
     """A baked file or pack that was opened.
 
     Args:
@@ -76,7 +76,7 @@ class Source:
         self._masks = self._masks or match.read_masks(baked)
         return self._masks
 
-    def pruning(self, weights: Mapping[str, Any], size: Size, settings: Settings) -> Pruning:
+    def pruning(self, weights: Mapping[str, Any], size: Size, settings: Settings) -> PicturePruning:
         """Compare a model with the file, and make the parts of its pruned weights.
 
         Args:
@@ -95,7 +95,7 @@ class Source:
         opened = self._opened
         if isinstance(opened, BakedCheckpoint):
             parts = match.model_parts(weights, opened, self._read_masks)
-            return Pruning(parts, _schedule(settings, opened.stamp.poa_weight), self.path.name)
+            return PicturePruning(parts, _schedule(settings, opened.stamp.poa_weight), self.path.name)
         if any(stamp.scaled for stamp in opened.variants.values()):
             raise PoaError(
                 f"{self.path.name}: its base has fp8 codes with a scale, which this UI loads in its own way",
@@ -103,10 +103,10 @@ class Source:
             )
         layers, chosen = match.find_layers(weights, opened), choose(opened, size)
         if chosen.size is None:
-            return Pruning({}, Schedule(0.0), self.path.name, chosen.note)
+            return PicturePruning({}, Schedule(0.0), self.path.name, chosen.note)
         schedule = _schedule(settings, opened.variants[chosen.size].poa_weight)
         parts = match.pack_parts(layers, opened, chosen.size, {})
-        return Pruning(parts, schedule, f"{self.path.name} for {chosen.size}", chosen.note)
+        return PicturePruning(parts, schedule, f"{self.path.name} for {chosen.size}", chosen.note)
 
 
 def picture_size(p: Any) -> Size:
