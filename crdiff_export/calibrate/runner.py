@@ -26,7 +26,7 @@ from crdiff_export.formats.text import printable
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune.criteria import calibration
 from crdiff_export.prune.plan import Plan, open_targets
-from crdiff_export.sampling import fingerprint
+from crdiff_export.sampling import fingerprint, pipelines
 from crdiff_export.sampling.poa.handle import model_of
 from crdiff_export.sampling.session import Session, Style
 
@@ -86,6 +86,8 @@ def collect(
     base_id = identity or identify(plan, shown)
     style = opened.style(wanted.size, wanted.steps, wanted.guidance, wanted.negative)
     facts = setting.facts(wanted, style.steps, style.guidance, opened.scheduler, _origin(opened.pipe))
+    if told := pipelines.told_size(opened.usage):
+        facts["told_size"] = str(told)
     run = _fingerprint(opened.pipe, plan, wanted, base_id, facts)
     with open_folder(target, run, force=replace) as folder:
         work = _Work(opened, wanted, modules, base_id.layers, folder, style, shown, memory, layers)

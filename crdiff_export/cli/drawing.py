@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 import click
 
 from crdiff_export.cli.command import Decorator, OptionMaker, gather, option, option_group
-from crdiff_export.cli.options import COUNT, DEVICE, FiniteRange, family, join_prompts, prompts_file, variant
+from crdiff_export.cli.options import COUNT, DEVICE, TOLD_SIZE, FiniteRange, family, join_prompts, prompts_file, variant
 from crdiff_export.cli.output import Output
 from crdiff_export.formats.dtypes import DTYPES
 from crdiff_export.sampling.drawing_setup import DrawingSetup
@@ -29,6 +29,7 @@ options = option_group(
     option("--steps N", "Steps of sampling. Default: the family's, or 25.", click.IntRange(1, 1000)),
     option("--guidance G", "Guidance scale. Default: the family's, or diffusers'.", FiniteRange(0, 100)),
     option("--negative TEXT", "Negative prompt."),
+    option("--told-size", "The size that SDXL is told, in place of the size drawn; native is its own.", TOLD_SIZE),
     option("--device", "Where to draw: auto takes a GPU.", DEVICE, default="auto", show_default=True),
     option("--dtype", "Default: fp16 or bf16 on a GPU, fp32 on a CPU.", click.Choice(list(DTYPES))),
     option("--config DIR|ORG/NAME", "For a single file: a folder for diffusers with the model's configuration, or a "

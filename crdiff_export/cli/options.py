@@ -94,6 +94,7 @@ def parse_bytes(text: str) -> int:
 
 
 SIZE = ParsedType("N|WxH", Size.parse)
+TOLD_SIZE = ParsedType("native|N|WxH", lambda text: text if text == "native" else Size.parse(text), ("native",))
 TARGET_KINDS = ParsedType("KINDS", _parse_targets)
 # Whether this machine has the device shows when it is used.
 DEVICE = ParsedType("DEVICE", _parse_device, ("auto", "cpu", "cuda", "mps"))

@@ -123,8 +123,8 @@ def check(rivals: Sequence[Rival], pipeline: str) -> None:
     Raises:
         OptionError: A rival needs another kind of model.
     """
-    told = {"original_size", "target_size"}
-    if any(rival.kind == "native-size" for rival in rivals) and not told <= pipelines.call_arguments(pipeline):
+    is_told = pipelines.call_arguments(pipeline) >= pipelines.TOLD_SIZES
+    if any(rival.kind == "native-size" for rival in rivals) and not is_told:
         raise OptionError(
             f"--beside native-size: {pipeline} is not told a size", "It is for SDXL; leave it out, or try two-pass."
         )
@@ -185,8 +185,7 @@ def opened(rival: Rival, session: "Session", setting: RivalSizes) -> Iterator[Dr
         PreviewError: The rival cannot be drawn with this pipeline.
     """
     if rival.kind == "native-size":
-        native = setting.native.height, setting.native.width  # diffusers' order
-        told = {"original_size": native, "target_size": native}
+        told = dict.fromkeys(pipelines.TOLD_SIZES, (setting.native.height, setting.native.width))
         yield lambda prompts, seeds, style, on_step: session.draw(prompts, seeds, style, on_step, told)
     elif rival.kind == "two-pass":
         yield _two_pass(session, setting)

@@ -16,7 +16,7 @@ from crdiff_export.models import recipe
 from crdiff_export.progress import Progress
 from crdiff_export.prune import criterion_choice
 from crdiff_export.prune.plan import Plan
-from crdiff_export.sampling import request_checks
+from crdiff_export.sampling import pipelines, request_checks
 from crdiff_export.sampling.drawing_setup import DrawingSetup
 from crdiff_export.sampling.request_checks import DrawingRequest
 from crdiff_export.sizes import Size
@@ -134,6 +134,8 @@ def sampling_facts(style: "Style", session: "Session") -> Iterator[tuple[str, st
     yield "sampling", f"{plural(style.steps, 'step')} of {session.scheduler}, guidance {style.guidance:g}"
     if style.negative:
         yield "negative", style.negative
+    if told := pipelines.told_size(session.usage):
+        yield "told size", f"{told}, in place of the size drawn"
 
 
 def closing_facts(notes: Iterable[str], setup: DrawingSetup, more: str = "") -> Iterator[tuple[str, str]]:

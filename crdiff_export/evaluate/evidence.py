@@ -12,6 +12,7 @@ from crdiff_export.evaluate.results import Evaluation
 from crdiff_export.evaluate.statistics import Estimate
 from crdiff_export.models.recipe import Evidence, Scalar, Variant
 from crdiff_export.prune.criterion_choice import MAGNITUDE
+from crdiff_export.sampling import pipelines
 
 DIGITS = 6  # significant ones
 
@@ -65,6 +66,8 @@ def measured(evaluation: Evaluation, subject: Subject) -> Evidence | None:
         extra["criterion"] = job.criterion.name
     if job.criterion.calibration:
         extra["calibration"] = job.criterion.calibration.hash
+    if told := pipelines.told_size(job.drawing.opening.pipeline):
+        extra["told_size"] = str(told)
     extra |= {
         "pictures": len(job.pairs),
         "pairs_sha256": pairs_digest(job.pairs),

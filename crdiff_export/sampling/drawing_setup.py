@@ -90,6 +90,7 @@ def set_up(request: DrawingRequest, headers: BaseHeaders, plan: Plan, *, offload
 
     Raises:
         PreviewError: diffusers cannot draw with the base.
+        OptionError: The base is to be told a size, and has no such condition.
         CrdiffError: A file cannot be read, or the device cannot be used.
 
     """
@@ -102,6 +103,8 @@ def set_up(request: DrawingRequest, headers: BaseHeaders, plan: Plan, *, offload
     opening = pipelines.choose(
         headers.base, headers.checkpoint, headers.match, model, config=request.config, variant=request.variant
     )
+    if request.told_size:
+        opening = pipelines.tell(opening, model.native if request.told_size == "native" else request.told_size)
     from crdiff_export.sampling import session
 
     device = session.choose_device(request.device, offload=offload)

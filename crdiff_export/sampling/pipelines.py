@@ -1,10 +1,10 @@
 """How diffusers opens a base, decided from names and shapes alone, and the source of the parts that it lacks."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from crdiff_export.errors import HubError, OptionError, PreviewError
 from crdiff_export.formats.checkpoint import MODEL_INDEX, Checkpoint
@@ -17,9 +17,12 @@ from crdiff_export.models.families import Match, pipelines
 from crdiff_export.models.families.model import BUNDLED, Pipeline
 from crdiff_export.models.prediction import Prediction
 from crdiff_export.prune.architecture import Architecture
+from crdiff_export.sizes import Size
 
 # A file of the original layout with these tensors holds the whole model.
 _VAE = "first_stage_model."
+# The sizes that SDXL's pipelines are told, as (height, width).
+TOLD_SIZES: Final = frozenset({"original_size", "target_size"})
 # diffusers imports the libraries that model_index.json names, so others are refused.
 _LIBRARIES = {None, "diffusers", "transformers", "stable_diffusion"}
 
@@ -203,6 +206,36 @@ def _check_folder(folder: Path, name: str) -> None:
                 f"{index}: {show(part)} is of the library {show(str(value[0]))}, which is not imported",
                 "Give the folder of a plain text-to-image pipeline.",
             )
+
+
+def tell(opening: Opening, size: Size) -> Opening:
+    """Tell a model that is conditioned on sizes another size than the one drawn; this imports diffusers.
+
+    SDXL's paper (arXiv 2307.01952, section 2.2) conditions on the original and on the target size.
+
+    Args:
+        opening: How diffusers opens the base.
+        size: The size to tell.
+
+    Returns:
+        The opening, whose pipeline gets the size with every call.
+
+    Raises:
+        OptionError: The pipeline takes no such sizes.
+    """
+    pipeline = opening.pipeline
+    if not call_arguments(pipeline.pipeline) >= TOLD_SIZES:
+        raise OptionError(f"--told-size: {pipeline.pipeline} is not told a size", "It is for SDXL; leave it out.")
+    told = dict.fromkeys(TOLD_SIZES, (size.height, size.width))
+    return replace(opening, pipeline=replace(pipeline, arguments={**pipeline.arguments, **told}))
+
+
+def told_size(pipeline: Pipeline) -> Size | None:
+    """Return the size that `tell` has put in place of the size drawn; None without one."""
+    match pipeline.arguments.get("target_size"):
+        case [int(height), int(width)]:
+            return Size(width, height)
+    return None
 
 
 def call_arguments(pipeline: str) -> frozenset[str]:

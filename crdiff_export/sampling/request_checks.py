@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Literal
 
 from crdiff_export.errors import OptionError
 from crdiff_export.formats.strict_json import is_text
 from crdiff_export.models.families import Family
+from crdiff_export.sizes import Size
 
 # What is said of a missing size and of missing prompts, by every command alike.
 NO_SIZE = ("there is no size: --res is missing", "Give one, such as --res 512 or --res 768x512.")
@@ -29,6 +31,7 @@ class DrawingRequest:
         config: A folder or a repository on the Hub with the parts that a single file lacks.
         variant: Which weights to take from a folder that has several.
         family: The table of the base's family, if it is not built in.
+        told_size: The size that a model is told which is conditioned on sizes (SDXL), in place of the size drawn.
     """
 
     base: str
@@ -41,6 +44,7 @@ class DrawingRequest:
     config: str | None = None
     variant: str | None = None
     family: Path | None = None
+    told_size: Size | Literal["native"] | None = None
 
 
 def check(request: DrawingRequest, prompts: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ def check_best(result: SearchResult, progress: Progress) -> SearchResult:
     check = evaluate.EvaluateRequest(
         request.base, (request.size,), scorer=job.scorer, pictures=job.pairs.pictures, seed=job.pairs.check[0][1],
         steps=request.steps, guidance=request.guidance, negative=request.negative, scorer_device=job.scorer_device,
+        told_size=request.told_size,
     )  # fmt: skip
     evaluation = evaluate.draw(
         evaluate.EvaluateJob(

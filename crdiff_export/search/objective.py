@@ -12,7 +12,7 @@ from crdiff_export.progress import Progress
 from crdiff_export.prune.criterion_choice import MAGNITUDE
 from crdiff_export.prune.plan import with_ratios
 from crdiff_export.sampling import fingerprint as pipeline_fingerprint
-from crdiff_export.sampling import poa
+from crdiff_export.sampling import pipelines, poa
 from crdiff_export.sampling.session import Placement, Session, Style, open_session
 from crdiff_export.search.prepare import SearchJob
 from crdiff_export.search.space import Candidate
@@ -105,7 +105,7 @@ def make_fingerprint(
 ) -> dict[str, str]:
     """Return everything the scores depend on, under names for error messages."""
     pipe = pipeline.pipe
-    criterion = job.criterion
+    criterion, told = job.criterion, pipelines.told_size(pipeline.usage)
     return {
         "base": base,
         "family": job.plan.match.family.id,
@@ -116,6 +116,7 @@ def make_fingerprint(
         "steps": str(style.steps),
         "guidance": repr(style.guidance),
         "negative": style.negative or "none",
+        **({"told size": str(told)} if told else {}),
         "prompts and seeds": evidence.pairs_digest(job.pairs.search),
         "dtype": job.drawing.dtype,
         "device": job.drawing.device.partition(":")[0],
