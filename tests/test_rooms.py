@@ -226,9 +226,9 @@ def test_loopback_is_not() -> None:
         socket.create_connection(("localhost", server.getsockname()[1])).close()
 
 
-# The built-in base, and the scorer that comes with it; a key of `crdiff inspect --json`, and of old headers.
+# The scorer that comes with the built-in bases; a key of `crdiff inspect --json`, and of old headers.
 NO_FAMILIES = {
-    ("hub/bases.py", "demo"), ("evaluate/scorers/spec.py", "demo"), ("evaluate/scorers/demo_scorer.py", "demo"),
+    ("evaluate/scorers/spec.py", "demo"), ("evaluate/scorers/demo_scorer.py", "demo"),
     ("verify/inspect.py", "inpainting"), ("formats/crdiff_keys.py", "inpainting"),
 }  # fmt: skip
 

@@ -102,7 +102,7 @@ def prepare(request: CalibrateRequest) -> CalibrationJob:
     _check(request)
     wanted = statistics(request.criteria)
     pipelines.check_packages(offload=False)
-    demo = request.base == bases.BUILT_IN
+    demo = request.base in bases.BUILT_IN
     if not (request.prompts or demo):
         raise OptionError(*request_checks.NO_PROMPTS)
     headers = drawing_setup.read_base(request)
@@ -166,9 +166,9 @@ def statistics(specs: Sequence[str]) -> tuple[str, ...]:
 
 
 def _pairs(request: CalibrateRequest) -> tuple[tuple[str, int], ...]:
-    """Return prompts with the seeds of their noise; for the demo model scenes that no evaluation uses."""
+    """Return prompts with the seeds of their noise; for a demo model scenes that no evaluation uses."""
     given = tuple(dict.fromkeys(request.prompts))[: request.limit]
-    chosen = given or prompts.to_search(request.limit or PROMPTS)
+    chosen = given or prompts.to_search(request.limit or PROMPTS, request.base)
     return tuple(
         (prompt, request.seed + number * request.pictures + picture)
         for number, prompt in enumerate(chosen)

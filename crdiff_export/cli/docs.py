@@ -34,7 +34,7 @@ def docs(_out: Output, page: str | None) -> Result:
 
 def _pages() -> dict[str, Path]:
     folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
-    return {path.stem: path for path in sorted(folder.glob("*.md"))} if folder else {}
+    return {path.stem: path for path in sorted(folder.glob("*.md"), key=lambda path: path.stem)} if folder else {}
 
 
 def _title(path: Path) -> str:

@@ -129,7 +129,7 @@ def _layer_json(layer: "LayerZeros") -> dict[str, Any]:
 
 
 def local_path(file: Path) -> Path:
-    """Return the path of the demo model for its name, and any other path as it is.
+    """Return the path of a demo model for its name, and any other path as it is.
 
     Raises:
         CheckpointError: It is the name of a base on the Hub, which is not fetched to be looked at.
@@ -138,7 +138,7 @@ def local_path(file: Path) -> Path:
 
 
 def _base_of_alias(file: Path) -> Path | None:
-    """Return the demo model for its name; None for a path. A base on the Hub is not fetched to be looked at."""
+    """Return a demo model's file for its name; None for a path. A base on the Hub is not fetched to be looked at."""
     from crdiff_export.errors import CheckpointError
     from crdiff_export.models import demo, recipe_files
 
@@ -147,7 +147,7 @@ def _base_of_alias(file: Path) -> Path | None:
         return None
     recipe = recipe_files.by_alias(name)
     if recipe is None or recipe.repo is None:
-        return demo.path()
+        return demo.path(name)
     where = f"{recipe.repo}/{recipe.file}" if recipe.file else recipe.repo
     hint = f"Give the file itself, which `crdiff export {name} --res N --dry-run` fetches."
     raise CheckpointError(f"{name}: the alias of {where} on the Hub, not a file", hint)

@@ -80,7 +80,7 @@ def _blocks(recipe: Recipe) -> list[Block]:
     alike = len(origins) == 1
     facts = {
         "model": f"{printable(recipe.title)} ({recipe.family}), native {recipe.native}",
-        "base": base or ("built in" if recipe.family == bases.BUILT_IN else "none"),
+        "base": base or ("built in" if recipe.family in bases.BUILT_IN else "none"),
         **{"ratios" if alike else ", ".join(sizes): origin for origin, sizes in origins.items()},
     }
     groups = tuple(dict.fromkeys(group for v in recipe.variants for group in v.ratios))

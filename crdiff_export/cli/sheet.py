@@ -70,6 +70,6 @@ def check(request: PushRequest, prompts: Sequence[str], path: Path | None = None
 
 def base_of(source_name: str) -> str:
     """Return how to open the base that a header names; raises OptionError for a local file."""
-    if source_name == bases.BUILT_IN or parse_uri(source_name):
+    if source_name in bases.BUILT_IN or parse_uri(source_name):
         return source_name
     raise OptionError(f"--preview: the base is called {source_name!r}, which may be anywhere", _HINT)

@@ -111,9 +111,9 @@ def measure(job: EvaluateJob, progress: Progress) -> poa.BaseRanking:
 
 def _choose_pairs(request: EvaluateRequest, scorer: str) -> tuple[Pair, ...]:
     """Give every picture of every prompt a seed of its own."""
-    if not (request.prompts or request.base == bases.BUILT_IN):
+    if not (request.prompts or request.base in bases.BUILT_IN):
         raise OptionError(*request_checks.NO_PROMPTS)
-    texts = prompts.choose(request.prompts, request.limit)
+    texts = prompts.choose(request.prompts, request.limit, request.base)
     scorers.check_prompts(scorer, texts)
     pictures = [text for text in texts for _ in range(request.pictures)]
     return tuple((text, request.seed + number) for number, text in enumerate(pictures))

@@ -10,9 +10,9 @@ from crdiff_export.errors import CheckpointError
 from crdiff_export.formats.checkpoint import Checkpoint, open_checkpoint
 from crdiff_export.hub import download
 from crdiff_export.hub.location import HubLocation, cached_location, parse_id, parse_page, parse_uri
-from crdiff_export.models import recipe_files
+from crdiff_export.models import demo, recipe_files
 
-BUILT_IN = "demo"
+BUILT_IN = demo.NAMES
 _ADDRESS_HINT = "Write hf://ORG/NAME or hf://ORG/NAME/FILE."
 
 
@@ -70,10 +70,8 @@ def locate(base: str, variant: str | None = None) -> Base:
     """
     if not base.strip():
         raise CheckpointError("the name of the base is empty", hint(""))
-    if base == BUILT_IN:
-        from crdiff_export.models import demo
-
-        return Base(demo.path(), BUILT_IN)
+    if base in BUILT_IN:
+        return Base(demo.path(base), base)
     if location := hub_location(base):
         path = download.fetch(location, variant)
         stem = location.repo.partition("/")[2] if path.is_dir() else None

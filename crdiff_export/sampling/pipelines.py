@@ -172,7 +172,7 @@ def _pipeline_of(folder: Path | None, name: str) -> Pipeline:
 
 
 def _usual_config(pipeline: Pipeline) -> Path | str:
-    return demo.config() if pipeline.config == bases.BUILT_IN else f"hf://{pipeline.config}"
+    return demo.config(pipeline.config) if pipeline.config in bases.BUILT_IN else f"hf://{pipeline.config}"
 
 
 def _config(text: str) -> Path | str:

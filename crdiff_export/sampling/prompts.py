@@ -1,50 +1,68 @@
-"""The prompts of an evaluation: those that the user gives, or scenes that the demo model has not seen in training."""
+"""The prompts of an evaluation: those that the user gives, or scenes that a demo model has not seen in training."""
 
 import hashlib
 from collections.abc import Sequence
 from typing import Final
 
 from crdiff_export.errors import OptionError
+from crdiff_export.models import demo
 
 HELD_OUT: Final = 96
 
 
-def choose(given: Sequence[str], limit: int | None) -> tuple[str, ...]:
+def choose(given: Sequence[str], limit: int | None, base: str = demo.DEMO) -> tuple[str, ...]:
     """Choose the prompts to draw, each once.
 
     Args:
-        given: The user's prompts; without any, scenes for the demo model are taken.
+        given: The user's prompts; without any, scenes for a demo model are taken.
         limit: How many to take from the beginning; by default all.
+        base: The demo model.
 
     Returns:
         Different prompts.
 
     """
     different = tuple(dict.fromkeys(given))
-    return different[:limit] if different else held_out(limit or HELD_OUT)
+    return different[:limit] if different else held_out(limit or HELD_OUT, base)
 
 
-def held_out(count: int) -> tuple[str, ...]:
-    """Choose prompts that neither the training of the demo model nor any search for its ratios has seen."""
-    return _unseen(count, searched=False)
+def held_out(count: int, base: str = demo.DEMO) -> tuple[str, ...]:
+    """Choose prompts that neither the training of a demo model nor any search for its ratios has seen.
+
+    Args:
+        count: How many.
+        base: The demo model.
+
+    Returns:
+        Different prompts, the same ones each time.
+    """
+    return _unseen(count, base, searched=False)
 
 
-def to_search(count: int) -> tuple[str, ...]:
-    """Choose prompts for a search of the demo model's ratios, which its training has not seen."""
-    return _unseen(count, searched=True)
+def to_search(count: int, base: str = demo.DEMO) -> tuple[str, ...]:
+    """Choose prompts for a search of a demo model's ratios, which its training has not seen.
+
+    Args:
+        count: How many.
+        base: The demo model.
+
+    Returns:
+        Different prompts, the same ones each time.
+    """
+    return _unseen(count, base, searched=True)
 
 
-def _unseen(count: int, *, searched: bool) -> tuple[str, ...]:
+def _unseen(count: int, base: str, *, searched: bool) -> tuple[str, ...]:
     """Take prompts from the beginning of a fixed list, so that a larger number only adds some."""
     import numpy as np
 
     from crdiff_export.models.demo import scenes
 
-    unseen = (scene for scene in scenes.split()[1] if scene.learnt)
+    unseen = scenes.with_relations(scenes.split()[1], demo.RELATIONS[base])
     chosen = [scene for scene in unseen if _is_searched(scene.combination) == searched]
     if count > len(chosen):
         raise OptionError(
-            f"the demo model has {len(chosen)} prompts that it was not trained on, {count} are asked for",
+            f"{base} has {len(chosen)} prompts that it was not trained on, {count} are asked for",
             "Ask for fewer with --limit.",
         )
     rng = np.random.default_rng(0)

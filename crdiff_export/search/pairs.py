@@ -56,9 +56,9 @@ def _single(request: SearchRequest, prompt: str) -> tuple[Sequence[str], Sequenc
 def _split(request: SearchRequest) -> tuple[Sequence[str], Sequence[str]]:
     """Return the prompts of the search and those of the check, each prompt once."""
     given, held_out = tuple(dict.fromkeys(request.prompts)), tuple(dict.fromkeys(request.held_out))
-    if not given and request.base == BUILT_IN:
-        held_out = held_out or tuple(prompts.held_out(request.held_out_limit or prompts.HELD_OUT))
-        return prompts.to_search(request.limit or DEMO), held_out[: request.held_out_limit]
+    if not given and request.base in BUILT_IN:
+        held_out = held_out or tuple(prompts.held_out(request.held_out_limit or prompts.HELD_OUT, request.base))
+        return prompts.to_search(request.limit or DEMO, request.base), held_out[: request.held_out_limit]
     if not given:
         raise OptionError(*request_checks.NO_PROMPTS)
     if not held_out:

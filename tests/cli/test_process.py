@@ -137,7 +137,7 @@ def test_no_escapes_in_a_pipe(forks: Forks, here: Path, command: str, env: Mappi
         (["crdiff", "export", "sdxl"], ["plain,sdxl", "plain,sdxl-refiner", "file,sdxl"]),
         (["crdiff", "export", "./my"], ["file,./my"]),
         (["crdiff", "recipes", "show", "sd35"], ["plain,sd35-large", "plain,sd35-medium", "file,sd35"]),
-        (["crdiff", "verify", "x", "--base", "de"], ["plain,demo", "file,de"]),
+        (["crdiff", "verify", "x", "--base", "de"], ["plain,demo", "plain,demo-xl", "file,de"]),
         (["crdiff", "export", "demo", "--dtype", "b"], ["plain,bf16"]),
         (["crdiff", "export", "demo", "--device", "c"], ["plain,cpu", "plain,cuda"]),
         (["crdiff", "inspect", "a"], ["file,a"]),

@@ -1,6 +1,5 @@
 """What is drawn beside the models: from the same noise, by the dense model, and nothing of it stays behind."""
 
-import inspect
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +12,17 @@ import torch
 from PIL import Image
 
 from crdiff_export import Size
-from crdiff_export.errors import OptionError, PreviewError
+from crdiff_export.calibrate import CalibrateRequest, calibrate
+from crdiff_export.errors import OptionError, PreviewError, SearchError
 from crdiff_export.evaluate import EvaluateRequest, Subject, evaluate, plot, report_text
 from crdiff_export.evaluate.beside import STRENGTH, Rival, RivalSizes, check, parse, passes
+from crdiff_export.evaluate.evidence import variant
 from crdiff_export.evaluate.preview import PreviewRequest, preview
 from crdiff_export.evaluate.results import ModelScores
 from crdiff_export.models import demo
-from tests.support.calibrating import clip, tokenizer
+from crdiff_export.search import SearchRequest, tune
 from tests.support.evaluating import Line, draw_plainly, open_plainly
 from tests.support.messages import raises, refused
-from tests.support.tiny_pipelines import sdxl_unet, xl_pipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,52 +80,97 @@ def test_the_first_pass_has_the_pixels_of_the_native_size(size: tuple[int, int],
 # --- the size that SDXL is told ---
 
 
-@pytest.fixture(scope="module")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A narrow SDXL whose native size is 1024x1024; the vector beside its text is as wide as the real one."""
-    torch.manual_seed(0)
-    beside_text = {"addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 6 * 256 + 1280}
-    unet = diffusers.UNet2DConditionModel.from_config({**sdxl_unet().config, **beside_text, "sample_size": 128})
-    pipe = xl_pipe(diffusers.StableDiffusionXLPipeline, unet)
-    words = {"tokenizer": tokenizer(), "tokenizer_2": tokenizer()}
-    pipe.register_modules(text_encoder=clip(768), text_encoder_2=clip(1280, 1280), **words)
-    folder = tmp_path_factory.mktemp("sdxl")
-    pipe.save_pretrained(folder)
-    return folder
-
-
 def sharpness(images: list[Any], prompts: list[str]) -> list[float]:  # as scorers are called
     return [float(np.asarray(image, np.float64).std()) for image in images]
 
 
-def test_sdxl_is_told_its_native_size_in_that_column_alone(sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[Any, ...]] = []
-    times: list[list[float]] = []
-    call = diffusers.StableDiffusionXLPipeline.__call__
+Told = list[list[float]]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    """The six numbers that the UNet is told of its pictures, for every pass."""
+    ids: Told = []
     forward = diffusers.UNet2DConditionModel.forward
 
-    def watched(self: Any, *args: Any, **options: Any) -> Any:
-        told.append((options.get("original_size"), options.get("target_size")))
-        return call(self, *args, **options)
-
     def seen(self: Any, *args: Any, **options: Any) -> Any:
-        times.append(options["added_cond_kwargs"]["time_ids"][0].tolist())
+        ids.append(options["added_cond_kwargs"]["time_ids"][0].tolist())
         return forward(self, *args, **options)
 
-    watched.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
-    monkeypatch.setattr(diffusers.StableDiffusionXLPipeline, "__call__", watched)
     monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", seen)
-    request = EvaluateRequest(
-        str(sdxl), (Size(64, 48),), prompts=(PROMPT,), scorer=f"{__name__}:sharpness", ratio=0.3, steps=1,
-        native=False, beside=("native-size",),
+    return ids
+
+
+def of_demo_xl(**options: Any) -> EvaluateRequest:
+    return EvaluateRequest(
+        "demo-xl", (Size(64, 48),), prompts=(PROMPT,), scorer=f"{__name__}:sharpness", ratio=0.3, steps=1,
+        native=False, **options,
     )  # fmt: skip
-    evaluation = evaluate(request)
-    names = [model.name for model in evaluation.models]
-    assert names == ["dense", "pruned", "POA 1.5", "native-size"]
-    native = (1024, 1024)
-    assert told == [(None, None)] * 3 + [(native, native)]
-    assert times[-1] == [1024, 1024, 0, 0, 1024, 1024]
-    assert all(size == [48, 64, 0, 0, 48, 64] for size in times[:-1])
+
+
+TRUE, NATIVE = [48, 64, 0, 0, 48, 64], [128, 128, 0, 0, 128, 128]
+
+
+def test_sdxl_is_told_its_native_size_in_that_column_alone(told: Told) -> None:
+    evaluation = evaluate(of_demo_xl(beside=("native-size",)))
+    assert [model.name for model in evaluation.models] == ["dense", "pruned", "POA 1.5", "native-size"]
+    assert told[-1] == NATIVE
+    assert len(told) > 4
+    assert all(ids == TRUE for ids in told[:-1])
+
+
+@pytest.mark.parametrize(("size", "ids"), [("native", NATIVE), (Size(96, 80), [80, 96, 0, 0, 80, 96])])
+def test_every_model_is_told_the_size_that_is_asked_for(size: Any, ids: list[float], told: Told) -> None:
+    evaluation = evaluate(of_demo_xl(told_size=size))
+    assert len(told) > 3
+    assert all(seen == ids for seen in told)
+    width, height = ids[1], ids[0]
+    assert dict(evaluation.facts)["told size"].startswith(f"{width}x{height},")
+    evidence = variant(evaluation, evaluation.subjects[0]).evidence
+    assert evidence
+    assert evidence.extra["told_size"] == f"{width}x{height}"
+
+
+def test_told_its_native_size_the_dense_model_is_the_rival_of_that_name() -> None:
+    rival = evaluate(of_demo_xl(beside=("native-size",))).models[-1]
+    dense = evaluate(of_demo_xl(told_size="native")).models[0]
+    assert (rival.name, dense.name) == ("native-size", "dense")
+    assert rival.images == dense.images
+
+
+def test_without_a_told_size_nothing_says_one() -> None:
+    evaluation = evaluate(of_demo_xl())
+    assert "told size" not in dict(evaluation.facts)
+    evidence = variant(evaluation, evaluation.subjects[0]).evidence
+    assert evidence
+    assert "told_size" not in evidence.extra
+
+
+def test_a_search_and_a_calibration_are_told_a_size_and_say_so(here: Path, told: Told) -> None:
+    request = SearchRequest(
+        "demo-xl", Size(64, 48), scorer=f"{__name__}:sharpness", prompts=(PROMPT,),
+        held_out=("a small red circle on grey",), steps=1, trials=2, native=False, told_size="native",
+        outputs=(here / "found.toml",),
+    )  # fmt: skip
+    result = tune(request)
+    assert told
+    assert all(ids == NATIVE for ids in told)
+    assert not result.variant or (result.variant.evidence and result.variant.evidence.extra["told_size"] == "128x128")
+    with raises(SearchError, "told size"):  # the scores of another setting are not gone on with
+        tune(replace(request, told_size=None, force=True))
+    told.clear()
+    calibrated = calibrate(
+        CalibrateRequest("demo-xl", Size(64, 48), ("wanda",), here / "c.safetensors", prompts=(PROMPT,), steps=1,
+                         told_size="native")
+    )  # fmt: skip
+    assert all(ids == NATIVE for ids in told)
+    assert dict(calibrated.facts)["told_size"] == "128x128"
+
+
+def test_told_sizes_that_cannot_be(line: Line) -> None:
+    drawing = f"--steps 1 --ratio 0.4 --prompt '{PROMPT}' -o p.png"
+    refused(line(f"preview demo --res 48 --told-size native {drawing}"), 2, "--told-size", "StableDiffusionPipeline")
+    refused(line(f"preview demo-xl --res 48 --told-size big {drawing}"), 2, "--told-size", "big")
 
 
 def test_others_are_not_told_a_size() -> None:

@@ -103,7 +103,7 @@ def test_pictures_are_those_of_diffusers_and_scores_those_of_the_judge(evaluatio
         assert model.subject.size == SMALL
         if model.weight == 1.5:
             poa.enable(pipe, baked, 1.5)
-        assert pixels(model) == draw_plainly(pipe, pairs, SMALL, 1, guidance_scale=demo.GUIDANCE)
+        assert pixels(model) == draw_plainly(pipe, pairs, SMALL, 1, guidance_scale=demo.GUIDANCE["demo"])
         assert len(set(pixels(model))) == len(pairs)
     for model in evaluation.models:
         assert len(model.scores) == 8
@@ -120,7 +120,7 @@ def test_another_criterion_draws_what_its_export_does(tmp_path: Path) -> None:
     assert measured.extra["criterion"] == criterion
     request = ExportRequest("demo", SMALL, tmp_path / "o.safetensors", ratio=0.4, criterion=criterion)
     pipe = open_plainly(export(request).written.path)
-    assert pixels(made.models[1]) == draw_plainly(pipe, made.job.pairs, SMALL, 1, guidance_scale=demo.GUIDANCE)
+    assert pixels(made.models[1]) == draw_plainly(pipe, made.job.pairs, SMALL, 1, guidance_scale=demo.GUIDANCE["demo"])
 
 
 def test_dense_pictures_of_a_size_are_drawn_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

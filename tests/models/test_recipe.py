@@ -83,7 +83,7 @@ def changed(old: str, new: str, text: str = MODEL + VARIANT) -> str:
 def test_there_is_one_recipe_per_family_under_its_id() -> None:
     assert aliases() == tuple(sorted(family.id for family in families.all_families()))
     assert [(made.name, made.family) for made in builtin()] == [(f"{alias}.toml", alias) for alias in aliases()]
-    assert [made.family for made in builtin() if made.repo is None] == ["demo"]
+    assert [made.family for made in builtin() if made.repo is None] == ["demo", "demo-xl"]
 
 
 @pytest.mark.parametrize("made", builtin(), ids=lambda made: made.family)

@@ -1,6 +1,9 @@
-"""Prompts that an evaluation draws: given ones, or scenes that the demo model was never shown."""
+"""Prompts that an evaluation draws: given ones, or scenes that a demo model was never shown."""
+
+import pytest
 
 from crdiff_export.errors import OptionError
+from crdiff_export.models import demo
 from crdiff_export.models.demo import scenes
 from crdiff_export.sampling import prompts
 from tests.support.messages import raises
@@ -10,16 +13,18 @@ def combinations(texts: tuple[str, ...]) -> set[str]:
     return {scenes.Scene.parse(text).combination for text in texts}
 
 
-def test_held_out_prompts_were_held_out() -> None:
-    chosen, searched = prompts.held_out(150), prompts.to_search(50)
+@pytest.mark.parametrize("base", demo.NAMES)
+def test_held_out_prompts_were_held_out(base: str) -> None:
+    chosen, searched = prompts.held_out(150, base), prompts.to_search(80, base)
     assert len(set(chosen)) == 150
-    assert len(set(searched)) == 50
+    assert len(set(searched)) == 80
     train = {scene.combination for scene in scenes.split()[0]}
     assert not train & combinations(chosen)
     assert not (train | combinations(chosen)) & combinations(searched)
-    assert prompts.held_out(150) == chosen
-    assert prompts.held_out(50) == chosen[:50]
-    assert all(scenes.Scene.parse(prompt).learnt for prompt in (*chosen, *searched))
+    assert prompts.held_out(150, base) == chosen
+    assert prompts.held_out(50, base) == chosen[:50]
+    relations = {scenes.Scene.parse(prompt).relation for prompt in (*chosen, *searched)}
+    assert relations == {"", *demo.RELATIONS[base]}
     assert {scenes.Scene.parse(prompt).kind for prompt in chosen} == {"single", "counted", "related"}
 
 

@@ -91,7 +91,7 @@ def drawn(file: Path, pairs: Pairs, source: Path | None = None, weight: float = 
     pipe = open_plainly(file)
     if source:
         poa.enable(pipe, source, weight)
-    pictures = draw_plainly(pipe, pairs, SIZE, STEPS, guidance_scale=demo.GUIDANCE)
+    pictures = draw_plainly(pipe, pairs, SIZE, STEPS, guidance_scale=demo.GUIDANCE["demo"])
     images = [np.frombuffer(picture, np.uint8).reshape(SIZE.height, SIZE.width, 3) for picture in pictures]
     return [judge(image, scenes.Scene.parse(prompt)).value for image, (prompt, _) in zip(images, pairs, strict=True)]
 

@@ -67,6 +67,11 @@ SSD = SDXL | {
 VEGA = SDXL | {"transformer_layers_per_block": (1, 1, 2), "mid_block_type": "UNetMidBlock2D"}
 KOALA = SDXL | {"layers_per_block": 1}
 
+DEMO_XL = unet_config(
+    ".xx", (48, 80, 96), (1, 1, 3), 96, **LINEAR, addition_embed_type="text_time", addition_time_embed_dim=32,
+    projection_class_embeddings_input_dim=256, layers_per_block=1, norm_num_groups=16,
+)  # fmt: skip
+
 
 def unet(architecture: str | None, config: Mapping[str, Any]) -> FamilyRow:
     return FamilyRow("UNet2DConditionModel", config, architecture, ("attn", "ff"))
@@ -135,6 +140,7 @@ ROWS: dict[str, FamilyRow] = {
         "sdxs-512", unet_config(".xx", (320, 640, 1280), 1, 768, layers_per_block=1, mid_block_type=None)
     ),
     "demo": unet("stable-diffusion-v1", unet_config("xx", (64, 128), 1, 64, layers_per_block=1)),
+    "demo-xl": unet("stable-diffusion-xl-v1-base", DEMO_XL),
     "sd3-medium": sd3("stable-diffusion-v3-medium", 24, None, 0),
     "sd35-medium": sd3("stable-diffusion-v3.5-medium", 24, "rms_norm", 13),
     "sd35-large": sd3("stable-diffusion-v3.5-large", 38, "rms_norm", 0),

@@ -30,6 +30,12 @@ def pictures(some: Scenes, width: int, height: int, rng: np.random.Generator) ->
     return rendered.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def grounds(some: Scenes) -> torch.Tensor:
+    """The colours of the scenes' backgrounds: [scene, 3, 1, 1] from -1 to 1."""
+    colours = torch.tensor([scenes.BACKGROUNDS[scene.background] for scene in some], dtype=torch.float32)
+    return colours[:, :, None, None] / 127.5 - 1
+
+
 def images(drawn: torch.Tensor) -> Pictures:
     """Back from -1 to 1 into bytes: [scene, height, width, 3]."""
     array: Pictures = ((drawn.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()

@@ -17,7 +17,7 @@ from demo_training.model import SCALE, Geometry, Parts
 from demo_training.training import Schedule, averaged, noise, numbers
 
 UNPROMPTED = 0.1  # share of the pictures that are learnt without their prompt, for classifier-free guidance
-GUIDANCE, SAMPLING = demo.GUIDANCE, demo.STEPS
+GUIDANCE, SAMPLING = demo.GUIDANCE[demo.DEMO], demo.STEPS
 JUDGED = 32
 # Colours and shapes are learnt at all times of the schedule, what stands where and how often only where there is little
 # but noise: above t = 750 a thing of 5x5 latents is hard to see. From these steps on, more of the times are up there: a
@@ -44,8 +44,9 @@ class Denoiser:
         self.seed = seed
         self.scheduler = model.scheduler(geometry)
         self.train, held_out = scenes.split()
-        self.learnt = tuple(scene for scene in self.train if scene.learnt)
-        self.held_out = tuple(scene for scene in held_out if scene.learnt)
+        relations = demo.RELATIONS[demo.DEMO]
+        self.learnt = scenes.with_relations(self.train, relations)
+        self.held_out = scenes.with_relations(held_out, relations)
 
     def parts(self) -> Parts:
         """The averaged models, and the autoencoder."""

@@ -24,7 +24,7 @@ class Geometry:
 
     vocabulary: tuple[str, ...]
     native: int = 64
-    widths: tuple[int, int] = (64, 128)
+    widths: tuple[int, ...] = (64, 128)
     heads: int = 4
     vae_widths: tuple[int, ...] = (16, 32, 64)  # two halvings: a factor of 4
     groups: int = 16
@@ -144,11 +144,13 @@ def configs(geometry: Geometry) -> dict[str, Config]:
     }
 
 
-def write_folder(geometry: Geometry, folder: Path) -> Path:
-    """Write the pipeline's folder without weights."""
-    merges = ["#version: 0.2", *(" ".join(pair) for pair in geometry.merges)]
-    files = {name: json.dumps(table, indent=2) + "\n" for name, table in configs(geometry).items()}
-    for name, text in {**files, "tokenizer/merges.txt": "\n".join(merges) + "\n"}.items():
+def write_folder(tables: dict[str, Config], geometry: Geometry, folder: Path) -> Path:
+    """Write the pipeline's folder without weights, of its tables by the names of their files."""
+    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in geometry.merges)]) + "\n"
+    files = {name: json.dumps(table, indent=2) + "\n" for name, table in tables.items()}
+    vocabularies = [name for name in tables if name.endswith("/vocab.json")]
+    files |= {name.replace("vocab.json", "merges.txt"): merges for name in vocabularies}
+    for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     return folder

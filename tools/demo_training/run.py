@@ -1,62 +1,97 @@
-"""The whole story: the autoencoder, then text encoder and UNet, then one file and the folder that opens it."""
+"""The whole story: the autoencoder, then text encoders and UNet, then one file and the folder that opens it."""
 
 import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
-from crdiff_export.models.demo import scenes
-from demo_training import convert, diffusion, model, training, vae
-from demo_training.model import Geometry
-from demo_training.training import Pace, Schedule
+from demo_training import convert, data, model, training, vae
+from demo_training.convert import State
+from demo_training.model import Config, Geometry
+from demo_training.training import Pace, Schedule, Stage
 
-# Two cores of their own need 0.29 s for a step of the first stage and 1.0 s for one of the second: 105 minutes in all.
-# With a rate of 4e-3 and more the autoencoder does not get beyond grey.
-VAE = Schedule(steps=2500, batch=8, rate=1.5e-3, warm_up=50, decay=0.4, average=0.99, report=100)
-DIFFUSION = Schedule(
-    steps=5400, batch=32, rate=1e-3, warm_up=100, decay=0.3, average=0.998, report=250, attempt=(3140, 3800)
-)
-NAME = "demo.safetensors"
-FOLDER = "demo-pipeline"
+# The models, as `Training.build` makes them, among them a `vae`.
+Models = Any
 
 
-@dataclass(frozen=True, slots=True)
-class Training:
-    """All that the weights depend on, but for the machine and its number of threads."""
+class Denoising(Stage, Protocol):
+    """The second stage."""
 
-    seed: int = 0
-    threads: int = 2
-    vae: Schedule = VAE
-    diffusion: Schedule = DIFFUSION
-    geometry: Geometry = field(default_factory=lambda: Geometry(scenes.vocabulary()))
+    def parts(self) -> Models:
+        """The trained models."""
+        ...
+
+
+class Training(Protocol):
+    """All that a model's weights depend on, but for the machine."""
+
+    name: ClassVar[str]
+    metadata: ClassVar[Mapping[str, str]]
+    """What the file's header says of the model."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def vae(self) -> Schedule: ...
+    @property
+    def diffusion(self) -> Schedule: ...
+    @property
+    def geometry(self) -> Geometry: ...
+
+    def configs(self) -> dict[str, Config]:
+        """Every table of the pipeline's folder, by its file's name."""
+        ...
+
+    def build(self) -> Models:
+        """The models with random weights."""
+        ...
+
+    def draw(self, rng: np.random.Generator, step: int) -> tuple[data.Scenes, torch.Tensor]:
+        """The scenes and pictures of a step of the autoencoder's training."""
+        ...
+
+    def settle(self, autoencoder: AutoencoderKL) -> None:
+        """Scale the latents of the trained autoencoder."""
+        ...
+
+    def denoiser(self, parts: Models, tokenizer: CLIPTokenizer) -> Denoising:
+        """The second stage."""
+        ...
+
+    def original(self, parts: Models, folder: Path) -> State:
+        """Every tensor of the original file; the folder is free for what it takes."""
+        ...
 
 
 def run(training_: Training, folder: Path, log: Callable[[str], None], pace: Pace, command: str) -> Path | None:
     """Train in the folder, from where it was left; the finished file, or nothing if the time was up before."""
     torch.set_num_threads(training_.threads)
     torch.use_deterministic_algorithms(mode=True)
-    geometry = training_.geometry
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.write_folder(geometry, folder / FOLDER)
+    config = model.write_folder(training_.configs(), training_.geometry, folder / f"{training_.name}-pipeline")
     tokenizer = CLIPTokenizer.from_pretrained(config / "tokenizer")
-    parts = model.build(geometry, training_.seed)
+    parts = training_.build()
 
-    first = vae.Autoencoder(parts.vae, training_.vae, geometry.native, training_.seed)
+    first = vae.Autoencoder(parts.vae, training_.vae, training_.draw, training_.geometry.native, training_.seed)
     if not training.train(first, folder, log, pace):
         return None
     parts.vae.load_state_dict(first.average.state_dict())
     parts.vae.eval().requires_grad_(requires_grad=False)
-    vae.settle(parts.vae, geometry.native, training_.seed)
+    training_.settle(parts.vae)
 
-    second = diffusion.Denoiser(parts, tokenizer, training_.diffusion, geometry, training_.seed)
+    second = training_.denoiser(parts, tokenizer)
     if not training.train(second, folder, log, pace):
         return None
-    file = folder / NAME
-    state = convert.original(second.parts(), geometry)
+    file = folder / f"{training_.name}.safetensors"
+    state = training_.original(second.parts(), folder / f"{training_.name}-folder")
     losses = {stage.name: training.loss_reached(folder, stage.name) for stage in (first, second)}
     convert.write(file, state, _metadata(training_, losses, command))
     log(f"{file}: {file.stat().st_size} bytes, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")
@@ -80,10 +115,9 @@ def _metadata(training_: Training, losses: dict[str, float], command: str) -> di
         **{f"crdiff.demo.loss.{name}": f"{loss:.4f}" for name, loss in losses.items()},
         **{f"crdiff.demo.steps.{name}": str(getattr(training_, name).steps) for name in losses},
         "format": "pt",
-        "modelspec.architecture": "stable-diffusion-v1",
         "modelspec.implementation": "sgm",
         "modelspec.prediction_type": "v",
         "modelspec.resolution": f"{native}x{native}",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": "crdiff demo",
+        **training_.metadata,
     }

@@ -1,6 +1,7 @@
-"""The first stage: an autoencoder whose latents are a quarter as wide and as high as the picture."""
+"""The first stage: an autoencoder, whose latents are some times smaller than the picture on either side."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from crdiff_export.models.demo import scenes
 from demo_training import data
-from demo_training.model import LATENT, SCALE
+from demo_training.model import LATENT
 from demo_training.training import Schedule, averaged, noise, numbers
 
 THINGS = 6.0  # weight of a pixel that is not ground: things cover a tenth of a picture, and have all of its colours
@@ -20,20 +21,25 @@ DIVERGENCE = 1e-5
 START = -6.0  # logarithm of the latents' variance
 
 
+# Draws the batch of a step: the scenes, and their pictures, [scene, 3, height, width] from -1 to 1.
+Draw = Callable[[np.random.Generator, int], tuple[data.Scenes, torch.Tensor]]
+
+
 class Autoencoder:
     """Learns to give pictures back."""
 
     name = "vae"
 
-    def __init__(self, model: AutoencoderKL, schedule: Schedule, native: int, seed: int) -> None:
+    def __init__(self, model: AutoencoderKL, schedule: Schedule, draw: Draw, native: int, seed: int) -> None:
         with torch.no_grad():  # little noise from the start: much of it hides the colours for hundreds of steps
             model.quant_conv.bias[LATENT:] = START
         self.model = model
         self.average = averaged(model)
         self.schedule = schedule
+        self.draw = draw
         self.native = native
         self.seed = seed
-        self.train, self.held_out = scenes.split()
+        self.held_out = scenes.split()[1]
 
     def loss(self, step: int) -> torch.Tensor:
         """The squared distance of the pixels, and the divergence.
@@ -41,11 +47,10 @@ class Autoencoder:
         Its gradient fades where a picture is right. That of L1 does not, and drowned the colours for 1000 steps.
         """
         rng = numbers(self.seed, self.name, step)
-        pictures = data.pictures(scenes.sample(rng, self.train, self.schedule.batch), self.native, self.native, rng)
+        some, pictures = self.draw(rng, step)
         latents = self.model.encode(pictures).latent_dist
         drawn: torch.Tensor = self.model.decode(latents.sample(noise(rng))).sample
-        corner = pictures[:, :, :1, :1]  # always ground: nothing touches the border
-        weights = torch.where((pictures != corner).any(1, keepdim=True), THINGS, 1.0)
+        weights = torch.where((pictures != data.grounds(some)).any(1, keepdim=True), THINGS, 1.0)
         divergence: torch.Tensor = latents.kl().mean() / latents.mean[0].numel()
         return (weights * (drawn - pictures).square()).mean() + DIVERGENCE * divergence
 
@@ -74,14 +79,12 @@ def reconstruct(
     return -10 * math.log10(error), data.judged(images, some).right
 
 
-def settle(vae: AutoencoderKL, native: int, seed: int) -> None:
-    """Make each channel of the latents have mean 0 and deviation 1 / SCALE, and what is decoded stay the same."""
-    rng = numbers(seed, "settle", 0)
-    pictures = data.pictures(scenes.sample(rng, scenes.split()[0], 512), native, native, rng)
+def settle(vae: AutoencoderKL, pictures: torch.Tensor, scale: float) -> None:
+    """Give each channel of the pictures' latents mean 0 and deviation 1 / scale, and keep what is decoded."""
     with torch.inference_mode():
         latents = torch.cat([vae.encode(part).latent_dist.mode() for part in torch.split(pictures, 32)])
     mean = latents.mean((0, 2, 3)).clone()
-    gain = 1 / (SCALE * latents.std((0, 2, 3)))
+    gain = 1 / (scale * latents.std((0, 2, 3)))
     channels = len(mean)
     with torch.no_grad():
         into, out = vae.quant_conv, vae.post_quant_conv

@@ -13,7 +13,8 @@ from crdiff_export.evaluate.preview.request import Preview, PreviewJob, PreviewR
 from crdiff_export.evaluate.request import Subject
 from crdiff_export.formats.text import printable
 from crdiff_export.hub import bases
-from crdiff_export.models.demo.scenes import EXAMPLE, LEARNT, Scene
+from crdiff_export.models import demo
+from crdiff_export.models.demo.scenes import EXAMPLE, Scene
 from crdiff_export.progress import Progress, Silent
 from crdiff_export.prune import criterion_choice
 from crdiff_export.prune.criterion_choice import CriterionChoice
@@ -78,8 +79,9 @@ def prepare(request: PreviewRequest) -> PreviewJob:
     outputs = files.choose(request, subject, base.base.stem or base.checkpoint.stem)
     drawing = drawing_setup.set_up(request, base, plan, offload=request.offload)
     beside.check(rivals, drawing.opening.pipeline.pipeline)
-    in_demo_words = drawing.opening.pipeline.config == bases.BUILT_IN
-    notes = (*(() if baked else plan.notes), *(demo_notes(request.prompts) if in_demo_words else ()))
+    config = drawing.opening.pipeline.config
+    in_demo_words = demo_notes(request.prompts, config) if config in bases.BUILT_IN else ()
+    notes = (*(() if baked else plan.notes), *in_demo_words)
     return PreviewJob(request, drawing, subject, baked, outputs, notes, rivals)
 
 
@@ -101,13 +103,14 @@ def measure(job: PreviewJob, progress: Progress) -> poa.Source:
     return poa.from_recipe(job.request.export_request(job.subject.size), progress)
 
 
-def demo_notes(prompts: Sequence[str]) -> Iterator[str]:
-    """Yield a note for the first prompt that the demo model does not know, or has not learnt."""
+def demo_notes(prompts: Sequence[str], name: str = demo.DEMO) -> Iterator[str]:
+    """Yield a note for the first prompt that a demo model does not know, or has not learnt."""
+    learnt = demo.RELATIONS[name]
     for prompt in prompts:
         try:
             scene = Scene.parse(prompt)
-            if not scene.learnt:
-                yield f'the demo model has not learnt what "{scene.relation}" means, only: {", ".join(LEARNT)}'
+            if scene.relation and scene.relation not in learnt:
+                yield f'the demo model has not learnt what "{scene.relation}" means, only: {", ".join(learnt)}'
                 return
         except CrdiffError as error:
             yield printable(f'{error.message}; it draws scenes like "{EXAMPLE}"', limit=1000)

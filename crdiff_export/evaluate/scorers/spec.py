@@ -72,12 +72,12 @@ def choose(spec: str | None, base: str) -> str:
         base: The base.
 
     Returns:
-        What the user wrote, or the scorer that the demo model brings.
+        What the user wrote, or the scorer that the demo models bring.
 
     Raises:
         OptionError: Another base has no scorer, or there is no such scorer.
     """
-    if not spec and base != bases.BUILT_IN:
+    if not spec and base not in bases.BUILT_IN:
         hint = f"Give --scorer: {', '.join(names())}, module:function or command:PROGRAM."
         raise OptionError("there is no scorer", hint)
     for _, text in parse(spec or DEMO):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from crdiff_export.errors import FamilyError, foreign_errors
-from crdiff_export.formats.text import did_you_mean
+from crdiff_export.formats.text import nearest
 from crdiff_export.models.families.model import Family
 from crdiff_export.models.families.table import load_family, parse_family
 from crdiff_export.models.families.unet import any_unet
@@ -61,5 +61,7 @@ def by_id(family_id: str) -> Family:
         families |= {family.id: family for family in installed_families()}
     if family_id not in families:
         message = f"no model family is called {family_id!r}"
-        raise FamilyError(message, did_you_mean(family_id, tuple(families), "families"))
+        guess = nearest(family_id, tuple(families))
+        hint = f"Did you mean {guess}? " if guess else ""
+        raise FamilyError(message, f"{hint}`crdiff families` lists them.")
     return families[family_id]

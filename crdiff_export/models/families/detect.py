@@ -5,6 +5,7 @@ from math import prod
 
 from crdiff_export.errors import FamilyError
 from crdiff_export.formats.text import printable
+from crdiff_export.models import demo
 from crdiff_export.models.families.catalogue import installed_families
 from crdiff_export.models.families.explain import explain, explain_family
 from crdiff_export.models.families.fit import CONTROLNET, EMA, PREFIXES, Fit, Shapes, holds, measure
@@ -121,9 +122,9 @@ def _refuse_two(fits: Sequence[Fit], shapes: Shapes) -> None:
 def _lacks_a_part(fit: Fit, shapes: Shapes) -> bool:
     """Whether this is a known model that is damaged, and not a UNet without some of its attentions.
 
-    The demo is too small for that: most of it is in other small UNets.
+    The demos are too small for that: most of them is in other small UNets.
     """
-    if fit.exact or not fit.close or fit.signature.family.id == "demo":
+    if fit.exact or not fit.close or fit.signature.family.id in demo.NAMES:
         return False
     paths = tuple(fit.prefix + name.partition("transformer_blocks.")[0] for name in fit.missing)
     return bool(fit.extras) or any(name.startswith(paths) for name in shapes)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from crdiff_export.errors import FamilyError
 from crdiff_export.formats.text import printable
+from crdiff_export.models import demo
 from crdiff_export.models.families.fit import Fit, Shapes, holds
 from crdiff_export.models.families.model import Family, Mark
 
@@ -63,8 +64,8 @@ def explain(fits: Sequence[Fit], shapes: Shapes) -> FamilyError:
     Returns:
         The error to raise.
     """
-    # No real model is a variation of the demo, which is so small that much of it is found in all of them.
-    real = [fit for fit in fits if fit.exact or fit.signature.family.id != "demo"] or fits
+    # No real model is a variation of a demo, which is so small that much of it is found in all of them.
+    real = [fit for fit in fits if fit.exact or fit.signature.family.id not in demo.NAMES] or fits
     nearest = max(real, key=lambda fit: (fit.score, _holding(fit, shapes)), default=None)
     is_damaged = nearest is not None and nearest.close and not nearest.exact
     if not is_damaged and (model := _other_model(shapes)):

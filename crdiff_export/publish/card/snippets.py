@@ -78,7 +78,7 @@ def _special(variant: CardVariant) -> str:
 def is_built_in_base(stamp: Stamp) -> bool:
     """Whether a variant is of the base that comes with crdiff, whose other parts are nowhere else."""
     model = pipelines.find(stamp.family)
-    return model is not None and model.config == bases.BUILT_IN
+    return model is not None and model.config in bases.BUILT_IN
 
 
 def call(model: Pipeline, size: Size) -> str:
@@ -108,7 +108,7 @@ def pipeline(variant: CardVariant) -> Pipeline | None:
     if stored == "shards" or variant.stamp.scaled:
         return None
     model = pipelines.find(variant.stamp.family, special)
-    if model and model.config == bases.BUILT_IN:
+    if model and model.config in bases.BUILT_IN:
         return None
     if model:
         return None if stored in FILES and model.network in pipelines.FOLDERS_ONLY else model
