@@ -40,8 +40,9 @@ def _token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_demo_is_made_where_it_is_not() -> None:
-    assert locate("demo") == Base(demo.path(), "demo")
-    assert hub_uri("demo") is None
+    for name in demo.NAMES:
+        assert locate(name) == Base(demo.path(name), name)
+        assert hub_uri(name) is None
 
 
 @pytest.mark.parametrize("base", ["sd15.safetensors", "./sd15.safetensors", "pipe", "pipe/unet", "pipe/"])
@@ -84,7 +85,7 @@ def test_a_folder_wins_over_a_hub_id(here: Path) -> None:
     assert (hub_uri("org/name"), locate("org/name").path) == (None, Path("org/name"))
 
 
-@pytest.mark.parametrize("alias", [alias for alias in recipe_files.aliases() if alias != "demo"])
+@pytest.mark.parametrize("alias", [alias for alias in recipe_files.aliases() if alias not in demo.NAMES])
 def test_every_alias_is_a_place_on_the_hub(alias: str) -> None:
     assert re.fullmatch(r"hf://[\w.-]+/[\w.-]+(/.+)?", hub_uri(alias) or "")
 

@@ -583,7 +583,9 @@ def test_by_id_finds_each() -> None:
     assert [by_id(family.id) for family in all_families()] == list(all_families())
 
 
-@pytest.mark.parametrize(("family_id", "nearest"), [("sd-xl", "sdxl?"), ("flux_dev", "flux-dev?"), ("", "sd15, sd21")])
+@pytest.mark.parametrize(
+    ("family_id", "nearest"), [("sd-xl", "sdxl?"), ("flux_dev", "flux-dev?"), ("", "`crdiff families`")]
+)
 def test_by_id_suggests(family_id: str, nearest: str) -> None:
     with raises(FamilyError, repr(family_id)) as caught:
         by_id(family_id)

@@ -57,7 +57,7 @@ def test_install_then_uninstall(crdiff: Crdiff, comfyui: Path) -> None:
     assert contents(node) == INSTALLED
     assert not list(node.rglob("__pycache__"))
     assert not (node / "crdiff_export" / "recipes").exists()
-    assert not list(node.rglob("demo.safetensors"))
+    assert not list(node.rglob("*.safetensors"))
     (node / "crdiff_export" / "of_an_old_version.py").touch()
     (node / "crdiff.json").write_text('{"crdiff": "0.0.1", "package": "crdiff_export"}')
     assert "version 0.0.1 is replaced" in crdiff("comfyui", "install", comfyui).err

@@ -21,8 +21,8 @@ WORKFLOWS = "example_workflows"
 COPY = "crdiff_export"
 _OURS = frozenset({"__init__.py", MARKER, WORKFLOWS, COPY, "__pycache__"})
 _PACKAGE = Path(__file__).parents[2]
-# The nodes need no recipes and no demo model. ComfyUI's Python writes its own bytecode.
-_NOT_COPIED = ("__pycache__", "*.pyc", "recipes", "demo.safetensors", WORKFLOWS)
+# The nodes need no recipes and no demo models. ComfyUI's Python writes its own bytecode.
+_NOT_COPIED = ("__pycache__", "*.pyc", "recipes", "demo*.safetensors", WORKFLOWS)
 
 
 @dataclass(frozen=True, slots=True)
