@@ -18,9 +18,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-BASE, NATIVE = "demo-xl", "128x128"
+BASE = "demo-xl"
 SIZES = ("64x64", "56x72", "48x72", "96x96", "128x128", "160x160", "96x160")
-# Sizes that training never saw. At the others nothing is to be won, and no other size is to be told.
+# Sizes with more or fewer pixels than the native one. The last part of the training had the others.
 SEARCHED_SIZES = ("64x64", "56x72", "48x72", "96x96", "160x160")
 TRUE, TOLD_NATIVE = "drawn", "native"
 STARTING, SEARCHED = "starting", "searched"

@@ -25,7 +25,7 @@ from crdiff_export.formats.text import plural
     option("--native/--no-native", "Look at the native size, too: does it hurt there? Default: yes.", default=True),
 )
 @drawing.prompt_options(
-    "Prompts, one a line, that were not used for tuning. Default for the demo model: its held-out scenes.",
+    "Prompts, one a line, that were not used for tuning. Default for the demo models: held-out scenes.",
     options.prompt,
     drawing.pictures,
 )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,25 @@ def judged(drawn: Pictures, some: Scenes) -> Judged:
     scores = [scorer.judge(image, scene) for image, scene in zip(drawn, some, strict=True)]
     right, score = np.mean([(score.parts["right"], score.value) for score in scores], axis=0)
     return Judged(float(right), float(score))
+
+
+def draw_and_judge(
+    pipe: Any, some: Scenes, size: tuple[int, int], steps: int, guidance: float, sheet: Path | None = None
+) -> Judged:
+    """Draw the scenes' prompts at this width and height, each from a seed of its own, and judge what comes out."""
+    drawn = pipe(
+        [scene.prompt for scene in some],
+        width=size[0],
+        height=size[1],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(len(some))],
+        output_type="pt",
+    ).images
+    made = images(drawn * 2 - 1)
+    if sheet:
+        save_sheet(made, sheet)
+    return judged(made, some)
 
 
 def save_sheet(drawn: Pictures, file: Path, columns: int = 8) -> None:

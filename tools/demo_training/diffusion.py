@@ -104,16 +104,4 @@ def draw_and_judge(denoiser: Denoiser, count: int, size: tuple[int, int], sheet:
     """Draw held-out prompts with fixed seeds at this width and height, and judge what comes out."""
     some = scenes.sample(np.random.default_rng(0), denoiser.held_out, count)
     pipe = model.pipeline(denoiser.parts(), denoiser.geometry, denoiser.tokenizer)
-    drawn = pipe(
-        [scene.prompt for scene in some],
-        width=size[0],
-        height=size[1],
-        num_inference_steps=SAMPLING,
-        guidance_scale=GUIDANCE,
-        generator=[torch.Generator().manual_seed(seed) for seed in range(count)],
-        output_type="pt",
-    ).images
-    images = data.images(drawn * 2 - 1)
-    if sheet:
-        data.save_sheet(images, sheet)
-    return data.judged(images, some)
+    return data.draw_and_judge(pipe, some, size, SAMPLING, GUIDANCE, sheet)

@@ -133,16 +133,4 @@ def draw_and_judge(
     """Draw prompts with fixed seeds at this size, which the model is told, and judge what comes out."""
     some = scenes.sample(np.random.default_rng(0), chosen, count)
     pipe = model_xl.pipeline(denoiser.parts(), denoiser.geometry, denoiser.tokenizer)
-    drawn = pipe(
-        [scene.prompt for scene in some],
-        width=size.width,
-        height=size.height,
-        num_inference_steps=SAMPLING,
-        guidance_scale=GUIDANCE,
-        generator=[torch.Generator().manual_seed(seed) for seed in range(count)],
-        output_type="pt",
-    ).images
-    images = data.images(drawn * 2 - 1)
-    if sheet:
-        data.save_sheet(images, sheet)
-    return data.judged(images, some)
+    return data.draw_and_judge(pipe, some, (size.width, size.height), SAMPLING, GUIDANCE, sheet)
