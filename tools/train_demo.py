@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vae-steps", type=int)
     parser.add_argument("--steps", type=int, help="of text encoders and UNet")
+    parser.add_argument("--second-steps", type=int, help="of these in the small SDXL's second training")
     parser.add_argument("--minutes", type=float, help="save and stop after so many")
     chosen = parser.parse_args()
     training = MODELS[chosen.model](seed=chosen.seed, threads=chosen.threads)
@@ -40,9 +41,12 @@ def main() -> int:
         replace(schedule, steps=steps or schedule.steps)
         for schedule, steps in ((training.vae, chosen.vae_steps), (training.diffusion, chosen.steps))
     )
-    training = replace(training, vae=vae, diffusion=diffusion)
     model = "" if chosen.model == "demo" else f" --model {chosen.model}"
     steps = f"--vae-steps {vae.steps} --steps {diffusion.steps}"
+    training = replace(training, vae=vae, diffusion=diffusion)
+    if isinstance(training, DemoXLTraining):
+        second = replace(training.second, steps=chosen.second_steps or training.second.steps)
+        training, steps = replace(training, second=second), f"{steps} --second-steps {second.steps}"
     command = f"python tools/train_demo.py OUT{model} --seed {chosen.seed} --threads {chosen.threads} {steps}"
     return 0 if run(training, chosen.out, _log, pace(120, chosen.minutes), command) else 3
 

@@ -37,7 +37,10 @@ PERIODS = (
     Period(1, BUCKETS, shift=6.0, relations=tuple(scenes.RELATIONS)),
 )
 SMALL = DemoTraining(vae=SCHEDULE, diffusion=SCHEDULE, geometry=GEOMETRY)
-SMALL_XL = DemoXLTraining(vae=SCHEDULE, diffusion=SCHEDULE, periods=PERIODS, geometry=GEOMETRY_XL)
+SMALL_XL = DemoXLTraining(
+    vae=SCHEDULE, diffusion=SCHEDULE, second=replace(SCHEDULE, steps=3), periods=PERIODS,
+    periods_again=(replace(PERIODS[1], first=0),), geometry=GEOMETRY_XL,
+)  # fmt: skip
 TRAININGS: dict[str, DemoTraining | DemoXLTraining] = {"demo": SMALL, "demo-xl": SMALL_XL}
 
 
@@ -102,13 +105,38 @@ def test_resuming_changes_nothing(trained: Path, tmp_path: Path) -> None:
     stops = 0
     while not (file := train(trained.stem, tmp_path, log, Pace(save=math.inf, stop=time.monotonic()))):
         stops += 1
-    assert stops == 2  # after the first step of each stage
-    assert [line for line in log if "after 1 of 2 steps" in line] == [
-        "vae: resumed after 1 of 2 steps",
-        "diffusion: resumed after 1 of 2 steps",
-    ]
+    resumed = ["vae: resumed after 1 of 2 steps", "diffusion: resumed after 1 of 2 steps"]
+    if trained.stem == "demo-xl":
+        resumed += ["second: resumed after 1 of 3 steps", "second: resumed after 2 of 3 steps"]
+    assert [line for line in log if "resumed after" in line and "after 2 of 2" not in line] == resumed
+    assert stops == len(resumed)  # after each step that is not the last of its stage
     assert file.read_bytes() == trained.read_bytes()
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_the_second_training_begins_with_the_file_of_the_first(tmp_path: Path) -> None:
+    """Nothing else of the first training is needed, and its header has what the first one's says."""
+    assert not train("demo-xl", tmp_path, [], Pace(save=math.inf, stop=time.monotonic()))
+    while not (first := tmp_path / "demo-xl-first.safetensors").exists():
+        train("demo-xl", tmp_path, [], Pace(save=math.inf, stop=time.monotonic()))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    first.rename(alone / first.name)
+    (tmp_path / "second.pt").unlink()
+    file = train("demo-xl", alone, [])
+    assert file
+    with safetensors.safe_open(file, "pt") as opened, safetensors.safe_open(alone / first.name, "pt") as before:
+        metadata, earlier = opened.metadata(), before.metadata()
+        names = {
+            name.partition(".")[0]
+            for name in opened.keys()  # noqa: SIM118
+            if not torch.equal(opened.get_tensor(name), before.get_tensor(name))
+        }
+    assert names == {"model", "conditioner"}  # the autoencoder stays
+    assert {key: metadata[key] for key in earlier if "loss" in key} == {
+        key: earlier[key] for key in earlier if "loss" in key
+    }
+    assert (metadata["crdiff.demo.steps.diffusion"], metadata["crdiff.demo.steps.second"]) == ("2", "3")
 
 
 def test_other_seeds_give_other_weights(tmp_path: Path) -> None:

@@ -26,6 +26,10 @@ from demo_training.training import Schedule
 
 VAE = Schedule(steps=2800, batch=8, rate=1.5e-3, warm_up=50, decay=0.4, average=0.99, report=200)
 DIFFUSION = Schedule(steps=10500, batch=32, rate=1e-3, warm_up=100, decay=0.3, average=0.998, report=500)
+# What the first training lacks is shapes, which the later half of the schedule decides: the second has even times.
+SECOND = Schedule(
+    steps=8000, batch=32, rate=1e-3, warm_up=100, decay=1.0, average=0.998, report=500, attempt=(5000, 5000)
+)
 # SDXL was trained at 256, then at 512, and at last in many shapes around 1024x1024, when it was first told the size
 # that a picture is shown at.
 BUCKETS = tuple(map(Size.parse, (*["128x128"] * 4, "112x144", "144x112", "96x160", "160x96")))
@@ -38,6 +42,10 @@ PERIODS = (
     Period(5950, (Size(128, 128),), shift=1.0, relations=ALL),
     Period(8000, BUCKETS, shift=1.5, relations=ALL),
 )
+PERIODS_AGAIN = (
+    Period(0, BUCKETS, shift=1.0, relations=ALL),
+    Period(5000, (*[Size(128, 128)] * 8, *BUCKETS), shift=1.0, relations=ALL),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +56,9 @@ class DemoXLTraining:
     threads: int = 2
     vae: Schedule = VAE
     diffusion: Schedule = DIFFUSION
+    second: Schedule = SECOND
     periods: tuple[Period, ...] = PERIODS
+    periods_again: tuple[Period, ...] = PERIODS_AGAIN
     geometry: GeometryXL = field(default_factory=lambda: GeometryXL(scenes.vocabulary()))
 
     name: ClassVar[str] = "demo-xl"
@@ -81,8 +91,13 @@ class DemoXLTraining:
         vae.settle(autoencoder, sized.draw(some, Size(native, native), native, rng).pictures, SCALE)
 
     def denoiser(self, parts: PartsXL, tokenizer: CLIPTokenizer) -> DenoiserXL:
-        """The second stage."""
-        return DenoiserXL(parts, tokenizer, self.diffusion, self.periods, self.geometry, self.seed)
+        """The first training of text encoders and UNet."""
+        return DenoiserXL("diffusion", parts, tokenizer, self.diffusion, self.periods, self.geometry, self.seed)
+
+    def denoiser_again(self, file: Path, config: Path, tokenizer: CLIPTokenizer) -> DenoiserXL:
+        """The second training, which begins with the weights of the first one's file."""
+        parts = model_xl.opened(file, config)
+        return DenoiserXL("second", parts, tokenizer, self.second, self.periods_again, self.geometry, self.seed)
 
     def original(self, parts: PartsXL, folder: Path) -> State:
         """Every tensor of the original file, which `crdiff convert` makes of a folder of the models in float16."""

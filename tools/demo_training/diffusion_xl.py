@@ -1,4 +1,4 @@
-"""The second stage of `demo-xl`: both text encoders and the UNet together, told the sizes of their pictures."""
+"""Both trainings of `demo-xl`'s text encoders and UNet together, told the sizes of their pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,10 +44,9 @@ class Period:
 class DenoiserXL:
     """Learns the velocity between noise and latent, from the prompt and the sizes of the picture."""
 
-    name = "diffusion"
-
     def __init__(
         self,
+        name: str,
         parts: PartsXL,
         tokenizer: CLIPTokenizer,
         schedule: Schedule,
@@ -56,6 +55,7 @@ class DenoiserXL:
         seed: int,
     ) -> None:
         parts.unet.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+        self.name = name
         self.model = nn.ModuleDict({"text": parts.text, "text_2": parts.text_2, "unet": parts.unet})
         self.average = averaged(self.model)
         self.vae = parts.vae
@@ -121,7 +121,7 @@ class DenoiserXL:
         period = self.period(step - 1)
         texts = []
         for size in {period.sizes[0], Size(self.geometry.native, self.geometry.native)}:
-            sheet = folder / f"diffusion-{step:05}-{size}.png"
+            sheet = folder / f"{self.name}-{step:05}-{size}.png"
             drawn = draw_and_judge(self, self.held_out[period.relations], JUDGED, size, sheet)
             texts.append(f"{drawn.right:.0%} of {JUDGED} held-out prompts right at {size}, score {drawn.score:.3f}")
         return "; ".join(texts)

@@ -1,6 +1,7 @@
 """The parts of `demo-xl`, SDXL in miniature, and the folder without weights that opens its file in diffusers."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,6 +106,15 @@ def build(geometry: GeometryXL, seed: int) -> PartsXL:
         unet=UNet2DConditionModel.from_config(tables["unet/config.json"]),
         vae=AutoencoderKL.from_config(tables["vae/config.json"]),
     )
+
+
+def opened(file: Path, config: Path) -> PartsXL:
+    """The four models of a file, in float32, with the pipeline's folder without weights."""
+    pipe = StableDiffusionXLPipeline.from_single_file(
+        str(file), config=str(config), local_files_only=True, torch_dtype=torch.float32
+    )
+    pipe.vae.eval().requires_grad_(requires_grad=False)
+    return PartsXL(text=pipe.text_encoder, text_2=pipe.text_encoder_2, unet=pipe.unet, vae=pipe.vae)
 
 
 def pipeline(parts: PartsXL, geometry: GeometryXL, tokenizer: CLIPTokenizer) -> Any:

@@ -1,12 +1,17 @@
-"""The whole story: the autoencoder, then text encoders and UNet, then one file and the folder that opens it."""
+"""The whole story: the autoencoder, then text encoders and UNet, then one file and the folder that opens it.
+
+Text encoders and UNet may be trained a second time. Then the first training's file is `NAME-first.safetensors`, and the
+second one begins with the weights in it.
+"""
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
+import safetensors
 import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
@@ -21,7 +26,7 @@ Models = Any
 
 
 class Denoising(Stage, Protocol):
-    """The second stage."""
+    """A training of text encoders and UNet."""
 
     def parts(self) -> Models:
         """The trained models."""
@@ -63,11 +68,20 @@ class Training(Protocol):
         ...
 
     def denoiser(self, parts: Models, tokenizer: CLIPTokenizer) -> Denoising:
-        """The second stage."""
+        """The training of text encoders and UNet."""
         ...
 
     def original(self, parts: Models, folder: Path) -> State:
         """Every tensor of the original file; the folder is free for what it takes."""
+        ...
+
+
+@runtime_checkable
+class TrainingTwice(Training, Protocol):
+    """A model whose text encoders and UNet are trained a second time."""
+
+    def denoiser_again(self, file: Path, config: Path, tokenizer: CLIPTokenizer) -> Denoising:
+        """The second training, which begins with the weights of the first one's file."""
         ...
 
 
@@ -78,22 +92,20 @@ def run(training_: Training, folder: Path, log: Callable[[str], None], pace: Pac
     folder.mkdir(parents=True, exist_ok=True)
     config = model.write_folder(training_.configs(), training_.geometry, folder / f"{training_.name}-pipeline")
     tokenizer = CLIPTokenizer.from_pretrained(config / "tokenizer")
-    parts = training_.build()
-
-    first = vae.Autoencoder(parts.vae, training_.vae, training_.draw, training_.geometry.native, training_.seed)
-    if not training.train(first, folder, log, pace):
-        return None
-    parts.vae.load_state_dict(first.average.state_dict())
-    parts.vae.eval().requires_grad_(requires_grad=False)
-    training_.settle(parts.vae)
-
-    second = training_.denoiser(parts, tokenizer)
-    if not training.train(second, folder, log, pace):
-        return None
     file = folder / f"{training_.name}.safetensors"
-    state = training_.original(second.parts(), folder / f"{training_.name}-folder")
-    losses = {stage.name: training.loss_reached(folder, stage.name) for stage in (first, second)}
-    convert.write(file, state, _metadata(training_, losses, command))
+    metadata = _metadata(training_, command)
+    if isinstance(training_, TrainingTwice):
+        first = file.with_stem(f"{file.stem}-first")
+        if not first.exists() and not _train(training_, first, tokenizer, log, pace, metadata):
+            return None
+        stage = training_.denoiser_again(first, config, tokenizer)
+        if not training.train(stage, folder, log, pace):
+            return None
+        with safetensors.safe_open(first, "np") as opened:
+            metadata = {**opened.metadata(), **metadata}
+        _write(training_, file, stage.parts(), metadata, [stage])
+    elif not _train(training_, file, tokenizer, log, pace, metadata):
+        return None
     log(f"{file}: {file.stat().st_size} bytes, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")
     return file
 
@@ -103,8 +115,48 @@ def pace(save: float, minutes: float | None) -> Pace:
     return Pace(save, time.monotonic() + 60 * minutes if minutes else float("inf"))
 
 
-def _metadata(training_: Training, losses: dict[str, float], command: str) -> dict[str, str]:
-    """What the file says of itself; its hash comes with it."""
+def _train(
+    training_: Training,
+    file: Path,
+    tokenizer: CLIPTokenizer,
+    log: Callable[[str], None],
+    pace: Pace,
+    metadata: Mapping[str, str],
+) -> bool:
+    """Train all models from random weights, and write the file unless the time was up before."""
+    parts = training_.build()
+    coder = vae.Autoencoder(parts.vae, training_.vae, training_.draw, training_.geometry.native, training_.seed)
+    if not training.train(coder, file.parent, log, pace):
+        return False
+    parts.vae.load_state_dict(coder.average.state_dict())
+    parts.vae.eval().requires_grad_(requires_grad=False)
+    training_.settle(parts.vae)
+    denoiser = training_.denoiser(parts, tokenizer)
+    if not training.train(denoiser, file.parent, log, pace):
+        return False
+    _write(training_, file, denoiser.parts(), metadata, [coder, denoiser])
+    return True
+
+
+def _write(
+    training_: Training, file: Path, parts: Models, metadata: Mapping[str, str], stages: Sequence[Stage]
+) -> None:
+    """Write a file of the models, whose header has the steps and losses of these stages."""
+    state = training_.original(parts, file.with_name(f"{training_.name}-folder"))
+    losses = {stage.name: training.loss_reached(file.parent, stage.name) for stage in stages}
+    convert.write(
+        file,
+        state,
+        {
+            **metadata,
+            **{f"crdiff.demo.loss.{name}": f"{loss:.4f}" for name, loss in losses.items()},
+            **{f"crdiff.demo.steps.{stage.name}": str(stage.schedule.steps) for stage in stages},
+        },
+    )
+
+
+def _metadata(training_: Training, command: str) -> dict[str, str]:
+    """What the file says of itself; losses, steps and its hash come with them."""
     native = training_.geometry.native
     return {
         "crdiff.demo": "a miniature trained on rendered scenes, for trying the tool",
@@ -112,8 +164,6 @@ def _metadata(training_: Training, losses: dict[str, float], command: str) -> di
         "crdiff.demo.seed": str(training_.seed),
         "crdiff.demo.threads": str(training_.threads),
         "crdiff.demo.torch": torch.__version__,
-        **{f"crdiff.demo.loss.{name}": f"{loss:.4f}" for name, loss in losses.items()},
-        **{f"crdiff.demo.steps.{name}": str(getattr(training_, name).steps) for name in losses},
         "format": "pt",
         "modelspec.implementation": "sgm",
         "modelspec.prediction_type": "v",
