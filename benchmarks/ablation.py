@@ -6,16 +6,14 @@ uniform ratios compared with block-wise ones; random weights as the control. Wri
 docs/ablation.md, and `ablation.png`. Finished results stay in OUT, so an interrupted run goes on where it stopped.
 """
 
-import argparse
 import json
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import study
+from study import RATIO, SEARCHED, STARTING, WEIGHT, Call, Comparison
 
 SIZES = ("48x48", "80x80", "96x64")
 # Criteria that are searched, too, each with as many trials.
@@ -29,8 +27,6 @@ CALIBRATED = ("wanda", "taylor", "obs", "adverse")
 COIN = "adverse:form=coin"  # needs no calibration
 # Together these need every statistic.
 WITH_ALL = ("wanda", "taylor", "taylor:form=abs", "obs", "adverse:form=second")
-RATIO, WEIGHT = 0.3, 1.5  # where the search of the paper's public code begins, and its POA weight
-STARTING, SEARCHED = "starting", "searched"
 PLAIN = "magnitude"
 SHOWN = (-0.2, 0.15)  # the plot's range: worse differences look alike
 
@@ -40,17 +36,9 @@ def needs(criterion: str) -> bool:
     return criterion.partition(":")[0] in CALIBRATED and criterion != COIN
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The folder of the results, and how pictures are drawn."""
-
-    out: Path
-    device: str
-    dtype: str
-    batch: int
-    trials: int
-    prompts: int
-    held_out: int
+@dataclass(frozen=True)
+class Settings(study.Settings):
+    """The files of the results, and how they come about."""
 
     @property
     def start(self) -> Path:
@@ -101,12 +89,9 @@ def search(settings: Settings, size: str, criterion: str) -> str:
         ),
         Silent(),
     )  # fmt: skip
-    trials = [t for t in result.trials if t.value is not None and not t.candidate.dense and t.scores]
-    # The best of those that prune: the dense model is what every row is compared with.
-    best = max((t for t in trials if t.state == "complete"), key=lambda trial: trial.value or 0.0)
-    ratios, dense = best.candidate.by_group, result.dense.value
-    path.write_text(json.dumps({"ratios": ratios, "score": best.value, "dense": dense}))
-    return f"{path.name}: {ratios}, {best.value:.4f} (dense {dense:.4f})"
+    found = study.best_pruned(result)
+    path.write_text(json.dumps(found))
+    return f"{path.name}: {found}"
 
 
 def measure(settings: Settings, size: str, criterion: str, which: str) -> str:
@@ -130,50 +115,17 @@ def measure(settings: Settings, size: str, criterion: str, which: str) -> str:
             batch=settings.batch, device=settings.device, dtype=settings.dtype,
         )
     )  # fmt: skip
-    models = [finding.model for finding in evaluation.findings]
-    record = {
-        "ratios": evaluation.subjects[0].ratios, "pairs": len(evaluation.job.pairs),
-        "scores": {model.name: model.values for model in models},
-        "right": {f.model.name: f.right and f.right.value for f in evaluation.findings},
-        "facts": evaluation.facts,
-    }  # fmt: skip
-    path.write_text(json.dumps(record))
-    means = ", ".join(f"{f.model.name} {f.mean.value:.4f}" for f in evaluation.findings)
-    return f"{path.name}: {means}"
+    path.write_text(json.dumps(study.record(evaluation)))
+    return f"{path.name}: {study.means(evaluation)}"
 
 
-def begin(settings: Settings) -> None:
-    """Write the settings into the folder, or refuse a folder with results of other settings."""
-    import search_demo
-
-    from crdiff_export.models import recipe_toml
-
-    text = json.dumps({key: getattr(settings, key) for key in ("dtype", "trials", "prompts", "held_out")})
-    path = settings.out / "settings.json"
-    if path.exists() and path.read_text() != text:
-        raise SystemExit(f"{path}: of other settings; give another folder")
-    path.write_text(text)
-    settings.start.write_text(recipe_toml.dump(search_demo.start()))
-
-
-def each(settings: Settings, jobs: int) -> None:
-    """Calibrate, search and measure everything, as many at once as there are jobs."""
-    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_quiet) as pool:
-
-        def finish(work: Callable[..., str], arguments: Iterable[tuple[str, ...]]) -> None:
-            for future in as_completed([pool.submit(work, settings, *words) for words in arguments]):
-                print(future.result(), flush=True)
-
-        finish(calibrate, [(size,) for size in SIZES])
-        starting = [criterion for criterion in (*MAIN, *OTHERS) if criterion != "uniform"]
-        finish(measure, [(size, criterion, STARTING) for criterion in starting for size in SIZES])
-        finish(search, [(size, criterion) for criterion in MAIN for size in SIZES])
-        finish(measure, [(size, criterion, SEARCHED) for criterion in (*MAIN, "uniform") for size in SIZES])
-
-
-def _quiet() -> None:
-    os.environ["TQDM_DISABLE"] = "1"
-    warnings.simplefilter("ignore")
+def parts(settings: Settings) -> Iterator[Iterable[Call]]:
+    """Yield everything that is to be done: calibrations, starting ratios, searches, searched ratios."""
+    starting = [criterion for criterion in (*MAIN, *OTHERS) if criterion != "uniform"]
+    yield [(calibrate, (settings, size)) for size in SIZES]
+    yield [(measure, (settings, size, criterion, STARTING)) for criterion in starting for size in SIZES]
+    yield [(search, (settings, size, criterion)) for criterion in MAIN for size in SIZES]
+    yield [(measure, (settings, size, each, SEARCHED)) for each in (*MAIN, "uniform") for size in SIZES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,23 +138,16 @@ class AblationRow:
     model: str
     score: float
     right: float
-    low: float
-    high: float
-    difference: float
-    verdict: str
-    to_magnitude: tuple[float, float, float, str] | None
+    to_dense: Comparison
+    to_magnitude: Comparison | None
 
 
 def rows(settings: Settings) -> Iterator[AblationRow]:
     """Yield every row of the table."""
-    from crdiff_export.evaluate import statistics
 
     def read(size: str, criterion: str, which: str) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(settings.result(size, criterion, which).read_text())
         return record
-
-    def grid(scores: list[float]) -> list[list[float]]:
-        return [[score] for score in scores]
 
     for size in SIZES:
         starting = [criterion for criterion in (*MAIN, *OTHERS) if criterion != "uniform"]
@@ -213,17 +158,14 @@ def rows(settings: Settings) -> Iterator[AblationRow]:
                     print(f"missing: {settings.result(size, criterion, which).name}")
                     continue
                 record = read(size, criterion, which)
-                dense = grid(record["scores"]["dense"])
+                # Pictures of another device or dtype cannot be paired.
+                alike = criterion != PLAIN and dict(record["facts"])["drawn on"] == dict(plain["facts"])["drawn on"]
                 for model in ("pruned", f"POA {WEIGHT:g}"):
-                    scores = grid(record["scores"][model])
-                    to_dense = statistics.difference(scores, dense)
-                    to_plain = statistics.difference(scores, grid(plain["scores"][model]))
-                    # Pictures of another device or dtype cannot be paired.
-                    alike = criterion != PLAIN and dict(record["facts"])["drawn on"] == dict(plain["facts"])["drawn on"]
+                    scores = record["scores"][model]
                     yield AblationRow(
-                        size, criterion, which, model, statistics.mean(scores).value, record["right"][model],
-                        to_dense.low, to_dense.high, to_dense.value, to_dense.verdict,
-                        (to_plain.value, to_plain.low, to_plain.high, to_plain.verdict) if alike else None,
+                        size, criterion, which, model, sum(scores) / len(scores), record["right"][model],
+                        study.compare(scores, record["scores"]["dense"]),
+                        study.compare(scores, plain["scores"][model]) if alike else None,
                     )  # fmt: skip
 
 
@@ -233,73 +175,37 @@ def table(table_rows: list[AblationRow]) -> str:
         "| size | ratios | criterion | model | score | right | minus dense (95 %) | | minus magnitude (95 %) | |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    short = {"no difference shown": ""}
     for row in table_rows:
-        to_dense = f"{row.difference:+.3f} ({row.low:+.3f} to {row.high:+.3f})"
-        verdict = short.get(row.verdict, f"**{row.verdict}**")
-        to_magnitude = ["", ""]
-        if row.to_magnitude:
-            value, low, high, shown = row.to_magnitude
-            to_magnitude = [f"{value:+.3f} ({low:+.3f} to {high:+.3f})", short.get(shown, f"**{shown}**")]
+        to_magnitude = [str(row.to_magnitude), row.to_magnitude.mark] if row.to_magnitude else ["", ""]
         cells = [
-            row.size, row.which, f"`{row.criterion}`", row.model, f"{row.score:.3f}", f"{row.right:.0%}", to_dense,
-            verdict, *to_magnitude,
+            row.size, row.which, f"`{row.criterion}`", row.model, f"{row.score:.3f}", f"{row.right:.0%}",
+            str(row.to_dense), row.to_dense.mark, *to_magnitude,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(table_rows: list[AblationRow], path: Path) -> None:
-    """Plot differences to the dense model with their intervals, a panel for each size; arrows mark worse ones."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, len(SIZES), figsize=(4.2 * len(SIZES), 9), sharey=True, layout="constrained")
-    names = list(dict.fromkeys((row.which, row.criterion) for row in table_rows))
-    for panel, size in zip(panels, SIZES, strict=True):
-        for shift, (model, colour) in enumerate((("pruned", "#0072B2"), (f"POA {WEIGHT:g}", "#D55E00"))):
-            points = [row for row in table_rows if row.size == size and row.model == model]
-            heights = [names.index((row.which, row.criterion)) + 0.3 * shift - 0.15 for row in points]
-            values = [row.difference for row in points]
-            spread = [[row.difference - row.low for row in points], [row.high - row.difference for row in points]]
-            panel.errorbar(values, heights, xerr=spread, fmt="o", ms=4, lw=1.2, color=colour, label=model)
-            off = [height for height, value in zip(heights, values, strict=True) if value < SHOWN[0]]
-            panel.plot([SHOWN[0]] * len(off), off, "<", ms=7, color=colour, clip_on=False)
-        panel.axvline(0, color="0.4", lw=0.8)
-        panel.set_xlim(*SHOWN)
-        panel.set_title(size)
-        panel.set_xlabel("score minus dense, 95 %")
-        panel.grid(axis="x", color="0.9")
-    panels[0].set_yticks(range(len(names)), [f"{criterion} ({which})" for which, criterion in names])
-    panels[0].invert_yaxis()
-    panels[0].legend(loc="lower left")
-    figure.savefig(path, dpi=110)
+def points(table_rows: list[AblationRow]) -> Iterator[study.Point]:
+    """Yield differences to the dense model for the plot."""
+    for row in table_rows:
+        yield study.Point(row.size, f"{row.criterion} ({row.which})", row.model, row.to_dense)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="fp32")
-    parser.add_argument("--batch", type=int, default=81)
-    parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--prompts", type=int, default=84, help="of the search")
-    parser.add_argument("--held-out", type=int, default=162)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="only write the table and the plot again")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    settings = Settings(args.out, args.device, args.dtype, args.batch, args.trials, args.prompts, args.held_out)
-    if not args.report:
-        begin(settings)
-        each(settings, args.jobs)
+    import search_demo
+
+    from crdiff_export.models import recipe_toml
+
+    settings, report_only = study.parse(Settings, __doc__, batch=81, trials=16, prompts=84, held_out=162)
+    if not report_only:
+        settings.begin()
+        settings.start.write_text(recipe_toml.dump(search_demo.start()))
+        study.run(parts(settings), settings.jobs)
     table_rows = list(rows(settings))
-    (args.out / "ablation.json").write_text(json.dumps([asdict(row) for row in table_rows]))
-    (args.out / "ablation.md").write_text(table(table_rows) + "\n")
-    plot(table_rows, args.out / "ablation.png")
-    print(f"{args.out / 'ablation.md'}\n{args.out / 'ablation.png'}")
+    (settings.out / "ablation.json").write_text(json.dumps([asdict(row) for row in table_rows]))
+    (settings.out / "ablation.md").write_text(table(table_rows) + "\n")
+    study.plot(list(points(table_rows)), settings.out / "ablation.png", height=9, shown=SHOWN)
+    print(f"{settings.out / 'ablation.md'}\n{settings.out / 'ablation.png'}")
 
 
 if __name__ == "__main__":

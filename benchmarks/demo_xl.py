@@ -7,25 +7,22 @@ Writes `demo-xl.md`, the tables of docs/demo-xl.md, and `demo-xl.png`. Finished 
 interrupted run goes on where it was.
 """
 
-import argparse
 import json
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import study
+from study import RATIO, SEARCHED, STARTING, WEIGHT, Call, Comparison
 
 BASE = "demo-xl"
 SIZES = ("64x64", "56x72", "48x72", "96x96", "128x128", "160x160", "96x160")
 # Sizes with more or fewer pixels than the native one. The last part of the training had the others.
 SEARCHED_SIZES = ("64x64", "56x72", "48x72", "96x96", "160x160")
 TRUE, TOLD_NATIVE = "drawn", "native"
-STARTING, SEARCHED = "starting", "searched"
 MAGNITUDE, ADVERSE, RANDOM = "magnitude", "adverse", "random"
-RATIO, WEIGHT = 0.3, 1.5  # where the search of the paper's public code begins, and its POA weight
+SHOWN = (-0.25, 0.25)  # the plot's range
 AGAIN = 10_000  # the first seed of the second noise
 
 
@@ -51,17 +48,9 @@ class Arm:
         return (self.told, self.criterion, self.ratios) == (TRUE, MAGNITUDE, STARTING)
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The folder of the results, and how pictures are drawn and searches run."""
-
-    out: Path
-    device: str
-    dtype: str
-    batch: int
-    trials: int
-    prompts: int
-    held_out: int
+@dataclass(frozen=True)
+class Settings(study.Settings):
+    """The files of the results, and how they come about."""
 
     def ratios(self, size: str, told: str) -> Path:
         """The result of a search."""
@@ -126,13 +115,7 @@ def search(settings: Settings, size: str, told: str) -> str:
             force=True,
         )
     )  # fmt: skip
-    trials = [t for t in result.trials if t.value is not None and not t.candidate.dense and t.scores]
-    # The best of those that prune, even where the dense model is better.
-    best = max((t for t in trials if t.state == "complete"), key=lambda trial: trial.value or 0.0)
-    record = {
-        "ratios": best.candidate.by_group, "score": best.value, "dense": result.dense.value,
-        "trials": len(result.trials), "conclusion": conclusion(result),
-    }  # fmt: skip
+    record = {**study.best_pruned(result), "trials": len(result.trials), "conclusion": conclusion(result)}
     path.write_text(json.dumps(record))
     return f"{path.name}: {record}"
 
@@ -158,41 +141,18 @@ def measure(settings: Settings, arm: Arm) -> str:
             beside=("native-size", "two-pass") if arm.is_plain else (), device=settings.device, dtype=settings.dtype,
         )
     )  # fmt: skip
-    models = [finding.model for finding in evaluation.findings]
-    record = {
-        "ratios": evaluation.subjects[0].ratios, "pairs": len(evaluation.job.pairs),
-        "scores": {model.name: model.values for model in models},
-        "right": {finding.model.name: finding.right and finding.right.value for finding in evaluation.findings},
-        "seconds": {model.name: model.seconds for model in models}, "facts": evaluation.facts,
-    }  # fmt: skip
-    path.write_text(json.dumps(record))
-    means = ", ".join(f"{finding.model.name} {finding.mean.value:.4f}" for finding in evaluation.findings)
-    return f"{path.name}: {means}"
+    path.write_text(json.dumps(study.record(evaluation)))
+    return f"{path.name}: {study.means(evaluation)}"
 
 
-def begin(settings: Settings) -> None:
-    """Write the settings into the folder, or refuse a folder with results of other settings."""
-    text = json.dumps({key: getattr(settings, key) for key in ("dtype", "trials", "prompts", "held_out")})
-    path = settings.out / "settings.json"
-    if path.exists() and path.read_text() != text:
-        raise SystemExit(f"{path}: of other settings; give another folder")
-    path.write_text(text)
-
-
-def each(settings: Settings, jobs: int) -> None:
-    """Calibrate, search and measure everything, as many at once as there are jobs."""
-    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_quiet) as pool:
-
-        def finish(work: Callable[..., str], arguments: Iterable[tuple[Any, ...]]) -> None:
-            for future in as_completed([pool.submit(work, settings, *words) for words in arguments]):
-                print(future.result(), flush=True)
-
-        starting = [arm for arm in arms() if arm.ratios == STARTING and arm.criterion != ADVERSE]
-        finish(measure, [(arm,) for arm in starting])
-        finish(search, [(size, told) for told in (TRUE, TOLD_NATIVE) for size in SEARCHED_SIZES])
-        finish(calibrate, [(size,) for size in SIZES])
-        finish(measure, [(arm,) for arm in arms()])
-        finish(measure, [(arm,) for arm in again(settings)])
+def parts(settings: Settings) -> Iterator[Iterable[Call]]:
+    """Yield everything that is to be done: starting ratios, searches, calibrations, the rest, and other noise."""
+    starting = [arm for arm in arms() if arm.ratios == STARTING and arm.criterion != ADVERSE]
+    yield [(measure, (settings, arm)) for arm in starting]
+    yield [(search, (settings, size, told)) for told in (TRUE, TOLD_NATIVE) for size in SEARCHED_SIZES]
+    yield [(calibrate, (settings, size)) for size in SIZES]
+    yield [(measure, (settings, arm)) for arm in arms()]
+    yield [(measure, (settings, arm)) for arm in again(settings)]
 
 
 def again(settings: Settings) -> Iterator[Arm]:
@@ -201,25 +161,6 @@ def again(settings: Settings) -> Iterator[Arm]:
     for arm in arms():
         if (arm.size, arm.told, arm.criterion, arm.ratios) in better:
             yield Arm(arm.size, arm.told, arm.criterion, arm.ratios, AGAIN)
-
-
-def _quiet() -> None:
-    os.environ["TQDM_DISABLE"] = "1"
-    warnings.simplefilter("ignore")
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """A paired difference of scores with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    verdict: str
-
-    def __str__(self) -> str:
-        """Return the numbers for a table."""
-        return f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,16 +198,9 @@ def rows(settings: Settings, seed: int) -> Iterator[ResultRow]:
                 continue
             yield ResultRow(
                 arm.size, arm.told, arm.criterion, arm.ratios, model, sum(scores) / len(scores), record["right"][model],
-                _compare(scores, record["scores"]["dense"]) if model != "dense" else None,
-                _compare(scores, dense) if dense and arm.told != TRUE else None,
+                study.compare(scores, record["scores"]["dense"]) if model != "dense" else None,
+                study.compare(scores, dense) if dense and arm.told != TRUE else None,
             )  # fmt: skip
-
-
-def _compare(scores: list[float], others: list[float]) -> Comparison:
-    from crdiff_export.evaluate import statistics
-
-    estimate = statistics.difference([[score] for score in scores], [[score] for score in others])
-    return Comparison(estimate.value, estimate.low, estimate.high, estimate.verdict)
 
 
 def table(result_rows: Iterable[ResultRow]) -> str:
@@ -275,14 +209,12 @@ def table(result_rows: Iterable[ResultRow]) -> str:
         "| size | told | model | score | right | minus dense told the same (95 %) | | minus dense told its size |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    short = {"no difference shown": "", "": ""}
     for row in result_rows:
         criterion = "" if row.criterion == MAGNITUDE else f" by {row.criterion}"
         ratios = "" if row.model in ("dense", "native-size", "two-pass") else f"{criterion}, {row.ratios} ratios"
-        verdict = short.get(row.verdict, f"**{row.verdict}**")
         cells = [
             row.size, row.told, row.model + ratios, f"{row.score:.3f}", f"{row.right:.0%}",
-            str(row.to_own_dense or ""), verdict, str(row.to_dense or ""),
+            str(row.to_own_dense or ""), row.to_own_dense.mark if row.to_own_dense else "", str(row.to_dense or ""),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -303,58 +235,28 @@ def searches(settings: Settings) -> str:
     return "\n".join(lines)
 
 
-def plot(result_rows: list[ResultRow], path: Path) -> None:
-    """Plot every model's score minus that of the dense model told the size drawn, a panel for each size."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, len(SIZES), figsize=(3.2 * len(SIZES), 7), sharey=True, layout="constrained")
-    names: dict[str, None] = {}
-    for panel, size in zip(panels, SIZES, strict=True):
-        for row in (row for row in result_rows if row.size == size and row.model != "dense"):
-            difference = row.to_dense or row.to_own_dense
-            assert difference
+def points(result_rows: list[ResultRow]) -> Iterator[study.Point]:
+    """Yield differences to the dense model that is told the size drawn, for the plot."""
+    for row in result_rows:
+        difference = row.to_dense or row.to_own_dense
+        if difference:
             detail = "" if row.model in ("native-size", "two-pass") else f" {row.criterion}, {row.ratios}"
-            name = f"{row.model}{detail}" + (", told native" if row.told == TOLD_NATIVE else "")
-            names.setdefault(name)
-            height = list(names).index(name)
-            spread = [[difference.value - difference.low], [difference.high - difference.value]]
-            colour = "#D55E00" if "native" in name else "#0072B2"
-            panel.errorbar([difference.value], [height], xerr=spread, fmt="o", ms=4, lw=1.2, color=colour)
-        panel.axvline(0, color="0.4", lw=0.8)
-        panel.set_title(size)
-        panel.set_xlabel("score minus dense, 95 %")
-        panel.grid(axis="x", color="0.9")
-    panels[0].set_yticks(range(len(names)), list(names))
-    panels[0].invert_yaxis()
-    figure.savefig(path, dpi=110)
+            told_native = row.told == TOLD_NATIVE or row.model == "native-size"
+            told = "told its native size" if told_native else "told the size drawn"
+            yield study.Point(row.size, f"{row.model}{detail}", told, difference)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="fp32")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--trials", type=int, default=24)
-    parser.add_argument("--prompts", type=int, default=64, help="of a search")
-    parser.add_argument("--held-out", type=int, default=128)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="only write the tables and the plot again")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    settings = Settings(args.out, args.device, args.dtype, args.batch, args.trials, args.prompts, args.held_out)
-    if not args.report:
-        begin(settings)
-        each(settings, args.jobs)
+    settings, report_only = study.parse(Settings, __doc__, batch=32, trials=24, prompts=64, held_out=128)
+    if not report_only:
+        settings.begin()
+        study.run(parts(settings), settings.jobs)
     first, second = list(rows(settings, 0)), list(rows(settings, AGAIN))
-    (args.out / "demo-xl.json").write_text(json.dumps([asdict(row) for row in (*first, *second)]))
+    (settings.out / "demo-xl.json").write_text(json.dumps([asdict(row) for row in (*first, *second)]))
     text = f"{table(first)}\n\nFrom other noise:\n\n{table(second)}\n\n{searches(settings)}\n"
-    (args.out / "demo-xl.md").write_text(text)
-    plot(first, args.out / "demo-xl.png")
-    print(f"{args.out / 'demo-xl.md'}\n{args.out / 'demo-xl.png'}")
+    (settings.out / "demo-xl.md").write_text(text)
+    study.plot(list(points(first)), settings.out / "demo-xl.png", height=7, shown=SHOWN)
+    print(f"{settings.out / 'demo-xl.md'}\n{settings.out / 'demo-xl.png'}")
 
 
 if __name__ == "__main__":
