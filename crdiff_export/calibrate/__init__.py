@@ -36,7 +36,7 @@ class CalibrateRequest(DrawingRequest):
         size: The target size in pixels.
         criteria: The criteria whose statistics are needed.
         output: The file to write; by default STEM-WxH-calibration.safetensors in the current folder.
-        prompts: What to draw; for the demo model scenes by default.
+        prompts: What to draw; for the demo models scenes by default.
         limit: The number of prompts to use.
         pictures: Pictures of each prompt; their seeds count up from `seed`.
         seed: The first seed.

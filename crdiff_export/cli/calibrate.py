@@ -34,10 +34,10 @@ from crdiff_export.formats.text import amount
            click.IntRange(1, 10_000), "samples", default=4, show_default=True),
 )  # fmt: skip
 @drawing.prompt_options(
-    "Prompts to draw, one a line. Default for the demo model: 16 scenes that it was never shown.",
+    "Prompts to draw, one a line. Default for the demo models: 16 scenes that they were never shown.",
     options.prompt,
     drawing.pictures,
-    limit=" Default for demo: 16.",
+    limit=" Default for the demo models: 16.",
 )
 @drawing.options
 @option_group("Drawing", drawing.batch, options.rehash)

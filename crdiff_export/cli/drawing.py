@@ -21,7 +21,7 @@ beside = option("--beside WHAT", "Draw something else beside the models: native-
 scorer_options = option_group(
     "Scoring",
     option("--scorer NAME|module:function|command:…", "What says how good a picture is, or a sum such as "
-           "0.5*clip-score+0.5*aesthetic. Default for demo: its judge."),
+           "0.5*clip-score+0.5*aesthetic. Default for the demo models: their judge."),
     option("--scorer-device", "Where to score. Default: where pictures are drawn.", DEVICE),
 )  # fmt: skip
 options = option_group(

@@ -44,14 +44,14 @@ if TYPE_CHECKING:
 @options.base_argument
 @option_group("Size", option("--res", "The size to find ratios for.", options.SIZE, "size", required=True))
 @drawing.prompt_options(
-    "Prompts to search by, one a line. Default for the demo model: scenes that it was never shown.",
+    "Prompts to search by, one a line. Default for the demo models: scenes that they were never shown.",
     options.prompts_file("--held-out FILE", "Prompts for the check, one a line, none of --prompts. Default: the last "
                          "third of those; demo: other scenes.", "held_out"),
     option("--prompt TEXT", "Search for this prompt alone, by many pictures of it."),
     option("--held-out-limit N", "Only the first N prompts of the check.", options.COUNT),
     option("--pictures N", "Pictures of each prompt, each from its own noise. Default: 1; with --prompt 16, and as "
            "many in the check.", click.IntRange(1, 10_000)),
-    limit=" Default for demo: 32.",
+    limit=" Default for the demo models: 32.",
     seed="noise",
 )  # fmt: skip
 @option_group(

@@ -1,4 +1,4 @@
-"""What is known about models: families, recipes and the built-in demo model.
+"""What is known about models: families, recipes and the built-in demo models.
 
 This exports the records of recipes; `recipe_files` loads them, `recipe_toml` reads and writes their text. `families`
 and `demo` are packages of their own, which are imported when they are needed.

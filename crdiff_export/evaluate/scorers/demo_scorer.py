@@ -62,7 +62,7 @@ COVER: Final = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # of the s
 
 
 class DemoScorer:
-    """Scores the demo model's pictures; its parts are those that the scene has, and `right`, which is 1 or 0."""
+    """Scores the demo models' pictures; its parts are those that the scene has, and `right`, which is 1 or 0."""
 
     name = "demo"
 
