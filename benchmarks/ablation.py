@@ -194,11 +194,11 @@ def points(table_rows: list[AblationRow]) -> Iterator[study.Point]:
 def main() -> None:
     import search_demo
 
-    from crdiff_export.models import recipe_toml
+    from crdiff_export.models import demo, recipe_toml
 
     settings, report_only = study.parse(Settings, __doc__, batch=81, trials=16, prompts=84, held_out=162)
     if not report_only:
-        settings.begin()
+        settings.begin(demo.path())
         settings.start.write_text(recipe_toml.dump(search_demo.start()))
         study.run(parts(settings), settings.jobs)
     table_rows = list(rows(settings))

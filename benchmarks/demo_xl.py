@@ -247,9 +247,11 @@ def points(result_rows: list[ResultRow]) -> Iterator[study.Point]:
 
 
 def main() -> None:
+    from crdiff_export.models import demo
+
     settings, report_only = study.parse(Settings, __doc__, batch=32, trials=24, prompts=64, held_out=128)
     if not report_only:
-        settings.begin()
+        settings.begin(demo.path(BASE))
         study.run(parts(settings), settings.jobs)
     first, second = list(rows(settings, 0)), list(rows(settings, AGAIN))
     (settings.out / "demo-xl.json").write_text(json.dumps([asdict(row) for row in (*first, *second)]))

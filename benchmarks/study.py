@@ -1,6 +1,7 @@
 """What `ablation.py` and `demo_xl.py` share: one model drawn in many ways, every result in a file of its own."""
 
 import argparse
+import hashlib
 import json
 import os
 import warnings
@@ -30,12 +31,13 @@ class Settings:
     held_out: int
     jobs: int
 
-    def begin(self) -> None:
-        """Write what results depend on into the folder, or refuse a folder with results of other settings."""
-        text = json.dumps({key: getattr(self, key) for key in ("dtype", "trials", "prompts", "held_out")})
+    def begin(self, base: Path) -> None:
+        """Write what results depend on into the folder, or refuse a folder of other settings or another base."""
+        settings = {key: getattr(self, key) for key in ("dtype", "trials", "prompts", "held_out")}
+        text = json.dumps({**settings, "base": hashlib.sha256(base.read_bytes()).hexdigest()})
         path = self.out / "settings.json"
         if path.exists() and path.read_text() != text:
-            raise SystemExit(f"{path}: of other settings; give another folder")
+            raise SystemExit(f"{path}: of other settings or another base; give another folder")
         path.write_text(text)
 
 
@@ -150,7 +152,10 @@ def plot(points: Sequence[Point], path: Path, height: float, shown: tuple[float,
     names, lines, series = (
         list(dict.fromkeys(getattr(point, key) for point in points)) for key in ("panel", "line", "series")
     )
-    figure, panels = plt.subplots(1, len(names), figsize=(3.4 * len(names), height), sharey=True, layout="constrained")
+    figure, grid = plt.subplots(
+        1, len(names), figsize=(3.4 * len(names), height), sharey=True, squeeze=False, layout="constrained"
+    )
+    panels = grid[0]
     for panel, name in zip(panels, names, strict=True):
         for point in (point for point in points if point.panel == name):
             number, found = series.index(point.series), point.comparison
