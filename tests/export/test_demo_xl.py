@@ -63,7 +63,7 @@ def test_the_file_verifies_and_is_described(baked: Path, crdiff: Crdiff) -> None
     assert facts["crdiff"]["prediction"] == "v-zsnr"
     card = crdiff("card", baked)
     assert card.code == 0
-    assert "demo-xl" in card.out
+    assert "`crdiff preview demo-xl`" in card.out
 
 
 def test_there_and_back_in_the_other_layout(here: Path, crdiff: Crdiff) -> None:
