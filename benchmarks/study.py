@@ -141,8 +141,10 @@ class Point:
     comparison: Comparison
 
 
-def plot(points: Sequence[Point], path: Path, height: float, shown: tuple[float, float]) -> None:
-    """Plot differences with their intervals, a panel for each size; an arrow marks what is below the range shown."""
+def plot(
+    points: Sequence[Point], path: Path, height: float, shown: tuple[float, float], panel_width: float = 3.4
+) -> None:
+    """Plot differences with their intervals, a panel for each size; an arrow marks what is beyond the range shown."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -153,7 +155,7 @@ def plot(points: Sequence[Point], path: Path, height: float, shown: tuple[float,
         list(dict.fromkeys(getattr(point, key) for point in points)) for key in ("panel", "line", "series")
     )
     figure, grid = plt.subplots(
-        1, len(names), figsize=(3.4 * len(names), height), sharey=True, squeeze=False, layout="constrained"
+        1, len(names), figsize=(panel_width * len(names), height), sharey=True, squeeze=False, layout="constrained"
     )
     panels = grid[0]
     for panel, name in zip(panels, names, strict=True):
@@ -162,15 +164,20 @@ def plot(points: Sequence[Point], path: Path, height: float, shown: tuple[float,
             at = lines.index(point.line) + 0.5 * ((number + 0.5) / len(series) - 0.5)
             spread = [[found.value - found.low], [found.high - found.value]]
             panel.errorbar([found.value], [at], xerr=spread, fmt="o", ms=4, lw=1.2, color=COLOURS[number])
-            if found.value < shown[0]:
-                panel.plot([shown[0]], [at], "<", ms=7, color=COLOURS[number], clip_on=False)
+            for edge, marker, is_beyond in (
+                (shown[0], "<", found.value < shown[0]),
+                (shown[1], ">", found.value > shown[1]),
+            ):
+                if is_beyond:
+                    panel.plot([edge], [at], marker, ms=7, color=COLOURS[number], clip_on=False)
         panel.axvline(0, color="0.4", lw=0.8)
         panel.set_xlim(*shown)
         panel.set_title(name)
-        panel.set_xlabel("score minus dense, 95 %")
         panel.grid(axis="x", color="0.9")
     panels[0].set_yticks(range(len(lines)), lines)
     panels[0].invert_yaxis()
     handles = [Line2D([], [], marker="o", lw=1.2, color=colour) for colour in COLOURS[: len(series)]]
-    figure.legend(handles, series, loc="outside lower center", ncols=len(series), frameon=False)
+    figure.legend(
+        handles, series, loc="outside lower center", ncols=len(series), frameon=False, title="score minus dense, 95 %"
+    )
     figure.savefig(path, dpi=110)
