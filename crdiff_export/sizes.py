@@ -39,6 +39,19 @@ class Size:
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
 
+    @property
+    def pixels(self) -> int:
+        """How many pixels it has."""
+        return self.width * self.height
+
+    def is_far_below(self, other: "Size") -> bool:
+        """Whether it has at most 0.6 times the pixels of another size, a bound of our own."""
+        return 5 * self.pixels <= 3 * other.pixels
+
+    def is_far_above(self, other: "Size") -> bool:
+        """Whether it has at least 1.5 times the pixels of another size, a bound of our own."""
+        return 2 * self.pixels >= 3 * other.pixels
+
 
 def check_grid(target: Size, grid: int, title: str) -> None:
     """Refuse a size that the model's latents cannot have.

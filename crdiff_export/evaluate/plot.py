@@ -134,7 +134,7 @@ def _points(findings: Sequence[Finding]) -> list[PlotPoint]:
 def _order(subject: Subject) -> tuple[bool, int, float]:
     """Sort from small to large by area, wide before tall; a check of the native size comes last."""
     size = subject.size
-    return subject.is_native_check, size.width * size.height, -size.width / size.height
+    return subject.is_native_check, size.pixels, -size.width / size.height
 
 
 def _label(evaluation: Evaluation, subject: Subject) -> str:

@@ -135,7 +135,7 @@ def choose(recipe: Recipe, target: Size, prompt: str | None = None) -> Choice:
 
 def _far(size: Size, target: Size) -> str | None:
     """Say by how much the area or the aspect of a target size differs, if by more than FAR."""
-    area = (target.width * target.height) / (size.width * size.height)
+    area = target.pixels / size.pixels
     aspect = (target.width / target.height) / (size.width / size.height)
     if max(area, 1 / area) > FAR:
         return f"{target} has {area:.3g} times the area"
@@ -176,7 +176,7 @@ def nearest_size(sizes: Iterable[Size], target: Size) -> Size | None:
 
 
 def _distance(size: Size, target: Size) -> float:
-    area = math.log(size.width * size.height) - math.log(target.width * target.height)
+    area = math.log(size.pixels) - math.log(target.pixels)
     aspect = math.log(size.width / size.height) - math.log(target.width / target.height)
     return round(math.hypot(area, aspect), 9)  # the last digits of a logarithm differ between platforms; ties must not
 

@@ -172,7 +172,7 @@ def is_native(size: Size, native: Size, family: Family) -> bool:
     Returns:
         Whether it counts as native.
     """
-    area = size.width * size.height / (native.width * native.height)
+    area = size.pixels / native.pixels
     aspect = size.width / size.height / (native.width / native.height)
     return max(area, 1 / area) <= _NEAR and max(aspect, 1 / aspect) <= (_BUCKET_ASPECT if family.buckets else _NEAR)
 

@@ -192,7 +192,7 @@ def _numbers(stamp: Stamp) -> Mapping[str, str]:
 def _rank(row: CardRow) -> tuple[str, int, int, str]:
     size = row.stamp.resolution
     path = row.file.path if row.file else row.packs[0].path
-    return row.stamp.family, size.width * size.height, size.width, path
+    return row.stamp.family, size.pixels, size.width, path
 
 
 def _text(value: object) -> str | None:
