@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 @drawing.prompt_options(
     "Prompts to search by, one a line. Default for the demo models: scenes that they were never shown.",
     options.prompts_file("--held-out FILE", "Prompts for the check, one a line, none of --prompts. Default: the last "
-                         "third of those; demo: other scenes.", "held_out"),
+                         "third of those; demo models: other scenes.", "held_out"),
     option("--prompt TEXT", "Search for this prompt alone, by many pictures of it."),
     option("--held-out-limit N", "Only the first N prompts of the check.", options.COUNT),
     option("--pictures N", "Pictures of each prompt, each from its own noise. Default: 1; with --prompt 16, and as "

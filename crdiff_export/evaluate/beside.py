@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +22,23 @@ from crdiff_export.sizes import Size
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from crdiff_export.models.families.model import Pipeline
     from crdiff_export.sampling.session import Session, Style
 
 Kind = Literal["native-size", "two-pass", "lora", "function"]
 NAMES: Final = "native-size, two-pass, lora:FILE or module:function"
 # Ours: half of the noise lets the second pass draw details anew and keeps what is where.
 STRENGTH: Final = 0.5
+# What was measured far from the native size: docs/demo.md and docs/demo-xl.md.
+RIVAL_NOTES: Final[Mapping[Kind, str]] = {
+    "native-size": "crdiff's small SDXL drew 160x160 better when told its native size, which is free, than pruned: "
+    "--beside native-size draws that, too",
+    "two-pass": "on crdiff's small demo models drawing at the native size and resizing scored far higher than pruning: "
+    "--beside two-pass draws that, too",
+}
+# Those that it was measured with, above the native size as well.
+_SDXL: Final = "StableDiffusionXLPipeline"
+_REFINED: Final = frozenset({"StableDiffusionPipeline", _SDXL})
 _ADAPTER: Final = "crdiff_beside"
 _RETURNED: Final = "Return as many PIL images as there are prompts."
 # Draws as `Session.draw` does.
@@ -60,7 +71,7 @@ class RivalSizes:
     @property
     def first_size(self) -> Size:
         """The size of the first pass: as many pixels as the native size, in the shape of the target size."""
-        scale = math.sqrt(self.native.width * self.native.height / (self.size.width * self.size.height))
+        scale = math.sqrt(self.native.pixels / self.size.pixels)
         width, height = (
             max(1, round(side * scale / self.grid)) * self.grid for side in (self.size.width, self.size.height)
         )
@@ -69,12 +80,12 @@ class RivalSizes:
     @property
     def is_native(self) -> bool:
         """Whether the target size has as many pixels as the native size."""
-        return self.native.width * self.native.height == self.size.width * self.size.height
+        return self.native.pixels == self.size.pixels
 
     @property
     def is_larger(self) -> bool:
         """Whether the target size has more pixels than the native size."""
-        return self.native.width * self.native.height < self.size.width * self.size.height
+        return self.native.pixels < self.size.pixels
 
 
 def parse(texts: Sequence[str]) -> tuple[Rival, ...]:
@@ -128,6 +139,25 @@ def check(rivals: Sequence[Rival], pipeline: str) -> None:
         raise OptionError(
             f"--beside native-size: {pipeline} is not told a size", "It is for SDXL; leave it out, or try two-pass."
         )
+
+
+def rival_notes(rivals: Sequence[Rival], sizes: Iterable[Size], native: Size, pipeline: "Pipeline") -> Iterator[str]:
+    """Yield a note for each rival that did better on the demo models at sizes like these, unless it is drawn.
+
+    Args:
+        rivals: What is drawn.
+        sizes: The sizes that are drawn.
+        native: The size that the base was trained for.
+        pipeline: How the base is opened.
+    """
+    kinds, sizes = {rival.kind for rival in rivals}, list(sizes)
+    is_above = any(size.is_far_above(native) for size in sizes)
+    is_below = any(size.is_far_below(native) for size in sizes)
+    is_told = pipelines.told_size(pipeline) == native or "native-size" in kinds
+    if is_above and pipeline.pipeline == _SDXL and not is_told:
+        yield RIVAL_NOTES["native-size"]
+    if (is_below or (is_above and pipeline.pipeline in _REFINED)) and "two-pass" not in kinds:
+        yield RIVAL_NOTES["two-pass"]
 
 
 def facts(rivals: Sequence[Rival], setting: RivalSizes) -> Iterator[tuple[str, str]]:

@@ -67,7 +67,8 @@ def prepare(request: EvaluateRequest) -> EvaluateJob:
     beside.check(rivals, drawing.opening.pipeline.pipeline)
     from crdiff_export.sampling import session
 
-    notes = [note for plan in plans for note in plan.notes]
+    rival_notes = beside.rival_notes(rivals, sizes, drawing.native, drawing.opening.pipeline)
+    notes = [*(note for plan in plans for note in plan.notes), *rival_notes]
     return EvaluateJob(
         request,
         drawing,

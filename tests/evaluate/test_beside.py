@@ -15,9 +15,19 @@ from crdiff_export import Size
 from crdiff_export.calibrate import CalibrateRequest, calibrate
 from crdiff_export.errors import OptionError, PreviewError, SearchError
 from crdiff_export.evaluate import EvaluateRequest, Subject, evaluate, plot, report_text
-from crdiff_export.evaluate.beside import STRENGTH, Rival, RivalSizes, check, parse, passes
+from crdiff_export.evaluate import prepare as prepare_evaluation
+from crdiff_export.evaluate.beside import (
+    RIVAL_NOTES,
+    STRENGTH,
+    Rival,
+    RivalSizes,
+    check,
+    parse,
+    passes,
+)
 from crdiff_export.evaluate.evidence import variant
 from crdiff_export.evaluate.preview import PreviewRequest, preview
+from crdiff_export.evaluate.preview import prepare as prepare_preview
 from crdiff_export.evaluate.results import ModelScores
 from crdiff_export.models import demo
 from crdiff_export.search import SearchRequest, tune
@@ -40,6 +50,38 @@ def columns(size: Size, here: Path, *beside: str, **options: Any) -> dict[str, b
 
 
 # --- two passes ---
+
+
+@pytest.mark.parametrize(
+    ("base", "sizes", "options", "offered"),
+    [
+        ("demo", [(48, 48)], {}, ["two-pass"]),
+        ("demo", [(64, 56), (96, 64)], {"beside": ("mine:draw",)}, ["two-pass"]),
+        ("demo", [(48, 48)], {"beside": ("two-pass",)}, []),
+        ("demo", [(64, 64), (128, 32), (56, 56), (88, 64)], {}, []),
+        ("demo-xl", [(64, 64)], {}, ["two-pass"]),
+        ("demo-xl", [(64, 64), (160, 160)], {}, ["native-size", "two-pass"]),
+        ("demo-xl", [(160, 160)], {"beside": ("native-size",)}, ["two-pass"]),
+        ("demo-xl", [(160, 160)], {"told_size": "native"}, ["two-pass"]),
+        ("demo-xl", [(160, 160)], {"told_size": Size(64, 64)}, ["native-size", "two-pass"]),
+        ("demo-xl", [(160, 160)], {"beside": ("native-size", "two-pass")}, []),
+        ("demo-xl", [(96, 160)], {}, []),
+    ],
+)
+def test_what_did_better_on_the_demo_models_is_named_far_from_the_native_size_unless_it_is_drawn(
+    base: str, sizes: list[tuple[int, int]], options: dict[str, Any], offered: list[str], here: Path
+) -> None:
+    (here / "mine.py").write_text("def draw(pipe, **call): ...")
+    evaluated = prepare_evaluation(EvaluateRequest(base, tuple(Size(*size) for size in sizes), **options))
+    previewed = prepare_preview(PreviewRequest(base, prompts=(PROMPT,), size=Size(*sizes[-1]), ratio=0.4, **options))
+    for job in (evaluated, previewed):
+        assert [kind for note in job.notes for kind, text in RIVAL_NOTES.items() if note == text] == offered
+
+
+@pytest.mark.parametrize(("sides", "far"), [((30, 20), "below"), ((31, 20), ""), ((74, 20), ""), ((75, 20), "above")])
+def test_what_is_far_from_a_size(sides: tuple[int, int], far: str) -> None:
+    size, other = Size(*sides), Size(50, 20)
+    assert (size.is_far_below(other), size.is_far_above(other)) == (far == "below", far == "above")
 
 
 def test_below_the_native_size_two_passes_draw_at_it_and_shrink(here: Path) -> None:

@@ -594,7 +594,32 @@ def test_commands_make_it_again() -> None:
         "0.2", "--up", "0.30000000000000004", "--targets", "ff", "--dtype", "bf16", "--residual", "embed",
         "-o", "a b.safetensors",
     ]  # fmt: skip
-    assert preview == ["crdiff", "preview", "my model's.ckpt", "--baked", "a b.safetensors", "--prompt", "TEXT"]
+    assert preview == [
+        "crdiff", "preview", "my model's.ckpt", "--baked", "a b.safetensors", "--beside", "two-pass",
+        "--prompt", "TEXT",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "offered"),
+    [
+        ([(1024, 1024), (512, 512)], {}, ["two-pass"]),
+        ([(1152, 896), (1024, 1024)], {}, []),
+        ([(1152, 896), (2048, 1024)], {}, ["native-size"]),
+        ([(512, 512), (2048, 1024)], {}, ["two-pass", "native-size"]),
+        ([(2048, 1024)], {"special": "inpainting"}, []),
+        ([(2048, 1024)], {"family": "sdxl-refiner"}, []),
+        ([(512, 512), (2048, 1024)], {"family": "lumina-2"}, ["two-pass"]),
+    ],
+)
+def test_what_did_better_is_offered_far_from_the_native_size(
+    sizes: list[tuple[int, int]], changes: dict[str, Any], offered: list[str]
+) -> None:
+    stamps = {"native": Size(1024, 1024), **changes}
+    text = told(*(row(f"{width}.safetensors", resolution=Size(width, height), **stamps) for width, height in sizes))
+    assert re.findall(r"`--beside (\S+)`", text) == offered
+    (preview,) = (words for words in commands(text) if words[1] == "preview")
+    assert ("two-pass" in preview, "512.safetensors" in preview) == (("two-pass" in offered),) * 2
 
 
 def test_the_command_names_the_weights_of_a_folder() -> None:

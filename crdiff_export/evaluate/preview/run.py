@@ -81,7 +81,8 @@ def prepare(request: PreviewRequest) -> PreviewJob:
     beside.check(rivals, drawing.opening.pipeline.pipeline)
     config = drawing.opening.pipeline.config
     in_demo_words = demo_notes(request.prompts, config) if config in bases.BUILT_IN else ()
-    notes = (*(() if baked else plan.notes), *in_demo_words)
+    rival_notes = beside.rival_notes(rivals, [subject.size], drawing.native, drawing.opening.pipeline)
+    notes = (*(() if baked else plan.notes), *rival_notes, *in_demo_words)
     return PreviewJob(request, drawing, subject, baked, outputs, notes, rivals)
 
 

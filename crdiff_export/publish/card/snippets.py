@@ -4,7 +4,7 @@
 what it makes of one file.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from crdiff_export.bake.residual import NONE, RESIDUAL_KEYS
@@ -89,6 +89,18 @@ def call(model: Pipeline, size: Size) -> str:
     }  # fmt: skip
     values = {key: quoted(value) if isinstance(value, str) else repr(value) for key, value in usual.items()}
     return ", ".join([model.call.format(size), *(f"{key}={values[key]}" for key in usual if usual[key] is not None)])
+
+
+def is_far_below(stamp: Stamp) -> bool:
+    """Whether a variant is for a size far below its base's native one, where `--beside two-pass` draws any model."""
+    return stamp.resolution.is_far_below(stamp.native)
+
+
+def is_sdxl_far_above(stamp: Stamp) -> bool:
+    """Whether a variant of SDXL is for a size far above its base's native one."""
+    model = pipelines.find(stamp.family, stamp.special or "")
+    is_sdxl = model and model.pipeline == "StableDiffusionXLPipeline"
+    return bool(is_sdxl) and stamp.resolution.is_far_above(stamp.native)
 
 
 def heading(variant: CardVariant) -> str:
@@ -206,12 +218,14 @@ def _options(stamp: Stamp, weights: str | None) -> list[str]:
     return options
 
 
-def compare(variant: CardVariant) -> str:
-    """Return the command line that draws a variant beside its base."""
+def compare(variants: Sequence[CardVariant]) -> str:
+    """Return the command line that draws a variant beside its base, and far below the native size beside two-pass."""
+    variant = next((variant for variant in variants if is_far_below(variant.stamp)), variants[0])
     name = variant.path.rsplit("/", 1)[-1] or f"crdiff-{variant.stamp.resolution}"
     chosen = variant.weights or variant.stamp.source_variant
     weights = ["--variant", chosen] if chosen else []
-    words = ["crdiff", "preview", _base(variant.stamp), "--baked", name, *weights, "--prompt", "TEXT"]
+    rival = ["--beside", "two-pass"] if is_far_below(variant.stamp) else []
+    words = ["crdiff", "preview", _base(variant.stamp), "--baked", name, *weights, *rival, "--prompt", "TEXT"]
     return " ".join(map(word, words))
 
 
@@ -236,7 +250,7 @@ def export_pack(card: Card, pack: CardPack) -> str:
 
 def example(pack: CardPack) -> Stamp:
     """Return the header of the smallest size of a pack."""
-    return min(pack.header.variants.values(), key=lambda stamp: stamp.resolution.width * stamp.resolution.height)
+    return min(pack.header.variants.values(), key=lambda stamp: stamp.resolution.pixels)
 
 
 def base_on_hub(pack: CardPack) -> tuple[HubLocation, CardVariant] | None:
