@@ -56,7 +56,7 @@ def columns(size: Size, here: Path, *beside: str, **options: Any) -> dict[str, b
     ("base", "sizes", "options", "offered"),
     [
         ("demo", [(48, 48)], {}, ["two-pass"]),
-        ("demo", [(64, 56), (96, 64)], {"beside": ("mine:draw",)}, ["two-pass"]),
+        ("demo", [(64, 56), (96, 64)], {"beside": ("a_rival_offered:draw",)}, ["two-pass"]),
         ("demo", [(48, 48)], {"beside": ("two-pass",)}, []),
         ("demo", [(64, 64), (128, 32), (56, 56), (88, 64)], {}, []),
         ("demo-xl", [(64, 64)], {}, ["two-pass"]),
@@ -71,7 +71,7 @@ def columns(size: Size, here: Path, *beside: str, **options: Any) -> dict[str, b
 def test_what_did_better_on_the_demo_models_is_named_far_from_the_native_size_unless_it_is_drawn(
     base: str, sizes: list[tuple[int, int]], options: dict[str, Any], offered: list[str], here: Path
 ) -> None:
-    (here / "mine.py").write_text("def draw(pipe, **call): ...")
+    (here / "a_rival_offered.py").write_text("def draw(pipe, **call): ...")
     evaluated = prepare_evaluation(EvaluateRequest(base, tuple(Size(*size) for size in sizes), **options))
     previewed = prepare_preview(PreviewRequest(base, prompts=(PROMPT,), size=Size(*sizes[-1]), ratio=0.4, **options))
     for job in (evaluated, previewed):

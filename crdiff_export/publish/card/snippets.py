@@ -92,7 +92,7 @@ def call(model: Pipeline, size: Size) -> str:
 
 
 def is_far_below(stamp: Stamp) -> bool:
-    """Whether a variant is for a size far below its base's native one, where `--beside two-pass` draws any model."""
+    """Whether a variant is for a size far below its base's native one, where `--beside two-pass` can draw any model."""
     return stamp.resolution.is_far_below(stamp.native)
 
 
