@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from crdiff_export.errors import OptionError, PreviewError, foreign_errors
 from crdiff_export.evaluate.scorers.function import import_function
 from crdiff_export.formats.text import printable
+from crdiff_export.models.families.pipelines import DEMOS, SDXL
 from crdiff_export.sampling import pipelines
 from crdiff_export.sizes import Size
 
@@ -36,9 +37,6 @@ RIVAL_NOTES: Final[Mapping[Kind, str]] = {
     "two-pass": "on crdiff's small demo models drawing at the native size and resizing scored far higher than pruning: "
     "--beside two-pass draws that, too",
 }
-# Those that it was measured with, above the native size as well.
-_SDXL: Final = "StableDiffusionXLPipeline"
-_REFINED: Final = frozenset({"StableDiffusionPipeline", _SDXL})
 _ADAPTER: Final = "crdiff_beside"
 _RETURNED: Final = "Return as many PIL images as there are prompts."
 # Draws as `Session.draw` does.
@@ -154,9 +152,9 @@ def rival_notes(rivals: Sequence[Rival], sizes: Iterable[Size], native: Size, pi
     is_above = any(size.is_far_above(native) for size in sizes)
     is_below = any(size.is_far_below(native) for size in sizes)
     is_told = pipelines.told_size(pipeline) == native or "native-size" in kinds
-    if is_above and pipeline.pipeline == _SDXL and not is_told:
+    if is_above and pipeline.pipeline == SDXL and not is_told:
         yield RIVAL_NOTES["native-size"]
-    if (is_below or (is_above and pipeline.pipeline in _REFINED)) and "two-pass" not in kinds:
+    if (is_below or (is_above and pipeline.pipeline in DEMOS)) and "two-pass" not in kinds:
         yield RIVAL_NOTES["two-pass"]
 
 

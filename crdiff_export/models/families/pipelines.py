@@ -7,6 +7,9 @@ from crdiff_export.models.families.model import Pipeline
 
 # Classes that have no `from_single_file`: diffusers opens them from a folder only.
 FOLDERS_ONLY: Final = frozenset(("CogView4Transformer2DModel", "PixArtTransformer2DModel"))
+SDXL: Final = "StableDiffusionXLPipeline"
+# Those of the demo models, with which two passes were measured above the native size, too.
+DEMOS: Final = frozenset({"StableDiffusionPipeline", SDXL})
 
 
 def find(family: str, special: str = "") -> Pipeline | None:

@@ -91,16 +91,18 @@ def call(model: Pipeline, size: Size) -> str:
     return ", ".join([model.call.format(size), *(f"{key}={values[key]}" for key in usual if usual[key] is not None)])
 
 
-def is_far_below(stamp: Stamp) -> bool:
-    """Whether a variant is for a size far below its base's native one, where `--beside two-pass` can draw any model."""
-    return stamp.resolution.is_far_below(stamp.native)
+def two_pass_did_better(stamp: Stamp) -> bool:
+    """Whether a variant is for a size far from the native one, of a model that `--beside two-pass` can draw there."""
+    model, size, native = pipelines.find(stamp.family, stamp.special or ""), stamp.resolution, stamp.native
+    if model and model.pictures:
+        return False
+    return size.is_far_below(native) or bool(model and model.pipeline in pipelines.DEMOS and size.is_far_above(native))
 
 
-def is_sdxl_far_above(stamp: Stamp) -> bool:
-    """Whether a variant of SDXL is for a size far above its base's native one."""
+def native_size_did_better(stamp: Stamp) -> bool:
+    """Whether a variant of SDXL is for a size far above the native one."""
     model = pipelines.find(stamp.family, stamp.special or "")
-    is_sdxl = model and model.pipeline == "StableDiffusionXLPipeline"
-    return bool(is_sdxl) and stamp.resolution.is_far_above(stamp.native)
+    return bool(model and model.pipeline == pipelines.SDXL) and stamp.resolution.is_far_above(stamp.native)
 
 
 def heading(variant: CardVariant) -> str:
@@ -219,12 +221,12 @@ def _options(stamp: Stamp, weights: str | None) -> list[str]:
 
 
 def compare(variants: Sequence[CardVariant]) -> str:
-    """Return the command line that draws a variant beside its base, and far below the native size beside two-pass."""
-    variant = next((variant for variant in variants if is_far_below(variant.stamp)), variants[0])
+    """Return the command line that draws a variant beside its base, and beside two-pass where that did better."""
+    variant = next((variant for variant in variants if two_pass_did_better(variant.stamp)), variants[0])
     name = variant.path.rsplit("/", 1)[-1] or f"crdiff-{variant.stamp.resolution}"
     chosen = variant.weights or variant.stamp.source_variant
     weights = ["--variant", chosen] if chosen else []
-    rival = ["--beside", "two-pass"] if is_far_below(variant.stamp) else []
+    rival = ["--beside", "two-pass"] if two_pass_did_better(variant.stamp) else []
     words = ["crdiff", "preview", _base(variant.stamp), "--baked", name, *weights, *rival, "--prompt", "TEXT"]
     return " ".join(map(word, words))
 
