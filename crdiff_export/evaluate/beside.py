@@ -32,8 +32,8 @@ NAMES: Final = "native-size, two-pass, lora:FILE or module:function"
 STRENGTH: Final = 0.5
 # What was measured far from the native size: docs/demo.md and docs/demo-xl.md.
 RIVAL_NOTES: Final[Mapping[Kind, str]] = {
-    "native-size": "crdiff's small SDXL drew 160x160 better when told its native size, which is free, than pruned: "
-    "--beside native-size draws that, too",
+    "native-size": "crdiff's small SDXL drew 160x160 better when told its native size, which is free; no help of "
+    "pruning was shown: --beside native-size draws that, too",
     "two-pass": "on crdiff's small demo models drawing at the native size and resizing scored far higher than pruning: "
     "--beside two-pass draws that, too",
 }
