@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from crdiff_export.errors import OptionError, PreviewError, foreign_errors
 from crdiff_export.evaluate.scorers.function import import_function
 from crdiff_export.formats.text import printable
-from crdiff_export.models.families.pipelines import DEMOS, SDXL
+from crdiff_export.models.families.pipelines import better_rivals
 from crdiff_export.sampling import pipelines
 from crdiff_export.sizes import Size
 
@@ -30,7 +30,6 @@ Kind = Literal["native-size", "two-pass", "lora", "function"]
 NAMES: Final = "native-size, two-pass, lora:FILE or module:function"
 # Ours: half of the noise lets the second pass draw details anew and keeps what is where.
 STRENGTH: Final = 0.5
-# What was measured far from the native size: docs/demo.md and docs/demo-xl.md.
 RIVAL_NOTES: Final[Mapping[Kind, str]] = {
     "native-size": "crdiff's small SDXL drew 160x160 better when told its native size, which is free; no help of "
     "pruning was shown: --beside native-size draws that, too",
@@ -148,14 +147,11 @@ def rival_notes(rivals: Sequence[Rival], sizes: Iterable[Size], native: Size, pi
         native: The size that the base was trained for.
         pipeline: How the base is opened.
     """
-    kinds, sizes = {rival.kind for rival in rivals}, list(sizes)
-    is_above = any(size.is_far_above(native) for size in sizes)
-    is_below = any(size.is_far_below(native) for size in sizes)
-    is_told = pipelines.told_size(pipeline) == native or "native-size" in kinds
-    if is_above and pipeline.pipeline == SDXL and not is_told:
-        yield RIVAL_NOTES["native-size"]
-    if (is_below or (is_above and pipeline.pipeline in DEMOS)) and "two-pass" not in kinds:
-        yield RIVAL_NOTES["two-pass"]
+    drawn: set[str] = {rival.kind for rival in rivals}
+    if pipelines.told_size(pipeline) == native:
+        drawn.add("native-size")
+    better = {name for size in sizes for name in better_rivals(pipeline.pipeline, size, native)}
+    yield from (note for kind, note in RIVAL_NOTES.items() if kind in better - drawn)
 
 
 def facts(rivals: Sequence[Rival], setting: RivalSizes) -> Iterator[tuple[str, str]]:

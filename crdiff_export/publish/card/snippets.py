@@ -91,18 +91,12 @@ def call(model: Pipeline, size: Size) -> str:
     return ", ".join([model.call.format(size), *(f"{key}={values[key]}" for key in usual if usual[key] is not None)])
 
 
-def two_pass_did_better(stamp: Stamp) -> bool:
-    """Whether a variant is for a size far from the native one, of a model that `--beside two-pass` can draw there."""
-    model, size, native = pipelines.find(stamp.family, stamp.special or ""), stamp.resolution, stamp.native
+def has_better_rival(stamp: Stamp, name: str) -> bool:
+    """Whether something scored higher than pruning at a size like a variant's, and `crdiff preview` can draw it."""
+    model = pipelines.find(stamp.family, stamp.special or "")
     if model and model.pictures:
         return False
-    return size.is_far_below(native) or bool(model and model.pipeline in pipelines.DEMOS and size.is_far_above(native))
-
-
-def native_size_did_better(stamp: Stamp) -> bool:
-    """Whether a variant of SDXL is for a size far above the native one."""
-    model = pipelines.find(stamp.family, stamp.special or "")
-    return bool(model and model.pipeline == pipelines.SDXL) and stamp.resolution.is_far_above(stamp.native)
+    return name in pipelines.better_rivals(model.pipeline if model else "", stamp.resolution, stamp.native)
 
 
 def heading(variant: CardVariant) -> str:
@@ -222,11 +216,11 @@ def _options(stamp: Stamp, weights: str | None) -> list[str]:
 
 def compare(variants: Sequence[CardVariant]) -> str:
     """Return the command line that draws a variant beside its base, and beside two-pass where that did better."""
-    variant = next((variant for variant in variants if two_pass_did_better(variant.stamp)), variants[0])
+    variant = next((variant for variant in variants if has_better_rival(variant.stamp, "two-pass")), variants[0])
     name = variant.path.rsplit("/", 1)[-1] or f"crdiff-{variant.stamp.resolution}"
     chosen = variant.weights or variant.stamp.source_variant
     weights = ["--variant", chosen] if chosen else []
-    rival = ["--beside", "two-pass"] if two_pass_did_better(variant.stamp) else []
+    rival = ["--beside", "two-pass"] if has_better_rival(variant.stamp, "two-pass") else []
     words = ["crdiff", "preview", _base(variant.stamp), "--baked", name, *weights, *rival, "--prompt", "TEXT"]
     return " ".join(map(word, words))
 
