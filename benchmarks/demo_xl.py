@@ -20,7 +20,6 @@ BASE = "demo-xl"
 SIZES = ("64x64", "56x72", "48x72", "96x96", "128x128", "160x160", "96x160")
 # Far below the native size, where the paper gains most: pruned models are told the native size, too.
 SMALL_SIZES = ("64x64", "56x72", "48x72", "96x96")
-SEARCHED_SIZES = (*SMALL_SIZES, "160x160", "96x160")
 TRUE, TOLD_NATIVE = "drawn", "native"
 MAGNITUDE, ADVERSE, RANDOM = "magnitude", "adverse", "random"
 SHOWN = (-0.2, 0.25)  # the plot's range
@@ -77,12 +76,10 @@ def arms() -> Iterator[Arm]:
         tells = (TRUE, TOLD_NATIVE) if size in SMALL_SIZES else (TRUE,)
         for told in tells:
             yield Arm(size, told, MAGNITUDE, STARTING)
-            if size in SEARCHED_SIZES:
-                yield Arm(size, told, MAGNITUDE, SEARCHED)
+            yield Arm(size, told, MAGNITUDE, SEARCHED)
         for criterion in (ADVERSE, RANDOM):
             yield Arm(size, TRUE, criterion, STARTING)
-            if size in SMALL_SIZES:
-                yield Arm(size, TRUE, criterion, SEARCHED)
+            yield Arm(size, TRUE, criterion, SEARCHED)
 
 
 def calibrate(settings: Settings, size: str) -> str:
@@ -226,7 +223,7 @@ def table(result_rows: Iterable[ResultRow]) -> str:
 def searches(settings: Settings) -> str:
     """Return what the searches believed of their best ratios, in Markdown."""
     lines = ["| size | told | trials | ratios | best minus dense | its conclusion |", "|---|---|---|---|---|---|"]
-    for size in SEARCHED_SIZES:
+    for size in SIZES:
         for told in (TRUE, TOLD_NATIVE):
             path = settings.ratios(size, told)
             if not path.exists():
