@@ -122,7 +122,7 @@ def _parse(text: str) -> Rival:
 
 
 def check(rivals: Sequence[Rival], pipeline: str) -> None:
-    """Refuse rivals that a pipeline cannot draw; this imports diffusers.
+    """Refuse rivals that a pipeline cannot draw; for `native-size` this imports diffusers.
 
     Args:
         rivals: The rivals.
@@ -131,8 +131,9 @@ def check(rivals: Sequence[Rival], pipeline: str) -> None:
     Raises:
         OptionError: A rival needs another kind of model.
     """
-    is_told = pipelines.call_arguments(pipeline) >= pipelines.TOLD_SIZES
-    if any(rival.kind == "native-size" for rival in rivals) and not is_told:
+    if not any(rival.kind == "native-size" for rival in rivals):
+        return
+    if not pipelines.call_arguments(pipeline) >= pipelines.TOLD_SIZES:
         raise OptionError(
             f"--beside native-size: {pipeline} is not told a size", "It is for SDXL; leave it out, or try two-pass."
         )

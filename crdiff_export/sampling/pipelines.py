@@ -17,6 +17,7 @@ from crdiff_export.models.families import Match, pipelines
 from crdiff_export.models.families.model import BUNDLED, Pipeline
 from crdiff_export.models.prediction import Prediction
 from crdiff_export.prune.architecture import Architecture
+from crdiff_export.sampling.quiet import quiet_libraries
 from crdiff_export.sizes import Size
 
 # A file of the original layout with these tensors holds the whole model.
@@ -249,4 +250,6 @@ def call_arguments(pipeline: str) -> frozenset[str]:
     """
     import diffusers
 
-    return frozenset(inspect.signature(getattr(diffusers, pipeline).__call__).parameters)
+    with quiet_libraries("diffusers", "transformers"):  # the class is loaded at its first use, with remarks
+        pipeline_class = getattr(diffusers, pipeline)
+    return frozenset(inspect.signature(pipeline_class.__call__).parameters)

@@ -1,8 +1,10 @@
 """What is drawn beside the models: from the same noise, by the dense model, and nothing of it stays behind."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -30,6 +32,7 @@ from crdiff_export.evaluate.preview import PreviewRequest, preview
 from crdiff_export.evaluate.preview import prepare as prepare_preview
 from crdiff_export.evaluate.results import ModelScores
 from crdiff_export.models import demo
+from crdiff_export.sampling import pipelines
 from crdiff_export.search import SearchRequest, tune
 from tests.support.evaluating import Line, draw_plainly, open_plainly
 from tests.support.messages import raises, refused
@@ -178,6 +181,22 @@ def test_told_its_native_size_the_dense_model_is_the_rival_of_that_name() -> Non
     dense = evaluate(of_demo_xl(told_size="native")).models[0]
     assert (rival.name, dense.name) == ("native-size", "dense")
     assert rival.images == dense.images
+
+
+def test_a_pipeline_class_is_loaded_without_a_word_of_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many a class of transformers says at its first use what it would rather have."""
+    from transformers.utils import logging
+
+    heard: list[bool] = []
+
+    class Diffusers(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            heard.append(logging.get_logger("transformers").isEnabledFor(logging.WARNING))
+            return type(name, (), {"__call__": lambda self, target_size: None})
+
+    monkeypatch.setitem(sys.modules, "diffusers", Diffusers("diffusers"))
+    assert pipelines.call_arguments("Any") == {"self", "target_size"}
+    assert heard == [False]
 
 
 def test_without_a_told_size_nothing_says_one() -> None:
