@@ -620,8 +620,31 @@ def test_what_did_better_is_offered_far_from_the_native_size(
     stamps = {"native": Size(1024, 1024), **changes}
     text = told(*(row(f"{width}.safetensors", resolution=Size(width, height), **stamps) for width, height in sizes))
     assert re.findall(r"`--beside (\S+)`", text) == offered
-    (preview,) = (words for words in commands(text) if words[1] == "preview")
-    assert ("two-pass" in preview) == ("two-pass" in offered)
+    assert all(("two-pass" in words) == ("two-pass" in offered) for words in commands(text) if words[1] == "preview")
+
+
+@pytest.mark.parametrize(
+    ("stamp", "is_drawn"),
+    [
+        ({}, True), ({"special": "inpainting"}, False), ({"special": "edit"}, False), ({"special": "kolors"}, False),
+        ({"prediction": "edm"}, True), ({"prediction": "edm", "family": "sd15"}, False),
+        ({"family": "sdxl-refiner"}, False), ({"family": "unet"}, True),
+    ],
+)  # fmt: skip
+def test_a_picture_is_offered_where_one_can_be_drawn(stamp: dict[str, Any], is_drawn: bool) -> None:
+    """A refiner needs a picture, as inpainting does; another variant of the card is drawn then."""
+    text = told(row("one.safetensors", **stamp))
+    assert [words[1] for words in commands(text)] == ["export"] + ["preview"] * is_drawn
+    assert ("crdiff evaluate" in text) == is_drawn
+    both = told(row("one.safetensors", **stamp), row("two.safetensors", family="vega"))
+    (preview,) = (words for words in commands(both) if words[1] == "preview")
+    assert is_drawn or "two.safetensors" in preview
+
+
+def test_of_a_family_that_is_not_known_here_a_picture_is_offered() -> None:
+    one = row()
+    text = told(replace(one, stamp=replace(one.stamp, family="mine")))
+    assert [words[1] for words in commands(text)] == ["export", "preview"]
 
 
 def test_the_command_names_the_weights_of_a_folder() -> None:

@@ -72,7 +72,7 @@ def _template() -> "Template":
         "listed": _listed, "prose": prose,
         "number": "{:g}".format, "one_line": _one_line, "quoted": quoted, "sorted": sorted, "word": word,
     }  # fmt: skip
-    environment.tests |= {"beaten": snippets.has_better_rival}
+    environment.tests |= {"beaten": snippets.has_better_rival, "drawn": snippets.is_drawn}
     environment.globals |= {
         "base_digests": _base_digests, "crdiff": link("crdiff", PROJECT_ADDRESS) if PROJECT_ADDRESS else "crdiff",
         "digests": _digests, "file": _file, "layers": _layers, "name": _name, "origin": _origin,

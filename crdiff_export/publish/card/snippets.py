@@ -59,18 +59,18 @@ def _family(family: str) -> Family | None:
 def opening(variant: CardVariant) -> tuple[str, ...]:
     """Return a key that variants share which are opened with the same code."""
     stamp = variant.stamp
-    model = stamp.family, _special(variant), stamp.prediction or ""
+    model = stamp.family, _special(stamp), stamp.prediction or ""
     return *model, kind(variant), stamp.layout, stamp.prefix, stamp.cast or "", variant.weights or ""
 
 
-def _special(variant: CardVariant) -> str:
+def _special(stamp: Stamp) -> str:
     """The model of a family that has the same shape as others but needs its own configuration."""
-    prediction, special = Prediction.parse(variant.stamp.prediction or ""), variant.stamp.special
+    prediction, special = Prediction.parse(stamp.prediction or ""), stamp.special
     if special or not prediction:
         # Headers from before the prediction was in them: the native size tells a twin. A size that the base states
         # itself does not tell.
-        family, by_family = _family(variant.stamp.family), variant.stamp.native_source == "family"
-        is_twin = family and family.twin and variant.stamp.native == Size(*family.twin.native) and by_family
+        family, by_family = _family(stamp.family), stamp.native_source == "family"
+        is_twin = family and family.twin and stamp.native == Size(*family.twin.native) and by_family
         return special or ("base" if is_twin else "")
     return prediction.kind if prediction.kind in ("edm", "other") else ""
 
@@ -91,11 +91,20 @@ def call(model: Pipeline, size: Size) -> str:
     return ", ".join([model.call.format(size), *(f"{key}={values[key]}" for key in usual if usual[key] is not None)])
 
 
+def is_drawn(stamp: Stamp) -> bool:
+    """Whether `crdiff preview` draws with the base of a variant; of a family that is not known here it may."""
+    family, special = _family(stamp.family), _special(stamp)
+    if family is None or not (family.pipelines or special):
+        return True
+    model = family.pipelines.get(special)
+    return model is not None and not model.pictures
+
+
 def has_better_rival(stamp: Stamp, name: str) -> bool:
     """Whether something scored higher than pruning at a size like a variant's, and `crdiff preview` can draw it."""
-    model = pipelines.find(stamp.family, stamp.special or "")
-    if model and model.pictures:
+    if not is_drawn(stamp):
         return False
+    model = pipelines.find(stamp.family, _special(stamp))
     return name in pipelines.better_rivals(model.pipeline if model else "", stamp.resolution, stamp.native)
 
 
@@ -106,13 +115,13 @@ def heading(variant: CardVariant) -> str:
         "pipeline": "the pipeline", "folder": "a pipeline's folder", "component": f"the {network}'s folder",
         "checkpoint": "a checkpoint", "network": f"the {network} alone", "shards": "a checkpoint in shards",
     }[kind(variant)]  # fmt: skip
-    special = "" if not _special(variant) else f" ({_special(variant)})"
+    special = "" if not _special(variant.stamp) else f" ({_special(variant.stamp)})"
     return f"**{title(variant.stamp.family)}{special}**, {what}"
 
 
 def pipeline(variant: CardVariant) -> Pipeline | None:
     """Return the diffusers pipeline that opens a variant, if one does; a whole pipeline names its own class."""
-    stored, special = kind(variant), _special(variant)
+    stored, special = kind(variant), _special(variant.stamp)
     if stored == "shards" or variant.stamp.scaled:
         return None
     model = pipelines.find(variant.stamp.family, special)
@@ -131,7 +140,7 @@ def scheduler(variant: CardVariant) -> tuple[str, str] | None:
     prediction = Prediction.parse(variant.stamp.prediction or "")
     if prediction is None or prediction.kind in ("edm", "other"):
         return None
-    model = pipelines.find(variant.stamp.family, _special(variant))
+    model = pipelines.find(variant.stamp.family, _special(variant.stamp))
     if prediction.kind == (model.prediction if model else "epsilon") and not prediction.zero_snr:
         return None
     values = {key: quoted(v) if isinstance(v, str) else repr(v) for key, v in prediction.scheduler_settings.items()}
@@ -214,9 +223,19 @@ def _options(stamp: Stamp, weights: str | None) -> list[str]:
     return options
 
 
-def compare(variants: Sequence[CardVariant]) -> str:
-    """Return the command line that draws a variant beside its base, and beside two-pass where that did better."""
-    variant = next((variant for variant in variants if has_better_rival(variant.stamp, "two-pass")), variants[0])
+def compare(variants: Sequence[CardVariant]) -> str | None:
+    """Return the command line that draws a variant beside its base, and beside two-pass where that did better.
+
+    Args:
+        variants: The variants of a card.
+
+    Returns:
+        A command of the first that two-pass did better for, or else of the first; None if none can be drawn.
+    """
+    drawn = [variant for variant in variants if is_drawn(variant.stamp)]
+    if not drawn:
+        return None
+    variant = next((variant for variant in drawn if has_better_rival(variant.stamp, "two-pass")), drawn[0])
     name = variant.path.rsplit("/", 1)[-1] or f"crdiff-{variant.stamp.resolution}"
     chosen = variant.weights or variant.stamp.source_variant
     weights = ["--variant", chosen] if chosen else []
@@ -265,7 +284,7 @@ def base_on_hub(pack: CardPack) -> tuple[HubLocation, CardVariant] | None:
 def pack_heading(pack: CardPack) -> str:
     """Return the model of a pack, for the line above the code."""
     variant = CardVariant(pack.path, example(pack), pack.size, None)
-    special = _special(variant)
+    special = _special(variant.stamp)
     return f"**{title(variant.stamp.family)}{f' ({special})' if special else ''}**"
 
 
