@@ -97,10 +97,11 @@ def _as_json(evaluation: Evaluation) -> dict[str, Any]:
         }
         for subject in evaluation.subjects
     ]  # fmt: skip
+    facts = {name: text for name, text in evaluation.facts if name != "note"}  # all notes are in `notes`
     return {
         "base": job.drawing.base.name, "family": job.plan.match.family.id, "native": str(job.drawing.native),
         "scorer": evaluation.scorer, "scorer_fingerprint": dict(evaluation.fingerprint),
-        "facts": dict(evaluation.facts), "notes": [*job.notes, *evaluation.notes],
+        "facts": facts, "notes": [*job.notes, *evaluation.notes],
         "fid": dict(evaluation.fid) if evaluation.fid else None, "pairs": pairs_json(evaluation), "sizes": sizes,
         "files": [str(path) for path in job.outputs],
     }  # fmt: skip

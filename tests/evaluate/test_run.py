@@ -250,6 +250,8 @@ def test_json_has_every_score_and_points_out_black_pictures(line: Line, monkeypa
     assert size["models"][0]["minus_dense"] is None
     assert size["models"][1]["verdict"] == "too few to say"
     assert [pair["seed"] for pair in made["pairs"]] == [0, 1]
+    assert "--beside two-pass" in made["notes"][0]
+    assert "note" not in made["facts"]  # an object would keep the last one alone
     assert made["notes"][-1] == "6 of 6 pictures are all black: try another --dtype, such as bf16 or fp32"
 
 
