@@ -21,6 +21,7 @@ from markdown_it.token import Token
 
 from crdiff_export.errors import CardError
 from crdiff_export.formats.crdiff_keys import CalibrationStamp, GroupStamp
+from crdiff_export.models import families
 from crdiff_export.publish.card import BaseModel, Card, CardVariant, render
 from crdiff_export.sizes import Size
 from tests.support import SUPPORT
@@ -607,8 +608,6 @@ def test_commands_make_it_again() -> None:
         ([(1152, 896), (1024, 1024)], {}, []),
         ([(1152, 896), (2048, 1024)], {}, ["two-pass", "native-size"]),
         ([(512, 512), (2048, 1024)], {}, ["two-pass", "native-size"]),
-        ([(512, 512), (2048, 1024)], {"special": "inpainting"}, []),
-        ([(512, 512), (2048, 1024)], {"family": "sdxl-refiner"}, []),
         ([(2048, 2048)], {"family": "sd15"}, ["two-pass"]),
         ([(2048, 1024)], {"family": "lumina-2"}, []),
         ([(2048, 1024), (512, 512)], {"family": "lumina-2"}, ["two-pass"]),
@@ -620,7 +619,8 @@ def test_what_did_better_is_offered_far_from_the_native_size(
     stamps = {"native": Size(1024, 1024), **changes}
     text = told(*(row(f"{width}.safetensors", resolution=Size(width, height), **stamps) for width, height in sizes))
     assert re.findall(r"`--beside (\S+)`", text) == offered
-    assert all(("two-pass" in words) == ("two-pass" in offered) for words in commands(text) if words[1] == "preview")
+    (preview,) = (words for words in commands(text) if words[1] == "preview")
+    assert ("two-pass" in preview) == ("two-pass" in offered)
 
 
 @pytest.mark.parametrize(
@@ -633,18 +633,27 @@ def test_what_did_better_is_offered_far_from_the_native_size(
 )  # fmt: skip
 def test_a_picture_is_offered_where_one_can_be_drawn(stamp: dict[str, Any], is_drawn: bool) -> None:
     """A refiner needs a picture, as inpainting does; another variant of the card is drawn then."""
-    text = told(row("one.safetensors", **stamp))
+    one = row("one.safetensors", **stamp)
+    one = replace(one, stamp=replace(one.stamp, native=Size(1024, 1024), resolution=Size(512, 512)))
+    text = told(one)
     assert [words[1] for words in commands(text)] == ["export"] + ["preview"] * is_drawn
-    assert ("crdiff evaluate" in text) == is_drawn
-    both = told(row("one.safetensors", **stamp), row("two.safetensors", family="vega"))
+    assert ("crdiff evaluate" in text) == ("--beside two-pass" in text) == is_drawn
+    both = told(one, row("two.safetensors", family="vega", native=Size(1024, 1024)))
     (preview,) = (words for words in commands(both) if words[1] == "preview")
     assert is_drawn or "two.safetensors" in preview
 
 
-def test_of_a_family_that_is_not_known_here_a_picture_is_offered() -> None:
+def test_of_a_family_that_is_not_known_here_a_picture_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that is known, and has no pipeline, none is; a UNet's folder may name one."""
     one = row()
-    text = told(replace(one, stamp=replace(one.stamp, family="mine")))
-    assert [words[1] for words in commands(text)] == ["export", "preview"]
+    other = replace(one, stamp=replace(one.stamp, family="mine"))
+    assert [words[1] for words in commands(told(other))] == ["export", "preview"]
+    for alias, scope in (("flux-dev", "layer"), ("sdxl", "group")):
+        family = replace(families.by_id(alias), pipelines={})
+        assert family.scope == scope
+        with monkeypatch.context() as patch:
+            patch.setattr(families, "by_id", lambda _, family=family: family)
+            assert [words[1] for words in commands(told(other))] == ["export"] + ["preview"] * (scope == "group")
 
 
 def test_the_command_names_the_weights_of_a_folder() -> None:

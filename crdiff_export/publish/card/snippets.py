@@ -94,18 +94,18 @@ def call(model: Pipeline, size: Size) -> str:
 def is_drawn(stamp: Stamp) -> bool:
     """Whether `crdiff preview` draws with the base of a variant; of a family that is not known here it may."""
     family, special = _family(stamp.family), _special(stamp)
-    if family is None or not (family.pipelines or special):
-        return True
+    if family is None or (family.scope == "group" and not family.pipelines and not special):
+        return True  # the folder of the base may name a pipeline
     model = family.pipelines.get(special)
     return model is not None and not model.pictures
 
 
 def has_better_rival(stamp: Stamp, name: str) -> bool:
     """Whether something scored higher than pruning at a size like a variant's, and `crdiff preview` can draw it."""
-    if not is_drawn(stamp):
-        return False
-    model = pipelines.find(stamp.family, _special(stamp))
-    return name in pipelines.better_rivals(model.pipeline if model else "", stamp.resolution, stamp.native)
+    family = _family(stamp.family)
+    model = family.pipelines.get(_special(stamp)) if family else None
+    better = pipelines.better_rivals(model.pipeline if model else "", stamp.resolution, stamp.native)
+    return name in better and is_drawn(stamp)
 
 
 def heading(variant: CardVariant) -> str:
